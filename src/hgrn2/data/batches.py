@@ -1,0 +1,368 @@
+"""Batches for training: random windows packed so that documents do not see each other, or parallel streams.
+
+The tokens are taken as a circle: the last document's end is predicted as the first document's end-of-text token.
+So a corpus of N tokens has exactly N targets, and each is a target once an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from hgrn2.data.permutation import Permutation, keyed_integer
+from hgrn2.data.tokens import TokenDataset
+from hgrn2.errors import UserError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens and what is to be predicted from them.
+
+    Two forms. Plain: rows of equal length, one sequence each. Packed: B = 1, several sequences end to end, cut at
+    cu_seqlens. In a packed batch of streams, carry_from and carry_to tie the sequences to the state carried from
+    batch to batch, one state a stream:
+
+        initial_state[n] = carried[carry_from[n]] if carry_from[n] >= 0 else 0    for the N sequences
+        carried[b] = final_state[carry_to[b]]                                     for the streams
+
+    Attributes:
+        input_ids: int64 [B, T].
+        targets: int64 [B, T], the token after each input; -100 where nothing is to be predicted.
+        cu_seqlens: int32 [N + 1], starts of the packed sequences and their end; None in the plain form.
+        state_reset: bool [num_streams], True where a stream starts anew and its carried state must be zero; None
+            if no state is carried. In the packed form carry_from says so already.
+        carry_from: int64 [N], the stream whose carried state a sequence starts from, or -1 for zero; None if no
+            state is carried, and in the plain form, where row b is stream b.
+        carry_to: int64 [num_streams], the sequence whose final state each stream carries on; None as carry_from.
+        num_text_bytes: bytes of the documents that end in this batch, for bits a byte; 0 in training batches.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    state_reset: torch.Tensor | None = None
+    carry_from: torch.Tensor | None = None
+    carry_to: torch.Tensor | None = None
+    num_text_bytes: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on a device."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+class PackedBatches(Iterator[Batch]):
+    """Endless random batches; the position in them is one integer.
+
+    Every epoch cuts the circle of tokens at a random phase into windows of seq_len inputs (the last shorter) and
+    visits them in a keyed random order. The order is that of one sequence of samples shared by all ranks: batch i of
+    rank r holds samples (i * world_size + r) * batch_size and the batch_size - 1 after it. So batch i of all ranks
+    together depends on batch_size * world_size alone, and a position saved with one world_size can be loaded with
+    another.
+
+    A batch is packed: input_ids [1, batch_size * seq_len], with cu_seqlens cut at every window and every document.
+    With reset_at_documents=False it is plain, [batch_size, seq_len], and documents in a window see those before.
+
+    Args:
+        dataset: the tokens.
+        batch_size: windows a batch, on each rank.
+        seq_len: inputs a window.
+        seed: of the phase and the order.
+        rank: of this process, 0 <= rank < world_size.
+        world_size: number of processes.
+        reset_at_documents: see above.
+
+    Raises:
+        UserError: the dataset is shorter than one window.
+
+    Example:
+        batches = PackedBatches(prepared.train, batch_size=8, seq_len=1024, seed=0)
+        batch = next(batches)
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        reset_at_documents: bool = True,
+    ):
+        _check_sizes(batch_size, seq_len, rank, world_size)
+        _check_length(dataset, seq_len + 1, f"one window of seq_len {seq_len}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.reset_at_documents = reset_at_documents
+        self.num_windows = -(-dataset.num_tokens // seq_len)
+        self.position = 0
+        self._orders: dict[int, Permutation] = {}
+
+    @property
+    def epoch(self) -> float:
+        """Epochs begun so far, with the fraction of the present one."""
+        return self.position / self.num_windows
+
+    @property
+    def step_size(self) -> int:
+        """By how much one batch moves the position on."""
+        return self.batch_size * self.world_size
+
+    def __next__(self) -> Batch:
+        batch = self.batch_at(self.position)
+        self.position += self.step_size
+        return batch
+
+    def batch_at(self, position: int) -> Batch:
+        """The batch at a position, which is the number of samples all ranks consumed before it."""
+        first = position + self.rank * self.batch_size
+        samples = np.arange(first, first + self.batch_size)
+        windows = np.empty((self.batch_size, self.seq_len + 1), dtype=np.int64)
+        num_targets = np.empty(self.batch_size, dtype=np.int64)
+        for epoch in range(int(samples[0]) // self.num_windows, int(samples[-1]) // self.num_windows + 1):
+            rows = np.flatnonzero(samples // self.num_windows == epoch)
+            starts = self._order(epoch)(samples[rows] % self.num_windows) * self.seq_len
+            num_targets[rows] = np.minimum(self.dataset.num_tokens - starts, self.seq_len)
+            phase = _phase(self.dataset, self.seed, epoch)
+            for row, start in zip(rows, starts, strict=True):
+                _copy_circular(self.dataset, windows[row], phase + int(start))
+        inputs, targets = _inputs_and_targets(windows, num_targets)
+        if not self.reset_at_documents:
+            return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+        return Batch(
+            torch.from_numpy(inputs.reshape(1, -1)),
+            torch.from_numpy(targets.reshape(1, -1)),
+            cu_seqlens=torch.from_numpy(_cu_seqlens(inputs, self.dataset.eot_id)),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in."""
+        return {"position": self.position, **_identity(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            UserError: it was saved with other data, another seq_len or another seed.
+        """
+        _check_identity(self, state)
+        self.position = int(state["position"])
+
+    def _order(self, epoch: int) -> Permutation:
+        if epoch not in self._orders:
+            # a batch meets two epochs at most, unless the corpus is tiny
+            self._orders = {epoch: Permutation(self.num_windows, keyed_integer("order", self.seed, epoch))}
+        return self._orders[epoch]
+
+
+class StreamBatches(Iterator[Batch]):
+    """Endless batches of parallel streams whose state is carried from batch to batch (truncated backpropagation).
+
+    The circle of tokens, begun at a random phase every epoch, is cut into batch_size * world_size parts of equal
+    length; stream s reads part s from its start to its end, seq_len tokens a batch, and all start anew together with
+    the next epoch. Rank r has streams r * batch_size and the batch_size - 1 after it. The last window of an epoch is
+    filled up with tokens that have no target.
+
+    A window may hold document boundaries, and the state must not cross them. So a batch is packed: window b is cut at
+    its documents; the sequence at its start continues stream b, unless it starts a document or the stream is new; the
+    others start from zero; the state after the last is carried on. `Batch.carry_from` and `Batch.carry_to` say so
+    in indices. With reset_at_documents=False the batch is plain, [batch_size, seq_len], row b continues stream b, and
+    `Batch.state_reset` tells where it starts anew.
+
+    Args:
+        dataset: the tokens.
+        batch_size: streams on each rank.
+        seq_len: tokens a stream and batch.
+        seed: of the phase.
+        rank: of this process, 0 <= rank < world_size.
+        world_size: number of processes.
+        reset_at_documents: see above.
+
+    Raises:
+        UserError: the parts are shorter than one window.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        reset_at_documents: bool = True,
+    ):
+        _check_sizes(batch_size, seq_len, rank, world_size)
+        self.num_streams = batch_size * world_size
+        _check_length(
+            dataset, max(self.num_streams * seq_len, 2), f"{self.num_streams} streams of seq_len {seq_len}"
+        )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.reset_at_documents = reset_at_documents
+        bounds = np.arange(self.num_streams + 1) * dataset.num_tokens // self.num_streams
+        mine = slice(rank * batch_size, (rank + 1) * batch_size)
+        self._starts, self._stops = bounds[:-1][mine], bounds[1:][mine]
+        # the same on all ranks, so that they stay in step
+        self.num_windows = -(-int(np.diff(bounds).max()) // seq_len)
+        self.position = 0
+
+    @property
+    def epoch(self) -> float:
+        """Epochs begun so far, with the fraction of the present one."""
+        return self.position / self.num_windows
+
+    @property
+    def step_size(self) -> int:
+        """By how much one batch moves the position on."""
+        return 1
+
+    def __next__(self) -> Batch:
+        batch = self.batch_at(self.position)
+        self.position += 1
+        return batch
+
+    def batch_at(self, position: int) -> Batch:
+        """The batch at a position, which is the number of batches before it."""
+        epoch, window = divmod(position, self.num_windows)
+        phase = _phase(self.dataset, self.seed, epoch)
+        starts = self._starts + window * self.seq_len
+        windows = np.empty((self.batch_size, self.seq_len + 1), dtype=np.int64)
+        for row, start in zip(windows, starts, strict=True):
+            _copy_circular(self.dataset, row, phase + int(start))
+        inputs, targets = _inputs_and_targets(windows, np.clip(self._stops - starts, 0, self.seq_len))
+        fresh = np.full(self.batch_size, window == 0)
+        if not self.reset_at_documents:
+            return Batch(
+                torch.from_numpy(inputs), torch.from_numpy(targets), state_reset=torch.from_numpy(fresh)
+            )
+        return pack_streams(
+            list(inputs), list(targets), np.arange(self.batch_size), fresh, self.dataset.eot_id
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in."""
+        return {"position": self.position, "num_streams": self.num_streams, **_identity(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; the carried states are the caller's to restore.
+
+        Raises:
+            UserError: it was saved with other data, another seq_len, seed or number of streams on all ranks.
+        """
+        _check_identity(self, state)
+        if state.get("num_streams") != self.num_streams:
+            raise UserError(
+                f"data position: saved with {state.get('num_streams')} streams, now there are {self.num_streams}; "
+                "keep batch_size * number of processes as it was"
+            )
+        self.position = int(state["position"])
+
+
+def pack_streams(
+    inputs: list[np.ndarray], targets: list[np.ndarray], streams: np.ndarray, fresh: np.ndarray, eot_id: int
+) -> Batch:
+    """One packed batch of the next windows of several streams, cut at their documents.
+
+    Args:
+        inputs: of each window, int64 [T_i], T_i >= 1.
+        targets: alike.
+        streams: int [num_windows], the stream each window belongs to, ascending.
+        fresh: bool [num_streams], streams that start anew. A stream without a window carries on an arbitrary state.
+        eot_id: the token that starts a document.
+    """
+    flat = np.concatenate(inputs)
+    lengths = np.array([len(row) for row in inputs])
+    row_starts = np.concatenate([[0], np.cumsum(lengths)])
+    cuts = flat == eot_id
+    starts_document = cuts[row_starts[:-1]]
+    cuts[row_starts[:-1]] = True
+    sequence_starts = np.flatnonzero(cuts)
+    first_sequences = np.searchsorted(sequence_starts, row_starts)
+    carry_from = np.full(len(sequence_starts), -1, dtype=np.int64)
+    carry_from[first_sequences[:-1]] = np.where(starts_document | fresh[streams], -1, streams)
+    carry_to = np.zeros(len(fresh), dtype=np.int64)
+    carry_to[streams] = first_sequences[1:] - 1
+    return Batch(
+        torch.from_numpy(flat[None]),
+        torch.from_numpy(np.concatenate(targets)[None]),
+        cu_seqlens=torch.from_numpy(np.append(sequence_starts, len(flat)).astype(np.int32)),
+        state_reset=torch.from_numpy(fresh),
+        carry_from=torch.from_numpy(carry_from),
+        carry_to=torch.from_numpy(carry_to),
+    )
+
+
+def _inputs_and_targets(windows: np.ndarray, num_targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split windows [B, T + 1] into inputs and targets [B, T]; targets from num_targets [B] on are ignored."""
+    inputs = windows[:, :-1].copy()
+    targets = windows[:, 1:].copy()
+    targets[np.arange(targets.shape[1]) >= num_targets[:, None]] = IGNORED
+    return inputs, targets
+
+
+def _cu_seqlens(inputs: np.ndarray, eot_id: int) -> np.ndarray:
+    cuts = inputs == eot_id
+    cuts[:, 0] = True
+    return np.append(np.flatnonzero(cuts), inputs.size).astype(np.int32)
+
+
+def _copy_circular(dataset: TokenDataset, out: np.ndarray, start: int) -> None:
+    while len(out):
+        start %= dataset.num_tokens
+        size = min(len(out), dataset.num_tokens - start)
+        dataset.copy_into(out[:size], start)
+        out, start = out[size:], start + size
+
+
+def _phase(dataset: TokenDataset, seed: int, epoch: int) -> int:
+    return keyed_integer("phase", seed, epoch) % dataset.num_tokens
+
+
+def _check_sizes(batch_size: int, seq_len: int, rank: int, world_size: int) -> None:
+    if batch_size < 1 or seq_len < 1:
+        raise UserError(f"batch_size ({batch_size}) and seq_len ({seq_len}) must be at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is outside world_size {world_size}")
+
+
+def _check_length(dataset: TokenDataset, needed: int, what: str) -> None:
+    if dataset.num_tokens < needed:
+        raise UserError(
+            f"{dataset.directory}: the data has {dataset.num_tokens:,} tokens, but {what} needs {needed:,}; "
+            "use a shorter seq_len, a smaller batch_size or more data"
+        )
+
+
+def _identity(batches: PackedBatches | StreamBatches) -> dict[str, Any]:
+    return {"seed": batches.seed, "seq_len": batches.seq_len, "data": batches.dataset.fingerprint}
+
+
+def _check_identity(batches: PackedBatches | StreamBatches, state: dict[str, Any]) -> None:
+    for name, now in _identity(batches).items():
+        if state.get(name) != now:
+            raise UserError(
+                f"data position: saved with {name} {state.get(name)!r}, now it is {now!r}; resume with the same "
+                "data and settings"
+            )

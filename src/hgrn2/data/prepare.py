@@ -1,0 +1,346 @@
+"""Tokenise a corpus once, into training and validation token datasets that later runs map into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hgrn2.data.encode import encode_pieces
+from hgrn2.data.progress import progress_bar
+from hgrn2.data.sources import STDLIB, Corpus, open_corpus
+from hgrn2.data.split import TRAIN, VALIDATION, Split
+from hgrn2.data.staging import Discard, staged_directory
+from hgrn2.data.tokenizer import Tokenizer, bpe_request, load_tokenizer, train_bpe
+from hgrn2.data.tokens import MANIFEST_FILE, TokenDataset, read_manifest
+from hgrn2.data.writer import DEFAULT_SHARD_TOKENS, TokenWriter, token_dtype
+from hgrn2.errors import UserError
+
+FORMAT = "hgrn2-prepared"
+FORMAT_VERSION = 1
+BPE_SAMPLE_BYTES = 50_000_000
+
+# below this a pool of processes takes longer to start than the work takes
+_SERIAL_BELOW_BYTES = 32_000_000
+
+Specs = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared corpus.
+
+    Attributes:
+        directory: holds manifest.json, the tokenizer, train/ and validation/.
+        train: the training tokens.
+        validation: the held-out tokens.
+        tokenizer: the tokenizer that made them.
+        manifest: inputs, settings and what was skipped.
+        reused: True if it was there already and its inputs had not changed.
+    """
+
+    directory: Path
+    train: TokenDataset
+    validation: TokenDataset
+    tokenizer: Tokenizer
+    manifest: dict[str, Any]
+    reused: bool = True
+
+    @classmethod
+    def open(cls, directory: str | Path, verify: bool | None = None, *, reused: bool = True) -> PreparedData:
+        """Open a directory made by `prepare`, whether or not its inputs still exist.
+
+        Args:
+            directory: the prepared set.
+            verify: as for `TokenDataset.open`.
+            reused: what the attribute says.
+
+        Raises:
+            UserError: not a prepared set, or damaged.
+        """
+        directory = Path(directory)
+        manifest = read_manifest(directory, FORMAT, FORMAT_VERSION)
+        train = TokenDataset.open(directory / TRAIN, verify)
+        validation = TokenDataset.open(directory / VALIDATION, verify)
+        tokenizer = load_tokenizer(directory)
+        if tokenizer.fingerprint() != train.manifest["tokenizer_fingerprint"]:
+            raise UserError(
+                f"{directory}: the tokenizer is not the one the tokens were made with; prepare again"
+            )
+        return cls(directory, train, validation, tokenizer, manifest, reused)
+
+    def summary(self) -> str:
+        """One line for people: sizes, and how many files were skipped and why."""
+        line = (
+            f"{self.train.num_tokens:,} training tokens ({self.train.num_documents:,} documents, "
+            f"{self.train.num_text_bytes / 1e6:.1f} MB), {self.validation.num_tokens:,} validation tokens "
+            f"({self.validation.num_documents:,} documents, {self.validation.num_text_bytes / 1e6:.1f} MB), "
+            f"tokenizer {self.tokenizer.name} with {self.tokenizer.vocab_size:,} tokens"
+        )
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in self.manifest["skipped"].items())
+        return line + (f"; skipped {skipped}" if skipped else "")
+
+
+def is_prepared(directory: str | Path) -> bool:
+    """Whether a directory was made by `prepare`."""
+    try:
+        read_manifest(Path(directory), FORMAT, FORMAT_VERSION)
+    except UserError:
+        return False
+    return True
+
+
+def prepare(
+    sources: Specs = STDLIB,
+    tokenizer: Tokenizer | str | Path = "bytes",
+    out_dir: str | Path = "data",
+    *,
+    validation: Specs = (),
+    validation_fraction: float = 0.05,
+    text_field: str = "text",
+    seed: int = 0,
+    num_workers: int | None = None,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    progress: bool | None = None,
+    rebuild: bool = False,
+) -> PreparedData:
+    """Tokenise a corpus into out_dir, or reuse what is there if neither inputs nor settings have changed.
+
+    The tokens do not depend on the number of workers, on the order of the sources, or on where they lie.
+
+    Args:
+        sources: files, folders, globs, Hub datasets or "stdlib"; see `open_corpus`.
+        tokenizer: a tokenizer, what `load_tokenizer` takes, or "bpe:4096" to train a byte-level BPE of that size on
+            the first 50 MB of the training documents.
+        out_dir: replaced as a whole when the new set is complete; anything there that is not a prepared set is an
+            error.
+        validation: sources of validation data; files among them are left out of training. Without any, whole
+            documents are held out, chosen by a hash of their names.
+        validation_fraction: how many documents to hold out, in (0, 1); at least one, and of a corpus of one document
+            its last part.
+        text_field: key or column of the text in .jsonl, .parquet and Hub datasets.
+        seed: chooses the documents held out.
+        num_workers: processes; None means one a core, or this process alone for a small corpus.
+        shard_tokens: tokens a shard.
+        progress: show a progress bar on stderr; None means if that is a terminal.
+        rebuild: prepare even if nothing has changed.
+
+    Raises:
+        UserError: something named cannot be used, nothing is left to hold out, or out_dir cannot be written.
+    """
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"validation_fraction is {validation_fraction}, wanted more than 0 and less than 1")
+    if shard_tokens < 1 or (num_workers is not None and num_workers < 1):
+        raise UserError(f"shard_tokens ({shard_tokens}) and num_workers ({num_workers}) must be at least 1")
+    corpus = open_corpus(sources, text_field)
+    held_out = (
+        open_corpus(validation, text_field) if isinstance(validation, (str, Path)) or validation else None
+    )
+    if held_out is not None:
+        corpus = corpus.without(held_out)
+        if not corpus.sources:
+            raise UserError(
+                "all training data is also named as validation data; name other files for one of them"
+            )
+    vocab_size = bpe_request(tokenizer)
+    if isinstance(tokenizer, (str, Path)) and vocab_size is None:
+        tokenizer = load_tokenizer(tokenizer)
+    elif not isinstance(tokenizer, Tokenizer):
+        tokenizer = str(tokenizer)
+    settings = {
+        "tokenizer": tokenizer.fingerprint() if isinstance(tokenizer, Tokenizer) else str(tokenizer),
+        "bpe_sample_bytes": BPE_SAMPLE_BYTES if vocab_size else None,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+        "shard_tokens": shard_tokens,
+    }
+    inputs = _describe_inputs(corpus, held_out)
+    target = Path(os.path.abspath(Path(out_dir).expanduser()))
+    if not rebuild and _is_current(target, inputs, settings):
+        return PreparedData.open(target)
+    _check_replaceable(target)
+    if num_workers is None:
+        small = corpus.num_bytes is not None and corpus.num_bytes < _SERIAL_BELOW_BYTES
+        num_workers = 1 if small else os.cpu_count() or 1
+    reused = True
+    with staged_directory(target) as stage:
+        # another process may have made it while this one waited its turn
+        if not rebuild and _is_current(target, inputs, settings):
+            raise Discard
+        reused = False
+        job = _Job(
+            stage, corpus, held_out, tokenizer, validation_fraction, shard_tokens, num_workers, progress
+        )
+        job.run(_first_split(corpus, held_out, validation_fraction, seed)).save(stage)
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "inputs": inputs,
+            "settings": settings,
+            "skipped": _skipped(corpus, held_out),
+        }
+        (stage / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    # what was written a moment ago needs no checksum
+    return PreparedData.open(target, verify=None if reused else False, reused=reused)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One preparation: what goes in, where it goes and how."""
+
+    stage: Path
+    corpus: Corpus
+    held_out: Corpus | None
+    tokenizer: Tokenizer | str
+    validation_fraction: float
+    shard_tokens: int
+    num_workers: int
+    progress: bool | None
+
+    def run(self, split: Split) -> Tokenizer:
+        """Write both datasets, again with a better split if one of them came out empty; return the tokenizer."""
+        while True:
+            tokenizer = (
+                self.tokenizer if isinstance(self.tokenizer, Tokenizer) else self._train_tokenizer(split)
+            )
+            writers = {}
+            try:
+                for side in (TRAIN, VALIDATION):
+                    shutil.rmtree(self.stage / side, ignore_errors=True)
+                    writers[side] = TokenWriter(self.stage / side, tokenizer, self.shard_tokens)
+                self._write(split, tokenizer, writers)
+                next_split = self._better_split(split, writers)
+                if next_split is None:
+                    for writer in writers.values():
+                        writer.close()
+                    return tokenizer
+                split = next_split
+            finally:
+                for writer in writers.values():
+                    writer.abandon()
+
+    def _write(self, split: Split, tokenizer: Tokenizer, writers: dict[str, TokenWriter]) -> None:
+        dtype = token_dtype(tokenizer.vocab_size)
+        corpora = [self.corpus] + ([self.held_out] if self.held_out is not None else [])
+        sizes = [corpus.num_bytes for corpus in corpora]
+        total = None if None in sizes else sum(size for size in sizes if size is not None)
+        pieces = self._tagged_pieces(split)
+        with progress_bar("preparing", total, self.progress) as advance:
+            for (side, starts), piece in encode_pieces(pieces, tokenizer, dtype, self.num_workers):
+                writers[side].add(piece, starts)
+                advance(piece.num_text_bytes)
+
+    def _tagged_pieces(self, split: Split) -> Iterator[tuple[tuple[str, bool], str]]:
+        """Every piece with its side and whether it starts a document."""
+        for document in self.corpus.documents():
+            starts = False
+            for side, part in split.parts(document):
+                starts = True
+                for piece in part.pieces:
+                    if starts:
+                        split.observe(document.name)
+                    yield (side, starts), piece
+                    starts = False
+        for document in self.held_out.documents() if self.held_out is not None else ():
+            starts = True
+            for piece in document.pieces:
+                yield (VALIDATION, starts), piece
+                starts = False
+
+    def _better_split(self, split: Split, writers: dict[str, TokenWriter]) -> Split | None:
+        """None if both sides have documents; a split to try next; or UserError if there is none."""
+        train, validation = writers[TRAIN], writers[VALIDATION]
+        if train.num_documents and validation.num_documents:
+            return None
+        if self.held_out is not None:
+            empty = self.corpus if not train.num_documents else self.held_out
+            raise UserError(_nothing_left("training" if empty is self.corpus else "validation", empty))
+        num_text_bytes = train.num_text_bytes + validation.num_text_bytes
+        if num_text_bytes == 0:
+            raise UserError(_nothing_left("training", self.corpus))
+        if split.num_seen > 1:
+            return split.better()
+        if split.head_bytes is None:
+            return Split(split.seed, 0, int(num_text_bytes * (1 - self.validation_fraction)))
+        raise UserError(
+            f"the only document has {num_text_bytes} bytes of text, too few to hold some out for validation; "
+            "give more data, or validation data of its own"
+        )
+
+    def _train_tokenizer(self, split: Split) -> Tokenizer:
+        vocab_size = bpe_request(self.tokenizer)
+        assert vocab_size is not None, f"not a request for a tokenizer: {self.tokenizer!r}"
+        return train_bpe(self._training_sample(split), vocab_size)
+
+    def _training_sample(self, split: Split) -> Iterator[str]:
+        """The first training texts, up to a number of bytes."""
+        left = BPE_SAMPLE_BYTES
+        for document in self.corpus.documents():
+            for side, part in split.parts(document):
+                if side == VALIDATION:
+                    continue
+                for piece in part.pieces:
+                    yield piece
+                    left -= len(piece.encode("utf-8"))
+                    if left <= 0:
+                        return
+
+
+def _first_split(corpus: Corpus, held_out: Corpus | None, fraction: float, seed: int) -> Split:
+    if held_out is not None:
+        return Split(seed, 0)
+    if len(corpus.sources) == 1 and corpus.num_bytes is not None:
+        # known to be one document: saves reading it twice
+        return Split(seed, 0, int(corpus.num_bytes * (1 - fraction)))
+    return Split(seed, int(fraction * 2**64))
+
+
+def _nothing_left(what: str, corpus: Corpus) -> str:
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(corpus.skipped.items()))
+    named = ", ".join(corpus.specs)
+    return (
+        f"no text for {what} in {named}" + (f" (skipped: {skipped})" if skipped else "") + "; name other data"
+    )
+
+
+def _skipped(*corpora: Corpus | None) -> dict[str, int]:
+    counts = sum((corpus.skipped for corpus in corpora if corpus is not None), Counter[str]())
+    return dict(sorted(counts.items()))
+
+
+def _describe_inputs(corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
+    corpora = [corpus] + ([held_out] if held_out is not None else [])
+    return {
+        "data": corpus.specs,
+        "validation": held_out.specs if held_out is not None else [],
+        "text_field": corpus.text_field,
+        "num_files": sum(len(c.sources) for c in corpora),
+        "num_bytes": sum(s.num_bytes for c in corpora for s in c.sources),
+        "fingerprint": hashlib.sha256(" ".join(c.fingerprint() for c in corpora).encode()).hexdigest(),
+    }
+
+
+def _is_current(target: Path, inputs: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether the target was made from the same files with the same settings; they may be named differently."""
+    if not (target / MANIFEST_FILE).is_file():
+        return False
+    try:
+        manifest = read_manifest(target, FORMAT, FORMAT_VERSION)
+    except UserError:
+        return False
+    found = manifest.get("inputs", {}).get("fingerprint")
+    return found == inputs["fingerprint"] and manifest.get("settings") == settings
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise UserError if the target is something of the user's own."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir() or not (target / MANIFEST_FILE).is_file() or not (target / TRAIN).is_dir():
+        raise UserError(f"{target}: exists and is not prepared data; choose another directory or remove it")

@@ -1,0 +1,275 @@
+"""What the user names as data, turned into a sorted list of sources whose documents are read lazily."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from hgrn2.data.documents import Document, hub_documents, jsonl_documents, parquet_documents, text_document
+from hgrn2.data.text import BLOCK_BYTES, COMPRESSIONS, NotText, cut_pieces, read_text
+from hgrn2.data.tokens import MANIFEST_FILE
+from hgrn2.errors import UserError
+
+STDLIB = "stdlib"
+
+_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*(:[\w.\[\]%:+-]+)?)?")
+# saves opening them; anything else that is not text is found out by reading it
+_BINARY_SUFFIXES = frozenset(
+    ".7z .a .arrow .avi .bin .bmp .class .ckpt .db .dll .dylib .eot .exe .gguf .gif .h5 .ico .idx .jar .jpeg .jpg .mkv "
+    ".mov .mp3 .mp4 .npy .npz .o .ogg .onnx .otf .pack .pdf .pickle .pkl .png .ppt .pptx .pt .pth .pyc .pyd .pyo .rar "
+    ".safetensors .so .sqlite .tar .tgz .tif .tiff .ttf .wav .webm .webp .whl .woff .woff2 .xls .xlsx .zip".split()
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or Hub dataset that holds documents.
+
+    Attributes:
+        name: of the source; the name of its document, or the stem of its documents' names.
+        kind: how documents are found in it.
+        location: the path, or for a Hub dataset NAME[:CONFIG[:SPLIT]].
+        explicit: named by the user rather than found in a folder, so that bad content is an error and not skipped.
+        num_bytes: size of the file; 0 for a Hub dataset.
+        mtime_ns: its modification time.
+    """
+
+    name: str
+    kind: Literal["text", "jsonl", "parquet", "hub"]
+    location: str
+    explicit: bool
+    num_bytes: int = 0
+    mtime_ns: int = 0
+
+    def documents(self, text_field: str) -> Iterator[Document]:
+        """The documents in order."""
+        path = Path(self.location)
+        match self.kind:
+            case "text":
+                yield text_document(self.name, path)
+            case "jsonl":
+                yield from jsonl_documents(self.name, path, text_field)
+            case "parquet":
+                yield from parquet_documents(self.name, path, text_field)
+            case "hub":
+                yield from hub_documents(self.location, text_field)
+
+
+@dataclass
+class Corpus:
+    """Sources in a fixed order, which depends on their names and not on the order or place they were given in.
+
+    Attributes:
+        specs: what the user named.
+        sources: sorted by name.
+        text_field: the key or column of the text in .jsonl, .parquet and Hub datasets.
+        skipped: how many files were left out, by reason; those found while reading are added by `documents`.
+    """
+
+    specs: list[str]
+    sources: list[Source]
+    text_field: str = "text"
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of text, if that is known before reading: None with compressed files, .jsonl, .parquet or the Hub."""
+        if all(
+            s.kind == "text" and Path(s.location).suffix.lower() not in COMPRESSIONS for s in self.sources
+        ):
+            return sum(s.num_bytes for s in self.sources)
+        return None
+
+    def documents(self) -> Iterator[Document]:
+        """Every document in order, read lazily.
+
+        Raises:
+            UserError: a file cannot be used and was named by the user; if it was found in a folder, it is counted
+                in `skipped` instead.
+        """
+        # counted afresh, so that a second reading does not count twice
+        found = Counter(self._skipped_at_listing)
+        self.skipped = found
+        for source in self.sources:
+            if source.kind == "text" and not source.explicit:
+                try:
+                    document = _checked_document(source)
+                except NotText as error:
+                    found[error.reason] += 1
+                    continue
+                yield document
+            else:
+                yield from source.documents(self.text_field)
+
+    def __post_init__(self) -> None:
+        self._skipped_at_listing = Counter(self.skipped)
+
+    def fingerprint(self) -> str:
+        """Hex digest of every file's path, size and modification time; of a Hub dataset, the name alone."""
+        entries = [[s.kind, s.name, s.location, s.num_bytes, s.mtime_ns, s.explicit] for s in self.sources]
+        return hashlib.sha256(json.dumps([self.text_field, entries]).encode()).hexdigest()
+
+    def without(self, other: Corpus) -> Corpus:
+        """This corpus less the files that are also in another."""
+        locations = {s.location for s in other.sources}
+        kept = [s for s in self.sources if s.location not in locations]
+        skipped = Counter(self.skipped)
+        if len(kept) < len(self.sources):
+            skipped["also in the validation data"] = len(self.sources) - len(kept)
+        return Corpus(self.specs, kept, self.text_field, skipped)
+
+
+def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "text") -> Corpus:
+    """Find the sources behind what the user named.
+
+    Args:
+        specs: each one a text file, a folder (read recursively), a glob, .jsonl or .parquet (text and .jsonl also as
+            .gz, .xz, .bz2 or .zst), "hf:NAME[:CONFIG[:SPLIT]]" or a plain Hub dataset name, or "stdlib", the source
+            code of this Python's own standard library, tests left out.
+        text_field: the key or column of the text in .jsonl, .parquet and Hub datasets.
+
+    Raises:
+        UserError: something named does not exist or holds nothing to read.
+
+    Example:
+        >>> open_corpus("stdlib").sources[0].name
+        'stdlib/__future__.py'
+    """
+    specs = [specs] if isinstance(specs, (str, Path)) else list(specs)
+    if not specs:
+        raise UserError("no data given; name files, folders or datasets, or 'stdlib'")
+    skipped: Counter[str] = Counter()
+    found: list[Source] = []
+    for spec in specs:
+        sources = list(_resolve(str(spec), skipped))
+        if not sources:
+            counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            raise UserError(
+                f"data {str(spec)!r}: no file to read there" + (f" (skipped: {counts})" if counts else "")
+            )
+        found.extend(sources)
+    # a file named and also found in a folder counts as named
+    unique: dict[str, Source] = {}
+    for source in found:
+        if source.location not in unique or source.explicit:
+            unique[source.location] = source
+    ordered = sorted(unique.values(), key=lambda s: (s.name, s.location))
+    return Corpus([str(s) for s in specs], list(_with_unique_names(ordered)), text_field, skipped)
+
+
+def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
+    path = Path(spec).expanduser()
+    if spec == STDLIB:
+        yield from _stdlib_sources()
+    elif spec.startswith("hf:"):
+        yield _hub_source(spec.removeprefix("hf:"))
+    elif path.is_dir():
+        yield from _folder_sources(path, skipped)
+    elif path.exists():
+        yield _file_source(path, path.name, explicit=True)
+    elif glob.has_magic(spec):
+        yield from _glob_sources(str(path), skipped)
+    elif _HUB_NAME.fullmatch(spec) and not path.suffix and spec[0] not in "./~":
+        yield _hub_source(spec)
+    else:
+        raise UserError(f"data {spec!r}: no such file or folder")
+
+
+def _hub_source(name: str) -> Source:
+    if not name:
+        raise UserError("data 'hf:': no dataset named; wanted hf:NAME[:CONFIG[:SPLIT]]")
+    return Source(f"hf:{name}", "hub", name, explicit=True)
+
+
+def _stdlib_sources() -> Iterator[Source]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    if not (root / "os.py").is_file():
+        raise UserError(f"data 'stdlib': this Python keeps no source code in {root}; name other data")
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]
+        for name in files:
+            path = Path(folder, name)
+            # a few modules are empty, and empty files are no documents
+            if path.suffix == ".py" and path.stat().st_size:
+                yield _file_source(path, f"stdlib/{path.relative_to(root).as_posix()}", explicit=False)
+
+
+def _folder_sources(root: Path, skipped: Counter[str]) -> Iterator[Source]:
+    if (root / MANIFEST_FILE).is_file() and (root / "train" / MANIFEST_FILE).is_file():
+        raise UserError(
+            f"data {str(root)!r}: is a prepared set, not text; open it with hgrn2.data.PreparedData.open"
+        )
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
+        for name in files:
+            path = Path(folder, name)
+            if name.startswith("."):
+                skipped["hidden"] += 1
+            else:
+                yield from _found_file(
+                    path, f"{root.resolve().name}/{path.relative_to(root).as_posix()}", skipped
+                )
+
+
+def _glob_sources(pattern: str, skipped: Counter[str]) -> Iterator[Source]:
+    fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+    for match in glob.iglob(pattern, recursive=True):
+        path = Path(match)
+        if path.is_file():
+            yield from _found_file(path, path.relative_to(fixed).as_posix(), skipped)
+
+
+def _found_file(path: Path, name: str, skipped: Counter[str]) -> Iterator[Source]:
+    if path.suffix.lower() in _BINARY_SUFFIXES:
+        skipped["binary"] += 1
+        return
+    try:
+        if path.is_file():
+            yield _file_source(path, name, explicit=False)
+        else:
+            skipped["unreadable"] += 1
+    except OSError:
+        skipped["unreadable"] += 1
+
+
+def _file_source(path: Path, name: str, explicit: bool) -> Source:
+    status = path.stat()
+    inner = Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path
+    kinds: dict[str, Literal["jsonl", "parquet"]] = {
+        ".jsonl": "jsonl",
+        ".ndjson": "jsonl",
+        ".parquet": "parquet",
+    }
+    kind = kinds.get(inner.suffix.lower(), "text")
+    if kind == "parquet" and inner != path:
+        raise UserError(f"{path}: parquet is compressed inside already; decompress the file first")
+    return Source(name, kind, str(path.resolve()), explicit, status.st_size, status.st_mtime_ns)
+
+
+def _with_unique_names(sources: list[Source]) -> Iterator[Source]:
+    times: Counter[str] = Counter()
+    for source in sources:
+        times[source.name] += 1
+        count = times[source.name]
+        yield source if count == 1 else replace(source, name=f"{source.name} ({count})")
+
+
+def _checked_document(source: Source) -> Document:
+    """A text file found in a folder, known to be good before the first piece is handed out."""
+    path = Path(source.location)
+    if source.num_bytes <= BLOCK_BYTES and path.suffix.lower() not in COMPRESSIONS:
+        return Document(source.name, cut_pieces(list(read_text(path))))
+    for _ in read_text(path):
+        pass
+    return text_document(source.name, path)

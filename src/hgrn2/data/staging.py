@@ -1,0 +1,116 @@
+"""A directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hgrn2.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes must not prepare the same directory at once
+    fcntl = None
+
+
+class Discard(Exception):
+    """Raised inside `staged_directory` to drop the new directory and keep the target, without an error."""
+
+
+@contextlib.contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """Give an empty directory beside the target; on success it is synced to disk and takes the target's place.
+
+    On any exception it is removed and the target stays as it was. A second process that wants the same target waits
+    for the first. What a killed process left is cleared by the next one.
+
+    Raises:
+        UserError: the place cannot be written or the disk is full.
+    """
+    stage = target.with_name(f".{target.name}.partial")
+    lock = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock_directory(stage)
+        try:
+            _clear(stage)
+            yield stage
+            _sync_tree(stage)
+            _put_in_place(stage, target)
+        except BaseException as error:
+            shutil.rmtree(stage, ignore_errors=True)
+            if not isinstance(error, Discard):
+                raise
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise UserError(
+                f"{target}: the disk is full; nothing was kept, free some space and run again"
+            ) from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
+            raise UserError(
+                f"{target}: cannot be written: {error.strerror}; choose another directory"
+            ) from error
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_directory(stage: Path) -> int | None:
+    """Create the directory and hold an exclusive lock on it, which ends with the process."""
+    while True:
+        stage.mkdir(exist_ok=True)
+        if fcntl is None:
+            return None
+        try:
+            lock = os.open(stage, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            # some network file systems know no locks
+            return lock
+        # while we waited, the directory may have become another process's finished target
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(stage)):
+                return lock
+        os.close(lock)
+
+
+def _clear(stage: Path) -> None:
+    for path in stage.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root):
+        for name in [*(os.path.join(folder, file) for file in files), folder]:
+            _sync(name)
+
+
+def _sync(path: str | Path) -> None:
+    if os.path.isdir(path) and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put_in_place(stage: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    stage.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

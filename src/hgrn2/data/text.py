@@ -1,0 +1,168 @@
+"""Text files read in blocks: decompressed, checked to be UTF-8, cut into pieces at line ends."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from hgrn2.errors import UserError
+
+COMPRESSIONS = {".gz", ".xz", ".bz2", ".zst"}
+BLOCK_BYTES = 1 << 20
+# the unit of tokenisation: long documents cost constant memory, and their bytes are known at every piece's end
+PIECE_CHARS = 1 << 16
+
+
+class NotText(UserError):
+    """A file gives no UTF-8 text.
+
+    Attributes:
+        reason: "empty", "binary", "not UTF-8", "damaged" or "unreadable", for counting.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file for reading bytes, decompressing .gz, .xz, .bz2 and .zst.
+
+    Raises:
+        UserError: .zst without the zstandard package.
+        OSError: the file cannot be opened.
+    """
+    match path.suffix.lower():
+        case ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        case ".xz":
+            return cast(BinaryIO, lzma.open(path, "rb"))
+        case ".bz2":
+            return cast(BinaryIO, bz2.open(path, "rb"))
+        case ".zst":
+            return _open_zst(path)
+    return path.open("rb")
+
+
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """Blocks of a file's decompressed bytes.
+
+    Raises:
+        NotText: the file cannot be read or its compressed data is damaged.
+    """
+    try:
+        with open_binary(path) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                yield block
+    except UserError:
+        raise
+    except Exception as error:
+        raise read_error(path, error) from error
+
+
+def read_error(path: Path, error: Exception) -> Exception:
+    """What to raise for an error met while reading a file: a UserError, or the error itself if it is none of ours."""
+    damaged = isinstance(error, (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error))
+    # zstandard is optional, so its error class is known by name; bz2 reports damage as a bare OSError
+    damaged = (
+        damaged
+        or type(error).__name__ == "ZstdError"
+        or (path.suffix.lower() == ".bz2" and not _errno(error))
+    )
+    if damaged:
+        return NotText(f"{path}: the compressed data is damaged or cut short: {error}", "damaged")
+    if isinstance(error, OSError):
+        return NotText(f"{path}: cannot be read: {error.strerror or error}", "unreadable")
+    return error
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file in blocks; a byte order mark at the start is dropped.
+
+    Raises:
+        NotText: the file is empty, holds a NUL byte or is not UTF-8; the message names the byte offset.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    offset = 0
+    for block in read_blocks(path):
+        if offset == 0:
+            if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise NotText(f"{path}: looks like UTF-16; convert it to UTF-8", "not UTF-8")
+            if block.startswith(codecs.BOM_UTF8):
+                offset, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8) :]
+        if (nul := block.find(b"\0")) >= 0:
+            raise NotText(f"{path}: binary, not text (NUL byte at offset {offset + nul})", "binary")
+        yield _decode(decoder, block, offset, path)
+        offset += len(block)
+    if offset == 0:
+        raise NotText(f"{path}: the file is empty", "empty")
+    yield _decode(decoder, b"", offset, path, final=True)
+
+
+def cut_pieces(blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[str]:
+    """Cut a text into pieces of at most piece_chars characters, whatever blocks it comes in; none is empty.
+
+    A cut falls after a line end that is followed by a character that is no space, where the usual tokenizers
+    start a new word anyway, so that a text in pieces gives the same tokens as the whole; failing that after any
+    line end, failing that anywhere.
+    """
+    rest = ""
+    for block in blocks:
+        rest += block
+        start = 0
+        # one character more than a piece, to see what follows its last line end
+        while len(rest) - start > piece_chars:
+            stop = _cut(rest, start, start + piece_chars)
+            yield rest[start:stop]
+            start = stop
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+def _cut(text: str, start: int, stop: int) -> int:
+    last = end = text.rfind("\n", start, stop)
+    while end >= start and text[end + 1].isspace():
+        end = text.rfind("\n", start, end)
+    # a cut far back would make small pieces of text without unindented lines
+    if end >= (start + stop) // 2:
+        return end + 1
+    return last + 1 if last >= start else stop
+
+
+def _decode(
+    decoder: codecs.IncrementalDecoder, block: bytes, offset: int, path: Path, final: bool = False
+) -> str:
+    num_pending = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        position = offset - num_pending + error.start
+        byte = error.object[error.start]
+        raise NotText(
+            f"{path}: not UTF-8 (byte 0x{byte:02x} at offset {position}); convert it", "not UTF-8"
+        ) from error
+
+
+def _open_zst(path: Path) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading .zst needs the zstandard package; pip install 'hgrn2[data]'"
+        ) from error
+    reader = zstandard.ZstdDecompressor().stream_reader(
+        path.open("rb"), read_across_frames=True, closefd=True
+    )
+    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), BLOCK_BYTES))
+
+
+def _errno(error: Exception) -> int | None:
+    return error.errno if isinstance(error, OSError) else -1
