@@ -1,0 +1,372 @@
+"""Checkpoints: a folder of safetensors and JSON that exists whole or not at all.
+
+RUN/config.json                          model, train and data settings
+RUN/tokenizer.json                       or whatever the tokenizer saves
+RUN/checkpoints/step-00001234/
+    model.safetensors  optimizer.safetensors  task.safetensors
+    state.json  config.json  SHA256SUMS  (`sha256sum -c` understands it)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hgrn2.errors import UserError
+from hgrn2.train.files import fsync_directory, sha256_of, write_safetensors, write_text
+
+CONFIG_NAME = "config.json"
+MODEL_NAME = "model.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+TASK_NAME = "task.safetensors"
+STATE_NAME = "state.json"
+SUMS_NAME = "SHA256SUMS"
+FOLDER_NAME = "checkpoints"
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on, read and verified.
+
+    Attributes:
+        path: the checkpoint's folder.
+        model: parameters and buffers by name.
+        optimizer: state by "parameter name/key".
+        task: tensors the task carries from step to step; empty for most.
+        state: step, tokens, position in the data, generators, counters.
+    """
+
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    task: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What using a trained model needs: its settings, its weights, and where its tokenizer lies."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    tokenizer_dir: Path
+
+
+class CheckpointStore:
+    """The checkpoints of one run: writes, keeps the newest few and the best, removes the rest.
+
+    Args:
+        run_dir: the run folder. Leftovers of a killed process are removed from it.
+        keep_last: how many of the newest to keep.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int) -> None:
+        self._folder = run_dir / FOLDER_NAME
+        self._keep_last = keep_last
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self._folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover)
+
+    def latest(self) -> Path | None:
+        """Folder of the newest checkpoint, if there is one."""
+        found = checkpoints_of(self._folder.parent)
+        return found[-1] if found else None
+
+    def save(
+        self,
+        *,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        task: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        config: Mapping[str, Any],
+        best_step: int | None,
+    ) -> Path:
+        """Write one checkpoint, then remove those that are neither among the newest nor the best.
+
+        Raises:
+            OSError: the disk refused; nothing of the new checkpoint is left, the older ones are untouched.
+        """
+        final = self._folder / f"step-{state['step']:08d}"
+        temporary = self._folder / f"{_TEMPORARY}{final.name}"
+        try:
+            temporary.mkdir()
+            sums = {
+                MODEL_NAME: write_safetensors(temporary / MODEL_NAME, model),
+                OPTIMIZER_NAME: write_safetensors(temporary / OPTIMIZER_NAME, optimizer),
+                TASK_NAME: write_safetensors(temporary / TASK_NAME, task),
+                STATE_NAME: write_text(temporary / STATE_NAME, json.dumps(state, indent=1)),
+                CONFIG_NAME: write_text(temporary / CONFIG_NAME, json.dumps(config, indent=1)),
+            }
+            write_text(temporary / SUMS_NAME, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+            fsync_directory(temporary)
+            self._remove(final)
+            temporary.rename(final)
+            fsync_directory(self._folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._retain(final, best_step)
+        return final
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which a run that goes on from this step makes anew."""
+        for path in checkpoints_of(self._folder.parent):
+            if _step_of(path) > step:
+                self._remove(path)
+
+    def _retain(self, newest: Path, best_step: int | None) -> None:
+        kept = set(checkpoints_of(self._folder.parent)[-self._keep_last :]) | {newest}
+        for path in checkpoints_of(self._folder.parent):
+            if path not in kept and _step_of(path) != best_step:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        # renamed first, so that a kill in the middle leaves no half of a checkpoint under a good name
+        if path.exists():
+            doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = (run_dir / FOLDER_NAME).glob("step-*") if (run_dir / FOLDER_NAME).is_dir() else ()
+    return sorted((path for path in found if path.name[len("step-") :].isdigit()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint and verify its checksums.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Raises:
+        UserError: a file is missing, truncated or changed; the newest older one that is good is named.
+    """
+    try:
+        _verify(path)
+        return Checkpoint(
+            path=path,
+            model=load_file(path / MODEL_NAME),
+            optimizer=load_file(path / OPTIMIZER_NAME),
+            task=load_file(path / TASK_NAME),
+            state=json.loads((path / STATE_NAME).read_text(encoding="utf-8")),
+        )
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"checkpoint {path}: {error}; {_way_out(path)}") from None
+
+
+def load_saved_model(path: Path, which: str = "latest") -> SavedModel:
+    """Read a model for use: the weights alone, without optimizer and data position.
+
+    Args:
+        path: a run folder, one checkpoint in it, or any folder with model.safetensors and config.json.
+        which: "latest" or "best", for a run folder.
+
+    Raises:
+        UserError: there is no model there, or its file is truncated or changed.
+    """
+    folder = _model_folder(path, which)
+    tokenizer_dir = folder.parent.parent if folder.parent.name == FOLDER_NAME else folder
+    try:
+        if (folder / SUMS_NAME).exists():
+            _verify(folder, only=(MODEL_NAME, CONFIG_NAME))
+        return SavedModel(folder, read_config(folder), load_file(folder / MODEL_NAME), tokenizer_dir)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"model {folder}: {error}; {_way_out(folder)}") from None
+
+
+def _model_folder(path: Path, which: str) -> Path:
+    if (path / MODEL_NAME).exists():
+        return path
+    found = checkpoints_of(path)
+    if not found:
+        raise UserError(
+            f"{path}: no model there; name a run folder, a checkpoint, or a folder with {MODEL_NAME}"
+        )
+    if which == "best":
+        best = json.loads((found[-1] / STATE_NAME).read_text(encoding="utf-8")).get("best")
+        return next((p for p in found if best and _step_of(p) == best["step"]), found[-1])
+    return found[-1]
+
+
+def export_model(path: Path, out_dir: Path, which: str = "latest") -> Path:
+    """Copy weights, settings and tokenizer of a run into one folder that can be handed on.
+
+    Args:
+        path: as for load_saved_model.
+        out_dir: a folder that does not exist yet.
+        which: as for load_saved_model.
+
+    Raises:
+        UserError: out_dir exists, or the model cannot be read.
+    """
+    if out_dir.exists():
+        raise UserError(f"{out_dir}: exists already; name a new folder")
+    saved = load_saved_model(path, which)
+    temporary = out_dir.with_name(f"{_TEMPORARY}{out_dir.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name in (MODEL_NAME, CONFIG_NAME):
+            shutil.copyfile(saved.path / name, temporary / name)
+        for file in saved.tokenizer_dir.glob("*tokenizer*.json"):
+            shutil.copyfile(file, temporary / file.name)
+        temporary.rename(out_dir)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{out_dir}: cannot write the model ({error.strerror}); free some space or name another folder"
+        ) from None
+    return out_dir
+
+
+def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) -> None:
+    """Make a run folder: the tokenizer's file, then config.json, whose presence means the folder is a run.
+
+    Args:
+        run_dir: new or empty of a run.
+        config: JSON values; "model", "train" and "data" by convention.
+        tokenizer: anything with save(directory).
+
+    Raises:
+        UserError: the folder holds a run already, or cannot be made.
+    """
+    if (run_dir / CONFIG_NAME).exists() or checkpoints_of(run_dir):
+        raise UserError(
+            f"{run_dir}: holds a run already; continue it with --resume {run_dir}, or name another folder"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None:
+            tokenizer.save(run_dir)
+        write_config(run_dir, config)
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: cannot make the run folder ({error.strerror}); name another folder"
+        ) from None
+
+
+def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Replace the run's config.json in one move."""
+    temporary = run_dir / f"{_TEMPORARY}{CONFIG_NAME}"
+    write_text(temporary, json.dumps(config, indent=1))
+    temporary.replace(run_dir / CONFIG_NAME)
+    fsync_directory(run_dir)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Settings of a run folder, a checkpoint or an exported model.
+
+    Raises:
+        UserError: no config.json there, or it is no JSON object.
+    """
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        raise UserError(f"{path}: no {CONFIG_NAME} there; name a run folder or one of its checkpoints")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); restore it from a checkpoint of the run") from None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{file}: found {type(config).__name__}, wanted an object; restore it from a checkpoint"
+        )
+    return config
+
+
+def resume_point(path: Path) -> tuple[Path, Path | None]:
+    """The run folder and the checkpoint that --resume PATH means.
+
+    Args:
+        path: a run folder (its newest checkpoint; None if it was stopped before the first) or one checkpoint.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = Path(os.path.abspath(path))
+    if path.parent.name == FOLDER_NAME and path.is_dir():
+        return path.parent.parent, path
+    if not (path / CONFIG_NAME).is_file():
+        raise UserError(
+            f"{path}: no run to resume there; name a folder that has {CONFIG_NAME} and {FOLDER_NAME}/"
+        )
+    found = checkpoints_of(path)
+    return path, found[-1] if found else None
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, a tensor with two names (tied weights) under its first."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy tensors into the model in place.
+
+    Raises:
+        UserError: names or shapes are not the model's.
+    """
+    own = model_tensors(model)
+    if missing := sorted(own.keys() ^ tensors.keys()):
+        raise UserError(
+            f"{source}: tensor {missing[0]!r} is not in both model and file; use the config beside it"
+        )
+    for name, tensor in own.items():
+        found = tensors[name]
+        if found.shape != tensor.shape:
+            raise UserError(
+                f"{source}: {name} has shape {list(found.shape)}, the model wants {list(tensor.shape)}; "
+                "use the config beside the file"
+            )
+        tensor.copy_(found)
+
+
+def _verify(path: Path, only: tuple[str, ...] | None = None) -> None:
+    """Raise a ValueError or OSError that names the first file whose checksum is not the one recorded."""
+    if not (path / SUMS_NAME).is_file():
+        raise ValueError(f"{SUMS_NAME} is missing")
+    lines = (path / SUMS_NAME).read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in only or (MODEL_NAME, OPTIMIZER_NAME, TASK_NAME, STATE_NAME, CONFIG_NAME):
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if sums.get(name) != sha256_of(path / name):
+            raise ValueError(
+                f"{name} is truncated or was changed (its checksum is not the one in {SUMS_NAME})"
+            )
+
+
+def _way_out(path: Path) -> str:
+    """What to type instead of a bad checkpoint."""
+    if path.parent.name != FOLDER_NAME or not path.name[len("step-") :].isdigit():
+        return "restore the folder from a copy"
+    for older in reversed(checkpoints_of(path.parent.parent)):
+        if _step_of(older) < _step_of(path):
+            try:
+                _verify(older)
+            except (OSError, ValueError):
+                continue
+            return f"the newest good one before it is {older}: name that instead"
+    return "no older checkpoint of this run is good; start a new run"

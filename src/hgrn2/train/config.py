@@ -1,0 +1,204 @@
+"""Every setting of a training run, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from hgrn2.errors import UserError, unknown_key_message
+
+_POSITIVE = (
+    "max_steps",
+    "max_tokens",
+    "max_time_s",
+    "batch_size",
+    "seq_len",
+    "grad_accumulation",
+    "num_threads",
+)
+_POSITIVE += ("learning_rate", "muon_learning_rate", "eps", "validation_tokens", "keep_last", "max_nonfinite")
+_NOT_NEGATIVE = (
+    "weight_decay",
+    "warmup_steps",
+    "clip_norm",
+    "validation_every",
+    "checkpoint_every",
+    "sample_every",
+)
+_NOT_NEGATIVE += ("seed",)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: budget, batch, optimizer, schedule, and what to record on the way.
+
+    At least one budget is needed; with several, the run ends at the first that is used up, and the learning
+    rate's schedule runs on the largest used fraction.
+
+    Example:
+        >>> TrainConfig(max_steps=100, learning_rate=3e-3).tokens_per_step
+        16384
+    """
+
+    max_steps: int | None = None
+    """Budget in optimizer steps."""
+    max_tokens: int | None = None
+    """Budget in training tokens."""
+    max_time_s: float | None = None
+    """Budget in wall-clock seconds; not repeatable to the bit, as the schedule then follows the clock."""
+
+    batch_size: int = 16
+    """Sequences in one forward pass."""
+    seq_len: int = 1024
+    """Tokens in one sequence."""
+    grad_accumulation: int = 1
+    """Forward passes summed into one optimizer step; every target weighs the same whatever pass it is in."""
+    stream: bool = False
+    """Carry the state across a document's windows (truncated backpropagation) instead of packing."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for everything, or muon for the hidden matrices and adamw for the rest."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: float | None = None
+    """Peak learning rate of Muon, in AdamW's scale (updates of equal size); unset: learning_rate."""
+    beta1: float = 0.9
+    """Decay of AdamW's running mean of the gradient."""
+    beta2: float = 0.95
+    """Decay of AdamW's running mean of the squared gradient."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices, embedding and head; never on norms, biases, or lower bounds."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+
+    schedule: Literal["cosine", "wsd", "inverse-sqrt", "constant"] = "cosine"
+    """Shape of the learning rate after the warmup; wsd: warmup, stable, decay to the end."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises from zero; unset: 100, or max_steps / 10 if less."""
+    decay_fraction: float | None = None
+    """The last part of the budget, over which wsd decays; unset: 0.2."""
+    min_lr_fraction: float | None = None
+    """Learning rate at the end of cosine and wsd, as a fraction of the peak; unset: 0.1."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass; bfloat16 is autocast, with weights and optimizer in float32."""
+    compile: bool = False
+    """Compile the loss with torch.compile: faster steps, minutes of waiting at the start."""
+    device: str = "auto"
+    """Torch device, such as cpu or cuda:0; auto: the first GPU, or the CPU."""
+    num_threads: int | None = None
+    """Threads torch computes with on the CPU; unset: torch's choice. Another number changes the last bits."""
+    seed: int = 0
+    """Seed of the weights, the data order and the dropout."""
+
+    validation_every: int = 250
+    """Steps between validations; 0: only at the end."""
+    validation_tokens: int = 262_144
+    """Tokens of the held-out text that a validation reads, from its beginning."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0: only at the end. A new best validation writes one as well."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept, beside the best one."""
+    sample_every: int = 0
+    """Steps between samples of the model's writing; 0: only at the end."""
+    sample_prompt: str = ""
+    """Text that the samples continue; empty: the start of a document."""
+    max_nonfinite: int = 10
+    """Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run folder, beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.max_tokens is None and self.max_time_s is None:
+            raise UserError("train config: no budget; set max_steps, max_tokens or max_time_s")
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
+            self._check_number(name, zero_allowed=name in _NOT_NEGATIVE)
+        for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("min_lr_fraction", 0, 1)):
+            value = getattr(self, name)
+            if value is not None and not (low <= value < high):
+                raise UserError(f"train config: {name} is {value}; wanted {low} <= {name} < {high}")
+        if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
+            raise UserError(
+                f"train config: decay_fraction is {self.decay_fraction}; wanted 0 < decay_fraction <= 1"
+            )
+        for name, known in (
+            ("optimizer", ("adamw", "muon")),
+            ("schedule", ("cosine", "wsd", "inverse-sqrt", "constant")),
+            ("precision", ("float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"train config: {name} is {getattr(self, name)!r}; wanted {' or '.join(known)}"
+                )
+        self._check_together()
+
+    def _check_number(self, name: str, *, zero_allowed: bool) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        wanted = "0 or more" if zero_allowed else "more than 0"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"train config: {name} is {value!r}; wanted a finite number, {wanted}")
+        if value < 0 or (value == 0 and not zero_allowed):
+            raise UserError(f"train config: {name} is {value}; wanted {wanted}")
+
+    def _check_together(self) -> None:
+        if self.schedule == "inverse-sqrt" and self.num_warmup_steps == 0:
+            raise UserError(
+                "train config: schedule inverse-sqrt decays from the end of the warmup; set warmup_steps"
+            )
+        if self.max_steps is not None and (self.warmup_steps or 0) > self.max_steps:
+            raise UserError(
+                f"train config: warmup_steps {self.warmup_steps} exceeds max_steps {self.max_steps}; lower it"
+            )
+        if self.max_tokens is not None and self.max_tokens < self.tokens_per_step:
+            raise UserError(
+                f"train config: max_tokens {self.max_tokens} is less than one step of {self.tokens_per_step} "
+                "(batch_size * seq_len * grad_accumulation); raise it or shrink the batch"
+            )
+        without_effect = {
+            "muon_learning_rate": self.optimizer != "muon",
+            "decay_fraction": self.schedule != "wsd",
+            "min_lr_fraction": self.schedule not in ("cosine", "wsd"),
+        }
+        for name, idle in without_effect.items():
+            if idle and getattr(self, name) is not None:
+                other = (
+                    f"optimizer {self.optimizer}"
+                    if name == "muon_learning_rate"
+                    else f"schedule {self.schedule}"
+                )
+                warnings.warn(f"train config: {name} has no effect with {other}", UserWarning, stacklevel=4)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens one optimizer step reads."""
+        return self.batch_size * self.seq_len * self.grad_accumulation
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """warmup_steps, or its default."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return 100 if self.max_steps is None else min(100, self.max_steps // 10)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain numbers and strings."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> TrainConfig:
+        """The config with these settings and the defaults for the rest.
+
+        Raises:
+            UserError: for a key that does not exist (near matches are named) or a value that cannot be used.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise UserError(unknown_key_message("train config", key, known))
+        return cls(**settings)

@@ -1,0 +1,188 @@
+"""What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Display(Protocol):
+    """Takes the records of metrics.jsonl as they come; see Trainer for their keys."""
+
+    def __enter__(self) -> Display:
+        """Start showing."""
+        ...
+
+    def __exit__(self, *error: object) -> None:
+        """Stop showing, leaving the last state on the screen."""
+        ...
+
+    def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
+        """A training step is done; progress is the used fraction of the budget."""
+        ...
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """A validation is done."""
+        ...
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """The model has written something."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One line worth knowing."""
+        ...
+
+
+def make_display(console: Console | None = None) -> Display:
+    """The live display on a terminal, plain lines everywhere else; both on standard error."""
+    console = console or Console(stderr=True)
+    return LiveDisplay(console) if console.is_terminal and not console.is_dumb_terminal else PlainDisplay()
+
+
+class PlainDisplay:
+    """One line every few seconds, for logs.
+
+    Args:
+        every_s: least time between two training lines; validations, samples and notes always show.
+    """
+
+    def __init__(self, every_s: float = 10.0) -> None:
+        self._every_s = every_s
+        self._last_s = -float("inf")
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
+        """A line, unless the last one is younger than every_s."""
+        if time.monotonic() - self._last_s < self._every_s and progress < 1.0:
+            return
+        self._last_s = time.monotonic()
+        skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
+        self.note(
+            f"step {record['step']}  {progress:4.0%}  loss {_loss(record['smoothed_loss'])}  "
+            f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s  "
+            f"left {duration(eta_s)}  {size(record['memory_bytes'])}{skipped}"
+        )
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """A line."""
+        self.note(f"step {record['step']}  validation: {validation_text(record)}")
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """The text between two rules of dashes."""
+        self.note(f"step {record['step']}  sample:\n{'-' * 40}\n{record['text']}\n{'-' * 40}")
+
+    def note(self, text: str) -> None:
+        """The line."""
+        print(text, file=sys.stderr, flush=True)
+
+
+class LiveDisplay:
+    """A panel that stays in place: progress, figures, the last validation and the last sample."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("training", total=1.0, left="?")
+        self._record: dict[str, Any] = {}
+        self._validation = "none yet"
+        self._sample = ""
+        self._live = Live(self._panel(), console=console, refresh_per_second=4)
+
+    def __enter__(self) -> LiveDisplay:
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.update(self._panel(), refresh=True)
+        self._live.stop()
+
+    def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
+        """Move the bar and the figures."""
+        self._record = record
+        self._bar.update(self._task, completed=min(progress, 1.0), left=duration(eta_s))
+        self._live.update(self._panel())
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """Replace the last validation."""
+        self._validation = f"{validation_text(record)}  (step {record['step']})"
+        self._live.update(self._panel())
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """Replace the last sample."""
+        self._sample = record["text"]
+        self._live.update(self._panel())
+
+    def note(self, text: str) -> None:
+        """A line above the panel."""
+        self._console.print(Text(text))
+
+    def _panel(self) -> Group:
+        figures = Table.grid(padding=(0, 3))
+        record = self._record
+        if record:
+            figures.add_row("step", f"{record['step']:,}", "tokens", f"{record['tokens']:,}")
+            figures.add_row("loss", _loss(record["loss"]), "smoothed", _loss(record["smoothed_loss"]))
+            figures.add_row(
+                "learning rate",
+                f"{record['learning_rate']:.2e}",
+                "tokens/s",
+                f"{record['tokens_per_s']:,.0f}",
+            )
+            figures.add_row(
+                "memory", size(record["memory_bytes"]), "skipped steps", str(record["skipped_steps"])
+            )
+        lines = Group(self._bar, figures, Text(f"validation  {self._validation}"))
+        if not self._sample:
+            return Group(lines)
+        return Group(
+            lines, Panel(Text("\n".join(self._sample.splitlines()[:12])), title="sample", title_align="left")
+        )
+
+
+def validation_text(record: dict[str, Any]) -> str:
+    """The figures of a validation record in words."""
+    parts = [f"loss {record['val_loss']:.4f}"]
+    if "val_perplexity" in record:
+        parts.append(f"perplexity {record['val_perplexity']:.2f} a token")
+    if "val_bits_per_byte" in record:
+        parts.append(f"{record['val_bits_per_byte']:.4f} bits a byte")
+    return ", ".join(parts)
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Such as 1:02:03 or 4:05; a question mark for None."""
+    if seconds is None:
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def size(num_bytes: float) -> str:
+    """Such as 1.5 GiB."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

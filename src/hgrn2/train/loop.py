@@ -1,0 +1,369 @@
+"""The training loop: steps, records, checkpoints, and every way a run can stop and go on."""
+
+from __future__ import annotations
+
+import errno
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import hgrn2
+from hgrn2.errors import UserError
+from hgrn2.train import checkpoint as ckpt
+from hgrn2.train.config import TrainConfig
+from hgrn2.train.display import Display, make_display
+from hgrn2.train.interrupt import StopRequest
+from hgrn2.train.metrics import MetricsWriter, read_metrics
+from hgrn2.train.optim import NamedOptimizer
+from hgrn2.train.rng import rng_state, seed_everything, set_rng_state, shielded_rng
+from hgrn2.train.schedule import lr_fraction
+from hgrn2.train.task import Task
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SMOOTHING = 0.95
+
+
+@dataclass
+class Counters:
+    """Where a run is; travels in every checkpoint's state.json.
+
+    Attributes:
+        step: optimizer steps, skipped ones included.
+        tokens: tokens read for training.
+        elapsed_s: wall clock of the run so far, without the time it stood still.
+        skipped_steps: steps whose loss or gradient was not finite.
+        skipped_in_a_row: how many of those came last.
+        smoothed_loss: running mean of the finite losses, nats a target.
+        validated_step: step of the last validation.
+        best: {"step", "val_loss"} of the best validation.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    smoothed_loss: float | None = None
+    validated_step: int = -1
+    best: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        run_dir: the run folder.
+        checkpoint: the newest checkpoint.
+        counters: steps, tokens, seconds, skipped steps, best validation.
+        last_validation: the last validation record of metrics.jsonl.
+        stopped_by: name of the signal that stopped the run, or None when its budget is used up.
+    """
+
+    run_dir: Path
+    checkpoint: Path
+    counters: Counters
+    last_validation: dict[str, Any] | None = None
+    stopped_by: str | None = None
+
+
+@dataclass
+class Trainer:
+    """Trains a model on a task and leaves a run folder that can be resumed at any moment.
+
+    Attributes:
+        model: on its device already.
+        task: batches, loss and metric.
+        roles: role of every parameter, see NamedOptimizer.
+        config: the settings.
+        run_dir: made by create_run.
+        run_config: what run_dir/config.json holds; copied into every checkpoint.
+        resume_from: a checkpoint folder to go on from; later checkpoints and records of the run are removed.
+            None starts at the beginning, and removes whatever an earlier attempt left.
+        display: where progress is shown; by default on standard error.
+    """
+
+    model: nn.Module
+    task: Task
+    roles: Mapping[str, str]
+    config: TrainConfig
+    run_dir: Path
+    run_config: Mapping[str, Any]
+    resume_from: Path | None = None
+    display: Display = field(default_factory=make_display)
+
+    def __post_init__(self) -> None:
+        self._counters = Counters()
+        self._optimizer = NamedOptimizer(self.model, self.roles, self.config)
+        self._device = self._optimizer.parameters[0].device
+        self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
+
+    def run(self) -> TrainResult:
+        """Train until the budget is used up or a signal asks to stop.
+
+        Raises:
+            UserError: too many non-finite steps in a row, a full disk, or a checkpoint that cannot be read;
+                the message names the last good checkpoint.
+            KeyboardInterrupt: at the second signal.
+        """
+        try:
+            self._restore()
+            with (
+                StopRequest() as stop,
+                MetricsWriter(
+                    self.run_dir, resume_step=self._counters.step, tensorboard=self.config.tensorboard
+                ) as metrics,
+                self.display,
+            ):
+                self._started_s = time.monotonic() - self._counters.elapsed_s
+                self._train(stop, metrics)
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise UserError(
+                f"{self.run_dir}: {error.strerror} at step {self._counters.step}; {self._last_good()}; "
+                f"free some space, then: hgrn2 train --resume {self.run_dir}"
+            ) from error
+        newest = self._store.latest()
+        assert newest is not None, "a run that ends has a checkpoint"
+        validations = [r for r in read_metrics(self.run_dir) if r["kind"] == "validation"]
+        return TrainResult(
+            self.run_dir, newest, self._counters, validations[-1] if validations else None, stop.signal_name
+        )
+
+    def _train(self, stop: StopRequest, metrics: MetricsWriter) -> None:
+        config, counters = self.config, self._counters
+        metrics.write({"kind": "start", "step": counters.step, **self._environment()})
+        self._progress_at_start, self._session_started_s = self._progress(), time.monotonic()
+        finished = self._progress() >= 1.0
+        while not finished and stop.signal_name is None:
+            self._step(metrics)
+            finished = self._progress() >= 1.0
+            new_best = (finished or _due(counters.step, config.validation_every)) and self._validate(metrics)
+            if finished or _due(counters.step, config.sample_every):
+                self._sample(metrics)
+            stopping = finished or stop.signal_name is not None
+            if stopping or new_best or _due(counters.step, config.checkpoint_every):
+                self._save(metrics)
+        # a run that was resumed with nothing left to do, or stopped before its first step
+        if finished and counters.validated_step != counters.step:
+            self._validate(metrics)
+            self._save(metrics)
+        if self._store.latest() is None:
+            self._save(metrics)
+        if not finished:
+            self.display.note(
+                f"stopped by {stop.signal_name} after step {counters.step}; "
+                f"go on with: hgrn2 train --resume {self.run_dir}"
+            )
+
+    def _step(self, metrics: MetricsWriter) -> None:
+        config, counters = self.config, self._counters
+        started_s = time.monotonic()
+        learning_rate = self._optimizer.set_lr_fraction(lr_fraction(config, counters.step, self._progress()))
+        batches = [self.task.next_batch() for _ in range(config.grad_accumulation)]
+        num_targets = max(1, sum(self.task.num_targets(batch) for batch in batches))
+        loss_sum = torch.zeros((), device=self._device)
+        for batch in batches:
+            with self._autocast():
+                batch_loss = self.task.loss(self.model, batch)
+            # every target of the step weighs the same, however the targets fall into the batches
+            (batch_loss / num_targets).backward()
+            loss_sum += batch_loss.detach()
+
+        loss = loss_sum.item() / num_targets
+        gradients = [p.grad for p in self._optimizer.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        grad_norm = norm.item()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            if config.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self._optimizer.parameters, config.clip_norm, norm)
+            self._optimizer.step()
+            smoothed = counters.smoothed_loss
+            counters.smoothed_loss = (
+                loss if smoothed is None else _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
+            )
+            counters.skipped_in_a_row = 0
+        else:
+            self.task.step_skipped()
+            counters.skipped_steps += 1
+            counters.skipped_in_a_row += 1
+        self._optimizer.zero_grad()
+
+        num_tokens = sum(self.task.num_tokens(batch) for batch in batches)
+        counters.step += 1
+        counters.tokens += num_tokens
+        counters.elapsed_s = time.monotonic() - self._started_s
+        record = {
+            "kind": "train",
+            "step": counters.step,
+            "tokens": counters.tokens,
+            "elapsed_s": round(counters.elapsed_s, 3),
+            "loss": loss if math.isfinite(loss) else None,
+            "smoothed_loss": counters.smoothed_loss,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "learning_rate": learning_rate,
+            "tokens_per_s": round(num_tokens / max(time.monotonic() - started_s, 1e-9), 1),
+            "memory_bytes": memory_bytes(self._device),
+            "skipped_steps": counters.skipped_steps,
+        }
+        metrics.write(record)
+        self.display.train(record, self._progress(), self._eta_s())
+        if not finite:
+            self._report_nonfinite(loss)
+
+    def _report_nonfinite(self, loss: float) -> None:
+        counters = self._counters
+        what = "gradient" if math.isfinite(loss) else "loss"
+        skipped = f"{counters.skipped_steps} skipped so far"
+        self.display.note(f"step {counters.step} skipped: its {what} is not finite ({skipped})")
+        if counters.skipped_in_a_row >= self.config.max_nonfinite:
+            raise UserError(
+                f"{self.run_dir}: stopped at step {counters.step}, the {what} was not finite in "
+                f"{counters.skipped_in_a_row} steps in a row; {self._last_good()}; "
+                "lower learning_rate or raise warmup_steps"
+            )
+
+    def _validate(self, metrics: MetricsWriter) -> bool:
+        """Write a validation record; True if it is the best so far."""
+        counters = self._counters
+        with self._aside():
+            figures = self.task.evaluate(self.model)
+        counters.validated_step = counters.step
+        counters.elapsed_s = time.monotonic() - self._started_s
+        record = {
+            "kind": "validation",
+            "step": counters.step,
+            "tokens": counters.tokens,
+            "elapsed_s": round(counters.elapsed_s, 3),
+            **figures,
+        }
+        metrics.write(record)
+        self.display.validation(record)
+        val_loss = figures["val_loss"]
+        better = math.isfinite(val_loss) and (counters.best is None or val_loss < counters.best["val_loss"])
+        if better:
+            counters.best = {"step": counters.step, "val_loss": val_loss}
+        return better
+
+    def _sample(self, metrics: MetricsWriter) -> None:
+        with self._aside():
+            text = self.task.sample(self.model)
+        if text is not None:
+            record = {
+                "kind": "sample",
+                "step": self._counters.step,
+                "tokens": self._counters.tokens,
+                "text": text,
+            }
+            metrics.write(record)
+            self.display.sample(record)
+
+    def _save(self, metrics: MetricsWriter) -> None:
+        counters = self._counters
+        # the records up to this step must be on the disk before the checkpoint that relies on them
+        metrics.sync()
+        counters.elapsed_s = time.monotonic() - self._started_s
+        self._store.save(
+            model=ckpt.model_tensors(self.model),
+            optimizer=self._optimizer.state_tensors(),
+            task=self.task.state_tensors(),
+            state={
+                **asdict(counters),
+                "task": self.task.state_dict(),
+                "rng": rng_state(),
+                "environment": self._environment(),
+            },
+            config=self.run_config,
+            best_step=counters.best["step"] if counters.best else None,
+        )
+
+    def _restore(self) -> None:
+        if self.resume_from is None:
+            self._store.remove_after(-1)
+            seed_everything(self.config.seed)
+            return
+        saved = ckpt.load_checkpoint(self.resume_from)
+        state = saved.state
+        ckpt.load_model_tensors(self.model, saved.model, saved.path)
+        self._optimizer.load_state_tensors(saved.optimizer)
+        self.task.load_state(state["task"], saved.task)
+        self._counters = Counters(**{name: state[name] for name in asdict(self._counters)})
+        self._store.remove_after(self._counters.step)
+        set_rng_state(state["rng"])
+        before, now = state["environment"], self._environment()
+        if changed := [
+            f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]
+        ]:
+            self.display.note(
+                f"resuming elsewhere ({', '.join(changed)}): losses may differ in the last bits"
+            )
+
+    def _progress(self) -> float:
+        """Used fraction of the budget."""
+        config, counters = self.config, self._counters
+        used = [
+            counters.step / config.max_steps if config.max_steps else 0.0,
+            counters.tokens / config.max_tokens if config.max_tokens else 0.0,
+            (time.monotonic() - self._started_s) / config.max_time_s if config.max_time_s else 0.0,
+        ]
+        return min(1.0, max(used))
+
+    def _eta_s(self) -> float | None:
+        done = self._progress() - self._progress_at_start
+        spent_s = time.monotonic() - self._session_started_s
+        return spent_s / done * (1.0 - self._progress()) if done > 0 else None
+
+    def _autocast(self) -> Any:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, generators of its own: looking does not change the training."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), shielded_rng(self.config.seed), self._autocast():
+                yield
+        finally:
+            self.model.train()
+
+    def _last_good(self) -> str:
+        newest = self._store.latest()
+        return f"last good checkpoint: {newest}" if newest else "no checkpoint was written yet"
+
+    def _environment(self) -> dict[str, Any]:
+        gpu = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
+        return {
+            "device": gpu,
+            "num_threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "hgrn2": hgrn2.__version__,
+        }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the GPU, or of the process; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kibibytes
+    return peak if sys.platform == "darwin" else peak * 1024

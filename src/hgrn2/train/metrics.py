@@ -1,0 +1,116 @@
+"""metrics.jsonl: one JSON object a line, whole lines only, nothing from after the step a run resumes at."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from hgrn2.errors import UserError
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole record of a metrics file; a last line torn by a kill is left out.
+
+    Args:
+        path: the file, or the run folder that holds it.
+
+    Raises:
+        UserError: there is no such file, or a line that is not the last is no JSON object.
+    """
+    path = path / METRICS_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name a run folder that has {METRICS_NAME}")
+    # a line without its newline was cut off while it was written, even if what is there parses
+    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); remove the line") from None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path}, line {number}: found {type(record).__name__}, wanted an object; remove the line"
+            )
+        records.append(record)
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    # JSON has no NaN and no infinity: they become null
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl, each flushed as it is written, and to TensorBoard if asked.
+
+    Args:
+        run_dir: the run folder.
+        resume_step: records of later steps, and a torn last line, are dropped first; 0 drops everything.
+        tensorboard: also write event files under run_dir / "tensorboard".
+
+    Raises:
+        UserError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int = 0, tensorboard: bool = False) -> None:
+        self._board = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
+        path = run_dir / METRICS_NAME
+        kept = (
+            [r for r in read_metrics(path) if r.get("step", 0) <= resume_step]
+            if path.exists() and resume_step
+            else []
+        )
+        temporary = path.with_name(f".tmp-{METRICS_NAME}")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; "kind" and "step" say what it is."""
+        self._file.write(_line(record))
+        self._file.flush()
+        if self._board is not None:
+            for key, value in record.items():
+                if isinstance(value, float | int) and key not in ("step", "tokens") and math.isfinite(value):
+                    self._board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+
+    def sync(self) -> None:
+        """Force everything written so far to the disk."""
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Close the files; a full disk may leave an unfinished last line, which readers leave out."""
+        try:
+            self._file.close()
+        finally:
+            if self._board is not None:
+                self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _tensorboard_writer(directory: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tensorboard: not installed; pip install 'hgrn2[tensorboard]', or leave the flag away"
+        ) from None
+    # purge_step hides the events of the steps that are about to be trained again
+    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)

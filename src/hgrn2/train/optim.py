@@ -1,0 +1,136 @@
+"""Parameter roles to optimizers, and optimizer state by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hgrn2.errors import UserError
+from hgrn2.train.config import TrainConfig
+
+DECAYED_ROLES = frozenset({"matrix", "embedding", "head"})
+ROLES = frozenset({"matrix", "embedding", "head", "vector", "lower_bounds"})
+
+
+class NamedOptimizer:
+    """AdamW, or Muon beside AdamW, as one optimizer whose state is kept by parameter name.
+
+    Args:
+        model: its parameters that require gradients are optimized.
+        roles: role of every parameter name: matrix, embedding, head, vector or lower_bounds. Weight decay
+            falls on the first three; Muon takes the matrices.
+        config: optimizer, learning rates, betas, eps and weight_decay are read.
+
+    Raises:
+        UserError: Muon is asked for and this torch does not have it.
+    """
+
+    def __init__(self, model: nn.Module, roles: Mapping[str, str], config: TrainConfig) -> None:
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        unknown = {name: roles.get(name) for name in self._named if roles.get(name) not in ROLES}
+        assert not unknown, f"parameters without a known role: {unknown}"
+
+        adamw_names = [name for name in self._named if config.optimizer == "adamw" or roles[name] != "matrix"]
+        muon_names = [name for name in self._named if name not in set(adamw_names)]
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if adamw_names:
+            self._optimizers.append(self._adamw(adamw_names, roles, config))
+        if muon_names:
+            self._optimizers.append(self._muon(muon_names, config))
+        self._peaks = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def _adamw(
+        self, names: list[str], roles: Mapping[str, str], config: TrainConfig
+    ) -> torch.optim.Optimizer:
+        decayed = [self._named[name] for name in names if roles[name] in DECAYED_ROLES]
+        plain = [self._named[name] for name in names if roles[name] not in DECAYED_ROLES]
+        groups = [
+            {"params": params, "weight_decay": weight_decay}
+            for params, weight_decay in ((decayed, config.weight_decay), (plain, 0.0))
+            if params
+        ]
+        fused = all(self._named[name].device.type in ("cpu", "cuda") for name in names)
+        return torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused
+        )
+
+    def _muon(self, names: list[str], config: TrainConfig) -> torch.optim.Optimizer:
+        muon = getattr(torch.optim, "Muon", None)
+        if muon is None:
+            raise UserError(
+                f"optimizer muon: torch {torch.__version__} has none; install 2.9 or later, or use adamw"
+            )
+        # updates of the size of AdamW's, so that one learning rate and one weight decay serve both
+        return muon(
+            [self._named[name] for name in names],
+            lr=config.muon_learning_rate or config.learning_rate,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Every optimized parameter, in the model's order."""
+        return list(self._named.values())
+
+    def weight_decay_of(self, name: str) -> float:
+        """Weight decay on the parameter of this name."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                if any(p is self._named[name] for p in group["params"]):
+                    return group["weight_decay"]
+        raise KeyError(name)
+
+    def set_lr_fraction(self, fraction: float) -> float:
+        """Set every learning rate to this fraction of its peak; returns the first (AdamW's)."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for group, peak in zip(groups, self._peaks, strict=True):
+            group["lr"] = peak * fraction
+        return groups[0]["lr"]
+
+    def step(self) -> None:
+        """Update the parameters from their gradients."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """State as "parameter name/key" to tensor, such as "lm_head.weight/exp_avg"; empty before a step."""
+        return {
+            f"{name}/{key}": value
+            for name, p in self._named.items()
+            for optimizer in self._optimizers
+            for key, value in optimizer.state.get(p, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what state_tensors gave; moves to the parameters' devices.
+
+        Raises:
+            UserError: the names are not this model's.
+        """
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for full_name, value in tensors.items():
+            name, _, key = full_name.rpartition("/")
+            if name not in self._named:
+                raise UserError(
+                    f"optimizer state: {name!r} is not in this model; resume with the run's own config"
+                )
+            by_name.setdefault(name, {})[key] = value
+        for optimizer in self._optimizers:
+            packed = optimizer.state_dict()
+            owned = [p for group in optimizer.param_groups for p in group["params"]]
+            position = {id(p): i for i, p in enumerate(owned)}
+            packed["state"] = {
+                position[id(self._named[name])]: state
+                for name, state in by_name.items()
+                if id(self._named[name]) in position
+            }
+            # torch's own loader knows which tensors follow the parameter's device and which stay on the CPU
+            optimizer.load_state_dict(packed)

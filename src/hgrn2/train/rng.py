@@ -1,0 +1,63 @@
+"""The random number generators training draws from: saved, restored, and shielded."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 the global generator is the one third-party code draws from
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every generator as JSON values."""
+    version, words, gauss_next = random.getstate()
+    name, key, *rest = np.random.get_state()  # noqa: NPY002
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, _encode(np.array(words, dtype=np.uint32)), gauss_next],
+        "numpy": [name, _encode(np.asarray(key)), *rest],
+        "torch": _encode(torch.get_rng_state().numpy()),
+        "cuda": [_encode(state.numpy()) for state in cuda_states],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what rng_state gave, also after a trip through JSON."""
+    version, words, gauss_next = state["python"]
+    random.setstate((version, tuple(_decode(words, np.uint32).tolist()), gauss_next))
+    name, key, *rest = state["numpy"]
+    np.random.set_state((name, _decode(key, np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(torch.from_numpy(_decode(state["torch"], np.uint8)))
+    # a run may go on where there are fewer GPUs, or none
+    for index, encoded in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(torch.from_numpy(_decode(encoded, np.uint8)), index)
+
+
+@contextmanager
+def shielded_rng(seed: int) -> Iterator[None]:
+    """Seed the generators for the body and put them back after it, so that it leaves no trace in training."""
+    saved = rng_state()
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(saved)
+
+
+def _encode(words: np.ndarray) -> str:
+    return base64.b64encode(words.tobytes()).decode("ascii")
+
+
+def _decode(text: str, dtype: type) -> np.ndarray:
+    return np.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)

@@ -1,0 +1,47 @@
+"""Learning-rate schedules: the fraction of the peak as pure functions of how far the run is."""
+
+from __future__ import annotations
+
+import math
+
+from hgrn2.train.config import TrainConfig
+
+
+def warmup(step: int, warmup_steps: int) -> float:
+    """Linear rise: 1 / warmup_steps at step 0, 1 from step warmup_steps - 1 on."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def cosine(progress: float, min_fraction: float) -> float:
+    """Half a cosine from 1 at progress 0 to min_fraction at progress 1."""
+    return min_fraction + (1.0 - min_fraction) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def wsd(progress: float, decay_fraction: float, min_fraction: float) -> float:
+    """Warmup-stable-decay: 1, then a straight line down to min_fraction over the last decay_fraction."""
+    remaining = max(0.0, 1.0 - progress)
+    return min_fraction + (1.0 - min_fraction) * min(1.0, remaining / decay_fraction)
+
+
+def inverse_sqrt(step: int, warmup_steps: int) -> float:
+    """1 up to the end of the warmup, then sqrt(warmup_steps / (step + 1)), which knows no end."""
+    return math.sqrt(warmup_steps / max(step + 1, warmup_steps))
+
+
+def lr_fraction(config: TrainConfig, step: int, progress: float) -> float:
+    """Fraction of the peak learning rate for one step; the warmup multiplies the shape.
+
+    Args:
+        config: schedule, num_warmup_steps, decay_fraction and min_lr_fraction are read.
+        step: optimizer steps done before this one.
+        progress: used fraction of the budget before this step, in [0, 1].
+    """
+    min_fraction = 0.1 if config.min_lr_fraction is None else config.min_lr_fraction
+    decay_fraction = 0.2 if config.decay_fraction is None else config.decay_fraction
+    shape = {
+        "cosine": lambda: cosine(progress, min_fraction),
+        "wsd": lambda: wsd(progress, decay_fraction, min_fraction),
+        "inverse-sqrt": lambda: inverse_sqrt(step, config.num_warmup_steps),
+        "constant": lambda: 1.0,
+    }[config.schedule]
+    return warmup(step, config.num_warmup_steps) * shape()

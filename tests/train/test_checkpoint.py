@@ -1,0 +1,222 @@
+import hashlib
+import json
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import TinyModel
+from torch import nn
+
+from hgrn2.errors import UserError
+from hgrn2.train import checkpoint
+from hgrn2.train.files import write_safetensors
+
+CONFIG = {"model": {"hidden_size": 8}, "train": {"max_steps": 3}}
+
+
+class Marker:
+    def save(self, directory):
+        (directory / "tokenizer.json").write_text("{}")
+
+
+def save(store, step, best_step=None):
+    torch.manual_seed(step)
+    return store.save(
+        model=checkpoint.model_tensors(TinyModel()),
+        optimizer={"head.weight/step": torch.tensor(float(step))},
+        task={},
+        state={"step": step, "best": {"step": best_step, "val_loss": 1.0} if best_step else None},
+        config=CONFIG,
+        best_step=best_step,
+    )
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    checkpoint.create_run(tmp_path / "run", CONFIG, Marker())
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def store(run_dir):
+    return checkpoint.CheckpointStore(run_dir, keep_last=2)
+
+
+def names(run_dir):
+    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+def test_safetensors_file_is_the_librarys_format(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5).bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "transposed": torch.randn(4, 3).T,
+        "none": torch.zeros(0, 7),
+        "flags": torch.tensor([True, False, True]),
+        "wide": torch.arange(4, dtype=torch.float64),
+        "ids": torch.arange(5),
+    }
+    digest = write_safetensors(tmp_path / "x", tensors)
+    assert digest == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+    found = load_file(tmp_path / "x")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_round_trip(store):
+    path = save(store, 7)
+    read = checkpoint.load_checkpoint(path)
+    model = TinyModel()
+    checkpoint.load_model_tensors(model, read.model, path)
+    torch.manual_seed(7)
+    wanted = TinyModel()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), wanted.parameters(), strict=True))
+    assert read.optimizer == {"head.weight/step": torch.tensor(7.0)}
+    assert read.state["step"] == 7
+    assert checkpoint.read_config(path) == CONFIG
+
+
+def test_sums_file_is_what_sha256sum_reads(store):
+    path = save(store, 7)
+    done = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout.count(": OK") == 5
+
+
+def test_the_last_and_the_best_are_kept(store, run_dir):
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+        save(store, step, best)
+    assert names(run_dir) == ["step-00000002", "step-00000004", "step-00000005"]
+    save(store, 6, 6)
+    assert names(run_dir) == ["step-00000005", "step-00000006"]
+    store.remove_after(5)
+    assert names(run_dir) == ["step-00000005"]
+    assert store.latest() == run_dir / "checkpoints" / "step-00000005"
+
+
+def test_the_same_step_again_replaces(store, run_dir):
+    save(store, 3)
+    (run_dir / "checkpoints" / "step-00000003" / "model.safetensors").write_bytes(b"")
+    checkpoint.load_checkpoint(save(store, 3))
+    assert names(run_dir) == ["step-00000003"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(store, run_dir):
+    save(store, 3)
+    (run_dir / "checkpoints" / ".tmp-step-00000004").mkdir()
+    (run_dir / "checkpoints" / ".tmp-step-00000004" / "model.safetensors").write_bytes(b"half")
+    assert store.latest().name == "step-00000003"
+    checkpoint.CheckpointStore(run_dir, keep_last=2)
+    assert names(run_dir) == ["step-00000003"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
+def test_harm_is_found_and_the_older_checkpoint_named(store, name, harm):
+    good, bad = save(store, 1), save(store, 2)
+    data = (bad / name).read_bytes()
+    if harm == "truncate":
+        (bad / name).write_bytes(data[:-1])
+    elif harm == "flip":
+        (bad / name).write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    else:
+        (bad / name).unlink()
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_checkpoint(bad)
+    message = str(caught.value)
+    assert str(bad) in message
+    assert name in message
+    assert f"the newest good one before it is {good}" in message
+    assert "\n" not in message
+
+
+def test_no_older_checkpoint_is_good(store):
+    older, bad = save(store, 1), save(store, 2)
+    for path in (older, bad):
+        (path / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=r"SHA256SUMS is missing; no older checkpoint of this run is good"):
+        checkpoint.load_checkpoint(bad)
+
+
+def test_a_failed_save_leaves_nothing(store, run_dir, monkeypatch):
+    save(store, 1)
+    monkeypatch.setattr(
+        checkpoint, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    with pytest.raises(OSError, match="No space left"):
+        save(store, 2)
+    assert names(run_dir) == ["step-00000001"]
+
+
+def test_resume_point(store, run_dir, tmp_path):
+    assert checkpoint.resume_point(run_dir) == (run_dir, None)
+    one, two = save(store, 1), save(store, 2)
+    assert checkpoint.resume_point(run_dir) == (run_dir, two)
+    assert checkpoint.resume_point(one) == (run_dir, one)
+    with pytest.raises(UserError, match="no run to resume there"):
+        checkpoint.resume_point(tmp_path)
+
+
+def test_a_run_is_not_overwritten(run_dir):
+    with pytest.raises(UserError, match="--resume"):
+        checkpoint.create_run(run_dir, CONFIG)
+
+
+def test_broken_config(run_dir):
+    (run_dir / "config.json").write_text('{"model": ')
+    with pytest.raises(UserError, match="not JSON"):
+        checkpoint.read_config(run_dir)
+
+
+def test_saved_model_from_run_checkpoint_and_export(store, run_dir, tmp_path):
+    best = save(store, 1, 1)
+    for step in (2, 3):
+        save(store, step, 1)
+    out = checkpoint.export_model(run_dir, tmp_path / "export", which="best")
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    for source, which in ((best, "latest"), (run_dir, "best"), (out, "latest")):
+        saved = checkpoint.load_saved_model(source, which)
+        torch.manual_seed(1)
+        assert torch.equal(saved.tensors["head.weight"], TinyModel().head.weight)
+        assert saved.config == CONFIG
+        assert (saved.tokenizer_dir / "tokenizer.json").exists()
+    assert checkpoint.load_saved_model(run_dir).path.name == "step-00000003"
+    with pytest.raises(UserError, match="exists already"):
+        checkpoint.export_model(run_dir, out)
+    with pytest.raises(UserError, match="no model there"):
+        checkpoint.load_saved_model(tmp_path)
+    (out / "model.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(UserError, match="restore the folder from a copy"):
+        checkpoint.load_saved_model(out)
+
+
+def test_tied_weights_are_written_once_and_both_come_back(store):
+    model = TinyModel()
+    model.head.weight = nn.Parameter(model.embedding.weight.detach().clone())
+    model.head.weight = model.embedding.weight
+    tensors = checkpoint.model_tensors(model)
+    assert ("head.weight" in tensors) != ("embedding.weight" in tensors)
+    wanted = {name: tensor.clone() for name, tensor in tensors.items()}
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    checkpoint.load_model_tensors(model, wanted, store.latest())
+    assert torch.equal(model.head.weight, wanted["embedding.weight"])
+
+
+def test_tensors_of_another_model_are_refused(tmp_path):
+    tensors = checkpoint.model_tensors(TinyModel())
+    with pytest.raises(UserError, match=r"'head.weight' is not in both"):
+        checkpoint.load_model_tensors(
+            TinyModel(), {k: v for k, v in tensors.items() if k != "head.weight"}, tmp_path
+        )
+    with pytest.raises(UserError, match=r"has shape \[8\], the model wants \[16\]"):
+        checkpoint.load_model_tensors(TinyModel(hidden_size=16), tensors, tmp_path)
+
+
+def test_state_is_plain_json(store):
+    assert json.loads((save(store, 1) / "state.json").read_text())["step"] == 1

@@ -1,0 +1,59 @@
+import json
+import sys
+
+import pytest
+
+from hgrn2.errors import UserError
+from hgrn2.train.metrics import MetricsWriter, read_metrics
+
+
+def write(run_dir, steps, **options):
+    with MetricsWriter(run_dir, **options) as metrics:
+        for step in steps:
+            metrics.write({"kind": "train", "step": step, "loss": 1.0 / step})
+
+
+def test_records_are_whole_lines_at_once(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write({"kind": "train", "step": 1, "loss": 0.1})
+        assert [r["loss"] for r in read_metrics(tmp_path)] == [0.1]
+        metrics.write({"kind": "train", "step": 2, "loss": float("nan")})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] is None
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"kind": "tra', '{"kind": "train", "step": 3, "loss": 9.0}', '{"text": "é']
+)
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    write(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(torn.encode()[:-1] if torn.endswith("é") else torn.encode())
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    write(tmp_path, [3], resume_step=2)
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_records_after_the_checkpoint_are_dropped(tmp_path):
+    write(tmp_path, [1, 2, 3, 4])
+    write(tmp_path, [3], resume_step=2)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    write(tmp_path, [1])
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        read_metrics(tmp_path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_metrics(tmp_path / "nothing")
+
+
+def test_tensorboard_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install 'hgrn2\[tensorboard\]'"):
+        MetricsWriter(tmp_path, tensorboard=True)

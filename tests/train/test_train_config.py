@@ -1,0 +1,63 @@
+import dataclasses
+import inspect
+import warnings
+
+import pytest
+
+from hgrn2.errors import UserError
+from hgrn2.train.config import TrainConfig
+
+
+def test_round_trip():
+    config = TrainConfig(max_steps=10, optimizer="muon", muon_learning_rate=0.02)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_unknown_key_names_the_near_one():
+    with pytest.raises(UserError, match=r"unknown key 'learnig_rate'.*'learning_rate'"):
+        TrainConfig.from_dict({"max_steps": 10, "learnig_rate": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "no budget"),
+        ({"max_steps": 0}, "max_steps is 0; wanted more than 0"),
+        ({"max_steps": 10, "warmup_steps": 11}, "warmup_steps 11 exceeds max_steps 10"),
+        ({"max_steps": 10, "learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"max_steps": 10, "batch_size": -1}, "batch_size is -1"),
+        ({"max_steps": 10, "beta2": 1.0}, "beta2 is 1.0"),
+        ({"max_steps": 10, "decay_fraction": 1.5, "schedule": "wsd"}, "decay_fraction is 1.5"),
+        ({"max_steps": 10, "schedule": "linear"}, "schedule is 'linear'; wanted cosine or wsd"),
+        ({"max_steps": 10, "schedule": "inverse-sqrt", "warmup_steps": 0}, "set warmup_steps"),
+        ({"max_tokens": 100, "batch_size": 4, "seq_len": 64}, "less than one step of 256"),
+        ({"max_steps": "10"}, "max_steps is '10'; wanted a finite number"),
+    ],
+)
+def test_contradictions_and_bad_values(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"decay_fraction": 0.1}, {"muon_learning_rate": 0.1}, {"schedule": "constant", "min_lr_fraction": 0.1}],
+)
+def test_a_setting_without_effect_warns(settings):
+    with pytest.warns(UserWarning, match="has no effect with"):
+        TrainConfig(max_steps=10, **settings)
+
+
+def test_the_same_settings_do_not_warn_where_they_have_an_effect():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TrainConfig(max_steps=10, schedule="wsd", decay_fraction=0.1, min_lr_fraction=0.0)
+        TrainConfig(max_steps=10, optimizer="muon", muon_learning_rate=0.1)
+
+
+def test_every_field_has_a_docstring():
+    source = inspect.getsource(TrainConfig)
+    lines = [line.strip() for line in source.splitlines()]
+    for field in dataclasses.fields(TrainConfig):
+        position = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}:"))
+        assert lines[position + 1].startswith('"""'), field.name

@@ -1,0 +1,152 @@
+"""A run small enough to be killed many times: a stand-in model with dropout, and a task without files."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hgrn2.errors import UserError
+from hgrn2.train import checkpoint
+from hgrn2.train.config import TrainConfig
+from hgrn2.train.display import PlainDisplay
+from hgrn2.train.loop import Trainer, TrainResult
+
+ROLES = {
+    "embedding.weight": "embedding",
+    "hidden.weight": "matrix",
+    "norm.weight": "vector",
+    "norm.bias": "vector",
+    "lower_bounds": "lower_bounds",
+    "head.weight": "head",
+}
+
+
+class TinyModel(nn.Module):
+    """Predicts a token from the one before it."""
+
+    def __init__(self, vocab_size: int = 17, hidden_size: int = 8, dropout: float = 0.1):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.hidden = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.lower_bounds = nn.Parameter(torch.zeros(hidden_size))
+        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids):
+        x = self.dropout(self.embedding(ids))
+        return self.head(self.norm(x + self.lower_bounds.sigmoid() * self.hidden(x)))
+
+
+class TinyTask:
+    """Batches from a counter, a carried tensor, and values that can be spoilt at chosen batches."""
+
+    def __init__(self, config: TrainConfig, bad_batches: tuple[int, ...] = (), ragged: bool = False):
+        self.config, self.bad_batches, self.ragged = config, bad_batches, ragged
+        self.position = 0
+        self.carried = torch.zeros(3)
+        self.num_forgotten = 0
+
+    def next_batch(self):
+        generator = torch.Generator().manual_seed(self.position)
+        ids = torch.randint(17, (self.config.batch_size, self.config.seq_len + 1), generator=generator)
+        # a pattern to learn
+        ids[:, 1::2] = (ids[:, 0:-1:2] + 3) % 17
+        targets = ids[:, 1:].clone()
+        if self.ragged:
+            targets[:, : 2 + self.position % 3] = -100
+        batch = (ids[:, :-1], targets, self.position)
+        self.position += 1
+        return batch
+
+    def num_tokens(self, batch):
+        return batch[0].numel()
+
+    def num_targets(self, batch):
+        return int((batch[1] != -100).sum())
+
+    def loss(self, model, batch):
+        ids, targets, position = batch
+        self.carried = self.carried + 1.0
+        loss = F.cross_entropy(model(ids).flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        return loss * float("nan") if position in self.bad_batches else loss + 0.0 * self.carried.sum()
+
+    def step_skipped(self):
+        self.num_forgotten += 1
+
+    def evaluate(self, model):
+        # draws from the global generator on purpose: it must not be felt by the training
+        torch.rand(5)
+        position, self.position = self.position, 10**6
+        with torch.no_grad():
+            batch = self.next_batch()
+            val_loss = self.loss(model, batch).item() / self.num_targets(batch)
+        self.position, self.carried = position, self.carried - 1.0
+        return {"val_loss": val_loss}
+
+    def sample(self, model):
+        return f"a sample {torch.rand(()).item():.3f}"
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def state_tensors(self):
+        return {"carried": self.carried}
+
+    def load_state(self, state, tensors):
+        self.position, self.carried = state["position"], tensors["carried"]
+
+
+def run(run_dir: Path, settings: dict, *, task_settings: dict | None = None, display=None) -> TrainResult:
+    """Start the run, or go on with it if the folder holds one."""
+    torch.set_num_threads(1)
+    config = TrainConfig.from_dict(settings)
+    task = TinyTask(config, **(task_settings or {}))
+    resume_from = None
+    if (run_dir / "config.json").exists():
+        run_dir, resume_from = checkpoint.resume_point(run_dir)
+    else:
+        checkpoint.create_run(run_dir, {"train": config.to_dict()})
+    torch.manual_seed(config.seed)
+    trainer = Trainer(
+        model=TinyModel(),
+        task=task,
+        roles=ROLES,
+        config=config,
+        run_dir=run_dir,
+        run_config=checkpoint.read_config(run_dir),
+        resume_from=resume_from,
+        display=display or PlainDisplay(),
+    )
+    return trainer.run()
+
+
+def run_with_file_limit(run_dir: Path, settings: dict, limit_bytes: int) -> None:
+    """Run where no file can grow beyond a limit; leaves the user's error in run_dir.error."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        run(run_dir, settings)
+    except UserError as error:
+        cause = error.__cause__
+        found = {"text": str(error), "errno": cause.errno if isinstance(cause, OSError) else None}
+        run_dir.with_suffix(".error").write_text(json.dumps(found))
+
+
+def losses(run_dir: Path) -> list[tuple]:
+    """What must be equal to the last bit: step, loss, gradient norm and learning rate of every step."""
+    from hgrn2.train.metrics import read_metrics
+
+    keys = ("step", "loss", "grad_norm", "learning_rate", "smoothed_loss", "val_loss")
+    return [
+        tuple(r.get(k) for k in keys) for r in read_metrics(run_dir) if r["kind"] in ("train", "validation")
+    ]
+
+
+DISK_FULL = errno.ENOSPC
