@@ -1,7 +1,7 @@
 """Batches for training: random windows packed so that documents do not see each other, or parallel streams.
 
-The tokens are taken as a circle: the last document's end is predicted as the first document's end-of-text token.
-So a corpus of N tokens has exactly N targets, and each is a target once an epoch.
+The tokens are taken as a circle: the last document's end is predicted as the first document's end-of-text
+token. So a corpus of N tokens has exactly N targets, and each is a target once an epoch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ IGNORED = -100
 class Batch:
     """Tokens and what is to be predicted from them.
 
-    Two forms. Plain: rows of equal length, one sequence each. Packed: B = 1, several sequences end to end, cut at
-    cu_seqlens. In a packed batch of streams, carry_from and carry_to tie the sequences to the state carried from
-    batch to batch, one state a stream:
+    Two forms. Plain: rows of equal length, one sequence each. Packed: B = 1, several sequences end to end,
+    cut at cu_seqlens. In a packed batch of streams, carry_from and carry_to tie the sequences to the state
+    carried from batch to batch, one state a stream:
 
         initial_state[n] = carried[carry_from[n]] if carry_from[n] >= 0 else 0    for the N sequences
         carried[b] = final_state[carry_to[b]]                                     for the streams
@@ -35,11 +35,12 @@ class Batch:
         input_ids: int64 [B, T].
         targets: int64 [B, T], the token after each input; -100 where nothing is to be predicted.
         cu_seqlens: int32 [N + 1], starts of the packed sequences and their end; None in the plain form.
-        state_reset: bool [num_streams], True where a stream starts anew and its carried state must be zero; None
-            if no state is carried. In the packed form carry_from says so already.
-        carry_from: int64 [N], the stream whose carried state a sequence starts from, or -1 for zero; None if no
-            state is carried, and in the plain form, where row b is stream b.
-        carry_to: int64 [num_streams], the sequence whose final state each stream carries on; None as carry_from.
+        state_reset: bool [num_streams], True where a stream starts anew and its carried state must be zero;
+            None if no state is carried. In the packed form carry_from says so already.
+        carry_from: int64 [N], the stream whose carried state a sequence starts from, or -1 for zero; None if
+            no state is carried, and in the plain form, where row b is stream b.
+        carry_to: int64 [num_streams], the sequence whose final state each stream carries on; None as
+            carry_from.
         num_text_bytes: bytes of the documents that end in this batch, for bits a byte; 0 in training batches.
     """
 
@@ -64,14 +65,15 @@ class Batch:
 class PackedBatches(Iterator[Batch]):
     """Endless random batches; the position in them is one integer.
 
-    Every epoch cuts the circle of tokens at a random phase into windows of seq_len inputs (the last shorter) and
-    visits them in a keyed random order. The order is that of one sequence of samples shared by all ranks: batch i of
-    rank r holds samples (i * world_size + r) * batch_size and the batch_size - 1 after it. So batch i of all ranks
-    together depends on batch_size * world_size alone, and a position saved with one world_size can be loaded with
-    another.
+    Every epoch cuts the circle of tokens at a random phase into windows of seq_len inputs (the last shorter)
+    and visits them in a keyed random order. The order is that of one sequence of samples shared by all ranks:
+    batch i of rank r holds samples (i * world_size + r) * batch_size and the batch_size - 1 after it. So
+    batch i of all ranks together depends on batch_size * world_size alone, and a position saved with one
+    world_size can be loaded with another.
 
-    A batch is packed: input_ids [1, batch_size * seq_len], with cu_seqlens cut at every window and every document.
-    With reset_at_documents=False it is plain, [batch_size, seq_len], and documents in a window see those before.
+    A batch is packed: input_ids [1, batch_size * seq_len], with cu_seqlens cut at every window and every
+    document. With reset_at_documents=False it is plain, [batch_size, seq_len], and documents in a window see
+    those before.
 
     Args:
         dataset: the tokens.
@@ -172,18 +174,18 @@ class PackedBatches(Iterator[Batch]):
 
 
 class StreamBatches(Iterator[Batch]):
-    """Endless batches of parallel streams whose state is carried from batch to batch (truncated backpropagation).
+    """Endless batches of parallel streams, state carried from one to the next (truncated backpropagation).
 
-    The circle of tokens, begun at a random phase every epoch, is cut into batch_size * world_size parts of equal
-    length; stream s reads part s from its start to its end, seq_len tokens a batch, and all start anew together with
-    the next epoch. Rank r has streams r * batch_size and the batch_size - 1 after it. The last window of an epoch is
-    filled up with tokens that have no target.
+    The circle of tokens, begun at a random phase every epoch, is cut into batch_size * world_size parts of
+    equal length; stream s reads part s from its start to its end, seq_len tokens a batch, and all start anew
+    together with the next epoch. Rank r has streams r * batch_size and the batch_size - 1 after it. The last
+    window of an epoch is filled up with tokens that have no target.
 
-    A window may hold document boundaries, and the state must not cross them. So a batch is packed: window b is cut at
-    its documents; the sequence at its start continues stream b, unless it starts a document or the stream is new; the
-    others start from zero; the state after the last is carried on. `Batch.carry_from` and `Batch.carry_to` say so
-    in indices. With reset_at_documents=False the batch is plain, [batch_size, seq_len], row b continues stream b, and
-    `Batch.state_reset` tells where it starts anew.
+    A window may hold document boundaries, and the state must not cross them. So a batch is packed: window b
+    is cut at its documents; the sequence at its start continues stream b, unless it starts a document or the
+    stream is new; the others start from zero; the state after the last is carried on. `Batch.carry_from` and
+    `Batch.carry_to` say so in indices. With reset_at_documents=False the batch is plain, [batch_size,
+    seq_len], row b continues stream b, and `Batch.state_reset` tells where it starts anew.
 
     Args:
         dataset: the tokens.
@@ -211,9 +213,7 @@ class StreamBatches(Iterator[Batch]):
     ):
         _check_sizes(batch_size, seq_len, rank, world_size)
         self.num_streams = batch_size * world_size
-        _check_length(
-            dataset, max(self.num_streams * seq_len, 2), f"{self.num_streams} streams of seq_len {seq_len}"
-        )
+        _check_length(dataset, self.num_streams * seq_len, f"{self.num_streams} streams of seq_len {seq_len}")
         self.dataset = dataset
         self.batch_size = batch_size
         self.seq_len = seq_len
@@ -274,8 +274,8 @@ class StreamBatches(Iterator[Batch]):
         _check_identity(self, state)
         if state.get("num_streams") != self.num_streams:
             raise UserError(
-                f"data position: saved with {state.get('num_streams')} streams, now there are {self.num_streams}; "
-                "keep batch_size * number of processes as it was"
+                f"data position: saved with {state.get('num_streams')} streams, now there are "
+                f"{self.num_streams}; keep batch_size * number of processes as it was"
             )
         self.position = int(state["position"])
 
@@ -289,7 +289,8 @@ def pack_streams(
         inputs: of each window, int64 [T_i], T_i >= 1.
         targets: alike.
         streams: int [num_windows], the stream each window belongs to, ascending.
-        fresh: bool [num_streams], streams that start anew. A stream without a window carries on an arbitrary state.
+        fresh: bool [num_streams], streams that start anew. A stream without a window carries on an arbitrary
+            state.
         eot_id: the token that starts a document.
     """
     flat = np.concatenate(inputs)
@@ -315,7 +316,7 @@ def pack_streams(
 
 
 def _inputs_and_targets(windows: np.ndarray, num_targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split windows [B, T + 1] into inputs and targets [B, T]; targets from num_targets [B] on are ignored."""
+    """Split windows [B, T + 1] into inputs and targets [B, T], a row's first num_targets of which count."""
     inputs = windows[:, :-1].copy()
     targets = windows[:, 1:].copy()
     targets[np.arange(targets.shape[1]) >= num_targets[:, None]] = IGNORED
@@ -363,6 +364,6 @@ def _check_identity(batches: PackedBatches | StreamBatches, state: dict[str, Any
     for name, now in _identity(batches).items():
         if state.get(name) != now:
             raise UserError(
-                f"data position: saved with {name} {state.get(name)!r}, now it is {now!r}; resume with the same "
-                "data and settings"
+                f"data position: saved with {name} {state.get(name)!r}, now it is {now!r}; resume with the "
+                "same data and settings"
             )

@@ -1,4 +1,4 @@
-"""Documents inside files: the whole of a text file, the lines of .jsonl, the rows of .parquet or of a Hub dataset."""
+"""Documents inside files: a whole text file, the lines of .jsonl, the rows of .parquet or a Hub dataset."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def hub_documents(spec: str, field: str) -> Iterator[Document]:
         raise UserError(f"hf:{spec}: needs the datasets package; pip install 'hgrn2[data]'") from error
     if not Path(name).exists() and not hub_reachable():
         raise UserError(
-            f"hf:{spec}: the Hugging Face Hub cannot be reached (offline); connect, or give files instead"
+            f"hf:{spec}: no such file or folder here, and the Hugging Face Hub cannot be reached (offline); "
+            "connect, or name files"
         )
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)

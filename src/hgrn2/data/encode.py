@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ Tag = TypeVar("Tag")
 
 @dataclass(frozen=True)
 class EncodedPiece:
-    """Tokens of a piece of text, 1-D unsigned integers of the dataset's dtype, and the UTF-8 bytes of the text."""
+    """Tokens of a piece of text, 1-D of the dataset's dtype, and the UTF-8 bytes of the text."""
 
     tokens: np.ndarray
     num_text_bytes: int
@@ -36,7 +36,7 @@ class EncodedPiece:
 
 def encode_pieces(
     pieces: Iterable[tuple[Tag, str]], tokenizer: Tokenizer, dtype: np.dtype, num_workers: int
-) -> Iterator[tuple[Tag, EncodedPiece]]:
+) -> Generator[tuple[Tag, EncodedPiece], None, None]:
     """Encode tagged pieces in order, reading only a few tasks ahead.
 
     Args:

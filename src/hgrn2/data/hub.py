@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be reached, asked in a moment rather than after half a minute of retries."""
+"""Whether the Hugging Face Hub can be reached, told at once rather than after many retries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 def hub_reachable() -> bool:
     """True unless the Hub is switched off (HF_HUB_OFFLINE) or its host name does not resolve.
 
-    Behind a proxy names are resolved by the proxy, so there the answer is True and the request itself decides.
+    Behind a proxy names are resolved by the proxy, so there the answer is True and the request itself
+    decides.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return False

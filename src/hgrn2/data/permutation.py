@@ -17,8 +17,9 @@ def keyed_integer(*key: int | str | bytes) -> int:
 class Permutation:
     """A pseudo-random bijection on range(size) with O(1) memory and O(1) random access.
 
-    An unbalanced Feistel network over the smallest power of two that holds size (Luby and Rackoff, 1988), with
-    cycle walking: a value that falls outside the range is sent through the network again until it falls inside.
+    An unbalanced Feistel network over the smallest power of two that holds size (Luby and Rackoff, 1988),
+    with cycle walking: a value that falls outside the range is sent through the network again until it falls
+    inside.
 
     Args:
         size: number of elements, at least 1.

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hgrn2.data.progress import progress_bar
 from hgrn2.data.sources import STDLIB, Corpus, open_corpus
 from hgrn2.data.split import TRAIN, VALIDATION, Split
 from hgrn2.data.staging import Discard, staged_directory
-from hgrn2.data.tokenizer import Tokenizer, bpe_request, load_tokenizer, train_bpe
+from hgrn2.data.tokenizer import ByteTokenizer, Tokenizer, bpe_request, load_tokenizer, train_bpe
 from hgrn2.data.tokens import MANIFEST_FILE, TokenDataset, read_manifest
 from hgrn2.data.writer import DEFAULT_SHARD_TOKENS, TokenWriter, token_dtype
 from hgrn2.errors import UserError
@@ -73,6 +74,7 @@ class PreparedData:
             raise UserError(
                 f"{directory}: the tokenizer is not the one the tokens were made with; prepare again"
             )
+        tokenizer.name = train.manifest["tokenizer"]
         return cls(directory, train, validation, tokenizer, manifest, reused)
 
     def summary(self) -> str:
@@ -116,17 +118,17 @@ def prepare(
 
     Args:
         sources: files, folders, globs, Hub datasets or "stdlib"; see `open_corpus`.
-        tokenizer: a tokenizer, what `load_tokenizer` takes, or "bpe:4096" to train a byte-level BPE of that size on
-            the first 50 MB of the training documents.
-        out_dir: replaced as a whole when the new set is complete; anything there that is not a prepared set is an
-            error.
+        tokenizer: a tokenizer, what `load_tokenizer` takes, or "bpe:4096" to train a byte-level BPE of that
+            size on the first 50 MB of the training documents.
+        out_dir: replaced as a whole when the new set is complete; anything there that is not a prepared set
+            is an error.
         validation: sources of validation data; files among them are left out of training. Without any, whole
             documents are held out, chosen by a hash of their names.
-        validation_fraction: how many documents to hold out, in (0, 1); at least one, and of a corpus of one document
-            its last part.
+        validation_fraction: how many documents to hold out, in (0, 1); at least one, and of a corpus of one
+            document its last part.
         text_field: key or column of the text in .jsonl, .parquet and Hub datasets.
         seed: chooses the documents held out.
-        num_workers: processes; None means one a core, or this process alone for a small corpus.
+        num_workers: processes; None means one a core, or this process alone for a small corpus or bytes.
         shard_tokens: tokens a shard.
         progress: show a progress bar on stderr; None means if that is a terminal.
         rebuild: prepare even if nothing has changed.
@@ -166,8 +168,8 @@ def prepare(
         return PreparedData.open(target)
     _check_replaceable(target)
     if num_workers is None:
-        small = corpus.num_bytes is not None and corpus.num_bytes < _SERIAL_BELOW_BYTES
-        num_workers = 1 if small else os.cpu_count() or 1
+        serial = isinstance(tokenizer, ByteTokenizer) or _is_small(corpus)
+        num_workers = 1 if serial else os.cpu_count() or 1
     reused = True
     with staged_directory(target) as stage:
         # another process may have made it while this one waited its turn
@@ -204,7 +206,7 @@ class _Job:
     progress: bool | None
 
     def run(self, split: Split) -> Tokenizer:
-        """Write both datasets, again with a better split if one of them came out empty; return the tokenizer."""
+        """Write both datasets, again with a better split if one came out empty; return the tokenizer."""
         while True:
             tokenizer = (
                 self.tokenizer if isinstance(self.tokenizer, Tokenizer) else self._train_tokenizer(split)
@@ -231,8 +233,10 @@ class _Job:
         sizes = [corpus.num_bytes for corpus in corpora]
         total = None if None in sizes else sum(size for size in sizes if size is not None)
         pieces = self._tagged_pieces(split)
-        with progress_bar("preparing", total, self.progress) as advance:
-            for (side, starts), piece in encode_pieces(pieces, tokenizer, dtype, self.num_workers):
+        encoded = encode_pieces(pieces, tokenizer, dtype, self.num_workers)
+        # closed at once on an error, so that no worker outlives this call
+        with progress_bar("preparing", total, self.progress) as advance, closing(encoded):
+            for (side, starts), piece in encoded:
                 writers[side].add(piece, starts)
                 advance(piece.num_text_bytes)
 
@@ -301,6 +305,11 @@ def _first_split(corpus: Corpus, held_out: Corpus | None, fraction: float, seed:
     return Split(seed, int(fraction * 2**64))
 
 
+def _is_small(corpus: Corpus) -> bool:
+    known = all(source.kind != "hub" for source in corpus.sources)
+    return known and sum(source.num_bytes for source in corpus.sources) < _SERIAL_BELOW_BYTES
+
+
 def _nothing_left(what: str, corpus: Corpus) -> str:
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(corpus.skipped.items()))
     named = ", ".join(corpus.specs)
@@ -327,7 +336,7 @@ def _describe_inputs(corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
 
 
 def _is_current(target: Path, inputs: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether the target was made from the same files with the same settings; they may be named differently."""
+    """Whether the target was made from the same files with the same settings."""
     if not (target / MANIFEST_FILE).is_file():
         return False
     try:
@@ -342,5 +351,7 @@ def _check_replaceable(target: Path) -> None:
     """Raise UserError if the target is something of the user's own."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not target.is_dir() or not (target / MANIFEST_FILE).is_file() or not (target / TRAIN).is_dir():
+    manifest = target / MANIFEST_FILE
+    # a set of another version or with damage elsewhere may be replaced
+    if not manifest.is_file() or FORMAT not in manifest.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{target}: exists and is not prepared data; choose another directory or remove it")

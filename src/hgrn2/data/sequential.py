@@ -1,10 +1,10 @@
-"""Every token of a dataset once, in order and with its whole context: for exact perplexity and bits a byte."""
+"""Every token of a dataset once, with its whole context: for exact perplexity and bits a byte."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,9 +26,9 @@ class _Span:
 class SequentialWindows:
     """Whole documents read by parallel streams with state carried along; iterate as often as you like.
 
-    Batches are packed and tied by carry_from and carry_to as those of `StreamBatches`; the number of streams is
-    batch_size throughout, but towards the end, when some have no more documents, batches are shorter. The sum of
-    `Batch.num_text_bytes` over all batches is `num_text_bytes`.
+    Batches are packed and tied by carry_from and carry_to as those of `StreamBatches`; the number of streams
+    is batch_size throughout, but towards the end, when some have no more documents, batches are shorter. The
+    sum of `Batch.num_text_bytes` over all batches is `num_text_bytes`.
 
     Attributes:
         num_tokens: targets in all, the ends of documents included.
@@ -69,8 +69,7 @@ class SequentialWindows:
                 fresh,
                 self._dataset.eot_id,
             )
-            object.__setattr__(batch, "num_text_bytes", sum(size for _, (_, _, size) in active))
-            yield batch
+            yield replace(batch, num_text_bytes=sum(size for _, (_, _, size) in active))
             fresh = np.zeros(self.num_streams, dtype=bool)
 
     def _windows(self, spans: list[_Span]) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
@@ -107,8 +106,8 @@ def sequential_windows(
         dataset: the tokens.
         seq_len: tokens a stream and batch; changes no result, only the memory it takes.
         batch_size: parallel streams.
-        max_tokens: cover no more than about this many: whole documents in a fixed random order, the last of which is
-            cut at the end of a piece of text (64 KiB), where bytes are known exactly.
+        max_tokens: cover no more than about this many: whole documents in a fixed random order, the last of
+            which is cut at the end of a piece of text (64 KiB), where bytes are known exactly.
 
     Example:
         windows = sequential_windows(prepared.validation, seq_len=1024, batch_size=8)

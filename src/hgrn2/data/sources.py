@@ -22,14 +22,18 @@ from hgrn2.errors import UserError
 
 STDLIB = "stdlib"
 
+Kind = Literal["text", "jsonl", "parquet", "hub"]
+
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*(:[\w.\[\]%:+-]+)?)?")
 # saves opening them; anything else that is not text is found out by reading it
-_BINARY_SUFFIXES = frozenset(
-    ".7z .a .arrow .avi .bin .bmp .class .ckpt .db .dll .dylib .eot .exe .gguf .gif .h5 .ico .idx .jar .jpeg .jpg .mkv "
-    ".mov .mp3 .mp4 .npy .npz .o .ogg .onnx .otf .pack .pdf .pickle .pkl .png .ppt .pptx .pt .pth .pyc .pyd .pyo .rar "
-    ".safetensors .so .sqlite .tar .tgz .tif .tiff .ttf .wav .webm .webp .whl .woff .woff2 .xls .xlsx .zip".split()
+_BINARY_NAMES = (
+    ".7z .a .arrow .avi .bin .bmp .class .ckpt .db .dll .dylib .eot .exe .gguf .gif .h5 .ico .idx .jar "
+    ".jpeg .jpg .mkv .mov .mp3 .mp4 .npy .npz .o .ogg .onnx .otf .pack .pdf .pickle .pkl .png .ppt .pptx "
+    ".pt .pth .pyc .pyd .pyo .rar .safetensors .so .sqlite .tar .tgz .tif .tiff .ttf .wav .webm .webp "
+    ".whl .woff .woff2 .xls .xlsx .zip"
 )
+_BINARY_SUFFIXES = frozenset(_BINARY_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,14 @@ class Source:
         name: of the source; the name of its document, or the stem of its documents' names.
         kind: how documents are found in it.
         location: the path, or for a Hub dataset NAME[:CONFIG[:SPLIT]].
-        explicit: named by the user rather than found in a folder, so that bad content is an error and not skipped.
+        explicit: named by the user rather than found in a folder, so that bad content is an error and not
+            skipped.
         num_bytes: size of the file; 0 for a Hub dataset.
         mtime_ns: its modification time.
     """
 
     name: str
-    kind: Literal["text", "jsonl", "parquet", "hub"]
+    kind: Kind
     location: str
     explicit: bool
     num_bytes: int = 0
@@ -68,7 +73,7 @@ class Source:
 
 @dataclass
 class Corpus:
-    """Sources in a fixed order, which depends on their names and not on the order or place they were given in.
+    """Sources in an order that depends on their names, not on the order or place they were given in.
 
     Attributes:
         specs: what the user named.
@@ -84,7 +89,7 @@ class Corpus:
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of text, if that is known before reading: None with compressed files, .jsonl, .parquet or the Hub."""
+        """Bytes of text if known before reading: None with compressed files, .jsonl, .parquet or the Hub."""
         if all(
             s.kind == "text" and Path(s.location).suffix.lower() not in COMPRESSIONS for s in self.sources
         ):
@@ -95,8 +100,8 @@ class Corpus:
         """Every document in order, read lazily.
 
         Raises:
-            UserError: a file cannot be used and was named by the user; if it was found in a folder, it is counted
-                in `skipped` instead.
+            UserError: a file cannot be used and was named by the user; if it was found in a folder, it is
+                counted in `skipped` instead.
         """
         # counted afresh, so that a second reading does not count twice
         found = Counter(self._skipped_at_listing)
@@ -109,8 +114,14 @@ class Corpus:
                     found[error.reason] += 1
                     continue
                 yield document
-            else:
-                yield from source.documents(self.text_field)
+                continue
+            document = None
+            for document in source.documents(self.text_field):
+                yield document
+            if document is None:
+                if source.explicit:
+                    raise NotText(f"{source.location}: holds no document with text", "empty")
+                found["empty"] += 1
 
     def __post_init__(self) -> None:
         self._skipped_at_listing = Counter(self.skipped)
@@ -134,9 +145,9 @@ def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "tex
     """Find the sources behind what the user named.
 
     Args:
-        specs: each one a text file, a folder (read recursively), a glob, .jsonl or .parquet (text and .jsonl also as
-            .gz, .xz, .bz2 or .zst), "hf:NAME[:CONFIG[:SPLIT]]" or a plain Hub dataset name, or "stdlib", the source
-            code of this Python's own standard library, tests left out.
+        specs: each one a text file, a folder (read recursively), a glob, .jsonl or .parquet (text and .jsonl
+            also as .gz, .xz, .bz2 or .zst), "hf:NAME[:CONFIG[:SPLIT]]" or a plain Hub dataset name, or
+            "stdlib", the source code of this Python's own standard library, tests left out.
         text_field: the key or column of the text in .jsonl, .parquet and Hub datasets.
 
     Raises:
@@ -183,7 +194,7 @@ def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
     elif _HUB_NAME.fullmatch(spec) and not path.suffix and spec[0] not in "./~":
         yield _hub_source(spec)
     else:
-        raise UserError(f"data {spec!r}: no such file or folder")
+        raise UserError(f"data {spec!r}: no such file or folder (a Hugging Face dataset is named hf:NAME)")
 
 
 def _hub_source(name: str) -> Source:
@@ -246,11 +257,7 @@ def _found_file(path: Path, name: str, skipped: Counter[str]) -> Iterator[Source
 def _file_source(path: Path, name: str, explicit: bool) -> Source:
     status = path.stat()
     inner = Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path
-    kinds: dict[str, Literal["jsonl", "parquet"]] = {
-        ".jsonl": "jsonl",
-        ".ndjson": "jsonl",
-        ".parquet": "parquet",
-    }
+    kinds: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
     kind = kinds.get(inner.suffix.lower(), "text")
     if kind == "parquet" and inner != path:
         raise UserError(f"{path}: parquet is compressed inside already; decompress the file first")

@@ -1,4 +1,4 @@
-"""Which documents are held out for validation: by a hash of their names, so that growth of a corpus moves few."""
+"""Which documents are held out for validation, told by a hash of their names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TRAIN, VALIDATION = "train", "validation"
 
 @dataclass
 class Split:
-    """Assigns whole documents to training or validation, and remembers enough to do better when one side is empty.
+    """Assigns whole documents to training or validation; knows a better way if one side stays empty.
 
     Attributes:
         seed: another seed holds out other documents.
         below: a document is held out if the 64-bit hash of its name is below this.
-        head_bytes: with a corpus of one document, how many bytes from its start are for training, counted to the
-            next line end; None with several documents.
+        head_bytes: with a corpus of one document, how many bytes from its start are for training, counted to
+            the next line end; None with several documents.
         num_seen: documents observed so far.
     """
 
@@ -45,7 +45,7 @@ class Split:
         return VALIDATION if self._key(name) < self.below else TRAIN
 
     def parts(self, document: Document) -> Iterator[tuple[str, Document]]:
-        """The side a document belongs to, or both with their parts of it; pieces must be read in this order."""
+        """The side a document belongs to, or both with their parts of it, to be read in this order."""
         if self.head_bytes is None:
             yield self.side(document.name), document
             return
@@ -103,7 +103,7 @@ class _Head:
 
 
 def _line_end_near(text: str, position: int) -> int:
-    """A cut after the first line end from a position on; failing that after the last before; failing that there."""
+    """A cut after the first line end from a position on, or the last one before, or just there."""
     after = text.find("\n", max(position - 1, 0)) + 1
     if 0 < after < len(text):
         return after

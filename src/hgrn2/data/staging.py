@@ -23,10 +23,10 @@ class Discard(Exception):
 
 @contextlib.contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
-    """Give an empty directory beside the target; on success it is synced to disk and takes the target's place.
+    """Give an empty directory beside the target; on success it is synced and takes the target's place.
 
-    On any exception it is removed and the target stays as it was. A second process that wants the same target waits
-    for the first. What a killed process left is cleared by the next one.
+    On any exception it is removed and the target stays as it was. A second process that wants the same target
+    waits for the first. What a killed process left is cleared by the next one.
 
     Raises:
         UserError: the place cannot be written or the disk is full.

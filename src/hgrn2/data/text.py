@@ -16,7 +16,7 @@ from hgrn2.errors import UserError
 
 COMPRESSIONS = {".gz", ".xz", ".bz2", ".zst"}
 BLOCK_BYTES = 1 << 20
-# the unit of tokenisation: long documents cost constant memory, and their bytes are known at every piece's end
+# the unit of tokenisation: long documents take constant memory, and bytes are known at every piece's end
 PIECE_CHARS = 1 << 16
 
 
@@ -68,7 +68,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
 
 def read_error(path: Path, error: Exception) -> Exception:
-    """What to raise for an error met while reading a file: a UserError, or the error itself if it is none of ours."""
+    """What to raise for an error met while reading a file: NotText, or the error itself if it is a bug."""
     damaged = isinstance(error, (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error))
     # zstandard is optional, so its error class is known by name; bz2 reports damage as a bare OSError
     damaged = (
@@ -110,8 +110,8 @@ def cut_pieces(blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterato
     """Cut a text into pieces of at most piece_chars characters, whatever blocks it comes in; none is empty.
 
     A cut falls after a line end that is followed by a character that is no space, where the usual tokenizers
-    start a new word anyway, so that a text in pieces gives the same tokens as the whole; failing that after any
-    line end, failing that anywhere.
+    start a new word anyway, so that a text in pieces gives the same tokens as the whole; failing that after
+    any line end, failing that anywhere.
     """
     rest = ""
     for block in blocks:

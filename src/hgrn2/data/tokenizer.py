@@ -66,12 +66,13 @@ class Tokenizer(ABC):
 
         Args:
             ids: token ids.
-            errors: for bytes that are not UTF-8 and ids outside the vocabulary: "replace", "ignore" or "strict".
+            errors: for bytes that are not UTF-8 and ids outside the vocabulary: "replace", "ignore" or
+                "strict".
         """
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes a token stands for (none for special tokens); None if its text depends on its neighbours."""
+        """The bytes of a token, b"" if it is special; None if its text depends on its neighbours."""
 
     @abstractmethod
     def save(self, directory: str | Path) -> Path:
@@ -90,7 +91,7 @@ class Tokenizer(ABC):
         if self.vocab_size > model_vocab_size:
             raise UserError(
                 f"tokenizer {self.name!r} has {self.vocab_size} tokens but the model has vocab_size "
-                f"{model_vocab_size}; use the tokenizer the model was trained with, or vocab_size >= {self.vocab_size}"
+                f"{model_vocab_size}; use the model's own tokenizer, or vocab_size >= {self.vocab_size}"
             )
 
 
@@ -256,7 +257,7 @@ class TextStream:
 
 
 def bpe_request(spec: object) -> int | None:
-    """The vocabulary size in a request "bpe:4096" for a tokenizer still to be trained; None for anything else."""
+    """The vocabulary size in "bpe:4096", a tokenizer still to be trained; None for anything else."""
     match = _BPE_REQUEST.fullmatch(spec) if isinstance(spec, str) else None
     return int(match.group(1)) if match else None
 
@@ -294,8 +295,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        spec: "bytes", a tokenizer.json, a directory that holds one (or was written by `Tokenizer.save`), or the
-            name of a model on the Hugging Face Hub, which is looked up in the local cache when offline.
+        spec: "bytes", a tokenizer.json, a directory that holds one (or was written by `Tokenizer.save`), or
+            the name of a model on the Hugging Face Hub, which is looked up in the local cache when offline.
 
     Raises:
         UserError: nothing usable there; the message says what was found.
@@ -355,8 +356,8 @@ def _load_hub(name: str) -> Tokenizer:
     except Exception as error:  # connection, permission and missing-file errors come from several libraries
         if not online:
             raise UserError(
-                f"tokenizer {name!r}: no such file, and the Hugging Face Hub cannot be reached (offline) nor is it "
-                "in the local cache; connect, or give a tokenizer.json or 'bytes'"
+                f"tokenizer {name!r}: no such file, not in the local cache, and the Hugging Face Hub cannot "
+                "be reached (offline); connect, or give a tokenizer.json or 'bytes'"
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -367,8 +368,8 @@ def _load_hub(name: str) -> Tokenizer:
 
 def _sentencepiece_message(path: Path) -> str:
     return (
-        f"tokenizer {os.fspath(path)!r} is a SentencePiece model, which the tokenizers library cannot read; convert it "
-        f"to {TOKENIZER_FILE} with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        f"tokenizer {os.fspath(path)!r} is a SentencePiece model, which the tokenizers library "
+        f"cannot read; convert it to {TOKENIZER_FILE} with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     )
 
 

@@ -1,10 +1,10 @@
 """Memory-mapped token shards, read only, with O(1) access to any position.
 
 A dataset is a directory: raw little-endian shards of equal length (the last may be shorter), `documents.bin`
-(the position of every document's first token), `pieces.bin` (pairs: the position after a piece of text, and the
-UTF-8 bytes of all text up to there) and `manifest.json`. A document is the end-of-text token followed by its text,
-so the first token of a text is predicted from the end-of-text token, and the end of a document is predicted as
-the next one's.
+(the position of every document's first token), `pieces.bin` (pairs: the position after a piece of text, and
+the UTF-8 bytes of all text up to there) and `manifest.json`. A document is the end-of-text token followed by
+its text, so the first token of a text is predicted from the end-of-text token, and the end of a document is
+predicted as the next one's.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ class TokenDataset:
 
         Args:
             directory: holds manifest.json.
-            verify: True reads every file and compares checksums, False compares sizes only; None (the default)
-                means True for sets below 1 GiB.
+            verify: True reads every file and compares checksums, False compares sizes only; None (the
+                default) means True for sets below 1 GiB.
 
         Raises:
-            UserError: a file is missing, truncated or changed; the message names it, what was found and wanted.
+            UserError: a file is missing, truncated or changed; the message names it, what was found and
+                wanted.
         """
         directory = Path(directory)
         manifest = read_manifest(directory, FORMAT, FORMAT_VERSION)
@@ -97,8 +98,8 @@ class TokenDataset:
 
     def __repr__(self) -> str:
         return (
-            f"TokenDataset({str(self.directory)!r}, {self.num_tokens:,} tokens, {self.num_documents:,} documents, "
-            f"{self.num_text_bytes:,} bytes of text)"
+            f"TokenDataset({str(self.directory)!r}, {self.num_tokens:,} tokens, "
+            f"{self.num_documents:,} documents, {self.num_text_bytes:,} bytes of text)"
         )
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -189,5 +190,5 @@ def _check_file(path: Path, num_bytes: int, sha256: str | None) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
     if found != sha256:
         raise UserError(
-            f"{path}: the content was changed (sha256 {found[:12]}..., the manifest says {sha256[:12]}...); {REMEDY}"
+            f"{path}: content changed (sha256 {found[:12]}..., the manifest says {sha256[:12]}...); {REMEDY}"
         )
