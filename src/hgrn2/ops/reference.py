@@ -1,0 +1,80 @@
+"""The recurrence step by step: the oracle every other path is compared with.
+
+Slow, and meant to be read. Differentiable by autograd; exact to rounding in the dtype it is given, so float64 inputs
+give the numbers the tests trust.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    """Applies "silu", "sigmoid" or "none"."""
+    return {"silu": functional.silu, "sigmoid": torch.sigmoid, "none": lambda t: t}[name](x)
+
+
+def tied_gate(z: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Forget gate and tied key from the gate's pre-activation (arXiv 2404.07904, eq. 3 and 6).
+
+    Args:
+        z: [..., H, K].
+        lower_bound: [H, K] in [0, 1), or None for 0.
+
+    Returns:
+        f = beta + (1 - beta) sigmoid(z) and k = 1 - f = (1 - beta) sigmoid(-z), both like z.
+    """
+    if lower_bound is None:
+        return _sigmoid(z), _sigmoid(-z)
+    lower_bound = lower_bound.to(z.dtype)
+    return lower_bound + (1 - lower_bound) * _sigmoid(z), (1 - lower_bound) * _sigmoid(-z)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    # torch.sigmoid differentiates as y (1 - y), which is 0 once y rounds to 1; this form keeps the gradient's digits
+    limit = math.log(torch.finfo(x.dtype).max) - 1
+    return 1 / (1 + torch.exp(-x.clamp(-limit, limit)))
+
+
+def recurrence(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor, state: Tensor, cu_seqlens: Tensor | None, reverse: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """S_t = Diag(f_t) S_{t-1} + k_t v_t^T, y_t = scale * S_t^T q_t, one token after the other.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        f: [B, T, H, K], the decay.
+        state: [N, H, K, V], the initial states.
+        cu_seqlens: [N + 1] starts of packed sequences and the total length, or None.
+        reverse: run from the last token of each sequence to its first.
+        scale: factor of the outputs.
+
+    Returns:
+        y [B, T, H, V] and the final states [N, H, K, V].
+    """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        pieces = [
+            recurrence(
+                q[:, a:b], k[:, a:b], v[:, a:b], f[:, a:b], state[n : n + 1], None, reverse, scale
+            )
+            for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        ]
+        if not pieces:
+            return v.new_zeros(q.shape[:3] + v.shape[3:]), state
+        return torch.cat([y for y, _ in pieces], 1), torch.cat([s for _, s in pieces], 0)
+    steps = range(q.shape[1])
+    outputs: list[Tensor] = []
+    for t in reversed(steps) if reverse else steps:
+        state = f[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append(scale * (q[:, t, :, :, None] * state).sum(-2))
+    if reverse:
+        outputs.reverse()
+    y = torch.stack(outputs, 1) if outputs else q.new_zeros(q.shape[:3] + v.shape[3:])
+    return y, state

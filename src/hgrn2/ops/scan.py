@@ -1,0 +1,429 @@
+"""The public operators: what they check, which backend runs, and how torch.compile sees them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hgrn2.ops import chunked, reference
+from hgrn2.ops.gates import FreeGate, TiedGate, activate
+from hgrn2.shapes import require_shape
+
+BACKENDS = ("auto", "reference", "chunked", "triton")
+Q_ACTIVATIONS = ("silu", "sigmoid", "none")
+V_ACTIVATIONS = ("none", "silu")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that a request for `backend` means on a device.
+
+    Args:
+        backend: "auto", "reference", "chunked" or "triton".
+        device: where the inputs are.
+
+    Returns:
+        "reference" or "chunked".
+
+    Raises:
+        ValueError: an unknown name, or a backend this version does not have.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "triton":
+        raise ValueError("backend 'triton' is not part of this version; use 'auto' or 'chunked', which run on every device")
+    return "chunked" if backend == "auto" else backend
+
+
+def hgrn2_scan(
+    q: Tensor,
+    f: Tensor,
+    v: Tensor,
+    lower_bound: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    scale: float = 1.0,
+    q_activation: str = "silu",
+    v_activation: str = "none",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """HGRN2's mixing of tokens, from pre-activations (arXiv 2404.07904, section 3).
+
+    With beta the lower bound, F_t = beta + (1 - beta) sigmoid(f_t) and k_t = 1 - F_t:
+
+        S_t = Diag(F_t) S_{t-1} + k_t v_t^T        y_t = scale * S_t^T q_t
+
+    Gradients flow to every tensor input, the lower bound and the initial state included.
+
+    Args:
+        q: [B, T, H, K], pre-activation of the output gate (the query). Any strides.
+        f: [B, T, H, K], pre-activation of the forget gate.
+        v: [B, T, H, V], the input.
+        lower_bound: [H, K], float32, in [0, 1); None means 0.
+        initial_state: [N, H, K, V], float32 (float64 for float64 inputs); None means zeros. N is B, or the number of
+            packed sequences.
+        cu_seqlens: [N + 1], int32 or int64: sequences packed end to end with B = 1, first row of each and, last, T.
+        reverse: run from the last token to the first.
+        scale: factor of the outputs.
+        q_activation: "silu", "sigmoid" or "none", applied to q.
+        v_activation: "none" or "silu", applied to v.
+        backend: "auto", "chunked" (parallel in chunks, exact for any gate) or "reference" (step by step).
+
+    Returns:
+        y [B, T, H, V] in q's dtype, and the final state [N, H, K, V] in the state's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, values of cu_seqlens or of the lower bound that do not fit; values are
+            checked where that needs no wait for an accelerator.
+
+    Example:
+        >>> import torch, hgrn2
+        >>> q, f, v = torch.randn(3, 2, 100, 4, 32).unbind(0)
+        >>> y, state = hgrn2.ops.hgrn2_scan(q, f, v, torch.full((4, 32), 0.5))
+        >>> y.shape, state.shape
+        (torch.Size([2, 100, 4, 32]), torch.Size([2, 4, 32, 32]))
+    """
+    _check_scan(q, f, v, initial_state, cu_seqlens, "f")
+    _check_lower_bound(lower_bound, q)
+    _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
+    _check_choice("v_activation", v_activation, V_ACTIVATIONS)
+    lower_bound, initial_state = _as_state(lower_bound, q), _as_state(initial_state, q)
+    if resolve_backend(backend, q.device) == "reference":
+        dtype = _state_dtype(q)
+        gate, key = reference.tied_gate(f.to(dtype), lower_bound)
+        y, state = reference.recurrence(
+            reference.activation(q.to(dtype), q_activation), key, reference.activation(v.to(dtype), v_activation), gate,
+            _initial_state(initial_state, q, v, cu_seqlens), cu_seqlens, reverse, scale,
+        )  # fmt: skip
+        return y.to(q.dtype), state
+    keep = _needs_gradient(q, f, v, lower_bound, initial_state)
+    y, state, _ = torch.ops.hgrn2.chunked_scan(
+        q, f, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, v_activation, keep
+    )
+    return y, state
+
+
+def gated_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The same recurrence with a key of its own and the decay given as its logarithm.
+
+        S_t = Diag(exp(log_f_t)) S_{t-1} + k_t v_t^T        y_t = scale * S_t^T q_t
+
+    Args:
+        q: [B, T, H, K]. Any strides.
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        log_f: [B, T, H, K], float32 (float64 for float64 inputs), at most 0; -inf is a full reset.
+        initial_state: as in `hgrn2_scan`, likewise cu_seqlens, reverse, scale and backend.
+        cu_seqlens: see initial_state.
+        reverse: see initial_state.
+        scale: see initial_state.
+        backend: see initial_state.
+
+    Returns:
+        y [B, T, H, V] in q's dtype, and the final state [N, H, K, V].
+
+    Raises:
+        ValueError: as `hgrn2_scan`; and for a log_f above 0 on the CPU.
+
+    Example:
+        >>> import torch, hgrn2
+        >>> q, k, v = torch.randn(3, 1, 50, 2, 16).unbind(0)
+        >>> y, state = hgrn2.ops.gated_scan(q, k, v, -torch.rand(1, 50, 2, 16))
+    """
+    _check_scan(q, k, v, initial_state, cu_seqlens, "k")
+    require_shape("log_f", log_f, "B T H K", q.shape)
+    _check_like("log_f", log_f, q, _state_dtype(q))
+    if _values_are_at_hand(log_f) and log_f.numel() and bool((log_f > 0).any()):
+        raise ValueError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
+    log_f, initial_state = log_f.to(_state_dtype(q)), _as_state(initial_state, q)
+    if resolve_backend(backend, q.device) == "reference":
+        dtype = _state_dtype(q)
+        state = _initial_state(initial_state, q, v, cu_seqlens)
+        operands = (q.to(dtype), k.to(dtype), v.to(dtype), torch.exp(log_f))
+        y, state = reference.recurrence(*operands, state, cu_seqlens, reverse, scale)
+        return y.to(q.dtype), state
+    keep = _needs_gradient(q, k, v, log_f, initial_state)
+    y, state, _ = torch.ops.hgrn2.chunked_gated_scan(
+        q, k, v, log_f, initial_state, cu_seqlens, reverse, float(scale), keep
+    )
+    return y, state
+
+
+def hgrn2_step(
+    q: Tensor,
+    f: Tensor,
+    v: Tensor,
+    state: Tensor,
+    lower_bound: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    q_activation: str = "silu",
+    v_activation: str = "none",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One token of `hgrn2_scan`, for decoding with a state of constant size.
+
+    Args:
+        q: [B, H, K], pre-activation of the output gate.
+        f: [B, H, K], pre-activation of the forget gate.
+        v: [B, H, V].
+        state: [B, H, K, V], float32 (float64 for float64 inputs); not changed.
+        lower_bound: [H, K], float32 in [0, 1); None means 0.
+        scale: factor of the outputs.
+        q_activation: as in `hgrn2_scan`.
+        v_activation: as in `hgrn2_scan`.
+        backend: as in `hgrn2_scan`; all run the same few element-wise operations here.
+
+    Returns:
+        y [B, H, V] in q's dtype, and the new state.
+
+    Raises:
+        ValueError: as `hgrn2_scan`.
+
+    Example:
+        >>> import torch, hgrn2
+        >>> q, f, v = torch.randn(3, 1, 4, 32).unbind(0)
+        >>> y, state = hgrn2.ops.hgrn2_step(q, f, v, torch.zeros(1, 4, 32, 32))
+    """
+    if q.dim() != 3 or v.dim() != 3:
+        raise ValueError(f"q and v of a step have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, H, K] and [B, H, V]")
+    require_shape("f", f, "B H K", q.shape)
+    require_shape("v", v, "B H V", (*q.shape[:2], v.shape[2]))
+    require_shape("state", state, "B H K V", (*q.shape, v.shape[2]))
+    _check_operands(q, f, v, "f")
+    _check_like("state", state, q, _state_dtype(q))
+    _check_lower_bound(lower_bound, q)
+    _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
+    _check_choice("v_activation", v_activation, V_ACTIVATIONS)
+    resolve_backend(backend, q.device)
+    dtype = _state_dtype(q)
+    state, lower_bound = state.to(dtype), _as_state(lower_bound, q)
+    f = f.to(dtype)
+    gate, key = torch.sigmoid(f), torch.sigmoid(-f)
+    if lower_bound is not None:
+        gate, key = lower_bound + (1 - lower_bound) * gate, (1 - lower_bound) * key
+    value = activate(v.to(dtype), v_activation)
+    query = activate(q.to(dtype), q_activation)
+    state = torch.addcmul(key.unsqueeze(-1) * value.unsqueeze(-2), gate.unsqueeze(-1), state)
+    y = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)
+    return (y * scale if scale != 1 else y).to(q.dtype), state
+
+
+# what is checked before anything runs
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _as_state(x: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if x is None else x.to(_state_dtype(q))
+
+
+def _values_are_at_hand(x: Tensor) -> bool:
+    """Whether values can be looked at without waiting for an accelerator or breaking a trace."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _needs_gradient(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _check_choice(name: str, found: str, known: tuple[str, ...]) -> None:
+    if found not in known:
+        raise ValueError(f"{name} is {found!r}; wanted one of {', '.join(map(repr, known))}")
+
+
+def _check_like(name: str, x: Tensor, q: Tensor, dtype: torch.dtype) -> None:
+    # what is kept in float32 may stay so beside float64 inputs
+    if x.dtype != dtype and (x.dtype, dtype) != (torch.float32, torch.float64):
+        raise ValueError(f"{name} has dtype {x.dtype}; wanted {dtype} beside q of dtype {q.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} and q on {q.device}; move them to one device")
+
+
+def _check_operands(q: Tensor, x: Tensor, v: Tensor, name: str) -> None:
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; wanted one of {', '.join(map(str, DTYPES))}")
+    for label, tensor in ((name, x), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{label} has dtype {tensor.dtype} and q {q.dtype}; wanted one dtype for both")
+        _check_like(label, tensor, q, q.dtype)
+
+
+def _check_scan(
+    q: Tensor, x: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, name: str
+) -> None:
+    if q.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, T, H, K] and [B, T, H, V]")
+    require_shape(name, x, "B T H K", q.shape)
+    require_shape("v", v, "B T H V", (*q.shape[:3], v.shape[3]))
+    _check_operands(q, x, v, name)
+    num_states = q.shape[0]
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, q)
+        num_states = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        require_shape("initial_state", initial_state, "N H K V", (num_states, *q.shape[2:], v.shape[3]))
+        _check_like("initial_state", initial_state, q, _state_dtype(q))
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; wanted [N + 1], int32 or int64"
+        )
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}; move them to one device")
+    if _values_are_at_hand(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != q.shape[1] or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+            shown = f"{bounds[:4]} ... {bounds[-2:]}" if len(bounds) > 8 else f"{bounds}"
+            raise ValueError(f"cu_seqlens is {shown}; wanted 0, then non-decreasing starts, then T = {q.shape[1]}")
+
+
+def _check_lower_bound(lower_bound: Tensor | None, q: Tensor) -> None:
+    if lower_bound is None:
+        return
+    require_shape("lower_bound", lower_bound, "H K", q.shape[-2:])
+    _check_like("lower_bound", lower_bound, q, _state_dtype(q))
+    if _values_are_at_hand(lower_bound) and lower_bound.numel():
+        low, high = (float(x) for x in lower_bound.detach().aminmax())
+        # a NaN fails both comparisons
+        if not (low >= 0 and high < 1):
+            raise ValueError(f"lower_bound has values from {low:g} to {high:g}; wanted all in [0, 1)")
+
+
+def _initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if initial_state is not None:
+        return initial_state
+    num_states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_zeros((num_states, *q.shape[2:], v.shape[3]), dtype=_state_dtype(q))
+
+
+# the chunked backend as torch operators: opaque to torch.compile, with shapes and gradients it can reason about
+
+
+@torch.library.custom_op("hgrn2::chunked_scan", mutates_args=())
+def _scan_op(
+    q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    reverse: bool, scale: float, q_activation: str, v_activation: str, keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
+    return chunked.forward(gate, initial_state, cu_seqlens, reverse, keep_states)
+
+
+@_scan_op.register_fake
+def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation, keep_states):
+    return _empty_results(q, v, cu_seqlens, keep_states)
+
+
+@torch.library.custom_op("hgrn2::chunked_scan_backward", mutates_args=())
+def _scan_backward_op(
+    dy: Tensor, d_final_state: Tensor, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, kept: Tensor, reverse: bool, scale: float,
+    q_activation: str, v_activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
+    d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
+    d_bound = q.new_empty(0) if lower_bound is None else gate.d_bound.to(lower_bound.dtype)
+    return *gate.gradients, d_bound, d_initial_state
+
+
+@_scan_backward_op.register_fake
+def _(dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, kept, reverse, scale, q_activation, v_activation):
+    d_bound = q.new_empty(0) if lower_bound is None else torch.empty_like(lower_bound)
+    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, f, v)), d_bound, torch.empty_like(d_final_state)
+
+
+def _scan_setup(ctx, inputs, output) -> None:
+    *tensors, reverse, scale, q_activation, v_activation, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.settings = (reverse, scale, q_activation, v_activation)
+
+
+def _scan_backward(ctx, dy, d_final_state, _):
+    q, f, v, lower_bound, initial_state, cu_seqlens, kept = ctx.saved_tensors
+    dq, df, dv, d_bound, d_initial = torch.ops.hgrn2.chunked_scan_backward(
+        dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, kept, *ctx.settings
+    )
+    d_bound = None if lower_bound is None else d_bound
+    d_initial = None if initial_state is None else d_initial
+    return dq, df, dv, d_bound, d_initial, None, None, None, None, None, None
+
+
+_scan_op.register_autograd(_scan_backward, setup_context=_scan_setup)
+
+
+@torch.library.custom_op("hgrn2::chunked_gated_scan", mutates_args=())
+def _gated_op(
+    q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    reverse: bool, scale: float, keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return chunked.forward(FreeGate(q, k, v, log_f, scale), initial_state, cu_seqlens, reverse, keep_states)
+
+
+@_gated_op.register_fake
+def _(q, k, v, log_f, initial_state, cu_seqlens, reverse, scale, keep_states):
+    return _empty_results(q, v, cu_seqlens, keep_states)
+
+
+@torch.library.custom_op("hgrn2::chunked_gated_scan_backward", mutates_args=())
+def _gated_backward_op(
+    dy: Tensor, d_final_state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, kept: Tensor, reverse: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gate = FreeGate(q, k, v, log_f, scale)
+    d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
+    return *gate.gradients, d_initial_state
+
+
+@_gated_backward_op.register_fake
+def _(dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, reverse, scale):
+    inputs = (q, k, v, log_f)
+    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs), torch.empty_like(d_final_state)
+
+
+def _gated_setup(ctx, inputs, output) -> None:
+    *tensors, reverse, scale, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.settings = (reverse, scale)
+
+
+def _gated_backward(ctx, dy, d_final_state, _):
+    q, k, v, log_f, initial_state, cu_seqlens, kept = ctx.saved_tensors
+    dq, dk, dv, d_log_f, d_initial = torch.ops.hgrn2.chunked_gated_scan_backward(
+        dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, *ctx.settings
+    )
+    d_initial = None if initial_state is None else d_initial
+    return dq, dk, dv, d_log_f, d_initial, None, None, None, None
+
+
+_gated_op.register_autograd(_gated_backward, setup_context=_gated_setup)
+
+
+def _empty_results(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, heads, width = q.shape
+    num_states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = _state_dtype(q)
+    kept = chunked.kept_states_shape(batch, length, heads, width, v.shape[-1], cu_seqlens, q.device, keep_states)
+    return (
+        q.new_empty((batch, length, heads, v.shape[-1])),
+        q.new_empty((num_states, heads, width, v.shape[-1]), dtype=dtype),
+        q.new_empty(kept, dtype=dtype),
+    )

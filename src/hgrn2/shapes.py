@@ -1,0 +1,36 @@
+"""The axis letters of this package, once.
+
+| letter | meaning |
+| --- | --- |
+| B | batch |
+| T | time: tokens of a sequence, or of all packed sequences together |
+| N | sequences: B, or the number of packed ones |
+| D | model width, `hidden_size` |
+| L | layers |
+| H | heads of the mixer |
+| K | gate and key width of a head, `expand_ratio`: the state expansion of the paper |
+| V | value width of a head, D / H |
+| C | chunk length |
+
+Activations are [B, T, D] or, split in heads, [B, T, H, K]; a state is [N, H, K, V].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def require_shape(name: str, x: Tensor, letters: str, wanted: Sequence[int]) -> None:
+    """Raises a ValueError unless x has the wanted shape.
+
+    Args:
+        name: what the caller calls the tensor.
+        x: the tensor.
+        letters: the axes, for the message, e.g. "B T H K".
+        wanted: their sizes.
+    """
+    if tuple(x.shape) != tuple(wanted):
+        sizes = ", ".join(f"{letter}={size}" for letter, size in zip(letters.split(), wanted, strict=True))
+        raise ValueError(f"{name} has shape {list(x.shape)}; wanted [{letters.replace(' ', ', ')}] with {sizes}")
