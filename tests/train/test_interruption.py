@@ -14,7 +14,7 @@ from hgrn2.train import checkpoint
 
 # short steps and a checkpoint every few of them: a kill at random lands anywhere, within a checkpoint too
 SETTINGS = {
-    "max_steps": 1000,
+    "max_steps": 600,
     "batch_size": 4,
     "seq_len": 16,
     "learning_rate": 1e-2,
@@ -65,8 +65,8 @@ def test_killed_at_ten_random_moments(processes, uninterrupted, tmp_path):
         if moment % 2:
             path = run_dir / "metrics.jsonl"
             before = path.read_bytes().count(b"\n") if path.exists() else 0
-            wait_for_steps(run_dir, before + generator.randrange(1, 40), process)
-        time.sleep(generator.uniform(0.0, 0.06))
+            wait_for_steps(run_dir, before + generator.randrange(1, 30), process)
+        time.sleep(generator.uniform(0.0, 0.04))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL

@@ -57,3 +57,13 @@ def test_tensorboard_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install 'hgrn2\[tensorboard\]'"):
         MetricsWriter(tmp_path, tensorboard=True)
+
+
+def test_tensorboard_takes_the_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsWriter(tmp_path, tensorboard=True) as metrics:
+        metrics.write({"kind": "train", "step": 1, "loss": 0.5, "grad_norm": None})
+        metrics.write({"kind": "sample", "step": 1, "text": "words"})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5)]
+    assert events.Tags()["scalars"] == ["train/loss"]

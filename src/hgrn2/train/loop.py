@@ -124,7 +124,7 @@ class Trainer:
                 self.display,
             ):
                 self._started_s = time.monotonic() - self._counters.elapsed_s
-                self._train(stop, metrics)
+                finished = self._train(stop, metrics)
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
@@ -136,10 +136,16 @@ class Trainer:
         assert newest is not None, "a run that ends has a checkpoint"
         validations = [r for r in read_metrics(self.run_dir) if r["kind"] == "validation"]
         return TrainResult(
-            self.run_dir, newest, self._counters, validations[-1] if validations else None, stop.signal_name
+            self.run_dir,
+            newest,
+            self._counters,
+            validations[-1] if validations else None,
+            # a signal that came after the last step has stopped nothing
+            None if finished else stop.signal_name,
         )
 
-    def _train(self, stop: StopRequest, metrics: MetricsWriter) -> None:
+    def _train(self, stop: StopRequest, metrics: MetricsWriter) -> bool:
+        """Go on to the end of the budget (True) or to a signal (False)."""
         config, counters = self.config, self._counters
         metrics.write({"kind": "start", "step": counters.step, **self._environment()})
         self._progress_at_start, self._session_started_s = self._progress(), time.monotonic()
@@ -164,6 +170,7 @@ class Trainer:
                 f"stopped by {stop.signal_name} after step {counters.step}; "
                 f"go on with: hgrn2 train --resume {self.run_dir}"
             )
+        return finished
 
     def _step(self, metrics: MetricsWriter) -> None:
         config, counters = self.config, self._counters

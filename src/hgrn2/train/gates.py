@@ -1,0 +1,102 @@
+"""What the gates of a trained model do on real text, small enough to keep in the run folder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hgrn2.errors import UserError
+
+GATES_NAME = "gates.npz"
+_NUM_BINS = 50
+# float32 cannot tell a gate closer to 1 from 1, nor its logarithm from 0
+_LEAST_DECAY = 2.0**-25
+
+
+class GatedModel(Protocol):
+    """A model that can be asked for its gates."""
+
+    def gate_statistics(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[dict[str, Any]]:
+        """For every layer: lower_bound [D], forget_gate [B, T, D] and state_norm."""
+        ...
+
+
+@dataclass(frozen=True)
+class GateSummary:
+    """Gates of L layers with D channels each, measured on num_tokens tokens.
+
+    Attributes:
+        lower_bound: [L, D], in [0, 1).
+        half_life_tokens: [L, D], tokens after which half of what a channel holds is forgotten on average:
+            log 2 / mean(-log f). Decays multiply, so the mean is of the logarithm.
+        forget_gate_counts: [L, bins], histogram of f over tokens and channels.
+        forget_gate_edges: [bins + 1], from 0 to 1.
+        state_norm: [L], Frobenius norm of a layer's final state.
+        num_tokens: tokens the rest is measured on.
+    """
+
+    lower_bound: np.ndarray
+    half_life_tokens: np.ndarray
+    forget_gate_counts: np.ndarray
+    forget_gate_edges: np.ndarray
+    state_norm: np.ndarray
+    num_tokens: np.ndarray
+
+    def save(self, run_dir: Path) -> Path:
+        """Write gates.npz into the run folder, in one move."""
+        path = run_dir / GATES_NAME
+        temporary = run_dir / f".tmp-{GATES_NAME}"
+        np.savez_compressed(temporary, **asdict(self))
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, run_dir: Path) -> GateSummary:
+        """Read gates.npz of a run folder.
+
+        Raises:
+            UserError: it is not there, or not readable.
+        """
+        path = run_dir / GATES_NAME
+        try:
+            with path.open("rb") as file, np.load(file) as arrays:
+                return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise UserError(
+                f"{path}: cannot read the gates ({error}); a run writes them when it ends"
+            ) from None
+
+
+@torch.no_grad()
+def measure_gates(model: GatedModel, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> GateSummary:
+    """Run the model over some text and summarise its gates.
+
+    Args:
+        model: in evaluation mode.
+        input_ids: int64 [B, T], or [1, T] packed.
+        cu_seqlens: int32 [N + 1] of a packed batch.
+    """
+    edges = np.linspace(0.0, 1.0, _NUM_BINS + 1)
+    bounds, half_lives, counts, norms = [], [], [], []
+    for layer in model.gate_statistics(input_ids, cu_seqlens=cu_seqlens):
+        gate = layer["forget_gate"].detach().double().cpu().flatten(0, 1)
+        decay = -gate.clamp(min=torch.finfo(torch.float32).tiny).log()
+        bounds.append(layer["lower_bound"].detach().float().cpu().numpy())
+        half_lives.append((math.log(2) / decay.mean(0).clamp(min=_LEAST_DECAY)).numpy())
+        counts.append(np.histogram(gate.numpy(), bins=edges)[0])
+        norms.append(float(layer["state_norm"]))
+    return GateSummary(
+        lower_bound=np.stack(bounds),
+        half_life_tokens=np.stack(half_lives),
+        forget_gate_counts=np.stack(counts),
+        forget_gate_edges=edges,
+        state_norm=np.array(norms),
+        num_tokens=np.array(input_ids.numel()),
+    )

@@ -1,0 +1,157 @@
+"""Language modelling as a task for the loop: packed documents, or streams with the state carried along."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hgrn2.data.batches import Batch, PackedBatches, StreamBatches
+from hgrn2.data.sequential import sequential_windows
+from hgrn2.data.tokens import TokenDataset
+from hgrn2.models import ModelState
+from hgrn2.train.config import TrainConfig
+
+# writes text: from the model and a prompt to the prompt and its continuation
+Sampler = Callable[[nn.Module, str], str]
+
+
+class LanguageTask:
+    """Next-token prediction; the task of `hgrn2 train`.
+
+    Args:
+        train: tokens to train on.
+        validation: held-out tokens.
+        config: batch_size, seq_len, stream, seed, validation_tokens, sample_prompt and compile are read.
+        device: where the model is.
+        sampler: writes the samples; None: no samples.
+
+    Raises:
+        UserError: the training tokens are fewer than a window needs.
+    """
+
+    def __init__(
+        self,
+        train: TokenDataset,
+        validation: TokenDataset,
+        config: TrainConfig,
+        device: torch.device,
+        sampler: Sampler | None = None,
+    ) -> None:
+        batches = StreamBatches if config.stream else PackedBatches
+        self._batches = batches(train, config.batch_size, config.seq_len, seed=config.seed)
+        self._held_out = sequential_windows(
+            validation, config.seq_len, config.batch_size, max_tokens=config.validation_tokens
+        )
+        self._config = config
+        self._device = device
+        self._sampler = sampler
+        self._carried: dict[str, Tensor] = {}
+        self._compiled: Callable[..., Any] | None = None
+
+    def next_batch(self) -> Batch:
+        """The next batch, on the CPU, where its targets are counted without waiting for the device."""
+        return next(self._batches)
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Inputs of the batch."""
+        return batch.input_ids.numel()
+
+    def num_targets(self, batch: Batch) -> int:
+        """Targets that are not ignored."""
+        return int((batch.targets >= 0).sum())
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Cross entropy summed over the targets, nats."""
+        if self._config.compile and self._compiled is None:
+            self._compiled = torch.compile(model.loss)
+        loss_sum, self._carried = carried_loss(
+            self._compiled or model.loss, batch.to(self._device, non_blocking=True), self._carried
+        )
+        return loss_sum
+
+    def step_skipped(self) -> None:
+        """Let the streams start from zero: a state that is not finite would spoil every step to come."""
+        self._carried = {}
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """See text_figures; the state is carried through whole documents."""
+        nats = 0.0
+        carried: dict[str, Tensor] = {}
+        for batch in self._held_out:
+            loss_sum, carried = carried_loss(model.loss, batch.to(self._device, non_blocking=True), carried)
+            nats += loss_sum.item()
+        return text_figures(nats, self._held_out.num_tokens, self._held_out.num_text_bytes)
+
+    def sample(self, model: nn.Module) -> str | None:
+        """The prompt and what the model makes of it."""
+        return None if self._sampler is None else self._sampler(model, self._config.sample_prompt)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data."""
+        return self._batches.state_dict()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The states carried by the streams."""
+        return self._carried
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Put back position and carried states."""
+        self._batches.load_state_dict(state)
+        self._carried = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+
+
+def carried_loss(
+    loss: Callable[..., tuple[Tensor, Tensor, ModelState]], batch: Batch, carried: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one batch, whose sequences go on from the carried states where the batch says so.
+
+    Args:
+        loss: the model's loss.
+        batch: packed, on the model's device.
+        carried: state tensors [num_streams, ...] by name, as this function returned them; empty at the start.
+
+    Returns:
+        The summed loss, and the state tensors to carry on: without gradient, empty if the batch carries none.
+    """
+    state = None
+    if carried and batch.carry_from is not None:
+        source = batch.carry_from.clamp(min=0)
+        fresh = batch.carry_from < 0
+        state = ModelState.from_tensors(
+            {
+                # filled, not multiplied: a state that is not finite must not reach a fresh sequence
+                name: tensor[source].masked_fill_(fresh.view(-1, *[1] * (tensor.ndim - 1)), 0)
+                for name, tensor in carried.items()
+            }
+        )
+    loss_sum, _, state = loss(batch.input_ids, batch.targets, state=state, cu_seqlens=batch.cu_seqlens)
+    if batch.carry_to is None:
+        return loss_sum, {}
+    return loss_sum, {name: tensor.detach()[batch.carry_to] for name, tensor in state.tensors().items()}
+
+
+def text_figures(nats: float, num_tokens: int, num_text_bytes: int) -> dict[str, float]:
+    """What a summed cross entropy over a text comes to.
+
+    Args:
+        nats: summed over the targets.
+        num_tokens: number of targets.
+        num_text_bytes: UTF-8 bytes of the text they stand for.
+
+    Returns:
+        val_loss (nats a token), val_perplexity (its exp), val_bits_per_byte (comparable between tokenizers),
+        and what they were measured on: val_tokens, val_text_bytes.
+    """
+    loss = nats / num_tokens
+    return {
+        "val_loss": loss,
+        # beyond 700 the exponential overflows
+        "val_perplexity": math.exp(min(loss, 700.0)),
+        "val_bits_per_byte": nats / math.log(2) / num_text_bytes,
+        "val_tokens": num_tokens,
+        "val_text_bytes": num_text_bytes,
+    }

@@ -1,0 +1,174 @@
+"""Pictures of a run, from its metrics.jsonl and gates.npz alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from hgrn2.errors import UserError
+from hgrn2.train.gates import GATES_NAME, GateSummary
+from hgrn2.train.metrics import read_metrics
+
+FOLDER_NAME = "plots"
+
+_STYLE: dict[Any, Any] = {
+    "figure.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.edgecolor": "#555555",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "legend.frameon": False,
+    "font.size": 10,
+}
+_TRAIN, _VALIDATION, _BAND = "#2b6cb0", "#c05621", "#a9c6e8"
+
+
+def plot_run(run_dir: Path) -> list[Path]:
+    """Draw everything the run folder has data for.
+
+    Args:
+        run_dir: a run folder; gates.npz is there once the run has ended.
+
+    Returns:
+        The pictures, in RUN/plots.
+
+    Raises:
+        UserError: the folder has no metrics, or not one training step.
+    """
+    records = read_metrics(run_dir)
+    train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
+    if not train:
+        raise UserError(f"{run_dir}: no training step is recorded; let the run do at least one")
+    pictures = {"loss": loss_figure(train, [r for r in records if r["kind"] == "validation"])}
+    if (run_dir / GATES_NAME).exists():
+        pictures["memory"] = memory_figure(GateSummary.load(run_dir))
+    folder = run_dir / FOLDER_NAME
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for name, figure in pictures.items():
+        temporary = folder / f".tmp-{name}.png"
+        figure.savefig(temporary, dpi=150)
+        paths.append(temporary.replace(folder / f"{name}.png"))
+    return paths
+
+
+def loss_figure(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
+    """Loss against tokens and against time: every step faint, smoothed strong, validations marked."""
+    losses = np.array([r["loss"] for r in train])
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, key, scale in ((left, "tokens", 1.0), (right, "elapsed_s", _time_unit(train)[0])):
+            x = np.array([r[key] for r in train]) / scale
+            axes.plot(x, losses, color=_BAND, linewidth=0.7)
+            axes.plot(x, _smooth(losses), color=_TRAIN, linewidth=1.8, label="training, smoothed")
+            axes.plot(
+                [r[key] / scale for r in validation],
+                [np.nan if r["val_loss"] is None else r["val_loss"] for r in validation],
+                color=_VALIDATION, marker="o", markersize=4, linewidth=1.4, label="validation",
+            )  # fmt: skip
+            axes.set_xlim(0, x[-1] * 1.02)
+        low, high = _loss_limits(train, validation)
+        left.set_ylim(low, high)
+        left.set(title="Loss against tokens", xlabel="training tokens", ylabel="loss (nats a token)")
+        left.xaxis.set_major_formatter(EngFormatter(sep=""))
+        right.set(title="Loss against time", xlabel=f"time ({_time_unit(train)[1]})")
+        right.legend(loc="upper right", title=_last_validation(validation), alignment="left")
+    return figure
+
+
+def memory_figure(gates: GateSummary) -> Figure:
+    """What each layer remembers: lower bounds, forget gates, half-lives and the size of the state."""
+    num_layers = len(gates.state_norm)
+    layers = np.arange(num_layers)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 8), layout="constrained")
+        ((bounds, gate), (half_life, norm)) = figure.subplots(2, 2)
+
+        _bands(bounds, layers, gates.lower_bound)
+        bounds.set(title="Lower bound of the forget gate", ylabel="lower bound", ylim=(-0.02, 1.02))
+
+        density = gates.forget_gate_counts / np.maximum(gates.forget_gate_counts.sum(1, keepdims=True), 1)
+        edges = gates.forget_gate_edges
+        # shares span decades: most of a layer's gates sit in a few bins
+        image = gate.pcolormesh(
+            np.arange(num_layers + 1) - 0.5, edges, np.where(density > 0, density, np.nan).T,
+            norm=LogNorm(vmin=1e-4, vmax=1.0), cmap="viridis", rasterized=True,
+        )  # fmt: skip
+        gate.grid(False)
+        gate.set(title="Forget gate", ylabel="forget gate f", ylim=(0, 1))
+        figure.colorbar(image, ax=gate, label=f"share of gates (bins of {edges[1]:.2f})")
+
+        _bands(half_life, layers, gates.half_life_tokens)
+        half_life.set_yscale("log")
+        half_life.set(title="Memory half-life", ylabel="half-life (tokens)")
+        half_life.legend(loc="upper left")
+        half_life.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+        norm.plot(layers, gates.state_norm, color=_TRAIN, marker="o", linewidth=1.8)
+        norm.set(title="Norm of the state", ylabel="Frobenius norm")
+        norm.set_ylim(bottom=0)
+        for axes in (bounds, gate, half_life, norm):
+            axes.set_xlabel("layer")
+            axes.set_xlim(-0.5, num_layers - 0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.suptitle(
+            f"Memory, measured on {int(gates.num_tokens):,} tokens of held-out text", x=0.01, ha="left"
+        )
+    return figure
+
+
+def _bands(axes: Axes, layers: np.ndarray, values: np.ndarray) -> None:
+    """Median over a layer's channels with the middle half and the middle nine tenths around it."""
+    low, lower, median, upper, high = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
+    axes.vlines(layers, low, high, color=_BAND, linewidth=5, label="5 to 95 % of channels")
+    axes.vlines(layers, lower, upper, color=_TRAIN, linewidth=5, alpha=0.75, label="25 to 75 %")
+    axes.plot(layers, median, color=_VALIDATION, marker="o", markersize=5, linewidth=0, label="median")
+
+
+def _smooth(losses: np.ndarray) -> np.ndarray:
+    """Mean over a hundredth of the run to both sides of each step, less at the ends: it does not lag."""
+    index = np.arange(len(losses))
+    reach = np.minimum(len(losses) // 100, index)
+    stop = np.minimum(index + reach + 1, len(losses))
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    return (sums[stop] - sums[index - reach]) / (stop - index + reach)
+
+
+def _time_unit(train: list[dict[str, Any]]) -> tuple[float, str]:
+    last_s = train[-1]["elapsed_s"]
+    return (3600.0, "hours") if last_s > 7200 else (60.0, "minutes") if last_s > 120 else (1.0, "seconds")
+
+
+def _loss_limits(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> tuple[float, float]:
+    """Limits that the first few steps, far above the rest, do not dictate."""
+    losses = np.array(
+        [r["loss"] for r in train] + [r["val_loss"] for r in validation if r["val_loss"] is not None]
+    )
+    low, high = losses.min(), np.quantile(losses, 0.98)
+    margin = 0.08 * max(high - low, 1e-3)
+    return low - margin, high + margin
+
+
+def _last_validation(validation: list[dict[str, Any]]) -> str | None:
+    if not validation:
+        return None
+    last = validation[-1]
+    bits = last.get("val_bits_per_byte")
+    return (
+        f"at the end: {bits:.3f} bits a byte" if bits is not None else f"at the end: {last['val_loss']:.3f}"
+    )

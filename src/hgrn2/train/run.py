@@ -1,0 +1,179 @@
+"""A language-model run from settings to pictures: what `hgrn2 train` and `hgrn2 train --resume` call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hgrn2.data.prepare import PreparedData
+from hgrn2.data.sequential import sequential_windows
+from hgrn2.errors import UserError
+from hgrn2.models import HGRN2LM, HGRN2Config
+from hgrn2.train.checkpoint import create_run, read_config, resume_point, write_config
+from hgrn2.train.config import TrainConfig
+from hgrn2.train.display import Display, make_display
+from hgrn2.train.gates import measure_gates
+from hgrn2.train.language import LanguageTask, Sampler
+from hgrn2.train.loop import Trainer, TrainResult
+from hgrn2.train.rng import seed_everything
+
+# tokens of held-out text that the gates are measured on: enough for a histogram, little to hold at once
+_GATE_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class LanguageRun:
+    """A run that has ended.
+
+    Attributes:
+        model: as it is after the last step.
+        result: how the run ended.
+        pictures: paths of the PNG files; empty if a signal stopped the run.
+    """
+
+    model: HGRN2LM
+    result: TrainResult
+    pictures: list[Path]
+
+
+def start_language_run(
+    run_dir: Path,
+    model_config: HGRN2Config,
+    train_config: TrainConfig,
+    data: PreparedData,
+    *,
+    data_settings: Mapping[str, Any],
+    sampler: Sampler | None = None,
+    display: Display | None = None,
+) -> LanguageRun:
+    """Train a new model.
+
+    Args:
+        run_dir: a folder to make.
+        model_config: the model.
+        train_config: how to train it.
+        data: prepared tokens and their tokenizer.
+        data_settings: JSON values that say how to open the data again; kept as "data" in config.json.
+        sampler: writes samples from the model and a prompt; None: no samples.
+        display: where progress is shown; by default on standard error.
+
+    Raises:
+        UserError: settings that do not fit each other or the data (nothing is written), or as Trainer.run.
+    """
+    parts = _Parts.build(model_config, train_config, data, sampler)
+    config = {"model": model_config.to_dict(), "train": train_config.to_dict(), "data": dict(data_settings)}
+    create_run(run_dir, config, data.tokenizer)
+    return parts.run(run_dir, config, None, display)
+
+
+def resume_language_run(
+    path: Path,
+    data: PreparedData,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    sampler: Sampler | None = None,
+    display: Display | None = None,
+) -> LanguageRun:
+    """Go on with a run; on the CPU with the losses it would have had without the stop, to the last bit.
+
+    Args:
+        path: a run folder, or one of its checkpoints.
+        data: opened by the "data" settings of the run's config.json.
+        changes: train settings that are to be different from now on, such as a larger max_steps.
+        sampler: as for start_language_run.
+        display: as for start_language_run.
+
+    Raises:
+        UserError: there is no run, its checkpoint is damaged, the data is another, or as Trainer.run.
+    """
+    run_dir, checkpoint = resume_point(path)
+    config = read_config(run_dir)
+    for key in ("model", "train", "data"):
+        if not isinstance(config.get(key), dict):
+            raise UserError(
+                f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run"
+            )
+    train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
+    parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
+    if changes:
+        config["train"] = train_config.to_dict()
+        write_config(run_dir, config)
+    return parts.run(run_dir, config, checkpoint, display)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Everything a run needs, checked before the run folder is touched."""
+
+    model: HGRN2LM
+    task: LanguageTask
+    config: TrainConfig
+    data: PreparedData
+
+    @classmethod
+    def build(
+        cls, model_config: HGRN2Config, config: TrainConfig, data: PreparedData, sampler: Sampler | None
+    ) -> _Parts:
+        data.tokenizer.check_fits(model_config.vocab_size)
+        device = choose_device(config.device)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        task = LanguageTask(data.train, data.validation, config, device, sampler)
+        seed_everything(config.seed)
+        return cls(HGRN2LM(model_config).to(device), task, config, data)
+
+    def run(
+        self, run_dir: Path, run_config: Mapping[str, Any], resume_from: Path | None, display: Display | None
+    ) -> LanguageRun:
+        trainer = Trainer(
+            model=self.model,
+            task=self.task,
+            roles=self.model.parameter_roles(),
+            config=self.config,
+            run_dir=run_dir,
+            run_config=run_config,
+            resume_from=resume_from,
+            display=display or make_display(),
+        )
+        result = trainer.run()
+        pictures = [] if result.stopped_by else self._pictures(run_dir)
+        return LanguageRun(self.model, result, pictures)
+
+    def _pictures(self, run_dir: Path) -> list[Path]:
+        # matplotlib takes a second to import, which only the end of a run should wait for
+        from hgrn2.train.plots import plot_run
+
+        windows = sequential_windows(self.data.validation, _GATE_TOKENS, 1, max_tokens=_GATE_TOKENS)
+        batch = next(iter(windows)).to(choose_device(self.config.device))
+        self.model.eval()
+        try:
+            measure_gates(self.model, batch.input_ids, batch.cu_seqlens).save(run_dir)
+            return plot_run(run_dir)
+        except OSError as error:
+            raise UserError(
+                f"{run_dir}: trained, but the pictures cannot be written ({error.strerror}); "
+                f"free some space, then: hgrn2 train --resume {run_dir}"
+            ) from None
+        finally:
+            self.model.train()
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a name; "auto" is the first GPU, or the CPU.
+
+    Raises:
+        UserError: torch does not know the name, or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used: {reason}; choose auto, cpu or cuda") from None
+    return device

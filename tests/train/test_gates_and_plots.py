@@ -1,0 +1,96 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from hgrn2.errors import UserError
+from hgrn2.train.gates import GateSummary, measure_gates
+from hgrn2.train.metrics import MetricsWriter
+from hgrn2.train.plots import _smooth, plot_run
+
+
+class ConstantGates:
+    """Layer l forgets with the l-th half-life, but for its first channel, which never does."""
+
+    def __init__(self, half_lives):
+        self.half_lives = half_lives
+
+    def gate_statistics(self, input_ids, cu_seqlens=None):
+        layers = []
+        for half_life in self.half_lives:
+            gate = torch.full((*input_ids.shape, 4), 0.5 ** (1 / half_life))
+            gate[..., 0] = 1.0
+            layers.append(
+                {"lower_bound": torch.full((4,), 0.25), "forget_gate": gate, "state_norm": half_life}
+            )
+        return layers
+
+
+def record(run_dir, num_steps=40):
+    with MetricsWriter(run_dir) as metrics:
+        for step in range(1, num_steps + 1):
+            loss = None if step == 5 else 2.0 + math.exp(-step)
+            common = {"step": step, "tokens": step * 64, "elapsed_s": step * 0.5}
+            metrics.write({"kind": "train", "loss": loss, "smoothed_loss": 2.1, **common})
+            if step % 10 == 0:
+                metrics.write({"kind": "validation", "val_loss": 2.5, "val_bits_per_byte": 1.2, **common})
+
+
+def test_half_life_is_recovered():
+    gates = measure_gates(ConstantGates([1.0, 10.0, 1000.0]), torch.zeros(2, 8, dtype=torch.long))
+    np.testing.assert_allclose(
+        gates.half_life_tokens[:, 1:], [[1.0] * 3, [10.0] * 3, [1000.0] * 3], rtol=1e-3
+    )
+    # a gate of exactly 1 has an endless memory, which is cut off where float32 ends
+    assert np.all(gates.half_life_tokens[:, 0] > 1e7)
+    assert np.all(np.isfinite(gates.half_life_tokens))
+    assert gates.forget_gate_counts.sum(1).tolist() == [2 * 8 * 4] * 3
+    assert gates.forget_gate_counts[0, 25] == 2 * 8 * 3
+    assert gates.state_norm.tolist() == [1.0, 10.0, 1000.0]
+
+
+def test_gates_survive_the_file(tmp_path):
+    gates = measure_gates(ConstantGates([1.0, 10.0]), torch.zeros(1, 8, dtype=torch.long))
+    gates.save(tmp_path)
+    read = GateSummary.load(tmp_path)
+    for name, value in vars(gates).items():
+        np.testing.assert_array_equal(getattr(read, name), value)
+    assert [p.name for p in tmp_path.iterdir()] == ["gates.npz"]
+    (tmp_path / "gates.npz").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(UserError, match="cannot read the gates"):
+        GateSummary.load(tmp_path)
+
+
+def test_pictures_are_drawn(tmp_path):
+    record(tmp_path)
+    assert [p.name for p in plot_run(tmp_path)] == ["loss.png"]
+    measure_gates(ConstantGates([1.0, 10.0]), torch.zeros(1, 8, dtype=torch.long)).save(tmp_path)
+    paths = plot_run(tmp_path)
+    assert [p.name for p in paths] == ["loss.png", "memory.png"]
+    for path in paths:
+        pixels = imread(path)
+        assert min(pixels.shape[:2]) > 400
+        assert pixels.std() > 0.05
+    assert len(list((tmp_path / "plots").iterdir())) == 2
+
+
+def test_a_run_of_one_step_is_drawn(tmp_path):
+    record(tmp_path, num_steps=1)
+    assert plot_run(tmp_path)[0].exists()
+
+
+def test_nothing_to_draw(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "start", "step": 0}) + "\n")
+    with pytest.raises(UserError, match="no training step is recorded"):
+        plot_run(tmp_path)
+
+
+def test_smoothing_keeps_a_straight_line_and_the_ends():
+    line = np.arange(500.0)
+    smooth = _smooth(line)
+    np.testing.assert_allclose(smooth[:-5], line[:-5])
+    assert abs(smooth[-1] - line[-1]) < 4
+    np.testing.assert_allclose(_smooth(np.array([3.0])), [3.0])

@@ -1,0 +1,204 @@
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from hgrn2.data.batches import Batch
+from hgrn2.data.prepare import prepare
+from hgrn2.errors import UserError
+from hgrn2.models import HGRN2LM, HGRN2Config
+from hgrn2.train import checkpoint
+from hgrn2.train.config import TrainConfig
+from hgrn2.train.language import LanguageTask, carried_loss, text_figures
+from hgrn2.train.metrics import read_metrics
+from hgrn2.train.run import choose_device, resume_language_run, start_language_run
+
+SETTINGS = {
+    "max_steps": 12,
+    "batch_size": 2,
+    "seq_len": 24,
+    "learning_rate": 1e-2,
+    "validation_every": 6,
+    "checkpoint_every": 4,
+    "validation_tokens": 1000,
+    "keep_last": 10,
+    "device": "cpu",
+}
+
+
+def model_config(**changes):
+    settings = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "expand_ratio": 8}
+    return HGRN2Config(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for index in range(40):
+        words = " ".join(f"é{index * k % 13}" for k in range(5 + index))
+        (folder / f"{index:02}.txt").write_text(f"document {index}: {words}\n", encoding="utf-8")
+    return prepare([str(folder)], "bytes", folder / "prepared", validation_fraction=0.3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return HGRN2LM(model_config()).eval()
+
+
+def task(data, **changes):
+    config = TrainConfig.from_dict(SETTINGS | changes)
+    return LanguageTask(data.train, data.validation, config, torch.device("cpu"))
+
+
+def losses(run_dir):
+    keys = ("kind", "step", "loss", "grad_norm", "val_loss")
+    records = read_metrics(run_dir)
+    return [tuple(r.get(k) for k in keys) for r in records if r["kind"] in ("train", "validation")]
+
+
+def test_figures_by_hand():
+    # 8 tokens of 1 bit each stand for 4 bytes: 2 bits a byte, perplexity 2
+    figures = text_figures(8 * math.log(2), num_tokens=8, num_text_bytes=4)
+    assert figures["val_loss"] == pytest.approx(math.log(2))
+    assert figures["val_perplexity"] == pytest.approx(2.0)
+    assert figures["val_bits_per_byte"] == pytest.approx(2.0)
+    assert math.isfinite(text_figures(1e9, 1, 1)["val_perplexity"])
+
+
+def test_bits_a_byte_of_a_model_that_knows_nothing(data):
+    class Uniform:
+        def loss(self, input_ids, targets, state=None, cu_seqlens=None):
+            num_targets = (targets >= 0).sum()
+            return num_targets * math.log(257), num_targets, model_state
+
+    model_state = HGRN2LM(model_config()).init_state(10_000)
+    whole = data.validation
+    figures = task(data, validation_tokens=10**6).evaluate(Uniform())
+    # every byte of the text, and the end of every document
+    assert figures["val_tokens"] == whole.num_text_bytes + whole.num_documents
+    assert figures["val_text_bytes"] == whole.num_text_bytes
+    wanted = math.log2(257) * (whole.num_text_bytes + whole.num_documents) / whole.num_text_bytes
+    assert figures["val_bits_per_byte"] == pytest.approx(wanted)
+    assert figures["val_perplexity"] == pytest.approx(257)
+
+
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(7, 1), (24, 3), (100, 8)])
+def test_validation_carries_the_state_whatever_the_window(data, model, seq_len, batch_size):
+    with torch.no_grad():
+        found = task(data, seq_len=seq_len, batch_size=batch_size, validation_tokens=10**6).evaluate(model)
+        nats = 0.0
+        bounds = [*data.validation.document_starts.tolist(), data.validation.num_tokens]
+        for start, stop in itertools.pairwise(bounds):
+            ids = torch.from_numpy(data.validation.tokens(start, stop))
+            targets = torch.cat([ids[1:], torch.tensor([data.validation.eot_id])])
+            nats += model.loss(ids[None], targets[None])[0].item()
+    assert found["val_loss"] == pytest.approx(nats / found["val_tokens"], rel=1e-5)
+
+
+def test_a_spoilt_state_does_not_reach_a_fresh_sequence(model):
+    ids = torch.randint(257, (1, 12), generator=torch.Generator().manual_seed(0))
+    batch = Batch(
+        ids,
+        ids.clone(),
+        cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32),
+        carry_from=torch.tensor([-1, 1]),
+        carry_to=torch.tensor([0, 1]),
+    )
+    with torch.no_grad():
+        good, carried = carried_loss(model.loss, batch, {})
+        carried = {k: v.clone() if v.is_floating_point() else v for k, v in carried.items()}
+        continued, _ = carried_loss(model.loss, batch, carried)
+        for tensor in carried.values():
+            if tensor.is_floating_point():
+                tensor[0] = float("nan")
+        found, _ = carried_loss(model.loss, batch, carried)
+    assert found.item() == continued.item() != good.item()
+
+
+def test_a_skipped_step_forgets_the_streams(data, model):
+    stream = task(data, stream=True, batch_size=3)
+    stream.loss(model, stream.next_batch())
+    assert stream.state_tensors()
+    assert all(not t.requires_grad for t in stream.state_tensors().values())
+    stream.step_skipped()
+    assert not stream.state_tensors()
+
+
+@pytest.mark.parametrize("changes", [{}, {"stream": True}, {"optimizer": "muon", "precision": "bfloat16"}])
+def test_a_run_and_its_resumption(data, tmp_path, changes):
+    settings = TrainConfig.from_dict(SETTINGS | changes)
+    prompts = []
+
+    def sampler(model, prompt):
+        assert not model.training
+        prompts.append(prompt)
+        return f"sample {torch.rand(()).item()}"
+
+    run_dir = tmp_path / "run"
+    done = start_language_run(
+        run_dir, model_config(), settings, data, data_settings={"prepared": "here"}, sampler=sampler
+    )
+    assert done.result.stopped_by is None
+    assert prompts == [""]
+    assert [p.name for p in done.pictures] == ["loss.png", "memory.png"]
+    assert done.result.last_validation["step"] == 12
+    assert done.result.last_validation["val_bits_per_byte"] > 0
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["model"] == model_config().to_dict()
+    assert config["train"] == settings.to_dict()
+    assert config["data"] == {"prepared": "here"}
+
+    wanted = losses(run_dir)
+    first = [r["loss"] for r in read_metrics(run_dir) if r["kind"] == "train"]
+    assert first[-1] < first[0]
+    for path in checkpoint.checkpoints_of(run_dir)[::-1]:
+        resume_language_run(path, data, sampler=sampler)
+        assert losses(run_dir) == wanted
+
+    saved = checkpoint.load_saved_model(run_dir)
+    again = HGRN2LM(HGRN2Config.from_dict(saved.config["model"]))
+    checkpoint.load_model_tensors(again, saved.tensors, saved.path)
+    for (name, one), (_, two) in zip(again.named_parameters(), done.model.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_a_finished_run_can_be_given_more_steps(data, tmp_path):
+    settings = TrainConfig.from_dict(SETTINGS)
+    start_language_run(tmp_path / "run", model_config(), settings, data, data_settings={})
+    done = resume_language_run(tmp_path / "run", data, changes={"max_steps": 15})
+    assert done.result.counters.step == 15
+    assert checkpoint.read_config(tmp_path / "run")["train"]["max_steps"] == 15
+
+
+@pytest.mark.parametrize(
+    ("changes", "config_changes", "message"),
+    [
+        ({}, {"vocab_size": 100}, "257"),
+        ({"seq_len": 10**6}, {}, "use a shorter seq_len"),
+        ({"device": "cuda:99"}, {}, "device 'cuda:99' cannot be used"),
+        ({"device": "toaster"}, {}, "device 'toaster' cannot be used"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    data, tmp_path, changes, config_changes, message
+):
+    settings = TrainConfig.from_dict(SETTINGS | changes)
+    with pytest.raises(UserError, match=message):
+        start_language_run(tmp_path / "run", model_config(**config_changes), settings, data, data_settings={})
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_data_is_refused(data, tmp_path):
+    (tmp_path / "other.txt").write_text("something else entirely\n" * 100)
+    other = prepare([str(tmp_path / "other.txt")], "bytes", tmp_path / "prepared", progress=False)
+    settings = TrainConfig.from_dict(SETTINGS | {"max_steps": 2})
+    start_language_run(tmp_path / "run", model_config(), settings, data, data_settings={})
+    with pytest.raises(UserError, match="data position: saved with data"):
+        resume_language_run(tmp_path / "run", other)
+
+
+def test_auto_device_is_one_that_works():
+    assert choose_device("auto").type in ("cpu", "cuda")
