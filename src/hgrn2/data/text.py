@@ -10,7 +10,7 @@ import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from hgrn2.errors import UserError
 
@@ -47,7 +47,7 @@ def open_binary(path: Path) -> BinaryIO:
         case ".bz2":
             return cast(BinaryIO, bz2.open(path, "rb"))
         case ".zst":
-            return _open_zst(path)
+            return cast(BinaryIO, io.BufferedReader(_ZstReader(path), BLOCK_BYTES))
     return path.open("rb")
 
 
@@ -109,9 +109,9 @@ def read_text(path: Path) -> Iterator[str]:
 def cut_pieces(blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[str]:
     """Cut a text into pieces of at most piece_chars characters, whatever blocks it comes in; none is empty.
 
-    A cut falls after a line end that is followed by a character that is no space, where the usual tokenizers
-    start a new word anyway, so that a text in pieces gives the same tokens as the whole; failing that after
-    any line end, failing that anywhere.
+    A cut falls after a line end between two characters that are no space, where byte-level tokenizers cut
+    anyway, so that a text in pieces gives the same tokens as the whole; failing that after any line end,
+    failing that anywhere.
     """
     rest = ""
     for block in blocks:
@@ -129,10 +129,11 @@ def cut_pieces(blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterato
 
 def _cut(text: str, start: int, stop: int) -> int:
     last = end = text.rfind("\n", start, stop)
-    while end >= start and text[end + 1].isspace():
-        end = text.rfind("\n", start, end)
-    # a cut far back would make small pieces of text without unindented lines
-    if end >= (start + stop) // 2:
+    # no further back than the middle, or pieces would get small
+    middle = (start + stop) // 2
+    while end > middle and (text[end - 1].isspace() or text[end + 1].isspace()):
+        end = text.rfind("\n", middle, end)
+    if end > middle:
         return end + 1
     return last + 1 if last >= start else stop
 
@@ -151,17 +152,43 @@ def _decode(
         ) from error
 
 
-def _open_zst(path: Path) -> BinaryIO:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(
-            f"{path}: reading .zst needs the zstandard package; pip install 'hgrn2[data]'"
-        ) from error
-    reader = zstandard.ZstdDecompressor().stream_reader(
-        path.open("rb"), read_across_frames=True, closefd=True
-    )
-    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), BLOCK_BYTES))
+class _ZstReader(io.RawIOBase):
+    """Decompressed bytes of a .zst file; unlike the library's own reader it notices a cut file."""
+
+    def __init__(self, path: Path):
+        try:
+            import zstandard
+        except ImportError as error:
+            message = f"{path}: reading .zst needs the zstandard package; pip install 'hgrn2[data]'"
+            raise UserError(message) from error
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._input = self._output = b""
+        self._file = path.open("rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(BLOCK_BYTES)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._output = self._frame.decompress(self._input)
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        part, self._output = self._output[: len(buffer)], self._output[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+        super().close()
 
 
 def _errno(error: Exception) -> int | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -368,8 +367,8 @@ def _load_hub(name: str) -> Tokenizer:
 
 def _sentencepiece_message(path: Path) -> str:
     return (
-        f"tokenizer {os.fspath(path)!r} is a SentencePiece model, which the tokenizers library "
-        f"cannot read; convert it to {TOKENIZER_FILE} with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        f"tokenizer {str(path)!r} is a SentencePiece model, which tokenizers cannot read; convert "
+        "it to tokenizer.json with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     )
 
 

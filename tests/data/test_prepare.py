@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import threading
+from itertools import pairwise
+
+import pytest
+
+from hgrn2.data.encode import encode_pieces
+from hgrn2.data.prepare import PreparedData, is_prepared, prepare
+from hgrn2.data.staging import staged_directory
+from hgrn2.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from hgrn2.data.writer import TokenWriter
+from hgrn2.errors import UserError
+
+
+def texts(prepared):
+    """Texts of the training and of the validation documents."""
+    sides = []
+    for dataset in (prepared.train, prepared.validation):
+        bounds = [*dataset.document_starts.tolist(), dataset.num_tokens]
+        pairs = pairwise(bounds)
+        sides.append([prepared.tokenizer.decode(dataset.tokens(a, b)) for a, b in pairs])
+    return sides
+
+
+def files(directory):
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def leftovers(directory):
+    return [path.name for path in directory.parent.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:280"])
+def test_whole_documents_on_either_side(corpus_dir, tmp_path, tokenizer):
+    prepared = prepare(corpus_dir, tokenizer, tmp_path / "out")
+    train, validation = texts(prepared)
+    originals = [path.read_text(encoding="utf-8") for path in corpus_dir.rglob("*.txt")]
+    assert sorted(train + validation) == sorted(originals)
+    assert 1 <= len(validation) <= 8
+    assert prepared.train.num_text_bytes == sum(len(text.encode()) for text in train)
+    assert not prepared.reused
+    assert leftovers(prepared.directory) == []
+    # it opens without the corpus, and tampering shows
+    shutil.rmtree(corpus_dir)
+    again = PreparedData.open(tmp_path / "out")
+    assert texts(again) == [train, validation]
+    assert again.tokenizer.fingerprint() == prepared.tokenizer.fingerprint()
+    assert again.tokenizer.name == tokenizer
+    assert f"{prepared.train.num_tokens:,} training tokens" in prepared.summary()
+
+
+def test_the_same_whatever_the_workers_order_and_place(corpus_dir, tmp_path, monkeypatch):
+    # tasks of a few pieces each, so that two workers have something to get out of order
+    monkeypatch.setattr("hgrn2.data.encode._TASK_CHARS", 100)
+    one = prepare([corpus_dir / "sub", corpus_dir / "00.txt"], "bpe:280", tmp_path / "one", num_workers=1)
+    shutil.copytree(corpus_dir, tmp_path / "elsewhere" / "corpus")
+    monkeypatch.chdir(tmp_path)
+    two = prepare(
+        ["elsewhere/corpus/00.txt", "elsewhere/corpus/sub"],
+        "bpe:280",
+        tmp_path / "two",
+        num_workers=2,
+        shard_tokens=10**8,
+    )
+    found, expected = files(two.directory), files(one.directory)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == ["manifest.json"]
+
+
+def test_reuse_and_remaking(corpus_dir, tmp_path):
+    out = tmp_path / "out"
+    first = prepare(corpus_dir, "bytes", out)
+    stamp = (out / "manifest.json").stat().st_mtime_ns
+    assert prepare(corpus_dir, "bytes", out).reused
+    assert prepare([str(corpus_dir)], ByteTokenizer(), str(out)).reused
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+    assert not prepare(corpus_dir, "bytes", out, rebuild=True).reused
+    for change in ({"seed": 1}, {"validation_fraction": 0.2}, {"tokenizer": "bpe:270"}, {"shard_tokens": 99}):
+        assert not prepare(corpus_dir, out_dir=out, **change).reused
+        assert prepare(corpus_dir, out_dir=out, **change).reused
+    path = corpus_dir / "00.txt"
+    path.write_text("something else")
+    changed = prepare(corpus_dir, "bytes", out)
+    assert not changed.reused
+    assert any("something else" in text for side in texts(changed) for text in side)
+    # same size, later
+    os.utime(path, ns=(1, 1))
+    assert not prepare(corpus_dir, "bytes", out).reused
+    (corpus_dir / "00.txt").unlink()
+    assert prepare(corpus_dir, "bytes", out).train.num_tokens != first.train.num_tokens
+    assert leftovers(out) == []
+
+
+def test_a_damaged_set_is_an_error_until_rebuilt(corpus_dir, tmp_path):
+    out = tmp_path / "out"
+    prepare(corpus_dir, "bytes", out)
+    shard = out / "train" / "tokens-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"tokens-00000\.bin: content changed.*--rebuild"):
+        prepare(corpus_dir, "bytes", out)
+    assert not prepare(corpus_dir, "bytes", out, rebuild=True).reused
+    shutil.copy(train_bpe(["a b"], 260).save(tmp_path), out / "tokenizer.json")
+    with pytest.raises(UserError, match="not the one the tokens were made with"):
+        PreparedData.open(out)
+
+
+def test_trained_tokenizer_sees_training_text_only(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("aaaa " * 100)
+    (folder / "b.txt").write_text("bbbb " * 100)
+    prepared = prepare(folder, "bpe:300", tmp_path / "out")
+    train, validation = texts(prepared)
+    assert len(train) == len(validation) == 1
+    vocab = prepared.tokenizer.backend.get_vocab()
+    assert train[0][:4] in vocab
+    assert validation[0][:2] not in vocab
+
+
+def test_sample_for_the_tokenizer_is_bounded(corpus_dir, tmp_path, monkeypatch):
+    # the function of the same name hides the module
+    module = sys.modules["hgrn2.data.prepare"]
+    monkeypatch.setattr(module, "BPE_SAMPLE_BYTES", 100)
+    seen = []
+    monkeypatch.setattr(
+        module, "train_bpe", lambda sample, size: seen.extend(sample) or train_bpe(seen, size)
+    )
+    prepare(corpus_dir, "bpe:280", tmp_path / "out")
+    assert 100 <= sum(len(text.encode()) for text in seen) < 200
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_one_document_is_cut_at_a_line_end(tmp_path, in_folder, suffix):
+    import gzip
+
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    text = "".join(f"this is line {i}\n" for i in range(20_000))
+    path = folder / f"a.txt{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix else text.encode())
+    (folder / "b.txt").write_bytes(b"\0")
+    prepared = prepare(folder if in_folder else path, "bytes", tmp_path / "out")
+    train, validation = texts(prepared)
+    assert train[0] + validation[0] == text
+    assert len(validation[0]) / len(text) == pytest.approx(0.05, abs=0.001)
+    assert train[0].endswith("\n")
+
+
+def test_at_least_one_document_on_each_side(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(name)
+    for fraction in (0.001, 0.999):
+        train, validation = texts(prepare(folder, "bytes", tmp_path / "out", validation_fraction=fraction))
+        assert len(train) == len(validation) == 1
+
+
+def test_validation_data_given(corpus_dir, tmp_path):
+    held_out = corpus_dir / "sub" / "01.txt"
+    prepared = prepare(corpus_dir, "bytes", tmp_path / "out", validation=held_out)
+    train, validation = texts(prepared)
+    assert validation == [held_out.read_text(encoding="utf-8")]
+    assert validation[0] not in train
+    assert len(train) == 39
+    assert "1 also in the validation data" in prepared.summary()
+    assert prepare(corpus_dir, "bytes", tmp_path / "out", validation=[held_out]).reused
+    assert not prepare(corpus_dir, "bytes", tmp_path / "out").reused
+
+
+def test_validation_data_that_is_all_there_is(corpus_dir, tmp_path):
+    with pytest.raises(UserError, match="all training data is also named as validation data"):
+        prepare(corpus_dir, "bytes", tmp_path / "out", validation=corpus_dir)
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "bad.txt").write_bytes(b"\0")
+    with pytest.raises(UserError, match=r"no text for validation in .*/v \(skipped: 1 binary\)"):
+        prepare(corpus_dir, "bytes", tmp_path / "out", validation=tmp_path / "v")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\0", r"no text for training in .* \(skipped: 1 binary\); name other data"),
+        (b"x", "too few to hold some out"),
+    ],
+)
+def test_nothing_left(tmp_path, content, message):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare(folder, "bytes", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["corpus"]
+
+
+def test_bad_input_leaves_the_old_set_alone(corpus_dir, tmp_path):
+    out = tmp_path / "out"
+    prepare(corpus_dir, "bytes", out)
+    before = files(out)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "good"}\n' * 5 + "bad")
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 6: not JSON"):
+        prepare(bad, "bytes", out)
+    assert files(out) == before
+    assert leftovers(out) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"validation_fraction": 0.0}, {"validation_fraction": 1}, {"num_workers": 0}]
+)
+def test_bad_settings(corpus_dir, tmp_path, options):
+    with pytest.raises(UserError, match=r"wanted more than 0|must be at least 1"):
+        prepare(corpus_dir, "bytes", tmp_path / "out", **options)
+
+
+def test_nothing_of_the_users_is_overwritten(corpus_dir, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for target in (tmp_path / "mine", corpus_dir / "00.txt"):
+        with pytest.raises(UserError, match="exists and is not prepared data"):
+            prepare(corpus_dir, "bytes", target)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare(corpus_dir, "bytes", corpus_dir / "00.txt" / "below")
+
+
+def test_sets_of_another_version_are_replaced(corpus_dir, tmp_path):
+    out = tmp_path / "out"
+    prepare(corpus_dir, "bytes", out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
+    assert not is_prepared(out)
+    with pytest.raises(UserError, match=r"format version 0"):
+        PreparedData.open(out)
+    assert not prepare(corpus_dir, "bytes", out).reused
+    assert is_prepared(out)
+
+
+def test_a_prepared_set_is_no_text(corpus_dir, tmp_path):
+    prepare(corpus_dir, "bytes", tmp_path / "out")
+    with pytest.raises(UserError, match="is a prepared set"):
+        prepare(tmp_path / "out", "bytes", tmp_path / "other")
+
+
+def test_full_disk(corpus_dir, tmp_path, monkeypatch):
+    def add(self, piece, starts_document):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TokenWriter, "add", add)
+    with pytest.raises(UserError, match="the disk is full; nothing was kept"):
+        prepare(corpus_dir, "bytes", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["corpus"]
+
+
+def test_interrupt_leaves_nothing(corpus_dir, tmp_path, monkeypatch):
+    def add(self, piece, starts_document):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenWriter, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus_dir, "bytes", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["corpus"]
+
+
+def test_what_a_killed_process_left_is_cleared(corpus_dir, tmp_path):
+    stage = tmp_path / ".out.partial"
+    (stage / "train").mkdir(parents=True)
+    (stage / "stray.bin").write_bytes(b"half")
+    prepared = prepare(corpus_dir, "bytes", tmp_path / "out")
+    assert sorted(os.listdir(prepared.directory)) == [
+        "bytes_tokenizer.json",
+        "manifest.json",
+        "train",
+        "validation",
+    ]
+    assert leftovers(prepared.directory) == []
+
+
+def test_processes_that_want_the_same_set_wait_for_one(corpus_dir, tmp_path):
+    results = []
+
+    def work():
+        results.append(prepare(corpus_dir, "bytes", tmp_path / "out"))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(prepared.reused for prepared in results) == [False] + [True] * 5
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_staging_replaces_as_a_whole(tmp_path):
+    target = tmp_path / "t"
+    for content in ("one", "two"):
+        with staged_directory(target) as stage:
+            (stage / content).write_text(content)
+            assert not (target / content).exists()
+        assert os.listdir(target) == [content]
+    with pytest.raises(RuntimeError, match="oops"), staged_directory(target) as stage:
+        raise RuntimeError("oops")
+    assert os.listdir(tmp_path) == ["t"]
+
+
+def test_progress(corpus_dir, tmp_path, capsys):
+    prepare(corpus_dir, "bytes", tmp_path / "one", progress=True)
+    assert "preparing" in capsys.readouterr().err
+    prepare(corpus_dir, "bytes", tmp_path / "two")
+    assert capsys.readouterr().err == ""
+
+
+class DyingTokenizer(ByteTokenizer):
+    def encode_batch(self, texts):
+        sys.stdout.flush()
+        os._exit(3)
+
+
+def test_a_dead_worker_is_an_error():
+    with pytest.raises(UserError, match="a worker process ended early"):
+        list(encode_pieces([(0, "text")], DyingTokenizer(), "<u2", 2))
+
+
+def test_few_tasks_are_read_ahead(monkeypatch):
+    monkeypatch.setattr("hgrn2.data.encode._TASK_CHARS", 10)
+    read = []
+
+    def pieces():
+        for i in range(100):
+            read.append(i)
+            yield i, "0123456789"
+
+    encoded = encode_pieces(pieces(), load_tokenizer("bytes"), "<u2", 1)
+    assert next(encoded)[0] == 0
+    assert len(read) <= 2
+    encoded.close()

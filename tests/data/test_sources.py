@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import types
+
+import pytest
+
+from hgrn2.data import text as text_module
+from hgrn2.data.sources import open_corpus
+from hgrn2.errors import UserError
+
+
+def read(*specs, **options):
+    corpus = open_corpus([str(s) for s in specs], **options)
+    return corpus, {document.name: "".join(document.pieces) for document in corpus.documents()}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_folder_is_sorted_and_skips_what_is_no_text(corpus_dir, monkeypatch):
+    (corpus_dir / ".hidden").mkdir()
+    (corpus_dir / ".hidden" / "a.txt").write_text("no")
+    (corpus_dir / ".secret").write_text("no")
+    (corpus_dir / "picture.png").write_bytes(b"text, in truth")
+    (corpus_dir / "program").write_bytes(b"\x7fELF\0")
+    (corpus_dir / "empty.txt").write_bytes(b"")
+    (corpus_dir / "latin.txt").write_bytes("café".encode("latin-1"))
+    (corpus_dir / "damaged.gz").write_bytes(b"no gzip")
+    (corpus_dir / "lost").symlink_to("nowhere")
+    (corpus_dir / "sub" / "z.txt.gz").write_bytes(gzip.compress(b"zipped"))
+    for block_bytes in (1 << 20, 16):
+        monkeypatch.setattr(text_module, "BLOCK_BYTES", block_bytes)
+        corpus, texts = read(corpus_dir)
+        assert len(texts) == 41
+        assert list(texts) == sorted(texts)
+        assert texts["corpus/sub/z.txt.gz"] == "zipped"
+        assert texts["corpus/sub/01.txt"] == "document number 1\nwith é and x\n"
+        expected = {"hidden": 1, "binary": 2, "empty": 1, "not UTF-8": 1, "damaged": 1, "unreadable": 1}
+        assert corpus.skipped == expected
+
+
+def test_large_file_in_a_folder_is_checked_before_any_of_it_is_used(tmp_path):
+    (tmp_path / "large.txt").write_bytes(b"good line\n" * 200_000 + b"\xff")
+    (tmp_path / "small.txt").write_text("small")
+    corpus, texts = read(tmp_path)
+    assert list(texts.values()) == ["small"]
+    assert corpus.skipped == {"not UTF-8": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"", "is empty"), (b"ab\0", "NUL byte at offset 2"), (b"ab\xff", "0xff at offset 2")],
+)
+def test_bad_files_named_explicitly(tmp_path, data, message):
+    path = tmp_path / "named.txt"
+    path.write_bytes(data)
+    for specs in ([path], [tmp_path, path], [path, tmp_path]):
+        with pytest.raises(UserError, match=message) as error:
+            read(*specs)
+        assert str(path) in str(error.value)
+
+
+def test_order_and_names_do_not_depend_on_how_files_are_named(corpus_dir, monkeypatch):
+    _, one = read(corpus_dir / "sub", corpus_dir / "00.txt")
+    _, two = read(corpus_dir / "00.txt", corpus_dir / "sub", corpus_dir / "sub")
+    monkeypatch.chdir(corpus_dir)
+    _, three = read("sub", "00.txt")
+    assert list(one.items()) == list(two.items()) == list(three.items())
+
+
+def test_globs(corpus_dir, monkeypatch):
+    monkeypatch.chdir(corpus_dir.parent)
+    _, texts = read("corpus/*.txt")
+    assert list(texts)[:2] == ["00.txt", "03.txt"]
+    _, texts = read(f"{corpus_dir}/**/*[12].txt")
+    assert "sub/01.txt" in texts
+    assert len(texts) == 8
+    odd = corpus_dir / "a[1].txt"
+    odd.write_text("brackets")
+    assert read(odd)[1] == {"a[1].txt": "brackets"}
+    with pytest.raises(UserError, match="no file to read"):
+        read("corpus/*.nothing")
+
+
+def test_equal_names_in_different_folders_stay_apart(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    assert read(tmp_path / "b/x.txt", tmp_path / "a/x.txt")[1] == {"x.txt": "a", "x.txt (2)": "b"}
+
+
+@pytest.mark.parametrize("suffix", ["", ".zst", ".gz"])
+def test_jsonl(tmp_path, suffix):
+    lines = b'{"body": "one"}\n\n{"body": ""}\n{"body": null}\r\n{"body": "caf\\u00e9", "x": 1}'
+    if suffix == ".zst":
+        lines = pytest.importorskip("zstandard").ZstdCompressor().compress(lines)
+    path = tmp_path / f"d.jsonl{suffix}"
+    path.write_bytes(gzip.compress(lines) if suffix == ".gz" else lines)
+    assert read(path, text_field="body")[1] == {f"d.jsonl{suffix}#1": "one", f"d.jsonl{suffix}#5": "café"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "line 2: not JSON"),
+        ("[1]", "line 2: a JSON list, wanted an object"),
+        ('{"body": "x", "id": 1}', r"line 2: no field 'text' \(fields: body, id\)"),
+        ('{"text": 5}', "line 2: field 'text' holds int, wanted a string"),
+        ('{"text": "\\ud800"}', "line 2: the text holds half a surrogate pair"),
+    ],
+)
+def test_bad_jsonl(tmp_path, line, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "good"}\n' + line)
+    for spec in (path, tmp_path):
+        with pytest.raises(UserError, match=message):
+            read(spec)
+
+
+def test_jsonl_without_text(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": ""}])
+    with pytest.raises(UserError, match="holds no document with text"):
+        read(path)
+    assert read(tmp_path)[0].skipped == {"empty": 1}
+
+
+def test_zst_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.txt.zst").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"pip install 'hgrn2\[data\]'"):
+        read(tmp_path)
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "d.parquet"
+    parquet.write_table(
+        pyarrow.table({"body": ["one", None, "", "two"], "id": [1, 2, 3, 4]}), path, row_group_size=2
+    )
+    assert read(path, text_field="body")[1] == {"d.parquet#1": "one", "d.parquet#4": "two"}
+    with pytest.raises(UserError, match=r"no column 'text' \(columns: body, id\)"):
+        read(path)
+    with pytest.raises(UserError, match="column 'id' holds int"):
+        read(path, text_field="id")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        read(path)
+
+
+def test_parquet_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"pip install 'hgrn2\[data\]'"):
+        read(tmp_path / "a.parquet")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the datasets package; its calls are recorded."""
+    calls = []
+
+    def load_dataset(name, config, split, streaming):
+        calls.append((name, config, split, streaming))
+        if name == "missing":
+            raise FileNotFoundError("Dataset 'missing' doesn't exist\nmore lines")
+        return iter([{"text": "one"}, {"text": ""}, {"text": "two"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("hgrn2.data.documents.hub_reachable", lambda: True)
+    return calls
+
+
+def test_hub_datasets(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read("hf:name")[1] == {"hf:name#1": "one", "hf:name#3": "two"}
+    assert read("org/name:config")[1] == {"hf:org/name:config#1": "one", "hf:org/name:config#3": "two"}
+    read("hf:name::validation")
+    read("hf:org/name:config:train[:10%]")
+    assert hub == [
+        ("name", None, "train", True),
+        ("org/name", "config", "train", True),
+        ("name", None, "validation", True),
+        ("org/name", "config", "train[:10%]", True),
+    ]
+
+
+def test_hub_errors(hub, monkeypatch):
+    with pytest.raises(UserError, match=r"hf:missing: cannot be read: .*Dataset 'missing' doesn't exist$"):
+        read("hf:missing")
+    with pytest.raises(UserError, match=r"hf:name, row 1: no field 'body' \(fields: text\)"):
+        read("hf:name", text_field="body")
+    with pytest.raises(UserError, match="no dataset named"):
+        read("hf:")
+    monkeypatch.setattr("hgrn2.data.documents.hub_reachable", lambda: False)
+    with pytest.raises(UserError, match=r"hf:name: no such file or folder here, .*\(offline\)"):
+        read("name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'hgrn2\[data\]'"):
+        read("hf:name")
+
+
+@pytest.mark.parametrize("spec", ["none.txt", "./none", "none/none.jsonl", "/none", "a b"])
+def test_nothing_there(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        read(spec)
+
+
+def test_nothing_named():
+    with pytest.raises(UserError, match="no data given"):
+        open_corpus([])
+
+
+def test_folder_with_nothing_to_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no file to read there \(skipped: 1 binary\)"):
+        read(tmp_path)
+
+
+def test_standard_library():
+    corpus = open_corpus("stdlib")
+    names = [source.name for source in corpus.sources]
+    assert {"stdlib/os.py", "stdlib/json/decoder.py"} <= set(names)
+    assert not any(part in name.split("/") for name in names for part in ("test", "tests", "site-packages"))
+    assert names == sorted(names)
+    assert corpus.num_bytes is not None
+    assert corpus.num_bytes > 5_000_000
+    first = next(corpus.documents())
+    assert "".join(first.pieces)
+
+
+def test_fingerprint_follows_content_and_field(corpus_dir):
+    before = open_corpus(corpus_dir).fingerprint()
+    assert open_corpus(corpus_dir).fingerprint() == before
+    assert open_corpus(corpus_dir, "body").fingerprint() != before
+    (corpus_dir / "00.txt").write_text("changed")
+    changed = open_corpus(corpus_dir).fingerprint()
+    assert changed != before
+    (corpus_dir / "new.txt").write_text("new")
+    assert open_corpus(corpus_dir).fingerprint() not in {before, changed}
+
+
+def test_documents_are_read_lazily(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "good"}\n' * 3 + "bad")
+    documents = open_corpus(path).documents()
+    assert ["".join(next(documents).pieces) for _ in range(3)] == ["good"] * 3
+    with pytest.raises(UserError, match="line 4"):
+        next(documents)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hgrn2.data.tokens import TokenDataset
+from hgrn2.data.writer import token_dtype
+from hgrn2.errors import UserError
+
+DOCUMENTS = ["hello", "naïve", "a longer document\n" * 3, "x"]
+
+
+def expected(documents):
+    return np.concatenate([np.array([256, *document.encode()]) for document in documents])
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 7, 1000])
+def test_stream_and_counts(make_dataset, shard_tokens):
+    dataset = make_dataset(DOCUMENTS, shard_tokens)
+    tokens = dataset.tokens(0, dataset.num_tokens)
+    assert tokens.dtype == np.int64
+    assert np.array_equal(tokens, expected(DOCUMENTS))
+    assert (dataset.num_documents, dataset.num_text_bytes) == (4, sum(len(d.encode()) for d in DOCUMENTS))
+    assert np.array_equal(dataset.document_starts, np.flatnonzero(tokens == dataset.eot_id))
+    assert len(dataset) == dataset.num_tokens == sum(s["num_tokens"] for s in dataset.manifest["shards"])
+
+
+@given(data=st.data(), shard_tokens=st.sampled_from([1, 3, 16, 10_000]))
+def test_any_range(make_dataset, data, shard_tokens):
+    dataset = make_dataset(DOCUMENTS, shard_tokens)
+    start = data.draw(st.integers(0, dataset.num_tokens))
+    stop = data.draw(st.integers(start, dataset.num_tokens))
+    assert np.array_equal(dataset.tokens(start, stop), expected(DOCUMENTS)[start:stop])
+    if start // shard_tokens == max(start, stop - 1) // shard_tokens:
+        assert np.array_equal(dataset.view(start, stop), expected(DOCUMENTS)[start:stop])
+    else:
+        with pytest.raises(IndexError):
+            dataset.view(start, stop)
+
+
+def test_views_share_memory_and_are_read_only(make_dataset):
+    view = make_dataset(DOCUMENTS).view(2, 5)
+    assert view.dtype == np.uint16
+    assert not view.flags.owndata
+    assert not view.flags.writeable
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 10_000), (10_000, 10_001)])
+def test_ranges_outside(make_dataset, start, stop):
+    dataset = make_dataset(DOCUMENTS)
+    for read in (dataset.tokens, dataset.view):
+        with pytest.raises(IndexError):
+            read(start, stop)
+
+
+def test_text_bytes_at_piece_ends(make_dataset):
+    dataset = make_dataset([["abc", "déf"], "gh"])
+    assert dataset.piece_ends.tolist() == [4, 8, 11]
+    assert dataset.piece_bytes.tolist() == [3, 7, 9]
+    assert dataset.text_bytes(0, 11) == 9
+    assert dataset.text_bytes(4, 8) == 4
+    assert dataset.text_bytes(8, 11) == 2
+    for position in (5, 12):
+        with pytest.raises(ValueError, match=f"position {position} is not the end"):
+            dataset.text_bytes(0, position)
+
+
+def test_dtype_follows_the_vocabulary():
+    assert token_dtype(65_536) == np.dtype("<u2")
+    assert token_dtype(65_537) == np.dtype("<u4")
+
+
+def test_large_vocabulary(tmp_path):
+    from hgrn2.data.encode import EncodedPiece
+    from hgrn2.data.tokenizer import ByteTokenizer
+    from hgrn2.data.writer import TokenWriter
+
+    tokenizer = ByteTokenizer()
+    tokenizer.vocab_size, tokenizer.eot_id = 100_000, 99_999
+    writer = TokenWriter(tmp_path / "set", tokenizer)
+    writer.add(EncodedPiece(np.array([70_000], dtype="<u4"), 1), starts_document=True)
+    writer.close()
+    assert TokenDataset.open(tmp_path / "set").tokens(0, 2).tolist() == [99_999, 70_000]
+
+
+def test_fingerprint_follows_tokens(make_dataset):
+    one, same, other = make_dataset(DOCUMENTS), make_dataset(DOCUMENTS), make_dataset(DOCUMENTS[1:])
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("name", ["tokens-00001.bin", "documents.bin", "pieces.bin"])
+def test_truncated_files(make_dataset, name):
+    directory = make_dataset(DOCUMENTS, 30).directory
+    path = directory / name
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-2])
+    for verify in (None, True, False):
+        with pytest.raises(
+            UserError, match=rf"{name}: {size - 2} bytes, the manifest says {size}; prepare .* again"
+        ):
+            TokenDataset.open(directory, verify)
+
+
+def test_missing_file(make_dataset):
+    directory = make_dataset(DOCUMENTS, 30).directory
+    (directory / "tokens-00000.bin").unlink()
+    with pytest.raises(UserError, match=r"tokens-00000\.bin: cannot be read \(No such file"):
+        TokenDataset.open(directory)
+
+
+@pytest.mark.parametrize("name", ["tokens-00001.bin", "documents.bin", "pieces.bin"])
+def test_changed_files(make_dataset, name):
+    directory = make_dataset(DOCUMENTS, 30).directory
+    path = directory / name
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+    for verify in (None, True):
+        with pytest.raises(
+            UserError, match=rf"{name}: content changed \(sha256 \w+\.\.\., the manifest says \w+"
+        ):
+            TokenDataset.open(directory, verify)
+    assert TokenDataset.open(directory, verify=False).num_documents == 4
+
+
+def test_large_sets_are_checked_by_size_unless_asked(make_dataset, monkeypatch):
+    directory = make_dataset(DOCUMENTS, 30).directory
+    (directory / "tokens-00001.bin").write_bytes(bytes(60))
+    monkeypatch.setattr("hgrn2.data.tokens.VERIFY_BELOW_BYTES", 100)
+    assert TokenDataset.open(directory).num_documents == 4
+    with pytest.raises(UserError, match="content changed"):
+        TokenDataset.open(directory, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(format="other"), "not a manifest of format 'hgrn2-tokens'"),
+        (lambda m: m.update(version=99), "format version 99, this release reads 1"),
+        (lambda m: m.pop("num_tokens"), "bad or missing entry 'num_tokens'"),
+        (lambda m: m.update(shards=[{}]), "bad or missing entry"),
+    ],
+)
+def test_bad_manifests(make_dataset, edit, message):
+    directory = make_dataset(DOCUMENTS).directory
+    manifest = json.loads((directory / "manifest.json").read_text())
+    edit(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        TokenDataset.open(directory)
+
+
+def test_unreadable_manifests(make_dataset, tmp_path):
+    with pytest.raises(UserError, match="is not prepared data"):
+        TokenDataset.open(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "hg')
+    with pytest.raises(UserError, match=r"manifest\.json: damaged"):
+        TokenDataset.open(tmp_path)
