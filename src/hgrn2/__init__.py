@@ -1,5 +1,8 @@
 """HGRN2: gated linear RNNs with state expansion (arXiv 2404.07904)."""
 
+from hgrn2 import ops
+from hgrn2.models import HGRN2LM, AttentionConfig, HGRN2Config, ModelState, presets
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["AttentionConfig", "HGRN2Config", "HGRN2LM", "ModelState", "__version__", "ops", "presets"]

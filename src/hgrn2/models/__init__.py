@@ -1,1 +1,8 @@
-"""."""
+"""Whole models and their configurations."""
+
+from hgrn2.models import presets
+from hgrn2.models.config import AttentionConfig, HGRN2Config
+from hgrn2.models.language import HGRN2LM, HGRN2Model
+from hgrn2.models.state import ModelState
+
+__all__ = ["AttentionConfig", "HGRN2Config", "HGRN2LM", "HGRN2Model", "ModelState", "presets"]

@@ -1,1 +1,1 @@
-"""."""
+"""Layers: they take plain numbers, never a config."""

@@ -1,0 +1,205 @@
+"""The configuration of a language model: every published variant, and nothing that contradicts itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.nn.gates import LOWER_BOUNDS
+from hgrn2.nn.mlp import GLU_ACTIVATIONS
+from hgrn2.nn.norm import NORMS
+
+MODEL_TYPE = "hgrn2"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(f"model config: {message}")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention at some layers of a hybrid model.
+
+    Attributes:
+        layers: indices of the layers that attend instead of recurring.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; None means num_heads.
+        window_size: tokens a query sees, itself included; None means all.
+        rope_theta: base of the rotary positions; None means no positions.
+        qkv_bias: biases in the q, k and v projections.
+    """
+
+    layers: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int | None = None
+    window_size: int | None = None
+    rope_theta: float | None = 10000.0
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        _check(self.num_heads > 0, f"attn.num_heads is {self.num_heads}; wanted at least 1")
+        kv = self.num_kv_heads or 0
+        _check(
+            kv > 0 and self.num_heads % kv == 0,
+            f"attn.num_kv_heads is {kv}, which does not divide attn.num_heads = {self.num_heads}",
+        )
+        window = self.window_size
+        _check(window is None or window > 0, f"attn.window_size is {window}; wanted at least 1, or null for no window")
+
+
+@dataclass(frozen=True)
+class HGRN2Config:
+    """What a language model is made of; the defaults are fla's layout, which the published checkpoints have.
+
+    Attributes:
+        vocab_size: tokens of the vocabulary.
+        hidden_size: D, the model width.
+        num_hidden_layers: L.
+        expand_ratio: K = V, the width of a head; the state holds expand_ratio numbers a channel.
+        num_heads: heads of the mixer; follows from hidden_size / expand_ratio, and must agree when given.
+        hidden_ratio: sets intermediate_size when that is not given.
+        intermediate_size: width of the channel mixer; None means 256 * ceil(int(D * hidden_ratio * 2 / 3) / 256).
+        glu_activation: of the channel mixer: "silu" (SwiGLU), "none" (bilinear), "sigmoid" or "gelu".
+        lower_bound: how the forget gates' bounds follow from the learned parameters: "inclusive", "exclusive" or "none".
+        q_activation: of the output gate: "silu", "sigmoid" or "none".
+        v_activation: of the input: "none" or "silu".
+        scale: factor of the mixer's outputs before its norm; None means expand_ratio^-0.5.
+        mixer_norm: norm after the scan: "rmsnorm" or "layernorm".
+        mixer_norm_eps: its eps (fla fixes 1e-5 whatever norm_eps says).
+        mixer_norm_affine: whether it has parameters.
+        block_norm: norm before the mixers and at the end: "rmsnorm" or "layernorm".
+        norm_eps: its eps.
+        elementwise_affine: whether it has parameters.
+        use_bias: biases in the projections of both mixers.
+        use_short_conv: a short convolution on q, f and i before the activations.
+        conv_size: its taps.
+        scale_embedding: multiply embeddings by sqrt(D).
+        min_log_decay: smallest log decay while training, or None (the official models train with -3).
+        dropout: probability on embeddings and residual branches while training.
+        tie_word_embeddings: one matrix for embeddings and head.
+        initializer_range: standard deviation of the initial weights.
+        attn: attention at chosen layers, or None.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    expand_ratio: int = 128
+    num_heads: int | None = None
+    hidden_ratio: float = 4
+    intermediate_size: int | None = None
+    glu_activation: str = "silu"
+    lower_bound: str = "inclusive"
+    q_activation: str = "silu"
+    v_activation: str = "none"
+    scale: float | None = None
+    mixer_norm: str = "rmsnorm"
+    mixer_norm_eps: float = 1e-5
+    mixer_norm_affine: bool = True
+    block_norm: str = "rmsnorm"
+    norm_eps: float = 1e-6
+    elementwise_affine: bool = True
+    use_bias: bool = False
+    use_short_conv: bool = False
+    conv_size: int = 4
+    scale_embedding: bool = False
+    min_log_decay: float | None = None
+    dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    attn: AttentionConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio"):
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value > 0, f"{name} is {value!r}; wanted a whole number of at least 1")
+        _check(
+            self.hidden_size % self.expand_ratio == 0,
+            f"hidden_size = {self.hidden_size} is not a multiple of expand_ratio = {self.expand_ratio}",
+        )
+        heads = self.hidden_size // self.expand_ratio
+        _check(
+            self.num_heads in (None, heads),
+            f"num_heads = {self.num_heads} contradicts hidden_size / expand_ratio = {heads}; leave one of them out",
+        )
+        if self.intermediate_size is None:
+            wanted = int(self.hidden_size * self.hidden_ratio * 2 / 3)
+            object.__setattr__(self, "intermediate_size", 256 * -(-wanted // 256))
+        object.__setattr__(self, "num_heads", heads)
+        _check((self.intermediate_size or 0) > 0, f"intermediate_size is {self.intermediate_size}; wanted at least 1")
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            _check(value in known, f"{name} is {value!r}; wanted one of {', '.join(map(repr, known))}")
+        for name in ("mixer_norm_eps", "norm_eps"):
+            _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; wanted at least 0")
+        _check(0 <= self.dropout < 1, f"dropout is {self.dropout}; wanted in [0, 1)")
+        _check(self.initializer_range > 0, f"initializer_range is {self.initializer_range}; wanted above 0")
+        _check(not self.use_short_conv or self.conv_size > 1, f"conv_size is {self.conv_size}; wanted at least 2")
+        floor = self.min_log_decay
+        _check(floor is None or floor < 0, f"min_log_decay is {floor}; wanted below 0, or null for none")
+        if isinstance(self.attn, dict):
+            object.__setattr__(self, "attn", _build(AttentionConfig, self.attn, "model config, attn"))
+        if self.attn is not None:
+            wrong = [i for i in self.attn.layers if not 0 <= i < self.num_hidden_layers]
+            _check(not wrong, f"attn.layers holds {wrong}; the model has layers 0 to {self.num_hidden_layers - 1}")
+            _check(
+                self.hidden_size % (2 * self.attn.num_heads) == 0,
+                f"hidden_size = {self.hidden_size} does not give attn.num_heads = {self.attn.num_heads} heads of even width",
+            )
+
+    @property
+    def head_scale(self) -> float:
+        """The factor of the scan's outputs."""
+        return self.expand_ratio**-0.5 if self.scale is None else self.scale
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the model type."""
+        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HGRN2Config:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: an unknown key (near matches are named), or values that contradict each other.
+        """
+        values = dict(values)
+        found = values.pop("model_type", MODEL_TYPE)
+        _check(found == MODEL_TYPE, f"model_type is {found!r}; wanted {MODEL_TYPE!r}")
+        return _build(cls, values, "model config")
+
+    def replace(self, **changes: Any) -> HGRN2Config:
+        """A copy with some fields changed; what followed from them is derived anew."""
+        values = dataclasses.asdict(self)
+        if {"hidden_size", "expand_ratio"} & changes.keys():
+            values["num_heads"] = None
+        if {"hidden_size", "hidden_ratio"} & changes.keys():
+            values["intermediate_size"] = None
+        return self.from_dict(values | changes)
+
+
+_CHOICES = {
+    "glu_activation": tuple(GLU_ACTIVATIONS),
+    "lower_bound": LOWER_BOUNDS,
+    "q_activation": ("silu", "sigmoid", "none"),
+    "v_activation": ("none", "silu"),
+    "mixer_norm": NORMS,
+    "block_norm": NORMS,
+}
+
+
+def _build(cls: Any, values: dict[str, Any], what: str) -> Any:
+    known = [field.name for field in fields(cls)]
+    for key in values:
+        if key not in known:
+            raise UserError(unknown_key_message(what, key, known))
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UserError(f"{what}: {error}") from error

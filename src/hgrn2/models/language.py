@@ -1,0 +1,290 @@
+"""The language model, in reading order: embeddings, blocks under their lower bounds, norm, head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hgrn2.errors import UserError
+from hgrn2.models.config import HGRN2Config
+from hgrn2.models.state import ModelState
+from hgrn2.nn.attention import Attention
+from hgrn2.nn.block import Block
+from hgrn2.nn.gates import lower_bounds
+from hgrn2.nn.loss import linear_cross_entropy
+from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
+from hgrn2.nn.mlp import GatedMLP
+from hgrn2.nn.norm import Norm
+
+
+class HGRN2Model(nn.Module):
+    """Token ids to hidden states.
+
+    Args:
+        config: what the model is made of.
+        backend: of the operator, see `hgrn2.ops.hgrn2_scan`.
+    """
+
+    def __init__(self, config: HGRN2Config, backend: str = "auto"):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.lower_bound != "none":
+            self.lower_bounds = nn.Parameter(torch.empty(config.num_hidden_layers, config.hidden_size))
+        self.layers = nn.ModuleList(_block(config, i, backend) for i in range(config.num_hidden_layers))
+        self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
+
+    def bounds(self) -> list[Tensor] | list[None]:
+        """The lower bound of each layer, [D] each in [0, 1), or None where there is none."""
+        if self.config.lower_bound == "none":
+            return [None] * len(self.layers)
+        return list(lower_bounds(self.lower_bounds, self.config.lower_bound).unbind(0))
+
+    def forward(
+        self, input_ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """Arguments as `HGRN2LM.forward`; returns hidden states [B, T, D] after the last norm, and the new state."""
+        x = self.embeddings(input_ids)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.hidden_size)
+        x = functional.dropout(x, self.config.dropout, self.training)
+        new_layers = []
+        for i, (layer, bound) in enumerate(zip(self.layers, self.bounds(), strict=True)):
+            x, layer_state = layer(x, bound, None if state is None else state.layers[i], cu_seqlens, mask)
+            new_layers.append(layer_state)
+        return self.norm(x), ModelState(tuple(new_layers))
+
+
+def _block(config: HGRN2Config, layer: int, backend: str) -> Block:
+    if config.attn is not None and layer in config.attn.layers:
+        attn = config.attn
+        mixer: nn.Module = Attention(
+            config.hidden_size, attn.num_heads, attn.num_kv_heads or attn.num_heads, attn.window_size, attn.rope_theta,
+            attn.qkv_bias,
+        )  # fmt: skip
+    else:
+        mixer = HGRN2Mixer(
+            config.hidden_size,
+            config.expand_ratio,
+            q_activation=config.q_activation,
+            v_activation=config.v_activation,
+            scale=config.head_scale,
+            norm=config.mixer_norm,
+            norm_eps=config.mixer_norm_eps,
+            norm_affine=config.mixer_norm_affine,
+            bias=config.use_bias,
+            conv_size=config.conv_size if config.use_short_conv else 0,
+            min_log_decay=config.min_log_decay,
+            backend=backend,
+        )
+    assert config.intermediate_size is not None
+    mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.glu_activation, config.use_bias)
+    norms = [Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine) for _ in range(2)]
+    return Block(mixer, mlp, norms[0], norms[1], config.dropout)
+
+
+class HGRN2LM(nn.Module):
+    """A causal language model.
+
+    All ways to run it agree: a whole prompt, the prompt in pieces with the state handed on, token by token, packed with
+    other sequences, or left-padded beside longer ones.
+
+    Args:
+        config: what the model is made of.
+        backend: of the operator, see `hgrn2.ops.hgrn2_scan`.
+
+    Example:
+        >>> import torch
+        >>> from hgrn2.models import HGRN2LM, presets
+        >>> model = HGRN2LM(presets.tiny(vocab_size=257))
+        >>> logits, state = model(torch.randint(0, 257, (1, 20)))
+        >>> logits, state = model.step(torch.tensor([65]), state)
+    """
+
+    def __init__(self, config: HGRN2Config, backend: str = "auto"):
+        super().__init__()
+        self.config = config
+        self.model = HGRN2Model(config, backend)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        if not self.lm_head.weight.is_meta:
+            self.initialize()
+
+    def tie_weights(self) -> None:
+        """Makes head and embeddings one parameter where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embeddings.weight
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draws initial weights.
+
+        | parameters | distribution |
+        | --- | --- |
+        | embeddings, head, projections, convolutions | normal, standard deviation `initializer_range` |
+        | o_proj and down_proj (the ends of the 2 L residual branches) | the same, divided by sqrt(2 L) |
+        | norm weights | 1 |
+        | biases, lower_bounds | 0 (so that layer l starts at a bound of l / L) |
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias") or name == "model.lower_bounds":
+                parameter.zero_()
+            elif "norm" in name.split(".")[-2]:
+                parameter.fill_(1)
+            else:
+                std = self.config.initializer_range
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= math.sqrt(2 * self.config.num_hidden_layers)
+                parameter.normal_(0, std, generator=generator)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Logits of the next token at every place.
+
+        Args:
+            input_ids: [B, T] int64.
+            state: of the tokens before, from an earlier call or `init_state`; None at a start.
+            cu_seqlens: [N + 1] int32 or int64: sequences packed end to end, B = 1; state then holds N sequences.
+            attention_mask: [B, T], 0 or False where a token is padding (on the left of a batch of unequal prompts).
+
+        Returns:
+            logits [B, T, vocab_size] and the new state.
+
+        Raises:
+            UserError: a mask together with packed sequences, or ids of the wrong shape.
+        """
+        x, state = self.hidden_states(input_ids, state, cu_seqlens, attention_mask)
+        return self.lm_head(x), state
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """What the head reads, [B, T, D]; arguments as `forward`."""
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise UserError(f"input_ids has shape {list(input_ids.shape)} and dtype {input_ids.dtype}; wanted [B, T], int64")
+        if attention_mask is not None:
+            if cu_seqlens is not None:
+                raise UserError("attention_mask and cu_seqlens were both given; packed sequences have no padding, drop the mask")
+            if attention_mask.shape != input_ids.shape:
+                raise UserError(f"attention_mask has shape {list(attention_mask.shape)}; wanted {list(input_ids.shape)}")
+            attention_mask = attention_mask.bool()
+        return self.model(input_ids, state, cu_seqlens, attention_mask)
+
+    def loss(
+        self, input_ids: Tensor, targets: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, ModelState]:
+        """Summed cross entropy, without ever holding all logits.
+
+        Args:
+            input_ids: [B, T] int64.
+            targets: [B, T] int64, the token that follows each place; -100 where none counts.
+            state: as in `forward`, likewise cu_seqlens.
+            cu_seqlens: see state.
+
+        Returns:
+            The sum in nats (float32 scalar), the number of targets that counted, and the new state.
+        """
+        x, state = self.hidden_states(input_ids, state, cu_seqlens)
+        targets = targets.flatten()
+        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets)
+        return loss, (targets != -100).sum(), state
+
+    def step(self, token_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """One token of each sequence.
+
+        Args:
+            token_ids: [B] int64.
+            state: of the tokens before.
+
+        Returns:
+            logits [B, vocab_size] and the new state.
+        """
+        logits, state = self(token_ids.unsqueeze(1), state)
+        return logits[:, 0], state
+
+    def init_state(self, batch_size: int, device: torch.device | str | None = None) -> ModelState:
+        """The state before the first token, for batch_size sequences."""
+        weight = self.model.embeddings.weight
+        device = weight.device if device is None else torch.device(device)
+        return ModelState(
+            tuple(layer.attn.init_state(batch_size, device, weight.dtype) for layer in self.model.layers)  # pyright: ignore
+        )
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def parameter_roles(self) -> dict[str, str]:
+        """What each parameter is, by name.
+
+        "matrix" (hidden weights of two axes), "embedding", "head", "vector" (norms, biases, convolutions) or
+        "lower_bounds". Weight decay belongs on the first three only.
+        """
+        roles = {}
+        for name, parameter in self.named_parameters():
+            if name == "model.embeddings.weight":
+                roles[name] = "embedding"
+            elif name == "lm_head.weight":
+                roles[name] = "head"
+            elif name == "model.lower_bounds":
+                roles[name] = "lower_bounds"
+            else:
+                roles[name] = "matrix" if parameter.dim() == 2 else "vector"
+        return roles
+
+    @torch.no_grad()
+    def gate_statistics(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[dict[str, Any]]:
+        """What the forget gates do on some text, for looking at a model.
+
+        Args:
+            input_ids: [B, T] int64.
+            cu_seqlens: as in `forward`.
+
+        Returns:
+            For each recurrent layer {"layer": index, "lower_bound": [D], "forget_gate": [B, T, D] float32,
+            "state_norm": Frobenius norm of the final state, the mean over sequences and heads}.
+        """
+        statistics: list[dict[str, Any]] = []
+        with self._watch(statistics):
+            _, state = self.hidden_states(input_ids, None, cu_seqlens)
+        for entry in statistics:
+            recurrent = state.layers[entry["layer"]]["recurrent"]
+            entry["state_norm"] = float(recurrent.flatten(2).norm(dim=-1).mean())
+        return statistics
+
+    @contextmanager
+    def _watch(self, statistics: list[dict[str, Any]]) -> Iterator[None]:
+        def watch(index: int) -> Any:
+            def hook(mixer: HGRN2Mixer, args: tuple[Any, ...]) -> None:
+                x, bound, state, cu_seqlens, mask = args
+                z = mixer.project(x, state, cu_seqlens, mask)[1].flatten(2)
+                shown = torch.zeros(z.shape[-1]) if bound is None else bound
+                statistics.append({"layer": index, "lower_bound": shown, "forget_gate": forget_gate(z, bound)})
+
+            return hook
+
+        handles = [
+            layer.attn.register_forward_pre_hook(watch(i))  # pyright: ignore
+            for i, layer in enumerate(self.model.layers)
+            if isinstance(layer.attn, HGRN2Mixer)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

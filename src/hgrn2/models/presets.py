@@ -1,0 +1,116 @@
+"""Named configurations: four published variants of the architecture, and sizes to train.
+
+A variant says how the parts are made, a size how large they are; `wikitext_44m` and `m385` are sizes that were
+published in one variant and keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.models.config import HGRN2Config
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    # fla and the checkpoints published in its layout
+    "fla": {},
+    # figure 1 and section 3 of arXiv 2404.07904
+    "paper": {
+        "lower_bound": "exclusive",
+        "scale": 1.0,
+        "mixer_norm": "layernorm",
+        "mixer_norm_eps": 1e-5,
+    },
+    # the authors' Hugging Face language model
+    "official-lm": {
+        "scale": 1.0,
+        "mixer_norm_eps": 1e-6,
+        "mixer_norm_affine": False,
+        "elementwise_affine": False,
+        "glu_activation": "none",
+        "min_log_decay": -3.0,
+    },
+    # the authors' module for Long Range Arena and images
+    "official-lra": {
+        "lower_bound": "exclusive",
+        "q_activation": "sigmoid",
+        "v_activation": "silu",
+        "scale": 1.0,
+        "mixer_norm": "layernorm",
+        "block_norm": "layernorm",
+        "norm_eps": 1e-5,
+        "use_bias": True,
+        "min_log_decay": -3.0,
+    },
+}
+
+
+def variant(name: str, **keys: Any) -> HGRN2Config:
+    """A configuration of a published variant.
+
+    Args:
+        name: "fla", "paper", "official-lm" or "official-lra".
+        **keys: further keys of `HGRN2Config`; they win.
+    """
+    if name not in VARIANTS:
+        raise UserError(unknown_key_message("variants", name, VARIANTS))
+    return HGRN2Config.from_dict(VARIANTS[name] | keys)
+
+
+def tiny(**keys: Any) -> HGRN2Config:
+    """A few million parameters, for a laptop: the demo."""
+    size = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "expand_ratio": 64, "intermediate_size": 704}
+    return variant("fla", **size | {"tie_word_embeddings": True} | keys)
+
+
+def wikitext_44m(**keys: Any) -> HGRN2Config:
+    """The 44.66 M model of the paper's WikiText-103 table: the official module's variant, GPT-2's vocabulary."""
+    size = {"vocab_size": 50257, "hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1365}
+    return variant("official-lra", **size | {"tie_word_embeddings": True, "dropout": 0.1} | keys)
+
+
+def m150(**keys: Any) -> HGRN2Config:
+    """About 150 M parameters; this package's choice of sizes, the official language model's variant."""
+    size = {"vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 16, "intermediate_size": 2048}
+    return variant("official-lm", **size | {"tie_word_embeddings": True} | keys)
+
+
+def m385(**keys: Any) -> HGRN2Config:
+    """About 385 M parameters, the official language model's width and variant."""
+    size = {"vocab_size": 50272, "hidden_size": 1024, "num_hidden_layers": 26, "intermediate_size": 2816}
+    return variant("official-lm", **size | {"tie_word_embeddings": True} | keys)
+
+
+def b1_3(**keys: Any) -> HGRN2Config:
+    """fla-hub/hgrn2-1.3B-100B: 1,364,396,032 parameters."""
+    size = {"vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 5632}
+    return variant("fla", **size | keys)
+
+
+def b2_7(**keys: Any) -> HGRN2Config:
+    """fla-hub/hgrn2-2.7B-100B: 2,701,724,160 parameters."""
+    size = {"vocab_size": 32000, "hidden_size": 2560, "num_hidden_layers": 32, "intermediate_size": 6912}
+    return variant("fla", **size | keys)
+
+
+PRESETS: dict[str, Callable[..., HGRN2Config]] = {
+    "tiny": tiny,
+    "wikitext-44m": wikitext_44m,
+    "150m": m150,
+    "385m": m385,
+    "1.3b": b1_3,
+    "2.7b": b2_7,
+}
+
+
+def preset(name: str, **keys: Any) -> HGRN2Config:
+    """A size by its name on the command line.
+
+    Args:
+        name: a key of `PRESETS`.
+        **keys: further keys of `HGRN2Config`; they win.
+    """
+    if name not in PRESETS:
+        raise UserError(unknown_key_message("presets", name, PRESETS))
+    return PRESETS[name](**keys)

@@ -1,0 +1,33 @@
+"""The layer-wise lower bounds of the forget gates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOWER_BOUNDS = ("inclusive", "exclusive", "none")
+# the largest float32 below 1: a bound of exactly 1 would freeze the state
+_BELOW_ONE = 1 - 2**-24
+
+
+def lower_bounds(gamma: Tensor, kind: str) -> Tensor:
+    """Bounds that grow with depth, from free parameters (arXiv 2311.04823, section 3.2).
+
+    With P = softmax of gamma over the layers, layer l's bound is
+
+    * "exclusive": P_0 + ... + P_{l-1}, as the papers write it;
+    * "inclusive": P_1 + ... + P_l, as the published language models compute it.
+
+    Both are 0 in the first layer, and l / L while gamma is uniform.
+
+    Args:
+        gamma: [L, D].
+        kind: "inclusive" or "exclusive".
+
+    Returns:
+        [L, D], float32 (float64 for float64), in [0, 1), non-decreasing over the layers.
+    """
+    p = torch.softmax(gamma.to(torch.promote_types(gamma.dtype, torch.float32)), dim=0)
+    # summed from the first layer that counts: differences of sums could fall below 0
+    summed = torch.cumsum(p[1:] if kind == "inclusive" else p[:-1], dim=0)
+    return torch.cat([torch.zeros_like(p[:1]), summed]).clamp(max=_BELOW_ONE)

@@ -1,0 +1,64 @@
+"""A short causal convolution along time, one filter a channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class ShortConv(nn.Module):
+    """y_t = sum_j w[:, j] x_{t - width + 1 + j}: each channel looks back width - 1 tokens.
+
+    The weight is [D, 1, width] as in the published checkpoints, the last tap on the current token.
+
+    Args:
+        hidden_size: D.
+        width: taps.
+    """
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(hidden_size, 1, width))
+
+    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Filters x.
+
+        Args:
+            x: [B, T, D].
+            state: [N, width - 1, D], the inputs before x (None: zeros).
+            cu_seqlens: [N + 1] starts of packed sequences and the total length, or None.
+
+        Returns:
+            y like x, and the new state.
+        """
+        weight = self.weight.squeeze(1).to(x.dtype)
+        back = self.width - 1
+        if cu_seqlens is not None:
+            return self._packed(x, state, cu_seqlens, weight)
+        if state is None:
+            state = x.new_zeros((x.shape[0], back, x.shape[2]))
+        padded = torch.cat([state.to(x.dtype), x], 1)
+        y = functional.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=x.shape[2]).transpose(1, 2)
+        return y, padded[:, padded.shape[1] - back :]
+
+    def _packed(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        back = self.width - 1
+        starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        if state is None:
+            state = x.new_zeros((starts.shape[0], back, x.shape[2]))
+        rows = torch.arange(x.shape[1], device=x.device)
+        sequence = torch.searchsorted(stops, rows, right=True)
+        # every sequence's history and rows laid end to end, so that looking back never leaves the sequence
+        history = starts.unsqueeze(1) + torch.arange(back, device=x.device)
+        history = (history + back * torch.arange(starts.shape[0], device=x.device).unsqueeze(1)).flatten()
+        place = rows + back * (sequence + 1)
+        laid = x.new_zeros((x.shape[1] + back * starts.shape[0], x.shape[2]))
+        laid = laid.index_copy(0, history, state.to(x.dtype).flatten(0, 1)).index_copy(0, place, x[0])
+        y = torch.zeros_like(x[0])
+        for tap in range(self.width):
+            y = y + laid.index_select(0, place - back + tap) * weight[:, tap]
+        ends = stops + back * torch.arange(1, starts.shape[0] + 1, device=x.device)
+        last = ends.unsqueeze(1) - back + torch.arange(back, device=x.device)
+        return y.unsqueeze(0), laid.index_select(0, last.flatten()).unflatten(0, last.shape)
