@@ -64,6 +64,11 @@ def test_live_display_shows_everything():
     assert "a note [with brackets]" in text
 
 
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    PlainDisplay().sample({"step": 1, "text": "a\x1b[2Jb\tc\r\x07"})
+    assert "a\ufffd[2Jb\tc\ufffd\ufffd" in capsys.readouterr().err
+
+
 def test_the_terminal_decides():
     assert isinstance(make_display(Console(file=io.StringIO(), force_terminal=True)), LiveDisplay)
     assert isinstance(make_display(Console(file=io.StringIO())), PlainDisplay)

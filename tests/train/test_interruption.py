@@ -6,10 +6,12 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from tiny_run import losses, run, run_with_file_limit
 
+import hgrn2
 from hgrn2.train import checkpoint
 
 # short steps and a checkpoint every few of them: a kill at random lands anywhere, within a checkpoint too
@@ -26,10 +28,19 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def processes():
-    # forked from a server that has torch loaded already, and no threads
+    # forked from a server that has everything loaded, so that a life of milliseconds gets to its first steps;
+    # the server finds its modules by the environment alone
+    folders = [
+        str(Path(hgrn2.__file__).parents[1]),
+        str(Path(__file__).parent),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_run", "torch"])
-    return context
+    context.set_forkserver_preload(["torch._dynamo", "tiny_run"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]))
+        start(context, target=time.time).join()
+        yield context
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +77,7 @@ def test_killed_at_ten_random_moments(processes, uninterrupted, tmp_path):
             path = run_dir / "metrics.jsonl"
             before = path.read_bytes().count(b"\n") if path.exists() else 0
             wait_for_steps(run_dir, before + generator.randrange(1, 30), process)
-        time.sleep(generator.uniform(0.0, 0.04))
+        time.sleep(generator.uniform(0.0, 0.1))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL

@@ -83,7 +83,7 @@ class PlainDisplay:
 
     def sample(self, record: dict[str, Any]) -> None:
         """The text between two rules of dashes."""
-        self.note(f"step {record['step']}  sample:\n{'-' * 40}\n{record['text']}\n{'-' * 40}")
+        self.note(f"step {record['step']}  sample:\n{'-' * 40}\n{visible(record['text'])}\n{'-' * 40}")
 
     def note(self, text: str) -> None:
         """The line."""
@@ -130,7 +130,7 @@ class LiveDisplay:
 
     def sample(self, record: dict[str, Any]) -> None:
         """Replace the last sample."""
-        self._sample = record["text"]
+        self._sample = visible(record["text"])
         self._live.update(self._panel())
 
     def note(self, text: str) -> None:
@@ -172,6 +172,11 @@ def validation_text(record: dict[str, Any]) -> str:
 
 def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
+
+
+def visible(text: str) -> str:
+    """The text with control characters made visible: an untrained model writes what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def duration(seconds: float | None) -> str:
