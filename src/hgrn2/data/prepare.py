@@ -302,7 +302,13 @@ def _first_split(corpus: Corpus, held_out: Corpus | None, fraction: float, seed:
     if len(corpus.sources) == 1 and corpus.num_bytes is not None:
         # known to be one document: saves reading it twice
         return Split(seed, 0, int(corpus.num_bytes * (1 - fraction)))
-    return Split(seed, int(fraction * 2**64))
+    split = Split(seed, int(fraction * 2**64))
+    if len(corpus.sources) > 1 and all(source.kind == "text" for source in corpus.sources):
+        # the names are known: a side that would stay empty is known before anything is read
+        for source in corpus.sources:
+            split.observe(source.name)
+        return split.better() or Split(seed, split.below)
+    return split
 
 
 def _is_small(corpus: Corpus) -> bool:
