@@ -20,11 +20,16 @@ class ConstantGates:
 
     def gate_statistics(self, input_ids, cu_seqlens=None):
         layers = []
-        for half_life in self.half_lives:
+        for index, half_life in enumerate(self.half_lives):
             gate = torch.full((*input_ids.shape, 4), 0.5 ** (1 / half_life))
             gate[..., 0] = 1.0
             layers.append(
-                {"lower_bound": torch.full((4,), 0.25), "forget_gate": gate, "state_norm": half_life}
+                {
+                    "layer": 2 * index,
+                    "lower_bound": torch.full((4,), 0.25),
+                    "forget_gate": gate,
+                    "state_norm": half_life,
+                }
             )
         return layers
 
@@ -49,6 +54,7 @@ def test_half_life_is_recovered():
     assert np.all(np.isfinite(gates.half_life_tokens))
     assert gates.forget_gate_counts.sum(1).tolist() == [2 * 8 * 4] * 3
     assert gates.forget_gate_counts[0, 25] == 2 * 8 * 3
+    assert gates.layer.tolist() == [0, 2, 4]
     assert gates.state_norm.tolist() == [1.0, 10.0, 1000.0]
 
 

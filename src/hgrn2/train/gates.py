@@ -24,24 +24,26 @@ class GatedModel(Protocol):
     """A model that can be asked for its gates."""
 
     def gate_statistics(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[dict[str, Any]]:
-        """For every layer: lower_bound [D], forget_gate [B, T, D] and state_norm."""
+        """For every recurrent layer: its index, lower_bound [D], forget_gate [B, T, D] and state_norm."""
         ...
 
 
 @dataclass(frozen=True)
 class GateSummary:
-    """Gates of L layers with D channels each, measured on num_tokens tokens.
+    """Gates of the L recurrent layers with D channels each, measured on num_tokens tokens.
 
     Attributes:
+        layer: [L], the layers' indices in the model.
         lower_bound: [L, D], in [0, 1).
         half_life_tokens: [L, D], tokens after which half of what a channel holds is forgotten on average:
             log 2 / mean(-log f). Decays multiply, so the mean is of the logarithm.
         forget_gate_counts: [L, bins], histogram of f over tokens and channels.
         forget_gate_edges: [bins + 1], from 0 to 1.
-        state_norm: [L], Frobenius norm of a layer's final state.
+        state_norm: [L], Frobenius norm of a head's final state, the mean over heads and sequences.
         num_tokens: tokens the rest is measured on.
     """
 
+    layer: np.ndarray
     lower_bound: np.ndarray
     half_life_tokens: np.ndarray
     forget_gate_counts: np.ndarray
@@ -79,24 +81,25 @@ def measure_gates(model: GatedModel, input_ids: Tensor, cu_seqlens: Tensor | Non
     """Run the model over some text and summarise its gates.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode, with one recurrent layer at least.
         input_ids: int64 [B, T], or [1, T] packed.
         cu_seqlens: int32 [N + 1] of a packed batch.
     """
     edges = np.linspace(0.0, 1.0, _NUM_BINS + 1)
-    bounds, half_lives, counts, norms = [], [], [], []
-    for layer in model.gate_statistics(input_ids, cu_seqlens=cu_seqlens):
+    statistics = model.gate_statistics(input_ids, cu_seqlens=cu_seqlens)
+    bounds, half_lives, counts = [], [], []
+    for layer in statistics:
         gate = layer["forget_gate"].detach().double().cpu().flatten(0, 1)
         decay = -gate.clamp(min=torch.finfo(torch.float32).tiny).log()
         bounds.append(layer["lower_bound"].detach().float().cpu().numpy())
         half_lives.append((math.log(2) / decay.mean(0).clamp(min=_LEAST_DECAY)).numpy())
         counts.append(np.histogram(gate.numpy(), bins=edges)[0])
-        norms.append(float(layer["state_norm"]))
     return GateSummary(
+        layer=np.array([layer["layer"] for layer in statistics]),
         lower_bound=np.stack(bounds),
         half_life_tokens=np.stack(half_lives),
         forget_gate_counts=np.stack(counts),
         forget_gate_edges=edges,
-        state_norm=np.array(norms),
+        state_norm=np.array([layer["state_norm"] for layer in statistics]),
         num_tokens=np.array(input_ids.numel()),
     )

@@ -49,7 +49,9 @@ class LanguageTask:
         self._config = config
         self._device = device
         self._sampler = sampler
-        self._carried: dict[str, Tensor] = {}
+        self._carried: ModelState | None = None
+        # carried states read from a checkpoint, until there is a model to fit them into
+        self._loaded: dict[str, Tensor] = {}
         self._compiled: Callable[..., Any] | None = None
 
     def next_batch(self) -> Batch:
@@ -68,6 +70,9 @@ class LanguageTask:
         """Cross entropy summed over the targets, nats."""
         if self._config.compile and self._compiled is None:
             self._compiled = torch.compile(model.loss)
+        if self._loaded:
+            self._carried = model.init_state(self._config.batch_size, self._device).load(self._loaded)
+            self._loaded = {}
         loss_sum, self._carried = carried_loss(
             self._compiled or model.loss, batch.to(self._device, non_blocking=True), self._carried
         )
@@ -75,12 +80,12 @@ class LanguageTask:
 
     def step_skipped(self) -> None:
         """Let the streams start from zero: a state that is not finite would spoil every step to come."""
-        self._carried = {}
+        self._carried = None
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """See text_figures; the state is carried through whole documents."""
         nats = 0.0
-        carried: dict[str, Tensor] = {}
+        carried: ModelState | None = None
         for batch in self._held_out:
             loss_sum, carried = carried_loss(model.loss, batch.to(self._device, non_blocking=True), carried)
             nats += loss_sum.item()
@@ -96,42 +101,31 @@ class LanguageTask:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The states carried by the streams."""
-        return self._carried
+        return self._loaded if self._carried is None else self._carried.tensors()
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Put back position and carried states."""
         self._batches.load_state_dict(state)
-        self._carried = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        self._loaded = tensors
 
 
 def carried_loss(
-    loss: Callable[..., tuple[Tensor, Tensor, ModelState]], batch: Batch, carried: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+    loss: Callable[..., tuple[Tensor, Tensor, ModelState]], batch: Batch, carried: ModelState | None
+) -> tuple[Tensor, ModelState | None]:
     """The loss of one batch, whose sequences go on from the carried states where the batch says so.
 
     Args:
         loss: the model's loss.
         batch: packed, on the model's device.
-        carried: state tensors [num_streams, ...] by name, as this function returned them; empty at the start.
+        carried: the state of every stream, as this function returned it; None at the start.
 
     Returns:
-        The summed loss, and the state tensors to carry on: without gradient, empty if the batch carries none.
+        The summed loss, and the state of every stream to carry on, without its history; None if the batch
+        carries nothing.
     """
-    state = None
-    if carried and batch.carry_from is not None:
-        source = batch.carry_from.clamp(min=0)
-        fresh = batch.carry_from < 0
-        state = ModelState.from_tensors(
-            {
-                # filled, not multiplied: a state that is not finite must not reach a fresh sequence
-                name: tensor[source].masked_fill_(fresh.view(-1, *[1] * (tensor.ndim - 1)), 0)
-                for name, tensor in carried.items()
-            }
-        )
+    state = None if carried is None or batch.carry_from is None else carried.select(batch.carry_from)
     loss_sum, _, state = loss(batch.input_ids, batch.targets, state=state, cu_seqlens=batch.cu_seqlens)
-    if batch.carry_to is None:
-        return loss_sum, {}
-    return loss_sum, {name: tensor.detach()[batch.carry_to] for name, tensor in state.tensors().items()}
+    return loss_sum, None if batch.carry_to is None else state.detach().select(batch.carry_to)
 
 
 def text_figures(nats: float, num_tokens: int, num_text_bytes: int) -> dict[str, float]:

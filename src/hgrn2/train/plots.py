@@ -120,12 +120,15 @@ def memory_figure(gates: GateSummary) -> Figure:
         half_life.yaxis.set_major_formatter(EngFormatter(sep=""))
 
         norm.plot(layers, gates.state_norm, color=_TRAIN, marker="o", linewidth=1.8)
-        norm.set(title="Norm of the state", ylabel="Frobenius norm")
+        norm.set(title="Norm of the state", ylabel="Frobenius norm of a head")
         norm.set_ylim(bottom=0)
         for axes in (bounds, gate, half_life, norm):
             axes.set_xlabel("layer")
             axes.set_xlim(-0.5, num_layers - 0.5)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_formatter(
+                lambda x, _: str(gates.layer[int(x)]) if 0 <= x < num_layers else ""
+            )
         figure.suptitle(
             f"Memory, measured on {int(gates.num_tokens):,} tokens of held-out text", x=0.01, ha="left"
         )
