@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import losses, run, run_with_file_limit
+from tiny_run import losses, run, run_language, run_with_file_limit
 
 import hgrn2
+from hgrn2.data.prepare import prepare
 from hgrn2.train import checkpoint
 
 # short steps and a checkpoint every few of them: a kill at random lands anywhere, within a checkpoint too
@@ -44,6 +45,14 @@ def processes():
 
 
 @pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for index in range(40):
+        (folder / f"{index:02}.txt").write_text(f"document {index} " * (3 + index))
+    return prepare([str(folder)], "bytes", folder / "prepared", progress=False).directory
+
+
+@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     run(run_dir, SETTINGS)
@@ -65,27 +74,39 @@ def wait_for_steps(run_dir, num_lines, process):
         time.sleep(0.002)
 
 
-def test_killed_at_ten_random_moments(processes, uninterrupted, tmp_path):
+@pytest.mark.parametrize("stream", [False, True])
+def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
+    """The real model, with dropout; ten moments when packed, and some more with the state carried along."""
+    settings = {
+        "max_steps": 60 if stream else 150,
+        "batch_size": 2,
+        "seq_len": 24,
+        "stream": stream,
+        "validation_tokens": 100,
+        "validation_every": 10,
+        "checkpoint_every": 3,
+        "device": "cpu",
+    }
+    run_language(tmp_path / "uninterrupted", settings, data_dir)
     run_dir = tmp_path / "run"
     seed = random.randrange(2**32)
     print(f"moments drawn with seed {seed}")
     generator = random.Random(seed)
-    for moment in range(10):
-        process = start(processes, run_dir, SETTINGS)
-        # half of the lives end anywhere, before the first record too; half after some more steps are done
-        if moment % 2:
+    for moment in range(3 if stream else 10):
+        process = start(processes, run_dir, settings, data_dir, target=run_language)
+        # half of the lives end after some more steps, half anywhere: before the first record, too
+        if moment % 2 == 0:
             path = run_dir / "metrics.jsonl"
             before = path.read_bytes().count(b"\n") if path.exists() else 0
-            wait_for_steps(run_dir, before + generator.randrange(1, 30), process)
+            wait_for_steps(run_dir, before + generator.randrange(1, 12), process)
         time.sleep(generator.uniform(0.0, 0.1))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    found = checkpoint.checkpoints_of(run_dir)
-    for path in found:
+    for path in checkpoint.checkpoints_of(run_dir):
         checkpoint.load_checkpoint(path)
-    run(run_dir, SETTINGS)
-    assert losses(run_dir) == uninterrupted
+    run_language(run_dir, settings, data_dir)
+    assert losses(run_dir) == losses(tmp_path / "uninterrupted")
     assert not list(run_dir.rglob(".tmp-*"))
 
 

@@ -155,7 +155,7 @@ def test_a_run_and_its_resumption(data, tmp_path, changes):
     wanted = losses(run_dir)
     first = [r["loss"] for r in read_metrics(run_dir) if r["kind"] == "train"]
     assert first[-1] < first[0]
-    for path in checkpoint.checkpoints_of(run_dir)[::-1]:
+    for path in checkpoint.checkpoints_of(run_dir)[::-2]:
         resume_language_run(path, data, sampler=sampler)
         assert losses(run_dir) == wanted
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 
@@ -10,11 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hgrn2.data.prepare import PreparedData
 from hgrn2.errors import UserError
+from hgrn2.models import HGRN2Config
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
 from hgrn2.train.loop import Trainer, TrainResult
+from hgrn2.train.metrics import read_metrics
+from hgrn2.train.run import resume_language_run, start_language_run
 
 ROLES = {
     "embedding.weight": "embedding",
@@ -139,14 +142,24 @@ def run_with_file_limit(run_dir: Path, settings: dict, limit_bytes: int) -> None
         run_dir.with_suffix(".error").write_text(json.dumps(found))
 
 
+def run_language(run_dir: Path, settings: dict, data_dir: Path) -> None:
+    """Start or resume a run of the real model on prepared data, with dropout."""
+    torch.set_num_threads(1)
+    data = PreparedData.open(data_dir)
+    if (run_dir / "config.json").exists():
+        resume_language_run(run_dir, data, display=PlainDisplay())
+        return
+    model_config = HGRN2Config(
+        vocab_size=257, hidden_size=16, num_hidden_layers=2, expand_ratio=8, intermediate_size=24, dropout=0.1
+    )
+    start_language_run(
+        run_dir, model_config, TrainConfig(**settings), data, data_settings={}, display=PlainDisplay()
+    )
+
+
 def losses(run_dir: Path) -> list[tuple]:
     """What must be equal to the last bit: step, loss, gradient norm and learning rate of every step."""
-    from hgrn2.train.metrics import read_metrics
-
     keys = ("step", "loss", "grad_norm", "learning_rate", "smoothed_loss", "val_loss")
     return [
         tuple(r.get(k) for k in keys) for r in read_metrics(run_dir) if r["kind"] in ("train", "validation")
     ]
-
-
-DISK_FULL = errno.ENOSPC

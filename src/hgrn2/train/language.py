@@ -50,8 +50,6 @@ class LanguageTask:
         self._device = device
         self._sampler = sampler
         self._carried: ModelState | None = None
-        # carried states read from a checkpoint, until there is a model to fit them into
-        self._loaded: dict[str, Tensor] = {}
         self._compiled: Callable[..., Any] | None = None
 
     def next_batch(self) -> Batch:
@@ -70,9 +68,6 @@ class LanguageTask:
         """Cross entropy summed over the targets, nats."""
         if self._config.compile and self._compiled is None:
             self._compiled = torch.compile(model.loss)
-        if self._loaded:
-            self._carried = model.init_state(self._config.batch_size, self._device).load(self._loaded)
-            self._loaded = {}
         loss_sum, self._carried = carried_loss(
             self._compiled or model.loss, batch.to(self._device, non_blocking=True), self._carried
         )
@@ -101,12 +96,13 @@ class LanguageTask:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The states carried by the streams."""
-        return self._loaded if self._carried is None else self._carried.tensors()
+        return {} if self._carried is None else self._carried.tensors()
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Put back position and carried states."""
         self._batches.load_state_dict(state)
-        self._loaded = tensors
+        moved = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        self._carried = ModelState.from_tensors(moved) if moved else None
 
 
 def carried_loss(
