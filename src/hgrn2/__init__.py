@@ -5,4 +5,4 @@ from hgrn2.models import HGRN2LM, AttentionConfig, HGRN2Config, ModelState, pres
 
 __version__ = "0.1.0"
 
-__all__ = ["AttentionConfig", "HGRN2Config", "HGRN2LM", "ModelState", "__version__", "ops", "presets"]
+__all__ = ["HGRN2LM", "AttentionConfig", "HGRN2Config", "ModelState", "__version__", "ops", "presets"]

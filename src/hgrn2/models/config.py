@@ -50,7 +50,10 @@ class AttentionConfig:
             f"attn.num_kv_heads is {kv}, which does not divide attn.num_heads = {self.num_heads}",
         )
         window = self.window_size
-        _check(window is None or window > 0, f"attn.window_size is {window}; wanted at least 1, or null for no window")
+        _check(
+            window is None or window > 0,
+            f"attn.window_size is {window}; wanted at least 1, or null for no window",
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class HGRN2Config:
         hidden_ratio: sets intermediate_size when that is not given.
         intermediate_size: width of the channel mixer; None means 256 * ceil(int(D * hidden_ratio * 2 / 3) / 256).
         glu_activation: of the channel mixer: "silu" (SwiGLU), "none" (bilinear), "sigmoid" or "gelu".
-        lower_bound: how the forget gates' bounds follow from the learned parameters: "inclusive", "exclusive" or "none".
+        lower_bound: how the gates' bounds follow from the learned parameters: "inclusive", "exclusive" or "none".
         q_activation: of the output gate: "silu", "sigmoid" or "none".
         v_activation: of the input: "none" or "silu".
         scale: factor of the mixer's outputs before its norm; None means expand_ratio^-0.5.
@@ -118,7 +121,10 @@ class HGRN2Config:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio"):
             value = getattr(self, name)
-            _check(isinstance(value, int) and value > 0, f"{name} is {value!r}; wanted a whole number of at least 1")
+            _check(
+                isinstance(value, int) and value > 0,
+                f"{name} is {value!r}; wanted a whole number of at least 1",
+            )
         _check(
             self.hidden_size % self.expand_ratio == 0,
             f"hidden_size = {self.hidden_size} is not a multiple of expand_ratio = {self.expand_ratio}",
@@ -132,7 +138,10 @@ class HGRN2Config:
             wanted = int(self.hidden_size * self.hidden_ratio * 2 / 3)
             object.__setattr__(self, "intermediate_size", 256 * -(-wanted // 256))
         object.__setattr__(self, "num_heads", heads)
-        _check((self.intermediate_size or 0) > 0, f"intermediate_size is {self.intermediate_size}; wanted at least 1")
+        _check(
+            (self.intermediate_size or 0) > 0,
+            f"intermediate_size is {self.intermediate_size}; wanted at least 1",
+        )
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             _check(value in known, f"{name} is {value!r}; wanted one of {', '.join(map(repr, known))}")
@@ -147,10 +156,13 @@ class HGRN2Config:
             object.__setattr__(self, "attn", _build(AttentionConfig, self.attn, "model config, attn"))
         if self.attn is not None:
             wrong = [i for i in self.attn.layers if not 0 <= i < self.num_hidden_layers]
-            _check(not wrong, f"attn.layers holds {wrong}; the model has layers 0 to {self.num_hidden_layers - 1}")
+            _check(
+                not wrong,
+                f"attn.layers holds {wrong}; the model has layers 0 to {self.num_hidden_layers - 1}",
+            )
             _check(
                 self.hidden_size % (2 * self.attn.num_heads) == 0,
-                f"hidden_size = {self.hidden_size} does not give attn.num_heads = {self.attn.num_heads} heads of even width",
+                f"hidden_size = {self.hidden_size} gives attn.num_heads = {self.attn.num_heads} no heads of even width",
             )
 
     @property

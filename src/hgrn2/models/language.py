@@ -176,17 +176,27 @@ class HGRN2LM(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """What the head reads, [B, T, D]; arguments as `forward`."""
         if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise UserError(f"input_ids has shape {list(input_ids.shape)} and dtype {input_ids.dtype}; wanted [B, T], int64")
+            raise UserError(
+                f"input_ids has shape {list(input_ids.shape)} and dtype {input_ids.dtype}; wanted [B, T], int64"
+            )
         if attention_mask is not None:
             if cu_seqlens is not None:
-                raise UserError("attention_mask and cu_seqlens were both given; packed sequences have no padding, drop the mask")
+                raise UserError(
+                    "attention_mask and cu_seqlens were both given; packed sequences have no padding, drop the mask"
+                )
             if attention_mask.shape != input_ids.shape:
-                raise UserError(f"attention_mask has shape {list(attention_mask.shape)}; wanted {list(input_ids.shape)}")
+                raise UserError(
+                    f"attention_mask has shape {list(attention_mask.shape)}; wanted {list(input_ids.shape)}"
+                )
             attention_mask = attention_mask.bool()
         return self.model(input_ids, state, cu_seqlens, attention_mask)
 
     def loss(
-        self, input_ids: Tensor, targets: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, ModelState]:
         """Summed cross entropy, without ever holding all logits.
 

@@ -60,7 +60,13 @@ def variant(name: str, **keys: Any) -> HGRN2Config:
 
 def tiny(**keys: Any) -> HGRN2Config:
     """A few million parameters, for a laptop: the demo."""
-    size = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "expand_ratio": 64, "intermediate_size": 704}
+    size = {
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "expand_ratio": 64,
+        "intermediate_size": 704,
+    }
     return variant("fla", **size | {"tie_word_embeddings": True} | keys)
 
 

@@ -53,25 +53,40 @@ class ModelState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, "layers.3.recurrent", for saving."""
-        return {f"layers.{i}.{name}": x.contiguous() for i, layer in enumerate(self.layers) for name, x in layer.items()}
+        return {
+            f"layers.{i}.{name}": x.contiguous() for i, layer in enumerate(self.layers) for name, x in layer.items()
+        }
 
-    def load(self, tensors: dict[str, Tensor]) -> ModelState:
-        """A state like this one with the numbers of saved tensors.
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> ModelState:
+        """The inverse of `tensors`."""
+        layers: dict[int, dict[str, Tensor]] = {}
+        for key, x in tensors.items():
+            _, index, name = key.split(".")
+            layers.setdefault(int(index), {})[name] = x
+        return cls(tuple(layers[i] for i in range(len(layers))))
+
+    def check_like(self, template: ModelState) -> ModelState:
+        """This state, cast to the template's dtypes and device, if it belongs to the template's model.
+
+        Args:
+            template: from the model's `init_state`, for as many sequences.
 
         Raises:
             UserError: names or shapes that do not belong to this model.
         """
-        wanted = self.tensors()
-        if wanted.keys() != tensors.keys():
-            missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-            raise UserError(f"state: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}; it is of another model")
-        for name, x in wanted.items():
-            # a cache of attention grows along its second axis
-            growing = name.rsplit(".", 1)[1] in ("key", "value", "valid")
-            if x.shape[2:] != tensors[name].shape[2:] or (x.shape[1:2] != tensors[name].shape[1:2] and not growing):
-                raise UserError(f"state: {name} has shape {list(tensors[name].shape)}, wanted {list(x.shape)}; it is of another model")
-        return ModelState(
-            tuple(
-                {name: tensors[f"layers.{i}.{name}"].to(x) for name, x in layer.items()} for i, layer in enumerate(self.layers)
+        wanted, found = template.tensors(), self.tensors()
+        if wanted.keys() != found.keys():
+            raise UserError(
+                f"state: {len(found)} tensors whose names are not the model's {len(wanted)}; it is of another model"
             )
-        )
+        for name, x in wanted.items():
+            shape = list(x.shape)
+            # a cache of attention grows along its second axis
+            if name.rsplit(".", 1)[1] in ("key", "value", "valid"):
+                shape[1] = found[name].shape[1] if found[name].dim() > 1 else shape[1]
+            if list(found[name].shape) != shape:
+                raise UserError(
+                    f"state: {name} has shape {list(found[name].shape)}, wanted {shape}; it is of another model"
+                )
+        return ModelState.from_tensors({name: found[name].to(x) for name, x in wanted.items()})

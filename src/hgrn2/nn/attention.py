@@ -51,7 +51,9 @@ class Attention(nn.Module):
         del lower_bound
         batch, length, _ = x.shape
         if cu_seqlens is not None and state is not None:
-            raise UserError("attention layers cannot carry a state across packed sequences; train hybrids without stream")
+            raise UserError(
+                "attention layers cannot carry a state across packed sequences; train hybrids without stream"
+            )
         segment = None
         if cu_seqlens is not None:
             rows = torch.arange(length, device=x.device)
@@ -76,7 +78,11 @@ class Attention(nn.Module):
             valid = torch.cat([state["valid"], valid], 1)
         seen = self._seen(length, past, valid, segment)
         y = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, enable_gqa=self.num_kv_heads != self.num_heads
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=seen,
+            enable_gqa=self.num_kv_heads != self.num_heads,
         )
         y = self.o_proj(y.transpose(1, 2).flatten(2))
         if cu_seqlens is not None:

@@ -32,7 +32,7 @@ class Block(nn.Module):
         mask: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Arguments as `hgrn2.nn.mixer.HGRN2Mixer.forward`."""
-        y, state = self.attn(self.attn_norm(x), lower_bound, state, cu_seqlens, mask)
+        y, new_state = self.attn(self.attn_norm(x), lower_bound, state, cu_seqlens, mask)
         x = x + functional.dropout(y, self.dropout, self.training)
         y = self.mlp(self.mlp_norm(x))
-        return x + functional.dropout(y, self.dropout, self.training), state
+        return x + functional.dropout(y, self.dropout, self.training), new_state

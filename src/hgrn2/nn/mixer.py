@@ -92,18 +92,25 @@ class HGRN2Mixer(nn.Module):
         q, z, v, new_state = self.project(x, state, cu_seqlens, mask)
         bound = None if lower_bound is None else lower_bound.unflatten(-1, (self.num_heads, self.expand_ratio))
         recurrent = None if state is None else state["recurrent"]
-        activations = {"q_activation": self.q_activation, "v_activation": self.v_activation}
         if self.training and self.min_log_decay is not None:
             y, recurrent = self._clamped(q, z, v, bound, recurrent, cu_seqlens)
         elif recurrent is not None and x.shape[1] == 1 and cu_seqlens is None:
             y, recurrent = hgrn2_step(
-                q[:, 0], z[:, 0], v[:, 0], recurrent, bound, scale=self.scale, backend=self.backend, **activations
+                q[:, 0],
+                z[:, 0],
+                v[:, 0],
+                recurrent,
+                bound,
+                scale=self.scale,
+                backend=self.backend,
+                q_activation=self.q_activation,
+                v_activation=self.v_activation,
             )
             y = y.unsqueeze(1)
         else:
             y, recurrent = hgrn2_scan(
                 q, z, v, bound, initial_state=recurrent, cu_seqlens=cu_seqlens, scale=self.scale, backend=self.backend,
-                **activations,
+                q_activation=self.q_activation, v_activation=self.v_activation,
             )  # fmt: skip
         new_state["recurrent"] = recurrent
         return self.o_proj(self.g_norm(y.flatten(2))), new_state
@@ -134,7 +141,13 @@ class HGRN2Mixer(nn.Module):
         return state
 
     def _clamped(
-        self, q: Tensor, z: Tensor, v: Tensor, bound: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        z: Tensor,
+        v: Tensor,
+        bound: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The official models' training form: a floor under the decay, the key as if there were none."""
         gate = forget_gate(z, bound)
@@ -151,6 +164,6 @@ class HGRN2Mixer(nn.Module):
 
 
 def forget_gate(z: Tensor, lower_bound: Tensor | None) -> Tensor:
-    """beta + (1 - beta) sigmoid(z), float32: what a token keeps of each channel of the state."""
+    """Beta + (1 - beta) sigmoid(z), float32: what a token keeps of each channel of the state."""
     gate = torch.sigmoid(z.float())
     return gate if lower_bound is None else lower_bound + (1 - lower_bound) * gate

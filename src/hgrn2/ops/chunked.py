@@ -61,7 +61,7 @@ class Joined:
 
 
 def _block(x: Tensor, size: int, which: int) -> Tensor:
-    """View of x [M, n, W]: from every pair of blocks of `size` rows the first (0) or second (1), [M * pairs, size, W]."""
+    """View of x [M, n, W]: of each pair of blocks of `size` rows the first (0) or second (1), [M * pairs, size, W]."""
     m, rows, width = x.shape
     return x.as_strided((m * rows // (2 * size), size, width), (2 * size * width, width, 1), which * size * width)
 
@@ -104,7 +104,9 @@ def join(q: Tensor, k: Tensor, f: Tensor, c: Tensor, low: torch.dtype, reverse: 
         _score_block(scores, size, late, early).copy_(products.view(m, -1, size, size))
         if keep:
             joins.append((q_l.clone(), k_e.clone(), decay_e, decay_l))
-        complement = torch.addcmul(_block(complement, 1, early), decay_e, _block(complement, 1, late)).view(m, -1, q.shape[2])
+        complement = torch.addcmul(_block(complement, 1, early), decay_e, _block(complement, 1, late)).view(
+            m, -1, q.shape[2]
+        )
         decay = (decay_e * decay_l).view_as(complement)
         if size == COMPLEMENT_FROM_BLOCK:
             decay = torch.where(complement < COMPLEMENT_BELOW, 1 - complement, decay)
@@ -120,7 +122,15 @@ def join(q: Tensor, k: Tensor, f: Tensor, c: Tensor, low: torch.dtype, reverse: 
 
 
 def unjoin(
-    joined: Joined, q: Tensor, k: Tensor, f: Tensor, d_scores: Tensor, dq: Tensor, dk: Tensor, d_decay: Tensor, reverse: bool
+    joined: Joined,
+    q: Tensor,
+    k: Tensor,
+    f: Tensor,
+    d_scores: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    d_decay: Tensor,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of `join`.
 
@@ -161,7 +171,14 @@ def unjoin(
 
 
 def scan_states(
-    updates: Tensor, decay: Tensor, residue: Tensor, state: Tensor, tile: Tile, starts: Tensor, ends: Tensor, reverse: bool
+    updates: Tensor,
+    decay: Tensor,
+    residue: Tensor,
+    state: Tensor,
+    tile: Tile,
+    starts: Tensor,
+    ends: Tensor,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Carries the state across the chunks of a tile.
 
@@ -199,14 +216,18 @@ def scan_states(
 
 
 def _state_frame(initial_state: Tensor | None, shape: tuple[int, ...], packed: bool, like: Tensor) -> Tensor:
-    """Initial states as [sequences, B, H, K, V]: packed sequences lie along the first axis, a batch along the second."""
+    """Initial states as [sequences, B, H, K, V]: packed ones lie along the first axis, a batch along the second."""
     if initial_state is None:
         initial_state = like.new_zeros(shape)
     return initial_state.unsqueeze(1 if packed else 0)
 
 
 def forward(
-    gate: TiedGate | FreeGate, initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, keep_states: bool
+    gate: TiedGate | FreeGate,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan.
 
@@ -229,7 +250,9 @@ def forward(
     starts = _state_frame(initial_state, state_shape, cu_seqlens is not None, q.new_empty(0, dtype=gate.dtype))
     # sequences without a token keep their state
     ends = starts.clone()
-    kept = ends.new_empty(kept_states_shape(batch, length, heads, width, v.shape[-1], cu_seqlens, q.device, keep_states))
+    kept = ends.new_empty(
+        kept_states_shape(batch, length, heads, width, v.shape[-1], cu_seqlens, q.device, keep_states)
+    )
     for first in range(0, batch, sizes.batch_per_tile):
         part = slice(first, min(first + sizes.batch_per_tile, batch))
         state = starts[0, part]
@@ -244,8 +267,14 @@ def forward(
             v_low = v_.to(low)
             updates = torch.bmm(joined.k.to(low).mT, v_low).to(gate.dtype)
             before, state = scan_states(
-                updates.unflatten(0, shape), joined.decay.unflatten(0, shape), joined.decay_residue.unflatten(0, shape),
-                state, tile, starts[:, part], ends[:, part], reverse,
+                updates.unflatten(0, shape),
+                joined.decay.unflatten(0, shape),
+                joined.decay_residue.unflatten(0, shape),
+                state,
+                tile,
+                starts[:, part],
+                ends[:, part],
+                reverse,
             )
             out = torch.bmm(joined.scores, v_low)
             out = out.baddbmm_(joined.q.to(low), before.flatten(0, 2).to(low))
@@ -267,9 +296,9 @@ def backward(
     Returns:
         The gradient of the initial state, [N, H, K, V].
     """
-    q, v = gate.inputs[0], gate.inputs[2]
+    q, _v = gate.inputs[0], gate.inputs[2]
     sizes, plan, low = _plan(gate, cu_seqlens)
-    batch, _, heads, width = q.shape
+    batch, _, _heads, _width = q.shape
     gate.allocate_gradients()
     packed = cu_seqlens is not None
     starts = _state_frame(initial_state, tuple(d_final_state.shape), packed, d_final_state)
@@ -308,7 +337,14 @@ def backward(
 
 
 def kept_states_shape(
-    batch: int, length: int, heads: int, k_width: int, v_width: int, cu_seqlens: Tensor | None, device: torch.device, keep: bool
+    batch: int,
+    length: int,
+    heads: int,
+    k_width: int,
+    v_width: int,
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+    keep: bool,
 ) -> tuple[int, ...]:
     """Shape of the states `forward` keeps: known from the shapes of its inputs alone."""
     num_sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -54,7 +54,16 @@ def _neutral(tile: Tile, f: Tensor, c: Tensor) -> None:
 class TiedGate:
     """The gates of `hgrn2_scan`."""
 
-    def __init__(self, q: Tensor, z: Tensor, v: Tensor, lower_bound: Tensor | None, scale: float, q_act: str, v_act: str):
+    def __init__(
+        self,
+        q: Tensor,
+        z: Tensor,
+        v: Tensor,
+        lower_bound: Tensor | None,
+        scale: float,
+        q_act: str,
+        v_act: str,
+    ):
         self.inputs = (q, z, v)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.bound = None if lower_bound is None else lower_bound.to(self.dtype)[:, None, None, :]
@@ -88,7 +97,10 @@ class TiedGate:
         """The bound and 1 - bound in a tile's shape: broadcasting row by row costs several times the arithmetic."""
         assert self.bound is not None
         if shape not in self.bounds:
-            self.bounds[shape] = (self.bound.expand(shape).contiguous(), (1 - self.bound).expand(shape).contiguous())
+            self.bounds[shape] = (
+                self.bound.expand(shape).contiguous(),
+                (1 - self.bound).expand(shape).contiguous(),
+            )
         return self.bounds[shape]
 
     def backward(self, batch: slice, tile: Tile, gated: Gated, dq: Tensor, dk: Tensor, dv: Tensor, df: Tensor) -> None:

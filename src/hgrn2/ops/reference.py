@@ -6,6 +6,7 @@ give the numbers the tests trust.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -41,7 +42,14 @@ def _sigmoid(x: Tensor) -> Tensor:
 
 
 def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor, state: Tensor, cu_seqlens: Tensor | None, reverse: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """S_t = Diag(f_t) S_{t-1} + k_t v_t^T, y_t = scale * S_t^T q_t, one token after the other.
 
@@ -61,10 +69,8 @@ def recurrence(
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         pieces = [
-            recurrence(
-                q[:, a:b], k[:, a:b], v[:, a:b], f[:, a:b], state[n : n + 1], None, reverse, scale
-            )
-            for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+            recurrence(q[:, a:b], k[:, a:b], v[:, a:b], f[:, a:b], state[n : n + 1], None, reverse, scale)
+            for n, (a, b) in enumerate(itertools.pairwise(bounds))
         ]
         if not pieces:
             return v.new_zeros(q.shape[:3] + v.shape[3:]), state

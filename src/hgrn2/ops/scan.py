@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,9 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}")
     if backend == "triton":
-        raise ValueError("backend 'triton' is not part of this version; use 'auto' or 'chunked', which run on every device")
+        raise ValueError(
+            "backend 'triton' is not part of this version; use 'auto' or 'chunked', which run on every device"
+        )
     return "chunked" if backend == "auto" else backend
 
 
@@ -100,7 +104,17 @@ def hgrn2_scan(
         return y.to(q.dtype), state
     keep = _needs_gradient(q, f, v, lower_bound, initial_state)
     y, state, _ = torch.ops.hgrn2.chunked_scan(
-        q, f, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, v_activation, keep
+        q,
+        f,
+        v,
+        lower_bound,
+        initial_state,
+        cu_seqlens,
+        reverse,
+        float(scale),
+        q_activation,
+        v_activation,
+        keep,
     )
     return y, state
 
@@ -199,7 +213,9 @@ def hgrn2_step(
         >>> y, state = hgrn2.ops.hgrn2_step(q, f, v, torch.zeros(1, 4, 32, 32))
     """
     if q.dim() != 3 or v.dim() != 3:
-        raise ValueError(f"q and v of a step have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, H, K] and [B, H, V]")
+        raise ValueError(
+            f"q and v of a step have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, H, K] and [B, H, V]"
+        )
     require_shape("f", f, "B H K", q.shape)
     require_shape("v", v, "B H V", (*q.shape[:2], v.shape[2]))
     require_shape("state", state, "B H K V", (*q.shape, v.shape[2]))
@@ -268,7 +284,9 @@ def _check_scan(
     q: Tensor, x: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, name: str
 ) -> None:
     if q.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, T, H, K] and [B, T, H, V]")
+        raise ValueError(
+            f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, T, H, K] and [B, T, H, V]"
+        )
     require_shape(name, x, "B T H K", q.shape)
     require_shape("v", v, "B T H V", (*q.shape[:3], v.shape[3]))
     _check_operands(q, x, v, name)
@@ -284,7 +302,7 @@ def _check_scan(
 def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; wanted [N + 1], int32 or int64"
+            f"cu_seqlens is {list(cu_seqlens.shape)} of dtype {cu_seqlens.dtype}; wanted [N + 1], int32 or int64"
         )
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1")
@@ -292,7 +310,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}; move them to one device")
     if _values_are_at_hand(cu_seqlens):
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != q.shape[1] or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+        if bounds[0] != 0 or bounds[-1] != q.shape[1] or any(a > b for a, b in itertools.pairwise(bounds)):
             shown = f"{bounds[:4]} ... {bounds[-2:]}" if len(bounds) > 8 else f"{bounds}"
             raise ValueError(f"cu_seqlens is {shown}; wanted 0, then non-decreasing starts, then T = {q.shape[1]}")
 
@@ -321,8 +339,8 @@ def _initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, cu_seqlen
 
 @torch.library.custom_op("hgrn2::chunked_scan", mutates_args=())
 def _scan_op(
-    q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    reverse: bool, scale: float, q_activation: str, v_activation: str, keep_states: bool,
+    q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, v_activation: str, keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
     return chunked.forward(gate, initial_state, cu_seqlens, reverse, keep_states)
@@ -341,14 +359,34 @@ def _scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
     d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
-    d_bound = q.new_empty(0) if lower_bound is None else gate.d_bound.to(lower_bound.dtype)
-    return *gate.gradients, d_bound, d_initial_state
+    dq, df, dv = gate.gradients
+    # an operator returns tensors, so nothing is an empty one
+    d_bound = q.new_empty(0) if gate.d_bound is None else gate.d_bound.to(gate.dtype)
+    return dq, df, dv, d_bound, d_initial_state
 
 
 @_scan_backward_op.register_fake
-def _(dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, kept, reverse, scale, q_activation, v_activation):
+def _(
+    dy,
+    d_final_state,
+    q,
+    f,
+    v,
+    lower_bound,
+    initial_state,
+    cu_seqlens,
+    kept,
+    reverse,
+    scale,
+    q_activation,
+    v_activation,
+):
     d_bound = q.new_empty(0) if lower_bound is None else torch.empty_like(lower_bound)
-    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, f, v)), d_bound, torch.empty_like(d_final_state)
+    return (
+        *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, f, v)),
+        d_bound,
+        torch.empty_like(d_final_state),
+    )
 
 
 def _scan_setup(ctx, inputs, output) -> None:
@@ -390,7 +428,8 @@ def _gated_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gate = FreeGate(q, k, v, log_f, scale)
     d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
-    return *gate.gradients, d_initial_state
+    dq, dk, dv, d_log_f = gate.gradients
+    return dq, dk, dv, d_log_f, d_initial_state
 
 
 @_gated_backward_op.register_fake

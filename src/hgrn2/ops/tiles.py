@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ def tiles(boundaries: Sequence[int], sizes: Cut, device: torch.device) -> list[T
     size = sizes.chunk_size
     chunks = [
         (row, min(row + size, stop), sequence)
-        for sequence, (start, stop) in enumerate(zip(boundaries[:-1], boundaries[1:], strict=True))
+        for sequence, (start, stop) in enumerate(itertools.pairwise(boundaries))
         for row in range(start, stop, size)
     ]
     result = []

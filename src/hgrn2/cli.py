@@ -1,0 +1,393 @@
+"""The command line: parse, build a configuration, call. No work is done here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from hgrn2.errors import UserError
+from hgrn2.settings import (
+    data_settings,
+    given_flags,
+    load_model,
+    model_config,
+    open_prepared,
+    prepare_data,
+    read_toml,
+    run_config,
+)
+from hgrn2.train.config import TrainConfig
+
+app = tyro.extras.SubcommandApp()
+
+_BUDGETS = {"max_steps", "max_tokens", "max_time_s"}
+_DEFAULT_BUDGET = {"max_steps": 1000}
+_Paths = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFlags(TrainConfig):
+    """The training settings as flags; checked when the configuration file has been read as well."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing yet."""
+
+
+@app.command(name="train")
+def train(
+    data: _Paths = (),
+    validation: _Paths = (),
+    text_field: str | None = None,
+    tokenizer: str | None = None,
+    prepared: Path | None = None,
+    rebuild: bool = False,
+    model: str | None = None,
+    set: _Paths = (),
+    out: Path = Path("runs/run"),
+    config: Path | None = None,
+    resume: Path | None = None,
+    compressors: bool = False,
+    settings: Annotated[TrainFlags, tyro.conf.OmitArgPrefixes] = TrainFlags(),
+) -> None:
+    """Train a language model on text; without --data, on the source code of Python's standard library.
+
+    Args:
+        data: Text files, folders, globs, .jsonl(.zst), .parquet or hf:NAME datasets.
+        validation: The same for held-out text; by default one document in twenty is held out.
+        text_field: Key or column of the text in .jsonl, .parquet and datasets (default: text).
+        tokenizer: bytes, bpe:SIZE to train one, a tokenizer.json, a folder with one, or a Hub name (default: bpe:4096).
+        prepared: Where the prepared tokens are kept (default: beside the run, in a folder named after the data).
+        rebuild: Prepare the tokens again even if nothing has changed.
+        model: A preset (tiny, wikitext-44m, 150m, 385m, 1.3b, 2.7b) or a JSON file (default: tiny).
+        set: Model settings as KEY=VALUE, e.g. --set dropout=0.1 use_short_conv=true.
+        out: Folder of the run.
+        config: A TOML file with tables [model], [train] and [data]; flags win over it.
+        resume: A run folder, or one of its checkpoints, to go on with; training flags change its settings.
+        compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
+        settings: Training settings.
+    """
+    from hgrn2.train.run import resume_language_run, start_language_run
+
+    given = {name: getattr(settings, name) for name in given_flags(sys.argv[1:], TrainConfig)}
+    if resume is not None:
+        if data or validation or tokenizer or model or set or config:
+            raise UserError("--resume goes on with the run's own data and model; drop --data, --model and the like")
+        prepared_data = open_prepared(run_config(resume)["data"])
+        result = resume_language_run(
+            resume, prepared_data, changes=given, sampler=_make_sampler(prepared_data.tokenizer)
+        )
+    else:
+        file = read_toml(config)
+        sources = data_settings(
+            file["data"], data=list(data), validation=list(validation), text_field=text_field, tokenizer=tokenizer,
+            prepared=None if prepared is None else str(prepared),
+        )  # fmt: skip
+        train_settings = file["train"] | given
+        if not train_settings.keys() & _BUDGETS:
+            train_settings |= _DEFAULT_BUDGET
+        train_config = TrainConfig.from_dict(train_settings)
+        prepared_data, kept = prepare_data(sources, out, rebuild)
+        lm_config = model_config(model, file["model"], set, prepared_data.tokenizer.vocab_size)
+        result = start_language_run(
+            out, lm_config, train_config, prepared_data, data_settings=kept,
+            sampler=_make_sampler(prepared_data.tokenizer),
+        )  # fmt: skip
+    _report(result, prepared_data, out if resume is None else resume, compressors)
+
+
+@app.command(name="generate")
+def generate(
+    run: tyro.conf.Positional[Path],
+    prompt: str = "",
+    max_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: _Paths = (),
+    state_in: Path | None = None,
+    state_out: Path | None = None,
+    checkpoint: Literal["latest", "best"] = "latest",
+    device: str = "auto",
+) -> None:
+    r"""Write text with a trained model.
+
+    Args:
+        run: A run folder, a checkpoint, or a folder with model.safetensors and config.json.
+        prompt: Text to continue.
+        max_tokens: Most tokens to write.
+        temperature: 0 takes the likeliest token; higher is more varied.
+        top_k: Keep this many of the likeliest tokens; 0 keeps all.
+        top_p: Keep the likeliest tokens that together reach this probability.
+        min_p: Keep tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: Above 1, tokens that were already there become less likely.
+        seed: For the same text again.
+        stop: Texts that end the writing; \\n means a line end.
+        state_in: Go on from a state file.
+        state_out: Write the state to a file, to go on from it later in the same time however long the text is.
+        checkpoint: Which checkpoint of a run.
+        device: cpu, cuda or auto.
+    """
+    from hgrn2.generate import Sampling, Writer
+
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens is {max_tokens}; wanted at least 1")
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+    lm, tokenizer = load_model(run, checkpoint, device)
+    writer = Writer(lm, tokenizer, sampling)
+    if state_in is not None:
+        writer.load_state(state_in)
+    sys.stdout.write(prompt)
+    for text in writer.write(prompt, max_tokens, tuple(s.replace("\\n", "\n") for s in stop)):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    if state_out is not None:
+        writer.save_state(state_out)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    files: tyro.conf.Positional[tuple[str, ...]],
+    text_field: str = "text",
+    window: int = 2048,
+    checkpoint: Literal["latest", "best"] = "latest",
+    device: str = "auto",
+    json_out: Path | None = None,
+) -> None:
+    """Perplexity and bits a byte of texts of any length, in constant memory.
+
+    Args:
+        run: A run folder, a checkpoint, or a folder with model.safetensors and config.json.
+        files: Text files, folders, globs, .jsonl(.zst) or .parquet.
+        text_field: Key or column of the text in .jsonl and .parquet.
+        window: Tokens read at a time; does not change the result.
+        checkpoint: Which checkpoint of a run.
+        device: cpu, cuda or auto.
+        json_out: Write the results to a JSON file as well.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from hgrn2.data import open_corpus
+    from hgrn2.evaluate import score, total
+
+    if not files:
+        raise UserError("no file to evaluate; name one or more after the run")
+    if window < 1:
+        raise UserError(f"--window is {window}; wanted at least 1")
+    lm, tokenizer = load_model(run, checkpoint, device)
+    scores = [score(lm, tokenizer, document, window) for document in open_corpus(files, text_field).documents()]
+    if not scores:
+        raise UserError(f"{' '.join(files)}: no text in it; name other files")
+    shown = scores if len(scores) == 1 else [*scores, total(scores)]
+    table = Table("text", "bytes", "tokens", "perplexity", "bits/byte")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for s in shown:
+        table.add_row(s.name, f"{s.num_bytes:,}", f"{s.num_tokens:,}", f"{s.perplexity:,.3f}", f"{s.bits_per_byte:.4f}")
+    Console().print(table)
+    if json_out is not None:
+        rows = [dataclasses.asdict(s) | {"perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte} for s in shown]
+        _write_text(json_out, json.dumps(rows, indent=1) + "\n")
+
+
+@app.command(name="info")
+def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()) -> None:
+    """Show what a model costs: parameters, operations, memory.
+
+    Args:
+        model: A preset, a run folder, a checkpoint, or a JSON file of a model's configuration.
+        seq_len: Tokens of a training sequence.
+        set: Model settings as KEY=VALUE.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from hgrn2.models.cost import cost
+
+    if seq_len < 1:
+        raise UserError(f"--seq-len is {seq_len}; wanted at least 1")
+    config = model_config(model, {}, set, None)
+    c = cost(config, seq_len)
+    layers = (
+        f"{config.num_hidden_layers} layers, {config.num_heads} heads of {config.expand_ratio} x {config.expand_ratio}"
+    )
+    table = Table(
+        "",
+        "value",
+        "",
+        title=f"{model}: width {config.hidden_size}, {layers}, vocabulary {config.vocab_size:,}",
+    )
+    table.columns[1].justify = "right"
+    rows = [
+        ("parameters", f"{c.parameters:,}", "a tied embedding counted once"),
+        ("training FLOPs a token, 6 N D", f"{c.flops_per_token_6nd:,}", "6 x parameters used in products"),
+        (
+            "training FLOPs a token, counted",
+            f"{c.flops_per_token_training:,}",
+            "3 x the forward pass, scan included",
+        ),
+        (
+            "forward FLOPs a token, counted",
+            f"{c.flops_per_token_forward:,}",
+            f"at {seq_len:,} tokens a sequence",
+        ),
+        (
+            "activations a training token",
+            _bytes(c.activation_bytes_per_token),
+            "float32, held for the backward pass",
+        ),
+        ("state of a sequence", _bytes(c.state_bytes), "decoding, whatever its length"),
+        (
+            "attention caches a token",
+            _bytes(c.attention_bytes_per_token),
+            "on top, in hybrids only, up to the window",
+        ),
+        ("weights", _bytes(c.weight_bytes), "float32"),
+        ("checkpoint", _bytes(c.checkpoint_bytes), "float32 weights and AdamW's state"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command(name="plot")
+def plot(run: tyro.conf.Positional[Path]) -> None:
+    """Draw a run's pictures again: loss, lower bounds, forget gates, memory, state norm.
+
+    Args:
+        run: A run folder.
+    """
+    from hgrn2.train.plots import plot_run
+
+    for path in plot_run(run):
+        print(path)
+
+
+@app.command(name="tokenizer")
+def tokenizer_command(
+    out: tyro.conf.Positional[Path],
+    data: _Paths = ("stdlib",),
+    vocab_size: int = 4096,
+    text_field: str = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer.
+
+    Args:
+        out: Folder that gets tokenizer.json.
+        data: Text files, folders, globs, .jsonl(.zst), .parquet, hf:NAME datasets, or stdlib.
+        vocab_size: Tokens of the vocabulary, the 256 bytes and the end of text included.
+        text_field: Key or column of the text in .jsonl, .parquet and datasets.
+    """
+    from hgrn2.data import open_corpus, train_bpe
+
+    if (out / "tokenizer.json").exists():
+        raise UserError(f"{out}/tokenizer.json: exists already; name another folder")
+    pieces = (piece for document in open_corpus(data, text_field).documents() for piece in document.pieces)
+    made = train_bpe(pieces, vocab_size)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path = made.save(out)
+    except OSError as error:
+        raise UserError(f"{out}: the tokenizer cannot be written ({error.strerror}); name another folder") from None
+    print(f"{path}: {made.vocab_size:,} tokens")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 2 for what the user can mend, 130 when interrupted."""
+    if argv is not None:
+        sys.argv[1:] = list(argv)
+    warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app.cli(prog="hgrn2", description="Gated linear RNN language models with state expansion.")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # the reader has gone, as in `hgrn2 generate ... | head`; nothing may be flushed to it at exit
+        sys.stdout = None
+        return 0
+    return 0
+
+
+def _make_sampler(tokenizer: Any) -> Any:
+    """Writes the samples on the way; seeded, so that a resumed run writes the same."""
+    from hgrn2.generate import Sampling, Writer
+
+    def sampler(model: Any, prompt: str) -> str:
+        writer = Writer(model, tokenizer, Sampling(temperature=0.8, top_p=0.95, seed=0))
+        return prompt + "".join(writer.write(prompt, 200))
+
+    return sampler
+
+
+# what is shown at the end
+
+
+def _report(run: Any, data: Any, out: Path, compressors: bool) -> None:
+    from hgrn2.train.checkpoint import resume_point
+
+    out = resume_point(out)[0]
+    result = run.result
+    if result.stopped_by:
+        return
+    for path in run.pictures:
+        print(f"picture  {path}")
+    record = result.last_validation
+    if record:
+        print(
+            f"held-out text: {record['val_bits_per_byte']:.3f} bits a byte, perplexity {record['val_perplexity']:.2f}"
+        )
+    if compressors:
+        _compare_compressors(data, record["val_bits_per_byte"] if record else None)
+    print(f"write with it:  hgrn2 generate {out} --prompt 'def '")
+
+
+def _compare_compressors(data: Any, bits_per_byte: float | None) -> None:
+    import gzip
+    import lzma
+
+    held_out = data.validation
+    text = data.tokenizer.decode(held_out.tokens(0, held_out.num_tokens)).encode("utf-8")
+    rows = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
+    print(f"bits a byte on the same {len(text):,} held-out bytes:")
+    if bits_per_byte is not None:
+        print(f"  this model  {bits_per_byte:.3f}")
+    for name, packed in rows.items():
+        print(f"  {name:<10}  {8 * len(packed) / len(text):.3f}")
+
+
+def _bytes(n: int) -> str:
+    size, unit = float(n), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

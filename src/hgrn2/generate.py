@@ -1,0 +1,202 @@
+"""Writing text with a model: sampling, stop strings, and a state that can be saved and continued."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hgrn2.data.tokenizer import TextStream, Tokenizer
+from hgrn2.errors import UserError
+from hgrn2.models import HGRN2LM, ModelState
+
+# tokens of a prompt read at a time: bounds the memory, not the prompt
+PREFILL_TOKENS = 2048
+_STATE_FORMAT = "hgrn2-state-1"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The filters apply in the order of the fields.
+
+    Attributes:
+        repetition_penalty: above 1, makes tokens that were already there less likely (arXiv 1909.05858).
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep this many of the likeliest; 0 keeps all.
+        top_p: keep the fewest tokens that together reach this probability (arXiv 1904.09751); 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest (arXiv 2407.01082); 0 keeps all.
+        seed: of the draws; None for a fresh one.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+        }
+        for name, (good, text) in wanted.items():
+            if not good:
+                raise UserError(f"sampling: {name} is {getattr(self, name)}; wanted {text}")
+
+
+def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Draws one token of each row.
+
+    Args:
+        logits: [B, vocab].
+        sampling: how.
+        seen: [B, vocab] bool, tokens the repetition penalty falls on, or None.
+        generator: of the draws.
+
+    Returns:
+        [B] int64.
+    """
+    logits = logits.float()
+    if seen is not None and sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, -1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        p = ordered.softmax(-1)
+        # a token goes when those before it already reach top_p; the likeliest always stays
+        gone = p.cumsum(-1) - p >= sampling.top_p
+        logits = logits.masked_fill(torch.zeros_like(gone).scatter(-1, order, gone), -torch.inf)
+    if sampling.min_p > 0:
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p < sampling.min_p * p.amax(-1, keepdim=True), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+class Writer:
+    """Reads prompts and writes after them, with everything read and written kept in the state.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        sampling: how tokens are drawn.
+    """
+
+    def __init__(self, model: HGRN2LM, tokenizer: Tokenizer, sampling: Sampling):
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.device = model.lm_head.weight.device
+        self.generator = torch.Generator(self.device)
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+        self.state = model.init_state(1)
+        # tokens that belong to the text but not yet to the state; a text starts after an end of text
+        self.pending = [tokenizer.eot_id]
+        self.seen = torch.zeros((1, model.config.vocab_size), dtype=torch.bool, device=self.device)
+
+    def write(self, prompt: str, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[str]:
+        """Continues a prompt, piece by piece as it is written.
+
+        Args:
+            prompt: text to continue; may be empty.
+            max_tokens: most tokens to write.
+            stop: texts that end the writing; they are not yielded.
+
+        Yields:
+            Text, always whole characters. Ends at max_tokens, a stop text or the end-of-text token.
+        """
+        logits = self._read(self.pending + self.tokenizer.encode(prompt))
+        decoder = TextStream(self.tokenizer)
+        held = ""
+        # enough characters are held back that a stop text never shows its beginning
+        longest = max((len(text) for text in stop), default=0)
+        for _ in range(max_tokens):
+            token = int(sample(logits, self.sampling, self.seen, self.generator))
+            if token == self.tokenizer.eot_id:
+                self.pending = [token]
+                held += decoder.flush()
+                break
+            held += decoder.push(token)
+            self.pending = [token]
+            cut = min((at for text in stop if (at := held.find(text)) >= 0), default=-1)
+            if cut >= 0:
+                yield held[:cut]
+                return
+            if len(held) >= longest:
+                free = len(held) - max(longest - 1, 0)
+                if free:
+                    yield held[:free]
+                held = held[free:]
+            logits = self._read(self.pending)
+            self.pending = []
+        else:
+            held += decoder.flush()
+        if held:
+            yield held
+
+    @torch.no_grad()
+    def _read(self, ids: list[int]) -> Tensor:
+        """Logits [1, vocab] after some more tokens."""
+        if not ids:
+            raise UserError("generate: nothing to read; give a prompt")
+        tokens = torch.tensor([ids], device=self.device)
+        self.seen[0, tokens[0]] = True
+        for part in tokens.split(PREFILL_TOKENS, 1):
+            x, self.state = self.model.hidden_states(part, self.state)
+        return self.model.lm_head(x[:, -1])
+
+    def save_state(self, path: Path) -> None:
+        """Writes the state, so that `load_state` goes on where this left off; whole or not at all."""
+        about = {"format": _STATE_FORMAT, "pending": self.pending, "tokenizer": self.tokenizer.fingerprint()}
+        tensors = self.state.tensors() | {"seen": self.seen}
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            save_file({k: v.cpu() for k, v in tensors.items()}, temporary, {"hgrn2": json.dumps(about)})
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"{path}: the state cannot be written ({error}); name another file or free some space"
+            ) from None
+
+    def load_state(self, path: Path) -> None:
+        """Takes up a saved state.
+
+        Raises:
+            UserError: the file is missing, damaged, or of another model or tokenizer.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about: dict[str, Any] = json.loads((file.metadata() or {}).get("hgrn2", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(
+                f"{path}: no state can be read from it ({error}); name a file made with --state-out"
+            ) from None
+        if about.get("format") != _STATE_FORMAT:
+            raise UserError(f"{path}: not a state of this version; name a file made with --state-out")
+        if about["tokenizer"] != self.tokenizer.fingerprint():
+            raise UserError(f"{path}: made with another tokenizer; name the model it was made with")
+        seen = tensors.pop("seen")
+        try:
+            state = ModelState.from_tensors(tensors).check_like(self.state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        self.state, self.seen, self.pending = state, seen.to(self.device), about["pending"]

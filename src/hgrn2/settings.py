@@ -1,0 +1,165 @@
+"""From what a person types to configurations, data and models: the part of the command line that is not parsing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hgrn2.data import load_tokenizer
+from hgrn2.data.prepare import PreparedData, is_prepared, prepare
+from hgrn2.data.tokenizer import Tokenizer
+from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.models import HGRN2LM, HGRN2Config, presets
+from hgrn2.train.checkpoint import load_model_tensors, load_saved_model, read_config, resume_point
+from hgrn2.train.run import choose_device
+
+
+def given_flags(argv: Sequence[str], config: type) -> list[str]:
+    """Fields of a config that were named on the command line, so that what was not named leaves files alone."""
+    words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    words |= {word.removeprefix("no_") for word in words}
+    return [field.name for field in dataclasses.fields(config) if field.name in words]
+
+
+def read_toml(path: Path | None) -> dict[str, dict[str, Any]]:
+    """The tables [model], [train] and [data] of a file; empty ones without a file or where it has none."""
+    tables: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "data": {}}
+    if path is None:
+        return tables
+    try:
+        with path.open("rb") as file:
+            found = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML ({error}); see docs/guide/training.md") from None
+    for key, value in found.items():
+        if key not in tables:
+            raise UserError(unknown_key_message(str(path), key, tables))
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {key} is {value!r}; wanted a table, [{key}]")
+    return tables | found
+
+
+_DATA_KEYS = {
+    "data": ["stdlib"],
+    "validation": [],
+    "text_field": "text",
+    "tokenizer": "bpe:4096",
+    "prepared": None,
+}
+
+
+def data_settings(file: dict[str, Any], **flags: Any) -> dict[str, Any]:
+    """What to read and how: defaults, over them the file's [data], over that the flags that were given."""
+    for key in file:
+        if key not in _DATA_KEYS:
+            raise UserError(unknown_key_message("data config", key, _DATA_KEYS))
+    return _DATA_KEYS | file | {key: value for key, value in flags.items() if value not in (None, [])}
+
+
+def prepare_data(sources: dict[str, Any], out: Path, rebuild: bool) -> tuple[PreparedData, dict[str, Any]]:
+    """Prepared tokens, made or reused, and what a run must remember to open them again."""
+    names = [sources["data"]] if isinstance(sources["data"], str) else list(sources["data"])
+    if len(names) == 1 and is_prepared(names[0]):
+        prepared = PreparedData.open(names[0])
+        return prepared, {"prepared": str(prepared.directory)}
+    target = sources["prepared"]
+    if target is None:
+        key = json.dumps([names, sources["validation"], sources["text_field"], sources["tokenizer"]])
+        first = "".join(c if c.isalnum() else "-" for c in Path(names[0]).name)[:24]
+        target = out.parent / "prepared" / f"{first}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    prepared = prepare(
+        names, sources["tokenizer"], target, validation=sources["validation"], text_field=sources["text_field"],
+        rebuild=rebuild,
+    )  # fmt: skip
+    print(
+        f"{'reusing' if prepared.reused else 'prepared'} {prepared.directory}: {prepared.summary()}",
+        file=sys.stderr,
+    )
+    return prepared, {
+        "prepared": str(prepared.directory),
+        **{k: v for k, v in sources.items() if k != "prepared"},
+    }
+
+
+def run_config(path: Path) -> dict[str, Any]:
+    """The settings a run was started with."""
+    return read_config(resume_point(path)[0])
+
+
+def open_prepared(settings: dict[str, Any]) -> PreparedData:
+    """The prepared tokens a run was started with."""
+    if "prepared" not in settings:
+        raise UserError("config.json of the run does not say where its prepared data is; restore it from a checkpoint")
+    return PreparedData.open(settings["prepared"])
+
+
+def model_config(
+    model: str | None, file: dict[str, Any], changes: Sequence[str], vocab_size: int | None
+) -> HGRN2Config:
+    """A preset, or the configuration in a file or run, with changes; the tokenizer sets the vocabulary by default."""
+    keys = dict(file)
+    preset = keys.pop("preset", "tiny")
+    model = str(preset) if model is None else model
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not sign:
+            raise UserError(f"--set {change}: wanted KEY=VALUE")
+        try:
+            keys[key] = json.loads(value)
+        except ValueError:
+            keys[key] = value
+    if model in presets.PRESETS:
+        if vocab_size is not None:
+            keys = {"vocab_size": vocab_size} | keys
+        return presets.preset(model, **keys)
+    path = Path(model)
+    if path.is_dir():
+        found = read_config(path)
+        if isinstance(found.get("model"), dict):
+            found = found["model"]
+    elif path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a JSON configuration ({error})") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: found {type(found).__name__}, wanted an object with a model's settings")
+    else:
+        raise UserError(f"{unknown_key_message('model', model, presets.PRESETS)}; nor is it a file or a folder")
+    config = HGRN2Config.from_dict(
+        {"vocab_size": vocab_size} | found if vocab_size and "vocab_size" not in found else found
+    )
+    return config.replace(**keys) if keys else config
+
+
+def load_model(run: Path, which: str, device: str) -> tuple[HGRN2LM, Tokenizer]:
+    """A trained model, ready for use, and its tokenizer.
+
+    Args:
+        run: a run folder, a checkpoint, or a folder with model.safetensors and config.json.
+        which: "latest" or "best" checkpoint of a run.
+        device: "auto", "cpu", "cuda", ...
+    """
+    place = choose_device(device)
+    saved = load_saved_model(run, which)
+    settings = saved.config.get("model", saved.config)
+    tokenizer = load_tokenizer(saved.tokenizer_dir)
+    config = HGRN2Config.from_dict(settings)
+    tokenizer.check_fits(config.vocab_size)
+    with torch.device("meta"):
+        model = HGRN2LM(config)
+    model = model.to_empty(device=place)
+    model.tie_weights()
+    with torch.no_grad():
+        load_model_tensors(model, saved.tensors, saved.path)
+    return model.eval(), tokenizer
