@@ -81,9 +81,7 @@ def test_round_trip(store):
 
 def test_sums_file_is_what_sha256sum_reads(store):
     path = save(store, 7)
-    done = subprocess.run(
-        ["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.count(": OK") == 5
 
@@ -145,9 +143,7 @@ def test_no_older_checkpoint_is_good(store):
 
 def test_a_failed_save_leaves_nothing(store, run_dir, monkeypatch):
     save(store, 1)
-    monkeypatch.setattr(
-        checkpoint, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    monkeypatch.setattr(checkpoint, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         save(store, 2)
     assert names(run_dir) == ["step-00000001"]
@@ -211,9 +207,7 @@ def test_tied_weights_are_written_once_and_both_come_back(store):
 def test_tensors_of_another_model_are_refused(tmp_path):
     tensors = checkpoint.model_tensors(TinyModel())
     with pytest.raises(UserError, match=r"'head.weight' is not in both"):
-        checkpoint.load_model_tensors(
-            TinyModel(), {k: v for k, v in tensors.items() if k != "head.weight"}, tmp_path
-        )
+        checkpoint.load_model_tensors(TinyModel(), {k: v for k, v in tensors.items() if k != "head.weight"}, tmp_path)
     with pytest.raises(UserError, match=r"has shape \[8\], the model wants \[16\]"):
         checkpoint.load_model_tensors(TinyModel(hidden_size=16), tensors, tmp_path)
 

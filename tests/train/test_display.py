@@ -28,9 +28,7 @@ def show(display):
 def test_plain_lines(capsys):
     show(PlainDisplay())
     lines = capsys.readouterr().err.splitlines()
-    assert (
-        lines[0] == "step 12   25%  loss 2.5000  lr 1.00e-03  4,321 tokens/s  left 1:35  1.5 GiB  skipped 2"
-    )
+    assert lines[0] == "step 12   25%  loss 2.5000  lr 1.00e-03  4,321 tokens/s  left 1:35  1.5 GiB  skipped 2"
     assert lines[1] == "step 12  validation: loss 2.0000, perplexity 7.39 a token, 1.2500 bits a byte"
     assert "def [bold]f():" in lines
     assert lines[-1] == "a note [with brackets]"

@@ -46,9 +46,7 @@ def record(run_dir, num_steps=40):
 
 def test_half_life_is_recovered():
     gates = measure_gates(ConstantGates([1.0, 10.0, 1000.0]), torch.zeros(2, 8, dtype=torch.long))
-    np.testing.assert_allclose(
-        gates.half_life_tokens[:, 1:], [[1.0] * 3, [10.0] * 3, [1000.0] * 3], rtol=1e-3
-    )
+    np.testing.assert_allclose(gates.half_life_tokens[:, 1:], [[1.0] * 3, [10.0] * 3, [1000.0] * 3], rtol=1e-3)
     # a gate of exactly 1 has an endless memory, which is cut off where float32 ends
     assert np.all(gates.half_life_tokens[:, 0] > 1e7)
     assert np.all(np.isfinite(gates.half_life_tokens))
@@ -56,6 +54,10 @@ def test_half_life_is_recovered():
     assert gates.forget_gate_counts[0, 25] == 2 * 8 * 3
     assert gates.layer.tolist() == [0, 2, 4]
     assert gates.state_norm.tolist() == [1.0, 10.0, 1000.0]
+
+
+def test_a_model_without_gates_has_no_summary():
+    assert measure_gates(ConstantGates([]), torch.zeros(1, 8, dtype=torch.long)) is None
 
 
 def test_gates_survive_the_file(tmp_path):

@@ -183,9 +183,7 @@ def test_a_finished_run_can_be_given_more_steps(data, tmp_path):
         ({"device": "toaster"}, {}, "device 'toaster' cannot be used"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(
-    data, tmp_path, changes, config_changes, message
-):
+def test_what_does_not_fit_is_refused_before_anything_is_written(data, tmp_path, changes, config_changes, message):
     settings = TrainConfig.from_dict(SETTINGS | changes)
     with pytest.raises(UserError, match=message):
         start_language_run(tmp_path / "run", model_config(**config_changes), settings, data, data_settings={})

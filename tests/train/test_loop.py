@@ -196,9 +196,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 
     config = TrainConfig.from_dict(SETTINGS | {"keep_last": 1})
     checkpoint.create_run(tmp_path / "run", {})
-    result = Trainer(
-        TinyModel(), Worsening(config), ROLES, config, tmp_path / "run", {}, display=Listener()
-    ).run()
+    result = Trainer(TinyModel(), Worsening(config), ROLES, config, tmp_path / "run", {}, display=Listener()).run()
     assert result.counters.best == {"step": 16, "val_loss": 1.0}
     assert [p.name for p in checkpoint.checkpoints_of(result.run_dir)] == ["step-00000016", "step-00000030"]
     assert checkpoint.load_saved_model(result.run_dir, "best").path.name == "step-00000016"

@@ -21,9 +21,7 @@ def test_records_are_whole_lines_at_once(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] is None
 
 
-@pytest.mark.parametrize(
-    "torn", ['{"kind": "tra', '{"kind": "train", "step": 3, "loss": 9.0}', '{"text": "é']
-)
+@pytest.mark.parametrize("torn", ['{"kind": "tra', '{"kind": "train", "step": 3, "loss": 9.0}', '{"text": "é'])
 def test_a_torn_last_line_is_dropped(tmp_path, torn):
     write(tmp_path, [1, 2])
     with (tmp_path / "metrics.jsonl").open("ab") as file:

@@ -152,14 +152,10 @@ def run_language(run_dir: Path, settings: dict, data_dir: Path) -> None:
     model_config = HGRN2Config(
         vocab_size=257, hidden_size=16, num_hidden_layers=2, expand_ratio=8, intermediate_size=24, dropout=0.1
     )
-    start_language_run(
-        run_dir, model_config, TrainConfig(**settings), data, data_settings={}, display=PlainDisplay()
-    )
+    start_language_run(run_dir, model_config, TrainConfig(**settings), data, data_settings={}, display=PlainDisplay())
 
 
 def losses(run_dir: Path) -> list[tuple]:
     """What must be equal to the last bit: step, loss, gradient norm and learning rate of every step."""
     keys = ("step", "loss", "grad_norm", "learning_rate", "smoothed_loss", "val_loss")
-    return [
-        tuple(r.get(k) for k in keys) for r in read_metrics(run_dir) if r["kind"] in ("train", "validation")
-    ]
+    return [tuple(r.get(k) for k in keys) for r in read_metrics(run_dir) if r["kind"] in ("train", "validation")]

@@ -197,9 +197,7 @@ def _model_folder(path: Path, which: str) -> Path:
         return path
     found = checkpoints_of(path)
     if not found:
-        raise UserError(
-            f"{path}: no model there; name a run folder, a checkpoint, or a folder with {MODEL_NAME}"
-        )
+        raise UserError(f"{path}: no model there; name a run folder, a checkpoint, or a folder with {MODEL_NAME}")
     if which == "best":
         best = json.loads((found[-1] / STATE_NAME).read_text(encoding="utf-8")).get("best")
         return next((p for p in found if best and _step_of(p) == best["step"]), found[-1])
@@ -249,18 +247,14 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
         UserError: the folder holds a run already, or cannot be made.
     """
     if (run_dir / CONFIG_NAME).exists() or checkpoints_of(run_dir):
-        raise UserError(
-            f"{run_dir}: holds a run already; continue it with --resume {run_dir}, or name another folder"
-        )
+        raise UserError(f"{run_dir}: holds a run already; continue it with --resume {run_dir}, or name another folder")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             tokenizer.save(run_dir)
         write_config(run_dir, config)
     except OSError as error:
-        raise UserError(
-            f"{run_dir}: cannot make the run folder ({error.strerror}); name another folder"
-        ) from None
+        raise UserError(f"{run_dir}: cannot make the run folder ({error.strerror}); name another folder") from None
 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
@@ -285,9 +279,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); restore it from a checkpoint of the run") from None
     if not isinstance(config, dict):
-        raise UserError(
-            f"{file}: found {type(config).__name__}, wanted an object; restore it from a checkpoint"
-        )
+        raise UserError(f"{file}: found {type(config).__name__}, wanted an object; restore it from a checkpoint")
     return config
 
 
@@ -304,9 +296,7 @@ def resume_point(path: Path) -> tuple[Path, Path | None]:
     if path.parent.name == FOLDER_NAME and path.is_dir():
         return path.parent.parent, path
     if not (path / CONFIG_NAME).is_file():
-        raise UserError(
-            f"{path}: no run to resume there; name a folder that has {CONFIG_NAME} and {FOLDER_NAME}/"
-        )
+        raise UserError(f"{path}: no run to resume there; name a folder that has {CONFIG_NAME} and {FOLDER_NAME}/")
     found = checkpoints_of(path)
     return path, found[-1] if found else None
 
@@ -330,9 +320,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
     """
     own = model_tensors(model)
     if missing := sorted(own.keys() ^ tensors.keys()):
-        raise UserError(
-            f"{source}: tensor {missing[0]!r} is not in both model and file; use the config beside it"
-        )
+        raise UserError(f"{source}: tensor {missing[0]!r} is not in both model and file; use the config beside it")
     for name, tensor in own.items():
         found = tensors[name]
         if found.shape != tensor.shape:
@@ -353,9 +341,7 @@ def _verify(path: Path, only: tuple[str, ...] | None = None) -> None:
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
         if sums.get(name) != sha256_of(path / name):
-            raise ValueError(
-                f"{name} is truncated or was changed (its checksum is not the one in {SUMS_NAME})"
-            )
+            raise ValueError(f"{name} is truncated or was changed (its checksum is not the one in {SUMS_NAME})")
 
 
 def _way_out(path: Path) -> str:

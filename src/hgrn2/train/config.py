@@ -122,18 +122,14 @@ class TrainConfig:
             if value is not None and not (low <= value < high):
                 raise UserError(f"train config: {name} is {value}; wanted {low} <= {name} < {high}")
         if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
-            raise UserError(
-                f"train config: decay_fraction is {self.decay_fraction}; wanted 0 < decay_fraction <= 1"
-            )
+            raise UserError(f"train config: decay_fraction is {self.decay_fraction}; wanted 0 < decay_fraction <= 1")
         for name, known in (
             ("optimizer", ("adamw", "muon")),
             ("schedule", ("cosine", "wsd", "inverse-sqrt", "constant")),
             ("precision", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in known:
-                raise UserError(
-                    f"train config: {name} is {getattr(self, name)!r}; wanted {' or '.join(known)}"
-                )
+                raise UserError(f"train config: {name} is {getattr(self, name)!r}; wanted {' or '.join(known)}")
         self._check_together()
 
     def _check_number(self, name: str, *, zero_allowed: bool) -> None:
@@ -148,9 +144,7 @@ class TrainConfig:
 
     def _check_together(self) -> None:
         if self.schedule == "inverse-sqrt" and self.num_warmup_steps == 0:
-            raise UserError(
-                "train config: schedule inverse-sqrt decays from the end of the warmup; set warmup_steps"
-            )
+            raise UserError("train config: schedule inverse-sqrt decays from the end of the warmup; set warmup_steps")
         if self.max_steps is not None and (self.warmup_steps or 0) > self.max_steps:
             raise UserError(
                 f"train config: warmup_steps {self.warmup_steps} exceeds max_steps {self.max_steps}; lower it"
@@ -167,11 +161,7 @@ class TrainConfig:
         }
         for name, idle in without_effect.items():
             if idle and getattr(self, name) is not None:
-                other = (
-                    f"optimizer {self.optimizer}"
-                    if name == "muon_learning_rate"
-                    else f"schedule {self.schedule}"
-                )
+                other = f"optimizer {self.optimizer}" if name == "muon_learning_rate" else f"schedule {self.schedule}"
                 warnings.warn(f"train config: {name} has no effect with {other}", UserWarning, stacklevel=4)
 
     @property

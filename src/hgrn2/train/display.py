@@ -149,15 +149,11 @@ class LiveDisplay:
                 "tokens/s",
                 f"{record['tokens_per_s']:,.0f}",
             )
-            figures.add_row(
-                "memory", size(record["memory_bytes"]), "skipped steps", str(record["skipped_steps"])
-            )
+            figures.add_row("memory", size(record["memory_bytes"]), "skipped steps", str(record["skipped_steps"]))
         lines = Group(self._bar, figures, Text(f"validation  {self._validation}"))
         if not self._sample:
             return Group(lines)
-        return Group(
-            lines, Panel(Text("\n".join(self._sample.splitlines()[:12])), title="sample", title_align="left")
-        )
+        return Group(lines, Panel(Text("\n".join(self._sample.splitlines()[:12])), title="sample", title_align="left"))
 
 
 def validation_text(record: dict[str, Any]) -> str:

@@ -71,22 +71,25 @@ class GateSummary:
             with path.open("rb") as file, np.load(file) as arrays:
                 return cls(**{field.name: arrays[field.name] for field in fields(cls)})
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise UserError(
-                f"{path}: cannot read the gates ({error}); a run writes them when it ends"
-            ) from None
+            raise UserError(f"{path}: cannot read the gates ({error}); a run writes them when it ends") from None
 
 
 @torch.no_grad()
-def measure_gates(model: GatedModel, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> GateSummary:
+def measure_gates(model: GatedModel, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> GateSummary | None:
     """Run the model over some text and summarise its gates.
 
     Args:
-        model: in evaluation mode, with one recurrent layer at least.
+        model: in evaluation mode.
         input_ids: int64 [B, T], or [1, T] packed.
         cu_seqlens: int32 [N + 1] of a packed batch.
+
+    Returns:
+        None if every layer attends and none has gates.
     """
     edges = np.linspace(0.0, 1.0, _NUM_BINS + 1)
     statistics = model.gate_statistics(input_ids, cu_seqlens=cu_seqlens)
+    if not statistics:
+        return None
     bounds, half_lives, counts = [], [], []
     for layer in statistics:
         gate = layer["forget_gate"].detach().double().cpu().flatten(0, 1)

@@ -196,9 +196,7 @@ class Trainer:
                 torch.nn.utils.clip_grads_with_norm_(self._optimizer.parameters, config.clip_norm, norm)
             self._optimizer.step()
             smoothed = counters.smoothed_loss
-            counters.smoothed_loss = (
-                loss if smoothed is None else _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
-            )
+            counters.smoothed_loss = loss if smoothed is None else _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
             counters.skipped_in_a_row = 0
         else:
             self.task.step_skipped()
@@ -308,12 +306,8 @@ class Trainer:
         self._store.remove_after(self._counters.step)
         set_rng_state(state["rng"])
         before, now = state["environment"], self._environment()
-        if changed := [
-            f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]
-        ]:
-            self.display.note(
-                f"resuming elsewhere ({', '.join(changed)}): losses may differ in the last bits"
-            )
+        if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
+            self.display.note(f"resuming elsewhere ({', '.join(changed)}): losses may differ in the last bits")
 
     def _progress(self) -> float:
         """Used fraction of the budget."""

@@ -34,9 +34,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg}); remove the line") from None
         if not isinstance(record, dict):
-            raise UserError(
-                f"{path}, line {number}: found {type(record).__name__}, wanted an object; remove the line"
-            )
+            raise UserError(f"{path}, line {number}: found {type(record).__name__}, wanted an object; remove the line")
         records.append(record)
     return records
 
@@ -63,9 +61,7 @@ class MetricsWriter:
         self._board = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
         path = run_dir / METRICS_NAME
         kept = (
-            [r for r in read_metrics(path) if r.get("step", 0) <= resume_step]
-            if path.exists() and resume_step
-            else []
+            [r for r in read_metrics(path) if r.get("step", 0) <= resume_step] if path.exists() and resume_step else []
         )
         temporary = path.with_name(f".tmp-{METRICS_NAME}")
         with temporary.open("w", encoding="utf-8") as file:

@@ -41,9 +41,7 @@ class NamedOptimizer:
             self._optimizers.append(self._muon(muon_names, config))
         self._peaks = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    def _adamw(
-        self, names: list[str], roles: Mapping[str, str], config: TrainConfig
-    ) -> torch.optim.Optimizer:
+    def _adamw(self, names: list[str], roles: Mapping[str, str], config: TrainConfig) -> torch.optim.Optimizer:
         decayed = [self._named[name] for name in names if roles[name] in DECAYED_ROLES]
         plain = [self._named[name] for name in names if roles[name] not in DECAYED_ROLES]
         groups = [
@@ -59,9 +57,7 @@ class NamedOptimizer:
     def _muon(self, names: list[str], config: TrainConfig) -> torch.optim.Optimizer:
         muon = getattr(torch.optim, "Muon", None)
         if muon is None:
-            raise UserError(
-                f"optimizer muon: torch {torch.__version__} has none; install 2.9 or later, or use adamw"
-            )
+            raise UserError(f"optimizer muon: torch {torch.__version__} has none; install 2.9 or later, or use adamw")
         # updates of the size of AdamW's, so that one learning rate and one weight decay serve both
         return muon(
             [self._named[name] for name in names],
@@ -119,9 +115,7 @@ class NamedOptimizer:
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition("/")
             if name not in self._named:
-                raise UserError(
-                    f"optimizer state: {name!r} is not in this model; resume with the run's own config"
-                )
+                raise UserError(f"optimizer state: {name!r} is not in this model; resume with the run's own config")
             by_name.setdefault(name, {})[key] = value
         for optimizer in self._optimizers:
             packed = optimizer.state_dict()

@@ -81,7 +81,7 @@ def loss_figure(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -
                 [np.nan if r["val_loss"] is None else r["val_loss"] for r in validation],
                 color=_VALIDATION, marker="o", markersize=4, linewidth=1.4, label="validation",
             )  # fmt: skip
-            axes.set_xlim(0, x[-1] * 1.02)
+            axes.set_xlim(0, max(x[-1], *(r[key] / scale for r in validation), 0) * 1.02)
         low, high = _loss_limits(train, validation)
         left.set_ylim(low, high)
         left.set(title="Loss against tokens", xlabel="training tokens", ylabel="loss (nats a token)")
@@ -121,17 +121,13 @@ def memory_figure(gates: GateSummary) -> Figure:
 
         norm.plot(layers, gates.state_norm, color=_TRAIN, marker="o", linewidth=1.8)
         norm.set(title="Norm of the state", ylabel="Frobenius norm of a head")
-        norm.set_ylim(bottom=0)
+        norm.set_ylim(0, 1.1 * max(gates.state_norm.max(), 1e-6))
         for axes in (bounds, gate, half_life, norm):
             axes.set_xlabel("layer")
             axes.set_xlim(-0.5, num_layers - 0.5)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.xaxis.set_major_formatter(
-                lambda x, _: str(gates.layer[int(x)]) if 0 <= x < num_layers else ""
-            )
-        figure.suptitle(
-            f"Memory, measured on {int(gates.num_tokens):,} tokens of held-out text", x=0.01, ha="left"
-        )
+            axes.xaxis.set_major_formatter(lambda x, _: str(gates.layer[int(x)]) if 0 <= x < num_layers else "")
+        figure.suptitle(f"Memory, measured on {int(gates.num_tokens):,} tokens of held-out text", x=0.01, ha="left")
     return figure
 
 
@@ -145,9 +141,10 @@ def _bands(axes: Axes, layers: np.ndarray, values: np.ndarray) -> None:
 
 def _smooth(losses: np.ndarray) -> np.ndarray:
     """Mean over a hundredth of the run to both sides of each step, less at the ends: it does not lag."""
-    index = np.arange(len(losses))
-    reach = np.minimum(len(losses) // 100, index)
-    stop = np.minimum(index + reach + 1, len(losses))
+    num_steps = len(losses)
+    index = np.arange(num_steps)
+    reach = np.minimum(max(num_steps // 100, min(5, num_steps // 10)), index)
+    stop = np.minimum(index + reach + 1, num_steps)
     sums = np.concatenate([[0.0], np.cumsum(losses)])
     return (sums[stop] - sums[index - reach]) / (stop - index + reach)
 
@@ -159,9 +156,7 @@ def _time_unit(train: list[dict[str, Any]]) -> tuple[float, str]:
 
 def _loss_limits(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> tuple[float, float]:
     """Limits that the first few steps, far above the rest, do not dictate."""
-    losses = np.array(
-        [r["loss"] for r in train] + [r["val_loss"] for r in validation if r["val_loss"] is not None]
-    )
+    losses = np.array([r["loss"] for r in train] + [r["val_loss"] for r in validation if r["val_loss"] is not None])
     low, high = losses.min(), np.quantile(losses, 0.98)
     margin = 0.08 * max(high - low, 1e-3)
     return low - margin, high + margin
@@ -172,6 +167,4 @@ def _last_validation(validation: list[dict[str, Any]]) -> str | None:
         return None
     last = validation[-1]
     bits = last.get("val_bits_per_byte")
-    return (
-        f"at the end: {bits:.3f} bits a byte" if bits is not None else f"at the end: {last['val_loss']:.3f}"
-    )
+    return f"at the end: {bits:.3f} bits a byte" if bits is not None else f"at the end: {last['val_loss']:.3f}"

@@ -94,9 +94,7 @@ def resume_language_run(
     config = read_config(run_dir)
     for key in ("model", "train", "data"):
         if not isinstance(config.get(key), dict):
-            raise UserError(
-                f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run"
-            )
+            raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
     train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
     parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
     if changes:
@@ -151,7 +149,9 @@ class _Parts:
         batch = next(iter(windows)).to(choose_device(self.config.device))
         self.model.eval()
         try:
-            measure_gates(self.model, batch.input_ids, batch.cu_seqlens).save(run_dir)
+            gates = measure_gates(self.model, batch.input_ids, batch.cu_seqlens)
+            if gates is not None:
+                gates.save(run_dir)
             return plot_run(run_dir)
         except OSError as error:
             raise UserError(
