@@ -30,7 +30,17 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops.gates import FreeGate, TiedGate
-from hgrn2.ops.tiles import Cut, Tile, cut, load, store, tiles
+from hgrn2.ops.tiles import (
+    Tile,
+    batch_per_tile,
+    boundaries,
+    chunk_size,
+    chunks_per_tile,
+    load,
+    max_tiles,
+    store,
+    tiles,
+)
 
 # joins of smaller blocks stay in float32: low precision products are slower there
 LOW_PRECISION_MIN_BLOCK = 32
@@ -85,15 +95,15 @@ def join(q: Tensor, k: Tensor, f: Tensor, c: Tensor, low: torch.dtype, reverse: 
         reverse: time runs from the last row to the first.
         keep: keep what the gradient needs.
     """
-    m, chunk_size, _ = q.shape
+    m, chunk, _ = q.shape
     early, late = (1, 0) if reverse else (0, 1)
-    scores = q.new_zeros((m, chunk_size, chunk_size), dtype=low)
+    scores = q.new_zeros((m, chunk, chunk), dtype=low)
     scores.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
     q, k = q * f, k.clone()
     joins = []
     decay, complement = f, c
     size = 1
-    while size < chunk_size:
+    while size < chunk:
         q_l, k_e = _block(q, size, late), _block(k, size, early)
         decay_e, decay_l = _block(decay, 1, early), _block(decay, 1, late)
         if size == 1:
@@ -242,25 +252,25 @@ def forward(
         y [B, T, H, V], final state [N, H, K, V], kept states [tiles, B, H, K, V] (tiles = 0 unless asked for).
     """
     q, v = gate.inputs[0], gate.inputs[2]
-    sizes, plan, low = _plan(gate, cu_seqlens)
+    plan = _plan(gate, cu_seqlens)
+    low = _low_dtype(gate)
     batch, length, heads, width = q.shape
     y = q.new_empty((batch, length, heads, v.shape[-1]))
     num_states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state_shape = (num_states, heads, width, v.shape[-1])
     starts = _state_frame(initial_state, state_shape, cu_seqlens is not None, q.new_empty(0, dtype=gate.dtype))
     # sequences without a token keep their state
-    ends = starts.clone()
-    kept = ends.new_empty(
-        kept_states_shape(batch, length, heads, width, v.shape[-1], cu_seqlens, q.device, keep_states)
-    )
-    for first in range(0, batch, sizes.batch_per_tile):
-        part = slice(first, min(first + sizes.batch_per_tile, batch))
-        state = starts[0, part]
-        for i in reversed(range(len(plan))) if reverse else range(len(plan)):
-            tile = plan[i]
+    ends = starts.clone(memory_format=torch.contiguous_format)
+    kept = ends.new_empty(kept_states_shape(q, v, cu_seqlens, keep_states))
+    for first in range(0, batch, plan.batch):
+        part = slice(first, min(first + plan.batch, batch))
+        # every first chunk begins a sequence and takes that one's state
+        state = starts.new_zeros(starts[:, part].shape[1:])
+        for i in reversed(range(len(plan.tiles))) if reverse else range(len(plan.tiles)):
+            tile = plan.tiles[i]
             if keep_states:
                 kept[i, part] = state
-            gated = gate.load(part, tile, sizes.chunk_size)
+            gated = gate.load(part, tile, plan.chunk_size)
             shape = gated.q.shape[:3]
             q_, k_, v_, f_, c_ = (x.flatten(0, 2) for x in (gated.q, gated.k, gated.v, gated.f, gated.c))
             joined = join(q_, k_, f_, c_, low, reverse, keep=False)
@@ -297,20 +307,21 @@ def backward(
         The gradient of the initial state, [N, H, K, V].
     """
     q, _v = gate.inputs[0], gate.inputs[2]
-    sizes, plan, low = _plan(gate, cu_seqlens)
+    plan = _plan(gate, cu_seqlens)
+    low = _low_dtype(gate)
     batch, _, _heads, _width = q.shape
     gate.allocate_gradients()
     packed = cu_seqlens is not None
     starts = _state_frame(initial_state, tuple(d_final_state.shape), packed, d_final_state)
     d_ends = _state_frame(d_final_state, (), packed, d_final_state)
-    d_starts = d_ends.clone()
+    d_starts = d_ends.clone(memory_format=torch.contiguous_format)
     unused = torch.empty_like(starts)
-    for first in range(0, batch, sizes.batch_per_tile):
-        part = slice(first, min(first + sizes.batch_per_tile, batch))
-        d_state = d_ends[0, part]
-        for i in range(len(plan)) if reverse else reversed(range(len(plan))):
-            tile = plan[i]
-            gated = gate.load(part, tile, sizes.chunk_size)
+    for first in range(0, batch, plan.batch):
+        part = slice(first, min(first + plan.batch, batch))
+        d_state = starts.new_zeros(starts[:, part].shape[1:])
+        for i in range(len(plan.tiles)) if reverse else reversed(range(len(plan.tiles))):
+            tile = plan.tiles[i]
+            gated = gate.load(part, tile, plan.chunk_size)
             shape = gated.q.shape[:3]
             q_, k_, v_, f_, c_ = (x.flatten(0, 2) for x in (gated.q, gated.k, gated.v, gated.f, gated.c))
             joined = join(q_, k_, f_, c_, low, reverse, keep=True)
@@ -320,7 +331,7 @@ def backward(
             before, _ = scan_states(
                 updates, decay, residue, kept[i, part], tile, starts[:, part], unused[:, part], reverse
             )
-            d_out = load(dy[part], tile, sizes.chunk_size, low).flatten(0, 2)
+            d_out = load(dy[part], tile, plan.chunk_size, low).flatten(0, 2)
             updates = torch.bmm(q_low.mT, d_out).to(gate.dtype).unflatten(0, shape)
             d_after, d_state = scan_states(
                 updates, decay, residue, d_state, tile, d_ends[:, part], d_starts[:, part], not reverse
@@ -336,27 +347,37 @@ def backward(
     return d_starts.flatten(0, 1)
 
 
-def kept_states_shape(
-    batch: int,
-    length: int,
-    heads: int,
-    k_width: int,
-    v_width: int,
-    cu_seqlens: Tensor | None,
-    device: torch.device,
-    keep: bool,
-) -> tuple[int, ...]:
-    """Shape of the states `forward` keeps: known from the shapes of its inputs alone."""
-    num_sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sizes = cut(batch, length, heads, max(k_width, v_width), num_sequences, device)
-    return (sizes.max_tiles if keep else 0, batch, heads, k_width, v_width)
+def kept_states_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[int, ...]:
+    """Shape of the states `forward` keeps, [tiles, B, H, K, V]: known from the shapes of its inputs alone."""
+    batch, length, heads, width = q.shape
+    num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunks = chunks_per_tile(heads, max(width, v.shape[-1]), q.device)
+    return (max_tiles(length, num_packed, chunks) if keep else 0, batch, heads, width, v.shape[-1])
 
 
-def _plan(gate: TiedGate | FreeGate, cu_seqlens: Tensor | None) -> tuple[Cut, list[Tile], torch.dtype]:
+@dataclass(frozen=True)
+class _Plan:
+    """How the work is cut."""
+
+    tiles: list[Tile]
+    chunk_size: int
+    batch: int
+
+
+def _plan(gate: TiedGate | FreeGate, cu_seqlens: Tensor | None) -> _Plan:
     q, v = gate.inputs[0], gate.inputs[2]
     batch, length, heads, width = q.shape
-    num_sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sizes = cut(batch, length, heads, max(width, v.shape[-1]), num_sequences, q.device)
-    boundaries = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
-    low = q.dtype if q.dtype in (torch.bfloat16, torch.float16) else gate.dtype
-    return sizes, tiles(boundaries, sizes, q.device), low
+    width = max(width, v.shape[-1])
+    size = chunk_size(length)
+    chunks = chunks_per_tile(heads, width, q.device)
+    return _Plan(
+        tiles(boundaries(cu_seqlens, length), size, chunks, q.device),
+        size,
+        batch_per_tile(batch, length, heads, width, q.device),
+    )
+
+
+def _low_dtype(gate: TiedGate | FreeGate) -> torch.dtype:
+    """Dtype of the large matrix products: that of the inputs."""
+    dtype = gate.inputs[0].dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else gate.dtype

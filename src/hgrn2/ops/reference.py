@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hgrn2.ops.tiles import boundaries
+
 
 def activation(x: Tensor, name: str) -> Tensor:
     """Applies "silu", "sigmoid" or "none"."""
@@ -29,10 +31,12 @@ def tied_gate(z: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
     Returns:
         f = beta + (1 - beta) sigmoid(z) and k = 1 - f = (1 - beta) sigmoid(-z), both like z.
     """
+    open_, closed = _sigmoid(z), _sigmoid(-z)
     if lower_bound is None:
-        return _sigmoid(z), _sigmoid(-z)
+        return open_, closed
     lower_bound = lower_bound.to(z.dtype)
-    return lower_bound + (1 - lower_bound) * _sigmoid(z), (1 - lower_bound) * _sigmoid(-z)
+    # written so that the derivative by beta is sigmoid(-z) itself, not 1 - sigmoid(z)
+    return open_ + lower_bound * closed, (1 - lower_bound) * closed
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ def recurrence(
         y [B, T, H, V] and the final states [N, H, K, V].
     """
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
+        bounds = boundaries(cu_seqlens, q.shape[1])
         pieces = [
             recurrence(q[:, a:b], k[:, a:b], v[:, a:b], f[:, a:b], state[n : n + 1], None, reverse, scale)
             for n, (a, b) in enumerate(itertools.pairwise(bounds))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -227,14 +225,12 @@ def hgrn2_step(
     resolve_backend(backend, q.device)
     dtype = _state_dtype(q)
     state, lower_bound = state.to(dtype), _as_state(lower_bound, q)
-    f = f.to(dtype)
-    gate, key = torch.sigmoid(f), torch.sigmoid(-f)
-    if lower_bound is not None:
-        gate, key = lower_bound + (1 - lower_bound) * gate, (1 - lower_bound) * key
+    gate, key = reference.tied_gate(f.to(dtype), lower_bound)
     value = activate(v.to(dtype), v_activation)
     query = activate(q.to(dtype), q_activation)
     state = torch.addcmul(key.unsqueeze(-1) * value.unsqueeze(-2), gate.unsqueeze(-1), state)
-    y = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)
+    with torch.autocast(q.device.type, enabled=False):
+        y = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)
     return (y * scale if scale != 1 else y).to(q.dtype), state
 
 
@@ -289,6 +285,8 @@ def _check_scan(
         )
     require_shape(name, x, "B T H K", q.shape)
     require_shape("v", v, "B T H V", (*q.shape[:3], v.shape[3]))
+    if 0 in (*q.shape[2:], v.shape[3]):
+        raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
     _check_operands(q, x, v, name)
     num_states = q.shape[0]
     if cu_seqlens is not None:
@@ -308,11 +306,6 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError(f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1")
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}; move them to one device")
-    if _values_are_at_hand(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != q.shape[1] or any(a > b for a, b in itertools.pairwise(bounds)):
-            shown = f"{bounds[:4]} ... {bounds[-2:]}" if len(bounds) > 8 else f"{bounds}"
-            raise ValueError(f"cu_seqlens is {shown}; wanted 0, then non-decreasing starts, then T = {q.shape[1]}")
 
 
 def _check_lower_bound(lower_bound: Tensor | None, q: Tensor) -> None:
@@ -343,7 +336,8 @@ def _scan_op(
     cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, v_activation: str, keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
-    return chunked.forward(gate, initial_state, cu_seqlens, reverse, keep_states)
+    with torch.autocast(q.device.type, enabled=False):
+        return chunked.forward(gate, initial_state, cu_seqlens, reverse, keep_states)
 
 
 @_scan_op.register_fake
@@ -358,7 +352,8 @@ def _scan_backward_op(
     q_activation: str, v_activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
-    d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
+    with torch.autocast(q.device.type, enabled=False):
+        d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
     dq, df, dv = gate.gradients
     # an operator returns tensors, so nothing is an empty one
     d_bound = q.new_empty(0) if gate.d_bound is None else gate.d_bound.to(gate.dtype)
@@ -381,11 +376,11 @@ def _(
     q_activation,
     v_activation,
 ):
-    d_bound = q.new_empty(0) if lower_bound is None else torch.empty_like(lower_bound)
+    d_bound = q.new_empty(0) if lower_bound is None else lower_bound.new_empty(lower_bound.shape)
     return (
-        *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, f, v)),
+        *(x.new_empty(x.shape) for x in (q, f, v)),
         d_bound,
-        torch.empty_like(d_final_state),
+        d_final_state.new_empty(d_final_state.shape),
     )
 
 
@@ -413,7 +408,8 @@ def _gated_op(
     q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     reverse: bool, scale: float, keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return chunked.forward(FreeGate(q, k, v, log_f, scale), initial_state, cu_seqlens, reverse, keep_states)
+    with torch.autocast(q.device.type, enabled=False):
+        return chunked.forward(FreeGate(q, k, v, log_f, scale), initial_state, cu_seqlens, reverse, keep_states)
 
 
 @_gated_op.register_fake
@@ -427,7 +423,8 @@ def _gated_backward_op(
     cu_seqlens: Tensor | None, kept: Tensor, reverse: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gate = FreeGate(q, k, v, log_f, scale)
-    d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
+    with torch.autocast(q.device.type, enabled=False):
+        d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
     dq, dk, dv, d_log_f = gate.gradients
     return dq, dk, dv, d_log_f, d_initial_state
 
@@ -435,7 +432,9 @@ def _gated_backward_op(
 @_gated_backward_op.register_fake
 def _(dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, reverse, scale):
     inputs = (q, k, v, log_f)
-    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs), torch.empty_like(d_final_state)
+    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs), d_final_state.new_empty(
+        d_final_state.shape
+    )
 
 
 def _gated_setup(ctx, inputs, output) -> None:
@@ -460,7 +459,7 @@ def _empty_results(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep_states:
     batch, length, heads, width = q.shape
     num_states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = _state_dtype(q)
-    kept = chunked.kept_states_shape(batch, length, heads, width, v.shape[-1], cu_seqlens, q.device, keep_states)
+    kept = chunked.kept_states_shape(q, v, cu_seqlens, keep_states)
     return (
         q.new_empty((batch, length, heads, v.shape[-1])),
         q.new_empty((num_states, heads, width, v.shape[-1]), dtype=dtype),

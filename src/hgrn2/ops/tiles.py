@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,47 +15,65 @@ CHUNK_SIZE = 64
 TILE_ELEMENTS_CPU = 262_144
 TILE_ELEMENTS_ACCELERATOR = 67_108_864
 MAX_CHUNKS_PER_TILE_CPU = 16
+MAX_CHUNKS_PER_TILE_ACCELERATOR = 4096
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Sizes that follow from shapes alone (known while tracing, before any data is seen).
+def chunks_per_tile(heads: int, width: int, device: torch.device) -> int:
+    """How many chunks are worked on together.
 
-    Attributes:
-        chunk_size: tokens of a chunk, a power of two.
-        chunks_per_tile: chunks that are worked on together.
-        batch_per_tile: sequences of the batch that are worked on together.
-        max_tiles: upper bound of the number of tiles along time.
-    """
-
-    chunk_size: int
-    chunks_per_tile: int
-    batch_per_tile: int
-    max_tiles: int
-
-
-def cut(batch: int, length: int, heads: int, width: int, num_sequences: int | None, device: torch.device) -> Cut:
-    """Chooses chunk and tile sizes.
+    Does not depend on the length, so that a traced program need not know it.
 
     Args:
-        batch: B.
-        length: T.
         heads: H.
         width: the larger of K and V.
-        num_sequences: number of packed sequences, or None when the batch is not packed.
         device: where the work happens.
     """
-    chunk_size = min(CHUNK_SIZE, 1 << max(length - 1, 0).bit_length())
-    # every packed sequence can end in a chunk that is not full
-    num_chunks = -(-length // chunk_size) + (num_sequences or 0)
-    per_chunk = max(1, heads * chunk_size * width)
-    if device.type == "cpu":
-        elements, most = TILE_ELEMENTS_CPU, MAX_CHUNKS_PER_TILE_CPU
-    else:
-        elements, most = TILE_ELEMENTS_ACCELERATOR, num_chunks
-    chunks_per_tile = max(1, min(most, num_chunks, elements // per_chunk))
-    batch_per_tile = max(1, min(batch, elements // (per_chunk * chunks_per_tile)))
-    return Cut(chunk_size, chunks_per_tile, batch_per_tile, -(-num_chunks // chunks_per_tile))
+    on_cpu = device.type == "cpu"
+    elements = TILE_ELEMENTS_CPU if on_cpu else TILE_ELEMENTS_ACCELERATOR
+    most = MAX_CHUNKS_PER_TILE_CPU if on_cpu else MAX_CHUNKS_PER_TILE_ACCELERATOR
+    return max(1, min(most, elements // (heads * CHUNK_SIZE * width)))
+
+
+def max_tiles(length: int, num_packed: int, chunks: int) -> int:
+    """Upper bound of the number of tiles along time.
+
+    Args:
+        length: T.
+        num_packed: packed sequences, each of which can end in a chunk that is not full; 0 when the batch is not packed.
+        chunks: chunks of a tile.
+    """
+    return -(-(-(-length // CHUNK_SIZE) + num_packed) // chunks)
+
+
+def batch_per_tile(batch: int, length: int, heads: int, width: int, device: torch.device) -> int:
+    """How many sequences of a batch are worked on together; arguments as `chunks_per_tile`."""
+    elements = TILE_ELEMENTS_CPU if device.type == "cpu" else TILE_ELEMENTS_ACCELERATOR
+    rows = min(length, chunks_per_tile(heads, width, device) * CHUNK_SIZE)
+    return max(1, min(batch, elements // max(1, rows * heads * width)))
+
+
+def chunk_size(length: int) -> int:
+    """Tokens of a chunk: a power of two, no larger than a short sequence needs."""
+    return min(CHUNK_SIZE, 1 << max(length - 1, 0).bit_length())
+
+
+def boundaries(cu_seqlens: Tensor | None, length: int) -> list[int]:
+    """First row of each sequence and, last, the length.
+
+    Args:
+        cu_seqlens: [N + 1], or None for one sequence.
+        length: T.
+
+    Raises:
+        ValueError: cu_seqlens does not start at 0, end at T, or falls.
+    """
+    if cu_seqlens is None:
+        return [0, length]
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
+        shown = f"{bounds[:4]} ... {bounds[-2:]}" if len(bounds) > 8 else f"{bounds}"
+        raise ValueError(f"cu_seqlens is {shown}; wanted 0, then non-decreasing starts, then T = {length}")
+    return bounds
 
 
 @dataclass(frozen=True)
@@ -84,23 +102,23 @@ class Tile:
     ends: tuple[bool, ...]
 
 
-def tiles(boundaries: Sequence[int], sizes: Cut, device: torch.device) -> list[Tile]:
+def tiles(bounds: Sequence[int], size: int, chunks_each: int, device: torch.device) -> list[Tile]:
     """The tiles of sequences that lie end to end.
 
     Args:
-        boundaries: first row of each sequence and, last, the total length (non-decreasing, starts with 0).
-        sizes: result of `cut`.
+        bounds: first row of each sequence and, last, the total length.
+        size: tokens of a chunk.
+        chunks_each: chunks of a tile.
         device: where the row indices are wanted.
     """
-    size = sizes.chunk_size
     chunks = [
         (row, min(row + size, stop), sequence)
-        for sequence, (start, stop) in enumerate(itertools.pairwise(boundaries))
+        for sequence, (start, stop) in enumerate(pairwise(bounds))
         for row in range(start, stop, size)
     ]
     result = []
-    for at in range(0, len(chunks), sizes.chunks_per_tile):
-        part = chunks[at : at + sizes.chunks_per_tile]
+    for at in range(0, len(chunks), chunks_each):
+        part = chunks[at : at + chunks_each]
         places = padding = None
         if any(stop - start < size for start, stop, _ in part):
             counts = torch.tensor([stop - start for start, stop, _ in part])
@@ -115,8 +133,8 @@ def tiles(boundaries: Sequence[int], sizes: Cut, device: torch.device) -> list[T
                 places=places,
                 padding=padding,
                 sequences=tuple(sequence for _, _, sequence in part),
-                begins=tuple(start == boundaries[sequence] for start, _, sequence in part),
-                ends=tuple(stop == boundaries[sequence + 1] for _, stop, sequence in part),
+                begins=tuple(start == bounds[sequence] for start, _, sequence in part),
+                ends=tuple(stop == bounds[sequence + 1] for _, stop, sequence in part),
             )
         )
     return result
