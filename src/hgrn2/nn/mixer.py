@@ -125,7 +125,7 @@ class HGRN2Mixer(nn.Module):
             for name, conv in (("q", self.q_conv1d), ("f", self.f_conv1d), ("i", self.i_conv1d)):
                 before = None if state is None else state[f"{name}_conv"]
                 inputs = projected[name] if mask is None else projected[name] * mask.unsqueeze(-1)
-                projected[name], new_state[f"{name}_conv"] = conv(inputs, before, cu_seqlens)
+                projected[name], new_state[f"{name}_conv"] = conv(inputs, before, cu_seqlens, mask)
         if mask is not None:
             projected["f"] = projected["f"].masked_fill(~mask.unsqueeze(-1), _KEEP_STATE)
         q, z, v = (p.unflatten(-1, (self.num_heads, self.expand_ratio)) for p in projected.values())
@@ -151,7 +151,7 @@ class HGRN2Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The official models' training form: a floor under the decay, the key as if there were none."""
         gate = forget_gate(z, bound)
-        key = torch.sigmoid(-z.float())
+        key = torch.sigmoid(-z.to(gate.dtype))
         if bound is not None:
             key = (1 - bound) * key
         assert self.min_log_decay is not None
@@ -164,6 +164,6 @@ class HGRN2Mixer(nn.Module):
 
 
 def forget_gate(z: Tensor, lower_bound: Tensor | None) -> Tensor:
-    """Beta + (1 - beta) sigmoid(z), float32: what a token keeps of each channel of the state."""
-    gate = torch.sigmoid(z.float())
+    """Beta + (1 - beta) sigmoid(z), at least float32: what a token keeps of each channel of the state."""
+    gate = torch.sigmoid(z.to(torch.promote_types(z.dtype, torch.float32)))
     return gate if lower_bound is None else lower_bound + (1 - lower_bound) * gate

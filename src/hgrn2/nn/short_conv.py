@@ -22,13 +22,16 @@ class ShortConv(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.empty(hidden_size, 1, width))
 
-    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Filters x.
 
         Args:
             x: [B, T, D].
             state: [N, width - 1, D], the inputs before x (None: zeros).
             cu_seqlens: [N + 1] starts of packed sequences and the total length, or None.
+            mask: [B, T] bool, False where a token on the left is padding (and x is zero), or None.
 
         Returns:
             y like x, and the new state.
@@ -40,6 +43,12 @@ class ShortConv(nn.Module):
         if state is None:
             state = x.new_zeros((x.shape[0], back, x.shape[2]))
         padded = torch.cat([state.to(x.dtype), x], 1)
+        if mask is not None:
+            # the history belongs beside the first token, before it the padding
+            order = torch.cat([mask.new_ones((x.shape[0], back)), mask], 1).long().argsort(dim=1, stable=True)
+            padded = padded.take_along_dim(order.unsqueeze(-1), 1)
+        if not x.shape[1]:
+            return x, padded
         y = functional.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=x.shape[2]).transpose(1, 2)
         return y, padded[:, padded.shape[1] - back :]
 

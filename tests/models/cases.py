@@ -1,0 +1,65 @@
+"""Small models of every variant, with parameters far from their initial values so that every part shows."""
+
+import torch
+
+from hgrn2.models import HGRN2LM, HGRN2Config, presets
+
+SIZE = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 3, "expand_ratio": 4, "intermediate_size": 24}
+
+FULL = {"layers": [1], "num_heads": 4, "num_kv_heads": 2}
+WINDOW = {"layers": [0, 2], "num_heads": 2, "num_kv_heads": 1, "window_size": 5, "qkv_bias": True}
+
+CHANGES = {
+    "fla": {},
+    "exclusive": {"lower_bound": "exclusive"},
+    "no-bound": {"lower_bound": "none"},
+    "q-sigmoid": {"q_activation": "sigmoid"},
+    "q-none": {"q_activation": "none"},
+    "v-silu": {"v_activation": "silu"},
+    "scale-1": {"scale": 1.0},
+    "mixer-layernorm": {"mixer_norm": "layernorm", "mixer_norm_eps": 0.1},
+    "mixer-layernorm-plain": {"mixer_norm": "layernorm", "mixer_norm_affine": False},
+    "mixer-rmsnorm-plain": {"mixer_norm_affine": False},
+    "block-layernorm": {"block_norm": "layernorm", "norm_eps": 0.1},
+    "block-layernorm-plain": {"block_norm": "layernorm", "elementwise_affine": False},
+    "block-rmsnorm-plain": {"elementwise_affine": False},
+    "glu-none": {"glu_activation": "none"},
+    "glu-sigmoid": {"glu_activation": "sigmoid"},
+    "glu-gelu": {"glu_activation": "gelu"},
+    "bias": {"use_bias": True},
+    "short-conv": {"use_short_conv": True},
+    "short-conv-2-bias": {"use_short_conv": True, "conv_size": 2, "use_bias": True},
+    "scale-embedding": {"scale_embedding": True},
+    "tied": {"tie_word_embeddings": True},
+    "clamp": {"min_log_decay": -0.5},
+    "one-head": {"expand_ratio": 16},
+    "width-one": {"expand_ratio": 1},
+    "full-attention": {"attn": FULL},
+    "window-attention": {"attn": WINDOW, "use_short_conv": True},
+    "attention-without-positions": {"attn": FULL | {"rope_theta": None, "num_kv_heads": None}},
+}
+
+
+def config_of(name: str) -> HGRN2Config:
+    """The config of a key of CHANGES, or of a published variant."""
+    if name in CHANGES:
+        return HGRN2Config.from_dict(SIZE | CHANGES[name])
+    return presets.variant(name, **SIZE)
+
+
+NAMES = [*CHANGES, "paper", "official-lm", "official-lra"]
+
+
+def make_model(config: HGRN2Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> HGRN2LM:
+    """In evaluation mode."""
+    model = HGRN2LM(config).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * 0.5 + (1.0 if parameter.dim() == 1 else 0.0))
+    return model.eval()
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(SIZE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
