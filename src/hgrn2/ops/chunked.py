@@ -42,8 +42,6 @@ from hgrn2.ops.tiles import (
     tiles,
 )
 
-# joins of smaller blocks stay in float32: low precision products are slower there
-LOW_PRECISION_MIN_BLOCK = 32
 # after the join of blocks of this size the complement, where small, replaces the product of decays
 COMPLEMENT_FROM_BLOCK = 8
 COMPLEMENT_BELOW = 0.5
@@ -93,30 +91,26 @@ def join(q: Tensor, k: Tensor, f: Tensor, c: Tensor, low: torch.dtype, reverse: 
         c: [M, C, K], 1 - f without cancellation (for a tied key, k itself).
         low: dtype of the large matrix products.
         reverse: time runs from the last row to the first.
-        keep: keep what the gradient needs.
+        keep: keep what the gradient needs, the arguments included; else they are overwritten.
     """
     m, chunk, _ = q.shape
     early, late = (1, 0) if reverse else (0, 1)
     scores = q.new_zeros((m, chunk, chunk), dtype=low)
     scores.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
-    q, k = q * f, k.clone()
+    # c may be k itself: the first join reads it before it changes k
+    q, k = (q * f, k.clone()) if keep else (q.mul_(f), k)
     joins = []
     decay, complement = f, c
     size = 1
     while size < chunk:
         q_l, k_e = _block(q, size, late), _block(k, size, early)
         decay_e, decay_l = _block(decay, 1, early), _block(decay, 1, late)
-        if size == 1:
-            products = (q_l * k_e).sum(-1, keepdim=True)
-        else:
-            dtype = low if size >= LOW_PRECISION_MIN_BLOCK else q.dtype
-            products = torch.bmm(q_l.to(dtype), k_e.to(dtype).mT)
+        products = (q_l * k_e).sum(-1, keepdim=True) if size == 1 else torch.bmm(q_l, k_e.mT)
         _score_block(scores, size, late, early).copy_(products.view(m, -1, size, size))
         if keep:
             joins.append((q_l.clone(), k_e.clone(), decay_e, decay_l))
-        complement = torch.addcmul(_block(complement, 1, early), decay_e, _block(complement, 1, late)).view(
-            m, -1, q.shape[2]
-        )
+        complement = torch.addcmul(_block(complement, 1, early), decay_e, _block(complement, 1, late))
+        complement = complement.view(m, -1, q.shape[2])
         decay = (decay_e * decay_l).view_as(complement)
         if size == COMPLEMENT_FROM_BLOCK:
             decay = torch.where(complement < COMPLEMENT_BELOW, 1 - complement, decay)
@@ -169,10 +163,10 @@ def unjoin(
         torch.addcmul((dq_l * q_l).sum(1, keepdim=True), d_joined, decay_l, out=_block(d_before, 1, early))
         torch.addcmul((dk_e * k_e).sum(1, keepdim=True), d_joined, decay_e, out=_block(d_before, 1, late))
         d_decay = d_before
-        dtype = d_scores.dtype if size >= LOW_PRECISION_MIN_BLOCK else q.dtype
-        d_products = _score_block(d_scores, size, late, early).reshape(-1, size, size).to(dtype)
-        torch.addcmul(torch.bmm(d_products, k_e.to(dtype)), dq_l, decay_e, out=dq_l)
-        torch.addcmul(torch.bmm(d_products.mT, q_l.to(dtype)), dk_e, decay_l, out=dk_e)
+        # small products are not faster in low precision
+        d_products = _score_block(d_scores, size, late, early).reshape(-1, size, size).to(q.dtype)
+        torch.addcmul(torch.bmm(d_products, k_e), dq_l, decay_e, out=dq_l)
+        torch.addcmul(torch.bmm(d_products.mT, q_l), dk_e, decay_l, out=dk_e)
     d_diagonal = d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1).to(q.dtype)
     df = torch.addcmul(d_decay, dq, q)
     dq = torch.addcmul(d_diagonal * k, dq, f)
@@ -270,12 +264,11 @@ def forward(
             tile = plan.tiles[i]
             if keep_states:
                 kept[i, part] = state
-            gated = gate.load(part, tile, plan.chunk_size)
+            gated = gate.load(part, tile, plan.chunk_size, low, keep=False)
             shape = gated.q.shape[:3]
             q_, k_, v_, f_, c_ = (x.flatten(0, 2) for x in (gated.q, gated.k, gated.v, gated.f, gated.c))
             joined = join(q_, k_, f_, c_, low, reverse, keep=False)
-            v_low = v_.to(low)
-            updates = torch.bmm(joined.k.to(low).mT, v_low).to(gate.dtype)
+            updates = torch.bmm(joined.k.to(low).mT, v_).to(gate.dtype)
             before, state = scan_states(
                 updates.unflatten(0, shape),
                 joined.decay.unflatten(0, shape),
@@ -286,7 +279,7 @@ def forward(
                 ends[:, part],
                 reverse,
             )
-            out = torch.bmm(joined.scores, v_low)
+            out = torch.bmm(joined.scores, v_)
             out = out.baddbmm_(joined.q.to(low), before.flatten(0, 2).to(low))
             store(y[part], out.unflatten(0, shape), tile)
     return y, ends.flatten(0, 1), kept
@@ -321,13 +314,13 @@ def backward(
         d_state = starts.new_zeros(starts[:, part].shape[1:])
         for i in range(len(plan.tiles)) if reverse else reversed(range(len(plan.tiles))):
             tile = plan.tiles[i]
-            gated = gate.load(part, tile, plan.chunk_size)
+            gated = gate.load(part, tile, plan.chunk_size, low, keep=True)
             shape = gated.q.shape[:3]
             q_, k_, v_, f_, c_ = (x.flatten(0, 2) for x in (gated.q, gated.k, gated.v, gated.f, gated.c))
             joined = join(q_, k_, f_, c_, low, reverse, keep=True)
-            v_low, k_low, q_low = v_.to(low), joined.k.to(low), joined.q.to(low)
+            k_low, q_low = joined.k.to(low), joined.q.to(low)
             decay, residue = joined.decay.unflatten(0, shape), joined.decay_residue.unflatten(0, shape)
-            updates = torch.bmm(k_low.mT, v_low).to(gate.dtype).unflatten(0, shape)
+            updates = torch.bmm(k_low.mT, v_).to(gate.dtype).unflatten(0, shape)
             before, _ = scan_states(
                 updates, decay, residue, kept[i, part], tile, starts[:, part], unused[:, part], reverse
             )
@@ -338,9 +331,9 @@ def backward(
             )
             before_low, d_after_low = before.flatten(0, 2).to(low), d_after.flatten(0, 2).to(low)
             dq = torch.bmm(d_out, before_low.mT).to(gate.dtype)
-            dk = torch.bmm(v_low, d_after_low.mT).to(gate.dtype)
+            dk = torch.bmm(v_, d_after_low.mT).to(gate.dtype)
             dv = torch.bmm(k_low, d_after_low).baddbmm_(joined.scores.mT, d_out).to(gate.dtype)
-            d_scores = torch.bmm(d_out, v_low.mT)
+            d_scores = torch.bmm(d_out, v_.mT)
             d_decay = (before * d_after).sum(-1).flatten(0, 2)
             dq, dk, df = unjoin(joined, q_, k_, f_, d_scores, dq, dk, d_decay, reverse)
             gate.backward(part, tile, gated, *(x.unflatten(0, shape) for x in (dq, dk, dv, df)))

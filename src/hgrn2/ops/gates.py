@@ -67,7 +67,7 @@ class TiedGate:
         self.inputs = (q, z, v)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.bound = None if lower_bound is None else lower_bound.to(self.dtype)[:, None, None, :]
-        self.bounds: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+        self.bounds: dict[torch.Size, tuple[Tensor, ...]] = {}
         self.scale, self.q_act, self.v_act = scale, q_act, v_act
 
     def allocate_gradients(self) -> None:
@@ -77,30 +77,38 @@ class TiedGate:
         shape = None if self.bound is None else (self.bound.shape[0], self.bound.shape[-1])
         self.d_bound = None if shape is None else torch.zeros(shape, dtype=torch.float64, device=self.inputs[0].device)
 
-    def load(self, batch: slice, tile: Tile, chunk_size: int) -> Gated:
-        """Reads and activates a tile."""
-        u, z, i = (load(x[batch], tile, chunk_size, self.dtype) for x in self.inputs)
-        q, v = activate(u, self.q_act), activate(i, self.v_act)
+    def load(self, batch: slice, tile: Tile, chunk_size: int, low: torch.dtype, keep: bool) -> Gated:
+        """Reads and activates a tile.
+
+        Args:
+            batch: which sequences.
+            tile: which rows.
+            chunk_size: tokens of a chunk.
+            low: dtype of the large matrix products, which v goes into.
+            keep: keep what `backward` needs; else memory is reused.
+        """
+        u, z = (load(x[batch], tile, chunk_size, self.dtype) for x in self.inputs[:2])
+        i = load(self.inputs[2][batch], tile, chunk_size, low if self.v_act == "none" else self.dtype)
+        q, v = activate(u, self.q_act), activate(i, self.v_act).to(low)
         if self.scale != 1:
             q = q * self.scale
         p = torch.sigmoid(z)
-        s = torch.sigmoid(z.neg_())
-        if self.bound is None:
-            f, k = (p, s) if tile.padding is None else (p.clone(), s.clone())
-        else:
+        s = z.neg_().sigmoid_()
+        f, k = (p.clone(), s.clone()) if keep else (p, s)
+        if self.bound is not None:
             bound, free = self._spread_bound(z.shape)
-            f, k = torch.addcmul(bound, free, p), free * s
+            torch.addcmul(bound, free, p, out=f)
+            k *= free
         _neutral(tile, f, k)
         return Gated(q, k, v, f, k, (u, i, s, p))
 
-    def _spread_bound(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """The bound and 1 - bound in a tile's shape: broadcasting row by row costs several times the arithmetic."""
+    def _spread_bound(self, shape: torch.Size) -> tuple[Tensor, ...]:
+        """The bound and 1 - bound for every row of a chunk: broadcast row by row they cost several times as much."""
         assert self.bound is not None
         if shape not in self.bounds:
-            self.bounds[shape] = (
-                self.bound.expand(shape).contiguous(),
-                (1 - self.bound).expand(shape).contiguous(),
-            )
+            heads, _, rows, width = shape[1:]
+            both = (self.bound, 1 - self.bound)
+            self.bounds[shape] = tuple(x.expand(heads, 1, rows, width).contiguous() for x in both)
         return self.bounds[shape]
 
     def backward(self, batch: slice, tile: Tile, gated: Gated, dq: Tensor, dk: Tensor, dv: Tensor, df: Tensor) -> None:
@@ -134,9 +142,10 @@ class FreeGate:
         """Makes room for what `backward` stores."""
         self.gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in self.inputs)
 
-    def load(self, batch: slice, tile: Tile, chunk_size: int) -> Gated:
-        """Reads a tile."""
-        q, k, v, log_f = (load(x[batch], tile, chunk_size, self.dtype) for x in self.inputs)
+    def load(self, batch: slice, tile: Tile, chunk_size: int, low: torch.dtype, keep: bool) -> Gated:
+        """Reads a tile; arguments as `TiedGate.load`."""
+        dtypes = (self.dtype, self.dtype, low, self.dtype)
+        q, k, v, log_f = (load(x[batch], tile, chunk_size, t) for x, t in zip(self.inputs, dtypes, strict=True))
         if self.scale != 1:
             q = q * self.scale
         f, c = torch.exp(log_f), torch.expm1(log_f).neg_()
