@@ -1,0 +1,48 @@
+# make demo: train, look, write.   make test: everything CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint install tables docs clean
+
+demo: $(VENV)/.demo
+	rm -rf runs/demo
+	$(BIN)/hgrn2 train --config examples/demo.toml --out runs/demo --compressors
+	$(BIN)/hgrn2 generate runs/demo --prompt "def " --max-tokens 120 --seed 1
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
+	$(BIN)/lint-imports
+
+install: $(VENV)/.dev
+
+# the README's tables, from the committed results
+tables: $(VENV)/.dev
+	$(BIN)/python benchmarks/tables.py
+
+docs: $(VENV)/.dev
+	$(PIP_INSTALL) mkdocs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hgrn2 needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[train]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[train,data,tensorboard,dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
