@@ -247,7 +247,8 @@ def _as_state(x: Tensor | None, q: Tensor) -> Tensor | None:
 
 def _values_are_at_hand(x: Tensor) -> bool:
     """Whether values can be looked at without waiting for an accelerator or breaking a trace."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    # a traced or fake tensor is of another type and has no values
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _needs_gradient(*inputs: Tensor | None) -> bool:
