@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# helpers of the tests are imported as tests.<name>, from wherever pytest was called
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Fresh memory holds NaN (integers: the largest value), so that reading it before writing shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]

@@ -1,0 +1,120 @@
+"""Inputs for the operator's tests, ordinary and extreme, and honest torch in low precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LENGTHS = (0, 1, 2, 15, 16, 17, 63, 64, 65, 128, 200)
+
+
+def tied_inputs(
+    batch: int = 2,
+    length: int = 100,
+    heads: int = 2,
+    k_width: int = 6,
+    v_width: int = 5,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bound: float | None = 0.9,
+    cu_seqlens: list[int] | None = None,
+    state: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random inputs of `hgrn2_scan` by name; lower bounds are uniform in [0, bound)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    num_states = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    state_dtype = torch.promote_types(dtype, torch.float32)
+    return {
+        "q": normal(batch, length, heads, k_width).to(dtype),
+        "f": (2 * normal(batch, length, heads, k_width) + 1).to(dtype),
+        "v": normal(batch, length, heads, v_width).to(dtype),
+        "lower_bound": None
+        if bound is None
+        else (bound * torch.rand(heads, k_width, generator=generator, dtype=torch.float64)).to(state_dtype),
+        "initial_state": normal(num_states, heads, k_width, v_width).to(state_dtype) if state else None,
+        "cu_seqlens": None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32),
+    }
+
+
+def free_inputs(
+    batch: int = 2,
+    length: int = 100,
+    heads: int = 2,
+    k_width: int = 6,
+    v_width: int = 5,
+    *,
+    dtype: torch.dtype = torch.float32,
+    cu_seqlens: list[int] | None = None,
+    state: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random inputs of `gated_scan` by name."""
+    inputs = tied_inputs(
+        batch, length, heads, k_width, v_width, dtype=dtype, bound=None, cu_seqlens=cu_seqlens, state=state, seed=seed
+    )
+    del inputs["lower_bound"]
+    z = inputs.pop("f")
+    state_dtype = torch.promote_types(dtype, torch.float32)
+    return inputs | {"k": torch.tanh(z).flip(1), "log_f": torch.nn.functional.logsigmoid(z.to(state_dtype))}
+
+
+def log_uniform(shape: tuple[int, ...], low: float, high: float, seed: int = 0) -> Tensor:
+    """Values whose logarithm is uniform between those of low and high, float32."""
+    uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.exp(math.log(low) + uniform * math.log(high / low)).float()
+
+
+def spread(shape: tuple[int, ...], choices: tuple[float, ...], seed: int = 0) -> Tensor:
+    """Each element one of the choices, drawn anew for every token and channel, float32."""
+    picks = torch.randint(len(choices), shape, generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(choices)[picks]
+
+
+def honest_scan(
+    q: Tensor,
+    f: Tensor,
+    v: Tensor,
+    lower_bound: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence in plain torch in the dtype of q, as a careful person writes it.
+
+    Gates and the state are float32; what a product takes in is rounded to the dtype of q: query, key and value, and the
+    state where it is read. Autograd rounds their gradients at the same places.
+    """
+    assert cu_seqlens is None
+    assert initial_state is not None
+    low = q.dtype
+    z = f.float()
+    bound = torch.zeros(()) if lower_bound is None else lower_bound
+    decay, key = bound + (1 - bound) * torch.sigmoid(z), ((1 - bound) * torch.sigmoid(-z)).to(low)
+    query = torch.nn.functional.silu(q)
+    state, outputs = initial_state, []
+    for t in range(q.shape[1]):
+        state = decay[:, t, :, :, None] * state + key[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((query[:, t, :, None] @ state.to(low)).squeeze(-2))
+    return torch.stack(outputs, 1), state
+
+
+def honest_gated_scan(
+    q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: None, k: Tensor, log_f: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `honest_scan`, for an untied key and the log decay."""
+    assert cu_seqlens is None
+    assert initial_state is not None
+    low = q.dtype
+    decay = torch.exp(log_f)
+    state, outputs = initial_state, []
+    for t in range(q.shape[1]):
+        state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, None] @ state.to(low)).squeeze(-2))
+    return torch.stack(outputs, 1), state

@@ -1,0 +1,224 @@
+"""The chunked operators against the oracle in float64: outputs, final states and every gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hgrn2.ops import gated_scan, hgrn2_scan
+from tests.numerics import (
+    EXTREME_RMS,
+    FLOAT64_RMS,
+    ORDINARY_RMS,
+    assert_close,
+    assert_equal,
+    assert_no_worse,
+    run,
+)
+from tests.ops.scan_cases import (
+    LENGTHS,
+    free_inputs,
+    honest_gated_scan,
+    honest_scan,
+    log_uniform,
+    spread,
+    tied_inputs,
+)
+
+INPUTS = {hgrn2_scan: tied_inputs, gated_scan: free_inputs}
+both_operators = pytest.mark.parametrize("op", INPUTS, ids=lambda op: op.__name__)
+
+
+def exact(op, inputs, **settings):
+    return run(op, inputs, dtype=torch.float64, backend="reference", **settings)
+
+
+@both_operators
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_length(op, length, reverse):
+    inputs = INPUTS[op](length=length)
+    wanted = exact(op, inputs, reverse=reverse, scale=0.3)
+    assert_close(run(op, inputs, reverse=reverse, scale=0.3), wanted, ORDINARY_RMS)
+    double = run(op, inputs, dtype=torch.float64, reverse=reverse, scale=0.3)
+    assert_close(double, wanted, FLOAT64_RMS)
+
+
+@both_operators
+@pytest.mark.parametrize(
+    ("batch", "heads", "k_width", "v_width"),
+    [(1, 1, 1, 1), (1, 1, 1, 9), (3, 2, 9, 1), (2, 3, 33, 7), (1, 2, 24, 64), (0, 2, 3, 4)],
+)
+def test_every_width(op, batch, heads, k_width, v_width):
+    inputs = INPUTS[op](batch, 70, heads, k_width, v_width)
+    assert_close(run(op, inputs), exact(op, inputs), ORDINARY_RMS)
+
+
+@both_operators
+@pytest.mark.parametrize("reverse", [False, True])
+def test_many_tiles_of_time_and_batch(op, reverse):
+    # more than one tile along time and along the batch, the last of each not full
+    inputs = INPUTS[op](batch=5, length=1100, heads=1, k_width=64, v_width=32)
+    assert_close(run(op, inputs, reverse=reverse), exact(op, inputs, reverse=reverse), ORDINARY_RMS)
+
+
+@pytest.mark.parametrize("q_activation", ["silu", "sigmoid", "none"])
+@pytest.mark.parametrize("v_activation", ["none", "silu"])
+@pytest.mark.parametrize("bound", [None, 0.0, 0.9])
+def test_activations_and_bounds(q_activation, v_activation, bound):
+    inputs = tied_inputs(length=70, bound=bound)
+    settings = {"q_activation": q_activation, "v_activation": v_activation, "scale": -1.7}
+    assert_close(run(hgrn2_scan, inputs, **settings), exact(hgrn2_scan, inputs, **settings), ORDINARY_RMS)
+
+
+@pytest.mark.parametrize("op", [hgrn2_scan, gated_scan], ids=["hgrn2_scan", "gated_scan"])
+def test_without_initial_state(op):
+    inputs = INPUTS[op](length=70, state=False)
+    assert_close(run(op, inputs), exact(op, inputs), ORDINARY_RMS)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bound", [0.0, 0.5, 0.999, 0.9999])
+@pytest.mark.parametrize("z", ["ordinary", "wild", -200.0, -88.0, -20.0, -5.0, 0.0, 5.0, 9.0, 14.0, 20.0, 80.0])
+def test_extreme_tied_gates(z, bound, reverse):
+    inputs = tied_inputs(1, 200, 2, 8, 8)
+    inputs["lower_bound"] = torch.full((2, 8), bound)
+    if z == "wild":
+        inputs["f"] = 40 * inputs["f"]
+    elif z != "ordinary":
+        inputs["f"] = torch.full_like(inputs["f"], z)
+    assert_close(run(hgrn2_scan, inputs, reverse=reverse), exact(hgrn2_scan, inputs, reverse=reverse), EXTREME_RMS)
+
+
+def decays(kind: str | float, shape: tuple[int, ...]) -> torch.Tensor:
+    if kind == "log-uniform":
+        return -log_uniform(shape, 1e-6, 50)
+    if kind == "per channel":
+        return -log_uniform((1, 1, *shape[2:]), 1e-6, 50).expand(shape)
+    if kind == "wild":
+        return spread(shape, (-1e-6, -1e-3, -0.5, -50.0, -200.0, -math.inf, 0.0))
+    if kind == "seldom reset":
+        return spread(shape, (-1e-6,) * 50 + (-50.0,))
+    return torch.full(shape, float(kind))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "log-uniform", "per channel", "wild", "seldom reset",
+        0.0, -1e-6, -1e-5, -1e-4, -1e-3, -1e-2, -0.1, -1.0, -5.0, -20.0, -50.0, -87.0, -200.0, -math.inf,
+    ],
+)  # fmt: skip
+def test_extreme_decays(kind, reverse):
+    inputs = free_inputs(1, 200, 2, 8, 8)
+    inputs["log_f"] = decays(kind, inputs["log_f"].shape)
+    assert_close(run(gated_scan, inputs, reverse=reverse), exact(gated_scan, inputs, reverse=reverse), EXTREME_RMS)
+
+
+def test_slow_decay_over_a_long_sequence():
+    # rounding errors of 4000 equal gates would point the same way: f = 1 - 3e-5 cannot be held in float32
+    inputs = tied_inputs(1, 4000, 1, 4, 4, bound=None)
+    inputs["f"] = torch.full_like(inputs["f"], 10.4)
+    assert_close(run(hgrn2_scan, inputs), exact(hgrn2_scan, inputs), ORDINARY_RMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("gates", ["ordinary", "slow", "fast", "wild"])
+@pytest.mark.parametrize("length", [17, 64, 200])
+def test_low_precision_is_honest(dtype, gates, length):
+    shape = (2, length, 4, 64, 64)
+    tied, free = tied_inputs(*shape, dtype=dtype), free_inputs(*shape, dtype=dtype)
+    factors = {"ordinary": 1.0, "slow": 0.01, "fast": 10.0, "wild": spread(shape[:-1], (1e-4, 1.0, 30.0))}
+    shifts = {"ordinary": 0.0, "slow": 5.0, "fast": -5.0, "wild": spread(shape[:-1], (-30.0, 0.0, 8.0))}
+    tied["f"] = (tied["f"] + shifts[gates]).to(dtype)
+    free["log_f"] = free["log_f"] * factors[gates]
+    for op, honest, inputs in ((hgrn2_scan, honest_scan, tied), (gated_scan, honest_gated_scan, free)):
+        found = run(op, inputs)
+        assert {x.dtype for x in found.values()} == {dtype, torch.float32}
+        assert_no_worse(found, run(honest, inputs), exact(op, inputs))
+
+
+@both_operators
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradcheck(op, packed, reverse):
+    cu_seqlens = [0, 4, 4, 5, 9] if packed else None
+    inputs = INPUTS[op](1 if packed else 2, 9, 1, 2, 2, dtype=torch.float64, cu_seqlens=cu_seqlens)
+    if op is hgrn2_scan:
+        # away from 0: finite differences must not leave the range
+        inputs["lower_bound"] = inputs["lower_bound"] * 0.5 + 0.1
+    names = [name for name, x in inputs.items() if x is not None and x.is_floating_point()]
+    fixed = {name: x for name, x in inputs.items() if name not in names}
+
+    def function(*leaves):
+        return op(**dict(zip(names, leaves, strict=True)), **fixed, reverse=reverse, scale=0.5)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs[name].requires_grad_() for name in names))
+
+
+def test_gradcheck_across_chunks():
+    inputs = tied_inputs(1, 70, 1, 1, 1, dtype=torch.float64, bound=None, state=False)
+    leaves = tuple(inputs[name].requires_grad_() for name in ("q", "f", "v"))
+    assert torch.autograd.gradcheck(hgrn2_scan, leaves)
+
+
+@both_operators
+def test_same_bits_twice(op):
+    inputs = INPUTS[op](3, 300, 2, 32, 16)
+    assert_equal(run(op, inputs), run(op, inputs))
+
+
+@both_operators
+def test_inputs_are_not_modified(op):
+    inputs = INPUTS[op](1, 200, cu_seqlens=[0, 70, 70, 71, 200])
+    copies = {name: x.clone() for name, x in inputs.items() if x is not None}
+    run(op, inputs, reverse=True, scale=0.5)
+    run(op, inputs)
+    assert_equal({name: inputs[name] for name in copies}, copies)
+
+
+@both_operators
+def test_outputs_do_not_share_memory_with_inputs(op):
+    # T = 0: the final state has the values of the initial one, in memory of its own
+    inputs = INPUTS[op](2, 0)
+    _, state = op(**inputs)
+    assert torch.equal(state, inputs["initial_state"])
+    assert state.data_ptr() != inputs["initial_state"].data_ptr()
+
+
+@both_operators
+def test_only_what_needs_a_gradient_gets_one(op):
+    inputs = INPUTS[op](length=20)
+    inputs["v"].requires_grad_()
+    y, state = op(**inputs)
+    (y.sum() + state.sum()).backward()
+    wanted = INPUTS[op](length=20)
+    wanted["v"].requires_grad_()
+    reference, reference_state = op(**wanted, backend="reference")
+    (reference.sum() + reference_state.sum()).backward()
+    torch.testing.assert_close(inputs["v"].grad, wanted["v"].grad, rtol=1e-5, atol=1e-6)
+    assert all(x is None or x.grad is None for name, x in inputs.items() if name != "v")
+    with torch.no_grad():
+        assert not op(**inputs)[0].requires_grad
+
+
+@both_operators
+def test_a_second_derivative_is_refused(op):
+    inputs = INPUTS[op](length=5)
+    inputs["q"].requires_grad_()
+    y, _ = op(**inputs)
+    (gradient,) = torch.autograd.grad(y.square().sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.sum().backward()
+
+
+@both_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_autocast_changes_nothing(op, dtype):
+    inputs = INPUTS[op](2, 130, 2, 16, 16, dtype=dtype)
+    wanted = run(op, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(run(op, inputs), wanted)
