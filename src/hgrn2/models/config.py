@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
+import typing
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +20,23 @@ MODEL_TYPE = "hgrn2"
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(f"model config: {message}")
+
+
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "null"}
+
+
+def _check_types(config: Any, prefix: str = "") -> None:
+    """Raises UserError for a value that is not of its field's type."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        # other types have checks of their own
+        if not set(allowed) <= _KINDS.keys():
+            continue
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        wanted = " or ".join(_KINDS[kind] for kind in allowed)
+        fits = type(value) in allowed and not isinstance(value, float)
+        _check(fits or (number and float in allowed), f"{prefix}{name} is {value!r}; wanted {wanted}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,13 @@ class AttentionConfig:
     qkv_bias: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self, "attn.")
+        _check(
+            isinstance(self.layers, list | tuple)
+            and all(type(i) is int for i in self.layers)
+            and len(set(self.layers)) == len(self.layers),
+            f"attn.layers is {self.layers!r}; wanted a list of different layers",
+        )
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
@@ -54,6 +81,8 @@ class AttentionConfig:
             window is None or window > 0,
             f"attn.window_size is {window}; wanted at least 1, or null for no window",
         )
+        theta = self.rope_theta
+        _check(theta is None or theta > 0, f"attn.rope_theta is {theta}; wanted above 0, or null for no positions")
 
 
 @dataclass(frozen=True)
@@ -119,12 +148,9 @@ class HGRN2Config:
     attn: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio"):
-            value = getattr(self, name)
-            _check(
-                isinstance(value, int) and value > 0,
-                f"{name} is {value!r}; wanted a whole number of at least 1",
-            )
+            _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; wanted at least 1")
         _check(
             self.hidden_size % self.expand_ratio == 0,
             f"hidden_size = {self.hidden_size} is not a multiple of expand_ratio = {self.expand_ratio}",
@@ -152,6 +178,10 @@ class HGRN2Config:
         _check(not self.use_short_conv or self.conv_size > 1, f"conv_size is {self.conv_size}; wanted at least 2")
         floor = self.min_log_decay
         _check(floor is None or floor < 0, f"min_log_decay is {floor}; wanted below 0, or null for none")
+        _check(
+            self.attn is None or isinstance(self.attn, dict | AttentionConfig),
+            f"attn is {self.attn!r}; wanted a table with layers and num_heads, or null",
+        )
         if isinstance(self.attn, dict):
             object.__setattr__(self, "attn", _build(AttentionConfig, self.attn, "model config, attn"))
         if self.attn is not None:
@@ -181,6 +211,7 @@ class HGRN2Config:
         Raises:
             UserError: an unknown key (near matches are named), or values that contradict each other.
         """
+        _check(isinstance(values, dict), f"found {type(values).__name__}; wanted a table of settings")
         values = dict(values)
         found = values.pop("model_type", MODEL_TYPE)
         _check(found == MODEL_TYPE, f"model_type is {found!r}; wanted {MODEL_TYPE!r}")
@@ -211,7 +242,8 @@ def _build(cls: Any, values: dict[str, Any], what: str) -> Any:
     for key in values:
         if key not in known:
             raise UserError(unknown_key_message(what, key, known))
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise UserError(f"{what}: {error}") from error
+    required = [field.name for field in fields(cls) if field.default is dataclasses.MISSING]
+    for key in required:
+        if key not in values:
+            raise UserError(f"{what}: no {key}; wanted {' and '.join(required)}")
+    return cls(**values)

@@ -73,7 +73,7 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
         flops_per_token_6nd=6 * (parameters - embedding),
         flops_per_token_forward=forward,
         flops_per_token_training=3 * forward,
-        activation_bytes_per_token=4 * _activation_numbers(config, recurrent_layers, attention_layers),
+        activation_bytes_per_token=4 * _activation_numbers(config, recurrent_layers, attention_layers, seq_len),
         state_bytes=state.num_bytes,
         attention_bytes_per_token=attention_layers * _cache_bytes(config),
         weight_bytes=4 * parameters,
@@ -99,15 +99,32 @@ def _attention_flops(config: HGRN2Config, seq_len: int) -> int:
     return round(4 * seen * config.hidden_size)
 
 
-def _activation_numbers(config: HGRN2Config, recurrent_layers: int, attention_layers: int) -> int:
+def _activation_numbers(config: HGRN2Config, recurrent_layers: int, attention_layers: int, seq_len: int) -> int:
+    """What eager torch keeps of one token for the backward pass; checked against its saved tensors."""
     width, inner = config.hidden_size, config.intermediate_size or 0
+
+    # a norm's output counts with what reads it; RMSNorm keeps the normalised values for its weight as well
+    def norm(kind: str, affine: bool) -> int:
+        return (2 if kind == "rmsnorm" and affine else 1) * width
+
+    block_norm = norm(config.block_norm, config.elementwise_affine)
+    dropout = width if config.dropout else 0
     # inputs of both norms and what leaves them, the gate and up branches, the activated gate and their product
     gate = 1 if config.glu_activation != "none" else 0
-    block = 4 * width + (3 + gate) * inner
-    # q, z, v, the scan's output, the norm's output, and with a convolution its padded inputs
-    recurrent = 5 * width + (3 * width if config.use_short_conv else 0)
-    attention = 4 * width
-    return config.num_hidden_layers * block + recurrent_layers * recurrent + attention_layers * attention + 2 * width
+    block = 2 * (block_norm + width + dropout) + (3 + gate) * inner
+    # q, z, v, the norm's input and output, and with a convolution its padded inputs
+    recurrent = 4 * width + norm(config.mixer_norm, config.mixer_norm_affine)
+    recurrent += 3 * width if config.use_short_conv else 0
+    # with a clamp the gates are made outside the scan, in eight steps
+    recurrent += 8 * width if config.min_log_decay is not None else 0
+    attention = 0
+    if config.attn is not None:
+        head = width // config.attn.num_heads
+        # q, k, v and the output, the angles of the rotation, and the row of the mask
+        attention = 2 * width + 2 * (config.attn.num_kv_heads or 0) * head + seq_len
+        attention += 2 * head if config.attn.rope_theta is not None else 0
+    layers = config.num_hidden_layers * block + recurrent_layers * recurrent + attention_layers * attention
+    return layers + block_norm + width + dropout
 
 
 def _cache_bytes(config: HGRN2Config) -> int:

@@ -209,6 +209,8 @@ class HGRN2LM(nn.Module):
         Returns:
             The sum in nats (float32 scalar), the number of targets that counted, and the new state.
         """
+        if targets.shape != input_ids.shape:
+            raise UserError(f"targets has shape {list(targets.shape)}; wanted {list(input_ids.shape)}, as input_ids")
         x, state = self.hidden_states(input_ids, state, cu_seqlens)
         targets = targets.flatten()
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets)

@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variant(name: str, **keys: Any) -> HGRN2Config:
+def variant(name: str, /, **keys: Any) -> HGRN2Config:
     """A configuration of a published variant.
 
     Args:
@@ -110,7 +110,7 @@ PRESETS: dict[str, Callable[..., HGRN2Config]] = {
 }
 
 
-def preset(name: str, **keys: Any) -> HGRN2Config:
+def preset(name: str, /, **keys: Any) -> HGRN2Config:
     """A size by its name on the command line.
 
     Args:

@@ -1,0 +1,126 @@
+import pytest
+import torch
+from cases import NAMES, config_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from hgrn2.models import HGRN2LM, HGRN2Config, presets
+from hgrn2.models.cost import cost
+
+BASE = {
+    "vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 3, "expand_ratio": 32, "intermediate_size": 352
+}  # fmt: skip
+ATTENTION = {"layers": [0, 2], "num_heads": 4}
+
+
+def config(**changes):
+    return HGRN2Config.from_dict(BASE | changes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_and_bytes_are_the_models(name):
+    c, model = cost(config_of(name)), HGRN2LM(config_of(name))
+    assert c.parameters == model.num_parameters() == sum(p.numel() for p in set(model.parameters()))
+    assert c.state_bytes == model.init_state(1).num_bytes == model.init_state(5).num_bytes / 5
+    assert c.weight_bytes == sum(p.nbytes for p in set(model.parameters()))
+    assert c.checkpoint_bytes == 3 * c.weight_bytes
+
+
+def test_state_of_a_sequence_by_hand():
+    assert cost(config()).state_bytes == 3 * 128 * 32 * 4
+    assert cost(config(use_short_conv=True)).state_bytes == 3 * (128 * 32 + 3 * 3 * 128) * 4
+    # an attention layer has its position, and its cache grows: key and value of a float32 each, and whether it is one
+    hybrid = cost(config(attn=ATTENTION | {"num_kv_heads": 2}))
+    assert hybrid.state_bytes == 128 * 32 * 4 + 2 * 8
+    assert hybrid.attention_bytes_per_token == 2 * (2 * 2 * 32 * 4 + 1)
+
+
+def test_attention_caches_grow_as_said():
+    model = HGRN2LM(config(attn=ATTENTION)).eval()
+    ids = torch.zeros(1, 9, dtype=torch.long)
+    with torch.no_grad():
+        sizes = [model(ids[:, :n])[1].num_bytes for n in (1, 9)]
+    assert sizes[1] - sizes[0] == 8 * cost(config(attn=ATTENTION)).attention_bytes_per_token
+
+
+def test_the_usual_estimate():
+    c = cost(config())
+    assert c.embedding_parameters == 64 * 128
+    assert c.flops_per_token_6nd == 6 * (c.parameters - 64 * 128)
+    tied = cost(config(tie_word_embeddings=True))
+    assert tied.flops_per_token_6nd == 6 * tied.parameters == c.flops_per_token_6nd
+    assert c.flops_per_token_training == 3 * c.flops_per_token_forward
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_bias": True}, {"tie_word_embeddings": True}, {"attn": ATTENTION}])
+def test_products_are_those_torch_counts(changes):
+    model = HGRN2LM(config(**changes)).eval()
+    length = 64
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.long))
+    counts = counter.get_flop_counts()["Global"]
+    linear = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+    c = cost(config(**changes), seq_len=length)
+    heads, k, chunk = 4, 32, 64
+    # by hand, a token and head: scores and their sum over the chunk, state in and out; 6 joins of 32 decays
+    scan = heads * ((chunk + 1) * k + 2 * chunk * k + 4 * k * k + 6 * k)
+    layers = 3 - len(ATTENTION["layers"]) if "attn" in changes else 3
+    attention = (3 - layers) * 4 * 128 * (length + 1) / 2
+    assert c.flops_per_token_forward * length == linear + (layers * scan + attention) * length
+
+
+def test_attention_in_a_window_costs_the_window():
+    def attention(seq_len, window):
+        plain = cost(config(attn=ATTENTION | {"window_size": 1}), seq_len).flops_per_token_forward
+        return cost(config(attn=ATTENTION | {"window_size": window}), seq_len).flops_per_token_forward - plain
+
+    # beyond the first: 4 D for every further key
+    assert attention(1000, 1000) == attention(1000, None) == 2 * 4 * 128 * 999 / 2
+    assert attention(4, 2) == pytest.approx(2 * 4 * 128 * 3 / 4)
+
+
+def test_short_convolution_by_hand():
+    more = cost(config(use_short_conv=True)).flops_per_token_forward - cost(config()).flops_per_token_forward
+    assert more == 3 * 3 * 2 * 4 * 128
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"glu_activation": "none"},
+        {"use_short_conv": True},
+        {"block_norm": "layernorm", "mixer_norm": "layernorm"},
+        {"elementwise_affine": False, "mixer_norm_affine": False},
+        {"use_bias": True},
+        {"min_log_decay": -3.0},
+        {"dropout": 0.1},
+        {"expand_ratio": 128},
+        {"attn": {"layers": [0, 1, 2], "num_heads": 4}},
+        {"attn": {"layers": [0, 2], "num_heads": 4, "num_kv_heads": 1, "rope_theta": None}},
+    ],
+)
+def test_activations_are_what_torch_saves(changes):
+    length = 256
+    model = HGRN2LM(config(**changes)).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # the tensor is kept so that no other gets its place
+            saved[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    ids = torch.randint(64, (1, length))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model.hidden_states(ids)
+    found = cost(config(**changes), length).activation_bytes_per_token
+    measured = sum(nbytes for nbytes, _ in saved.values()) / length
+    assert found == pytest.approx(measured, rel=0.15)
+
+
+def test_presets_cost_nothing_to_look_at():
+    c = cost(presets.b1_3())
+    assert c.parameters == 1_364_396_032
+    assert c.state_bytes == 24 * 2048 * 128 * 4

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from hgrn2.nn.gates import lower_bounds
+
+KINDS = ["inclusive", "exclusive"]
+
+
+def gammas():
+    generator = torch.Generator().manual_seed(0)
+    for layers, width, size in ((1, 3, 1.0), (2, 5, 1.0), (24, 64, 1.0), (7, 16, 30.0), (5, 8, 1e4)):
+        yield torch.randn(layers, width, generator=generator) * size
+    yield torch.tensor([[0.0], [200.0], [0.0]])
+    yield torch.tensor([[200.0], [0.0], [0.0]])
+    yield torch.tensor([[0.0], [0.0], [200.0]])
+    yield torch.full((12, 4), 3e38)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bounds_are_bounds(kind, dtype):
+    for gamma in gammas():
+        found = lower_bounds(gamma.to(dtype), kind)
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        assert found.shape == gamma.shape
+        assert not found[0].any()
+        assert bool(((found >= 0) & (found < 1)).all())
+        assert bool((found.diff(dim=0) >= 0).all())
+        # float32 holds them as well: the operator takes float32
+        assert bool((found.float() < 1).all())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -7.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_uniform_parameters_give_equal_steps(kind, value):
+    found = lower_bounds(torch.full((8, 3), value, dtype=torch.float64), kind)
+    torch.testing.assert_close(found, (torch.arange(8, dtype=torch.float64) / 8)[:, None].expand(8, 3))
+
+
+def test_the_two_formulas():
+    gamma = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64).log1p()
+    # shares 1/6, 2/6, 3/6
+    torch.testing.assert_close(lower_bounds(gamma, "inclusive"), torch.tensor([[0], [2 / 6], [5 / 6]]).double())
+    torch.testing.assert_close(lower_bounds(gamma, "exclusive"), torch.tensor([[0], [1 / 6], [3 / 6]]).double())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind):
+    gamma = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: lower_bounds(x, kind), (gamma,))
