@@ -105,6 +105,7 @@ def join(q: Tensor, k: Tensor, f: Tensor, c: Tensor, low: torch.dtype, reverse: 
     while size < chunk:
         q_l, k_e = _block(q, size, late), _block(k, size, early)
         decay_e, decay_l = _block(decay, 1, early), _block(decay, 1, late)
+        # single rows: a product of matrices would cost a call each
         products = (q_l * k_e).sum(-1, keepdim=True) if size == 1 else torch.bmm(q_l, k_e.mT)
         _score_block(scores, size, late, early).copy_(products.view(m, -1, size, size))
         if keep:
@@ -165,13 +166,19 @@ def unjoin(
         d_decay = d_before
         # small products are not faster in low precision
         d_products = _score_block(d_scores, size, late, early).reshape(-1, size, size).to(q.dtype)
-        torch.addcmul(torch.bmm(d_products, k_e), dq_l, decay_e, out=dq_l)
-        torch.addcmul(torch.bmm(d_products.mT, q_l), dk_e, decay_l, out=dk_e)
+        from_k, from_q = _products(d_products, k_e), _products(d_products.mT, q_l)
+        torch.addcmul(from_k, dq_l, decay_e, out=dq_l)
+        torch.addcmul(from_q, dk_e, decay_l, out=dk_e)
     d_diagonal = d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1).to(q.dtype)
     df = torch.addcmul(d_decay, dq, q)
     dq = torch.addcmul(d_diagonal * k, dq, f)
     dk = dk.addcmul_(d_diagonal, q)
     return dq, dk, df
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix products of a [N, n, n] with b [N, n, W]; for n = 1, element by element."""
+    return a * b if a.shape[-1] == 1 else torch.bmm(a, b)
 
 
 def scan_states(

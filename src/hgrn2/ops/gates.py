@@ -94,11 +94,14 @@ class TiedGate:
             q = q * self.scale
         p = torch.sigmoid(z)
         s = z.neg_().sigmoid_()
-        f, k = (p.clone(), s.clone()) if keep else (p, s)
         if self.bound is not None:
             bound, free = self._spread_bound(z.shape)
-            torch.addcmul(bound, free, p, out=f)
-            k *= free
+            f = torch.addcmul(bound, free, p, out=None if keep else p)
+            k = torch.mul(s, free, out=None if keep else s)
+        elif keep and tile.padding is not None:
+            f, k = p.clone(), s.clone()
+        else:
+            f, k = p, s
         _neutral(tile, f, k)
         return Gated(q, k, v, f, k, (u, i, s, p))
 
