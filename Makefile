@@ -24,7 +24,7 @@ install: $(VENV)/.dev
 
 # the README's tables, from the committed results
 tables: $(VENV)/.dev
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/tables.py README.md
 
 docs: $(VENV)/.dev
 	$(PIP_INSTALL) mkdocs
