@@ -94,7 +94,7 @@ def run(
 def _weights(output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(output.numel())
     # rounded to bfloat16 so that every dtype sees the same values
-    return torch.randn(output.shape, generator=generator, dtype=torch.float64).bfloat16().to(output.dtype)
+    return torch.randn(output.shape, generator=generator, dtype=torch.float64).bfloat16().to(output)
 
 
 def assert_close(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], rms: float) -> None:
