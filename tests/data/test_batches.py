@@ -59,9 +59,7 @@ def test_every_token_is_a_target_once_an_epoch(make_dataset, lengths, seq_len, s
     batch_size=st.integers(1, 6),
     position=st.integers(0, 50),
 )
-def test_packed_batches_are_cut_at_windows_and_documents(
-    make_dataset, lengths, seq_len, batch_size, position
-):
+def test_packed_batches_are_cut_at_windows_and_documents(make_dataset, lengths, seq_len, batch_size, position):
     dataset = numbered(make_dataset, lengths)
     batch = PackedBatches(dataset, batch_size, seq_len).batch_at(position)
     assert batch.input_ids.shape == batch.targets.shape == (1, batch_size * seq_len)
@@ -79,9 +77,7 @@ def test_packed_batches_are_cut_at_windows_and_documents(
     for inputs, targets in zip(plain.input_ids.numpy(), plain.targets.numpy(), strict=True):
         found = any(
             np.array_equal(np.roll(tokens, -i)[np.arange(seq_len) % len(tokens)], inputs)
-            and (
-                (np.roll(following, -i)[np.arange(seq_len) % len(tokens)] == targets) | (targets == -100)
-            ).all()
+            and ((np.roll(following, -i)[np.arange(seq_len) % len(tokens)] == targets) | (targets == -100)).all()
             for i in range(len(tokens))
         )
         assert found
@@ -90,9 +86,7 @@ def test_packed_batches_are_cut_at_windows_and_documents(
 @settings(deadline=None, max_examples=40)
 @given(lengths=document_lengths, seq_len=st.integers(1, 9), world_size=st.sampled_from([1, 2, 3, 6]))
 @pytest.mark.parametrize("kind", [PackedBatches, StreamBatches])
-def test_global_batches_do_not_depend_on_the_number_of_ranks(
-    make_dataset, kind, lengths, seq_len, world_size
-):
+def test_global_batches_do_not_depend_on_the_number_of_ranks(make_dataset, kind, lengths, seq_len, world_size):
     dataset = numbered(make_dataset, [5, *lengths] if kind is PackedBatches else [60, *lengths])
     whole = kind(dataset, 6, seq_len, reset_at_documents=False)
     ranks = [
@@ -148,9 +142,7 @@ def test_epochs_and_seeds_differ(make_dataset):
     batches = PackedBatches(dataset, 1, 8)
     first, second = ([next(batches) for _ in range(batches.num_windows)] for _ in range(2))
     assert not all(same(a, b) for a, b in zip(first, second, strict=True))
-    assert not same(
-        PackedBatches(dataset, 8, 8, seed=1).batch_at(0), PackedBatches(dataset, 8, 8).batch_at(0)
-    )
+    assert not same(PackedBatches(dataset, 8, 8, seed=1).batch_at(0), PackedBatches(dataset, 8, 8).batch_at(0))
 
 
 @settings(deadline=None, max_examples=60)
@@ -160,9 +152,7 @@ def test_epochs_and_seeds_differ(make_dataset):
     batch_size=st.integers(1, 4),
     seed=st.integers(0, 3),
 )
-def test_streams_cover_an_epoch_and_carry_state_within_documents_only(
-    make_dataset, lengths, seq_len, batch_size, seed
-):
+def test_streams_cover_an_epoch_and_carry_state_within_documents_only(make_dataset, lengths, seq_len, batch_size, seed):
     dataset = numbered(make_dataset, [40, *lengths])
     tokens, following = circle(dataset)
     batches = StreamBatches(dataset, batch_size, seq_len, seed)
@@ -231,9 +221,7 @@ def test_too_little_data(make_dataset):
     dataset = make_dataset(["abcdefg"])
     assert dataset.num_tokens == 8
     next(PackedBatches(dataset, 4, 7))
-    with pytest.raises(
-        UserError, match="has 8 tokens, but one window of seq_len 8 needs 9; use a shorter seq_len"
-    ):
+    with pytest.raises(UserError, match="has 8 tokens, but one window of seq_len 8 needs 9; use a shorter seq_len"):
         PackedBatches(dataset, 4, 8)
     next(StreamBatches(dataset, 2, 4))
     with pytest.raises(UserError, match="has 8 tokens, but 3 streams of seq_len 3 needs 9"):

@@ -30,9 +30,7 @@ def texts(prepared):
 
 def files(directory):
     return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
     }
 
 
@@ -132,9 +130,7 @@ def test_sample_for_the_tokenizer_is_bounded(corpus_dir, tmp_path, monkeypatch):
     module = sys.modules["hgrn2.data.prepare"]
     monkeypatch.setattr(module, "BPE_SAMPLE_BYTES", 100)
     seen = []
-    monkeypatch.setattr(
-        module, "train_bpe", lambda sample, size: seen.extend(sample) or train_bpe(seen, size)
-    )
+    monkeypatch.setattr(module, "train_bpe", lambda sample, size: seen.extend(sample) or train_bpe(seen, size))
     prepare(corpus_dir, "bpe:280", tmp_path / "out")
     assert 100 <= sum(len(text.encode()) for text in seen) < 200
 
@@ -217,9 +213,7 @@ def test_bad_input_leaves_the_old_set_alone(corpus_dir, tmp_path):
     assert leftovers(out) == []
 
 
-@pytest.mark.parametrize(
-    "options", [{"validation_fraction": 0.0}, {"validation_fraction": 1}, {"num_workers": 0}]
-)
+@pytest.mark.parametrize("options", [{"validation_fraction": 0.0}, {"validation_fraction": 1}, {"num_workers": 0}])
 def test_bad_settings(corpus_dir, tmp_path, options):
     with pytest.raises(UserError, match=r"wanted more than 0|must be at least 1"):
         prepare(corpus_dir, "bytes", tmp_path / "out", **options)

@@ -140,9 +140,7 @@ def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "d.parquet"
-    parquet.write_table(
-        pyarrow.table({"body": ["one", None, "", "two"], "id": [1, 2, 3, 4]}), path, row_group_size=2
-    )
+    parquet.write_table(pyarrow.table({"body": ["one", None, "", "two"], "id": [1, 2, 3, 4]}), path, row_group_size=2)
     assert read(path, text_field="body")[1] == {"d.parquet#1": "one", "d.parquet#4": "two"}
     with pytest.raises(UserError, match=r"no column 'text' \(columns: body, id\)"):
         read(path)

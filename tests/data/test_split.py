@@ -58,8 +58,7 @@ def test_one_document_is_cut_at_a_line_end():
     text = "".join(f"line {i}\n" for i in range(1000))
     for pieces in ([text], [text[:4000], text[4000:]]):
         head, tail = (
-            "".join(part.pieces)
-            for _, part in Split(0, 0, int(len(text) * 0.95)).parts(Document("a", iter(pieces)))
+            "".join(part.pieces) for _, part in Split(0, 0, int(len(text) * 0.95)).parts(Document("a", iter(pieces)))
         )
         assert head.endswith("\n")
         assert len(tail) / len(text) == pytest.approx(0.05, abs=0.002)

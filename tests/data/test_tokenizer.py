@@ -133,9 +133,7 @@ def test_save_and_load(tmp_path, bpe, name):
 def test_end_of_text_names_in_order(bpe):
     data = json.loads(bpe.backend.to_str())
     data["added_tokens"][0]["content"] = "<eos>"
-    data["model"]["vocab"] = {
-        "<eos>" if k == "<|endoftext|>" else k: v for k, v in data["model"]["vocab"].items()
-    }
+    data["model"]["vocab"] = {"<eos>" if k == "<|endoftext|>" else k: v for k, v in data["model"]["vocab"].items()}
     tokenizer = HFTokenizer.from_json(json.dumps(data))
     assert tokenizer.eot_id == 0
     tokenizer.backend.add_special_tokens(["</s>"])

@@ -99,9 +99,7 @@ def test_truncated_files(make_dataset, name):
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-2])
     for verify in (None, True, False):
-        with pytest.raises(
-            UserError, match=rf"{name}: {size - 2} bytes, the manifest says {size}; prepare .* again"
-        ):
+        with pytest.raises(UserError, match=rf"{name}: {size - 2} bytes, the manifest says {size}; prepare .* again"):
             TokenDataset.open(directory, verify)
 
 
@@ -120,9 +118,7 @@ def test_changed_files(make_dataset, name):
     data[3] ^= 1
     path.write_bytes(data)
     for verify in (None, True):
-        with pytest.raises(
-            UserError, match=rf"{name}: content changed \(sha256 \w+\.\.\., the manifest says \w+"
-        ):
+        with pytest.raises(UserError, match=rf"{name}: content changed \(sha256 \w+\.\.\., the manifest says \w+"):
             TokenDataset.open(directory, verify)
     assert TokenDataset.open(directory, verify=False).num_documents == 4
 

@@ -254,12 +254,8 @@ class StreamBatches(Iterator[Batch]):
         inputs, targets = _inputs_and_targets(windows, np.clip(self._stops - starts, 0, self.seq_len))
         fresh = np.full(self.batch_size, window == 0)
         if not self.reset_at_documents:
-            return Batch(
-                torch.from_numpy(inputs), torch.from_numpy(targets), state_reset=torch.from_numpy(fresh)
-            )
-        return pack_streams(
-            list(inputs), list(targets), np.arange(self.batch_size), fresh, self.dataset.eot_id
-        )
+            return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), state_reset=torch.from_numpy(fresh))
+        return pack_streams(list(inputs), list(targets), np.arange(self.batch_size), fresh, self.dataset.eot_id)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""

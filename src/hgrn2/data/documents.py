@@ -61,24 +61,18 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(
-            f"{path}: reading .parquet needs the pyarrow package; pip install 'hgrn2[data]'"
-        ) from error
+        raise UserError(f"{path}: reading .parquet needs the pyarrow package; pip install 'hgrn2[data]'") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if column not in names:
-                raise UserError(
-                    f"{path}: no column {column!r} (columns: {', '.join(names)}); name the text field"
-                )
+                raise UserError(f"{path}: no column {column!r} (columns: {', '.join(names)}); name the text field")
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
                     if text is not None and not isinstance(text, str):
-                        raise UserError(
-                            f"{path}: column {column!r} holds {type(text).__name__}, wanted strings"
-                        )
+                        raise UserError(f"{path}: column {column!r} holds {type(text).__name__}, wanted strings")
                     if text:
                         yield Document(f"{name}#{row}", cut_pieces([text]))
     except (pyarrow.ArrowException, OSError) as error:
@@ -130,17 +124,13 @@ def _json_text(line: bytes, field: str, where: str) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"{where}: the text holds half a surrogate pair, which is no character"
-            ) from error
+            raise UserError(f"{where}: the text holds half a surrogate pair, which is no character") from error
     return text
 
 
 def _row_text(row: dict[str, Any], field: str, where: str) -> str:
     if field not in row:
-        raise UserError(
-            f"{where}: no field {field!r} (fields: {', '.join(map(str, row))}); name the text field"
-        )
+        raise UserError(f"{where}: no field {field!r} (fields: {', '.join(map(str, row))}); name the text field")
     text = row[field]
     if text is None:
         return ""

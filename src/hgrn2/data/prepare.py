@@ -71,9 +71,7 @@ class PreparedData:
         validation = TokenDataset.open(directory / VALIDATION, verify)
         tokenizer = load_tokenizer(directory)
         if tokenizer.fingerprint() != train.manifest["tokenizer_fingerprint"]:
-            raise UserError(
-                f"{directory}: the tokenizer is not the one the tokens were made with; prepare again"
-            )
+            raise UserError(f"{directory}: the tokenizer is not the one the tokens were made with; prepare again")
         tokenizer.name = train.manifest["tokenizer"]
         return cls(directory, train, validation, tokenizer, manifest, reused)
 
@@ -141,15 +139,11 @@ def prepare(
     if shard_tokens < 1 or (num_workers is not None and num_workers < 1):
         raise UserError(f"shard_tokens ({shard_tokens}) and num_workers ({num_workers}) must be at least 1")
     corpus = open_corpus(sources, text_field)
-    held_out = (
-        open_corpus(validation, text_field) if isinstance(validation, (str, Path)) or validation else None
-    )
+    held_out = open_corpus(validation, text_field) if isinstance(validation, (str, Path)) or validation else None
     if held_out is not None:
         corpus = corpus.without(held_out)
         if not corpus.sources:
-            raise UserError(
-                "all training data is also named as validation data; name other files for one of them"
-            )
+            raise UserError("all training data is also named as validation data; name other files for one of them")
     vocab_size = bpe_request(tokenizer)
     if isinstance(tokenizer, (str, Path)) and vocab_size is None:
         tokenizer = load_tokenizer(tokenizer)
@@ -176,9 +170,7 @@ def prepare(
         if not rebuild and _is_current(target, inputs, settings):
             raise Discard
         reused = False
-        job = _Job(
-            stage, corpus, held_out, tokenizer, validation_fraction, shard_tokens, num_workers, progress
-        )
+        job = _Job(stage, corpus, held_out, tokenizer, validation_fraction, shard_tokens, num_workers, progress)
         job.run(_first_split(corpus, held_out, validation_fraction, seed)).save(stage)
         manifest = {
             "format": FORMAT,
@@ -208,9 +200,7 @@ class _Job:
     def run(self, split: Split) -> Tokenizer:
         """Write both datasets, again with a better split if one came out empty; return the tokenizer."""
         while True:
-            tokenizer = (
-                self.tokenizer if isinstance(self.tokenizer, Tokenizer) else self._train_tokenizer(split)
-            )
+            tokenizer = self.tokenizer if isinstance(self.tokenizer, Tokenizer) else self._train_tokenizer(split)
             writers = {}
             try:
                 for side in (TRAIN, VALIDATION):
@@ -319,9 +309,7 @@ def _is_small(corpus: Corpus) -> bool:
 def _nothing_left(what: str, corpus: Corpus) -> str:
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(corpus.skipped.items()))
     named = ", ".join(corpus.specs)
-    return (
-        f"no text for {what} in {named}" + (f" (skipped: {skipped})" if skipped else "") + "; name other data"
-    )
+    return f"no text for {what} in {named}" + (f" (skipped: {skipped})" if skipped else "") + "; name other data"
 
 
 def _skipped(*corpora: Corpus | None) -> dict[str, int]:

@@ -90,9 +90,7 @@ class Corpus:
     @property
     def num_bytes(self) -> int | None:
         """Bytes of text if known before reading: None with compressed files, .jsonl, .parquet or the Hub."""
-        if all(
-            s.kind == "text" and Path(s.location).suffix.lower() not in COMPRESSIONS for s in self.sources
-        ):
+        if all(s.kind == "text" and Path(s.location).suffix.lower() not in COMPRESSIONS for s in self.sources):
             return sum(s.num_bytes for s in self.sources)
         return None
 
@@ -166,9 +164,7 @@ def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "tex
         sources = list(_resolve(str(spec), skipped))
         if not sources:
             counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-            raise UserError(
-                f"data {str(spec)!r}: no file to read there" + (f" (skipped: {counts})" if counts else "")
-            )
+            raise UserError(f"data {str(spec)!r}: no file to read there" + (f" (skipped: {counts})" if counts else ""))
         found.extend(sources)
     # a file named and also found in a folder counts as named
     unique: dict[str, Source] = {}
@@ -218,9 +214,7 @@ def _stdlib_sources() -> Iterator[Source]:
 
 def _folder_sources(root: Path, skipped: Counter[str]) -> Iterator[Source]:
     if (root / MANIFEST_FILE).is_file() and (root / "train" / MANIFEST_FILE).is_file():
-        raise UserError(
-            f"data {str(root)!r}: is a prepared set, not text; open it with hgrn2.data.PreparedData.open"
-        )
+        raise UserError(f"data {str(root)!r}: is a prepared set, not text; open it with hgrn2.data.PreparedData.open")
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
         for name in files:
@@ -228,9 +222,7 @@ def _folder_sources(root: Path, skipped: Counter[str]) -> Iterator[Source]:
             if name.startswith("."):
                 skipped["hidden"] += 1
             else:
-                yield from _found_file(
-                    path, f"{root.resolve().name}/{path.relative_to(root).as_posix()}", skipped
-                )
+                yield from _found_file(path, f"{root.resolve().name}/{path.relative_to(root).as_posix()}", skipped)
 
 
 def _glob_sources(pattern: str, skipped: Counter[str]) -> Iterator[Source]:

@@ -47,13 +47,9 @@ def staged_directory(target: Path) -> Iterator[Path]:
                 raise
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise UserError(
-                f"{target}: the disk is full; nothing was kept, free some space and run again"
-            ) from error
+            raise UserError(f"{target}: the disk is full; nothing was kept, free some space and run again") from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
-            raise UserError(
-                f"{target}: cannot be written: {error.strerror}; choose another directory"
-            ) from error
+            raise UserError(f"{target}: cannot be written: {error.strerror}; choose another directory") from error
         raise
     finally:
         if lock is not None:

@@ -71,11 +71,7 @@ def read_error(path: Path, error: Exception) -> Exception:
     """What to raise for an error met while reading a file: NotText, or the error itself if it is a bug."""
     damaged = isinstance(error, (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error))
     # zstandard is optional, so its error class is known by name; bz2 reports damage as a bare OSError
-    damaged = (
-        damaged
-        or type(error).__name__ == "ZstdError"
-        or (path.suffix.lower() == ".bz2" and not _errno(error))
-    )
+    damaged = damaged or type(error).__name__ == "ZstdError" or (path.suffix.lower() == ".bz2" and not _errno(error))
     if damaged:
         return NotText(f"{path}: the compressed data is damaged or cut short: {error}", "damaged")
     if isinstance(error, OSError):
@@ -138,18 +134,14 @@ def _cut(text: str, start: int, stop: int) -> int:
     return last + 1 if last >= start else stop
 
 
-def _decode(
-    decoder: codecs.IncrementalDecoder, block: bytes, offset: int, path: Path, final: bool = False
-) -> str:
+def _decode(decoder: codecs.IncrementalDecoder, block: bytes, offset: int, path: Path, final: bool = False) -> str:
     num_pending = len(decoder.getstate()[0])
     try:
         return decoder.decode(block, final)
     except UnicodeDecodeError as error:
         position = offset - num_pending + error.start
         byte = error.object[error.start]
-        raise NotText(
-            f"{path}: not UTF-8 (byte 0x{byte:02x} at offset {position}); convert it", "not UTF-8"
-        ) from error
+        raise NotText(f"{path}: not UTF-8 (byte 0x{byte:02x} at offset {position}); convert it", "not UTF-8") from error
 
 
 class _ZstReader(io.RawIOBase):

@@ -170,9 +170,7 @@ class HFTokenizer(Tokenizer):
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"{name}: not a tokenizer.json that the tokenizers library reads: {error}"
-            ) from error
+            raise UserError(f"{name}: not a tokenizer.json that the tokenizers library reads: {error}") from error
         return cls(backend, name)
 
     def __reduce__(self):
@@ -326,9 +324,7 @@ def _load_directory(path: Path) -> Tokenizer:
     sentencepiece = sorted(path.glob("*.model"))
     if sentencepiece:
         raise UserError(_sentencepiece_message(sentencepiece[0]))
-    raise UserError(
-        f"tokenizer {str(path)!r}: the directory holds no {TOKENIZER_FILE}; give one that does, or 'bytes'"
-    )
+    raise UserError(f"tokenizer {str(path)!r}: the directory holds no {TOKENIZER_FILE}; give one that does, or 'bytes'")
 
 
 def _load_file(path: Path) -> Tokenizer:

@@ -54,9 +54,7 @@ class TokenDataset:
         self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._shard_tokens: int = manifest["shard_tokens"]
         self._shards = [np.memmap(directory / s["file"], self.dtype, mode="r") for s in manifest["shards"]]
-        self.document_starts: np.ndarray = np.memmap(
-            directory / manifest["documents"]["file"], "<i8", mode="r"
-        )
+        self.document_starts: np.ndarray = np.memmap(directory / manifest["documents"]["file"], "<i8", mode="r")
         pieces = np.memmap(directory / manifest["pieces"]["file"], "<i8", mode="r").reshape(-1, 2)
         self.piece_ends, self.piece_bytes = pieces[:, 0], pieces[:, 1]
 
@@ -80,9 +78,7 @@ class TokenDataset:
             if verify is None:
                 verify = sum(entry["num_bytes"] for entry in files) < VERIFY_BELOW_BYTES
             for entry in files:
-                _check_file(
-                    directory / entry["file"], entry["num_bytes"], entry["sha256"] if verify else None
-                )
+                _check_file(directory / entry["file"], entry["num_bytes"], entry["sha256"] if verify else None)
             return cls(directory, manifest)
         except (KeyError, TypeError) as error:
             raise UserError(f"{directory / MANIFEST_FILE}: bad or missing entry {error}; {REMEDY}") from error
@@ -126,9 +122,7 @@ class TokenDataset:
             IndexError: the range is outside the dataset.
         """
         if not 0 <= start <= start + len(out) <= self.num_tokens:
-            raise IndexError(
-                f"tokens [{start}, {start + len(out)}) are outside the {self.num_tokens} there are"
-            )
+            raise IndexError(f"tokens [{start}, {start + len(out)}) are outside the {self.num_tokens} there are")
         done = 0
         while done < len(out):
             shard, offset = divmod(start + done, self._shard_tokens)
@@ -163,17 +157,13 @@ def read_manifest(directory: Path, kind: str, version: int) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); {directory} is not prepared data"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {directory} is not prepared data") from error
     except ValueError as error:
         raise UserError(f"{path}: damaged, not JSON ({error}); {REMEDY}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
         raise UserError(f"{path}: not a manifest of format {kind!r}; is this the right directory?")
     if manifest.get("version") != version:
-        raise UserError(
-            f"{path}: format version {manifest.get('version')}, this release reads {version}; {REMEDY}"
-        )
+        raise UserError(f"{path}: format version {manifest.get('version')}, this release reads {version}; {REMEDY}")
     return manifest
 
 
