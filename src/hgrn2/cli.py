@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +25,6 @@ from hgrn2.settings import (
     open_prepared,
     prepare_data,
     read_toml,
-    run_config,
 )
 from hgrn2.train.config import TrainConfig
 
@@ -29,7 +32,22 @@ app = tyro.extras.SubcommandApp()
 
 _BUDGETS = {"max_steps", "max_tokens", "max_time_s"}
 _DEFAULT_BUDGET = {"max_steps": 1000}
+_RUN = Path("runs/run")
 _Paths = tuple[str, ...]
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command; parsing only prepares the call, so that what parsing prints can be told apart."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def prepare(*args: Any, **kwargs: Any) -> Any:
+            return functools.partial(function, *args, **kwargs)
+
+        app.command(name=name)(prepare)
+        return function
+
+    return register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +58,7 @@ class TrainFlags(TrainConfig):
         """Checks nothing yet."""
 
 
-@app.command(name="train")
+@_command("train")
 def train(
     data: _Paths = (),
     validation: _Paths = (),
@@ -50,7 +68,7 @@ def train(
     rebuild: bool = False,
     model: str | None = None,
     set: _Paths = (),
-    out: Path = Path("runs/run"),
+    out: Path = _RUN,
     config: Path | None = None,
     resume: Path | None = None,
     compressors: bool = False,
@@ -77,9 +95,12 @@ def train(
 
     given = {name: getattr(settings, name) for name in given_flags(sys.argv[1:], TrainConfig)}
     if resume is not None:
-        if data or validation or tokenizer or model or set or config:
-            raise UserError("--resume goes on with the run's own data and model; drop --data, --model and the like")
-        prepared_data = open_prepared(run_config(resume)["data"])
+        own = {"data": data, "validation": validation, "text-field": text_field, "tokenizer": tokenizer,
+               "prepared": prepared, "rebuild": rebuild, "model": model, "set": set, "config": config,
+               "out": out != _RUN}  # fmt: skip
+        if others := [f"--{name}" for name, value in own.items() if value]:
+            raise UserError(f"--resume goes on with the run's own data and model; drop {' and '.join(others)}")
+        prepared_data = open_prepared(resume)
         result = resume_language_run(
             resume, prepared_data, changes=given, sampler=_make_sampler(prepared_data.tokenizer)
         )
@@ -93,6 +114,8 @@ def train(
         if not train_settings.keys() & _BUDGETS:
             train_settings |= _DEFAULT_BUDGET
         train_config = TrainConfig.from_dict(train_settings)
+        # mistakes show before the work of preparing
+        model_config(model, file["model"], set, None)
         prepared_data, kept = prepare_data(sources, out, rebuild)
         lm_config = model_config(model, file["model"], set, prepared_data.tokenizer.vocab_size)
         result = start_language_run(
@@ -102,7 +125,7 @@ def train(
     _report(result, prepared_data, out if resume is None else resume, compressors)
 
 
-@app.command(name="generate")
+@_command("generate")
 def generate(
     run: tyro.conf.Positional[Path],
     prompt: str = "",
@@ -141,6 +164,10 @@ def generate(
 
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}; wanted at least 1")
+    try:
+        "".join([prompt, *stop]).encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt or --stop is not UTF-8; give text") from None
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     lm, tokenizer = load_model(run, checkpoint, device)
     writer = Writer(lm, tokenizer, sampling)
@@ -155,7 +182,7 @@ def generate(
         writer.save_state(state_out)
 
 
-@app.command(name="eval")
+@_command("eval")
 def evaluate(
     run: tyro.conf.Positional[Path],
     files: tyro.conf.Positional[tuple[str, ...]],
@@ -202,7 +229,7 @@ def evaluate(
         _write_text(json_out, json.dumps(rows, indent=1) + "\n")
 
 
-@app.command(name="info")
+@_command("info")
 def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()) -> None:
     """Show what a model costs: parameters, operations, memory.
 
@@ -262,7 +289,7 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
     Console().print(table)
 
 
-@app.command(name="plot")
+@_command("plot")
 def plot(run: tyro.conf.Positional[Path]) -> None:
     """Draw a run's pictures again: loss, lower bounds, forget gates, memory, state norm.
 
@@ -275,7 +302,7 @@ def plot(run: tyro.conf.Positional[Path]) -> None:
         print(path)
 
 
-@app.command(name="tokenizer")
+@_command("tokenizer")
 def tokenizer_command(
     out: tyro.conf.Positional[Path],
     data: _Paths = ("stdlib",),
@@ -309,18 +336,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         sys.argv[1:] = list(argv)
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # what a terminal's encoding lacks is replaced, not a reason to stop
+        sys.stdout.reconfigure(errors="replace")
     try:
-        app.cli(prog="hgrn2", description="Gated linear RNN language models with state expansion.")
+        _parse()()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # the reader has gone, as in `hgrn2 generate ... | head`; nothing may be flushed to it at exit
-        sys.stdout = None
+        # the reader has gone, as in `hgrn2 generate ... | head`; what is left is flushed to nowhere at exit
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0
     return 0
+
+
+def _parse() -> Callable[[], None]:
+    """The call that the command line asks for.
+
+    Raises:
+        UserError: it asks for nothing there is.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return app.cli(prog="hgrn2", description="Gated linear RNN language models with state expansion.")
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    # the parser prints a title and what is wrong, then a rule and hints; in a box where the terminal can show one
+    _, *rows = (row.strip("│ ") for row in printed.getvalue().splitlines())
+    is_rule = [row.startswith(("───", "---")) and not row.strip("─-") for row in rows]
+    first = is_rule.index(False)
+    last = is_rule.index(True, first) if True in is_rule[first:] else len(rows)
+    text = " ".join(" ".join(rows[first:last]).split())
+    raise UserError(f"{text}; see hgrn2 --help")
 
 
 def _make_sampler(tokenizer: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +46,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         wanted = {
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "temperature": (self.temperature >= 0, "at least 0"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
@@ -73,7 +75,8 @@ def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: t
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    # from the largest down, and no further: the smallest temperatures would give inf - inf
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, -1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -87,6 +90,11 @@ def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: t
         p = logits.softmax(-1)
         logits = logits.masked_fill(p < sampling.min_p * p.amax(-1, keepdim=True), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def _first(texts: Sequence[str], where: str) -> int | None:
+    """Where the first of some texts begins, or None."""
+    return min((at for text in texts if (at := where.find(text)) >= 0), default=None)
 
 
 class Writer:
@@ -109,7 +117,7 @@ class Writer:
         self.state = model.init_state(1)
         # tokens that belong to the text but not yet to the state; a text starts after an end of text
         self.pending = [tokenizer.eot_id]
-        self.seen = torch.zeros((1, model.config.vocab_size), dtype=torch.bool, device=self.device)
+        self.seen = torch.zeros((1, tokenizer.vocab_size), dtype=torch.bool, device=self.device)
 
     def write(self, prompt: str, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[str]:
         """Continues a prompt, piece by piece as it is written.
@@ -121,60 +129,67 @@ class Writer:
 
         Yields:
             Text, always whole characters. Ends at max_tokens, a stop text or the end-of-text token.
+
+        Raises:
+            UserError: a stop text is empty.
         """
-        logits = self._read(self.pending + self.tokenizer.encode(prompt))
+        if "" in stop:
+            raise UserError("generate: a stop text is empty; leave it out")
+        self.pending += self.tokenizer.encode(prompt)
         decoder = TextStream(self.tokenizer)
         held = ""
         # enough characters are held back that a stop text never shows its beginning
         longest = max((len(text) for text in stop), default=0)
         for _ in range(max_tokens):
-            token = int(sample(logits, self.sampling, self.seen, self.generator))
+            token = int(sample(self._read(), self.sampling, self.seen, self.generator))
+            self.pending = [token]
             if token == self.tokenizer.eot_id:
-                self.pending = [token]
-                held += decoder.flush()
                 break
             held += decoder.push(token)
-            self.pending = [token]
-            cut = min((at for text in stop if (at := held.find(text)) >= 0), default=-1)
-            if cut >= 0:
+            cut = _first(stop, held)
+            if cut is not None:
                 yield held[:cut]
                 return
-            if len(held) >= longest:
-                free = len(held) - max(longest - 1, 0)
-                if free:
-                    yield held[:free]
+            free = len(held) - max(longest - 1, 0)
+            if free > 0:
+                yield held[:free]
                 held = held[free:]
-            logits = self._read(self.pending)
-            self.pending = []
-        else:
-            held += decoder.flush()
+        held += decoder.flush()
+        held = held[: _first(stop, held)]
         if held:
             yield held
 
     @torch.no_grad()
-    def _read(self, ids: list[int]) -> Tensor:
-        """Logits [1, vocab] after some more tokens."""
-        if not ids:
-            raise UserError("generate: nothing to read; give a prompt")
-        tokens = torch.tensor([ids], device=self.device)
+    def _read(self) -> Tensor:
+        """Takes what is pending into the state; returns logits [1, tokens the tokenizer knows]."""
+        tokens = torch.tensor([self.pending], device=self.device)
         self.seen[0, tokens[0]] = True
         for part in tokens.split(PREFILL_TOKENS, 1):
             x, self.state = self.model.hidden_states(part, self.state)
-        return self.model.lm_head(x[:, -1])
+        self.pending = []
+        logits = self.model.lm_head(x[:, -1])[:, : self.tokenizer.vocab_size]
+        if not bool(logits.isfinite().all()):
+            raise UserError("generate: the model's outputs are not finite; use another checkpoint")
+        return logits
 
     def save_state(self, path: Path) -> None:
         """Writes the state, so that `load_state` goes on where this left off; whole or not at all."""
         about = {"format": _STATE_FORMAT, "pending": self.pending, "tokenizer": self.tokenizer.fingerprint()}
         tensors = self.state.tensors() | {"seen": self.seen}
+        if path.is_dir() or not path.parent.is_dir():
+            raise UserError(f"{path}: the state cannot be written there; name a file in a folder that exists")
         temporary = path.with_name(path.name + ".tmp")
         try:
             save_file({k: v.cpu() for k, v in tensors.items()}, temporary, {"hgrn2": json.dumps(about)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(
                 f"{path}: the state cannot be written ({error}); name another file or free some space"
             ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load_state(self, path: Path) -> None:
         """Takes up a saved state.
@@ -190,13 +205,17 @@ class Writer:
             raise UserError(
                 f"{path}: no state can be read from it ({error}); name a file made with --state-out"
             ) from None
-        if about.get("format") != _STATE_FORMAT:
+        if not isinstance(about, dict) or about.get("format") != _STATE_FORMAT:
             raise UserError(f"{path}: not a state of this version; name a file made with --state-out")
-        if about["tokenizer"] != self.tokenizer.fingerprint():
+        if about.get("tokenizer") != self.tokenizer.fingerprint():
             raise UserError(f"{path}: made with another tokenizer; name the model it was made with")
-        seen = tensors.pop("seen")
         try:
+            seen, pending = tensors.pop("seen"), [int(token) for token in about["pending"]]
             state = ModelState.from_tensors(tensors).check_like(self.state)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        self.state, self.seen, self.pending = state, seen.to(self.device), about["pending"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: incomplete; name a file made with --state-out") from None
+        if seen.shape != self.seen.shape or not pending:
+            raise UserError(f"{path}: incomplete; name a file made with --state-out")
+        self.state, self.seen, self.pending = state, seen.to(self.device), pending

@@ -60,15 +60,20 @@ _DATA_KEYS = {
 
 def data_settings(file: dict[str, Any], **flags: Any) -> dict[str, Any]:
     """What to read and how: defaults, over them the file's [data], over that the flags that were given."""
-    for key in file:
+    for key, value in file.items():
         if key not in _DATA_KEYS:
             raise UserError(unknown_key_message("data config", key, _DATA_KEYS))
+        several = isinstance(_DATA_KEYS[key], list)
+        names = value if several and isinstance(value, list) else [value]
+        if not all(isinstance(name, str) for name in names):
+            raise UserError(f"data config: {key} is {value!r}; wanted a text{' or a list of texts' if several else ''}")
+        file = file | {key: names if several else value}
     return _DATA_KEYS | file | {key: value for key, value in flags.items() if value not in (None, [])}
 
 
 def prepare_data(sources: dict[str, Any], out: Path, rebuild: bool) -> tuple[PreparedData, dict[str, Any]]:
     """Prepared tokens, made or reused, and what a run must remember to open them again."""
-    names = [sources["data"]] if isinstance(sources["data"], str) else list(sources["data"])
+    names = sources["data"]
     if len(names) == 1 and is_prepared(names[0]):
         prepared = PreparedData.open(names[0])
         return prepared, {"prepared": str(prepared.directory)}
@@ -91,15 +96,12 @@ def prepare_data(sources: dict[str, Any], out: Path, rebuild: bool) -> tuple[Pre
     }
 
 
-def run_config(path: Path) -> dict[str, Any]:
-    """The settings a run was started with."""
-    return read_config(resume_point(path)[0])
-
-
-def open_prepared(settings: dict[str, Any]) -> PreparedData:
+def open_prepared(run: Path) -> PreparedData:
     """The prepared tokens a run was started with."""
-    if "prepared" not in settings:
-        raise UserError("config.json of the run does not say where its prepared data is; restore it from a checkpoint")
+    folder = resume_point(run)[0]
+    settings = read_config(folder).get("data")
+    if not isinstance(settings, dict) or not isinstance(settings.get("prepared"), str):
+        raise UserError(f"{folder}: config.json does not say where the prepared data is; restore it from a checkpoint")
     return PreparedData.open(settings["prepared"])
 
 
