@@ -1,12 +1,13 @@
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
 from hgrn2.errors import UserError
 from hgrn2.models import AttentionConfig, HGRN2Config, presets
 
-SMALL = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "expand_ratio": 4}
+SMALL: dict[str, Any] = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "expand_ratio": 4}
 
 
 @pytest.mark.parametrize(
@@ -123,10 +124,10 @@ def test_not_even_a_table():
 def test_presets_take_changes():
     assert presets.preset("tiny", vocab_size=300).vocab_size == 300
     assert presets.preset("1.3b") == presets.b1_3() == HGRN2Config(intermediate_size=5632)
-    with pytest.raises(UserError, match="presets: unknown key '1.4b'; did you mean '1.3b'"):
+    with pytest.raises(UserError, match=r"presets: unknown key '1.4b'; did you mean '1.3b'"):
         presets.preset("1.4b")
     with pytest.raises(UserError, match="unknown key 'name'"):
-        presets.preset("tiny", **{"name": "x"})
+        presets.preset("tiny", name="x")
     with pytest.raises(UserError, match="variants: unknown key 'flaa'; did you mean 'fla'"):
         presets.variant("flaa")
 

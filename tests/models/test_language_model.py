@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 import math
 
 import pytest
@@ -73,7 +75,7 @@ def test_autocast(name):
     wanted, _, _ = exact.loss(ids, targets)
     assert abs(loss.item() / wanted.item() - 1) < 0.05
     wanted.backward()
-    for (key, one), (_, two) in zip(model.named_parameters(), exact.named_parameters(), strict=True):
+    for key, one in model.named_parameters():
         assert one.grad.dtype == torch.float32, key
         assert one.grad.isfinite().all(), key
     one, two = (torch.cat([p.grad.flatten().double() for p in m.parameters()]) for m in (model, exact))

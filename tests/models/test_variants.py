@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false
+
 import pytest
 import torch
 import transcription

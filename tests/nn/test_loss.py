@@ -1,3 +1,5 @@
+# pyright: reportOptionalMemberAccess=false
+
 import pytest
 import torch
 from torch.nn import functional as F

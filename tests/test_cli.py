@@ -1,0 +1,416 @@
+# pyright: reportOptionalMemberAccess=false
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hgrn2 import cli
+from hgrn2.models import HGRN2Config
+from hgrn2.train.checkpoint import checkpoints_of
+from hgrn2.train.metrics import read_metrics
+
+MODEL = ["hidden_size=16", "num_hidden_layers=2", "expand_ratio=8", "intermediate_size=24"]
+SHORT = ["--max-steps", "10", "--batch-size", "2", "--seq-len", "32", "--validation-tokens", "500"]
+TRAIN = ["--tokenizer", "bytes", "--device", "cpu", *SHORT, "--set", *MODEL]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["hgrn2"])
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(8):
+        text = "".join(f"def f{k}(x):\n    return x + {i * k}  # é\n\n" for k in range(12))
+        (folder / f"{i}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A short run; tests that change it take a copy."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    argv, sys.argv = sys.argv, ["hgrn2"]
+    torch.set_num_threads(1)
+    try:
+        args = ["train", "--data", str(corpus), "--out", str(out), "--checkpoint-every", "4", *TRAIN]
+        assert cli.main(args) == 0
+    finally:
+        sys.argv = argv
+    return out
+
+
+def copy_of(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def listing(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def refused(capsys, args, message):
+    """The command fails in one line, with status 2."""
+    capsys.readouterr()
+    assert cli.main([str(arg) for arg in args]) == 2
+    found = capsys.readouterr()
+    # news of prepared data may come before it
+    *news, error = found.err.splitlines()
+    assert all(line.startswith(("prepared ", "reusing ")) for line in news), found.err
+    assert error.startswith("error: "), found.err
+    assert re.search(message, error), found.err
+
+
+def process(*args, **settings):
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "hgrn2.cli", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=env, **settings,
+    )  # fmt: skip
+
+
+# from text to text
+
+
+def test_a_run_leaves_what_it_should(run):
+    assert {"config.json", "metrics.jsonl", "checkpoints", "plots", "bytes_tokenizer.json"} <= set(os.listdir(run))
+    last = [r for r in read_metrics(run) if r["kind"] == "validation"][-1]
+    assert last["step"] == 10
+    assert 0 < last["val_bits_per_byte"] < 9
+    config = json.loads((run / "config.json").read_text())
+    assert HGRN2Config.from_dict(config["model"]).vocab_size == 257
+    assert not [p for p in listing(run) if "tmp" in p]
+
+
+def test_resuming_with_more_steps(run, tmp_path, capsys):
+    copy = copy_of(run, tmp_path)
+    assert cli.main(["train", "--resume", str(copy), "--max-steps", "12"]) == 0
+    out = capsys.readouterr().out
+    assert "picture" in out
+    assert "bits a byte" in out
+    assert [r["step"] for r in read_metrics(copy) if r["kind"] == "train"][-1] == 12
+    # another setting that was not named is as it was
+    assert json.loads((copy / "config.json").read_text())["train"]["seq_len"] == 32
+
+
+def test_generate(run, capsys):
+    capsys.readouterr()
+    args = ["generate", str(run), "--prompt", "def ", "--max-tokens", "20", "--seed", "1"]
+    texts = []
+    for _ in range(2):
+        assert cli.main(args) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("def ")
+    assert texts[0].endswith("\n")
+    for which in ("latest", "best"):
+        assert cli.main([*args, "--checkpoint", which]) == 0
+    assert cli.main(["generate", str(checkpoints_of(run)[0]), "--max-tokens", "3"]) == 0
+
+
+def test_generate_in_two_parts(run, tmp_path, capsys):
+    def write(*args):
+        capsys.readouterr()
+        assert cli.main(["generate", str(run), "--temperature", "0", *map(str, args)]) == 0
+        return capsys.readouterr().out[:-1]
+
+    whole = write("--prompt", "def f", "--max-tokens", 12)
+    first = write("--prompt", "def f", "--max-tokens", 5, "--state-out", tmp_path / "state")
+    second = write("--max-tokens", 7, "--state-in", tmp_path / "state")
+    if "\ufffd" not in whole:
+        assert first + second == whole
+    assert (tmp_path / "state").exists()
+
+
+def test_eval(run, corpus, tmp_path, capsys):
+    capsys.readouterr()
+    files = [str(corpus / "0.txt"), str(corpus / "1.txt")]
+    assert cli.main(["eval", str(run), *files, "--json-out", str(tmp_path / "scores.json")]) == 0
+    assert "bits/byte" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "scores.json").read_text())
+    assert [row["name"] for row in rows][-1] == "total"
+    assert rows[2]["num_bytes"] == sum((corpus / f"{i}.txt").stat().st_size for i in range(2))
+    assert rows[2]["nats"] == pytest.approx(rows[0]["nats"] + rows[1]["nats"])
+
+
+def test_plot_and_info(run, tmp_path, capsys):
+    copy = copy_of(run, tmp_path)
+    shutil.rmtree(copy / "plots")
+    capsys.readouterr()
+    assert cli.main(["plot", str(copy)]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert Path(line).stat().st_size > 1000
+    for model in (run, checkpoints_of(run)[0], "1.3b"):
+        assert cli.main(["info", str(model)]) == 0
+    assert "1,364,396,032" in capsys.readouterr().out
+    (tmp_path / "model.json").write_text(json.dumps({"hidden_size": 64, "expand_ratio": 8}))
+    assert cli.main(["info", str(tmp_path / "model.json"), "--set", "vocab_size=99"]) == 0
+    assert "vocabulary 99" in capsys.readouterr().out
+
+
+def test_a_hybrid_trains_and_carries_its_state(corpus, tmp_path, capsys):
+    hybrid = 'attn={"layers":[1],"num_heads":2,"window_size":16}'
+    for flags in ([], ["--stream"]):
+        args = ["--out", tmp_path / f"run{len(flags)}", *flags, *TRAIN, hybrid, "--max-steps", "4"]
+        assert cli.main(["train", "--data", str(corpus), *map(str, args)]) == 0, capsys.readouterr().err
+
+
+def test_settings_from_a_file(corpus, tmp_path):
+    (tmp_path / "run.toml").write_text(
+        "[model]\npreset = 'tiny'\nhidden_size = 16\nnum_hidden_layers = 1\nexpand_ratio = 8\nintermediate_size = 24\n"
+        "[train]\nmax_steps = 50\nbatch_size = 2\nseq_len = 16\nvalidation_tokens = 100\ndevice = 'cpu'\n"
+        f"[data]\ndata = ['{corpus}']\ntokenizer = 'bytes'\n"
+    )
+    out = tmp_path / "run"
+    args = ["--config", str(tmp_path / "run.toml"), "--out", str(out), "--max-steps", "2", "--set", "dropout=0.1"]
+    assert cli.main(["train", *args]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["train"]["max_steps"], config["train"]["seq_len"]) == (2, 16)
+    assert (config["model"]["num_hidden_layers"], config["model"]["dropout"]) == (1, 0.1)
+
+
+def test_tokenizer(corpus, tmp_path, capsys):
+    assert cli.main(["tokenizer", str(tmp_path / "bpe"), "--data", str(corpus), "--vocab-size", "280"]) == 0
+    assert (tmp_path / "bpe" / "tokenizer.json").exists()
+    refused(capsys, ["tokenizer", tmp_path / "bpe", "--data", corpus], "exists already; name another folder")
+    refused(capsys, ["tokenizer", tmp_path / "b", "--data", corpus, "--vocab-size", "9"], "at least 257")
+    refused(capsys, ["tokenizer", tmp_path / "b", "--data", tmp_path / "nothing"], "nothing")
+    assert not (tmp_path / "b").exists()
+
+
+# what cannot be: one line, status 2, nothing left behind
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Expected one of .*train"),
+        (["trian"], "trian|Expected"),
+        (["train", "--nosuch", "3"], "--nosuch"),
+        (["train", "--max-steps", "many"], "--max-steps"),
+        (["train", "--optimizer", "sgd"], "--optimizer"),
+        (["train", "--max-steps", "0"], "max_steps is 0; wanted more than 0"),
+        (["train", "--learning-rate", "nan"], "learning_rate is nan"),
+        (["train", "--set", "hidden_size"], "--set hidden_size: wanted KEY=VALUE"),
+        (["generate"], "Missing from hgrn2 generate"),
+        (["generate", "nothing"], "nothing: no model there"),
+        (["generate", "."], "no model there"),
+        (["generate", "nothing", "--max-tokens", "0"], "--max-tokens is 0"),
+        (["generate", "nothing", "--top-p", "2"], "top_p is 2.0; wanted above 0 and at most 1"),
+        (["generate", "nothing", "--checkpoint", "worst"], "worst"),
+        (["generate", "nothing", "--prompt", "\udcff"], "not UTF-8"),
+        (["eval", "nothing", "file"], "nothing: no model there"),
+        (["eval", "nothing"], "no file to evaluate"),
+        (["eval", "nothing", "file", "--window", "0"], "--window is 0"),
+        (["plot", "nothing"], "nothing"),
+        (["plot", "."], "metrics"),
+        (["info", "tinny"], "did you mean 'tiny'"),
+        (["info", "."], "no config.json there"),
+        (["info", "tiny", "--seq-len", "0"], "--seq-len is 0"),
+        (["train", "--resume", "nothing"], "nothing: no run to resume there"),
+        (["train", "--config", "nothing.toml"], "nothing.toml: cannot be read"),
+        (["train", "--data", "nothing.txt"], "nothing.txt"),
+        (["train", "--tokenizer", "nothing.json"], "nothing.json"),
+    ],
+)
+def test_refused_in_one_line(args, message, capsys, tmp_path, corpus):
+    if args[:1] == ["train"] and "--data" not in args and "--resume" not in args:
+        args = [*args, "--data", str(corpus), "--prepared", str(tmp_path / "prepared")]
+        (tmp_path / "prepared").mkdir()
+    before = listing(tmp_path)
+    refused(capsys, args, message)
+    kept = [p for p in listing(tmp_path) if not p.startswith("prepared")]
+    assert kept == [p for p in before if not p.startswith("prepared")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("hidden_size=abc", "hidden_size is 'abc'; wanted a whole number"),
+        ("hiden_size=16", "unknown key 'hiden_size'; did you mean 'hidden_size'"),
+        ("name=x", "unknown key 'name'"),
+        ("dropout=true", "dropout is True; wanted a finite number"),
+        ("dropout=NaN", "dropout is nan"),
+        ("attn=3", "attn is 3; wanted a table"),
+        ('attn={"layers":[9],"num_heads":2}', r"attn.layers holds \[9\]"),
+        ("num_heads=3", "num_heads = 3 contradicts"),
+        ("vocab_size=100", "tokenizer 'bytes' has 257 tokens but the model has vocab_size 100"),
+        ("expand_ratio=7", "not a multiple of expand_ratio = 7"),
+    ],
+)
+def test_model_settings(change, message, capsys, tmp_path, corpus):
+    refused(capsys, ["train", "--data", corpus, "--out", tmp_path / "run", *TRAIN, change], message)
+    assert not (tmp_path / "run").exists()
+    if not change.startswith("vocab"):
+        refused(capsys, ["info", "tiny", "--set", change], message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[modle]\n", "unknown key 'modle'; did you mean 'model'"),
+        ("model = 3\n", "model is 3; wanted a table"),
+        ("[model]\nhiden_size = 3\n", "unknown key 'hiden_size'; did you mean 'hidden_size'"),
+        ("[model]\npreset = 'tinny'\n", "did you mean 'tiny'"),
+        ("[train]\nlearning_rat = 3\n", "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ("[train]\nbatch_size = 'x'\n", "batch_size is 'x'"),
+        ("[data]\ntokenizr = 'bytes'\n", "unknown key 'tokenizr'; did you mean 'tokenizer'"),
+        ("[data]\ndata = 3\n", "data is 3; wanted a text or a list of texts"),
+        ("[data]\ntokenizer = ['bytes']\n", "tokenizer is .*; wanted a text"),
+        ("[model\n", "not TOML"),
+    ],
+)
+def test_settings_files(text, message, capsys, tmp_path, corpus):
+    (tmp_path / "run.toml").write_text(text)
+    args = ["train", "--config", tmp_path / "run.toml", "--out", tmp_path / "run", "--prepared", tmp_path / "prepared"]
+    if "[data]" not in text:
+        args += ["--data", corpus, "--tokenizer", "bytes"]
+    refused(capsys, args, message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "found list, wanted an object"),
+        ("{", "not a JSON configuration"),
+        ('{"hiden_size": 3}', "did you mean 'hidden_size'"),
+        ('{"attn": [1]}', "attn is"),
+        ('{"model_type": "llama"}', "model_type is 'llama'"),
+    ],
+)
+def test_model_files(text, message, capsys, tmp_path):
+    (tmp_path / "model.json").write_text(text)
+    refused(capsys, ["info", tmp_path / "model.json"], message)
+
+
+def test_a_run_is_not_overwritten(run, corpus, capsys):
+    before = {p: (run / p).read_bytes() for p in listing(run) if (run / p).is_file()}
+    refused(capsys, ["train", "--data", corpus, "--out", run, *TRAIN], "holds a run already; continue it with --resume")
+    assert before == {p: (run / p).read_bytes() for p in listing(run) if (run / p).is_file()}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--data", "x"], ["--model", "tiny"], ["--set", "dropout=0"], ["--tokenizer", "bytes"], ["--config", "x.toml"],
+     ["--prepared", "x"], ["--text-field", "x"], ["--rebuild"], ["--out", "x"], ["--validation", "x"]],
+)  # fmt: skip
+def test_resuming_takes_no_other_data_or_model(flags, run, capsys):
+    refused(capsys, ["train", "--resume", run, *flags], f"drop {flags[0]}")
+
+
+def test_resuming_without_its_data(run, tmp_path, capsys):
+    copy = copy_of(run, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    for data, message in [
+        ({}, "does not say where the prepared data is"),
+        (None, "does not say"),
+        ({"prepared": str(tmp_path / "gone")}, "gone"),
+    ]:
+        (copy / "config.json").write_text(json.dumps(config | {"data": data}))
+        refused(capsys, ["train", "--resume", copy], message)
+
+
+def test_damaged_checkpoints(run, tmp_path, capsys):
+    copy = copy_of(run, tmp_path)
+    newest = checkpoints_of(copy)[-1]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    for args in (["generate", copy], ["eval", copy, text], ["train", "--resume", copy, "--max-steps", "20"]):
+        refused(capsys, args, r"model.safetensors is truncated or was changed .*checkpoints/step-")
+    weights.unlink()
+    refused(capsys, ["generate", newest], "no model there|missing")
+    (checkpoints_of(copy)[0] / "config.json").write_text("{}")
+    refused(capsys, ["generate", checkpoints_of(copy)[0]], "config.json is truncated or was changed")
+
+
+def test_texts_that_are_none(run, tmp_path, capsys):
+    for name, data, message in [
+        ("empty", b"", "the file is empty"),
+        ("binary", b"ab\0cd", "binary, not text"),
+        ("latin", b"caf\xe9 ol\xe9", "not UTF-8"),
+    ]:
+        (tmp_path / name).write_bytes(data)
+        refused(capsys, ["eval", run, tmp_path / name, "--json-out", tmp_path / "scores.json"], message)
+        out = tmp_path / "run"
+        refused(capsys, ["train", "--data", tmp_path / name, "--out", out, *TRAIN], name)
+    refused(capsys, ["eval", run, tmp_path / "missing"], "missing")
+    (tmp_path / "short.txt").write_text("tiny")
+    refused(capsys, ["train", "--data", tmp_path / "short.txt", "--out", tmp_path / "run", *TRAIN], "short")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "prepared") == [
+        "binary", "empty", "latin", "short.txt"
+    ]  # fmt: skip
+
+
+def test_where_nothing_can_be_written(run, corpus, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused(
+        capsys,
+        ["train", "--data", corpus, "--out", tmp_path / "file" / "run", *TRAIN],
+        "cannot|not a (directory|folder)",
+    )
+    there = tmp_path / "none" / "scores.json"
+    refused(capsys, ["eval", run, corpus / "0.txt", "--json-out", there], "cannot be written")
+    refused(
+        capsys, ["generate", run, "--max-tokens", "2", "--state-out", tmp_path / "none" / "state"], "cannot be written"
+    )
+    refused(capsys, ["generate", run, "--state-in", tmp_path / "file"], "no state can be read")
+
+
+# as a process
+
+
+def test_a_closed_pipe(run):
+    # the likeliest token is never the end of the text here, sampling would meet it soon
+    writing = process("generate", run, "--max-tokens", 100_000, "--prompt", "x\n", "--temperature", 0)
+    assert writing.stdout.readline() == "x\n"
+    writing.stdout.close()
+    try:
+        assert writing.wait(60) == 0
+        assert writing.stderr.read() == ""
+    finally:
+        writing.kill()
+        writing.stderr.close()
+
+
+def test_ctrl_c(run, tmp_path):
+    writing = process(
+        "generate", run, "--max-tokens", 1_000_000, "--prompt", "x\n", "--temperature", 0, "--state-out",
+        tmp_path / "state",
+    )  # fmt: skip
+    assert writing.stdout.readline() == "x\n"
+    time.sleep(0.2)
+    writing.send_signal(signal.SIGINT)
+    try:
+        _, errors = writing.communicate(timeout=60)
+        assert "Traceback" not in errors
+        # a shell shows 130 for both; Python ends itself by the signal if it came during an import
+        assert writing.returncode in (130, -signal.SIGINT)
+    finally:
+        writing.kill()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_as_a_process():
+    failing = process("info", "tinny")
+    out, errors = failing.communicate(timeout=60)
+    assert failing.returncode == 2
+    assert out == ""
+    assert re.fullmatch(r"error: [^\n]*did you mean 'tiny'[^\n]*\n", errors)
