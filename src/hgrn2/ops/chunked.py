@@ -55,16 +55,16 @@ class Joined:
         scores: [M, C, C] in the low dtype, scores[t, s] of the tokens of one chunk, 0 where s comes after t.
         q: [M, C, K], the query times the decay since the chunk's start.
         k: [M, C, K], the key times the decay to the chunk's end.
-        decay: [M, K], the decay across the chunk.
-        decay_residue: [M, K], exact decay - decay where it is worth adding, else 0.
+        keep: [M, K], 0 or 1; keep + change is the decay across the chunk, with more digits than one number has.
+        change: [M, K], see keep.
         joins: per join (q_L, k_E, decay_E, decay_L) before it, kept for the gradient.
     """
 
     scores: Tensor
     q: Tensor
     k: Tensor
-    decay: Tensor
-    decay_residue: Tensor
+    keep: Tensor
+    change: Tensor
     joins: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -120,10 +120,8 @@ def join(q: Tensor, k: Tensor, f: Tensor, c: Tensor, low: torch.dtype, reverse: 
         size *= 2
     decay, complement = decay.squeeze(1), complement.squeeze(1)
     small = complement < COMPLEMENT_BELOW
-    decay = torch.where(small, 1 - complement, decay)
-    # 1 - decay is exact here, so this is what rounding took from the decay
-    residue = ((1 - decay) - complement) * small
-    return Joined(scores, q, k, decay, residue, joins)
+    change = torch.where(small, -complement, decay)
+    return Joined(scores, q, k, small.to(change.dtype), change, joins)
 
 
 def unjoin(
@@ -183,8 +181,8 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 def scan_states(
     updates: Tensor,
-    decay: Tensor,
-    residue: Tensor,
+    keep: Tensor,
+    change: Tensor,
     state: Tensor,
     tile: Tile,
     starts: Tensor,
@@ -195,8 +193,8 @@ def scan_states(
 
     Args:
         updates: [B, H, chunks, K, V], what each chunk adds to the state by its end.
-        decay: [B, H, chunks, K], with its residue the decay across each chunk.
-        residue: see decay.
+        keep: [B, H, chunks, K], 0 or 1; with change the decay across each chunk.
+        change: see keep.
         state: [B, H, K, V], the state that enters the tile.
         tile: says which chunks begin and end a sequence.
         starts: [sequences, B, H, K, V], the states the sequences start from; read.
@@ -208,7 +206,7 @@ def scan_states(
     """
     begins, finishes = (tile.ends, tile.begins) if reverse else (tile.begins, tile.ends)
     before = torch.empty_like(updates)
-    decay, residue = decay.unsqueeze(-1), residue.unsqueeze(-1)
+    keep, change = keep.unsqueeze(-1), change.unsqueeze(-1)
     order = range(tile.num_chunks)
     place = None
     for i in reversed(order) if reverse else order:
@@ -219,8 +217,9 @@ def scan_states(
         # written straight to where the next chunk reads it
         following = i - 1 if reverse else i + 1
         place = before[:, :, following] if 0 <= following < tile.num_chunks else torch.empty_like(state)
-        torch.addcmul(updates[:, :, i], decay[:, :, i], state, out=place)
-        state = place.addcmul_(residue[:, :, i], state)
+        # small numbers first: a state that hardly decays is rounded once, not in its product with the decay as well
+        torch.addcmul(updates[:, :, i], change[:, :, i], state, out=place)
+        state = place.addcmul_(keep[:, :, i], state)
         if finishes[i]:
             ends[tile.sequences[i]] = state
     return before, state
@@ -278,8 +277,8 @@ def forward(
             updates = torch.bmm(joined.k.to(low).mT, v_).to(gate.dtype)
             before, state = scan_states(
                 updates.unflatten(0, shape),
-                joined.decay.unflatten(0, shape),
-                joined.decay_residue.unflatten(0, shape),
+                joined.keep.unflatten(0, shape),
+                joined.change.unflatten(0, shape),
                 state,
                 tile,
                 starts[:, part],
@@ -326,15 +325,15 @@ def backward(
             q_, k_, v_, f_, c_ = (x.flatten(0, 2) for x in (gated.q, gated.k, gated.v, gated.f, gated.c))
             joined = join(q_, k_, f_, c_, low, reverse, keep=True)
             k_low, q_low = joined.k.to(low), joined.q.to(low)
-            decay, residue = joined.decay.unflatten(0, shape), joined.decay_residue.unflatten(0, shape)
+            keep, change = joined.keep.unflatten(0, shape), joined.change.unflatten(0, shape)
             updates = torch.bmm(k_low.mT, v_).to(gate.dtype).unflatten(0, shape)
             before, _ = scan_states(
-                updates, decay, residue, kept[i, part], tile, starts[:, part], unused[:, part], reverse
+                updates, keep, change, kept[i, part], tile, starts[:, part], unused[:, part], reverse
             )
             d_out = load(dy[part], tile, plan.chunk_size, low).flatten(0, 2)
             updates = torch.bmm(q_low.mT, d_out).to(gate.dtype).unflatten(0, shape)
             d_after, d_state = scan_states(
-                updates, decay, residue, d_state, tile, d_ends[:, part], d_starts[:, part], not reverse
+                updates, keep, change, d_state, tile, d_ends[:, part], d_starts[:, part], not reverse
             )
             before_low, d_after_low = before.flatten(0, 2).to(low), d_after.flatten(0, 2).to(low)
             dq = torch.bmm(d_out, before_low.mT).to(gate.dtype)

@@ -18,11 +18,13 @@ from torch.nn import functional
 from hgrn2.ops.tiles import Tile, load, store
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """Applies "silu", "sigmoid" or "none"."""
+def activate(x: Tensor, activation: str, inplace: bool = False) -> Tensor:
+    """Applies "silu", "sigmoid" or "none", into x itself if asked to."""
     if activation == "silu":
-        return functional.silu(x)
-    return torch.sigmoid(x) if activation == "sigmoid" else x
+        return functional.silu(x, inplace)
+    if activation == "sigmoid":
+        return x.sigmoid_() if inplace else torch.sigmoid(x)
+    return x
 
 
 def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
@@ -89,9 +91,10 @@ class TiedGate:
         """
         u, z = (load(x[batch], tile, chunk_size, self.dtype) for x in self.inputs[:2])
         i = load(self.inputs[2][batch], tile, chunk_size, low if self.v_act == "none" else self.dtype)
-        q, v = activate(u, self.q_act), activate(i, self.v_act).to(low)
+        q, v = activate(u, self.q_act, not keep), activate(i, self.v_act, not keep).to(low)
         if self.scale != 1:
-            q = q * self.scale
+            # u itself is needed when q is u
+            q = q.mul_(self.scale) if not keep else q * self.scale
         p = torch.sigmoid(z)
         s = z.neg_().sigmoid_()
         if self.bound is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 CHUNK_SIZE = 64
 # a tile's elements: on a CPU small enough for the caches of a few cores, large enough to hide the cost of a dispatch;
 # elsewhere as much as keeps temporaries modest
-TILE_ELEMENTS_CPU = 524_288
+TILE_ELEMENTS_CPU = 262_144
 TILE_ELEMENTS_ACCELERATOR = 67_108_864
 MAX_CHUNKS_PER_TILE_CPU = 16
 MAX_CHUNKS_PER_TILE_ACCELERATOR = 4096

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from hgrn2.errors import UserError, unknown_key_message
 
-_POSITIVE = (
+_POSITIVE = [
     "max_steps",
     "max_tokens",
     "max_time_s",
@@ -17,17 +17,22 @@ _POSITIVE = (
     "seq_len",
     "grad_accumulation",
     "num_threads",
-)
-_POSITIVE += ("learning_rate", "muon_learning_rate", "eps", "validation_tokens", "keep_last", "max_nonfinite")
-_NOT_NEGATIVE = (
+    "learning_rate",
+    "muon_learning_rate",
+    "eps",
+    "validation_tokens",
+    "keep_last",
+    "max_nonfinite",
+]
+_NOT_NEGATIVE = [
     "weight_decay",
     "warmup_steps",
     "clip_norm",
     "validation_every",
     "checkpoint_every",
     "sample_every",
-)
-_NOT_NEGATIVE += ("seed",)
+    "seed",
+]
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class TrainConfig:
     validation_every: int = 250
     """Steps between validations; 0: only at the end."""
     validation_tokens: int = 262_144
-    """Tokens of the held-out text that a validation reads, from its beginning."""
+    """Tokens of the held-out text that a validation reads: always the same documents, chosen at random."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: only at the end. A new best validation writes one as well."""
     keep_last: int = 2
