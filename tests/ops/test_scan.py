@@ -118,11 +118,21 @@ def test_extreme_decays(kind, reverse):
     assert_close(run(gated_scan, inputs, reverse=reverse), exact(gated_scan, inputs, reverse=reverse), EXTREME_RMS)
 
 
-def test_slow_decay_over_a_long_sequence():
-    # rounding errors of 4000 equal gates would point the same way: f = 1 - 3e-5 cannot be held in float32
-    inputs = tied_inputs(1, 4000, 1, 4, 4, bound=None)
-    inputs["f"] = torch.full_like(inputs["f"], 10.4)
-    assert_close(run(hgrn2_scan, inputs), exact(hgrn2_scan, inputs), ORDINARY_RMS)
+@both_operators
+@pytest.mark.parametrize("reverse", [False, True])
+def test_slow_decay_over_a_long_sequence(op, reverse):
+    # f = 1 - 3e-6 cannot be held in float32, and rounding errors of equal gates all point the same way
+    inputs = INPUTS[op](1, 20_000, 1, 16, 2)
+    z = torch.linspace(12, 14, 16)
+    if op is hgrn2_scan:
+        inputs["f"] = z.expand(inputs["f"].shape)
+        inputs["lower_bound"] = torch.zeros(1, 16)
+    else:
+        inputs["log_f"] = torch.nn.functional.logsigmoid(z).expand(inputs["log_f"].shape)
+        # as small as a tied key, so that the first state is what the last one shows
+        inputs["k"] = inputs["k"] * 1e-6
+    found = run(op, inputs, gradients=False, reverse=reverse)
+    assert_close(found, exact(op, inputs, gradients=False, reverse=reverse), EXTREME_RMS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
