@@ -91,6 +91,7 @@ def train(
         compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
         settings: Training settings.
     """
+    from hgrn2.train.checkpoint import check_new_run
     from hgrn2.train.run import resume_language_run, start_language_run
 
     given = {name: getattr(settings, name) for name in given_flags(sys.argv[1:], TrainConfig)}
@@ -116,6 +117,7 @@ def train(
         train_config = TrainConfig.from_dict(train_settings)
         # mistakes show before the work of preparing
         model_config(model, file["model"], set, None)
+        check_new_run(out)
         prepared_data, kept = prepare_data(sources, out, rebuild)
         lm_config = model_config(model, file["model"], set, prepared_data.tokenizer.vocab_size)
         result = start_language_run(

@@ -175,7 +175,7 @@ class Writer:
     def save_state(self, path: Path) -> None:
         """Writes the state, so that `load_state` goes on where this left off; whole or not at all."""
         about = {"format": _STATE_FORMAT, "pending": self.pending, "tokenizer": self.tokenizer.fingerprint()}
-        tensors = self.state.tensors() | {"seen": self.seen}
+        tensors = self.state.tensors() | {"seen": self.seen, "generator": self.generator.get_state()}
         if path.is_dir() or not path.parent.is_dir():
             raise UserError(f"{path}: the state cannot be written there; name a file in a folder that exists")
         temporary = path.with_name(path.name + ".tmp")
@@ -210,7 +210,8 @@ class Writer:
         if about.get("tokenizer") != self.tokenizer.fingerprint():
             raise UserError(f"{path}: made with another tokenizer; name the model it was made with")
         try:
-            seen, pending = tensors.pop("seen"), [int(token) for token in about["pending"]]
+            seen, generator = tensors.pop("seen"), tensors.pop("generator")
+            pending = [int(token) for token in about["pending"]]
             state = ModelState.from_tensors(tensors).check_like(self.state)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -219,3 +220,6 @@ class Writer:
         if seen.shape != self.seen.shape or not pending:
             raise UserError(f"{path}: incomplete; name a file made with --state-out")
         self.state, self.seen, self.pending = state, seen.to(self.device), pending
+        # a seed asks for draws of its own; those of another device are made otherwise
+        if self.sampling.seed is None and generator.shape == self.generator.get_state().shape:
+            self.generator.set_state(generator)

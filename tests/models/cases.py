@@ -12,7 +12,7 @@ WINDOW = {"layers": [0, 2], "num_heads": 2, "num_kv_heads": 1, "window_size": 5,
 CHANGES = {
     "fla": {},
     "exclusive": {"lower_bound": "exclusive"},
-    "no-bound": {"lower_bound": "none"},
+    "no-bound": {"use_lower_bound": False},
     "q-sigmoid": {"q_activation": "sigmoid"},
     "q-none": {"q_activation": "none"},
     "v-silu": {"v_activation": "silu"},

@@ -151,7 +151,7 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints():
 
 
 def test_names_of_the_optional_parts():
-    model = on_meta(HGRN2Config.from_dict(SIZE | {"use_short_conv": True, "attn": FULL, "lower_bound": "none"}))
+    model = on_meta(HGRN2Config.from_dict(SIZE | {"use_short_conv": True, "attn": FULL, "use_lower_bound": False}))
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     assert {n for n in shapes if "conv" in n} == {
         f"model.layers.{i}.attn.{n}_conv1d.weight" for i in (0, 2) for n in "qfi"

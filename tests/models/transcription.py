@@ -10,7 +10,7 @@ ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "none":
 def logits(c, p: dict[str, Tensor], ids: Tensor, training: bool = False) -> Tensor:
     """[B, T, vocab] of a config's model with parameters p, for token ids [B, T]."""
     x = p["model.embeddings.weight"][ids] * (c.hidden_size**0.5 if c.scale_embedding else 1)
-    beta = bounds(p.get("model.lower_bounds"), c.lower_bound, x)
+    beta = bounds(p.get("model.lower_bounds"), c.lower_bound if c.use_lower_bound else "none", x)
     for layer in range(c.num_hidden_layers):
         at = f"model.layers.{layer}."
         attends = c.attn is not None and layer in c.attn.layers

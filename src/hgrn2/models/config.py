@@ -98,7 +98,8 @@ class HGRN2Config:
         hidden_ratio: sets intermediate_size when that is not given.
         intermediate_size: width of the channel mixer; None means 256 * ceil(int(D * hidden_ratio * 2 / 3) / 256).
         glu_activation: of the channel mixer: "silu" (SwiGLU), "none" (bilinear), "sigmoid" or "gelu".
-        lower_bound: how the gates' bounds follow from the learned parameters: "inclusive", "exclusive" or "none".
+        use_lower_bound: whether the forget gates have learned lower bounds.
+        lower_bound: how the bounds follow from the learned parameters: "inclusive" or "exclusive".
         q_activation: of the output gate: "silu", "sigmoid" or "none".
         v_activation: of the input: "none" or "silu".
         scale: factor of the mixer's outputs before its norm; None means expand_ratio^-0.5.
@@ -127,6 +128,7 @@ class HGRN2Config:
     hidden_ratio: float = 4
     intermediate_size: int | None = None
     glu_activation: str = "silu"
+    use_lower_bound: bool = True
     lower_bound: str = "inclusive"
     q_activation: str = "silu"
     v_activation: str = "none"

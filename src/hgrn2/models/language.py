@@ -35,14 +35,14 @@ class HGRN2Model(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.lower_bound != "none":
+        if config.use_lower_bound:
             self.lower_bounds = nn.Parameter(torch.empty(config.num_hidden_layers, config.hidden_size))
         self.layers = nn.ModuleList(_block(config, i, backend) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
 
     def bounds(self) -> list[Tensor] | list[None]:
         """The lower bound of each layer, [D] each in [0, 1), or None where there is none."""
-        if self.config.lower_bound == "none":
+        if not self.config.use_lower_bound:
             return [None] * len(self.layers)
         return list(lower_bounds(self.lower_bounds, self.config.lower_bound).unbind(0))
 

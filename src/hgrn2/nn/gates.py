@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOWER_BOUNDS = ("inclusive", "exclusive", "none")
+LOWER_BOUNDS = ("inclusive", "exclusive")
 # the largest float32 below 1: a bound of exactly 1 would freeze the state
 _BELOW_ONE = 1 - 2**-24
 

@@ -199,7 +199,10 @@ def _model_folder(path: Path, which: str) -> Path:
     if not found:
         raise UserError(f"{path}: no model there; name a run folder, a checkpoint, or a folder with {MODEL_NAME}")
     if which == "best":
-        best = json.loads((found[-1] / STATE_NAME).read_text(encoding="utf-8")).get("best")
+        try:
+            best = json.loads((found[-1] / STATE_NAME).read_text(encoding="utf-8")).get("best")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"checkpoint {found[-1]}: {STATE_NAME}: {error}; {_way_out(found[-1])}") from None
         return next((p for p in found if best and _step_of(p) == best["step"]), found[-1])
     return found[-1]
 
@@ -235,6 +238,12 @@ def export_model(path: Path, out_dir: Path, which: str = "latest") -> Path:
     return out_dir
 
 
+def check_new_run(run_dir: Path) -> None:
+    """Raises UserError if the folder holds a run already."""
+    if (run_dir / CONFIG_NAME).exists() or checkpoints_of(run_dir):
+        raise UserError(f"{run_dir}: holds a run already; continue it with --resume {run_dir}, or name another folder")
+
+
 def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) -> None:
     """Make a run folder: the tokenizer's file, then config.json, whose presence means the folder is a run.
 
@@ -246,8 +255,7 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
     Raises:
         UserError: the folder holds a run already, or cannot be made.
     """
-    if (run_dir / CONFIG_NAME).exists() or checkpoints_of(run_dir):
-        raise UserError(f"{run_dir}: holds a run already; continue it with --resume {run_dir}, or name another folder")
+    check_new_run(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:

@@ -122,6 +122,9 @@ class TrainConfig:
             raise UserError("train config: no budget; set max_steps, max_tokens or max_time_s")
         for name in (*_POSITIVE, *_NOT_NEGATIVE):
             self._check_number(name, zero_allowed=name in _NOT_NEGATIVE)
+        for name in ("stream", "compile", "tensorboard"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"train config: {name} is {getattr(self, name)!r}; wanted true or false")
         for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("min_lr_fraction", 0, 1)):
             value = getattr(self, name)
             if value is not None and not (low <= value < high):
