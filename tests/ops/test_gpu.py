@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ SHAPES = [
 LOW_PRECISION_RMS = {torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 
 
-def on_gpu(inputs):
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: x.cuda() if torch.is_tensor(x) else x for name, x in inputs.items()}
 
 
