@@ -10,6 +10,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny tensors: a second thread adds only its own cost, and on a busy machine many times that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def nan_filled_memory():
     """Fresh memory holds NaN (integers: the largest value), so that reading it before writing shows."""

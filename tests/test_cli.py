@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from hgrn2 import cli
 from hgrn2.models import HGRN2Config
@@ -27,10 +26,6 @@ TRAIN = ["--tokenizer", "bytes", "--device", "cpu", *SHORT, "--set", *MODEL]
 def _alone(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["hgrn2"])
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +42,6 @@ def run(corpus, tmp_path_factory):
     """A short run; tests that change it take a copy."""
     out = tmp_path_factory.mktemp("runs") / "run"
     argv, sys.argv = sys.argv, ["hgrn2"]
-    torch.set_num_threads(1)
     try:
         args = ["train", "--data", str(corpus), "--out", str(out), "--checkpoint-every", "4", *TRAIN]
         assert cli.main(args) == 0

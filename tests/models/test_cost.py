@@ -1,10 +1,10 @@
 import pytest
 import torch
-from cases import NAMES, config_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
 from hgrn2.models.cost import cost
+from tests.models.cases import NAMES, config_of
 
 BASE = {
     "vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 3, "expand_ratio": 32, "intermediate_size": 352

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from cases import FULL, SIZE, config_of, make_model, tokens
 from torch.nn import functional as F
 
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
 from hgrn2.nn.mixer import HGRN2Mixer
+from tests.models.cases import FULL, SIZE, config_of, make_model, tokens
 
 
 def on_meta(config):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import transcription
-from cases import NAMES, config_of, make_model, tokens
+
+from tests.models import transcription
+from tests.models.cases import NAMES, config_of, make_model, tokens
 
 # gradients of everything, for the variants whose parts differ most
 WITH_GRADIENTS = ["fla", "paper", "official-lm", "official-lra", "short-conv-2-bias", "tied", "window-attention"]

@@ -4,10 +4,10 @@
 
 import pytest
 import torch
-from cases import NAMES, config_of, make_model, tokens
 
 from hgrn2.errors import UserError
 from hgrn2.models import ModelState
+from tests.models.cases import NAMES, config_of, make_model, tokens
 
 LENGTH, MORE = 20, 4
 HYBRIDS = ["full-attention", "window-attention", "attention-without-positions"]

@@ -5,12 +5,12 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import TinyModel
 from torch import nn
 
 from hgrn2.errors import UserError
 from hgrn2.train import checkpoint
 from hgrn2.train.files import write_safetensors
+from tests.train.tiny_run import TinyModel
 
 CONFIG = {"model": {"hidden_size": 8}, "train": {"max_steps": 3}}
 

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import losses, run, run_language, run_with_file_limit
 
 import hgrn2
 from hgrn2.data.prepare import prepare
 from hgrn2.train import checkpoint
+from tests.train.tiny_run import losses, run, run_language, run_with_file_limit
 
 # short steps and a checkpoint every few of them: a kill at random lands anywhere, within a checkpoint too
 SETTINGS = {
@@ -33,11 +33,11 @@ def processes():
     # the server finds its modules by the environment alone
     folders = [
         str(Path(hgrn2.__file__).parents[1]),
-        str(Path(__file__).parent),
+        str(Path(__file__).parents[2]),
         os.environ.get("PYTHONPATH", ""),
     ]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "tiny_run"])
+    context.set_forkserver_preload(["torch._dynamo", "tests.train.tiny_run"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]))
         start(context, target=time.time).join()

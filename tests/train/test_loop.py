@@ -2,13 +2,13 @@ import math
 
 import pytest
 import torch
-from tiny_run import ROLES, TinyModel, TinyTask, losses, run
 
 from hgrn2.errors import UserError
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
+from tests.train.tiny_run import ROLES, TinyModel, TinyTask, losses, run
 
 SETTINGS = {
     "max_steps": 30,
