@@ -77,8 +77,8 @@ def onnx_linear_attention(
     """
     # a runtime may know an operator set that the standard has not yet released
     os.environ.setdefault("ALLOW_RELEASED_ONNX_OPSET_ONLY", "0")
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+    from onnx import TensorProto, helper, numpy_helper  # pyright: ignore[reportMissingImports]
 
     batch, length, heads, _ = q.shape
     bound = lower_bound.reshape(-1)

@@ -37,7 +37,7 @@ def make_llama(
     vocab_size: int, hidden_size: int, num_layers: int, intermediate_size: int, max_length: int
 ) -> nn.Module:
     """Llama with heads of 64."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
     config = LlamaConfig(
         vocab_size=vocab_size,
