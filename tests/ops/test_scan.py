@@ -135,6 +135,13 @@ def test_slow_decay_over_a_long_sequence(op, reverse):
     assert_close(found, exact(op, inputs, gradients=False, reverse=reverse), ORDINARY_RMS)
 
 
+def test_equal_gates_close_to_one_keep_their_digits_within_a_chunk():
+    # products of up to 64 equal gates, each rounded the same way: 5e-6 unless their complement decides
+    inputs = tied_inputs(1, 1000, 2, 16, 8, bound=None)
+    inputs["f"] = torch.full_like(inputs["f"], 13.8)
+    assert_close(run(hgrn2_scan, inputs), exact(hgrn2_scan, inputs), ORDINARY_RMS)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("gates", ["ordinary", "slow", "fast", "wild"])
 @pytest.mark.parametrize("length", [17, 64, 200])
