@@ -74,7 +74,10 @@ def process(*args, **settings):
     env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "hgrn2.cli", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=env, **settings,
+        env=env,
+        # a shell's background jobs ignore Ctrl-C, and a child inherits that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **settings,
     )  # fmt: skip
 
 
@@ -399,6 +402,7 @@ def test_ctrl_c(run, tmp_path):
         assert writing.returncode in (130, -signal.SIGINT)
     finally:
         writing.kill()
+        writing.communicate()
     assert not list(tmp_path.iterdir())
 
 
