@@ -408,11 +408,11 @@ def _report(run: Any, data: Any, out: Path, compressors: bool) -> None:
             f"held-out text: {record['val_bits_per_byte']:.3f} bits a byte, perplexity {record['val_perplexity']:.2f}"
         )
     if compressors:
-        _compare_compressors(data, record["val_bits_per_byte"] if record else None)
+        _compare_compressors(data, record)
     print(f"write with it:  hgrn2 generate {out} --prompt 'def '")
 
 
-def _compare_compressors(data: Any, bits_per_byte: float | None) -> None:
+def _compare_compressors(data: Any, record: dict[str, Any] | None) -> None:
     import gzip
     import lzma
 
@@ -420,8 +420,10 @@ def _compare_compressors(data: Any, bits_per_byte: float | None) -> None:
     text = data.tokenizer.decode(held_out.tokens(0, held_out.num_tokens)).encode("utf-8")
     rows = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
     print(f"bits a byte on the same {len(text):,} held-out bytes:")
-    if bits_per_byte is not None:
-        print(f"  this model  {bits_per_byte:.3f}")
+    if record:
+        part = record["val_text_bytes"]
+        note = "" if part == len(text) else f"   (on {part:,} of them; raise --validation-tokens for all)"
+        print(f"  this model  {record['val_bits_per_byte']:.3f}{note}")
     for name, packed in rows.items():
         print(f"  {name:<10}  {8 * len(packed) / len(text):.3f}")
 
