@@ -131,7 +131,7 @@ def test_tied_is_free_with_key_and_decay_written_out(length, seed):
 def test_tiles_cover_every_row_once_and_in_order(starts, heads, width):
     length = starts[-1]
     device = torch.device("cpu")
-    size, chunks_each = chunk_size(length), chunks_per_tile(heads, width, device)
+    size, chunks_each = chunk_size(length), chunks_per_tile(heads, width, torch.float32, device)
     plan = tiles(starts, size, chunks_each, device)
     assert len(plan) <= max_tiles(length, len(starts) - 1, chunks_each)
     assert [tile.start for tile in plan] == [0, *(tile.stop for tile in plan)][: len(plan)]

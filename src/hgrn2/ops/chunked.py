@@ -350,7 +350,7 @@ def kept_states_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep: boo
     """Shape of the states `forward` keeps, [tiles, B, H, K, V]: known from the shapes of its inputs alone."""
     batch, length, heads, width = q.shape
     num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunks = chunks_per_tile(heads, max(width, v.shape[-1]), q.device)
+    chunks = chunks_per_tile(heads, max(width, v.shape[-1]), q.dtype, q.device)
     return (max_tiles(length, num_packed, chunks) if keep else 0, batch, heads, width, v.shape[-1])
 
 
@@ -368,11 +368,11 @@ def _plan(gate: TiedGate | FreeGate, cu_seqlens: Tensor | None) -> _Plan:
     batch, length, heads, width = q.shape
     width = max(width, v.shape[-1])
     size = chunk_size(length)
-    chunks = chunks_per_tile(heads, width, q.device)
+    chunks = chunks_per_tile(heads, width, q.dtype, q.device)
     return _Plan(
         tiles(boundaries(cu_seqlens, length), size, chunks, q.device),
         size,
-        batch_per_tile(batch, length, heads, width, q.device),
+        batch_per_tile(batch, length, heads, width, q.dtype, q.device),
     )
 
 

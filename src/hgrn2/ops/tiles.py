@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 CHUNK_SIZE = 64
-# a tile's elements: on a CPU small enough for the caches of a few cores, large enough to hide the cost of a dispatch;
-# elsewhere as much as keeps temporaries modest
-TILE_ELEMENTS_CPU = 262_144
-TILE_ELEMENTS_ACCELERATOR = 67_108_864
+# bytes of one input in a tile: on a CPU small enough for the caches of a few cores, large enough to hide the cost of
+# a dispatch; elsewhere as much as keeps temporaries modest
+TILE_BYTES_CPU = 1 << 20
+TILE_BYTES_ACCELERATOR = 1 << 27
 MAX_CHUNKS_PER_TILE_CPU = 16
 MAX_CHUNKS_PER_TILE_ACCELERATOR = 4096
 
 
-def chunks_per_tile(heads: int, width: int, device: torch.device) -> int:
+def chunks_per_tile(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many chunks are worked on together.
 
     Does not depend on the length, so that a traced program need not know it.
@@ -26,12 +26,15 @@ def chunks_per_tile(heads: int, width: int, device: torch.device) -> int:
     Args:
         heads: H.
         width: the larger of K and V.
+        dtype: of the inputs.
         device: where the work happens.
     """
-    on_cpu = device.type == "cpu"
-    elements = TILE_ELEMENTS_CPU if on_cpu else TILE_ELEMENTS_ACCELERATOR
-    most = MAX_CHUNKS_PER_TILE_CPU if on_cpu else MAX_CHUNKS_PER_TILE_ACCELERATOR
-    return max(1, min(most, elements // (heads * CHUNK_SIZE * width)))
+    most = MAX_CHUNKS_PER_TILE_CPU if device.type == "cpu" else MAX_CHUNKS_PER_TILE_ACCELERATOR
+    return max(1, min(most, _tile_elements(dtype, device) // (heads * CHUNK_SIZE * width)))
+
+
+def _tile_elements(dtype: torch.dtype, device: torch.device) -> int:
+    return (TILE_BYTES_CPU if device.type == "cpu" else TILE_BYTES_ACCELERATOR) // dtype.itemsize
 
 
 def max_tiles(length: int, num_packed: int, chunks: int) -> int:
@@ -45,11 +48,10 @@ def max_tiles(length: int, num_packed: int, chunks: int) -> int:
     return -(-(-(-length // CHUNK_SIZE) + num_packed) // chunks)
 
 
-def batch_per_tile(batch: int, length: int, heads: int, width: int, device: torch.device) -> int:
+def batch_per_tile(batch: int, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many sequences of a batch are worked on together; arguments as `chunks_per_tile`."""
-    elements = TILE_ELEMENTS_CPU if device.type == "cpu" else TILE_ELEMENTS_ACCELERATOR
-    rows = min(length, chunks_per_tile(heads, width, device) * CHUNK_SIZE)
-    return max(1, min(batch, elements // max(1, rows * heads * width)))
+    rows = min(length, chunks_per_tile(heads, width, dtype, device) * CHUNK_SIZE)
+    return max(1, min(batch, _tile_elements(dtype, device) // max(1, rows * heads * width)))
 
 
 def chunk_size(length: int) -> int:
