@@ -36,7 +36,7 @@ def operator_arguments(op, packed: bool, state: bool):
         inputs["lower_bound"] = inputs["lower_bound"].mT.contiguous().mT
     tensors = (*(inputs[name] for name in names), inputs["initial_state"], inputs["cu_seqlens"])
     activations = ("silu", "none") if op is hgrn2_scan else ()
-    return tensors, (packed, 0.5, *activations)
+    return tensors, (packed, 0.5, *activations, 16)
 
 
 @both_operators

@@ -35,7 +35,6 @@ from hgrn2.ops.tiles import (
     batch_per_tile,
     boundaries,
     chunk_size,
-    chunks_per_tile,
     load,
     max_tiles,
     store,
@@ -237,6 +236,7 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
+    tile_chunks: int,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan.
@@ -246,13 +246,14 @@ def forward(
         initial_state: [N, H, K, V] or None for zeros.
         cu_seqlens: [N + 1] or None.
         reverse: time runs from the last row to the first.
+        tile_chunks: chunks that are worked on together.
         keep_states: keep the states between tiles, which `backward` needs.
 
     Returns:
         y [B, T, H, V], final state [N, H, K, V], kept states [tiles, B, H, K, V] (tiles = 0 unless asked for).
     """
     q, v = gate.inputs[0], gate.inputs[2]
-    plan = _plan(gate, cu_seqlens)
+    plan = _plan(gate, cu_seqlens, tile_chunks)
     low = _low_dtype(gate)
     batch, length, heads, width = q.shape
     y = q.new_empty((batch, length, heads, v.shape[-1]))
@@ -261,7 +262,7 @@ def forward(
     starts = _state_frame(initial_state, state_shape, cu_seqlens is not None, q.new_empty(0, dtype=gate.dtype))
     # sequences without a token keep their state
     ends = starts.clone(memory_format=torch.contiguous_format)
-    kept = ends.new_empty(kept_states_shape(q, v, cu_seqlens, keep_states))
+    kept = ends.new_empty(kept_states_shape(q, v, cu_seqlens, tile_chunks, keep_states))
     for first in range(0, batch, plan.batch):
         part = slice(first, min(first + plan.batch, batch))
         # every first chunk begins a sequence and takes that one's state
@@ -299,6 +300,7 @@ def backward(
     cu_seqlens: Tensor | None,
     kept: Tensor,
     reverse: bool,
+    tile_chunks: int,
 ) -> Tensor:
     """Gradient of `forward`; those of the inputs are left in the gate.
 
@@ -306,7 +308,7 @@ def backward(
         The gradient of the initial state, [N, H, K, V].
     """
     q, _v = gate.inputs[0], gate.inputs[2]
-    plan = _plan(gate, cu_seqlens)
+    plan = _plan(gate, cu_seqlens, tile_chunks)
     low = _low_dtype(gate)
     batch, _, _heads, _width = q.shape
     gate.allocate_gradients()
@@ -346,12 +348,11 @@ def backward(
     return d_starts.flatten(0, 1)
 
 
-def kept_states_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[int, ...]:
+def kept_states_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, tile_chunks: int, keep: bool) -> tuple[int, ...]:
     """Shape of the states `forward` keeps, [tiles, B, H, K, V]: known from the shapes of its inputs alone."""
     batch, length, heads, width = q.shape
     num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunks = chunks_per_tile(heads, max(width, v.shape[-1]), q.dtype, q.device)
-    return (max_tiles(length, num_packed, chunks) if keep else 0, batch, heads, width, v.shape[-1])
+    return (max_tiles(length, num_packed, tile_chunks) if keep else 0, batch, heads, width, v.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -363,16 +364,15 @@ class _Plan:
     batch: int
 
 
-def _plan(gate: TiedGate | FreeGate, cu_seqlens: Tensor | None) -> _Plan:
+def _plan(gate: TiedGate | FreeGate, cu_seqlens: Tensor | None, tile_chunks: int) -> _Plan:
     q, v = gate.inputs[0], gate.inputs[2]
     batch, length, heads, width = q.shape
     width = max(width, v.shape[-1])
     size = chunk_size(length)
-    chunks = chunks_per_tile(heads, width, q.dtype, q.device)
     return _Plan(
-        tiles(boundaries(cu_seqlens, length), size, chunks, q.device),
+        tiles(boundaries(cu_seqlens, length), size, tile_chunks, q.device),
         size,
-        batch_per_tile(batch, length, heads, width, q.dtype, q.device),
+        batch_per_tile(batch, length, heads, width, tile_chunks, q.dtype, q.device),
     )
 
 

@@ -12,28 +12,44 @@ from hgrn2.ops.gates import FreeGate, TiedGate
 @torch.library.custom_op("hgrn2::chunked_scan", mutates_args=())
 def chunked_scan(
     q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, v_activation: str, keep_states: bool,
+    cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, v_activation: str,
+    tile_chunks: int, keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`hgrn2.ops.hgrn2_scan`, checked already; returns what `hgrn2.ops.chunked.forward` does."""
     gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
     with torch.autocast(q.device.type, enabled=False):
-        return chunked.forward(gate, initial_state, cu_seqlens, reverse, keep_states)
+        return chunked.forward(gate, initial_state, cu_seqlens, reverse, tile_chunks, keep_states)
 
 
 @chunked_scan.register_fake
-def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation, keep_states):
-    return _empty_results(q, v, cu_seqlens, keep_states)
+def _(
+    q,
+    f,
+    v,
+    lower_bound,
+    initial_state,
+    cu_seqlens,
+    reverse,
+    scale,
+    q_activation,
+    v_activation,
+    tile_chunks,
+    keep_states,
+):
+    return _empty_results(q, v, cu_seqlens, tile_chunks, keep_states)
 
 
 @torch.library.custom_op("hgrn2::chunked_scan_backward", mutates_args=())
 def _scan_backward_op(
     dy: Tensor, d_final_state: Tensor, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, kept: Tensor, reverse: bool, scale: float,
-    q_activation: str, v_activation: str,
+    q_activation: str, v_activation: str, tile_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
     with torch.autocast(q.device.type, enabled=False):
-        d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
+        d_initial_state = chunked.backward(
+            gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse, tile_chunks
+        )
     dq, df, dv = gate.gradients
     # an operator returns tensors, so nothing is an empty one
     d_bound = q.new_empty(0) if gate.d_bound is None else gate.d_bound.to(gate.dtype)
@@ -55,6 +71,7 @@ def _(
     scale,
     q_activation,
     v_activation,
+    tile_chunks,
 ):
     d_bound = q.new_empty(0) if lower_bound is None else lower_bound.new_empty(lower_bound.shape)
     return (
@@ -65,9 +82,9 @@ def _(
 
 
 def _scan_setup(ctx, inputs, output) -> None:
-    *tensors, reverse, scale, q_activation, v_activation, _ = inputs
+    *tensors, reverse, scale, q_activation, v_activation, tile_chunks, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.settings = (reverse, scale, q_activation, v_activation)
+    ctx.settings = (reverse, scale, q_activation, v_activation, tile_chunks)
 
 
 def _scan_backward(ctx, dy, d_final_state, _):
@@ -77,7 +94,7 @@ def _scan_backward(ctx, dy, d_final_state, _):
     )
     d_bound = None if lower_bound is None else d_bound
     d_initial = None if initial_state is None else d_initial
-    return dq, df, dv, d_bound, d_initial, None, None, None, None, None, None
+    return dq, df, dv, d_bound, d_initial, None, None, None, None, None, None, None
 
 
 chunked_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
@@ -86,42 +103,43 @@ chunked_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
 @torch.library.custom_op("hgrn2::chunked_gated_scan", mutates_args=())
 def chunked_gated_scan(
     q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    reverse: bool, scale: float, keep_states: bool,
+    reverse: bool, scale: float, tile_chunks: int, keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`hgrn2.ops.gated_scan`, checked already; returns what `hgrn2.ops.chunked.forward` does."""
     with torch.autocast(q.device.type, enabled=False):
-        return chunked.forward(FreeGate(q, k, v, log_f, scale), initial_state, cu_seqlens, reverse, keep_states)
+        return chunked.forward(
+            FreeGate(q, k, v, log_f, scale), initial_state, cu_seqlens, reverse, tile_chunks, keep_states
+        )
 
 
 @chunked_gated_scan.register_fake
-def _(q, k, v, log_f, initial_state, cu_seqlens, reverse, scale, keep_states):
-    return _empty_results(q, v, cu_seqlens, keep_states)
+def _(q, k, v, log_f, initial_state, cu_seqlens, reverse, scale, tile_chunks, keep_states):
+    return _empty_results(q, v, cu_seqlens, tile_chunks, keep_states)
 
 
 @torch.library.custom_op("hgrn2::chunked_gated_scan_backward", mutates_args=())
 def _gated_backward_op(
     dy: Tensor, d_final_state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, kept: Tensor, reverse: bool, scale: float,
+    cu_seqlens: Tensor | None, kept: Tensor, reverse: bool, scale: float, tile_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gate = FreeGate(q, k, v, log_f, scale)
     with torch.autocast(q.device.type, enabled=False):
-        d_initial_state = chunked.backward(gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse)
+        d_initial_state = chunked.backward(
+            gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse, tile_chunks
+        )
     dq, dk, dv, d_log_f = gate.gradients
     return dq, dk, dv, d_log_f, d_initial_state
 
 
 @_gated_backward_op.register_fake
-def _(dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, reverse, scale):
-    inputs = (q, k, v, log_f)
-    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs), d_final_state.new_empty(
-        d_final_state.shape
-    )
+def _(dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, reverse, scale, tile_chunks):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, log_f, d_final_state))
 
 
 def _gated_setup(ctx, inputs, output) -> None:
-    *tensors, reverse, scale, _ = inputs
+    *tensors, reverse, scale, tile_chunks, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.settings = (reverse, scale)
+    ctx.settings = (reverse, scale, tile_chunks)
 
 
 def _gated_backward(ctx, dy, d_final_state, _):
@@ -130,17 +148,19 @@ def _gated_backward(ctx, dy, d_final_state, _):
         dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, *ctx.settings
     )
     d_initial = None if initial_state is None else d_initial
-    return dq, dk, dv, d_log_f, d_initial, None, None, None, None
+    return dq, dk, dv, d_log_f, d_initial, None, None, None, None, None
 
 
 chunked_gated_scan.register_autograd(_gated_backward, setup_context=_gated_setup)
 
 
-def _empty_results(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_results(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, tile_chunks: int, keep_states: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, width = q.shape
     num_states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(q.dtype, torch.float32)
-    kept = chunked.kept_states_shape(q, v, cu_seqlens, keep_states)
+    kept = chunked.kept_states_shape(q, v, cu_seqlens, tile_chunks, keep_states)
     return (
         q.new_empty((batch, length, heads, v.shape[-1])),
         q.new_empty((num_states, heads, width, v.shape[-1]), dtype=dtype),

@@ -8,6 +8,7 @@ from torch import Tensor
 from hgrn2.ops import reference
 from hgrn2.ops.gates import activate
 from hgrn2.ops.registration import chunked_gated_scan, chunked_scan
+from hgrn2.ops.tiles import chunks_per_tile
 from hgrn2.shapes import require_shape
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
@@ -102,6 +103,7 @@ def hgrn2_scan(
         )  # fmt: skip
         return y.to(q.dtype), state
     keep = _needs_gradient(q, f, v, lower_bound, initial_state)
+    tile_chunks = chunks_per_tile(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype, q.device)
     y, state, _ = chunked_scan(
         q,
         f,
@@ -113,6 +115,7 @@ def hgrn2_scan(
         float(scale),
         q_activation,
         v_activation,
+        tile_chunks,
         keep,
     )
     return y, state
@@ -169,7 +172,10 @@ def gated_scan(
         y, state = reference.recurrence(*operands, state, cu_seqlens, reverse, scale)
         return y.to(q.dtype), state
     keep = _needs_gradient(q, k, v, log_f, initial_state)
-    y, state, _ = chunked_gated_scan(q, k, v, log_f, initial_state, cu_seqlens, reverse, float(scale), keep)
+    tile_chunks = chunks_per_tile(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype, q.device)
+    y, state, _ = chunked_gated_scan(
+        q, k, v, log_f, initial_state, cu_seqlens, reverse, float(scale), tile_chunks, keep
+    )
     return y, state
 
 

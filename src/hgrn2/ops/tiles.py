@@ -21,7 +21,8 @@ MAX_CHUNKS_PER_TILE_ACCELERATOR = 4096
 def chunks_per_tile(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many chunks are worked on together.
 
-    Does not depend on the length, so that a traced program need not know it.
+    Does not depend on the length, so that a traced program need not know it. A traced program holds the number, so that
+    one compiled by a version with other tiles stays right.
 
     Args:
         heads: H.
@@ -48,9 +49,11 @@ def max_tiles(length: int, num_packed: int, chunks: int) -> int:
     return -(-(-(-length // CHUNK_SIZE) + num_packed) // chunks)
 
 
-def batch_per_tile(batch: int, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many sequences of a batch are worked on together; arguments as `chunks_per_tile`."""
-    rows = min(length, chunks_per_tile(heads, width, dtype, device) * CHUNK_SIZE)
+def batch_per_tile(
+    batch: int, length: int, heads: int, width: int, tile_chunks: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """How many sequences of a batch are worked on together, given the chunks; else as `chunks_per_tile`."""
+    rows = min(length, tile_chunks * CHUNK_SIZE)
     return max(1, min(batch, _tile_elements(dtype, device) // max(1, rows * heads * width)))
 
 
