@@ -258,6 +258,44 @@ def test_full_disk(corpus_dir, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["corpus"]
 
 
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.EDQUOT])
+def test_limits_on_sizes(corpus_dir, tmp_path, monkeypatch, code):
+    def add(self, piece, starts_document):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(TokenWriter, "add", add)
+    message = "limit on file sizes; nothing was kept" if code == errno.EFBIG else "the disk is full"
+    with pytest.raises(UserError, match=message):
+        prepare(corpus_dir, "bytes", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["corpus"]
+
+
+def test_a_failure_takes_the_parent_folders_it_made(corpus_dir, tmp_path, monkeypatch):
+    def add(self, piece, starts_document):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TokenWriter, "add", add)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="the disk is full"):
+        prepare(corpus_dir, "bytes", tmp_path / "mine" / "new" / "prepared" / "out")
+    assert os.listdir(tmp_path / "mine") == []
+
+
+def test_parents_that_another_process_took_away_are_made_again(tmp_path, monkeypatch):
+    target = tmp_path / "new" / "out"
+    real_open = os.open
+
+    def open_late(path, *args):
+        monkeypatch.setattr(os, "open", real_open)
+        shutil.rmtree(tmp_path / "new")
+        return real_open(path, *args)
+
+    monkeypatch.setattr(os, "open", open_late)
+    with staged_directory(target) as stage:
+        (stage / "one").write_text("one")
+    assert os.listdir(target) == ["one"]
+
+
 def test_interrupt_leaves_nothing(corpus_dir, tmp_path, monkeypatch):
     def add(self, piece, starts_document):
         raise KeyboardInterrupt

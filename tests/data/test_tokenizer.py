@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 
 import pytest
@@ -212,3 +214,21 @@ def test_hub_name_online(monkeypatch, tmp_path, bpe):
 def test_a_request_cannot_be_loaded():
     with pytest.raises(UserError, match="still to be trained"):
         load_tokenizer("bpe:4096")
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, bpe, monkeypatch, name):
+    tokenizer = ByteTokenizer() if name == "bytes" else bpe
+    path = tokenizer.save(tmp_path)
+    before = path.read_bytes()
+
+    def fsync(handle):
+        # by now what was written has reached some file
+        assert path.read_bytes() == before
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        tokenizer.save(tmp_path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]

@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""A directory or file that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """Give an empty directory beside the target; on success it is synced and takes the target's place.
 
     On any exception it is removed and the target stays as it was. A second process that wants the same target
-    waits for the first. What a killed process left is cleared by the next one.
+    waits for the first. What a killed process left is cleared by the next one. Parent folders made for it go too.
 
     Raises:
-        UserError: the place cannot be written or the disk is full.
+        UserError: the place cannot be written, the disk is full or a file would pass a limit on its size.
     """
     stage = target.with_name(f".{target.name}.partial")
     lock = None
+    new_parents: list[Path] = []
     try:
+        new_parents = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock_directory(stage)
         try:
@@ -48,18 +50,46 @@ def staged_directory(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise UserError(f"{target}: the disk is full; nothing was kept, free some space and run again") from error
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"{target}: a file would pass the limit on file sizes; nothing was kept, raise the limit "
+                "(ulimit -f unlimited, or another file system) and run again"
+            ) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
             raise UserError(f"{target}: cannot be written: {error.strerror}; choose another directory") from error
         raise
     finally:
         if lock is not None:
             os.close(lock)
+        # empty only after a failure; nearest first
+        with contextlib.suppress(OSError):
+            for folder in new_parents:
+                folder.rmdir()
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file that appears complete and synced, or not at all; a file that was there stays until then.
+
+    Raises:
+        OSError: it cannot be written; nothing half-written is left.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _lock_directory(stage: Path) -> int | None:
     """Create the directory and hold an exclusive lock on it, which ends with the process."""
     while True:
-        stage.mkdir(exist_ok=True)
+        # the process we waited for may have failed and taken the parents with it
+        stage.mkdir(parents=True, exist_ok=True)
         if fcntl is None:
             return None
         try:

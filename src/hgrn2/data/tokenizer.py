@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hgrn2.data.hub import hub_reachable
+from hgrn2.data.staging import write_text_whole
 from hgrn2.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +76,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, directory: str | Path) -> Path:
-        """Write the tokenizer into a directory, from which `load_tokenizer` reads it; return the file."""
+        """Write the tokenizer into a directory, from which `load_tokenizer` reads it; return the file.
+
+        Raises:
+            OSError: it cannot be written; what was there before stays.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -123,7 +128,7 @@ class ByteTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> Path:
         """Write a marker file, since bytes need no vocabulary."""
         path = Path(directory) / BYTES_FILE
-        path.write_text(json.dumps(_BYTES_MARKER, indent=2) + "\n", encoding="utf-8")
+        write_text_whole(path, json.dumps(_BYTES_MARKER, indent=2) + "\n")
         return path
 
     def fingerprint(self) -> str:
@@ -199,7 +204,7 @@ class HFTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> Path:
         """Write tokenizer.json."""
         path = Path(directory) / TOKENIZER_FILE
-        path.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        write_text_whole(path, self.backend.to_str(pretty=True))
         return path
 
     def fingerprint(self) -> str:
