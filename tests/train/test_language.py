@@ -199,5 +199,28 @@ def test_resuming_with_other_data_is_refused(data, tmp_path):
         resume_language_run(tmp_path / "run", other)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 32}, "data position"),
+        ({"seed": 3}, "data position"),
+        ({"optimizer": "muon"}, "optimizer state"),
+        ({"learning_rate": 5.0, "damage": True}, "truncated or was changed"),
+    ],
+)
+def test_a_refused_resumption_leaves_the_run_as_it_was(data, tmp_path, changes, message):
+    run_dir = tmp_path / "run"
+    start_language_run(
+        run_dir, model_config(), TrainConfig.from_dict(SETTINGS | {"max_steps": 2}), data, data_settings={}
+    )
+    before = (run_dir / "config.json").read_text()
+    given = dict(changes)
+    if given.pop("damage", False):
+        (checkpoint.checkpoints_of(run_dir)[-1] / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        resume_language_run(run_dir, data, changes=given)
+    assert (run_dir / "config.json").read_text() == before
+
+
 def test_auto_device_is_one_that_works():
     assert choose_device("auto").type in ("cpu", "cuda")

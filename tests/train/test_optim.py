@@ -95,3 +95,12 @@ def test_muon_without_torch_support(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(UserError, match=r"optimizer muon: torch .* has none"):
         make("muon")
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
+def test_state_of_another_optimizer_is_refused(before, after):
+    model, optimizer = make(before)
+    fill_gradients(model, 0)
+    optimizer.step()
+    with pytest.raises(UserError, match=f"which is not of optimizer {after}; resume with"):
+        make(after)[1].load_state_tensors(optimizer.state_tensors())

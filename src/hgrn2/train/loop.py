@@ -85,7 +85,8 @@ class Trainer:
         roles: role of every parameter, see NamedOptimizer.
         config: the settings.
         run_dir: made by create_run.
-        run_config: what run_dir/config.json holds; copied into every checkpoint.
+        run_config: written to run_dir/config.json as soon as the checkpoint to go on from is accepted, and copied
+            into every checkpoint.
         resume_from: a checkpoint folder to go on from; later checkpoints and records of the run are removed.
             None starts at the beginning, and removes whatever an earlier attempt left.
         display: where progress is shown; by default on standard error.
@@ -123,6 +124,8 @@ class Trainer:
                 ) as metrics,
                 self.display,
             ):
+                # not before: settings that the checkpoint does not go with would bar every later attempt
+                ckpt.write_config(self.run_dir, self.run_config)
                 self._started_s = time.monotonic() - self._counters.elapsed_s
                 finished = self._train(stop, metrics)
         except OSError as error:

@@ -12,6 +12,7 @@ from hgrn2.train.config import TrainConfig
 
 DECAYED_ROLES = frozenset({"matrix", "embedding", "head"})
 ROLES = frozenset({"matrix", "embedding", "head", "vector", "lower_bounds"})
+_STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
 
 
 class NamedOptimizer:
@@ -34,6 +35,7 @@ class NamedOptimizer:
 
         adamw_names = [name for name in self._named if config.optimizer == "adamw" or roles[name] != "matrix"]
         muon_names = [name for name in self._named if name not in set(adamw_names)]
+        self._setting, self._muon_names = config.optimizer, frozenset(muon_names)
         self._optimizers: list[torch.optim.Optimizer] = []
         if adamw_names:
             self._optimizers.append(self._adamw(adamw_names, roles, config))
@@ -109,7 +111,7 @@ class NamedOptimizer:
         """Put back what state_tensors gave; moves to the parameters' devices.
 
         Raises:
-            UserError: the names are not this model's.
+            UserError: the names are not this model's, or the state is of another optimizer.
         """
         by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, value in tensors.items():
@@ -117,6 +119,12 @@ class NamedOptimizer:
             if name not in self._named:
                 raise UserError(f"optimizer state: {name!r} is not in this model; resume with the run's own config")
             by_name.setdefault(name, {})[key] = value
+        for name, state in by_name.items():
+            if state.keys() != _STATE_KEYS["muon" if name in self._muon_names else "adamw"]:
+                raise UserError(
+                    f"optimizer state: {name!r} has {', '.join(sorted(state))}, which is not of optimizer "
+                    f"{self._setting}; resume with the optimizer the run began with, or start a new run"
+                )
         for optimizer in self._optimizers:
             packed = optimizer.state_dict()
             owned = [p for group in optimizer.param_groups for p in group["params"]]

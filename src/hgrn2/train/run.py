@@ -13,7 +13,7 @@ from hgrn2.data.prepare import PreparedData
 from hgrn2.data.sequential import sequential_windows
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config
-from hgrn2.train.checkpoint import create_run, read_config, resume_point, write_config
+from hgrn2.train.checkpoint import create_run, read_config, resume_point
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.gates import measure_gates
@@ -83,7 +83,8 @@ def resume_language_run(
     Args:
         path: a run folder, or one of its checkpoints.
         data: opened by the "data" settings of the run's config.json.
-        changes: train settings that are to be different from now on, such as a larger max_steps.
+        changes: train settings that are to be different from now on, such as a larger max_steps; config.json
+            gets them once the checkpoint goes with them.
         sampler: as for start_language_run.
         display: as for start_language_run.
 
@@ -97,9 +98,7 @@ def resume_language_run(
             raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
     train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
     parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
-    if changes:
-        config["train"] = train_config.to_dict()
-        write_config(run_dir, config)
+    config["train"] = train_config.to_dict()
     return parts.run(run_dir, config, checkpoint, display)
 
 
