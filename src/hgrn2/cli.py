@@ -8,6 +8,8 @@ import functools
 import io
 import json
 import os
+import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,10 +38,10 @@ _RUN = Path("runs/run")
 _Paths = tuple[str, ...]
 
 
-def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _command(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
     """Registers a command; parsing only prepares the call, so that what parsing prints can be told apart."""
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
+    def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
         @functools.wraps(function)
         def prepare(*args: Any, **kwargs: Any) -> Any:
             return functools.partial(function, *args, **kwargs)
@@ -73,7 +75,7 @@ def train(
     resume: Path | None = None,
     compressors: bool = False,
     settings: Annotated[TrainFlags, tyro.conf.OmitArgPrefixes] = TrainFlags(),
-) -> None:
+) -> int:
     """Train a language model on text; without --data, on the source code of Python's standard library.
 
     Args:
@@ -92,7 +94,7 @@ def train(
         settings: Training settings.
     """
     from hgrn2.train.checkpoint import check_new_run
-    from hgrn2.train.run import resume_language_run, start_language_run
+    from hgrn2.train.run import choose_device, resume_language_run, start_language_run
 
     given = {name: getattr(settings, name) for name in given_flags(sys.argv[1:], TrainConfig)}
     if resume is not None:
@@ -116,6 +118,9 @@ def train(
             train_settings |= _DEFAULT_BUDGET
         train_config = TrainConfig.from_dict(train_settings)
         # mistakes show before the work of preparing
+        choose_device(train_config.device)
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: is a file; name a folder")
         model_config(model, file["model"], set, None)
         check_new_run(out)
         prepared_data, kept = prepare_data(sources, out, rebuild)
@@ -125,6 +130,8 @@ def train(
             sampler=_make_sampler(prepared_data.tokenizer),
         )  # fmt: skip
     _report(result, prepared_data, out if resume is None else resume, compressors)
+    stopped_by = result.result.stopped_by
+    return 128 + int(signal.Signals[stopped_by]) if stopped_by else 0
 
 
 @_command("generate")
@@ -156,7 +163,7 @@ def generate(
         min_p: Keep tokens at least this fraction as likely as the likeliest.
         repetition_penalty: Above 1, tokens that were already there become less likely.
         seed: For the same text again.
-        stop: Texts that end the writing; \\n means a line end.
+        stop: Texts that end the writing; \n means a line end.
         state_in: Go on from a state file.
         state_out: Write the state to a file, to go on from it later in the same time however long the text is.
         checkpoint: Which checkpoint of a run.
@@ -206,6 +213,7 @@ def evaluate(
         json_out: Write the results to a JSON file as well.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from hgrn2.data import open_corpus
@@ -224,7 +232,9 @@ def evaluate(
     for column in table.columns[1:]:
         column.justify = "right"
     for s in shown:
-        table.add_row(s.name, f"{s.num_bytes:,}", f"{s.num_tokens:,}", f"{s.perplexity:,.3f}", f"{s.bits_per_byte:.4f}")
+        table.add_row(
+            escape(s.name), f"{s.num_bytes:,}", f"{s.num_tokens:,}", f"{s.perplexity:,.3f}", f"{s.bits_per_byte:.4f}"
+        )
     Console().print(table)
     if json_out is not None:
         rows = [dataclasses.asdict(s) | {"perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte} for s in shown]
@@ -241,6 +251,7 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
         set: Model settings as KEY=VALUE.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from hgrn2.models.cost import cost
@@ -256,7 +267,7 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
         "",
         "value",
         "",
-        title=f"{model}: width {config.hidden_size}, {layers}, vocabulary {config.vocab_size:,}",
+        title=f"{escape(model)}: width {config.hidden_size}, {layers}, vocabulary {config.vocab_size:,}",
     )
     table.columns[1].justify = "right"
     rows = [
@@ -334,7 +345,11 @@ def tokenizer_command(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 2 for what the user can mend, 130 when interrupted."""
+    """Runs the command line.
+
+    Returns:
+        The exit status: 2 for what the user can mend; 128 + the signal's number when one stopped the work.
+    """
     if argv is not None:
         sys.argv[1:] = list(argv)
     warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
@@ -342,8 +357,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # what a terminal's encoding lacks is replaced, not a reason to stop
         sys.stdout.reconfigure(errors="replace")
     try:
-        _parse()()
+        status = _parse()()
         sys.stdout.flush()
+        return status or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -354,10 +370,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0
-    return 0
 
 
-def _parse() -> Callable[[], None]:
+def _parse() -> Callable[[], int | None]:
     """The call that the command line asks for.
 
     Raises:
@@ -409,7 +424,7 @@ def _report(run: Any, data: Any, out: Path, compressors: bool) -> None:
         )
     if compressors:
         _compare_compressors(data, record)
-    print(f"write with it:  hgrn2 generate {out} --prompt 'def '")
+    print(f"write with it:  hgrn2 generate {shlex.quote(str(out))} --prompt 'def '")
 
 
 def _compare_compressors(data: Any, record: dict[str, Any] | None) -> None:

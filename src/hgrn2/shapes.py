@@ -31,6 +31,8 @@ def require_shape(name: str, x: Tensor, letters: str, wanted: Sequence[int]) -> 
         letters: the axes, for the message, e.g. "B T H K".
         wanted: their sizes.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is {x!r}; wanted a tensor [{letters.replace(' ', ', ')}]")
     if tuple(x.shape) != tuple(wanted):
         sizes = ", ".join(f"{letter}={size}" for letter, size in zip(letters.split(), wanted, strict=True))
         raise ValueError(f"{name} has shape {list(x.shape)}; wanted [{letters.replace(' ', ', ')}] with {sizes}")

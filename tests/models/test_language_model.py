@@ -275,3 +275,32 @@ def test_a_loss_of_other_shapes_is_refused():
     model = make_model(config_of("fla"))
     with pytest.raises(UserError, match=r"targets has shape \[1, 4\]; wanted \[1, 5\]"):
         model.loss(tokens(1, 5), tokens(1, 4))
+
+
+def test_padding_anywhere_leaves_the_tokens_alone():
+    model = make_model(HGRN2Config.from_dict(SIZE | {"use_short_conv": True}))
+    ids = torch.tensor([[5, 6, 7, 8, 9, 3]])
+    expected, end = model(ids)
+    for mask in ([1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]):
+        keep = torch.tensor([mask])
+        padded = torch.ones_like(keep).masked_scatter(keep.bool(), ids)
+        found, state = model(padded, attention_mask=keep)
+        torch.testing.assert_close(found[:, keep[0].bool()], expected)
+        for name, x in end.tensors().items():
+            torch.testing.assert_close(state.tensors()[name], x)
+
+
+def test_a_state_or_ids_that_do_not_fit_are_refused():
+    model = make_model(HGRN2Config.from_dict(SIZE))
+    deeper = make_model(HGRN2Config.from_dict(SIZE | {"num_hidden_layers": SIZE["num_hidden_layers"] + 1}))
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(UserError, match="layers"):
+        model(ids, deeper.init_state(1))
+    with pytest.raises(UserError, match="2 sequences"):
+        model(ids, model.init_state(2))
+    with pytest.raises(UserError, match="vocabulary"):
+        model(ids + model.config.vocab_size)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        model(ids, cu_seqlens=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="backend"):
+        HGRN2LM(model.config, backend="foo")

@@ -21,6 +21,8 @@ from hgrn2.nn.loss import linear_cross_entropy
 from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
 from hgrn2.nn.mlp import GatedMLP
 from hgrn2.nn.norm import Norm
+from hgrn2.ops import resolve_backend
+from hgrn2.ops.tiles import boundaries
 
 
 class HGRN2Model(nn.Module):
@@ -109,6 +111,7 @@ class HGRN2LM(nn.Module):
 
     def __init__(self, config: HGRN2Config, backend: str = "auto"):
         super().__init__()
+        resolve_backend(backend, torch.device("cpu"))
         self.config = config
         self.model = HGRN2Model(config, backend)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -156,7 +159,7 @@ class HGRN2LM(nn.Module):
             input_ids: [B, T] int64.
             state: of the tokens before, from an earlier call or `init_state`; None at a start.
             cu_seqlens: [N + 1] int32 or int64: sequences packed end to end, B = 1; state then holds N sequences.
-            attention_mask: [B, T], 0 or False where a token is padding (on the left of a batch of unequal prompts).
+            attention_mask: [B, T], 0 or False where a token is padding; on the left if the last logits are to be used.
 
         Returns:
             logits [B, T, vocab_size] and the new state.
@@ -189,7 +192,35 @@ class HGRN2LM(nn.Module):
                     f"attention_mask has shape {list(attention_mask.shape)}; wanted {list(input_ids.shape)}"
                 )
             attention_mask = attention_mask.bool()
+        num_sequences = input_ids.shape[0]
+        if cu_seqlens is not None:
+            if input_ids.shape[0] != 1 or cu_seqlens.dim() != 1:
+                raise UserError(
+                    f"cu_seqlens is {list(cu_seqlens.shape)} beside input_ids {list(input_ids.shape)}; "
+                    "wanted [N + 1] and B = 1"
+                )
+            num_sequences = cu_seqlens.shape[0] - 1
+        if state is not None:
+            self._check_state(state, num_sequences)
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            if cu_seqlens is not None:
+                boundaries(cu_seqlens, input_ids.shape[1])
+            if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
+                raise UserError(
+                    f"input_ids has ids from {int(input_ids.min())} to {int(input_ids.max())}; "
+                    f"the vocabulary has 0 to {self.config.vocab_size - 1}"
+                )
         return self.model(input_ids, state, cu_seqlens, attention_mask)
+
+    def _check_state(self, state: ModelState, num_sequences: int) -> None:
+        if len(state.layers) != len(self.model.layers):
+            raise UserError(
+                f"state is of a model with {len(state.layers)} layers; this one has {len(self.model.layers)}"
+            )
+        for tensors in state.layers:
+            for name, x in tensors.items():
+                if x.shape[0] != num_sequences:
+                    raise UserError(f"state holds {x.shape[0]} sequences ({name}); the input has {num_sequences}")
 
     def loss(
         self,

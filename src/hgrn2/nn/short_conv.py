@@ -31,7 +31,7 @@ class ShortConv(nn.Module):
             x: [B, T, D].
             state: [N, width - 1, D], the inputs before x (None: zeros).
             cu_seqlens: [N + 1] starts of packed sequences and the total length, or None.
-            mask: [B, T] bool, False where a token on the left is padding (and x is zero), or None.
+            mask: [B, T] bool, False where a token is padding (and x is zero), or None.
 
         Returns:
             y like x, and the new state.
@@ -43,13 +43,18 @@ class ShortConv(nn.Module):
         if state is None:
             state = x.new_zeros((x.shape[0], back, x.shape[2]))
         padded = torch.cat([state.to(x.dtype), x], 1)
+        order = None
         if mask is not None:
-            # the history belongs beside the first token, before it the padding
+            # no token may look back at padding: all of it goes before the history
             order = torch.cat([mask.new_ones((x.shape[0], back)), mask], 1).long().argsort(dim=1, stable=True)
             padded = padded.take_along_dim(order.unsqueeze(-1), 1)
         if not x.shape[1]:
             return x, padded
         y = functional.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=x.shape[2]).transpose(1, 2)
+        if order is not None:
+            # back to where the tokens were; what stands at padding does not matter
+            places = (order.argsort(dim=1)[:, back:] - back).clamp_min(0)
+            y = y.take_along_dim(places.unsqueeze(-1), 1)
         return y, padded[:, padded.shape[1] - back :]
 
     def _packed(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

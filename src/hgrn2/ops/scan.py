@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,7 @@ def hgrn2_scan(
         (torch.Size([2, 100, 4, 32]), torch.Size([2, 4, 32, 32]))
     """
     _check_scan(q, f, v, initial_state, cu_seqlens, "f")
+    _check_scale(scale)
     _check_lower_bound(lower_bound, q)
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
@@ -160,9 +163,10 @@ def gated_scan(
         >>> y, state = hgrn2.ops.gated_scan(q, k, v, -torch.rand(1, 50, 2, 16))
     """
     _check_scan(q, k, v, initial_state, cu_seqlens, "k")
+    _check_scale(scale)
     require_shape("log_f", log_f, "B T H K", q.shape)
     _check_like("log_f", log_f, q, _state_dtype(q))
-    if _values_are_at_hand(log_f) and log_f.numel() and bool((log_f > 0).any()):
+    if _values_are_at_hand(log_f) and log_f.numel() and not bool((log_f <= 0).all()):
         raise ValueError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
     log_f, initial_state = log_f.to(_state_dtype(q)), _as_state(initial_state, q)
     if resolve_backend(backend, q.device) == "reference":
@@ -222,6 +226,8 @@ def hgrn2_step(
     require_shape("f", f, "B H K", q.shape)
     require_shape("v", v, "B H V", (*q.shape[:2], v.shape[2]))
     require_shape("state", state, "B H K V", (*q.shape, v.shape[2]))
+    _check_widths(q, v)
+    _check_scale(scale)
     _check_operands(q, f, v, "f")
     _check_like("state", state, q, _state_dtype(q))
     _check_lower_bound(lower_bound, q)
@@ -291,8 +297,7 @@ def _check_scan(
         )
     require_shape(name, x, "B T H K", q.shape)
     require_shape("v", v, "B T H V", (*q.shape[:3], v.shape[3]))
-    if 0 in (*q.shape[2:], v.shape[3]):
-        raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
+    _check_widths(q, v)
     _check_operands(q, x, v, name)
     num_states = q.shape[0]
     if cu_seqlens is not None:
@@ -303,7 +308,19 @@ def _check_scan(
         _check_like("initial_state", initial_state, q, _state_dtype(q))
 
 
+def _check_widths(q: Tensor, v: Tensor) -> None:
+    if 0 in (*q.shape[-2:], v.shape[-1]):
+        raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
+
+
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; wanted a finite number")
+
+
 def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is {cu_seqlens!r}; wanted a tensor [N + 1], int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens is {list(cu_seqlens.shape)} of dtype {cu_seqlens.dtype}; wanted [N + 1], int32 or int64"
