@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
+import types
+import typing
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -25,3 +29,36 @@ def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known keys: {', '.join(known)}"
     return f"{what}: unknown key {key!r}; {hint}"
+
+
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "null"}
+
+
+def check_types(values: Any, what: str) -> None:
+    """Check every field of a dataclass against its annotation; fields of other types than plain ones are passed over.
+
+    Args:
+        values: the instance.
+        what: the thing the fields belong to, e.g. "model config".
+
+    Raises:
+        UserError: a value is not of its field's type. A whole number is a float too, a bool is no number.
+    """
+    for name, hint in typing.get_type_hints(type(values)).items():
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not set(allowed) <= _KINDS.keys():
+            continue
+        value = getattr(values, name)
+        if not any(_is_of_kind(value, kind) for kind in allowed):
+            wanted = " or ".join(_KINDS[kind] for kind in allowed)
+            raise UserError(f"{what}: {name} is {value!r}; wanted {wanted}")
+
+
+def _is_of_kind(value: Any, kind: type) -> bool:
+    if kind is not float:
+        return type(value) is kind
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        # a whole number beyond the largest float
+        return False

@@ -31,12 +31,47 @@ def test_unknown_key_names_the_near_one():
         ({"max_steps": 10, "schedule": "linear"}, "schedule is 'linear'; wanted cosine or wsd"),
         ({"max_steps": 10, "schedule": "inverse-sqrt", "warmup_steps": 0}, "set warmup_steps"),
         ({"max_tokens": 100, "batch_size": 4, "seq_len": 64}, "less than one step of 256"),
-        ({"max_steps": "10"}, "max_steps is '10'; wanted a finite number"),
+        ({"max_steps": "10"}, "max_steps is '10'; wanted a whole number"),
     ],
 )
 def test_contradictions_and_bad_values(settings, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("sample_prompt", 5, "a word"),
+        ("keep_last", 0.5, "a whole number"),
+        ("batch_size", 1.5, "a whole number"),
+        ("batch_size", None, "a whole number"),
+        ("batch_size", True, "a whole number"),
+        ("seq_len", 32.5, "a whole number"),
+        ("seed", 1.5, "a whole number"),
+        ("seed", None, "a whole number"),
+        ("seed", 10**30, "less than 2^64"),
+        ("num_threads", 1.5, "a whole number or null"),
+        ("max_steps", 2.5, "a whole number or null"),
+        ("warmup_steps", 0.5, "a whole number or null"),
+        ("grad_accumulation", 1.5, "a whole number"),
+        ("beta1", "a", "a finite number"),
+        ("decay_fraction", "x", "a finite number or null"),
+        ("learning_rate", None, "a finite number"),
+        ("learning_rate", 10**400, "a finite number"),
+        ("stream", 1, "true or false"),
+        ("device", None, "a word"),
+        ("schedule", ["cosine"], "cosine or"),
+    ],
+)
+def test_values_of_another_type(name, value, wanted):
+    with pytest.raises(UserError) as caught:
+        TrainConfig.from_dict({"max_steps": 10} | {name: value})
+    assert str(caught.value).startswith(f"train config: {name} is {value!r}; wanted {wanted}")
+
+
+def test_whole_numbers_where_fractions_are_wanted():
+    assert TrainConfig(max_steps=10, learning_rate=1, clip_norm=0, seed=2**64 - 1).learning_rate == 1
 
 
 @pytest.mark.parametrize(

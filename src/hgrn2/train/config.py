@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.errors import UserError, check_types, unknown_key_message
 
 _POSITIVE = [
     "max_steps",
@@ -118,13 +117,13 @@ class TrainConfig:
     """Write TensorBoard event files into the run folder, beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        check_types(self, "train config")
         if self.max_steps is None and self.max_tokens is None and self.max_time_s is None:
             raise UserError("train config: no budget; set max_steps, max_tokens or max_time_s")
         for name in (*_POSITIVE, *_NOT_NEGATIVE):
             self._check_number(name, zero_allowed=name in _NOT_NEGATIVE)
-        for name in ("stream", "compile", "tensorboard"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"train config: {name} is {getattr(self, name)!r}; wanted true or false")
+        if self.seed >= 2**64:
+            raise UserError(f"train config: seed is {self.seed}; wanted less than 2^64")
         for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("min_lr_fraction", 0, 1)):
             value = getattr(self, name)
             if value is not None and not (low <= value < high):
@@ -144,10 +143,8 @@ class TrainConfig:
         value = getattr(self, name)
         if value is None:
             return
-        wanted = "0 or more" if zero_allowed else "more than 0"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"train config: {name} is {value!r}; wanted a finite number, {wanted}")
         if value < 0 or (value == 0 and not zero_allowed):
+            wanted = "0 or more" if zero_allowed else "more than 0"
             raise UserError(f"train config: {name} is {value}; wanted {wanted}")
 
     def _check_together(self) -> None:
