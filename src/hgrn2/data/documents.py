@@ -116,11 +116,15 @@ def _json_text(line: bytes, field: str, where: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
+        raise UserError(f"{where}: not JSON: {error}; mend the line or take it out") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: JSON nested too deep to be read; mend the line or take it out") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, wanted an object with the key {field!r}")
     text = _row_text(row, field, where)
     if b"\\u" in line:
+        if (nul := text.find("\0")) >= 0:
+            raise UserError(f"{where}: binary, not text (NUL at character {nul}); take the line out")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
