@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 import types
 
@@ -54,7 +55,7 @@ def test_large_file_in_a_folder_is_checked_before_any_of_it_is_used(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"", "is empty"), (b"ab\0", "NUL byte at offset 2"), (b"ab\xff", "0xff at offset 2")],
+    [(b"", "is empty; name another"), (b"ab\0", r"NUL byte at offset 2\); name text"), (b"ab\xff", "0xff at offset 2")],
 )
 def test_bad_files_named_explicitly(tmp_path, data, message):
     path = tmp_path / "named.txt"
@@ -212,14 +213,66 @@ def test_nothing_there(spec, tmp_path, monkeypatch):
         read(spec)
 
 
-def test_nothing_named():
+def test_nothing_named(corpus_dir, monkeypatch):
+    monkeypatch.chdir(corpus_dir)
     with pytest.raises(UserError, match="no data given"):
         open_corpus([])
+    with pytest.raises(UserError, match="data '': names nothing"):
+        open_corpus("")
+
+
+@pytest.mark.parametrize(("link", "target"), [("loop", "loop"), ("lost", "nowhere")])
+def test_links_that_lead_nowhere(tmp_path, monkeypatch, link, target):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(target, link)
+    with pytest.raises(UserError, match=f"data '{link}': no such file or folder, for the link leads nowhere"):
+        read(link)
+
+
+def test_a_name_too_long_or_of_an_unknown_user(tmp_path):
+    for spec in ("x" * 5000, "~nobody-of-that-name/x"):
+        with pytest.raises(UserError, match="cannot be read: "):
+            read(spec)
+
+
+def test_pipes_and_devices(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    reader, writer = os.pipe()
+    try:
+        for spec in (tmp_path / "fifo", f"/dev/fd/{reader}", os.devnull):
+            with pytest.raises(UserError, match="a pipe or device, not a file; write it to a file first"):
+                read(spec)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    with pytest.raises(UserError, match="no file to read there .*1 unreadable"):
+        read(tmp_path)
+
+
+def test_subfolders_that_are_not_read_are_counted(corpus_dir, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("not followed")
+    (corpus_dir / "link").symlink_to(tmp_path / "elsewhere")
+    (corpus_dir / "up").symlink_to(corpus_dir)
+    (corpus_dir / ".hidden").symlink_to(corpus_dir)
+    (corpus_dir / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    # the super-user may read everything, so permissions alone would not do
+    monkeypatch.setattr(os, "scandir", closed)
+    corpus, texts = read(corpus_dir)
+    assert len(texts) == 40
+    assert corpus.skipped == {"link to a folder": 2, "unreadable folder": 1}
 
 
 def test_folder_with_nothing_to_read(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no file to read there \(skipped: 1 binary\)"):
+    with pytest.raises(UserError, match=r"no file to read there \(skipped: 1 binary\); name text files"):
         read(tmp_path)
 
 

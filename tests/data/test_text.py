@@ -40,7 +40,7 @@ def test_damaged_compressed_files(tmp_path, suffix, damage):
     data = compressed(suffix, bytes(range(1, 128)) * 100)
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(data[: len(data) // 3] if damage == "cut" else b"garbage, no header" * 9)
-    with pytest.raises(NotText, match=r"a\.txt.*damaged or cut short") as error:
+    with pytest.raises(NotText, match=r"a\.txt.*damaged or cut short: .*; fetch or compress it anew") as error:
         list(read_text(path))
     assert error.value.reason == "damaged"
 

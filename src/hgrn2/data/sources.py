@@ -10,7 +10,7 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -118,7 +118,7 @@ class Corpus:
                 yield document
             if document is None:
                 if source.explicit:
-                    raise NotText(f"{source.location}: holds no document with text", "empty")
+                    raise NotText(f"{source.location}: holds no document with text; name another file", "empty")
                 found["empty"] += 1
 
     def __post_init__(self) -> None:
@@ -164,7 +164,8 @@ def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "tex
         sources = list(_resolve(str(spec), skipped))
         if not sources:
             counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-            raise UserError(f"data {str(spec)!r}: no file to read there" + (f" (skipped: {counts})" if counts else ""))
+            counts = f" (skipped: {counts})" if counts else ""
+            raise UserError(f"data {str(spec)!r}: no file to read there{counts}; name text files or a folder with some")
         found.extend(sources)
     # a file named and also found in a folder counts as named
     unique: dict[str, Source] = {}
@@ -176,15 +177,29 @@ def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "tex
 
 
 def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
-    path = Path(spec).expanduser()
+    if not spec:
+        raise UserError("data '': names nothing; name a file, a folder ('.' for this one), a dataset or 'stdlib'")
+    try:
+        path = Path(spec).expanduser()
+        is_folder, exists, is_link = path.is_dir(), path.exists(), path.is_symlink()
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"data {spec!r}: cannot be read: {reason}; name something that can be") from error
     if spec == STDLIB:
-        yield from _stdlib_sources()
+        yield from _stdlib_sources(skipped)
     elif spec.startswith("hf:"):
         yield _hub_source(spec.removeprefix("hf:"))
-    elif path.is_dir():
+    elif is_folder:
         yield from _folder_sources(path, skipped)
-    elif path.exists():
+    elif exists:
+        # its documents may be read twice, which a pipe does not allow
+        if not path.is_file():
+            raise UserError(f"data {spec!r}: a pipe or device, not a file; write it to a file first and name that")
         yield _file_source(path, path.name, explicit=True)
+    elif is_link:
+        raise UserError(
+            f"data {spec!r}: no such file or folder, for the link leads nowhere; name what it should lead to"
+        )
     elif glob.has_magic(spec):
         yield from _glob_sources(str(path), skipped)
     elif _HUB_NAME.fullmatch(spec) and not path.suffix and spec[0] not in "./~":
@@ -199,12 +214,11 @@ def _hub_source(name: str) -> Source:
     return Source(f"hf:{name}", "hub", name, explicit=True)
 
 
-def _stdlib_sources() -> Iterator[Source]:
+def _stdlib_sources(skipped: Counter[str]) -> Iterator[Source]:
     root = Path(sysconfig.get_paths()["stdlib"])
     if not (root / "os.py").is_file():
         raise UserError(f"data 'stdlib': this Python keeps no source code in {root}; name other data")
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]
+    for folder, files in _walk(root, lambda name: name not in _STDLIB_LEFT_OUT, skipped):
         for name in files:
             path = Path(folder, name)
             # a few modules are empty, and empty files are no documents
@@ -215,14 +229,25 @@ def _stdlib_sources() -> Iterator[Source]:
 def _folder_sources(root: Path, skipped: Counter[str]) -> Iterator[Source]:
     if (root / MANIFEST_FILE).is_file() and (root / "train" / MANIFEST_FILE).is_file():
         raise UserError(f"data {str(root)!r}: is a prepared set, not text; open it with hgrn2.data.PreparedData.open")
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
+    for folder, files in _walk(root, lambda name: not name.startswith(".") and name != "__pycache__", skipped):
         for name in files:
             path = Path(folder, name)
             if name.startswith("."):
                 skipped["hidden"] += 1
             else:
                 yield from _found_file(path, f"{root.resolve().name}/{path.relative_to(root).as_posix()}", skipped)
+
+
+def _walk(root: Path, wanted: Callable[[str], bool], skipped: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from the root down with its files' names; links to folders are not followed but counted."""
+
+    def count_unreadable(error: OSError) -> None:
+        skipped["unreadable folder"] += 1
+
+    for folder, subfolders, files in os.walk(root, onerror=count_unreadable):
+        subfolders[:] = [name for name in subfolders if wanted(name)]
+        skipped.update("link to a folder" for name in subfolders if os.path.islink(os.path.join(folder, name)))
+        yield folder, files
 
 
 def _glob_sources(pattern: str, skipped: Counter[str]) -> Iterator[Source]:

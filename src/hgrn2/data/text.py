@@ -73,7 +73,9 @@ def read_error(path: Path, error: Exception) -> Exception:
     # zstandard is optional, so its error class is known by name; bz2 reports damage as a bare OSError
     damaged = damaged or type(error).__name__ == "ZstdError" or (path.suffix.lower() == ".bz2" and not _errno(error))
     if damaged:
-        return NotText(f"{path}: the compressed data is damaged or cut short: {error}", "damaged")
+        return NotText(
+            f"{path}: the compressed data is damaged or cut short: {error}; fetch or compress it anew", "damaged"
+        )
     if isinstance(error, OSError):
         return NotText(f"{path}: cannot be read: {error.strerror or error}", "unreadable")
     return error
@@ -94,11 +96,11 @@ def read_text(path: Path) -> Iterator[str]:
             if block.startswith(codecs.BOM_UTF8):
                 offset, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8) :]
         if (nul := block.find(b"\0")) >= 0:
-            raise NotText(f"{path}: binary, not text (NUL byte at offset {offset + nul})", "binary")
+            raise NotText(f"{path}: binary, not text (NUL byte at offset {offset + nul}); name text files", "binary")
         yield _decode(decoder, block, offset, path)
         offset += len(block)
     if offset == 0:
-        raise NotText(f"{path}: the file is empty", "empty")
+        raise NotText(f"{path}: the file is empty; name another", "empty")
     yield _decode(decoder, b"", offset, path, final=True)
 
 
