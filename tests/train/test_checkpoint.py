@@ -110,6 +110,8 @@ def test_leftovers_of_a_killed_process_are_removed(store, run_dir):
     (run_dir / "checkpoints" / ".tmp-step-00000004" / "model.safetensors").write_bytes(b"half")
     assert store.latest().name == "step-00000003"
     checkpoint.CheckpointStore(run_dir, keep_last=2)
+    assert names(run_dir) == [".tmp-step-00000004", "step-00000003"]
+    store.remove_leftovers()
     assert names(run_dir) == ["step-00000003"]
 
 

@@ -278,3 +278,31 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_safetensors", denied)
     with pytest.raises(PermissionError):
         run(tmp_path / "run", SETTINGS, display=Listener())
+
+
+def test_a_second_process_is_refused_and_the_first_goes_on(tmp_path):
+    run_dir = tmp_path / "run"
+    refused = []
+
+    def intrude(step):
+        if step == 12:
+            half = run_dir / "checkpoints" / ".tmp-step-00000015"
+            half.mkdir()
+            with pytest.raises(UserError, match="another process is training in it; wait for it") as caught:
+                run(run_dir, SETTINGS | {"learning_rate": 1.0}, display=Listener())
+            refused.append(str(caught.value))
+            # as far as the intruder knows, the first process is writing there
+            half.rmdir()
+
+    result = run(run_dir, SETTINGS, display=Listener(intrude))
+    assert len(refused) == 1
+    assert result.counters.step == 30
+    assert run(run_dir, SETTINGS, display=Listener()).counters.step == 30
+
+
+def test_leftovers_are_gone_when_a_run_goes_on(tmp_path):
+    run(tmp_path / "run", SETTINGS | {"max_steps": 5}, display=Listener())
+    left = tmp_path / "run" / "checkpoints" / ".tmp-step-00000004"
+    left.mkdir()
+    run(tmp_path / "run", SETTINGS | {"max_steps": 5}, display=Listener())
+    assert not left.exists()

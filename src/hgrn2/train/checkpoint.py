@@ -67,7 +67,7 @@ class CheckpointStore:
     """The checkpoints of one run: writes, keeps the newest few and the best, removes the rest.
 
     Args:
-        run_dir: the run folder. Leftovers of a killed process are removed from it.
+        run_dir: the run folder.
         keep_last: how many of the newest to keep.
     """
 
@@ -75,6 +75,9 @@ class CheckpointStore:
         self._folder = run_dir / FOLDER_NAME
         self._keep_last = keep_last
         self._folder.mkdir(parents=True, exist_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half-written; only for the process that holds the run's lock."""
         for leftover in self._folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(leftover)
 
