@@ -35,26 +35,13 @@ def test_any_range(make_dataset, data, shard_tokens):
     start = data.draw(st.integers(0, dataset.num_tokens))
     stop = data.draw(st.integers(start, dataset.num_tokens))
     assert np.array_equal(dataset.tokens(start, stop), expected(DOCUMENTS)[start:stop])
-    if start // shard_tokens == max(start, stop - 1) // shard_tokens:
-        assert np.array_equal(dataset.view(start, stop), expected(DOCUMENTS)[start:stop])
-    else:
-        with pytest.raises(IndexError):
-            dataset.view(start, stop)
-
-
-def test_views_share_memory_and_are_read_only(make_dataset):
-    view = make_dataset(DOCUMENTS).view(2, 5)
-    assert view.dtype == np.uint16
-    assert not view.flags.owndata
-    assert not view.flags.writeable
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 10_000), (10_000, 10_001)])
 def test_ranges_outside(make_dataset, start, stop):
     dataset = make_dataset(DOCUMENTS)
-    for read in (dataset.tokens, dataset.view):
-        with pytest.raises(IndexError):
-            read(start, stop)
+    with pytest.raises(IndexError):
+        dataset.tokens(start, stop)
 
 
 def test_text_bytes_at_piece_ends(make_dataset):

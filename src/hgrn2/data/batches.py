@@ -168,7 +168,7 @@ class PackedBatches(Iterator[Batch]):
 
     def _order(self, epoch: int) -> Permutation:
         if epoch not in self._orders:
-            # a batch meets two epochs at most, unless the corpus is tiny
+            # one is enough, since epochs come one after the other
             self._orders = {epoch: Permutation(self.num_windows, keyed_integer("order", self.seed, epoch))}
         return self._orders[epoch]
 

@@ -30,16 +30,6 @@ class Split:
     _lowest: int = 2**64
     _highest: int = -1
 
-    @classmethod
-    def by_fraction(cls, fraction: float, seed: int) -> Split:
-        """Hold out about a fraction of the documents."""
-        return cls(seed, int(fraction * 2**64))
-
-    @classmethod
-    def nothing_held_out(cls) -> Split:
-        """Everything is for training; for corpora with validation data of their own."""
-        return cls(0, 0)
-
     def side(self, name: str) -> str:
         """The side a document belongs to."""
         return VALIDATION if self._key(name) < self.below else TRAIN

@@ -104,17 +104,6 @@ class TokenDataset:
         self.copy_into(out, start)
         return out
 
-    def view(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of one shard in the stored dtype, without a copy.
-
-        Raises:
-            IndexError: the range is outside the dataset or spans shards.
-        """
-        shard, offset = divmod(start, self._shard_tokens)
-        if not 0 <= start <= stop <= self.num_tokens or offset + stop - start > self._shard_tokens:
-            raise IndexError(f"tokens [{start}, {stop}) do not lie in one shard of {self.num_tokens} tokens")
-        return self._shards[min(shard, len(self._shards) - 1)][offset : offset + stop - start]
-
     def copy_into(self, out: np.ndarray, start: int) -> None:
         """Fill a 1-D integer array with the tokens from position start on.
 
