@@ -245,7 +245,7 @@ def test_pipes_and_devices(tmp_path):
     finally:
         os.close(reader)
         os.close(writer)
-    with pytest.raises(UserError, match="no file to read there .*1 unreadable"):
+    with pytest.raises(UserError, match=r"no file to read there .*1 unreadable"):
         read(tmp_path)
 
 

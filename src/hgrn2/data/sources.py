@@ -197,9 +197,7 @@ def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
             raise UserError(f"data {spec!r}: a pipe or device, not a file; write it to a file first and name that")
         yield _file_source(path, path.name, explicit=True)
     elif is_link:
-        raise UserError(
-            f"data {spec!r}: no such file or folder, for the link leads nowhere; name what it should lead to"
-        )
+        raise UserError(f"data {spec!r}: no such file or folder, for the link leads nowhere; name the file itself")
     elif glob.has_magic(spec):
         yield from _glob_sources(str(path), skipped)
     elif _HUB_NAME.fullmatch(spec) and not path.suffix and spec[0] not in "./~":
