@@ -26,9 +26,7 @@ def fill_gradients(model, seed):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_weight_decay_only_where_it_belongs(name):
     model, optimizer = make(name, weight_decay=0.25)
-    found = {n: optimizer.weight_decay_of(n) for n in ROLES}
     decayed = {"embedding.weight", "hidden.weight", "head.weight"}
-    assert found == {n: 0.25 if n in decayed else 0.0 for n in ROLES}
     # with a gradient of zero, AdamW's only effect is the decay
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for p in model.parameters():

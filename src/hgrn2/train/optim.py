@@ -73,14 +73,6 @@ class NamedOptimizer:
         """Every optimized parameter, in the model's order."""
         return list(self._named.values())
 
-    def weight_decay_of(self, name: str) -> float:
-        """Weight decay on the parameter of this name."""
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                if any(p is self._named[name] for p in group["params"]):
-                    return group["weight_decay"]
-        raise KeyError(name)
-
     def set_lr_fraction(self, fraction: float) -> float:
         """Set every learning rate to this fraction of its peak; returns the first (AdamW's)."""
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
