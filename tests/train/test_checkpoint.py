@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -216,3 +217,34 @@ def test_tensors_of_another_model_are_refused(tmp_path):
 
 def test_state_is_plain_json(store):
     assert json.loads((save(store, 1) / "state.json").read_text())["step"] == 1
+
+
+def test_folders_that_only_look_like_checkpoints_are_ignored(store, run_dir):
+    path = save(store, 1)
+    for name in ("step-²", "step-", "step-٣", "step-1x"):
+        (run_dir / "checkpoints" / name).mkdir()
+    assert checkpoint.checkpoints_of(run_dir) == [path]
+    assert checkpoint.load_saved_model(run_dir).path == path
+    with pytest.raises(UserError, match="restore the folder from a copy"):
+        checkpoint.load_checkpoint(run_dir / "checkpoints" / "step-²")
+
+
+def test_the_best_checkpoint_is_gone(store, run_dir):
+    best = save(store, 1, 1)
+    newest = save(store, 2, 1)
+    assert checkpoint.load_saved_model(run_dir, "best").path == best
+    shutil.rmtree(best)
+    with pytest.raises(UserError, match="the best checkpoint, of step 1, is gone; use the latest"):
+        checkpoint.load_saved_model(run_dir, "best")
+    assert checkpoint.load_saved_model(run_dir).path == newest
+
+
+def test_an_empty_checkpoint_is_named_once(store, run_dir):
+    good = save(store, 1)
+    empty = run_dir / "checkpoints" / "step-99999999"
+    empty.mkdir()
+    for load in (lambda: checkpoint.load_saved_model(run_dir), lambda: checkpoint.load_checkpoint(empty)):
+        with pytest.raises(UserError) as caught:
+            load()
+        assert str(caught.value).count(str(empty)) == 1
+        assert f"the newest good one before it is {good}" in str(caught.value)

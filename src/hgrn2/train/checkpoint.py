@@ -146,7 +146,13 @@ class CheckpointStore:
 def checkpoints_of(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = (run_dir / FOLDER_NAME).glob("step-*") if (run_dir / FOLDER_NAME).is_dir() else ()
-    return sorted((path for path in found if path.name[len("step-") :].isdigit()), key=_step_of)
+    return sorted((path for path in found if _is_checkpoint_name(path.name)), key=_step_of)
+
+
+def _is_checkpoint_name(name: str) -> bool:
+    # isdigit alone is true of digits that int() refuses, such as a superscript two
+    digits = name.removeprefix("step-")
+    return name.startswith("step-") and digits.isascii() and digits.isdigit()
 
 
 def _step_of(path: Path) -> int:
@@ -183,14 +189,19 @@ def load_saved_model(path: Path, which: str = "latest") -> SavedModel:
         which: "latest" or "best", for a run folder.
 
     Raises:
-        UserError: there is no model there, or its file is truncated or changed.
+        UserError: there is no model there, the best one is gone, or a file is truncated or changed.
     """
     folder = _model_folder(path, which)
-    tokenizer_dir = folder.parent.parent if folder.parent.name == FOLDER_NAME else folder
+    is_checkpoint = folder.parent.name == FOLDER_NAME
+    tokenizer_dir = folder.parent.parent if is_checkpoint else folder
     try:
-        if (folder / SUMS_NAME).exists():
+        # an exported model may come without checksums
+        if is_checkpoint or (folder / SUMS_NAME).exists():
             _verify(folder, only=(MODEL_NAME, CONFIG_NAME))
         return SavedModel(folder, read_config(folder), load_file(folder / MODEL_NAME), tokenizer_dir)
+    except UserError:
+        # names the file already
+        raise
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"model {folder}: {error}; {_way_out(folder)}") from None
 
@@ -204,9 +215,18 @@ def _model_folder(path: Path, which: str) -> Path:
     if which == "best":
         try:
             best = json.loads((found[-1] / STATE_NAME).read_text(encoding="utf-8")).get("best")
-        except (OSError, ValueError, AttributeError) as error:
+            best_step = best["step"] if best else None
+        except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
             raise UserError(f"checkpoint {found[-1]}: {STATE_NAME}: {error}; {_way_out(found[-1])}") from None
-        return next((p for p in found if best and _step_of(p) == best["step"]), found[-1])
+        # a run without a finite validation has no best
+        if best_step is not None:
+            for folder in found:
+                if _step_of(folder) == best_step:
+                    return folder
+            raise UserError(
+                f"{path}: the best checkpoint, of step {best_step}, is gone; "
+                f"use the latest instead, or name one of {path / FOLDER_NAME}"
+            )
     return found[-1]
 
 
@@ -357,7 +377,7 @@ def _verify(path: Path, only: tuple[str, ...] | None = None) -> None:
 
 def _way_out(path: Path) -> str:
     """What to type instead of a bad checkpoint."""
-    if path.parent.name != FOLDER_NAME or not path.name[len("step-") :].isdigit():
+    if path.parent.name != FOLDER_NAME or not _is_checkpoint_name(path.name):
         return "restore the folder from a copy"
     for older in reversed(checkpoints_of(path.parent.parent)):
         if _step_of(older) < _step_of(path):
