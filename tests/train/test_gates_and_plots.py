@@ -67,8 +67,37 @@ def test_gates_survive_the_file(tmp_path):
     for name, value in vars(gates).items():
         np.testing.assert_array_equal(getattr(read, name), value)
     assert [p.name for p in tmp_path.iterdir()] == ["gates.npz"]
-    (tmp_path / "gates.npz").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(UserError, match="cannot read the gates"):
+
+
+def test_damaged_gates(tmp_path):
+    gates = measure_gates(ConstantGates([1.0, 10.0]), torch.zeros(1, 8, dtype=torch.long))
+    path = gates.save(tmp_path)
+    good, arrays = path.read_bytes(), vars(gates)
+    middle = len(good) // 2
+
+    def written(**changes):
+        np.savez_compressed(path, **arrays | changes)
+        return path.read_bytes()
+
+    damaged = [
+        b"",
+        b"not numpy's",
+        b"PK\x03\x04 not a zip",
+        good[:middle],
+        good[:60] + bytes(byte ^ 255 for byte in good[60:middle]) + good[middle:],
+        written(layer=np.array([{}, {}], dtype=object)),
+        written(state_norm=np.zeros(3)),
+        written(lower_bound=np.array([["a"], ["b"]])),
+    ]
+    np.save(path.with_suffix(".npy"), np.zeros(3))
+    damaged.append(path.with_suffix(".npy").read_bytes())
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot read the gates") as caught:
+            GateSummary.load(tmp_path)
+        assert "pickle" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(UserError, match="No such file"):
         GateSummary.load(tmp_path)
 
 
@@ -87,6 +116,14 @@ def test_pictures_are_drawn(tmp_path):
 
 def test_a_run_of_one_step_is_drawn(tmp_path):
     record(tmp_path, num_steps=1)
+    assert plot_run(tmp_path)[0].exists()
+
+
+def test_a_last_validation_that_was_not_finite_is_drawn(tmp_path):
+    record(tmp_path, num_steps=10)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        last = {"kind": "validation", "step": 11, "tokens": 704, "elapsed_s": 6.0, "val_loss": None}
+        file.write(json.dumps(last) + "\n")
     assert plot_run(tmp_path)[0].exists()
 
 

@@ -6,18 +6,20 @@ import pytest
 from hgrn2.errors import UserError
 from hgrn2.train.metrics import MetricsWriter, read_metrics
 
+REST = {"tokens": 8, "elapsed_s": 0.5}
+
 
 def write(run_dir, steps, **options):
     with MetricsWriter(run_dir, **options) as metrics:
         for step in steps:
-            metrics.write({"kind": "train", "step": step, "loss": 1.0 / step})
+            metrics.write({"kind": "train", "step": step, "loss": 1.0 / step, **REST})
 
 
 def test_records_are_whole_lines_at_once(tmp_path):
     with MetricsWriter(tmp_path) as metrics:
-        metrics.write({"kind": "train", "step": 1, "loss": 0.1})
+        metrics.write({"kind": "train", "step": 1, "loss": 0.1, **REST})
         assert [r["loss"] for r in read_metrics(tmp_path)] == [0.1]
-        metrics.write({"kind": "train", "step": 2, "loss": float("nan")})
+        metrics.write({"kind": "train", "step": 2, "loss": float("nan"), **REST})
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] is None
 
 
@@ -41,9 +43,33 @@ def test_records_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "start", "step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2: not JSON"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ({"kind": "train"}, "step is None, wanted a whole number"),
+        ({"kind": "train", "step": "a"}, "step is 'a', wanted a whole number"),
+        ({"step": 1}, "kind is None, wanted a word"),
+        ({"kind": "train", "step": 1, "tokens": 8, "elapsed_s": 1.0}, "a train record without loss"),
+        ({"kind": "train", "step": 1, "loss": "x", **REST}, "loss is 'x', wanted a number"),
+        ({"kind": "train", "step": 1, "loss": 1.0, "tokens": None, "elapsed_s": 1.0}, "tokens is None"),
+        ({"kind": "train", "step": 1, "loss": 1.0, "tokens": 8, "elapsed_s": float("inf")}, "elapsed_s is inf"),
+        ({"kind": "validation", "step": 1, **REST}, "a validation record without val_loss"),
+        ({"kind": "validation", "step": 1, "val_loss": 1.0, "val_bits_per_byte": "y", **REST}, "val_bits_per_byte is"),
+    ],
+)
+def test_a_record_that_no_run_writes_is_named(tmp_path, record, fault):
+    start = '{"kind": "start", "step": 0}\n'
+    (tmp_path / "metrics.jsonl").write_text(start + json.dumps(record) + "\n" + start)
+    with pytest.raises(UserError, match=f"line 2: {fault}"):
+        read_metrics(tmp_path)
+    # a line without its end was torn by a kill
+    (tmp_path / "metrics.jsonl").write_text(start + json.dumps(record))
+    assert len(read_metrics(tmp_path)) == 1
 
 
 def test_no_file(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from hgrn2.errors import UserError
 
 GATES_NAME = "gates.npz"
 _NUM_BINS = 50
+_DAMAGED = "cannot read the gates (damaged, or no gates at all); remove it, and resuming the run measures anew"
 # float32 cannot tell a gate closer to 1 from 1, nor its logarithm from 0
 _LEAST_DECAY = 2.0**-25
 
@@ -68,10 +70,38 @@ class GateSummary:
         """
         path = run_dir / GATES_NAME
         try:
-            with path.open("rb") as file, np.load(file) as arrays:
-                return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise UserError(f"{path}: cannot read the gates ({error}); a run writes them when it ends") from None
+            # numpy takes any other file for a pickle, and advises to load it as one
+            with path.open("rb") as file:
+                if file.read(2) != b"PK":
+                    raise BadZipFile
+                file.seek(0)
+                with np.load(file) as arrays:
+                    summary = cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot read the gates ({error.strerror or error}); a run writes them when it ends"
+            ) from None
+        except (ValueError, KeyError, EOFError, BadZipFile, NotImplementedError, zlib.error):
+            raise UserError(f"{path}: {_DAMAGED}") from None
+        if not summary._is_consistent():
+            raise UserError(f"{path}: {_DAMAGED}")
+        return summary
+
+    def _is_consistent(self) -> bool:
+        if any(array.dtype.kind not in "iuf" for array in vars(self).values()):
+            return False
+        num_layers = self.layer.shape
+        return (
+            len(num_layers) == 1
+            and num_layers[0] > 0
+            and self.lower_bound.ndim == 2
+            and self.lower_bound.size > 0
+            and self.lower_bound.shape == self.half_life_tokens.shape
+            and self.lower_bound.shape[:1] == self.state_norm.shape == num_layers
+            and self.forget_gate_counts.shape == (*num_layers, self.forget_gate_edges.size - 1)
+            and self.forget_gate_edges.ndim == 1
+            and self.num_tokens.shape == ()
+        )
 
 
 @torch.no_grad()

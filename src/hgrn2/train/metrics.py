@@ -11,6 +11,10 @@ from typing import Any
 from hgrn2.errors import UserError
 
 METRICS_NAME = "metrics.jsonl"
+# figures that readers rely on, by the kind of record; those that may be null were not finite, or not measured
+_NUMBERS = {"train": ("tokens", "elapsed_s"), "validation": ("tokens", "elapsed_s")}
+_NUMBERS_OR_NULL = {"train": ("loss",), "validation": ("val_loss",)}
+_OPTIONAL = ("val_bits_per_byte",)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -20,7 +24,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         path: the file, or the run folder that holds it.
 
     Raises:
-        UserError: there is no such file, or a line that is not the last is no JSON object.
+        UserError: there is no such file, or a whole line is no JSON object, or no record of a run.
     """
     path = path / METRICS_NAME if path.is_dir() else path
     if not path.is_file():
@@ -35,8 +39,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg}); remove the line") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: found {type(record).__name__}, wanted an object; remove the line")
+        if fault := _fault(record):
+            raise UserError(f"{path}, line {number}: {fault}; remove the line")
         records.append(record)
     return records
+
+
+def _fault(record: dict[str, Any]) -> str | None:
+    """What is wrong with a record, or None."""
+    kind = record.get("kind")
+    if not isinstance(kind, str):
+        return f"kind is {kind!r}, wanted a word"
+    if type(record.get("step")) is not int:
+        return f"step is {record.get('step')!r}, wanted a whole number"
+    for key in (*_NUMBERS.get(kind, ()), *_NUMBERS_OR_NULL.get(kind, ()), *_OPTIONAL):
+        if key not in record and key not in _OPTIONAL:
+            return f"a {kind} record without {key}"
+        value = record.get(key)
+        nullable = key not in _NUMBERS.get(kind, ())
+        # the comparison is false for NaN, and does not overflow for whole numbers of any length
+        number = type(value) in (int, float) and abs(value) < 1e300
+        if not (number or (value is None and nullable)):
+            return f"{key} is {value!r}, wanted a number"
+    return None
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -167,4 +167,6 @@ def _last_validation(validation: list[dict[str, Any]]) -> str | None:
         return None
     last = validation[-1]
     bits = last.get("val_bits_per_byte")
-    return f"at the end: {bits:.3f} bits a byte" if bits is not None else f"at the end: {last['val_loss']:.3f}"
+    if bits is not None:
+        return f"at the end: {bits:.3f} bits a byte"
+    return None if last["val_loss"] is None else f"at the end: {last['val_loss']:.3f}"
