@@ -58,7 +58,7 @@ def _fault(record: dict[str, Any]) -> str | None:
         value = record.get(key)
         nullable = key not in _NUMBERS.get(kind, ())
         # the comparison is false for NaN, and does not overflow for whole numbers of any length
-        number = type(value) in (int, float) and abs(value) < 1e300
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
         if not (number or (value is None and nullable)):
             return f"{key} is {value!r}, wanted a number"
     return None
