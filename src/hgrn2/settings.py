@@ -74,7 +74,7 @@ def data_settings(file: dict[str, Any], **flags: Any) -> dict[str, Any]:
 def prepare_data(sources: dict[str, Any], out: Path, rebuild: bool) -> tuple[PreparedData, dict[str, Any]]:
     """Prepared tokens, made or reused, and what a run must remember to open them again."""
     names = sources["data"]
-    if len(names) == 1 and is_prepared(names[0]):
+    if len(names) == 1 and names[0] and is_prepared(names[0]):
         for key in ("validation", "text_field", "tokenizer", "prepared"):
             if sources[key] != _DATA_KEYS[key]:
                 raise UserError(f"data {names[0]!r} is prepared already; drop {key}, or name what it was prepared from")

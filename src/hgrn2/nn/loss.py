@@ -13,35 +13,54 @@ IGNORE = -100
 ROWS = 1024
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient is made beside the loss: the logits are at hand, and only once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:
-        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        dx = torch.empty_like(x) if needs_gradient else None
-        d_weight = torch.zeros_like(weight, dtype=loss.dtype) if needs_gradient else None
-        low_weight = weight.to(x.dtype)
+# an operator of its own, not an autograd.Function: torch 2.11's compiler gives that silent zeros as gradients
+@torch.library.custom_op("hgrn2::linear_cross_entropy", mutates_args=())
+def _loss_and_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and beside it the gradients of x and weight: the logits are at hand, and only once."""
+    loss, dx, d_weight = _empty_results(x, weight, needs_gradient)
+    loss.zero_()
+    d_weight.zero_()
+    low_weight = weight.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[0], ROWS):
             part, target = x[start : start + ROWS], targets[start : start + ROWS]
-            logits = (part @ low_weight.T).to(loss.dtype)
-            log_p = functional.log_softmax(logits, -1)
+            log_p = functional.log_softmax((part @ low_weight.T).to(loss.dtype), -1)
             loss += functional.nll_loss(log_p, target, ignore_index=IGNORE, reduction="sum")
-            if dx is not None and d_weight is not None:
-                counted = target != IGNORE
+            if needs_gradient:
                 d_logits = log_p.exp_()
                 d_logits[torch.arange(target.shape[0], device=x.device), target.clamp_min(0)] -= 1
-                d_logits = (d_logits * counted.unsqueeze(-1)).to(x.dtype)
+                d_logits = (d_logits * (target != IGNORE).unsqueeze(-1)).to(x.dtype)
                 dx[start : start + ROWS] = d_logits @ low_weight
                 d_weight += d_logits.T @ part
-        ctx.save_for_backward(dx, d_weight)
-        ctx.weight_dtype = weight.dtype
-        return loss
+    return loss, dx, d_weight
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        dx, d_weight = ctx.saved_tensors
-        return dx * grads[0].to(dx.dtype), (d_weight * grads[0]).to(ctx.weight_dtype), None, None
+
+def _empty_results(x: Tensor, weight: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    loss = x.new_empty((), dtype=dtype)
+    if not needs_gradient:
+        return loss, x.new_empty(0), x.new_empty(0, dtype=dtype)
+    return loss, x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=dtype)
+
+
+@_loss_and_gradients.register_fake
+def _(x, weight, targets, needs_gradient):
+    return _empty_results(x, weight, needs_gradient)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], output[2])
+    ctx.weight_dtype = inputs[1].dtype
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    dx, d_weight = ctx.saved_tensors
+    return dx * grad.to(dx.dtype), (d_weight * grad).to(ctx.weight_dtype), None, None
+
+
+_loss_and_gradients.register_autograd(_backward, setup_context=_save)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -58,5 +77,4 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    with torch.autocast(x.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, targets, needs_gradient)
+    return _loss_and_gradients(x, weight, targets, needs_gradient)[0]
