@@ -314,7 +314,8 @@ def _check_widths(q: Tensor, v: Tensor) -> None:
 
 
 def _check_scale(scale: float) -> None:
-    if not math.isfinite(scale):
+    # a trace may hold the number as a symbol
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; wanted a finite number")
 
 
