@@ -34,12 +34,13 @@ def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "null"}
 
 
-def check_types(values: Any, what: str) -> None:
+def check_types(values: Any, what: str, prefix: str = "") -> None:
     """Check every field of a dataclass against its annotation; fields of other types than plain ones are passed over.
 
     Args:
         values: the instance.
         what: the thing the fields belong to, e.g. "model config".
+        prefix: stands before a field's name in the message.
 
     Raises:
         UserError: a value is not of its field's type. A whole number is a float too, a bool is no number.
@@ -51,7 +52,7 @@ def check_types(values: Any, what: str) -> None:
         value = getattr(values, name)
         if not any(_is_of_kind(value, kind) for kind in allowed):
             wanted = " or ".join(_KINDS[kind] for kind in allowed)
-            raise UserError(f"{what}: {name} is {value!r}; wanted {wanted}")
+            raise UserError(f"{what}: {prefix}{name} is {value!r}; wanted {wanted}")
 
 
 def _is_of_kind(value: Any, kind: type) -> bool:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
-import typing
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.errors import UserError, check_types, unknown_key_message
 from hgrn2.nn.gates import LOWER_BOUNDS
 from hgrn2.nn.mlp import GLU_ACTIVATIONS
 from hgrn2.nn.norm import NORMS
@@ -20,23 +17,6 @@ MODEL_TYPE = "hgrn2"
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(f"model config: {message}")
-
-
-_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "null"}
-
-
-def _check_types(config: Any, prefix: str = "") -> None:
-    """Raises UserError for a value that is not of its field's type."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        # other types have checks of their own
-        if not set(allowed) <= _KINDS.keys():
-            continue
-        value = getattr(config, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        wanted = " or ".join(_KINDS[kind] for kind in allowed)
-        fits = type(value) in allowed and not isinstance(value, float)
-        _check(fits or (number and float in allowed), f"{prefix}{name} is {value!r}; wanted {wanted}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ class AttentionConfig:
     qkv_bias: bool = False
 
     def __post_init__(self) -> None:
-        _check_types(self, "attn.")
+        check_types(self, "model config", "attn.")
         _check(
             isinstance(self.layers, list | tuple)
             and all(type(i) is int for i in self.layers)
@@ -150,7 +130,7 @@ class HGRN2Config:
     attn: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self, "model config")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio"):
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; wanted at least 1")
         _check(
