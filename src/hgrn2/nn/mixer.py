@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
 from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step
+from hgrn2.ops.gates import activate
 
 # a pre-activation that makes the forget gate exactly 1 and the key exactly 0 in every dtype
 _KEEP_STATE = 1e4
@@ -156,9 +157,9 @@ class HGRN2Mixer(nn.Module):
             key = (1 - bound) * key
         assert self.min_log_decay is not None
         log_f = torch.where(key < 0.5, torch.log1p(-key), torch.log(gate.clamp_min(torch.finfo(gate.dtype).tiny)))
-        act = {"silu": nn.functional.silu, "sigmoid": torch.sigmoid, "none": lambda t: t}
         return gated_scan(
-            act[self.q_activation](q), key.to(q.dtype), act[self.v_activation](v), log_f.clamp_min(self.min_log_decay),
+            activate(q, self.q_activation), key.to(q.dtype), activate(v, self.v_activation),
+            log_f.clamp_min(self.min_log_decay),
             initial_state=state, cu_seqlens=cu_seqlens, scale=self.scale, backend=self.backend,
         )  # fmt: skip
 

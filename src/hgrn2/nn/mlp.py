@@ -5,12 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-GLU_ACTIVATIONS = {
-    "silu": functional.silu,
-    "sigmoid": functional.sigmoid,
-    "gelu": functional.gelu,
-    "none": lambda x: x,
-}
+from hgrn2.ops.gates import activate
+
+GLU_ACTIVATIONS = ("silu", "sigmoid", "gelu", "none")
 
 
 class GatedMLP(nn.Module):
@@ -19,7 +16,7 @@ class GatedMLP(nn.Module):
     Args:
         hidden_size: D.
         intermediate_size: width of the two branches.
-        activation: a key of `GLU_ACTIVATIONS`.
+        activation: one of `GLU_ACTIVATIONS`.
         bias: whether the projections have biases.
     """
 
@@ -32,4 +29,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the channels of x [..., D]."""
-        return self.down_proj(GLU_ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        gate = functional.gelu(gate) if self.activation == "gelu" else activate(gate, self.activation)
+        return self.down_proj(gate * self.up_proj(x))
