@@ -43,9 +43,10 @@ class AttentionConfig:
         check_types(self, "model config", "attn.")
         _check(
             isinstance(self.layers, list | tuple)
+            and len(self.layers) > 0
             and all(type(i) is int for i in self.layers)
             and len(set(self.layers)) == len(self.layers),
-            f"attn.layers is {self.layers!r}; wanted a list of different layers",
+            f"attn.layers is {self.layers!r}; wanted a list of one or more different layers",
         )
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.num_kv_heads is None:
@@ -142,6 +143,7 @@ class HGRN2Config:
             self.num_heads in (None, heads),
             f"num_heads = {self.num_heads} contradicts hidden_size / expand_ratio = {heads}; leave one of them out",
         )
+        _check(self.hidden_ratio > 0, f"hidden_ratio is {self.hidden_ratio}; wanted above 0")
         if self.intermediate_size is None:
             wanted = int(self.hidden_size * self.hidden_ratio * 2 / 3)
             object.__setattr__(self, "intermediate_size", 256 * -(-wanted // 256))
@@ -157,7 +159,8 @@ class HGRN2Config:
             _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; wanted at least 0")
         _check(0 <= self.dropout < 1, f"dropout is {self.dropout}; wanted in [0, 1)")
         _check(self.initializer_range > 0, f"initializer_range is {self.initializer_range}; wanted above 0")
-        _check(not self.use_short_conv or self.conv_size > 1, f"conv_size is {self.conv_size}; wanted at least 2")
+        _check(self.scale is None or self.scale > 0, f"scale is {self.scale}; wanted above 0, or null for the default")
+        _check(self.conv_size > 1, f"conv_size is {self.conv_size}; wanted at least 2")
         floor = self.min_log_decay
         _check(floor is None or floor < 0, f"min_log_decay is {floor}; wanted below 0, or null for none")
         _check(
@@ -210,7 +213,7 @@ class HGRN2Config:
 
 
 _CHOICES = {
-    "glu_activation": tuple(GLU_ACTIVATIONS),
+    "glu_activation": GLU_ACTIVATIONS,
     "lower_bound": LOWER_BOUNDS,
     "q_activation": ("silu", "sigmoid", "none"),
     "v_activation": ("none", "silu"),
