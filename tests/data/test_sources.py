@@ -110,7 +110,7 @@ def test_jsonl(tmp_path, suffix):
     [
         ('{"text": ', "line 2: not JSON: .*; mend the line"),
         ("[" * 100_000, r"d\.jsonl, line 2: JSON nested too deep"),
-        ('{"text": "a\\u0000b"}', r"line 2: binary, not text \(NUL at character 1\); take the line out"),
+        ('{"text": "a\\u0000b"}', r"line 2: binary, not text \(NUL at character 1\); take it out"),
         ("[1]", "line 2: a JSON list, wanted an object"),
         ('{"body": "x", "id": 1}', r"line 2: no field 'text' \(fields: body, id\)"),
         ('{"text": 5}', "line 2: field 'text' holds int, wanted a string"),
@@ -147,8 +147,13 @@ def test_parquet(tmp_path):
     assert read(path, text_field="body")[1] == {"d.parquet#1": "one", "d.parquet#4": "two"}
     with pytest.raises(UserError, match=r"no column 'text' \(columns: body, id\)"):
         read(path)
-    with pytest.raises(UserError, match="column 'id' holds int"):
+    with pytest.raises(UserError, match="row 1: field 'id' holds int"):
         read(path, text_field="id")
+    parquet.write_table(pyarrow.table({"text": ["one", None, "a\0b"]}), path, row_group_size=2)
+    for spec in (path, tmp_path):
+        with pytest.raises(UserError, match=r"d\.parquet, row 3: binary, not text \(NUL at character 1\)"):
+            read(spec)
+    parquet.write_table(pyarrow.table({"text": ["one"]}), path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="not a readable parquet file"):
         read(path)
@@ -168,6 +173,8 @@ def hub(monkeypatch):
 
     def load_dataset(name, config, split, streaming):
         calls.append((name, config, split, streaming))
+        if name == "binary":
+            return iter([{"text": "one"}, {"text": "tw\0o"}])
         if name == "missing":
             raise FileNotFoundError("Dataset 'missing' doesn't exist\nmore lines")
         return iter([{"text": "one"}, {"text": ""}, {"text": "two"}])
@@ -194,6 +201,8 @@ def test_hub_datasets(hub, tmp_path, monkeypatch):
 def test_hub_errors(hub, monkeypatch):
     with pytest.raises(UserError, match=r"hf:missing: cannot be read: .*Dataset 'missing' doesn't exist$"):
         read("hf:missing")
+    with pytest.raises(UserError, match=r"hf:binary, row 2: binary, not text \(NUL at character 2\)"):
+        read("hf:binary")
     with pytest.raises(UserError, match=r"hf:name, row 1: no field 'body' \(fields: text\)"):
         read("hf:name", text_field="body")
     with pytest.raises(UserError, match="no dataset named"):

@@ -35,7 +35,7 @@ def jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
     """One document a line, the string under a key; lines with an empty text are left out.
 
     Raises:
-        UserError: a line is not a JSON object or has no such string; the message names the line.
+        UserError: a line is not a JSON object, has no such string, or holds a NUL; the message names the line.
     """
     try:
         with open_binary(path) as stream:
@@ -55,7 +55,7 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
     """One document a row, the string in a column; empty and null texts are left out.
 
     Raises:
-        UserError: pyarrow is missing, the file is damaged, or it has no such column of strings.
+        UserError: pyarrow is missing, the file is damaged, it has no such column of strings, or a row holds a NUL.
     """
     try:
         import pyarrow
@@ -71,8 +71,7 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    if text is not None and not isinstance(text, str):
-                        raise UserError(f"{path}: column {column!r} holds {type(text).__name__}, wanted strings")
+                    text = _row_text({column: text}, column, f"{path}, row {row}")
                     if text:
                         yield Document(f"{name}#{row}", cut_pieces([text]))
     except (pyarrow.ArrowException, OSError) as error:
@@ -87,7 +86,8 @@ def hub_documents(spec: str, field: str) -> Iterator[Document]:
         field: the column.
 
     Raises:
-        UserError: datasets is missing, the Hub cannot be reached, or there is no such dataset or column.
+        UserError: datasets is missing, the Hub cannot be reached, there is no such dataset or column, or a
+            row holds a NUL.
     """
     name, _, rest = spec.partition(":")
     config, _, split = rest.partition(":")
@@ -123,8 +123,6 @@ def _json_text(line: bytes, field: str, where: str) -> str:
         raise UserError(f"{where}: a JSON {type(row).__name__}, wanted an object with the key {field!r}")
     text = _row_text(row, field, where)
     if b"\\u" in line:
-        if (nul := text.find("\0")) >= 0:
-            raise UserError(f"{where}: binary, not text (NUL at character {nul}); take the line out")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -140,6 +138,8 @@ def _row_text(row: dict[str, Any], field: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} holds {type(text).__name__}, wanted a string")
+    if (nul := text.find("\0")) >= 0:
+        raise UserError(f"{where}: binary, not text (NUL at character {nul}); take it out")
     return text
 
 
