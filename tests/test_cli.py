@@ -363,12 +363,34 @@ def test_where_nothing_can_be_written(run, corpus, tmp_path, capsys):
         ["train", "--data", corpus, "--out", tmp_path / "file" / "run", *TRAIN],
         "cannot|not a (directory|folder)",
     )
-    there = tmp_path / "none" / "scores.json"
-    refused(capsys, ["eval", run, corpus / "0.txt", "--json-out", there], "cannot be written")
-    refused(
-        capsys, ["generate", run, "--max-tokens", "2", "--state-out", tmp_path / "none" / "state"], "cannot be written"
-    )
     refused(capsys, ["generate", run, "--state-in", tmp_path / "file"], "no state can be read")
+
+
+@pytest.mark.parametrize("place", ["none/file", "file/file", "folder", "x" * 254, os.devnull, ""])
+def test_where_no_file_can_be_written_is_known_before_the_work(place, run, corpus, tmp_path, capsys, monkeypatch):
+    def work(*args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(cli, "load_model", work)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    before = listing(tmp_path)
+    refused(capsys, ["eval", run, corpus / "0.txt", "--json-out", place], "cannot be written")
+    refused(capsys, ["generate", run, "--state-out", place], "cannot be written")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/folder", "x" * 256])
+def test_where_no_folder_can_be_made_is_known_before_the_work(place, corpus, tmp_path, capsys, monkeypatch):
+    def work(*args):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr("hgrn2.data.open_corpus", work)
+    monkeypatch.setattr(cli, "prepare_data", work)
+    (tmp_path / "file").write_text("")
+    refused(capsys, ["train", "--data", corpus, "--out", place, *TRAIN], "cannot be written .*name another folder")
+    refused(capsys, ["tokenizer", place, "--data", corpus], "cannot be written .*name another folder")
+    assert listing(tmp_path) == ["file"]
 
 
 # as a process

@@ -372,6 +372,6 @@ def test_a_state_that_cannot_be_written_leaves_nothing(model, tmp_path):
     list(writing.write("abc", 1))
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", tmp_path / "none" / "state", type(tmp_path)(".")):
-        with pytest.raises(UserError, match="the state cannot be written"):
+        with pytest.raises(UserError, match="cannot be written"):
             writing.save_state(path)
     assert [p.name for p in tmp_path.rglob("*")] == ["folder"]

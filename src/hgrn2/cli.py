@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from hgrn2.data.staging import check_file_place, check_folder_place, write_text_whole
 from hgrn2.errors import UserError
 from hgrn2.settings import (
     data_settings,
@@ -119,8 +120,7 @@ def train(
         train_config = TrainConfig.from_dict(train_settings)
         # mistakes show before the work of preparing
         choose_device(train_config.device)
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out}: is a file; name a folder")
+        check_folder_place(out)
         model_config(model, file["model"], set, None)
         check_new_run(out)
         prepared_data, kept = prepare_data(sources, out, rebuild)
@@ -178,6 +178,8 @@ def generate(
     except UnicodeEncodeError:
         raise UserError("--prompt or --stop is not UTF-8; give text") from None
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+    if state_out is not None:
+        check_file_place(state_out)
     lm, tokenizer = load_model(run, checkpoint, device)
     writer = Writer(lm, tokenizer, sampling)
     if state_in is not None:
@@ -223,6 +225,8 @@ def evaluate(
         raise UserError("no file to evaluate; name one or more after the run")
     if window < 1:
         raise UserError(f"--window is {window}; wanted at least 1")
+    if json_out is not None:
+        check_file_place(json_out)
     lm, tokenizer = load_model(run, checkpoint, device)
     scores = [score(lm, tokenizer, document, window) for document in open_corpus(files, text_field).documents()]
     if not scores:
@@ -238,7 +242,10 @@ def evaluate(
     Console().print(table)
     if json_out is not None:
         rows = [dataclasses.asdict(s) | {"perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte} for s in shown]
-        _write_text(json_out, json.dumps(rows, indent=1) + "\n")
+        try:
+            write_text_whole(json_out, json.dumps(rows, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{json_out}: cannot be written ({error.strerror}); name another file") from None
 
 
 @_command("info")
@@ -332,6 +339,7 @@ def tokenizer_command(
     """
     from hgrn2.data import open_corpus, train_bpe
 
+    check_folder_place(out)
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out}/tokenizer.json: exists already; name another folder")
     pieces = (piece for document in open_corpus(data, text_field).documents() for piece in document.pieces)
@@ -450,16 +458,6 @@ def _bytes(n: int) -> str:
             break
         size /= 1024
     return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
 
 
 if __name__ == "__main__":

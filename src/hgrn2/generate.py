@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hgrn2.data.staging import check_file_place, staged_file
 from hgrn2.data.tokenizer import TextStream, Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, ModelState
@@ -176,20 +176,14 @@ class Writer:
         """Writes the state, so that `load_state` goes on where this left off; whole or not at all."""
         about = {"format": _STATE_FORMAT, "pending": self.pending, "tokenizer": self.tokenizer.fingerprint()}
         tensors = self.state.tensors() | {"seen": self.seen, "generator": self.generator.get_state()}
-        if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"{path}: the state cannot be written there; name a file in a folder that exists")
-        temporary = path.with_name(path.name + ".tmp")
+        check_file_place(path)
         try:
-            save_file({k: v.cpu() for k, v in tensors.items()}, temporary, {"hgrn2": json.dumps(about)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            with staged_file(path) as partial:
+                save_file({k: v.cpu() for k, v in tensors.items()}, partial, {"hgrn2": json.dumps(about)})
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{path}: the state cannot be written ({error}); name another file or free some space"
             ) from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_state(self, path: Path) -> None:
         """Takes up a saved state.

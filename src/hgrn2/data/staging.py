@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,22 +68,66 @@ def staged_directory(target: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Give the name of a file beside the path; on success it is synced and takes the path's place, else removed.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    partial = _partial(path)
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_text_whole(path: Path, text: str) -> None:
     """Write a UTF-8 file that appears complete and synced, or not at all; a file that was there stays until then.
 
     Raises:
         OSError: it cannot be written; nothing half-written is left.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def check_file_place(path: Path) -> None:
+    """Make sure that a file can be written, before the work whose result it will hold.
+
+    Raises:
+        UserError: its folder is missing or cannot be written, or something that is no file is there.
+    """
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        # a device would be replaced by a file
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be written, for it is no file; name a file")
+        partial = _partial(path)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name a file in a folder that exists") from None
+
+
+def check_folder_place(path: Path) -> None:
+    """Make sure that a folder can be made and written, before the work whose result it will hold.
+
+    Raises:
+        UserError: it, or the nearest folder above it that exists, cannot be written.
+    """
+    try:
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def _lock_directory(stage: Path) -> int | None:
