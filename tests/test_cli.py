@@ -258,6 +258,39 @@ def test_model_settings(change, message, capsys, tmp_path, corpus):
 
 
 @pytest.mark.parametrize(
+    ("tokenizer", "vocab_size", "message"),
+    [
+        ("bytes", 256, "'bytes' has 257 tokens but the model has vocab_size 256"),
+        ("bpe:300", 256, "has 257 tokens but the model has vocab_size 256"),
+        ("bpe:300", 280, "'bpe:300' has 300 tokens but the model has vocab_size 280"),
+    ],
+)
+def test_a_vocabulary_too_small_is_known_before_the_corpus_is_tokenised(
+    tokenizer, vocab_size, message, capsys, tmp_path, corpus, monkeypatch
+):
+    def encode(*args):
+        raise AssertionError("the corpus was tokenised")
+
+    monkeypatch.setattr(sys.modules["hgrn2.data.prepare"], "encode_pieces", encode)
+    args = ["train", "--data", corpus, "--out", tmp_path / "run", *TRAIN, f"vocab_size={vocab_size}"]
+    refused(capsys, [*args, "--tokenizer", tokenizer], message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_longer_than_the_corpus(run, capsys, tmp_path, corpus):
+    message = "the data has .* tokens, but one window of seq_len 99999 needs 100,000; use a shorter seq_len"
+    long = ["--seq-len", "99999"]
+    refused(capsys, ["train", "--data", corpus, "--out", tmp_path / "run", *TRAIN, *long], message)
+    # the prepared tokens are whole, and good for the next attempt
+    assert [p.name for p in tmp_path.iterdir()] == ["prepared"]
+    assert cli.main(["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *TRAIN]) == 0
+    assert "reusing" in capsys.readouterr().err
+    before = {p: (run / p).read_bytes() for p in listing(run) if (run / p).is_file()}
+    refused(capsys, ["train", "--resume", run, "--max-steps", "12", *long], message)
+    assert before == {p: (run / p).read_bytes() for p in listing(run) if (run / p).is_file()}
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[modle]\n", "unknown key 'modle'; did you mean 'model'"),

@@ -121,10 +121,13 @@ def train(
         # mistakes show before the work of preparing
         choose_device(train_config.device)
         check_folder_place(out)
-        model_config(model, file["model"], set, None)
+        configure = functools.partial(model_config, model, file["model"], set)
+        configure(None)
         check_new_run(out)
-        prepared_data, kept = prepare_data(sources, out, rebuild)
-        lm_config = model_config(model, file["model"], set, prepared_data.tokenizer.vocab_size)
+        prepared_data, kept = prepare_data(
+            sources, out, rebuild, lambda found: found.check_fits(configure(found.vocab_size).vocab_size)
+        )
+        lm_config = configure(prepared_data.tokenizer.vocab_size)
         result = start_language_run(
             out, lm_config, train_config, prepared_data, data_settings=kept,
             sampler=_make_sampler(prepared_data.tokenizer),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,17 @@ def data_settings(file: dict[str, Any], **flags: Any) -> dict[str, Any]:
     return _DATA_KEYS | file | {key: value for key, value in flags.items() if value not in (None, [])}
 
 
-def prepare_data(sources: dict[str, Any], out: Path, rebuild: bool) -> tuple[PreparedData, dict[str, Any]]:
-    """Prepared tokens, made or reused, and what a run must remember to open them again."""
+def prepare_data(
+    sources: dict[str, Any], out: Path, rebuild: bool, check_tokenizer: Callable[[Tokenizer], None]
+) -> tuple[PreparedData, dict[str, Any]]:
+    """Prepared tokens, made or reused, and what a run must remember to open them again.
+
+    Args:
+        sources: as `data_settings` gives them.
+        out: the run's folder, beside which the tokens are kept by default.
+        rebuild: prepare even if nothing has changed.
+        check_tokenizer: see `prepare`.
+    """
     names = sources["data"]
     if len(names) == 1 and names[0] and is_prepared(names[0]):
         for key in ("validation", "text_field", "tokenizer", "prepared"):
@@ -87,7 +96,7 @@ def prepare_data(sources: dict[str, Any], out: Path, rebuild: bool) -> tuple[Pre
         target = out.parent / "prepared" / f"{first}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     prepared = prepare(
         names, sources["tokenizer"], target, validation=sources["validation"], text_field=sources["text_field"],
-        rebuild=rebuild,
+        rebuild=rebuild, check_tokenizer=check_tokenizer,
     )  # fmt: skip
     print(
         f"{'reusing' if prepared.reused else 'prepared'} {prepared.directory}: {prepared.summary()}",

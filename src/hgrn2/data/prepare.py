@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,7 @@ def prepare(
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     progress: bool | None = None,
     rebuild: bool = False,
+    check_tokenizer: Callable[[Tokenizer], None] | None = None,
 ) -> PreparedData:
     """Tokenise a corpus into out_dir, or reuse what is there if neither inputs nor settings have changed.
 
@@ -130,6 +131,8 @@ def prepare(
         shard_tokens: tokens a shard.
         progress: show a progress bar on stderr; None means if that is a terminal.
         rebuild: prepare even if nothing has changed.
+        check_tokenizer: called with the tokenizer as soon as it is known, before the corpus is tokenised; what it
+            raises goes to the caller, and nothing is kept.
 
     Raises:
         UserError: something named cannot be used, nothing is left to hold out, or out_dir cannot be written.
@@ -149,6 +152,12 @@ def prepare(
         tokenizer = load_tokenizer(tokenizer)
     elif not isinstance(tokenizer, Tokenizer):
         tokenizer = str(tokenizer)
+    check = check_tokenizer or (lambda _: None)
+    if vocab_size is not None:
+        # no byte-level BPE is smaller: what this one is refused for need not wait for the training
+        check(train_bpe((), 257))
+    elif isinstance(tokenizer, Tokenizer):
+        check(tokenizer)
     settings = {
         "tokenizer": tokenizer.fingerprint() if isinstance(tokenizer, Tokenizer) else str(tokenizer),
         "bpe_sample_bytes": BPE_SAMPLE_BYTES if vocab_size else None,
@@ -170,7 +179,7 @@ def prepare(
         if not rebuild and _is_current(target, inputs, settings):
             raise Discard
         reused = False
-        job = _Job(stage, corpus, held_out, tokenizer, validation_fraction, shard_tokens, num_workers, progress)
+        job = _Job(stage, corpus, held_out, tokenizer, check, validation_fraction, shard_tokens, num_workers, progress)
         job.run(_first_split(corpus, held_out, validation_fraction, seed)).save(stage)
         manifest = {
             "format": FORMAT,
@@ -192,6 +201,7 @@ class _Job:
     corpus: Corpus
     held_out: Corpus | None
     tokenizer: Tokenizer | str
+    check_tokenizer: Callable[[Tokenizer], None]
     validation_fraction: float
     shard_tokens: int
     num_workers: int
@@ -270,7 +280,9 @@ class _Job:
     def _train_tokenizer(self, split: Split) -> Tokenizer:
         vocab_size = bpe_request(self.tokenizer)
         assert vocab_size is not None, f"not a request for a tokenizer: {self.tokenizer!r}"
-        return train_bpe(self._training_sample(split), vocab_size)
+        tokenizer = train_bpe(self._training_sample(split), vocab_size)
+        self.check_tokenizer(tokenizer)
+        return tokenizer
 
     def _training_sample(self, split: Split) -> Iterator[str]:
         """The first training texts, up to a number of bytes."""
