@@ -197,9 +197,15 @@ def test_tokenizer(corpus, tmp_path, capsys):
     ("args", "message"),
     [
         ([], "Expected one of .*train"),
-        (["trian"], "trian|Expected"),
-        (["train", "--nosuch", "3"], "--nosuch"),
-        (["train", "--max-steps", "many"], "--max-steps"),
+        (["trian"], "Unrecognized options: trian; did you mean train[?] see hgrn2 --help$"),
+        (["train", "--nosuch", "3"], "options: --nosuch, 3; see hgrn2 train --help$"),
+        (["train", "--max-stps", "3"], "--max-stps, 3; did you mean --max-steps[?]"),
+        (["train", "--grad-acumulation=3"], "did you mean --grad-accumulation[?]"),
+        (["generate", "run", "--promt", "x", "--tok-k=3"], "did you mean --prompt or --top-k[?]"),
+        (["train", "--promt", "x"], "options: --promt, x; see"),
+        (["train", "--max-steps", "many"], "Error parsing --max-steps: 'many' is not a whole number; see"),
+        (["train", "--max-time-s", "abc"], "Error parsing --max-time-s: 'abc' is not a number; see"),
+        (["generate", "run", "--max-tokens", "1.5"], "Error parsing --max-tokens: '1.5' is not a whole number; see"),
         (["train", "--optimizer", "sgd"], "--optimizer"),
         (["train", "--max-steps", "0"], "max_steps is 0; wanted more than 0"),
         (["train", "--learning-rate", "nan"], "learning_rate is nan"),
@@ -424,6 +430,15 @@ def test_where_no_folder_can_be_made_is_known_before_the_work(place, corpus, tmp
     refused(capsys, ["train", "--data", corpus, "--out", place, *TRAIN], "cannot be written .*name another folder")
     refused(capsys, ["tokenizer", place, "--data", corpus], "cannot be written .*name another folder")
     assert listing(tmp_path) == ["file"]
+
+
+def test_help_names_types_plainly(capsys):
+    for command, wanted in [("train", "--max-steps INT"), ("generate", "--state-in PATH"), ("eval", "--json-out PATH")]:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        out = capsys.readouterr().out
+        assert wanted in out
+        assert "{None}" not in out
 
 
 # as a process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import io
@@ -12,7 +11,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ import tyro
 
 from hgrn2.data.staging import check_file_place, check_folder_place, write_text_whole
 from hgrn2.errors import UserError
+from hgrn2.parsing import command, parse
 from hgrn2.settings import (
     data_settings,
     given_flags,
@@ -31,26 +31,10 @@ from hgrn2.settings import (
 )
 from hgrn2.train.config import TrainConfig
 
-app = tyro.extras.SubcommandApp()
-
 _BUDGETS = {"max_steps", "max_tokens", "max_time_s"}
 _DEFAULT_BUDGET = {"max_steps": 1000}
 _RUN = Path("runs/run")
 _Paths = tuple[str, ...]
-
-
-def _command(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
-    """Registers a command; parsing only prepares the call, so that what parsing prints can be told apart."""
-
-    def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
-        @functools.wraps(function)
-        def prepare(*args: Any, **kwargs: Any) -> Any:
-            return functools.partial(function, *args, **kwargs)
-
-        app.command(name=name)(prepare)
-        return function
-
-    return register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +45,7 @@ class TrainFlags(TrainConfig):
         """Checks nothing yet."""
 
 
-@_command("train")
+@command("train")
 def train(
     data: _Paths = (),
     validation: _Paths = (),
@@ -137,7 +121,7 @@ def train(
     return 128 + int(signal.Signals[stopped_by]) if stopped_by else 0
 
 
-@_command("generate")
+@command("generate")
 def generate(
     run: tyro.conf.Positional[Path],
     prompt: str = "",
@@ -196,7 +180,7 @@ def generate(
         writer.save_state(state_out)
 
 
-@_command("eval")
+@command("eval")
 def evaluate(
     run: tyro.conf.Positional[Path],
     files: tyro.conf.Positional[tuple[str, ...]],
@@ -251,7 +235,7 @@ def evaluate(
             raise UserError(f"{json_out}: cannot be written ({error.strerror}); name another file") from None
 
 
-@_command("info")
+@command("info")
 def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()) -> None:
     """Show what a model costs: parameters, operations, memory.
 
@@ -312,7 +296,7 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
     Console().print(table)
 
 
-@_command("plot")
+@command("plot")
 def plot(run: tyro.conf.Positional[Path]) -> None:
     """Draw a run's pictures again: loss, lower bounds, forget gates, memory, state norm.
 
@@ -325,7 +309,7 @@ def plot(run: tyro.conf.Positional[Path]) -> None:
         print(path)
 
 
-@_command("tokenizer")
+@command("tokenizer")
 def tokenizer_command(
     out: tyro.conf.Positional[Path],
     data: _Paths = ("stdlib",),
@@ -368,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # what a terminal's encoding lacks is replaced, not a reason to stop
         sys.stdout.reconfigure(errors="replace")
     try:
-        status = _parse()()
+        status = parse()()
         sys.stdout.flush()
         return status or 0
     except UserError as error:
@@ -381,28 +365,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0
-
-
-def _parse() -> Callable[[], int | None]:
-    """The call that the command line asks for.
-
-    Raises:
-        UserError: it asks for nothing there is.
-    """
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return app.cli(prog="hgrn2", description="Gated linear RNN language models with state expansion.")
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    # the parser prints a title and what is wrong, then a rule and hints; in a box where the terminal can show one
-    _, *rows = (row.strip("│ ") for row in printed.getvalue().splitlines())
-    is_rule = [row.startswith(("───", "---")) and not row.strip("─-") for row in rows]
-    first = is_rule.index(False)
-    last = is_rule.index(True, first) if True in is_rule[first:] else len(rows)
-    text = " ".join(" ".join(rows[first:last]).split())
-    raise UserError(f"{text}; see hgrn2 --help")
 
 
 def _make_sampler(tokenizer: Any) -> Any:
