@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.language import LanguageTask, carried_loss, text_figures
+from hgrn2.train.lock import run_lock
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.run import choose_device, resume_language_run, start_language_run
 
@@ -224,3 +226,55 @@ def test_a_refused_resumption_leaves_the_run_as_it_was(data, tmp_path, changes, 
 
 def test_auto_device_is_one_that_works():
     assert choose_device("auto").type in ("cpu", "cuda")
+
+
+# one process at a time
+
+
+def test_the_lock_decides_whose_folder_it_is(data, tmp_path):
+    def start():
+        start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
+
+    with run_lock(tmp_path / "run"):
+        with pytest.raises(UserError, match="another process is training in it"):
+            start()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    start()
+    with pytest.raises(UserError, match="holds a run already"):
+        start()
+
+
+def test_resuming_goes_on_from_what_is_there_once_the_lock_is_held(data, tmp_path, monkeypatch):
+    start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
+    wanted = losses(tmp_path / "run")
+
+    @contextlib.contextmanager
+    def held_after_another_process_went_back(run_dir):
+        with run_lock(run_dir):
+            checkpoint.CheckpointStore(run_dir, 10).remove_after(8)
+            yield
+
+    monkeypatch.setattr("hgrn2.train.run.run_lock", held_after_another_process_went_back)
+    result = resume_language_run(tmp_path / "run", data).result
+    assert result.counters.step == 12
+    assert losses(tmp_path / "run") == wanted
+
+
+def test_pictures_are_drawn_while_the_lock_is_held(data, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(run_dir):
+        with pytest.raises(UserError, match="another process is training in it"), run_lock(run_dir):
+            pass
+        drawn.append(run_dir)
+        return []
+
+    monkeypatch.setattr("hgrn2.train.plots.plot_run", draw)
+    start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
+    assert drawn == [tmp_path / "run"]
+
+
+def test_a_folder_that_cannot_be_locked(data, tmp_path):
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot write in the run folder .*; name another folder"):
+        start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})

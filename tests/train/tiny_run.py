@@ -15,6 +15,7 @@ from hgrn2.models import HGRN2Config
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
+from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer, TrainResult
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.run import resume_language_run, start_language_run
@@ -111,22 +112,23 @@ def run(run_dir: Path, settings: dict, *, task_settings: dict | None = None, dis
     config = TrainConfig.from_dict(settings)
     task = TinyTask(config, **(task_settings or {}))
     resume_from = None
-    if (run_dir / "config.json").exists():
-        run_dir, resume_from = checkpoint.resume_point(run_dir)
-    else:
-        checkpoint.create_run(run_dir, {"train": config.to_dict()})
-    torch.manual_seed(config.seed)
-    trainer = Trainer(
-        model=TinyModel(),
-        task=task,
-        roles=ROLES,
-        config=config,
-        run_dir=run_dir,
-        run_config=checkpoint.read_config(run_dir),
-        resume_from=resume_from,
-        display=display or PlainDisplay(),
-    )
-    return trainer.run()
+    with run_lock(run_dir):
+        if (run_dir / "config.json").exists():
+            run_dir, resume_from = checkpoint.resume_point(run_dir)
+        else:
+            checkpoint.create_run(run_dir, {"train": config.to_dict()})
+        torch.manual_seed(config.seed)
+        trainer = Trainer(
+            model=TinyModel(),
+            task=task,
+            roles=ROLES,
+            config=config,
+            run_dir=run_dir,
+            run_config=checkpoint.read_config(run_dir),
+            resume_from=resume_from,
+            display=display or PlainDisplay(),
+        )
+        return trainer.run()
 
 
 def run_with_file_limit(run_dir: Path, settings: dict, limit_bytes: int) -> None:

@@ -13,25 +13,29 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder; the system lets go of it however the process ends. No lock where there is no fcntl.
+    """Hold the run folder, made if it is not there; the system lets go of it however the process ends.
+
+    Whatever is decided by what lies in the folder is decided while it is held. No lock where there is no fcntl.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be written.
     """
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    # the file stays: removing it would let two processes hold two files of the same name
-    with (run_dir / LOCK_NAME).open("ab") as file:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # the file stays: removing it would let two processes hold two files of the same name
+        file = (run_dir / LOCK_NAME).open("ab")
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot write in the run folder ({error.strerror}); name another folder") from None
+    with file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{run_dir}: another process is training in it; wait for it, or name another folder"
             ) from None
-        except OSError:
-            # a file system without locks, such as some network mounts
+        except (ImportError, OSError):
+            # a system without fcntl, or a file system without locks, such as some network mounts
             pass
         yield

@@ -21,7 +21,6 @@ from hgrn2.train import checkpoint as ckpt
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.interrupt import StopRequest
-from hgrn2.train.lock import run_lock
 from hgrn2.train.metrics import MetricsWriter, read_metrics
 from hgrn2.train.optim import NamedOptimizer
 from hgrn2.train.rng import rng_state, seed_everything, set_rng_state, shielded_rng
@@ -80,6 +79,8 @@ class TrainResult:
 class Trainer:
     """Trains a model on a task and leaves a run folder that can be resumed at any moment.
 
+    Whoever makes one holds the folder's `run_lock`, from before the choice of resume_from until the run has ended.
+
     Attributes:
         model: on its device already.
         task: batches, loss and metric.
@@ -113,13 +114,9 @@ class Trainer:
 
         Raises:
             UserError: too many non-finite steps in a row, a full disk, or a checkpoint that cannot be read;
-                the message names the last good checkpoint. Or another process is training in the folder.
+                the message names the last good checkpoint.
             KeyboardInterrupt: at the second signal.
         """
-        with run_lock(self.run_dir):
-            return self._run()
-
-    def _run(self) -> TrainResult:
         try:
             self._store.remove_leftovers()
             self._restore()

@@ -18,6 +18,7 @@ from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.gates import measure_gates
 from hgrn2.train.language import LanguageTask, Sampler
+from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer, TrainResult
 from hgrn2.train.rng import seed_everything
 
@@ -66,8 +67,9 @@ def start_language_run(
     """
     parts = _Parts.build(model_config, train_config, data, sampler)
     config = {"model": model_config.to_dict(), "train": train_config.to_dict(), "data": dict(data_settings)}
-    create_run(run_dir, config, data.tokenizer)
-    return parts.run(run_dir, config, None, display)
+    with run_lock(run_dir):
+        create_run(run_dir, config, data.tokenizer)
+        return parts.run(run_dir, config, None, display)
 
 
 def resume_language_run(
@@ -91,15 +93,18 @@ def resume_language_run(
     Raises:
         UserError: there is no run, its checkpoint is damaged, the data is another, or as Trainer.run.
     """
-    run_dir, checkpoint = resume_point(path)
-    config = read_config(run_dir)
-    for key in ("model", "train", "data"):
-        if not isinstance(config.get(key), dict):
-            raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
-    train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
-    parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
-    config["train"] = train_config.to_dict()
-    return parts.run(run_dir, config, checkpoint, display)
+    run_dir, _ = resume_point(path)
+    with run_lock(run_dir):
+        # again: until now another process may have written and removed checkpoints
+        _, checkpoint = resume_point(path)
+        config = read_config(run_dir)
+        for key in ("model", "train", "data"):
+            if not isinstance(config.get(key), dict):
+                raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
+        train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
+        parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
+        config["train"] = train_config.to_dict()
+        return parts.run(run_dir, config, checkpoint, display)
 
 
 @dataclass(frozen=True)
