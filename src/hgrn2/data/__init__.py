@@ -1,7 +1,6 @@
 """Text to batches: sources, tokenizers, prepared token datasets, and iterators over them."""
 
 from hgrn2.data.batches import Batch, PackedBatches, StreamBatches
-from hgrn2.data.prefetch import Prefetch
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
 from hgrn2.data.sequential import SequentialWindows, sequential_windows
 from hgrn2.data.sources import Corpus, open_corpus
@@ -14,7 +13,6 @@ __all__ = [
     "Corpus",
     "HFTokenizer",
     "PackedBatches",
-    "Prefetch",
     "PreparedData",
     "SequentialWindows",
     "StreamBatches",
