@@ -246,6 +246,12 @@ def test_positions_of_something_else_are_refused(make_dataset, kind):
 
 def test_stream_positions_need_the_same_streams(make_dataset):
     dataset = numbered(make_dataset, [30, 30])
-    with pytest.raises(UserError, match="saved with 2 streams, now there are 3"):
-        StreamBatches(dataset, 3, 8).load_state_dict(StreamBatches(dataset, 2, 8).state_dict())
+    saved = StreamBatches(dataset, 2, 8).state_dict()
+    with pytest.raises(UserError, match="saved with num_streams 2, now it is 3; resume with the same"):
+        StreamBatches(dataset, 3, 8).load_state_dict(saved)
+    # a position among streams is none among samples, and the other way round
+    with pytest.raises(UserError, match="saved with num_streams 2, now it is None"):
+        PackedBatches(dataset, 2, 8).load_state_dict(saved)
+    with pytest.raises(UserError, match="saved with num_streams None, now it is 2"):
+        StreamBatches(dataset, 2, 8).load_state_dict(PackedBatches(dataset, 2, 8).state_dict())
     StreamBatches(dataset, 1, 8, world_size=2).load_state_dict(StreamBatches(dataset, 2, 8).state_dict())

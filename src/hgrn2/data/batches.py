@@ -6,6 +6,7 @@ token. So a corpus of N tokens has exactly N targets, and each is a target once 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,7 +63,84 @@ class Batch:
         return replace(self, **moved)
 
 
-class PackedBatches(Iterator[Batch]):
+class _Batches(Iterator[Batch], ABC):
+    """Endless batches, of which the one at a position depends on the arguments alone.
+
+    Attributes:
+        position: of the next batch.
+        num_windows: positions of an epoch.
+        step_size: by how much one batch moves the position on.
+        num_streams: streams on all ranks; None where no state is carried.
+    """
+
+    num_windows: int
+    step_size: int
+    num_streams: int | None = None
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        reset_at_documents: bool = True,
+    ):
+        _check_sizes(batch_size, seq_len, rank, world_size)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.reset_at_documents = reset_at_documents
+        self.position = 0
+        self._cut()
+
+    @abstractmethod
+    def _cut(self) -> None:
+        """Set num_windows and step_size, and whatever else follows from the arguments."""
+
+    @abstractmethod
+    def batch_at(self, position: int) -> Batch:
+        """The batch at a position."""
+
+    @property
+    def epoch(self) -> float:
+        """Epochs begun so far, with the fraction of the present one."""
+        return self.position / self.num_windows
+
+    def __next__(self) -> Batch:
+        batch = self.batch_at(self.position)
+        self.position += self.step_size
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in."""
+        return {"position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; carried states are the caller's to restore.
+
+        Raises:
+            UserError: it was saved with other data, another seq_len, seed or number of streams on all ranks.
+        """
+        for name, now in self._identity().items():
+            if state.get(name) != now:
+                raise UserError(
+                    f"data position: saved with {name} {state.get(name)!r}, now it is {now!r}; resume with the "
+                    "same data and settings"
+                )
+        self.position = int(state["position"])
+
+    def _identity(self) -> dict[str, Any]:
+        data = self.dataset.fingerprint
+        return {"seed": self.seed, "seq_len": self.seq_len, "num_streams": self.num_streams, "data": data}
+
+
+class PackedBatches(_Batches):
     """Endless random batches; the position in them is one integer.
 
     Every epoch cuts the circle of tokens at a random phase into windows of seq_len inputs (the last shorter)
@@ -92,44 +170,11 @@ class PackedBatches(Iterator[Batch]):
         batch = next(batches)
     """
 
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        batch_size: int,
-        seq_len: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        reset_at_documents: bool = True,
-    ):
-        _check_sizes(batch_size, seq_len, rank, world_size)
-        _check_length(dataset, seq_len + 1, f"one window of seq_len {seq_len}")
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seq_len = seq_len
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.reset_at_documents = reset_at_documents
-        self.num_windows = -(-dataset.num_tokens // seq_len)
-        self.position = 0
+    def _cut(self) -> None:
+        _check_length(self.dataset, self.seq_len + 1, f"one window of seq_len {self.seq_len}")
+        self.num_windows = -(-self.dataset.num_tokens // self.seq_len)
+        self.step_size = self.batch_size * self.world_size
         self._orders: dict[int, Permutation] = {}
-
-    @property
-    def epoch(self) -> float:
-        """Epochs begun so far, with the fraction of the present one."""
-        return self.position / self.num_windows
-
-    @property
-    def step_size(self) -> int:
-        """By how much one batch moves the position on."""
-        return self.batch_size * self.world_size
-
-    def __next__(self) -> Batch:
-        batch = self.batch_at(self.position)
-        self.position += self.step_size
-        return batch
 
     def batch_at(self, position: int) -> Batch:
         """The batch at a position, which is the number of samples all ranks consumed before it."""
@@ -153,19 +198,6 @@ class PackedBatches(Iterator[Batch]):
             cu_seqlens=torch.from_numpy(_cu_seqlens(inputs, self.dataset.eot_id)),
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
-        return {"position": self.position, **_identity(self)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position.
-
-        Raises:
-            UserError: it was saved with other data, another seq_len or another seed.
-        """
-        _check_identity(self, state)
-        self.position = int(state["position"])
-
     def _order(self, epoch: int) -> Permutation:
         if epoch not in self._orders:
             # one is enough, since epochs come one after the other
@@ -173,7 +205,7 @@ class PackedBatches(Iterator[Batch]):
         return self._orders[epoch]
 
 
-class StreamBatches(Iterator[Batch]):
+class StreamBatches(_Batches):
     """Endless batches of parallel streams, state carried from one to the next (truncated backpropagation).
 
     The circle of tokens, begun at a random phase every epoch, is cut into batch_size * world_size parts of
@@ -200,48 +232,15 @@ class StreamBatches(Iterator[Batch]):
         UserError: the parts are shorter than one window.
     """
 
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        batch_size: int,
-        seq_len: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        reset_at_documents: bool = True,
-    ):
-        _check_sizes(batch_size, seq_len, rank, world_size)
-        self.num_streams = batch_size * world_size
-        _check_length(dataset, self.num_streams * seq_len, f"{self.num_streams} streams of seq_len {seq_len}")
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seq_len = seq_len
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.reset_at_documents = reset_at_documents
-        bounds = np.arange(self.num_streams + 1) * dataset.num_tokens // self.num_streams
-        mine = slice(rank * batch_size, (rank + 1) * batch_size)
+    def _cut(self) -> None:
+        count = self.num_streams = self.batch_size * self.world_size
+        _check_length(self.dataset, count * self.seq_len, f"{count} streams of seq_len {self.seq_len}")
+        bounds = np.arange(count + 1) * self.dataset.num_tokens // count
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         self._starts, self._stops = bounds[:-1][mine], bounds[1:][mine]
         # the same on all ranks, so that they stay in step
-        self.num_windows = -(-int(np.diff(bounds).max()) // seq_len)
-        self.position = 0
-
-    @property
-    def epoch(self) -> float:
-        """Epochs begun so far, with the fraction of the present one."""
-        return self.position / self.num_windows
-
-    @property
-    def step_size(self) -> int:
-        """By how much one batch moves the position on."""
-        return 1
-
-    def __next__(self) -> Batch:
-        batch = self.batch_at(self.position)
-        self.position += 1
-        return batch
+        self.num_windows = -(-int(np.diff(bounds).max()) // self.seq_len)
+        self.step_size = 1
 
     def batch_at(self, position: int) -> Batch:
         """The batch at a position, which is the number of batches before it."""
@@ -256,24 +255,6 @@ class StreamBatches(Iterator[Batch]):
         if not self.reset_at_documents:
             return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), state_reset=torch.from_numpy(fresh))
         return pack_streams(list(inputs), list(targets), np.arange(self.batch_size), fresh, self.dataset.eot_id)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
-        return {"position": self.position, "num_streams": self.num_streams, **_identity(self)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the carried states are the caller's to restore.
-
-        Raises:
-            UserError: it was saved with other data, another seq_len, seed or number of streams on all ranks.
-        """
-        _check_identity(self, state)
-        if state.get("num_streams") != self.num_streams:
-            raise UserError(
-                f"data position: saved with {state.get('num_streams')} streams, now there are "
-                f"{self.num_streams}; keep batch_size * number of processes as it was"
-            )
-        self.position = int(state["position"])
 
 
 def pack_streams(
@@ -350,16 +331,3 @@ def _check_length(dataset: TokenDataset, needed: int, what: str) -> None:
             f"{dataset.directory}: the data has {dataset.num_tokens:,} tokens, but {what} needs {needed:,}; "
             "use a shorter seq_len, a smaller batch_size or more data"
         )
-
-
-def _identity(batches: PackedBatches | StreamBatches) -> dict[str, Any]:
-    return {"seed": batches.seed, "seq_len": batches.seq_len, "data": batches.dataset.fingerprint}
-
-
-def _check_identity(batches: PackedBatches | StreamBatches, state: dict[str, Any]) -> None:
-    for name, now in _identity(batches).items():
-        if state.get(name) != now:
-            raise UserError(
-                f"data position: saved with {name} {state.get(name)!r}, now it is {now!r}; resume with the "
-                "same data and settings"
-            )
