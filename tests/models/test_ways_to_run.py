@@ -4,6 +4,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgrn2.errors import UserError
 from hgrn2.models import ModelState
@@ -201,6 +202,66 @@ def test_caches_of_streams_hold_what_the_longest_needs():
         state = state.select(torch.tensor([-1, 1]))
     assert state.layers[1]["valid"].sum(1).tolist() == [0, 30]
     assert state.layers[1]["key"].shape[1] <= 40
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_state_that_is_not_wanted_is_not_built(name):
+    model = make_model(config_of(name))
+    ids = tokens(1, 12)
+    bounds = torch.tensor([0, 5, 12])
+    state = model.init_state(2)
+    for settings in ({}, {"cu_seqlens": bounds}, {"cu_seqlens": bounds, "state": state}):
+        wanted, _, kept = model.loss(ids, ids, **settings)
+        found, _, none = model.loss(ids, ids, **settings, keep_state=False)
+        assert torch.equal(found, wanted)
+        assert kept.tensors()
+        assert not none.tensors()
+
+
+class _Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, list | tuple) else [out]
+        self.numel = max([self.numel, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("keep_state", [False, True])
+def test_packed_attention_needs_memory_by_the_sequence(name, keep_state):
+    model = make_model(config_of(name), torch.float32)
+    length, num_sequences = 2048, 64
+    bounds = torch.arange(num_sequences + 1) * (length // num_sequences)
+    for state in (None, model.init_state(num_sequences)):
+        with _Largest() as made:
+            model.hidden_states(tokens(1, length), state, bounds, keep_state=keep_state)
+        assert made.numel <= length * 64
+
+
+def test_a_long_sequence_in_a_window_needs_memory_by_the_token():
+    model = make_model(config_of("window-attention"), torch.float32)
+    with _Largest() as made:
+        model.hidden_states(tokens(1, 2048))
+    assert made.numel <= 2048 * 300
+
+
+@pytest.mark.parametrize("length", [300, 600])
+def test_windows_in_several_blocks(length):
+    model = make_model(config_of("window-attention"))
+    ids = tokens(2, length)
+    wanted, _ = in_chunks(model, ids, [50] * (length // 50))
+    assert_same(model(ids)[0], wanted)
+    packed, state = model(ids.view(1, -1), cu_seqlens=torch.tensor([0, length, 2 * length]))
+    assert_same(packed.view(2, length, -1), wanted)
+    # and with a cache before each
+    more = tokens(2, length, seed=5)
+    wanted, _ = model(torch.cat([ids, more], 1))
+    packed, _ = model(more.view(1, -1), state, cu_seqlens=torch.tensor([0, length, 2 * length]))
+    assert_same(packed.view(2, length, -1), wanted[:, length:])
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -73,7 +73,7 @@ def test_figures_by_hand():
 
 def test_bits_a_byte_of_a_model_that_knows_nothing(data):
     class Uniform:
-        def loss(self, input_ids, targets, state=None, cu_seqlens=None):
+        def loss(self, input_ids, targets, state=None, cu_seqlens=None, keep_state=True):
             num_targets = (targets >= 0).sum()
             return num_targets * math.log(257), num_targets, model_state
 
@@ -226,6 +226,20 @@ def test_a_refused_resumption_leaves_the_run_as_it_was(data, tmp_path, changes, 
 
 def test_auto_device_is_one_that_works():
     assert choose_device("auto").type in ("cpu", "cuda")
+
+
+def test_packed_documents_keep_no_state(data, model):
+    for stream, wanted in [(False, False), (True, True)]:
+        asked = []
+
+        def loss(*args, keep_state, asked=asked, **settings):
+            asked.append(keep_state)
+            return model.loss(*args, keep_state=keep_state, **settings)
+
+        batch = task(data, stream=stream).next_batch()
+        _, carried = carried_loss(loss, batch, None)
+        assert asked == [wanted]
+        assert (carried is not None) is wanted
 
 
 # one process at a time

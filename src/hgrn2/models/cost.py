@@ -9,6 +9,7 @@ import torch
 
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.language import HGRN2LM
+from hgrn2.nn.attention import WINDOW_BLOCK
 from hgrn2.ops.tiles import CHUNK_SIZE
 
 # AdamW keeps two float32 numbers a parameter beside the weight
@@ -120,8 +121,10 @@ def _activation_numbers(config: HGRN2Config, recurrent_layers: int, attention_la
     attention = 0
     if config.attn is not None:
         head = width // config.attn.num_heads
-        # q, k, v and the output, the angles of the rotation, and the row of the mask
-        attention = 2 * width + 2 * (config.attn.num_kv_heads or 0) * head + seq_len
+        # q, k, v and the output, the sums of the scores, the angles of the rotation, and the row of a window's mask
+        attention = 2 * width + 2 * (config.attn.num_kv_heads or 0) * head + config.attn.num_heads
+        window = config.attn.window_size or seq_len
+        attention += min(seq_len, max(window, WINDOW_BLOCK) + window - 1) if window < seq_len else 0
         attention += 2 * head if config.attn.rope_theta is not None else 0
     layers = config.num_hidden_layers * block + recurrent_layers * recurrent + attention_layers * attention
     return layers + block_norm + width + dropout

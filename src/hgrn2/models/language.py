@@ -21,7 +21,7 @@ from hgrn2.nn.loss import linear_cross_entropy
 from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
 from hgrn2.nn.mlp import GatedMLP
 from hgrn2.nn.norm import Norm
-from hgrn2.ops import resolve_backend
+from hgrn2.ops import check_backend
 from hgrn2.ops.tiles import boundaries
 
 
@@ -49,16 +49,22 @@ class HGRN2Model(nn.Module):
         return list(lower_bounds(self.lower_bounds, self.config.lower_bound).unbind(0))
 
     def forward(
-        self, input_ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, mask: Tensor | None
+        self,
+        input_ids: Tensor,
+        state: ModelState | None,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, ModelState]:
-        """Arguments as `HGRN2LM.forward`; returns hidden states [B, T, D] after the last norm, and the new state."""
+        """Arguments as `HGRN2LM.hidden_states`; hidden states [B, T, D] after the last norm, and the new state."""
         x = self.embeddings(input_ids)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
         x = functional.dropout(x, self.config.dropout, self.training)
         new_layers = []
         for i, (layer, bound) in enumerate(zip(self.layers, self.bounds(), strict=True)):
-            x, layer_state = layer(x, bound, None if state is None else state.layers[i], cu_seqlens, mask)
+            before = None if state is None else state.layers[i]
+            x, layer_state = layer(x, bound, before, cu_seqlens, mask, keep_state)
             new_layers.append(layer_state)
         return self.norm(x), ModelState(tuple(new_layers))
 
@@ -111,7 +117,7 @@ class HGRN2LM(nn.Module):
 
     def __init__(self, config: HGRN2Config, backend: str = "auto"):
         super().__init__()
-        resolve_backend(backend, torch.device("cpu"))
+        check_backend(backend)
         self.config = config
         self.model = HGRN2Model(config, backend)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -176,8 +182,17 @@ class HGRN2LM(nn.Module):
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, ModelState]:
-        """What the head reads, [B, T, D]; arguments as `forward`."""
+        """What the head reads, [B, T, D], and the new state.
+
+        Args:
+            input_ids: as in `forward`, likewise state, cu_seqlens and attention_mask.
+            state: see input_ids.
+            cu_seqlens: see input_ids.
+            attention_mask: see input_ids.
+            keep_state: whether the new state is wanted; without it, it has no tensors.
+        """
         if input_ids.dim() != 2 or input_ids.is_floating_point():
             raise UserError(
                 f"input_ids has shape {list(input_ids.shape)} and dtype {input_ids.dtype}; wanted [B, T], int64"
@@ -210,7 +225,7 @@ class HGRN2LM(nn.Module):
                     f"input_ids has ids from {int(input_ids.min())} to {int(input_ids.max())}; "
                     f"the vocabulary has 0 to {self.config.vocab_size - 1}"
                 )
-        return self.model(input_ids, state, cu_seqlens, attention_mask)
+        return self.model(input_ids, state, cu_seqlens, attention_mask, keep_state)
 
     def _check_state(self, state: ModelState, num_sequences: int) -> None:
         if len(state.layers) != len(self.model.layers):
@@ -228,6 +243,7 @@ class HGRN2LM(nn.Module):
         targets: Tensor,
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, Tensor, ModelState]:
         """Summed cross entropy, without ever holding all logits.
 
@@ -236,13 +252,14 @@ class HGRN2LM(nn.Module):
             targets: [B, T] int64, the token that follows each place; -100 where none counts.
             state: as in `forward`, likewise cu_seqlens.
             cu_seqlens: see state.
+            keep_state: as in `hidden_states`; training on packed documents has no use for their last states.
 
         Returns:
             The sum in nats (float32 scalar), the number of targets that counted, and the new state.
         """
         if targets.shape != input_ids.shape:
             raise UserError(f"targets has shape {list(targets.shape)}; wanted {list(input_ids.shape)}, as input_ids")
-        x, state = self.hidden_states(input_ids, state, cu_seqlens)
+        x, state = self.hidden_states(input_ids, state, cu_seqlens, keep_state=keep_state)
         targets = targets.flatten()
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets)
         return loss, (targets != -100).sum(), state

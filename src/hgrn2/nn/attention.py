@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 AttentionState = dict[str, Tensor]
+
+# queries that look into a window are taken this many at a time, or a window if that is more
+WINDOW_BLOCK = 256
 
 
 class Attention(nn.Module):
@@ -42,43 +45,20 @@ class Attention(nn.Module):
         state: AttentionState | None = None,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, AttentionState]:
         """Attends; arguments as `HGRN2Mixer.forward`, the lower bound is not used."""
         del lower_bound
-        batch, length, _ = x.shape
-        packing = None if cu_seqlens is None else _Packing.of(cu_seqlens, length)
-        if packing is None:
-            valid = torch.ones((batch, length), dtype=torch.bool, device=x.device) if mask is None else mask
-            position = (valid.long().cumsum(1) - 1).clamp_min(0)
-            before = 0 if state is None else state["position"].unsqueeze(1)
-        else:
-            valid, position = packing.valid, packing.offset
-            before = 0 if state is None else state["position"][packing.sequence]
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_size))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
         if self.rope_theta is not None:
-            q, k = self._rotate(q, position + before), self._rotate(k, position + before)
-        count = valid.sum(1)
-        if packing is not None and state is None:
-            y = self._attend(q, k, v, self._seen_packed(packing.sequence))
-            k, v = packing.pad(k), packing.pad(v)
+            position = _positions(x, state, cu_seqlens, mask)
+            q, k = self._rotate(q, position), self._rotate(k, position)
+        if cu_seqlens is None:
+            y, new_state = self._attend(q, k, v, state, mask, keep_state)
         else:
-            if packing is not None:
-                q, k, v = packing.pad(q), packing.pad(k), packing.pad(v)
-            if state is not None:
-                k = torch.cat([state["key"].to(k.dtype), k], 1)
-                v = torch.cat([state["value"].to(v.dtype), v], 1)
-                valid = torch.cat([state["valid"], valid], 1)
-                count = count + state["position"]
-            y = self._attend(q, k, v, self._seen(valid, q.shape[1]))
-            if packing is not None:
-                y = packing.unpad(y)
-        if packing is not None or mask is not None:
-            k, v, valid = _close_gaps(k, v, valid)
-        # what no later query can see is dropped
-        first = 0 if self.window_size is None else max(0, k.shape[1] - self.window_size + 1)
-        new_state = {"key": k[:, first:], "value": v[:, first:], "valid": valid[:, first:], "position": count}
+            y, new_state = self._attend_packed(q, k, v, state, cu_seqlens, keep_state)  # pyright: ignore[reportCallIssue]
         return self.o_proj(y), new_state
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
@@ -91,16 +71,96 @@ class Attention(nn.Module):
             "position": torch.zeros(batch_size, device=device, dtype=torch.long),
         }
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        """Attention of q [B, T, heads, size] where seen [B, T, keys] allows; returns [B, T, D]."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, mask: Tensor | None, keep_state: bool
+    ) -> tuple[Tensor, AttentionState]:
+        """Attention of each row of a batch to itself and its cache; y [B, T, D] and the new state."""
+        if state is None and mask is None:
+            y = self._causal(q, k, v)
+            valid = None
+        else:
+            valid = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if mask is None else mask
+            if state is not None:
+                k = torch.cat([state["key"].to(k.dtype), k], 1)
+                v = torch.cat([state["value"].to(v.dtype), v], 1)
+                valid = torch.cat([state["valid"], valid], 1)
+            y = self._dot_product(q, k, v, self._seen(valid, q.shape[1]).unsqueeze(1))
+        if not keep_state:
+            return y, {}
+        if valid is None:
+            valid = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+        count = valid[:, valid.shape[1] - q.shape[1] :].sum(1)
+        if state is not None:
+            count = count + state["position"]
+        if mask is not None:
+            k, v, valid = _close_gaps(k, v, valid)
+        first = self._first_kept(k.shape[1])
+        return y, {"key": k[:, first:], "value": v[:, first:], "valid": valid[:, first:], "position": count}
+
+    # bounds are values, over which a trace cannot loop: here it is broken
+    @torch.compiler.disable
+    def _attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, cu_seqlens: Tensor, keep_state: bool
+    ) -> tuple[Tensor, AttentionState]:
+        """The same, one sequence after the other: no mask or score is larger than a sequence needs."""
+        bounds = cu_seqlens.tolist()
+        before = [0] * (len(bounds) - 1) if state is None else state["valid"].sum(1).tolist()
+        outputs, keys, values = [], [], []
+        for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            own_k, own_v = k[:, start:stop], v[:, start:stop]
+            if state is not None and before[n]:
+                # padding comes first in a cache
+                own_k = torch.cat([state["key"][n : n + 1, -before[n] :].to(k.dtype), own_k], 1)
+                own_v = torch.cat([state["value"][n : n + 1, -before[n] :].to(v.dtype), own_v], 1)
+            if start < stop:
+                outputs.append(self._causal(q[:, start:stop], own_k, own_v))
+            if keep_state:
+                first = self._first_kept(own_k.shape[1])
+                keys.append(own_k[0, first:])
+                values.append(own_v[0, first:])
+        y = torch.cat(outputs, 1) if outputs else q.flatten(2)
+        if not keep_state:
+            return y, {}
+        count = cu_seqlens.diff().long()
+        if state is not None:
+            count = count + state["position"]
+        lengths = torch.tensor([key.shape[0] for key in keys], device=q.device, dtype=torch.long)
+        longest = max((key.shape[0] for key in keys), default=0)
+        valid = torch.arange(longest, device=q.device) >= longest - lengths.unsqueeze(1)
+        cache = {"key": _stack(keys, k, longest), "value": _stack(values, v, longest)}
+        return y, {**cache, "valid": valid, "position": count}
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the last places among keys that are all tokens; [B, T, D]."""
+        length, count = q.shape[1], k.shape[1]
+        if length == count and (self.window_size is None or count <= self.window_size):
+            return self._dot_product(q, k, v, None)
+        window = count if self.window_size is None else self.window_size
+        block = max(window, WINDOW_BLOCK)
+        outputs = []
+        for start in range(0, length, block):
+            stop = min(start + block, length)
+            first, last = max(0, count - length + start - window + 1), count - length + stop
+            query = torch.arange(last - stop + start, last, device=q.device)
+            seen = self._reaches(query.unsqueeze(1), torch.arange(first, last, device=q.device))
+            outputs.append(self._dot_product(q[:, start:stop], k[:, first:last], v[:, first:last], seen))
+        return torch.cat(outputs, 1) if outputs else q.flatten(2)
+
+    def _dot_product(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """Attention of q [B, T, heads, size] where seen [..., T, keys] allows, None for causal; [B, T, D]."""
         y = functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=seen.unsqueeze(1),
+            attn_mask=seen,
+            is_causal=seen is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return y.transpose(1, 2).flatten(2)
+
+    def _first_kept(self, count: int) -> int:
+        """The first of some keys that a later query can see."""
+        return 0 if self.window_size is None else max(0, count - self.window_size + 1)
 
     def _seen(self, valid: Tensor, length: int) -> Tensor:
         """Which of the keys, valid [B, keys], the last `length` places see, bool [B, T, keys]."""
@@ -111,12 +171,6 @@ class Attention(nn.Module):
         # a padded query sees itself: a row without a key would be NaN
         itself = torch.ones_like(seen[0], dtype=torch.bool).triu(key.shape[1] - length).tril(key.shape[1] - length)
         return seen | itself
-
-    def _seen_packed(self, sequence: Tensor) -> Tensor:
-        """Which rows each row of packed sequences sees, bool [1, T, T]."""
-        row = torch.arange(sequence.shape[0], device=sequence.device)
-        same = sequence.unsqueeze(1) == sequence.unsqueeze(0)
-        return (same & self._reaches(row.unsqueeze(1), row.unsqueeze(0))).unsqueeze(0)
 
     def _reaches(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether places of keys are not after those of queries, and within the window."""
@@ -135,49 +189,23 @@ class Attention(nn.Module):
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-@dataclass(frozen=True)
-class _Packing:
-    """Where the rows of packed sequences lie in a left-padded batch.
+def _positions(x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Each token's place in its sequence, [B, T]."""
+    row = torch.arange(x.shape[1], device=x.device)
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.long()
+        sequence = torch.searchsorted(bounds[1:], row, right=True)
+        place = row - bounds[sequence]
+        return (place if state is None else place + state["position"][sequence]).unsqueeze(0)
+    place = row.unsqueeze(0) if mask is None else (mask.long().cumsum(1) - 1).clamp_min(0)
+    return place if state is None else place + state["position"].unsqueeze(1)
 
-    Attributes:
-        sequence: [T], the sequence of each row.
-        offset: [1, T], each row's place in its sequence.
-        column: [T], each row's column in the batch.
-        row: [N, longest], the row at each place of the batch; any where there is none.
-        valid: [N, longest] bool, whether there is one.
-    """
 
-    sequence: Tensor
-    offset: Tensor
-    column: Tensor
-    row: Tensor
-    valid: Tensor
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, length: int) -> _Packing:
-        starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-        rows = torch.arange(length, device=cu_seqlens.device)
-        sequence = torch.searchsorted(stops, rows, right=True)
-        longest = length
-        # a trace cannot depend on values
-        if length and not torch.compiler.is_compiling():
-            longest = int((stops - starts).max())
-        row = stops.unsqueeze(1) - longest + torch.arange(longest, device=cu_seqlens.device)
-        return cls(
-            sequence=sequence,
-            offset=(rows - starts[sequence]).unsqueeze(0),
-            column=longest - stops[sequence] + rows,
-            row=row.clamp_min(0),
-            valid=row >= starts.unsqueeze(1),
-        )
-
-    def pad(self, x: Tensor) -> Tensor:
-        """Rows [1, T, ...] as a batch [N, longest, ...]."""
-        return x[0][self.row]
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """The inverse."""
-        return x[self.sequence, self.column].unsqueeze(0)
+def _stack(rows: list[Tensor], like: Tensor, longest: int) -> Tensor:
+    """Caches [length, heads, size] of several sequences as one, padding first."""
+    if not rows:
+        return like.new_zeros((0, 0, *like.shape[2:]))
+    return torch.stack([functional.pad(row, (0, 0, 0, 0, longest - row.shape[0], 0)) for row in rows])
 
 
 def _close_gaps(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,6 +77,7 @@ class HGRN2Mixer(nn.Module):
         state: MixerState | None = None,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, MixerState]:
         """Mixes tokens; one token of a batch takes the step form.
 
@@ -86,9 +87,10 @@ class HGRN2Mixer(nn.Module):
             state: of the tokens before x, or None at a start.
             cu_seqlens: [N + 1] for packed sequences (B = 1), or None.
             mask: [B, T] bool, False where a token is padding and must leave the state alone, or None.
+            keep_state: whether the new state is wanted.
 
         Returns:
-            [B, T, D] and the new state.
+            [B, T, D] and the new state, {} if it is not wanted.
         """
         q, z, v, new_state = self.project(x, state, cu_seqlens, mask)
         bound = None if lower_bound is None else lower_bound.unflatten(-1, (self.num_heads, self.expand_ratio))
@@ -114,7 +116,7 @@ class HGRN2Mixer(nn.Module):
                 q_activation=self.q_activation, v_activation=self.v_activation,
             )  # fmt: skip
         new_state["recurrent"] = recurrent
-        return self.o_proj(self.g_norm(y.flatten(2))), new_state
+        return self.o_proj(self.g_norm(y.flatten(2))), new_state if keep_state else {}
 
     def project(
         self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, mask: Tensor | None

@@ -120,7 +120,10 @@ def carried_loss(
         carries nothing.
     """
     state = None if carried is None or batch.carry_from is None else carried.select(batch.carry_from)
-    loss_sum, _, state = loss(batch.input_ids, batch.targets, state=state, cu_seqlens=batch.cu_seqlens)
+    keep_state = batch.carry_to is not None
+    loss_sum, _, state = loss(
+        batch.input_ids, batch.targets, state=state, cu_seqlens=batch.cu_seqlens, keep_state=keep_state
+    )
     return loss_sum, None if batch.carry_to is None else state.detach().select(batch.carry_to)
 
 
