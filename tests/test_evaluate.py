@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from hgrn2.data import ByteTokenizer, train_bpe
 from hgrn2.data.documents import Document, text_document
-from hgrn2.data.tokenizer import ByteTokenizer, train_bpe
 from hgrn2.errors import UserError
 from hgrn2.evaluate import Score, score, total
 from hgrn2.models import HGRN2LM, HGRN2Config

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hgrn2.data.tokenizer import ByteTokenizer, train_bpe
+from hgrn2.data import ByteTokenizer, train_bpe
 from hgrn2.errors import UserError
 from hgrn2.generate import Sampling, Writer, sample
 from hgrn2.models import HGRN2LM, HGRN2Config

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hgrn2.data.staging import check_file_place, staged_file
-from hgrn2.data.tokenizer import TextStream, Tokenizer
+from hgrn2.data.text_stream import TextStream
+from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, ModelState
 

@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import pytest
 
+from hgrn2.data import ByteTokenizer, load_tokenizer, train_bpe
 from hgrn2.data.encode import encode_pieces
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
 from hgrn2.data.staging import staged_directory
-from hgrn2.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from hgrn2.data.writer import TokenWriter
 from hgrn2.errors import UserError
 

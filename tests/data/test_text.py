@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hgrn2.data import text as text_module
+from hgrn2.data import train_bpe
 from hgrn2.data.text import NotText, cut_pieces, read_text
-from hgrn2.data.tokenizer import train_bpe
 
 
 def compressed(suffix: str, data: bytes) -> bytes:

@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hgrn2.data.tokenizer import (
-    ByteTokenizer,
-    HFTokenizer,
-    TextStream,
-    bpe_request,
-    load_tokenizer,
-    train_bpe,
-)
+from hgrn2.data import ByteTokenizer, HFTokenizer, TextStream, load_tokenizer, train_bpe
+from hgrn2.data.find_tokenizer import bpe_request
 from hgrn2.errors import UserError
 
 TEXTS = ["the quick brown fox, the quick dog\n" * 5, "naïve 模型 🙂 the end\n" * 3]
@@ -204,7 +198,7 @@ def test_hub_name_offline(monkeypatch, tmp_path):
 
 def test_hub_name_online(monkeypatch, tmp_path, bpe):
     path = bpe.save(tmp_path)
-    monkeypatch.setattr("hgrn2.data.tokenizer.hub_reachable", lambda: True)
+    monkeypatch.setattr("hgrn2.data.find_tokenizer.hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, local_files_only: str(path))
     loaded = load_tokenizer("somebody/something")
     assert loaded.name == "somebody/something"

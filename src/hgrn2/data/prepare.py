@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hgrn2.data.encode import encode_pieces
+from hgrn2.data.find_tokenizer import bpe_request, load_tokenizer, train_bpe
 from hgrn2.data.progress import progress_bar
 from hgrn2.data.sources import STDLIB, Corpus, open_corpus
 from hgrn2.data.split import TRAIN, VALIDATION, Split
 from hgrn2.data.staging import Discard, staged_directory
-from hgrn2.data.tokenizer import ByteTokenizer, Tokenizer, bpe_request, load_tokenizer, train_bpe
+from hgrn2.data.tokenizer import ByteTokenizer, Tokenizer
 from hgrn2.data.tokens import MANIFEST_FILE, TokenDataset, read_manifest
 from hgrn2.data.writer import DEFAULT_SHARD_TOKENS, TokenWriter, token_dtype
 from hgrn2.errors import UserError

@@ -6,10 +6,8 @@ comes out of `encode`: control tokens written in a text are encoded as the plain
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hgrn2.data.hub import hub_reachable
 from hgrn2.data.staging import write_text_whole
 from hgrn2.errors import UserError
 
@@ -38,9 +35,7 @@ EOT_NAMES = (
 
 TOKENIZER_FILE = "tokenizer.json"
 BYTES_FILE = "bytes_tokenizer.json"
-_BYTES_MARKER = {"format": "hgrn2-tokenizer", "name": "bytes"}
-_BPE_REQUEST = re.compile(r"bpe:(\d+)")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+BYTES_MARKER = {"format": "hgrn2-tokenizer", "name": "bytes"}
 
 
 class Tokenizer(ABC):
@@ -128,7 +123,7 @@ class ByteTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> Path:
         """Write a marker file, since bytes need no vocabulary."""
         path = Path(directory) / BYTES_FILE
-        write_text_whole(path, json.dumps(_BYTES_MARKER, indent=2) + "\n")
+        write_text_whole(path, json.dumps(BYTES_MARKER, indent=2) + "\n")
         return path
 
     def fingerprint(self) -> str:
@@ -210,167 +205,6 @@ class HFTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         """Hex digest of the serialised tokenizer."""
         return hashlib.sha256(self.backend.to_str().encode("utf-8")).hexdigest()
-
-
-class TextStream:
-    """Decodes token by token and hands out complete characters only.
-
-    Example:
-        >>> stream = TextStream(ByteTokenizer())
-        >>> [stream.push(i) for i in "é".encode()]
-        ['', 'é']
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # for tokens whose text depends on their neighbours: what was handed out last, and what still waits
-        self._context: list[int] = []
-        self._waiting: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        """The text that became complete with this token; often empty."""
-        try:
-            data = self._tokenizer.token_bytes(int(token_id))
-        except ValueError:
-            # an untrained model with a padded vocabulary may say anything
-            data = "\ufffd".encode()
-        if data is not None:
-            return self._utf8.decode(data)
-        self._waiting.append(int(token_id))
-        text = self._fresh_text()
-        if text.endswith("\ufffd"):
-            return ""
-        self._context, self._waiting = self._waiting, []
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end; an unfinished character becomes U+FFFD."""
-        text = self._fresh_text() + self._utf8.decode(b"", final=True)
-        self._context, self._waiting = [], []
-        self._utf8.reset()
-        return text
-
-    def _fresh_text(self) -> str:
-        if not self._waiting:
-            return ""
-        before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._waiting)[len(before) :]
-
-
-def bpe_request(spec: object) -> int | None:
-    """The vocabulary size in "bpe:4096", a tokenizer still to be trained; None for anything else."""
-    match = _BPE_REQUEST.fullmatch(spec) if isinstance(spec, str) else None
-    return int(match.group(1)) if match else None
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
-    """Train a byte-level BPE; the same texts give the same tokenizer.
-
-    Args:
-        texts: the training texts, iterated once.
-        vocab_size: wanted number of tokens, the 256 bytes and "<|endoftext|>" (id 0) included; a small corpus
-            may give fewer.
-
-    Raises:
-        UserError: vocab_size is below 257 (the bytes and the end of text).
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    if vocab_size < 257:
-        raise UserError(f"vocab_size {vocab_size} is too small for a byte-level BPE; wanted at least 257")
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOT_NAMES[0]],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return HFTokenizer(backend, f"bpe:{vocab_size}")
-
-
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Load a tokenizer.
-
-    Args:
-        spec: "bytes", a tokenizer.json, a directory that holds one (or was written by `Tokenizer.save`), or
-            the name of a model on the Hugging Face Hub, which is looked up in the local cache when offline.
-
-    Raises:
-        UserError: nothing usable there; the message says what was found.
-
-    Example:
-        >>> load_tokenizer("bytes").vocab_size
-        257
-    """
-    if spec == "bytes":
-        return ByteTokenizer()
-    if bpe_request(spec) is not None:
-        raise UserError(f"tokenizer {spec!r} is still to be trained; prepare data with it, or use train_bpe")
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _load_directory(path)
-    if path.is_file():
-        return _load_file(path)
-    looks_like_path = isinstance(spec, Path) or path.suffix in {".json", ".model"} or str(spec)[:1] in "./~"
-    if looks_like_path or not _HUB_NAME.fullmatch(str(spec)):
-        raise UserError(f"tokenizer {str(spec)!r}: no such file or directory")
-    return _load_hub(str(spec))
-
-
-def _load_directory(path: Path) -> Tokenizer:
-    for name in (TOKENIZER_FILE, BYTES_FILE):
-        if (path / name).is_file():
-            return _load_file(path / name)
-    sentencepiece = sorted(path.glob("*.model"))
-    if sentencepiece:
-        raise UserError(_sentencepiece_message(sentencepiece[0]))
-    raise UserError(f"tokenizer {str(path)!r}: the directory holds no {TOKENIZER_FILE}; give one that does, or 'bytes'")
-
-
-def _load_file(path: Path) -> Tokenizer:
-    if path.suffix == ".model":
-        raise UserError(_sentencepiece_message(path))
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-    except OSError as error:
-        raise UserError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"tokenizer {str(path)!r} is not JSON: {error}") from error
-    if content == _BYTES_MARKER:
-        return ByteTokenizer()
-    return HFTokenizer.from_json(text, str(path))
-
-
-def _load_hub(name: str) -> Tokenizer:
-    from huggingface_hub import hf_hub_download
-
-    online = hub_reachable()
-    try:
-        path = hf_hub_download(name, TOKENIZER_FILE, local_files_only=not online)
-    except Exception as error:  # connection, permission and missing-file errors come from several libraries
-        if not online:
-            raise UserError(
-                f"tokenizer {name!r}: no such file, not in the local cache, and the Hugging Face Hub cannot "
-                "be reached (offline); connect, or give a tokenizer.json or 'bytes'"
-            ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"tokenizer {name!r}: no such file, and no {TOKENIZER_FILE} from the Hugging Face Hub: {reason}"
-        ) from error
-    return HFTokenizer.from_json(Path(path).read_text(encoding="utf-8"), name)
-
-
-def _sentencepiece_message(path: Path) -> str:
-    return (
-        f"tokenizer {str(path)!r} is a SentencePiece model, which tokenizers cannot read; convert "
-        "it to tokenizer.json with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-    )
 
 
 def _join_bytes(tokenizer: Tokenizer, ids: Iterable[int], errors: str) -> str:

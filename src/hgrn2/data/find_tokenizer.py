@@ -1,0 +1,138 @@
+"""Tokenizers by what the user names: trained, from a file, or from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from hgrn2.data.hub import hub_reachable
+from hgrn2.data.tokenizer import (
+    BYTES_FILE,
+    BYTES_MARKER,
+    EOT_NAMES,
+    TOKENIZER_FILE,
+    ByteTokenizer,
+    HFTokenizer,
+    Tokenizer,
+)
+from hgrn2.errors import UserError
+
+_BPE_REQUEST = re.compile(r"bpe:(\d+)")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def bpe_request(spec: object) -> int | None:
+    """The vocabulary size in "bpe:4096", a tokenizer still to be trained; None for anything else."""
+    match = _BPE_REQUEST.fullmatch(spec) if isinstance(spec, str) else None
+    return int(match.group(1)) if match else None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
+    """Train a byte-level BPE; the same texts give the same tokenizer.
+
+    Args:
+        texts: the training texts, iterated once.
+        vocab_size: wanted number of tokens, the 256 bytes and "<|endoftext|>" (id 0) included; a small corpus
+            may give fewer.
+
+    Raises:
+        UserError: vocab_size is below 257 (the bytes and the end of text).
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"vocab_size {vocab_size} is too small for a byte-level BPE; wanted at least 257")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT_NAMES[0]],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return HFTokenizer(backend, f"bpe:{vocab_size}")
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        spec: "bytes", a tokenizer.json, a directory that holds one (or was written by `Tokenizer.save`), or
+            the name of a model on the Hugging Face Hub, which is looked up in the local cache when offline.
+
+    Raises:
+        UserError: nothing usable there; the message says what was found.
+
+    Example:
+        >>> load_tokenizer("bytes").vocab_size
+        257
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    if bpe_request(spec) is not None:
+        raise UserError(f"tokenizer {spec!r} is still to be trained; prepare data with it, or use train_bpe")
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _load_directory(path)
+    if path.is_file():
+        return _load_file(path)
+    looks_like_path = isinstance(spec, Path) or path.suffix in {".json", ".model"} or str(spec)[:1] in "./~"
+    if looks_like_path or not _HUB_NAME.fullmatch(str(spec)):
+        raise UserError(f"tokenizer {str(spec)!r}: no such file or directory")
+    return _load_hub(str(spec))
+
+
+def _load_directory(path: Path) -> Tokenizer:
+    for name in (TOKENIZER_FILE, BYTES_FILE):
+        if (path / name).is_file():
+            return _load_file(path / name)
+    sentencepiece = sorted(path.glob("*.model"))
+    if sentencepiece:
+        raise UserError(_sentencepiece_message(sentencepiece[0]))
+    raise UserError(f"tokenizer {str(path)!r}: the directory holds no {TOKENIZER_FILE}; give one that does, or 'bytes'")
+
+
+def _load_file(path: Path) -> Tokenizer:
+    if path.suffix == ".model":
+        raise UserError(_sentencepiece_message(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except OSError as error:
+        raise UserError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"tokenizer {str(path)!r} is not JSON: {error}") from error
+    if content == BYTES_MARKER:
+        return ByteTokenizer()
+    return HFTokenizer.from_json(text, str(path))
+
+
+def _load_hub(name: str) -> Tokenizer:
+    from huggingface_hub import hf_hub_download
+
+    online = hub_reachable()
+    try:
+        path = hf_hub_download(name, TOKENIZER_FILE, local_files_only=not online)
+    except Exception as error:  # connection, permission and missing-file errors come from several libraries
+        if not online:
+            raise UserError(
+                f"tokenizer {name!r}: no such file, not in the local cache, and the Hugging Face Hub cannot "
+                "be reached (offline); connect, or give a tokenizer.json or 'bytes'"
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"tokenizer {name!r}: no such file, and no {TOKENIZER_FILE} from the Hugging Face Hub: {reason}"
+        ) from error
+    return HFTokenizer.from_json(Path(path).read_text(encoding="utf-8"), name)
+
+
+def _sentencepiece_message(path: Path) -> str:
+    return (
+        f"tokenizer {str(path)!r} is a SentencePiece model, which tokenizers cannot read; convert "
+        "it to tokenizer.json with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    )
