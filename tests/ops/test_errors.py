@@ -168,9 +168,11 @@ def test_no_head_or_no_channel(op, backend, empty):
 
 def test_backends_resolve():
     for device in (torch.device("cpu"), torch.device("meta")):
-        assert resolve_backend("auto", device) == "chunked"
-        assert resolve_backend("chunked", device) == "chunked"
-        assert resolve_backend("reference", device) == "reference"
+        for wanted, found in (("auto", "chunked"), ("chunked", "chunked"), ("reference", "reference")):
+            assert resolve_backend(wanted, device, torch.float32, 128, 128) == found
+    cuda = torch.device("cuda")
+    for unsuitable in ((torch.float64, 64, 64), (torch.bfloat16, 512, 64)):
+        assert resolve_backend("auto", cuda, *unsuitable) == "chunked"
 
 
 def test_bounds_of_the_valid_range_are_accepted():

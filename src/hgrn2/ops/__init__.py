@@ -1,5 +1,6 @@
 """The operator: pure functions on tensors."""
 
-from hgrn2.ops.scan import gated_scan, hgrn2_scan, hgrn2_step, resolve_backend
+from hgrn2.ops.backends import check_backend, resolve_backend
+from hgrn2.ops.scan import gated_scan, hgrn2_scan, hgrn2_step
 
-__all__ = ["gated_scan", "hgrn2_scan", "hgrn2_step", "resolve_backend"]
+__all__ = ["check_backend", "gated_scan", "hgrn2_scan", "hgrn2_step", "resolve_backend"]

@@ -1,4 +1,4 @@
-"""The chunked backend as torch operators: opaque to torch.compile, with shapes and gradients it can reason about."""
+"""The backends as torch operators: opaque to torch.compile, with shapes and gradients it can reason about."""
 
 from __future__ import annotations
 
@@ -152,6 +152,120 @@ def _gated_backward(ctx, dy, d_final_state, _):
 
 
 chunked_gated_scan.register_autograd(_gated_backward, setup_context=_gated_setup)
+
+
+@torch.library.custom_op("hgrn2::triton_scan", mutates_args=())
+def triton_scan(
+    q: Tensor, f: Tensor, k: Tensor | None, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, v_activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both scans, checked already: with a key k, f is the log decay; without, the gate's pre-activation."""
+    from hgrn2.ops.triton import launch
+
+    return launch.forward(
+        launch.Scan(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation)
+    )
+
+
+@triton_scan.register_fake
+def _(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation):
+    num_states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = q.new_empty((num_states, *q.shape[2:], v.shape[-1]), dtype=torch.float32)
+    return q.new_empty(v.shape), final_state
+
+
+@torch.library.custom_op("hgrn2::triton_scan_backward", mutates_args=())
+def _triton_backward_op(
+    dy: Tensor, d_final_state: Tensor, q: Tensor, f: Tensor, k: Tensor | None, v: Tensor, lower_bound: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str,
+    v_activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from hgrn2.ops.triton import launch
+
+    scan = launch.Scan(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation)
+    dq, df, dk, dv, d_bound, d_initial = launch.backward(scan, dy, d_final_state)
+    # an operator returns tensors, so nothing is an empty one
+    nothing = q.new_empty(0)
+    return dq, df, nothing if dk is None else dk, dv, nothing if d_bound is None else d_bound, d_initial
+
+
+@_triton_backward_op.register_fake
+def _(
+    dy,
+    d_final_state,
+    q,
+    f,
+    k,
+    v,
+    lower_bound,
+    initial_state,
+    cu_seqlens,
+    reverse,
+    scale,
+    q_activation,
+    v_activation,
+):
+    dq, df, dk, dv, d_bound = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, f, k, v, lower_bound))
+    return dq, df, dk, dv, d_bound, d_final_state.new_empty(d_final_state.shape)
+
+
+def _triton_setup(ctx, inputs, output) -> None:
+    tensors, ctx.settings = inputs[:7], inputs[7:]
+    ctx.save_for_backward(*tensors)
+
+
+def _triton_backward(ctx, dy, d_final_state):
+    tensors = ctx.saved_tensors
+    _, _, k, _, lower_bound, initial_state, _ = tensors
+    dq, df, dk, dv, d_bound, d_initial = torch.ops.hgrn2.triton_scan_backward(
+        dy, d_final_state, *tensors, *ctx.settings
+    )
+    dk = None if k is None else dk
+    d_bound = None if lower_bound is None else d_bound
+    d_initial = None if initial_state is None else d_initial
+    return dq, df, dk, dv, d_bound, d_initial, None, None, None, None, None
+
+
+triton_scan.register_autograd(_triton_backward, setup_context=_triton_setup)
+
+
+@torch.library.custom_op("hgrn2::triton_step", mutates_args=())
+def triton_step(
+    q: Tensor, f: Tensor, v: Tensor, state: Tensor, lower_bound: Tensor | None, scale: float, q_activation: str,
+    v_activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`hgrn2.ops.hgrn2_step`, checked already."""
+    from hgrn2.ops.triton import launch
+
+    new_state = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+    state = state.contiguous()
+    return launch.step(q, f, v, state, lower_bound, scale, q_activation, v_activation, new_state), new_state
+
+
+@triton_step.register_fake
+def _(q, f, v, state, lower_bound, scale, q_activation, v_activation):
+    return q.new_empty(v.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("hgrn2::triton_step_in_place", mutates_args=("state",))
+def triton_step_in_place(
+    q: Tensor, f: Tensor, v: Tensor, state: Tensor, lower_bound: Tensor | None, scale: float, q_activation: str,
+    v_activation: str,
+) -> Tensor:  # fmt: skip
+    """The same, the new state written over the old."""
+    from hgrn2.ops.triton import launch
+
+    if state.is_contiguous():
+        return launch.step(q, f, v, state, lower_bound, scale, q_activation, v_activation, state)
+    new_state = state.contiguous()
+    y = launch.step(q, f, v, new_state, lower_bound, scale, q_activation, v_activation, new_state)
+    state.copy_(new_state)
+    return y
+
+
+@triton_step_in_place.register_fake
+def _(q, f, v, state, lower_bound, scale, q_activation, v_activation):
+    return q.new_empty(v.shape)
 
 
 def _empty_results(

@@ -8,37 +8,15 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import reference
+from hgrn2.ops.backends import resolve_backend
 from hgrn2.ops.gates import activate
-from hgrn2.ops.registration import chunked_gated_scan, chunked_scan
+from hgrn2.ops.registration import chunked_gated_scan, chunked_scan, triton_scan, triton_step, triton_step_in_place
 from hgrn2.ops.tiles import chunks_per_tile
 from hgrn2.shapes import require_shape
 
-BACKENDS = ("auto", "reference", "chunked", "triton")
 Q_ACTIVATIONS = ("silu", "sigmoid", "none")
 V_ACTIVATIONS = ("none", "silu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that a request for `backend` means on a device.
-
-    Args:
-        backend: "auto", "reference", "chunked" or "triton".
-        device: where the inputs are.
-
-    Returns:
-        "reference" or "chunked".
-
-    Raises:
-        ValueError: an unknown name, or a backend this version does not have.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton":
-        raise ValueError(
-            "backend 'triton' is not part of this version; use 'auto' or 'chunked', which run on every device"
-        )
-    return "chunked" if backend == "auto" else backend
 
 
 def hgrn2_scan(
@@ -75,7 +53,8 @@ def hgrn2_scan(
         scale: factor of the outputs.
         q_activation: "silu", "sigmoid" or "none", applied to q.
         v_activation: "none" or "silu", applied to v.
-        backend: "auto", "chunked" (parallel in chunks, exact for any gate) or "reference" (step by step).
+        backend: "auto", "triton" (kernels for a GPU), "chunked" (plain torch on any device) or "reference" (step by
+            step). All are exact for any gate.
 
     Returns:
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V] in the state's dtype.
@@ -97,7 +76,12 @@ def hgrn2_scan(
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     lower_bound, initial_state = _as_state(lower_bound, q), _as_state(initial_state, q)
-    if resolve_backend(backend, q.device) == "reference":
+    backend = _resolve(backend, q, v)
+    if backend == "triton":
+        return triton_scan(
+            q, f, None, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, v_activation
+        )
+    if backend == "reference":
         dtype = _state_dtype(q)
         gate, key = reference.tied_gate(f.to(dtype), lower_bound)
         y, state = reference.recurrence(
@@ -169,7 +153,10 @@ def gated_scan(
     if _values_are_at_hand(log_f) and log_f.numel() and not bool((log_f <= 0).all()):
         raise ValueError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
     log_f, initial_state = log_f.to(_state_dtype(q)), _as_state(initial_state, q)
-    if resolve_backend(backend, q.device) == "reference":
+    backend = _resolve(backend, q, v)
+    if backend == "triton":
+        return triton_scan(q, log_f, k, v, None, initial_state, cu_seqlens, reverse, float(scale), "none", "none")
+    if backend == "reference":
         dtype = _state_dtype(q)
         state = _initial_state(initial_state, q, v, cu_seqlens)
         operands = (q.to(dtype), k.to(dtype), v.to(dtype), torch.exp(log_f))
@@ -193,6 +180,7 @@ def hgrn2_step(
     scale: float = 1.0,
     q_activation: str = "silu",
     v_activation: str = "none",
+    inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One token of `hgrn2_scan`, for decoding with a state of constant size.
@@ -201,12 +189,13 @@ def hgrn2_step(
         q: [B, H, K], pre-activation of the output gate.
         f: [B, H, K], pre-activation of the forget gate.
         v: [B, H, V].
-        state: [B, H, K, V], float32 (float64 for float64 inputs); not changed.
+        state: [B, H, K, V], float32 (float64 for float64 inputs); changed only if `inplace`.
         lower_bound: [H, K], float32 in [0, 1); None means 0.
         scale: factor of the outputs.
         q_activation: as in `hgrn2_scan`.
         v_activation: as in `hgrn2_scan`.
-        backend: as in `hgrn2_scan`; all run the same few element-wise operations here.
+        inplace: write the new state over `state`, which saves its memory and, in a captured graph, its address.
+        backend: as in `hgrn2_scan`; without a kernel all run the same few element-wise operations.
 
     Returns:
         y [B, H, V] in q's dtype, and the new state.
@@ -233,19 +222,39 @@ def hgrn2_step(
     _check_lower_bound(lower_bound, q)
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
-    resolve_backend(backend, q.device)
     dtype = _state_dtype(q)
+    backend = _resolve(backend, q, v)
+    if inplace and state.dtype != dtype:
+        raise ValueError(f"state has dtype {state.dtype}; to be changed in place it must be {dtype}")
+    if inplace and _needs_gradient(q, f, v, state, lower_bound):
+        raise ValueError("a state cannot be changed in place where gradients are recorded; use torch.no_grad()")
+    new_state = state
     state, lower_bound = state.to(dtype), _as_state(lower_bound, q)
+    if backend == "triton":
+        if _needs_gradient(q, f, v, state, lower_bound):
+            y, state = triton_scan(
+                *(x.unsqueeze(1) for x in (q, f)), None, v.unsqueeze(1), lower_bound, state, None, False, float(scale),
+                q_activation, v_activation,
+            )  # fmt: skip
+            return y.squeeze(1), state
+        arguments = (q, f, v, state, lower_bound, float(scale), q_activation, v_activation)
+        return (triton_step_in_place(*arguments), state) if inplace else triton_step(*arguments)
     gate, key = reference.tied_gate(f.to(dtype), lower_bound)
     value = activate(v.to(dtype), v_activation)
     query = activate(q.to(dtype), q_activation)
     state = torch.addcmul(key.unsqueeze(-1) * value.unsqueeze(-2), gate.unsqueeze(-1), state)
     with torch.autocast(q.device.type, enabled=False):
         y = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)
+    if inplace:
+        state = new_state.copy_(state)
     return (y * scale if scale != 1 else y).to(q.dtype), state
 
 
 # what is checked before anything runs
+
+
+def _resolve(backend: str, q: Tensor, v: Tensor) -> str:
+    return resolve_backend(backend, q.device, q.dtype, q.shape[-1], v.shape[-1])
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:
