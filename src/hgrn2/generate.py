@@ -52,6 +52,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**64, "at least -2^63 and below 2^64"),
         }
         for name, (good, text) in wanted.items():
             if not good:

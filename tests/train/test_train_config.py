@@ -52,6 +52,8 @@ def test_contradictions_and_bad_values(settings, message):
         ("seed", None, "a whole number"),
         ("seed", 10**30, "less than 2^64"),
         ("num_threads", 1.5, "a whole number or null"),
+        ("num_threads", 10**11, "at most 4096"),
+        ("sample_prompt", "a\udcff", "UTF-8 text"),
         ("max_steps", 2.5, "a whole number or null"),
         ("warmup_steps", 0.5, "a whole number or null"),
         ("grad_accumulation", 1.5, "a whole number"),

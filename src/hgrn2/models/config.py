@@ -12,6 +12,8 @@ from hgrn2.nn.mlp import GLU_ACTIVATIONS
 from hgrn2.nn.norm import NORMS
 
 MODEL_TYPE = "hgrn2"
+# of any width or count; the bytes of a matrix of two such sizes can still be counted
+_LARGEST = 2**24
 
 
 def _check(condition: bool, message: str) -> None:
@@ -134,6 +136,9 @@ class HGRN2Config:
         check_types(self, "model config")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio"):
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; wanted at least 1")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio", "conv_size", "intermediate_size"):
+            size = getattr(self, name) or 0
+            _check(size <= _LARGEST, f"{name} is {size}; wanted at most {_LARGEST}")
         _check(
             self.hidden_size % self.expand_ratio == 0,
             f"hidden_size = {self.hidden_size} is not a multiple of expand_ratio = {self.expand_ratio}",
@@ -146,6 +151,7 @@ class HGRN2Config:
         _check(self.hidden_ratio > 0, f"hidden_ratio is {self.hidden_ratio}; wanted above 0")
         if self.intermediate_size is None:
             wanted = int(self.hidden_size * self.hidden_ratio * 2 / 3)
+            _check(wanted <= _LARGEST, f"hidden_ratio is {self.hidden_ratio}; wanted less, or intermediate_size instead")
             object.__setattr__(self, "intermediate_size", 256 * -(-wanted // 256))
         object.__setattr__(self, "num_heads", heads)
         _check(

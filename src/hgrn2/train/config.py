@@ -32,6 +32,8 @@ _NOT_NEGATIVE = [
     "sample_every",
     "seed",
 ]
+# more than any machine has; far beyond, torch cannot even be told
+_MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,13 @@ class TrainConfig:
             self._check_number(name, zero_allowed=name in _NOT_NEGATIVE)
         if self.seed >= 2**64:
             raise UserError(f"train config: seed is {self.seed}; wanted less than 2^64")
+        if self.num_threads is not None and self.num_threads > _MOST_THREADS:
+            raise UserError(f"train config: num_threads is {self.num_threads}; wanted at most {_MOST_THREADS}")
+        try:
+            self.sample_prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            # found at the first sample otherwise, which may be at the end of the run
+            raise UserError(f"train config: sample_prompt is {self.sample_prompt!r}; wanted UTF-8 text") from None
         for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("min_lr_fraction", 0, 1)):
             value = getattr(self, name)
             if value is not None and not (low <= value < high):
