@@ -24,12 +24,12 @@ Letters: M = sequences * heads * chunks of a tile, C = chunk size, K and V as in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hgrn2.ops.gates import FreeGate, TiedGate
+from hgrn2.ops.gates import FreeGate, Gated, TiedGate
 from hgrn2.ops.tiles import (
     Tile,
     batch_per_tile,
@@ -46,27 +46,6 @@ COMPLEMENT_FROM_BLOCK = 8
 COMPLEMENT_BELOW = 0.5
 
 
-@dataclass
-class Joined:
-    """A tile after all joins.
-
-    Attributes:
-        scores: [M, C, C] in the low dtype, scores[t, s] of the tokens of one chunk, 0 where s comes after t.
-        q: [M, C, K], the query times the decay since the chunk's start.
-        k: [M, C, K], the key times the decay to the chunk's end.
-        keep: [M, K], 0 or 1; keep + change is the decay across the chunk, with more digits than one number has.
-        change: [M, K], see keep.
-        joins: per join (q_L, k_E, decay_E, decay_L) before it, kept for the gradient.
-    """
-
-    scores: Tensor
-    q: Tensor
-    k: Tensor
-    keep: Tensor
-    change: Tensor
-    joins: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
-
-
 def _block(x: Tensor, size: int, which: int) -> Tensor:
     """View of x [M, n, W]: of each pair of blocks of `size` rows the first (0) or second (1), [M * pairs, size, W]."""
     m, rows, width = x.shape
@@ -80,97 +59,146 @@ def _score_block(scores: Tensor, size: int, late: int, early: int) -> Tensor:
     return scores.as_strided(shape, strides, late * size * chunk + early * size)
 
 
-def join(q: Tensor, k: Tensor, f: Tensor, c: Tensor, low: torch.dtype, reverse: bool, keep: bool) -> Joined:
-    """Joins the blocks of every chunk, from single tokens to the whole chunk.
+@dataclass
+class _Join:
+    """One join: views of the operands and memory for what it makes, n pairs of an earlier block E and a later one L.
 
-    Args:
-        q: [M, C, K].
-        k: [M, C, K].
-        f: [M, C, K], the decay, in [0, 1].
-        c: [M, C, K], 1 - f without cancellation (for a tied key, k itself).
-        low: dtype of the large matrix products.
-        reverse: time runs from the last row to the first.
-        keep: keep what the gradient needs, the arguments included; else they are overwritten.
+    Attributes:
+        q_l: [n, size, K].
+        k_e: [n, size, K].
+        decays: of E and of L, [n, 1, K].
+        complements: likewise.
+        decay: [n, 1, K], of the pair; in E's place unless the gradient needs that.
+        complement: likewise.
+        products: [n, size, size].
+        scores: [M, n / M, size, size], where the products belong.
+        before: copies of q_l and k_e before the join, if the gradient needs them.
     """
-    m, chunk, _ = q.shape
-    early, late = (1, 0) if reverse else (0, 1)
-    scores = q.new_zeros((m, chunk, chunk), dtype=low)
-    scores.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
-    # c may be k itself: the first join reads it before it changes k
-    q, k = (q * f, k.clone()) if keep else (q.mul_(f), k)
-    joins = []
-    decay, complement = f, c
-    size = 1
-    while size < chunk:
-        q_l, k_e = _block(q, size, late), _block(k, size, early)
-        decay_e, decay_l = _block(decay, 1, early), _block(decay, 1, late)
-        # single rows: a product of matrices would cost a call each
-        products = (q_l * k_e).sum(-1, keepdim=True) if size == 1 else torch.bmm(q_l, k_e.mT)
-        _score_block(scores, size, late, early).copy_(products.view(m, -1, size, size))
-        if keep:
-            joins.append((q_l.clone(), k_e.clone(), decay_e, decay_l))
-        complement = torch.addcmul(_block(complement, 1, early), decay_e, _block(complement, 1, late))
-        complement = complement.view(m, -1, q.shape[2])
-        decay = (decay_e * decay_l).view_as(complement)
-        if size == COMPLEMENT_FROM_BLOCK:
-            decay = torch.where(complement < COMPLEMENT_BELOW, 1 - complement, decay)
-        q_l *= decay_e
-        k_e *= decay_l
-        size *= 2
-    decay, complement = decay.squeeze(1), complement.squeeze(1)
-    small = complement < COMPLEMENT_BELOW
-    change = torch.where(small, -complement, decay)
-    return Joined(scores, q, k, small.to(change.dtype), change, joins)
+
+    q_l: Tensor
+    k_e: Tensor
+    decays: tuple[Tensor, Tensor]
+    complements: tuple[Tensor, Tensor]
+    decay: Tensor
+    complement: Tensor
+    products: Tensor
+    scores: Tensor
+    before: tuple[Tensor, Tensor] | None
 
 
-def unjoin(
-    joined: Joined,
-    q: Tensor,
-    k: Tensor,
-    f: Tensor,
-    d_scores: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    d_decay: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of `join`.
+class Joins:
+    """Joins the blocks of every chunk of a tile, from single tokens to the whole chunk.
 
-    Args:
-        joined: its result, with joins kept.
-        q: its argument, likewise k and f.
-        k: see q.
-        f: see q.
-        d_scores: [M, C, C] in the low dtype; what stands above the diagonal is not read.
-        dq: [M, C, K], gradient of the joined q; changed in place.
-        dk: [M, C, K], gradient of the joined k; changed in place.
-        d_decay: [M, K], gradient of the decay across the chunk.
-        reverse: as in `join`.
+    Made once for all tiles of a shape: fresh memory and views for every tile would cost a tenth of the whole pass.
 
-    Returns:
-        Gradients of q, k and f.
+    Attributes:
+        gated: the operands.
+        scores: [M, C, C] in the low dtype, scores[t, s] of the tokens of one chunk, 0 where s comes after t.
+        q: [M, C, K], the query times the decay since the chunk's start.
+        k: [M, C, K], the key times the decay to the chunk's end.
+        keep: [M, K], 0 or 1; keep + change is the decay across the chunk, with more digits than one number has.
+        change: [M, K], see keep.
     """
-    m, size, width = q.shape
-    early, late = (1, 0) if reverse else (0, 1)
-    d_decay = d_decay.unsqueeze(1)
-    for q_l, k_e, decay_e, decay_l in reversed(joined.joins):
-        size //= 2
-        dq_l, dk_e = _block(dq, size, late), _block(dk, size, early)
-        d_before = q.new_empty((m, q.shape[1] // size, width))
-        d_joined = d_decay.reshape(-1, 1, width)
-        torch.addcmul((dq_l * q_l).sum(1, keepdim=True), d_joined, decay_l, out=_block(d_before, 1, early))
-        torch.addcmul((dk_e * k_e).sum(1, keepdim=True), d_joined, decay_e, out=_block(d_before, 1, late))
-        d_decay = d_before
-        # small products are not faster in low precision
-        d_products = _score_block(d_scores, size, late, early).reshape(-1, size, size).to(q.dtype)
-        from_k, from_q = _products(d_products, k_e), _products(d_products.mT, q_l)
-        torch.addcmul(from_k, dq_l, decay_e, out=dq_l)
-        torch.addcmul(from_q, dk_e, decay_l, out=dk_e)
-    d_diagonal = d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1).to(q.dtype)
-    df = torch.addcmul(d_decay, dq, q)
-    dq = torch.addcmul(d_diagonal * k, dq, f)
-    dk = dk.addcmul_(d_diagonal, q)
-    return dq, dk, df
+
+    def __init__(self, gated: Gated, low: torch.dtype, reverse: bool, keep: bool):
+        """Makes room.
+
+        Args:
+            gated: the operands, read by `run`.
+            low: dtype of the large matrix products.
+            reverse: time runs from the last row to the first.
+            keep: keep what the gradient needs, the operands included; else they are overwritten.
+        """
+        self.gated = gated
+        self.operands = q, k, f = gated.q.flatten(0, 2), gated.k.flatten(0, 2), gated.f.flatten(0, 2)
+        m, chunk, width = q.shape
+        self.order = early, late = (1, 0) if reverse else (0, 1)
+        self.q, self.k = (torch.empty_like(q), torch.empty_like(k)) if keep else (q, k)
+        self.scores = q.new_zeros((m, chunk, chunk), dtype=low)
+        self.diagonal = self.scores.diagonal(dim1=1, dim2=2)
+        self.joins: list[_Join] = []
+        decay, complement = f.view(-1, 1, width), gated.c.view(-1, 1, width)
+        size = 1
+        while size < chunk:
+            q_l, k_e = _block(self.q, size, late), _block(self.k, size, early)
+            n = q_l.shape[0]
+            decays, complements = ((x[early::2], x[late::2]) for x in (decay, complement))
+            decay = q.new_empty((n, 1, width)) if keep else decays[0]
+            # the first complement may be k itself
+            complement = q.new_empty((n, 1, width)) if keep or size == 1 else complements[0]
+            products = q.new_empty((n, size, size))
+            scores = _score_block(self.scores, size, late, early)
+            before = (torch.empty_like(q_l), torch.empty_like(k_e)) if keep else None
+            self.joins.append(_Join(q_l, k_e, decays, complements, decay, complement, products, scores, before))
+            size *= 2
+        self.decay, self.complement = decay.squeeze(1), complement.squeeze(1)
+
+    def run(self) -> None:
+        """Joins what the operands hold."""
+        q, k, f = self.operands
+        self.diagonal.copy_((q * k).sum(-1))
+        torch.mul(q, f, out=self.q)
+        if self.k is not k:
+            self.k.copy_(k)
+        for join in self.joins:
+            q_l, k_e, (decay_e, decay_l) = join.q_l, join.k_e, join.decays
+            size = q_l.shape[1]
+            if size == 1:
+                # a product of matrices would cost a call for each number
+                torch.sum(q_l * k_e, -1, keepdim=True, out=join.products)
+            else:
+                torch.bmm(q_l, k_e.mT, out=join.products)
+            join.scores.copy_(join.products.view(join.scores.shape))
+            if join.before is not None:
+                join.before[0].copy_(q_l)
+                join.before[1].copy_(k_e)
+            # before the key changes, which the complement may be, and the decays, whose place may be taken
+            torch.addcmul(join.complements[0], decay_e, join.complements[1], out=join.complement)
+            q_l *= decay_e
+            k_e *= decay_l
+            torch.mul(decay_e, decay_l, out=join.decay)
+            if size == COMPLEMENT_FROM_BLOCK:
+                small = join.complement < COMPLEMENT_BELOW
+                torch.where(small, 1 - join.complement, join.decay, out=join.decay)
+        small = self.complement < COMPLEMENT_BELOW
+        self.keep, self.change = small.to(self.decay.dtype), torch.where(small, -self.complement, self.decay)
+
+    def backward(self, d_scores: Tensor, dq: Tensor, dk: Tensor, d_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of `run`, which must have kept what this needs.
+
+        Args:
+            d_scores: [M, C, C] in the low dtype; what stands above the diagonal is not read.
+            dq: [M, C, K], gradient of the joined q; changed in place.
+            dk: [M, C, K], gradient of the joined k; changed in place.
+            d_decay: [M, K], gradient of the decay across the chunk.
+
+        Returns:
+            Gradients of the operands q, k and f.
+        """
+        q, k, f = self.operands
+        m, size, width = q.shape
+        early, late = self.order
+        d_decay = d_decay.unsqueeze(1)
+        for join in reversed(self.joins):
+            size //= 2
+            assert join.before is not None
+            (q_l, k_e), (decay_e, decay_l) = join.before, join.decays
+            dq_l, dk_e = _block(dq, size, late), _block(dk, size, early)
+            d_before = q.new_empty((m, q.shape[1] // size, width))
+            d_joined = d_decay.reshape(-1, 1, width)
+            torch.addcmul((dq_l * q_l).sum(1, keepdim=True), d_joined, decay_l, out=_block(d_before, 1, early))
+            torch.addcmul((dk_e * k_e).sum(1, keepdim=True), d_joined, decay_e, out=_block(d_before, 1, late))
+            d_decay = d_before
+            # small products are not faster in low precision
+            d_products = _score_block(d_scores, size, late, early).reshape(-1, size, size).to(q.dtype)
+            from_k, from_q = _products(d_products, k_e), _products(d_products.mT, q_l)
+            torch.addcmul(from_k, dq_l, decay_e, out=dq_l)
+            torch.addcmul(from_q, dk_e, decay_l, out=dk_e)
+        d_diagonal = d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1).to(q.dtype)
+        df = torch.addcmul(d_decay, dq, q)
+        dq = torch.addcmul(d_diagonal * k, dq, f)
+        dk = dk.addcmul_(d_diagonal, q)
+        return dq, dk, df
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -180,48 +208,44 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 def scan_states(
     updates: Tensor,
-    keep: Tensor,
-    change: Tensor,
+    joined: Joins,
     state: Tensor,
     tile: Tile,
     starts: Tensor,
     ends: Tensor,
     reverse: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Carries the state across the chunks of a tile.
 
     Args:
-        updates: [B, H, chunks, K, V], what each chunk adds to the state by its end.
-        keep: [B, H, chunks, K], 0 or 1; with change the decay across each chunk.
-        change: see keep.
-        state: [B, H, K, V], the state that enters the tile.
+        updates: [chunks, B, H, K, V], what each chunk adds to the state by its end; overwritten by the states before
+            each chunk.
+        joined: knows the decay across each chunk.
+        state: [B, H, K, V], the state that enters the tile; changed.
         tile: says which chunks begin and end a sequence.
         starts: [sequences, B, H, K, V], the states the sequences start from; read.
         ends: [sequences, B, H, K, V], the states they end with; written.
         reverse: time runs from the last chunk to the first.
 
     Returns:
-        The states before each chunk [B, H, chunks, K, V], and the state that leaves the tile.
+        The state that leaves the tile.
     """
     begins, finishes = (tile.ends, tile.begins) if reverse else (tile.begins, tile.ends)
-    before = torch.empty_like(updates)
-    keep, change = keep.unsqueeze(-1), change.unsqueeze(-1)
-    order = range(tile.num_chunks)
-    place = None
-    for i in reversed(order) if reverse else order:
+    keep, change = (x.view(*updates.shape[:4], 1) for x in (joined.keep, joined.change))
+    chunks = list(zip(updates.unbind(), keep.unbind(), change.unbind(), strict=True))
+    after = torch.empty_like(state)
+    for i in range(tile.num_chunks)[:: -1 if reverse else 1]:
         if begins[i]:
-            state = starts[tile.sequences[i]]
-        if place is None or begins[i]:
-            before[:, :, i] = state
-        # written straight to where the next chunk reads it
-        following = i - 1 if reverse else i + 1
-        place = before[:, :, following] if 0 <= following < tile.num_chunks else torch.empty_like(state)
+            state.copy_(starts[tile.sequences[i]])
+        update, keep, change = chunks[i]
+        after.copy_(update)
+        update.copy_(state)
         # small numbers first: a state that hardly decays is rounded once, not in its product with the decay as well
-        torch.addcmul(updates[:, :, i], change[:, :, i], state, out=place)
-        state = place.addcmul_(keep[:, :, i], state)
+        after.addcmul_(change, state).addcmul_(keep, state)
+        state, after = after, state
         if finishes[i]:
             ends[tile.sequences[i]] = state
-    return before, state
+    return state
 
 
 def _state_frame(initial_state: Tensor | None, shape: tuple[int, ...], packed: bool, like: Tensor) -> Tensor:
@@ -263,6 +287,7 @@ def forward(
     # sequences without a token keep their state
     ends = starts.clone(memory_format=torch.contiguous_format)
     kept = ends.new_empty(kept_states_shape(q, v, cu_seqlens, tile_chunks, keep_states))
+    joined = None
     for first in range(0, batch, plan.batch):
         part = slice(first, min(first + plan.batch, batch))
         # every first chunk begins a sequence and takes that one's state
@@ -271,24 +296,16 @@ def forward(
             tile = plan.tiles[i]
             if keep_states:
                 kept[i, part] = state
-            gated = gate.load(part, tile, plan.chunk_size, low, keep=False)
-            shape = gated.q.shape[:3]
-            q_, k_, v_, f_, c_ = (x.flatten(0, 2) for x in (gated.q, gated.k, gated.v, gated.f, gated.c))
-            joined = join(q_, k_, f_, c_, low, reverse, keep=False)
-            updates = torch.bmm(joined.k.to(low).mT, v_).to(gate.dtype)
-            before, state = scan_states(
-                updates.unflatten(0, shape),
-                joined.keep.unflatten(0, shape),
-                joined.change.unflatten(0, shape),
-                state,
-                tile,
-                starts[:, part],
-                ends[:, part],
-                reverse,
-            )
-            out = torch.bmm(joined.scores, v_)
-            out = out.baddbmm_(joined.q.to(low), before.flatten(0, 2).to(low))
-            store(y[part], out.unflatten(0, shape), tile)
+            shape = (tile.num_chunks, part.stop - part.start, heads, plan.chunk_size)
+            joined = _room(joined, gate, shape, low, reverse, keep=False)
+            gate.load(joined.gated, part, tile, keep=False)
+            joined.run()
+            v_ = joined.gated.v.flatten(0, 2)
+            before = torch.bmm(joined.k.to(low).mT, v_)
+            states = before.view(*shape[:3], *before.shape[1:])
+            state = scan_states(states, joined, state, tile, starts[:, part], ends[:, part], reverse)
+            out = torch.bmm(joined.scores, v_).baddbmm_(joined.q.to(low), before)
+            store(y[part], out.unflatten(0, shape[:3]), tile)
     return y, ends.flatten(0, 1), kept
 
 
@@ -310,42 +327,50 @@ def backward(
     q, _v = gate.inputs[0], gate.inputs[2]
     plan = _plan(gate, cu_seqlens, tile_chunks)
     low = _low_dtype(gate)
-    batch, _, _heads, _width = q.shape
+    batch, _, heads, _ = q.shape
     gate.allocate_gradients()
     packed = cu_seqlens is not None
     starts = _state_frame(initial_state, tuple(d_final_state.shape), packed, d_final_state)
     d_ends = _state_frame(d_final_state, (), packed, d_final_state)
     d_starts = d_ends.clone(memory_format=torch.contiguous_format)
     unused = torch.empty_like(starts)
+    joined = None
     for first in range(0, batch, plan.batch):
         part = slice(first, min(first + plan.batch, batch))
         d_state = starts.new_zeros(starts[:, part].shape[1:])
         for i in range(len(plan.tiles)) if reverse else reversed(range(len(plan.tiles))):
             tile = plan.tiles[i]
-            gated = gate.load(part, tile, plan.chunk_size, low, keep=True)
-            shape = gated.q.shape[:3]
-            q_, k_, v_, f_, c_ = (x.flatten(0, 2) for x in (gated.q, gated.k, gated.v, gated.f, gated.c))
-            joined = join(q_, k_, f_, c_, low, reverse, keep=True)
+            shape = (tile.num_chunks, part.stop - part.start, heads, plan.chunk_size)
+            joined = _room(joined, gate, shape, low, reverse, keep=True)
+            gate.load(joined.gated, part, tile, keep=True)
+            joined.run()
+            v_ = joined.gated.v.flatten(0, 2)
             k_low, q_low = joined.k.to(low), joined.q.to(low)
-            keep, change = joined.keep.unflatten(0, shape), joined.change.unflatten(0, shape)
-            updates = torch.bmm(k_low.mT, v_).to(gate.dtype).unflatten(0, shape)
-            before, _ = scan_states(
-                updates, keep, change, kept[i, part], tile, starts[:, part], unused[:, part], reverse
-            )
-            d_out = load(dy[part], tile, plan.chunk_size, low).flatten(0, 2)
-            updates = torch.bmm(q_low.mT, d_out).to(gate.dtype).unflatten(0, shape)
-            d_after, d_state = scan_states(
-                updates, keep, change, d_state, tile, d_ends[:, part], d_starts[:, part], not reverse
-            )
-            before_low, d_after_low = before.flatten(0, 2).to(low), d_after.flatten(0, 2).to(low)
+            before = torch.bmm(k_low.mT, v_).to(gate.dtype)
+            states = before.view(*shape[:3], *before.shape[1:])
+            scan_states(states, joined, kept[i, part].clone(), tile, starts[:, part], unused[:, part], reverse)
+            d_out = load(dy[part], tile, torch.empty_like(joined.gated.v)).flatten(0, 2)
+            d_after = torch.bmm(q_low.mT, d_out).to(gate.dtype)
+            states = d_after.view(states.shape)
+            d_state = scan_states(states, joined, d_state, tile, d_ends[:, part], d_starts[:, part], not reverse)
+            before_low, d_after_low = before.to(low), d_after.to(low)
             dq = torch.bmm(d_out, before_low.mT).to(gate.dtype)
             dk = torch.bmm(v_, d_after_low.mT).to(gate.dtype)
             dv = torch.bmm(k_low, d_after_low).baddbmm_(joined.scores.mT, d_out).to(gate.dtype)
             d_scores = torch.bmm(d_out, v_.mT)
-            d_decay = (before * d_after).sum(-1).flatten(0, 2)
-            dq, dk, df = unjoin(joined, q_, k_, f_, d_scores, dq, dk, d_decay, reverse)
-            gate.backward(part, tile, gated, *(x.unflatten(0, shape) for x in (dq, dk, dv, df)))
+            d_decay = (before * d_after).sum(-1)
+            dq, dk, df = joined.backward(d_scores, dq, dk, d_decay)
+            gate.backward(part, tile, joined.gated, *(x.unflatten(0, shape[:3]) for x in (dq, dk, dv, df)))
     return d_starts.flatten(0, 1)
+
+
+def _room(
+    last: Joins | None, gate: TiedGate | FreeGate, shape: tuple[int, ...], low: torch.dtype, reverse: bool, keep: bool
+) -> Joins:
+    """Room for a tile of shape [chunks, B, H, C]: that of the last tile again if it fits."""
+    if last is not None and last.gated.q.shape[:4] == shape:
+        return last
+    return Joins(gate.allocate(shape, low), low, reverse, keep)
 
 
 def kept_states_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, tile_chunks: int, keep: bool) -> tuple[int, ...]:

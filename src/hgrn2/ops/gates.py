@@ -18,13 +18,13 @@ from torch.nn import functional
 from hgrn2.ops.tiles import Tile, load, store
 
 
-def activate(x: Tensor, activation: str, inplace: bool = False) -> Tensor:
-    """Applies "silu", "sigmoid" or "none", into x itself if asked to."""
+def activate(x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """Applies "silu", "sigmoid" or "none", into out if given."""
     if activation == "silu":
-        return functional.silu(x, inplace)
+        return functional.silu(x) if out is None else torch.ops.aten.silu.out(x, out=out)
     if activation == "sigmoid":
-        return x.sigmoid_() if inplace else torch.sigmoid(x)
-    return x
+        return torch.sigmoid(x, out=out)
+    return x if out is None else out.copy_(x)
 
 
 def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
@@ -36,14 +36,14 @@ def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
 
 @dataclass
 class Gated:
-    """A tile's operands, each [B, H, chunks, C, width]; `raw` holds what the gradient needs besides."""
+    """Room for a tile's operands, each [chunks, B, H, C, width]; c may be k itself. `raw`: what the gradient needs."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     f: Tensor
     c: Tensor
-    raw: tuple[Tensor, ...]
+    raw: tuple[Tensor, ...] = ()
 
 
 def _neutral(tile: Tile, f: Tensor, c: Tensor) -> None:
@@ -68,7 +68,7 @@ class TiedGate:
     ):
         self.inputs = (q, z, v)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.bound = None if lower_bound is None else lower_bound.to(self.dtype)[:, None, None, :]
+        self.bound = None if lower_bound is None else lower_bound.to(self.dtype)[:, None, :]
         self.bounds: dict[torch.Size, tuple[Tensor, ...]] = {}
         self.scale, self.q_act, self.v_act = scale, q_act, v_act
 
@@ -79,55 +79,59 @@ class TiedGate:
         shape = None if self.bound is None else (self.bound.shape[0], self.bound.shape[-1])
         self.d_bound = None if shape is None else torch.zeros(shape, dtype=torch.float64, device=self.inputs[0].device)
 
-    def load(self, batch: slice, tile: Tile, chunk_size: int, low: torch.dtype, keep: bool) -> Gated:
+    def allocate(self, shape: tuple[int, ...], low: torch.dtype) -> Gated:
+        """Makes room for a tile.
+
+        Args:
+            shape: chunks, B, H, C of the tile.
+            low: dtype of the large matrix products, which v goes into.
+        """
+        x, _, i = self.inputs
+        q, k, f = (x.new_empty((*shape, x.shape[-1]), dtype=self.dtype) for _ in range(3))
+        return Gated(q, k, i.new_empty((*shape, i.shape[-1]), dtype=low), f, c=k)
+
+    def load(self, gated: Gated, batch: slice, tile: Tile, keep: bool) -> None:
         """Reads and activates a tile.
 
         Args:
+            gated: as `allocate` made it for the tile's shape; filled.
             batch: which sequences.
             tile: which rows.
-            chunk_size: tokens of a chunk.
-            low: dtype of the large matrix products, which v goes into.
-            keep: keep what `backward` needs; else memory is reused.
+            keep: keep what `backward` needs.
         """
-        u, z = (load(x[batch], tile, chunk_size, self.dtype) for x in self.inputs[:2])
-        i = load(self.inputs[2][batch], tile, chunk_size, low if self.v_act == "none" else self.dtype)
-        q, v = activate(u, self.q_act, not keep), activate(i, self.v_act, not keep).to(low)
+        q, z, v = (x[batch] for x in self.inputs)
+        u = load(q, tile, torch.empty_like(gated.q) if keep else gated.q)
+        activate(u, self.q_act, gated.q)
         if self.scale != 1:
-            # u itself is needed when q is u
-            q = q.mul_(self.scale) if not keep else q * self.scale
-        p = torch.sigmoid(z)
-        s = z.neg_().sigmoid_()
+            gated.q.mul_(self.scale)
+        i = load(v, tile, gated.v if self.v_act == "none" else torch.empty_like(gated.v, dtype=self.dtype))
+        gated.v.copy_(activate(i, self.v_act))
+        z = load(z, tile, gated.k)
+        p = torch.sigmoid(z, out=None if keep and self.bound is not None else gated.f)
+        torch.neg(z, out=gated.k).sigmoid_()
         if self.bound is not None:
             bound, free = self._spread_bound(z.shape)
-            f = torch.addcmul(bound, free, p, out=None if keep else p)
-            k = torch.mul(s, free, out=None if keep else s)
-        elif keep and tile.padding is not None:
-            f, k = p.clone(), s.clone()
-        else:
-            f, k = p, s
-        _neutral(tile, f, k)
-        return Gated(q, k, v, f, k, (u, i, s, p))
+            torch.addcmul(bound, free, p, out=gated.f)
+            gated.k.mul_(free)
+        _neutral(tile, gated.f, gated.k)
+        gated.raw = (u, i, p) if keep else ()
 
     def _spread_bound(self, shape: torch.Size) -> tuple[Tensor, ...]:
         """The bound and 1 - bound for every row of a chunk: broadcast row by row they cost several times as much."""
         assert self.bound is not None
         if shape not in self.bounds:
-            heads, _, rows, width = shape[1:]
             both = (self.bound, 1 - self.bound)
-            self.bounds[shape] = tuple(x.expand(heads, 1, rows, width).contiguous() for x in both)
+            self.bounds[shape] = tuple(x.expand(shape[2:]).contiguous() for x in both)
         return self.bounds[shape]
 
     def backward(self, batch: slice, tile: Tile, gated: Gated, dq: Tensor, dk: Tensor, dv: Tensor, df: Tensor) -> None:
         """Stores the gradients of a tile's rows."""
-        u, i, s, p = gated.raw
+        u, i, p = gated.raw
         # df is the path through the decay alone; the key adds dk / df = -1
-        df = (df - dk).mul_(s)
-        if tile.padding is not None:
-            df.masked_fill_(tile.padding, 0)
+        df = (df - dk).mul_(gated.k)
         if self.bound is not None:
             assert self.d_bound is not None
-            self.d_bound += df.sum((0, 2, 3))
-            df *= self._spread_bound(df.shape)[1]
+            self.d_bound += df.sum((0, 1, 3)) / (1 - self.bound).squeeze(1)
         dz = df.mul_(p)
         if self.scale != 1:
             dq = dq * self.scale
@@ -148,15 +152,23 @@ class FreeGate:
         """Makes room for what `backward` stores."""
         self.gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in self.inputs)
 
-    def load(self, batch: slice, tile: Tile, chunk_size: int, low: torch.dtype, keep: bool) -> Gated:
-        """Reads a tile; arguments as `TiedGate.load`."""
+    def allocate(self, shape: tuple[int, ...], low: torch.dtype) -> Gated:
+        """As `TiedGate.allocate`."""
         dtypes = (self.dtype, self.dtype, low, self.dtype)
-        q, k, v, log_f = (load(x[batch], tile, chunk_size, t) for x, t in zip(self.inputs, dtypes, strict=True))
-        if self.scale != 1:
-            q = q * self.scale
-        f, c = torch.exp(log_f), torch.expm1(log_f).neg_()
-        _neutral(tile, f, c)
-        return Gated(q, k, v, f, c, ())
+        parts = (x.new_empty((*shape, x.shape[-1]), dtype=t) for x, t in zip(self.inputs, dtypes, strict=True))
+        q, k, v, f = parts
+        return Gated(q, k, v, f, c=torch.empty_like(f))
+
+    def load(self, gated: Gated, batch: slice, tile: Tile, keep: bool) -> None:
+        """Reads a tile; arguments as `TiedGate.load`."""
+        room = (gated.q, gated.k, gated.v, gated.f)
+        q, k, v, log_f = (load(x[batch], tile, out) for x, out in zip(self.inputs, room, strict=True))
+        torch.mul(q, self.scale, out=gated.q)
+        gated.k.copy_(k)
+        gated.v.copy_(v)
+        torch.expm1(log_f, out=gated.c).neg_()
+        torch.exp(log_f, out=gated.f)
+        _neutral(tile, gated.f, gated.c)
 
     def backward(self, batch: slice, tile: Tile, gated: Gated, dq: Tensor, dk: Tensor, dv: Tensor, df: Tensor) -> None:
         """Stores the gradients of a tile's rows."""

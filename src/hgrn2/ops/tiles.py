@@ -91,7 +91,7 @@ class Tile:
         num_chunks: chunks in the tile.
         places: for each source row its place in the tile (chunk * chunk_size + offset), int64; None when the rows fill
             the tile without gaps.
-        padding: [num_chunks, chunk_size, 1] bool, True where no row is; None when there is no gap.
+        padding: [num_chunks, 1, 1, chunk_size, 1] bool, True where no row is; None when there is no gap.
         sequences: for each chunk the sequence it belongs to.
         begins: for each chunk whether it holds its sequence's first row.
         ends: for each chunk whether it holds its sequence's last row.
@@ -129,7 +129,7 @@ def tiles(bounds: Sequence[int], size: int, chunks_each: int, device: torch.devi
             counts = torch.tensor([stop - start for start, stop, _ in part])
             padding = torch.arange(size)[None, :] >= counts[:, None]
             places = (~padding).flatten().nonzero().squeeze(1).to(device)
-            padding = padding.unsqueeze(-1).to(device)
+            padding = padding[:, None, None, :, None].to(device)
         result.append(
             Tile(
                 start=part[0][0],
@@ -145,25 +145,24 @@ def tiles(bounds: Sequence[int], size: int, chunks_each: int, device: torch.devi
     return result
 
 
-def load(x: Tensor, tile: Tile, chunk_size: int, dtype: torch.dtype) -> Tensor:
-    """Copies a tile's rows of x [B, T, H, W] into a new [B, H, chunks, chunk_size, W] tensor; gaps hold zeros."""
-    batch, _, heads, width = x.shape
+def load(x: Tensor, tile: Tile, out: Tensor) -> Tensor:
+    """A tile's rows of x [B, T, H, W] as [chunks, B, H, C, W] in out's dtype; gaps hold zeros.
+
+    Rows of that dtype are not copied: the result is a view of x then, else out.
+    """
+    num_chunks, batch, heads, chunk_size, width = out.shape
     rows = x[:, tile.start : tile.stop]
-    if tile.places is None:
-        out = torch.empty((batch, heads, tile.num_chunks, chunk_size, width), dtype=dtype, device=x.device)
-        by_rows = out.view(batch, heads, tile.num_chunks * chunk_size, width).transpose(1, 2)
-        by_rows.copy_(rows)
-        return out
-    out = torch.zeros((batch, heads, tile.num_chunks, chunk_size, width), dtype=dtype, device=x.device)
-    by_rows = out.view(batch, heads, tile.num_chunks * chunk_size, width)
-    by_rows.index_copy_(2, tile.places, rows.transpose(1, 2).to(dtype))
-    return out
+    if tile.places is not None:
+        filled = x.new_zeros((batch, num_chunks * chunk_size, heads, width))
+        rows = filled.index_copy_(1, tile.places, rows)
+    rows = rows.unflatten(1, (num_chunks, chunk_size)).permute(1, 0, 3, 2, 4)
+    return rows if x.dtype == out.dtype else out.copy_(rows)
 
 
 def store(out: Tensor, x: Tensor, tile: Tile) -> None:
-    """Copies a tile [B, H, chunks, chunk_size, W] to its rows of out [B, T, H, W]; gaps are left out."""
-    batch, heads, num_chunks, chunk_size, width = x.shape
-    by_rows = x.view(batch, heads, num_chunks * chunk_size, width)
-    if tile.places is not None:
-        by_rows = by_rows.index_select(2, tile.places)
-    out[:, tile.start : tile.stop].copy_(by_rows.transpose(1, 2))
+    """Copies a tile [chunks, B, H, chunk_size, W] to its rows of out [B, T, H, W]; gaps are left out."""
+    rows, by_chunk = out[:, tile.start : tile.stop], x.permute(1, 0, 3, 2, 4)
+    if tile.places is None:
+        rows.unflatten(1, by_chunk.shape[1:3]).copy_(by_chunk)
+    else:
+        rows.copy_(by_chunk.flatten(1, 2).index_select(1, tile.places))
