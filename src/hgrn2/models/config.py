@@ -134,9 +134,10 @@ class HGRN2Config:
 
     def __post_init__(self) -> None:
         check_types(self, "model config")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio"):
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio")
+        for name in sizes:
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; wanted at least 1")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio", "conv_size", "intermediate_size"):
+        for name in (*sizes, "conv_size", "intermediate_size"):
             size = getattr(self, name) or 0
             _check(size <= _LARGEST, f"{name} is {size}; wanted at most {_LARGEST}")
         _check(
@@ -151,7 +152,7 @@ class HGRN2Config:
         _check(self.hidden_ratio > 0, f"hidden_ratio is {self.hidden_ratio}; wanted above 0")
         if self.intermediate_size is None:
             wanted = int(self.hidden_size * self.hidden_ratio * 2 / 3)
-            _check(wanted <= _LARGEST, f"hidden_ratio is {self.hidden_ratio}; wanted less, or intermediate_size instead")
+            _check(wanted <= _LARGEST, f"hidden_ratio is {self.hidden_ratio}; wanted less, or intermediate_size")
             object.__setattr__(self, "intermediate_size", 256 * -(-wanted // 256))
         object.__setattr__(self, "num_heads", heads)
         _check(
