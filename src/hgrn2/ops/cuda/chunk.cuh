@@ -1,0 +1,110 @@
+// What the kernels for K = V = 128 share: the shape of their work, memory movement, matrix products.
+//
+// A program (256 threads, 8 warps) walks along one head of one sequence, 64 tokens (a chunk) at a time. Matrix products
+// are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums. Shared memory holds a chunk's rows in 16-byte pieces
+// whose place is XORed with the row, so that eight rows of one column never meet in a bank.
+//
+// Fragment of a 16 x 16 piece, the same for a factor on the left (rows x depth) and, transposed in roles, on the right:
+// lane = 4 g + c holds rows g and g + 8, columns 2c, 2c + 1, 2c + 8, 2c + 9 as four registers of two numbers,
+//     [0] row g, low columns   [1] row g + 8, low   [2] row g, high   [3] row g + 8, high.
+
+typedef unsigned int u32;
+typedef long long i64;
+
+constexpr int CHUNK = 64;
+constexpr int WIDTH = 128;
+constexpr int THREADS = 256;
+constexpr int ROW_BYTES = WIDTH * 2;
+constexpr int TILE_BYTES = CHUNK * ROW_BYTES;
+constexpr int SCORE_BYTES = CHUNK * CHUNK * 2;
+constexpr float LOG2_E = 1.4426950408889634f;
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// place of a 16-byte piece of a row of 128 numbers
+__device__ __forceinline__ u32 tile_place(int row, int piece) { return row * ROW_BYTES + ((piece ^ (row & 7)) << 4); }
+
+// place of a 16-byte piece of a row of 64 scores
+__device__ __forceinline__ u32 score_place(int row, int piece) { return row * CHUNK * 2 + ((piece ^ (row & 7)) << 4); }
+
+__device__ __forceinline__ void copy_async(u32 to, const void* from, bool exists) {
+    // a row that does not exist is filled with zeros
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0));
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;"); }
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+__device__ __forceinline__ void load_fragment(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+__device__ __forceinline__ void load_fragment_transposed(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+__device__ __forceinline__ void store_shared(u32 address, u32 value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// two numbers of the inputs' type in a register, the first in the low half
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 r;
+#if BFLOAT16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+    return r;
+}
+__device__ __forceinline__ void unpack(u32 x, float& low, float& high) {
+#if BFLOAT16
+    low = __uint_as_float(x << 16);
+    high = __uint_as_float(x & 0xffff0000u);
+#else
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(low), "=f"(high) : "r"(x));
+#endif
+}
+
+// d += a b^T for a [16, 16] and b [8, 16], whose halves along the depth are b0 and b1
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if BFLOAT16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+#endif
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+// the smaller one; not a number if either is not
+__device__ __forceinline__ float minimum(float a, float b) {
+    float r;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+// decay and key of a pre-activation z: f = beta + (1 - beta) sigmoid(z), k = (1 - beta) sigmoid(-z)
+__device__ __forceinline__ void tied_gate(float z, float beta, float& f, float& k) {
+    // beyond 80 the key is 1e-35; an infinite exponential would make f not a number
+    float e = exp2_fast(minimum(z * LOG2_E, 115.0f));
+    k = (1.0f - beta) * reciprocal(1.0f + e);
+    f = fmaf(e, k, beta);
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2_E * x)); }

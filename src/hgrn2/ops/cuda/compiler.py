@@ -1,0 +1,146 @@
+"""CUDA C++ to a kernel that can be launched, with nothing but the libraries torch's CUDA builds bring along.
+
+NVRTC (the compiler) and the driver are called through ctypes: their interfaces are stable C, and no toolkit need be
+installed. What was compiled is kept in a folder, so that the next process loads it in milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+_MAX_DYNAMIC_SHARED_BYTES = 8
+_NVRTC_SUCCESS = 0
+
+
+class Kernel:
+    """A kernel on one device.
+
+    Args:
+        function: the driver's handle.
+        shared_bytes: dynamic shared memory of a program.
+        threads: threads of a program.
+    """
+
+    def __init__(self, function: ctypes.c_void_p, shared_bytes: int, threads: int):
+        self.function, self.shared_bytes, self.threads = function, shared_bytes, threads
+        _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes), "cuFuncSetAttribute")
+
+    def launch(self, grid: tuple[int, int, int], arguments: ctypes.Structure) -> None:
+        """Starts the kernel on the current stream, with one argument that is passed by value."""
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = _driver().cuLaunchKernel(
+            self.function, *grid, self.threads, 1, 1, self.shared_bytes, stream, parameters, None
+        )
+        _check(code, "cuLaunchKernel")
+
+
+def problem() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    try:
+        _compiler()
+        _driver()
+    except OSError as reason:
+        return f"a library of CUDA is missing ({reason})"
+    return None
+
+
+@functools.cache
+def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, threads: int, device: int) -> Kernel:
+    """Compiles source, or takes what was compiled before, and loads one kernel of it on a device, the current one.
+
+    Args:
+        source: CUDA C++.
+        options: of the compiler, the architecture included.
+        name: of an extern "C" kernel.
+        shared_bytes: dynamic shared memory of a program.
+        threads: threads of a program.
+        device: index; a kernel belongs to one device.
+
+    Raises:
+        RuntimeError: the compiler or the driver refuses; with what it says.
+    """
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    binary = _compiled(source, options)
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), binary), "cuModuleLoadData")
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
+    return Kernel(function, shared_bytes, threads)
+
+
+@functools.cache
+def _compiled(source: str, options: tuple[str, ...]) -> bytes:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _compiler().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    key = repr((source, options, major.value, minor.value)).encode()
+    path = _cache_folder() / f"{hashlib.sha256(key).hexdigest()}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    binary = _compile(source, options)
+    # a folder that cannot be written costs a compilation a process, nothing else
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(binary)
+        Path(file.name).replace(path)
+    return binary
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hgrn2" / "cubin"
+
+
+def _compile(source: str, options: tuple[str, ...]) -> bytes:
+    compiler, program, size = _compiler(), ctypes.c_void_p(), ctypes.c_size_t()
+    code = compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"hgrn2.cu", 0, None, None)
+    assert code == _NVRTC_SUCCESS, f"nvrtcCreateProgram returned {code}"
+    try:
+        words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        code = compiler.nvrtcCompileProgram(program, len(options), words)
+        if code != _NVRTC_SUCCESS:
+            compiler.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            compiler.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"NVRTC could not compile the kernels (code {code}):\n{log.value.decode()}")
+        compiler.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        binary = ctypes.create_string_buffer(size.value)
+        compiler.nvrtcGetCUBIN(program, binary)
+        return binary.raw
+    finally:
+        compiler.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def _compiler() -> ctypes.CDLL:
+    major = (torch.version.cuda or "").split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        # torch's wheels keep it beside other packages of CUDA
+        spec = importlib.util.find_spec("nvidia")
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            for path in sorted(Path(place).glob(f"*/lib/{name}")):
+                return ctypes.CDLL(str(path))
+        raise
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"{what} failed with code {code}: {(text.value or b'unknown').decode()}")
