@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,7 @@ from matplotlib.image import imread
 from hgrn2.errors import UserError
 from hgrn2.train.gates import GateSummary, measure_gates
 from hgrn2.train.metrics import MetricsWriter
-from hgrn2.train.plots import _smooth, plot_run
+from hgrn2.train.plots import _smooth, memory_figure, plot_run
 
 
 class ConstantGates:
@@ -112,6 +113,17 @@ def test_pictures_are_drawn(tmp_path):
         assert min(pixels.shape[:2]) > 400
         assert pixels.std() > 0.05
     assert len(list((tmp_path / "plots").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("longest", "wanted"), [(6.0, {"2", "3"}), (1e4, {""})])
+def test_half_lives_are_plain_numbers(longest, wanted):
+    gates = measure_gates(ConstantGates([1.0, longest]), torch.zeros(1, 8, dtype=torch.long))
+    half_lives = np.array([[1.0] * 4, [longest] * 4])
+    figure = memory_figure(dataclasses.replace(gates, half_life_tokens=half_lives))
+    figure.canvas.draw()
+    labels = [text.get_text() for text in figure.axes[2].yaxis.get_ticklabels(which="both")]
+    assert not any("10^" in label for label in labels)
+    assert wanted <= set(labels)
 
 
 def test_a_run_of_one_step_is_drawn(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from hgrn2.errors import UserError
 from hgrn2.train.gates import GATES_NAME, GateSummary
@@ -118,6 +118,9 @@ def memory_figure(gates: GateSummary) -> Figure:
         half_life.set(title="Memory half-life", ylabel="half-life (tokens)")
         half_life.legend(loc="upper left")
         half_life.yaxis.set_major_formatter(EngFormatter(sep=""))
+        low, high = half_life.get_ylim()
+        # within a decade or so the ticks between powers of ten are what there is to read
+        half_life.yaxis.set_minor_formatter((lambda x, _: f"{x:g}") if high < 30 * low else NullFormatter())
 
         norm.plot(layers, gates.state_norm, color=_TRAIN, marker="o", linewidth=1.8)
         norm.set(title="Norm of the state", ylabel="Frobenius norm of a head")
