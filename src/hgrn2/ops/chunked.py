@@ -66,6 +66,7 @@ class _Join:
     Attributes:
         q_l: [n, size, K].
         k_e: [n, size, K].
+        k_e_t: [n, K, size], the same transposed.
         decays: of E and of L, [n, 1, K].
         complements: likewise.
         decay: [n, 1, K], of the pair; in E's place unless the gradient needs that.
@@ -77,6 +78,7 @@ class _Join:
 
     q_l: Tensor
     k_e: Tensor
+    k_e_t: Tensor
     decays: tuple[Tensor, Tensor]
     complements: tuple[Tensor, Tensor]
     decay: Tensor
@@ -129,7 +131,7 @@ class Joins:
             products = q.new_empty((n, size, size))
             scores = _score_block(self.scores, size, late, early)
             before = (torch.empty_like(q_l), torch.empty_like(k_e)) if keep else None
-            self.joins.append(_Join(q_l, k_e, decays, complements, decay, complement, products, scores, before))
+            self.joins.append(_Join(q_l, k_e, k_e.mT, decays, complements, decay, complement, products, scores, before))
             size *= 2
         self.decay, self.complement = decay.squeeze(1), complement.squeeze(1)
 
@@ -147,7 +149,7 @@ class Joins:
                 # a product of matrices would cost a call for each number
                 torch.sum(q_l * k_e, -1, keepdim=True, out=join.products)
             else:
-                torch.bmm(q_l, k_e.mT, out=join.products)
+                torch.bmm(q_l, join.k_e_t, out=join.products)
             join.scores.copy_(join.products.view(join.scores.shape))
             if join.before is not None:
                 join.before[0].copy_(q_l)
