@@ -1,7 +1,7 @@
 // What the kernels for K = V = 128 share: the shape of their work, memory movement, matrix products.
 //
-// A program (256 threads, 8 warps) walks along one head of one sequence, 64 tokens (a chunk) at a time. Matrix products
-// are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums. Shared memory holds a chunk's rows in 16-byte pieces
+// A program (16 warps) walks along one head of one sequence, 64 tokens (a chunk) at a time: 8 warps work on gates and
+// scores, 8 on the state, one chunk behind. Matrix products are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums. Shared memory holds a chunk's rows in 16-byte pieces
 // whose place is XORed with the row, so that eight rows of one column never meet in a bank.
 //
 // Fragment of a 16 x 16 piece, the same for a factor on the left (rows x depth) and, transposed in roles, on the right:
@@ -13,7 +13,9 @@ typedef long long i64;
 
 constexpr int CHUNK = 64;
 constexpr int WIDTH = 128;
-constexpr int THREADS = 256;
+constexpr int GATE_THREADS = 256;
+constexpr int STATE_THREADS = 256;
+constexpr int THREADS = GATE_THREADS + STATE_THREADS;
 constexpr int ROW_BYTES = WIDTH * 2;
 constexpr int TILE_BYTES = CHUNK * ROW_BYTES;
 constexpr int SCORE_BYTES = CHUNK * CHUNK * 2;
@@ -45,6 +47,11 @@ __device__ __forceinline__ void load_fragment_transposed(u32 (&r)[4], u32 addres
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
+}
+__device__ __forceinline__ u32 load_shared(u32 address) {
+    u32 r;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
+    return r;
 }
 __device__ __forceinline__ void store_shared(u32 address, u32 value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
@@ -82,6 +89,14 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// named barriers: some threads only say that they got there, others wait for all
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -103,8 +118,20 @@ __device__ __forceinline__ float minimum(float a, float b) {
 __device__ __forceinline__ void tied_gate(float z, float beta, float& f, float& k) {
     // beyond 80 the key is 1e-35; an infinite exponential would make f not a number
     float e = exp2_fast(minimum(z * LOG2_E, 115.0f));
-    k = (1.0f - beta) * reciprocal(1.0f + e);
+    float closed = reciprocal(1.0f + e);
+    k = fmaf(-beta, closed, closed);
     f = fmaf(e, k, beta);
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2_E * x)); }
+
+// 0: none, 1: silu, 2: sigmoid
+__device__ __forceinline__ float activate(float x) {
+#if Q_ACTIVATION == 0
+    return x;
+#elif Q_ACTIVATION == 1
+    return x * sigmoid(x);
+#else
+    return sigmoid(x);
+#endif
+}

@@ -1,8 +1,9 @@
 // Forward pass for K = V = 128: see docs/kernels.md for the picture.
 //
 // The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
-// ever multiplied. Joins up to 16 tokens happen in registers, between lanes; the four blocks of a chunk meet through
-// shared memory. The state lives in registers, transposed: each warp holds 16 of the 128 columns of V.
+// ever multiplied. A lane of a gate warp holds two channels of 16 tokens, so that joins up to 16 tokens stay within it;
+// the four blocks of a chunk meet through shared memory. The state lives in the registers of the state warps,
+// transposed: each warp holds 16 of the 128 columns of V.
 
 struct ForwardArguments {
     const void* q;
@@ -16,36 +17,50 @@ struct ForwardArguments {
     float* decay;          // summaries: [B, segments, H, 2, K], the decay across a segment and 1 minus it
     i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head;
     i64 length;
-    int heads, segments, segment_chunks, reverse, q_activation;
+    int heads, segments, segment_chunks, reverse;
     float scale;
 };
 
-struct Lane {
-    int warp, lane, g, c;  // lane = 4 g + c
-    int block, half;       // in the gate phases: 16 tokens and 64 channels of a warp
-};
+#ifndef GATE_REGISTERS
+#define GATE_REGISTERS 136
+#endif
+constexpr int STATE_REGISTERS = 256 - GATE_REGISTERS;
+constexpr int STAGES = 3;
+constexpr int FORWARD_SHARED =
+    (3 * STAGES + 2) * TILE_BYTES + 4 * SCORE_BYTES + (4 + 2 + 1) * WIDTH * 4;
+// barriers: among the gate warps; slots filled for the state warps, and emptied by them
+constexpr int GATES = 1, FILLED = 2, EMPTIED = 4;
 
-// Shared memory: q, f, v of the chunk worked on and of the next; keys times the decay to the chunk's end; scores of the
-// lower and the upper 64 channels; decays of the blocks [4, 128] and of the chunk [128]; beta [128]
+// Shared memory: q, f, v of STAGES chunks; for two chunks (slots) keys times the decay to the chunk's end, scores of
+// the lower and the upper 64 channels, decays of the chunk [128]; decays of the blocks [4, 128]; beta [128]
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 tile(int stage, int which) const {
         return shared_address(start) + (3 * stage + which) * TILE_BYTES;
     }
-    __device__ __forceinline__ u32 keys() const { return shared_address(start) + 6 * TILE_BYTES; }
-    __device__ __forceinline__ u32 scores(int half) const {
-        return shared_address(start) + 7 * TILE_BYTES + half * SCORE_BYTES;
+    __device__ __forceinline__ u32 keys(int slot) const {
+        return shared_address(start) + (3 * STAGES + slot) * TILE_BYTES;
     }
-    __device__ __forceinline__ float* blocks() const { return (float*)(start + 7 * TILE_BYTES + 2 * SCORE_BYTES); }
-    __device__ __forceinline__ float* whole() const { return blocks() + 4 * WIDTH; }
-    __device__ __forceinline__ float* beta() const { return whole() + WIDTH; }
+    __device__ __forceinline__ u32 scores(int slot, int half) const {
+        return shared_address(start) + (3 * STAGES + 2) * TILE_BYTES + (2 * slot + half) * SCORE_BYTES;
+    }
+    __device__ __forceinline__ float* whole(int slot) const {
+        return (float*)(start + (3 * STAGES + 2) * TILE_BYTES + 4 * SCORE_BYTES) + slot * WIDTH;
+    }
+    __device__ __forceinline__ float* blocks() const { return whole(2); }
+    __device__ __forceinline__ float* beta() const { return whole(6); }
 };
 
-constexpr int FORWARD_SHARED = 7 * TILE_BYTES + 2 * SCORE_BYTES + 6 * WIDTH * 4;
+// One head of one sequence
+struct Row {
+    const char* q;
+    const char* f;
+    const char* v;
+    char* y;
+};
 
 template <bool OUTPUT>
-__device__ __forceinline__ void fetch(const ForwardArguments& a, const Memory& m, int stage, i64 chunk,
-                                      const char* q, const char* f, const char* v) {
+__device__ __forceinline__ void fetch(const ForwardArguments& a, const Memory& m, int stage, i64 chunk, const Row& from) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int row = (threadIdx.x >> 4) + 16 * i, piece = threadIdx.x & 15;
@@ -53,351 +68,389 @@ __device__ __forceinline__ void fetch(const ForwardArguments& a, const Memory& m
         bool exists = time < a.length;
         i64 at = exists ? (a.reverse ? a.length - 1 - time : time) : 0;
         u32 to = tile_place(row, piece);
-        if (OUTPUT) copy_async(m.tile(stage, 0) + to, q + at * a.q_row * 2 + piece * 16, exists);
-        copy_async(m.tile(stage, 1) + to, f + at * a.f_row * 2 + piece * 16, exists);
-        copy_async(m.tile(stage, 2) + to, v + at * a.v_row * 2 + piece * 16, exists);
+        if (OUTPUT) copy_async(m.tile(stage, 0) + to, from.q + at * a.q_row * 2 + piece * 16, exists);
+        copy_async(m.tile(stage, 1) + to, from.f + at * a.f_row * 2 + piece * 16, exists);
+        copy_async(m.tile(stage, 2) + to, from.v + at * a.v_row * 2 + piece * 16, exists);
     }
     copy_commit();
 }
 
-// A warp's 16 tokens x 64 channels: 4 fragments of 8 numbers
+// What a lane of a gate warp holds: 16 tokens x 2 channels
 struct Gates {
-    float q[4][8], k[4][8], decay[4][8];
-    float scores[4];  // [row g, col 2c], [g, 2c + 1], [g + 8, 2c + 8], [g + 8, 2c + 9] of the 16 x 16 block
-    float cross[2];   // [g + 8, 2c], [g + 8, 2c + 1]
+    float q[16][2], k[16][2], decay[16][2];
+    // of the 16 x 16 scores of the warp's tokens: [row g, col 2c], [g, 2c + 1], [g + 8, 2c + 8], [g + 8, 2c + 9], and
+    // [g + 8, 2c], [g + 8, 2c + 1]
+    float scores[4], cross[2];
 };
+
+// Which part of a chunk a gate warp works on, and where its lane's two channels are in the first 8 rows of a tile
+struct Place {
+    int lane, g, c, block, half;
+    u32 column;
+    __device__ __forceinline__ u32 row(u32 tile, int i) const {
+        // 16 block + i is i modulo 8, which is what a piece's place is XORed with
+        return tile + ((column ^ ((i & 7) << 4)) + i * ROW_BYTES);
+    }
+};
+
+// A 16 x 64 piece of a tile, written by `row`, as four fragments
+__device__ __forceinline__ void load_block(u32 (&r)[4][4], u32 tile, const Place& at, int block) {
+    int row = 16 * block + (at.lane & 15);
+#pragma unroll
+    for (int t = 0; t < 4; t++) load_fragment(r[t], tile + tile_place(row, 8 * at.half + 2 * t + (at.lane >> 4)));
+}
+
+// first + second of the lanes with `bit`, of the others second + first: each side keeps one sum and sends the other
+__device__ __forceinline__ float exchange(float first, float second, int lane, int bit) {
+    bool side = lane & bit;
+    return (side ? second : first) + __shfl_xor_sync(~0u, side ? first : second, bit);
+}
+
+// Joins pairs of neighbouring blocks of SIZE tokens: their scores, and the products of decays over both
+template <bool OUTPUT, int SIZE>
+__device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& x) {
+    if (OUTPUT) {
+        // one piece holds queries in late rows and keys in early ones: its product with itself all the pairs
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            store_shared(at.row(scratch, i), i & SIZE ? pack(x.q[i][0], x.q[i][1]) : pack(x.k[i][0], x.k[i][1]));
+        __syncwarp();
+        float low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        u32 both[4][4];
+        load_block(both, scratch, at, 0);
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            multiply(low, both[t], both[t][0], both[t][2]);
+            if (SIZE < 8) multiply(high, both[t], both[t][1], both[t][3]);
+        }
+        if (SIZE == 8) x.cross[0] = low[2], x.cross[1] = low[3];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int column = 2 * at.c + i, differ = at.g ^ column;
+            bool here = column < at.g && differ >= SIZE && differ < 2 * SIZE;
+            if (SIZE < 8) x.scores[i] = here ? low[i] : x.scores[i];
+            if (SIZE < 8) x.scores[2 + i] = here ? high[2 + i] : x.scores[2 + i];
+        }
+    }
+#pragma unroll
+    for (int early = 0; early < 16; early += 2 * SIZE)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float first = x.decay[early][j], second = x.decay[early + SIZE][j];
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) {
+                x.k[early + i][j] *= second;
+                if (OUTPUT) x.q[early + SIZE + i][j] *= first;
+            }
+            x.decay[early][j] = first * second;
+        }
+}
 
 // Gates of a chunk, and all joins up to blocks of 16 tokens. Leaves the joined keys in the tile of f.
 template <bool OUTPUT>
-__device__ __forceinline__ void join_blocks(const ForwardArguments& a, const Memory& m, const Lane& l, int stage,
+__device__ __forceinline__ void join_blocks(const ForwardArguments& a, const Memory& m, const Place& at, int stage,
                                             i64 chunk, Gates& x) {
-    u32 q_tile = m.tile(stage, 0), f_tile = m.tile(stage, 1);
-    int row = 16 * l.block + (l.lane & 15);
-    bool partial = (chunk + 1) * CHUNK > a.length;
-    float diagonal[2] = {0.0f, 0.0f};
+    // a warp's own piece of the tiles is free for other things once it is read
+    u32 q_tile = m.tile(stage, 0) + at.block * 16 * ROW_BYTES, f_tile = m.tile(stage, 1) + at.block * 16 * ROW_BYTES;
+    float2 beta = *(const float2*)(m.beta() + 64 * at.half + 2 * at.lane);
+    i64 left = a.length - chunk * CHUNK - 16 * at.block;
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-        int piece = 8 * l.half + 2 * t;
-        u32 raw[4];
-        load_fragment(raw, f_tile + tile_place(row, piece + (l.lane >> 4)));
-        float2 beta_low = *(const float2*)(m.beta() + 8 * piece + 2 * l.c);
-        float2 beta_high = *(const float2*)(m.beta() + 8 * piece + 2 * l.c + 8);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float z0, z1;
-            unpack(raw[i], z0, z1);
-            tied_gate(z0, i < 2 ? beta_low.x : beta_high.x, x.decay[t][2 * i], x.k[t][2 * i]);
-            tied_gate(z1, i < 2 ? beta_low.y : beta_high.y, x.decay[t][2 * i + 1], x.k[t][2 * i + 1]);
-        }
-        if (partial) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                i64 time = chunk * CHUNK + 16 * l.block + l.g + ((e & 2) ? 8 : 0);
-                if (time >= a.length) x.decay[t][e] = 1.0f, x.k[t][e] = 0.0f;
-            }
-        }
-        if (OUTPUT) {
-            load_fragment(raw, q_tile + tile_place(row, piece + (l.lane >> 4)));
-#pragma unroll
-            for (int i = 0; i < 4; i++) unpack(raw[i], x.q[t][2 * i], x.q[t][2 * i + 1]);
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                float q = x.q[t][e];
-                if (a.q_activation) q = a.q_activation == 1 ? q * sigmoid(q) : sigmoid(q);
-                q *= a.scale;
-                diagonal[(e >> 1) & 1] = fmaf(q, x.k[t][e], diagonal[(e >> 1) & 1]);
-                x.q[t][e] = q * x.decay[t][e];
-            }
-        }
+    for (int i = 0; i < 16; i++) {
+        float z0, z1;
+        unpack(load_shared(at.row(f_tile, i)), z0, z1);
+        tied_gate(z0, beta.x, x.decay[i][0], x.k[i][0]);
+        tied_gate(z1, beta.y, x.decay[i][1], x.k[i][1]);
     }
-    // which level of joins two tokens of one block of 8 meet at: 1, 2, 4; 8 stands for one token and itself
-    int level[2];
+    if (left < 16) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int column = 2 * l.c + i, differ = l.g ^ column;
-        level[i] = column > l.g ? 0 : differ == 0 ? 8 : differ >= 4 ? 4 : differ >= 2 ? 2 : 1;
+        for (int i = 0; i < 16; i++)
+            if (i >= left) x.decay[i][0] = x.decay[i][1] = 1.0f, x.k[i][0] = x.k[i][1] = 0.0f;
     }
     if (OUTPUT) {
+        // scores of tokens with themselves: sums over the lanes, which end where the row's fragment is
+        float sums[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            diagonal[i] += __shfl_xor_sync(~0u, diagonal[i], 1);
-            diagonal[i] += __shfl_xor_sync(~0u, diagonal[i], 2);
-            x.scores[2 * i] = level[0] == 8 ? diagonal[i] : 0.0f;
-            x.scores[2 * i + 1] = level[1] == 8 ? diagonal[i] : 0.0f;
+        for (int half = 0; half < 2; half++) {
+            float some[4];
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++) {
+                float part[2];
+#pragma unroll
+                for (int other = 0; other < 2; other++) {
+                    int i = 8 * half + pair + 4 * other;
+                    float q0, q1;
+                    unpack(load_shared(at.row(q_tile, i)), q0, q1);
+                    q0 = activate(q0) * a.scale, q1 = activate(q1) * a.scale;
+                    part[other] = fmaf(q0, x.k[i][0], q1 * x.k[i][1]);
+                    x.q[i][0] = q0 * x.decay[i][0], x.q[i][1] = q1 * x.decay[i][1];
+                }
+                some[pair] = exchange(part[0], part[1], at.lane, 16);
+            }
+            some[0] = exchange(some[0], some[2], at.lane, 8), some[1] = exchange(some[1], some[3], at.lane, 8);
+            sums[half] = exchange(some[0], some[1], at.lane, 4);
+            sums[half] += __shfl_xor_sync(~0u, sums[half], 2);
+            sums[half] += __shfl_xor_sync(~0u, sums[half], 1);
+            x.scores[2 * half] = 2 * at.c == at.g ? sums[half] : 0.0f;
+            x.scores[2 * half + 1] = 2 * at.c + 1 == at.g ? sums[half] : 0.0f;
         }
     }
-#pragma unroll
-    for (int size = 1; size <= 4; size *= 2) {
-        bool late = l.g & size;
-        if (OUTPUT) {
-            // one fragment holds queries in late rows and keys in early ones: its product with itself all the pairs
-            float low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-            for (int t = 0; t < 4; t++) {
-                u32 both[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    both[i] = pack(late ? x.q[t][2 * i] : x.k[t][2 * i], late ? x.q[t][2 * i + 1] : x.k[t][2 * i + 1]);
-                multiply(low, both, both[0], both[2]);
-                multiply(high, both, both[1], both[3]);
-            }
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                if (level[i] == size) x.scores[i] = low[i], x.scores[2 + i] = high[2 + i];
-        }
-#pragma unroll
-        for (int t = 0; t < 4; t++)
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                float other = __shfl_xor_sync(~0u, x.decay[t][e], 4 * size);
-                if (!late) x.k[t][e] *= other;
-                else if (OUTPUT) x.q[t][e] *= other;
-                x.decay[t][e] *= other;
-            }
-    }
-    // blocks of 8: rows g and g + 8 are in one lane
+    // a warp's own pieces of the tiles serve in turn
+    join_level<OUTPUT, 1>(f_tile, at, x);
+    join_level<OUTPUT, 2>(q_tile, at, x);
+    join_level<OUTPUT, 4>(f_tile, at, x);
+    join_level<OUTPUT, 8>(q_tile, at, x);
+    *(float2*)(m.blocks() + at.block * WIDTH + 64 * at.half + 2 * at.lane) = make_float2(x.decay[0][0], x.decay[0][1]);
     if (OUTPUT) {
-        float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        __syncwarp();
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-            u32 late[4] = {0u, pack(x.q[t][2], x.q[t][3]), 0u, pack(x.q[t][6], x.q[t][7])};
-            multiply(products, late, pack(x.k[t][0], x.k[t][1]), pack(x.k[t][4], x.k[t][5]));
-        }
-        x.cross[0] = products[2], x.cross[1] = products[3];
+        for (int i = 0; i < 16; i++) store_shared(at.row(f_tile, i), pack(x.k[i][0], x.k[i][1]));
     }
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            if (e & 2) {
-                if (OUTPUT) x.q[t][e] *= x.decay[t][e - 2];
-            } else {
-                x.k[t][e] *= x.decay[t][e + 2];
-            }
-        }
-        int column = 64 * l.half + 16 * t + 2 * l.c;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            x.decay[t][i] *= x.decay[t][i + 2];
-            x.decay[t][4 + i] *= x.decay[t][6 + i];
-        }
-        if (l.g == 0) {
-            float* to = m.blocks() + l.block * WIDTH + column;
-            *(float2*)to = make_float2(x.decay[t][0], x.decay[t][1]);
-            *(float2*)(to + 8) = make_float2(x.decay[t][4], x.decay[t][5]);
-        }
-        if (OUTPUT) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int to_row = 16 * l.block + l.g + ((i & 1) ? 8 : 0);
-                u32 to = f_tile + tile_place(to_row, 8 * l.half + 2 * t + (i >> 1)) + 4 * l.c;
-                store_shared(to, pack(x.k[t][2 * i], x.k[t][2 * i + 1]));
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ void scale_by(float (&x)[4][8], const float* decay) {
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-        float2 low = *(const float2*)(decay + 16 * t), high = *(const float2*)(decay + 16 * t + 8);
-        x[t][0] *= low.x, x[t][1] *= low.y, x[t][2] *= low.x, x[t][3] *= low.y;
-        x[t][4] *= high.x, x[t][5] *= high.y, x[t][6] *= high.x, x[t][7] *= high.y;
-    }
-}
-
-__device__ __forceinline__ void store_tile(u32 tile, const Lane& l, const float (&x)[4][8]) {
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int row = 16 * l.block + l.g + ((i & 1) ? 8 : 0);
-            u32 to = tile + tile_place(row, 8 * l.half + 2 * t + (i >> 1)) + 4 * l.c;
-            store_shared(to, pack(x[t][2 * i], x[t][2 * i + 1]));
-        }
 }
 
 // The four blocks of a chunk meet. Leaves scores, and queries and keys as the state needs them.
 template <bool OUTPUT>
-__device__ __forceinline__ void join_chunk(const Memory& m, const Lane& l, int stage, Gates& x) {
-    const float* decays = m.blocks() + 64 * l.half + 2 * l.c;
+__device__ __forceinline__ void join_chunk(const Memory& m, const Place& at, int stage, int slot, Gates& x) {
+    const float* decays = m.blocks() + 64 * at.half + 2 * at.lane;
+    float2 rest = make_float2(1.0f, 1.0f);
+    for (int after = at.block + 1; after < 4; after++) {
+        float2 d = *(const float2*)(decays + after * WIDTH);
+        rest.x *= d.x, rest.y *= d.y;
+    }
+    u32 keys = m.keys(slot) + at.block * 16 * ROW_BYTES;
+#pragma unroll
+    for (int i = 0; i < 16; i++) store_shared(at.row(keys, i), pack(x.k[i][0] * rest.x, x.k[i][1] * rest.y));
+    if (at.block == 0) {
+        float* whole = m.whole(slot) + 64 * at.half + 2 * at.lane;
+        *(float2*)whole = make_float2(x.decay[0][0] * rest.x, x.decay[0][1] * rest.y);
+    }
     if (OUTPUT) {
-        u32 scores = m.scores(l.half), f_tile = m.tile(stage, 1);
-        int low_row = 16 * l.block + l.g, high_row = low_row + 8, piece = 2 * l.block;
-        store_shared(scores + score_place(low_row, piece) + 4 * l.c, pack(x.scores[0], x.scores[1]));
-        store_shared(scores + score_place(low_row, piece + 1) + 4 * l.c, 0u);
-        store_shared(scores + score_place(high_row, piece) + 4 * l.c, pack(x.cross[0], x.cross[1]));
-        store_shared(scores + score_place(high_row, piece + 1) + 4 * l.c, pack(x.scores[2], x.scores[3]));
-        for (int early = l.block - 1; early >= 0; early--) {
+        u32 scores = m.scores(slot, at.half), q_tile = m.tile(stage, 0), f_tile = m.tile(stage, 1);
+        u32 own = q_tile + at.block * 16 * ROW_BYTES;
+        u32 low_row = scores + (16 * at.block + at.g) * CHUNK * 2 + 4 * at.c, high_row = low_row + 8 * CHUNK * 2;
+        // a piece's place is XORed with the row modulo 8, which is g
+        auto place = [&](int piece) { return (piece ^ at.g) << 4; };
+        int piece = 2 * at.block;
+        store_shared(low_row + place(piece), pack(x.scores[0], x.scores[1]));
+        store_shared(low_row + place(piece + 1), 0u);
+        store_shared(high_row + place(piece), pack(x.cross[0], x.cross[1]));
+        store_shared(high_row + place(piece + 1), pack(x.scores[2], x.scores[3]));
+        for (int early = at.block - 1;; early--) {
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 16; i++) store_shared(at.row(own, i), pack(x.q[i][0], x.q[i][1]));
+            if (early < 0) break;
+            __syncwarp();
             float low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            u32 late[4][4], others[4][4];
+            load_block(late, q_tile, at, at.block);
+            load_block(others, f_tile, at, early);
 #pragma unroll
             for (int t = 0; t < 4; t++) {
-                u32 late[4], keys[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) late[i] = pack(x.q[t][2 * i], x.q[t][2 * i + 1]);
-                load_fragment(keys, f_tile + tile_place(16 * early + (l.lane & 15), 8 * l.half + 2 * t + (l.lane >> 4)));
-                multiply(low, late, keys[0], keys[2]);
-                multiply(high, late, keys[1], keys[3]);
+                multiply(low, late[t], others[t][0], others[t][2]);
+                multiply(high, late[t], others[t][1], others[t][3]);
             }
             piece = 2 * early;
-            store_shared(scores + score_place(low_row, piece) + 4 * l.c, pack(low[0], low[1]));
-            store_shared(scores + score_place(high_row, piece) + 4 * l.c, pack(low[2], low[3]));
-            store_shared(scores + score_place(low_row, piece + 1) + 4 * l.c, pack(high[0], high[1]));
-            store_shared(scores + score_place(high_row, piece + 1) + 4 * l.c, pack(high[2], high[3]));
-            scale_by(x.q, decays + early * WIDTH);
+            store_shared(low_row + place(piece), pack(low[0], low[1]));
+            store_shared(high_row + place(piece), pack(low[2], low[3]));
+            store_shared(low_row + place(piece + 1), pack(high[0], high[1]));
+            store_shared(high_row + place(piece + 1), pack(high[2], high[3]));
+            float2 d = *(const float2*)(decays + early * WIDTH);
+#pragma unroll
+            for (int i = 0; i < 16; i++) x.q[i][0] *= d.x, x.q[i][1] *= d.y;
         }
-        store_tile(m.tile(stage, 0), l, x.q);
-    }
-    for (int after = l.block + 1; after < 4; after++) scale_by(x.k, decays + after * WIDTH);
-    store_tile(m.keys(), l, x.k);
-    if (threadIdx.x < WIDTH) {
-        const float* d = m.blocks() + threadIdx.x;
-        m.whole()[threadIdx.x] = d[0] * d[WIDTH] * (d[2 * WIDTH] * d[3 * WIDTH]);
     }
 }
 
+// What a lane of a state warp keeps from chunk to chunk
+struct Reader {
+    int warp, c;
+    u32 tile_lane, score_lane;  // where its row of a fragment's first piece is
+    char* y;                    // its first output
+    int y_step;                 // bytes from a token's output to the next token's
+    i64 left;                   // tokens from its first to the sequence's end
+};
+
 // Outputs of a chunk and the state after it. state[i][.]: columns 8 i ... of K, rows 16 warp ... of V.
 template <bool OUTPUT>
-__device__ __forceinline__ void advance(const ForwardArguments& a, const Memory& m, const Lane& l, int stage, i64 chunk,
-                                        float (&state)[16][4], char* y) {
-    int row = l.lane & 15, side = l.lane >> 4;
-    u32 v_tile = m.tile(stage, 2), keys = m.keys();
-    u32 values[4][4];
-#pragma unroll
-    for (int s = 0; s < 4; s++)
-        load_fragment_transposed(values[s], v_tile + tile_place(16 * s + row, 2 * l.warp + side));
+__device__ __forceinline__ void advance(const Memory& m, const Reader& r, int stage, int slot, float (&state)[16][4]) {
+    // the place of piece p + 2 i is that of p, XORed with 32 i
+    u32 values_lane = (m.tile(stage, 2) + r.tile_lane) ^ (r.warp << 5), keys_lane = m.keys(slot) + r.tile_lane;
     if (OUTPUT) {
-        u32 q_tile = m.tile(stage, 0);
-        float out[4][2][4];
+        u32 q_lane = m.tile(stage, 0) + r.tile_lane;
+        // 32 tokens at a time: the sums of all 64 and the state would not fit the registers
 #pragma unroll
-        for (int t = 0; t < 4; t++)
+        for (int part = 0; part < 4; part += 2) {
+            float out[2][2][4];
 #pragma unroll
-            for (int i = 0; i < 8; i++) out[t][i >> 2][i & 3] = 0.0f;
+            for (int t = 0; t < 2; t++)
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            u32 low0 = pack(state[2 * i][0], state[2 * i][1]), low1 = pack(state[2 * i + 1][0], state[2 * i + 1][1]);
-            u32 high0 = pack(state[2 * i][2], state[2 * i][3]), high1 = pack(state[2 * i + 1][2], state[2 * i + 1][3]);
+                for (int i = 0; i < 8; i++) out[t][i >> 2][i & 3] = 0.0f;
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
-                u32 q[4];
-                load_fragment(q, q_tile + tile_place(16 * t + row, 2 * i + side));
-                multiply(out[t][0], q, low0, low1);
-                multiply(out[t][1], q, high0, high1);
+            for (int i = 0; i < 8; i++) {
+                u32 low0 = pack(state[2 * i][0], state[2 * i][1]);
+                u32 low1 = pack(state[2 * i + 1][0], state[2 * i + 1][1]);
+                u32 high0 = pack(state[2 * i][2], state[2 * i][3]);
+                u32 high1 = pack(state[2 * i + 1][2], state[2 * i + 1][3]);
+#pragma unroll
+                for (int t = 0; t < 2; t++) {
+                    u32 q[4];
+                    load_fragment(q, (q_lane ^ (i << 5)) + 16 * (part + t) * ROW_BYTES);
+                    multiply(out[t][0], q, low0, low1);
+                    multiply(out[t][1], q, high0, high1);
+                }
             }
+#pragma unroll
+            for (int s = 0; s <= part + 1; s++) {
+                u32 values[4];
+                load_fragment_transposed(values, values_lane + 16 * s * ROW_BYTES);
+#pragma unroll
+                for (int t = s > part ? 1 : 0; t < 2; t++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        u32 scores[4];
+                        u32 lane = m.scores(slot, half) + r.score_lane;
+                        load_fragment(scores, (lane ^ (s << 5)) + 16 * (part + t) * CHUNK * 2);
+                        multiply(out[t][0], scores, values[0], values[1]);
+                        multiply(out[t][1], scores, values[2], values[3]);
+                    }
+            }
+#pragma unroll
+            for (int t = 0; t < 2; t++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int token = 16 * (part + t) + 8 * i;
+                    if (token < r.left) {
+                        u32* y = (u32*)(r.y + token * r.y_step);
+                        y[0] = pack(out[t][0][2 * i], out[t][0][2 * i + 1]);
+                        y[4] = pack(out[t][1][2 * i], out[t][1][2 * i + 1]);
+                    }
+                }
         }
-#pragma unroll
-        for (int t = 0; t < 4; t++)
-#pragma unroll
-            for (int s = 0; s <= t; s++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    u32 scores[4];
-                    load_fragment(scores, m.scores(half) + score_place(16 * t + row, 2 * s + side));
-                    multiply(out[t][0], scores, values[s][0], values[s][1]);
-                    multiply(out[t][1], scores, values[s][2], values[s][3]);
-                }
-#pragma unroll
-        for (int t = 0; t < 4; t++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                i64 time = chunk * CHUNK + 16 * t + l.g + 8 * i;
-                if (time < a.length) {
-                    i64 at = (a.reverse ? a.length - 1 - time : time) * a.heads * WIDTH + 16 * l.warp + 2 * l.c;
-                    *(u32*)(y + at * 2) = pack(out[t][0][2 * i], out[t][0][2 * i + 1]);
-                    *(u32*)(y + at * 2 + 16) = pack(out[t][1][2 * i], out[t][1][2 * i + 1]);
-                }
-            }
     }
 #pragma unroll
     for (int i = 0; i < 16; i++) {
-        float2 d = *(const float2*)(m.whole() + 8 * i + 2 * l.c);
+        float2 d = *(const float2*)(m.whole(slot) + 8 * i + 2 * r.c);
         state[i][0] *= d.x, state[i][1] *= d.y, state[i][2] *= d.x, state[i][3] *= d.y;
     }
 #pragma unroll
     for (int s = 0; s < 4; s++) {
-        u32 left[4] = {values[s][0], values[s][2], values[s][1], values[s][3]};
+        u32 values[4];
+        load_fragment_transposed(values, values_lane + 16 * s * ROW_BYTES);
+        u32 left[4] = {values[0], values[2], values[1], values[3]};
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             u32 k[4];
-            load_fragment_transposed(k, keys + tile_place(16 * s + row, 2 * i + side));
+            load_fragment_transposed(k, (keys_lane ^ (i << 5)) + 16 * s * ROW_BYTES);
             multiply(state[2 * i], left, k[0], k[1]);
             multiply(state[2 * i + 1], left, k[2], k[3]);
         }
     }
 }
 
-// One segment of one head of one sequence: its outputs and the last state or, without OUTPUT, what it adds to the state.
 template <bool OUTPUT>
-__device__ __forceinline__ void walk(const ForwardArguments& a, char* shared) {
-    Memory m = {shared};
-    Lane l;
-    l.warp = threadIdx.x >> 5, l.lane = threadIdx.x & 31, l.g = l.lane >> 2, l.c = l.lane & 3;
-    l.block = l.warp & 3, l.half = l.warp >> 2;
-    int segment = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
-    i64 chunks = (a.length + CHUNK - 1) / CHUNK;
-    i64 chunk = (i64)segment * a.segment_chunks;
-    i64 end = chunk + a.segment_chunks < chunks ? chunk + a.segment_chunks : chunks;
-    i64 own = (((i64)batch * a.segments + segment) * a.heads + head) * WIDTH * WIDTH;
-    const char* q = (const char*)a.q + (batch * a.q_batch + head * a.q_head) * 2;
-    const char* f = (const char*)a.f + (batch * a.f_batch + head * a.f_head) * 2;
-    const char* v = (const char*)a.v + (batch * a.v_batch + head * a.v_head) * 2;
-    char* y = (char*)a.y + ((i64)batch * a.length * a.heads + head) * WIDTH * 2;
+__device__ __forceinline__ void work_on_gates(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
+                                              const Row& from) {
+    Place at;
+    int warp = threadIdx.x >> 5;
+    at.lane = threadIdx.x & 31, at.g = at.lane >> 2, at.c = at.lane & 3, at.block = warp & 3, at.half = warp >> 2;
+    at.column = ((8 * at.half + (at.lane >> 2)) << 4) + 4 * (at.lane & 3);
+    fetch<OUTPUT>(a, m, 0, first, from);
+    int stage = 0, next = 1;
+    for (i64 chunk = first; chunk < end; chunk++) {
+        int slot = (chunk - first) & 1;
+        copy_wait();
+        barrier_wait(GATES, GATE_THREADS);
+        // the slot, and the stage the next chunk goes to, were last used two chunks ago
+        if (chunk >= first + 2) barrier_wait(EMPTIED + slot, THREADS);
+        if (chunk + 1 < end) fetch<OUTPUT>(a, m, next, chunk + 1, from);
+        Gates x;
+        join_blocks<OUTPUT>(a, m, at, stage, chunk, x);
+        barrier_wait(GATES, GATE_THREADS);
+        join_chunk<OUTPUT>(m, at, stage, slot, x);
+        barrier_arrive(FILLED + slot, THREADS);
+        stage = next, next = next == STAGES - 1 ? 0 : next + 1;
+    }
+}
 
+template <bool OUTPUT>
+__device__ __forceinline__ void work_on_state(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
+                                              const Row& from) {
+    int thread = threadIdx.x - GATE_THREADS, warp = thread >> 5, lane = thread & 31, g = lane >> 2, c = lane & 3;
+    int segment = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+    i64 own = (((i64)batch * a.segments + segment) * a.heads + head) * WIDTH * WIDTH;
+    i64 corner = 2 * c * WIDTH + 16 * warp + g;
     float state[16][4];
-    int v_row = 16 * l.warp + l.g;
 #pragma unroll
     for (int i = 0; i < 16; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const float* from = a.initial + own + (8 * i + 2 * l.c + (e & 1)) * WIDTH + v_row + (e & 2 ? 8 : 0);
-            state[i][e] = OUTPUT && a.initial ? *from : 0.0f;
+            int place = (8 * i + (e & 1)) * WIDTH + (e & 2 ? 8 : 0);
+            state[i][e] = OUTPUT && a.initial ? a.initial[own + corner + place] : 0.0f;
         }
     float decay = 1.0f;
-    if (threadIdx.x < WIDTH) m.beta()[threadIdx.x] = a.bound ? a.bound[head * WIDTH + threadIdx.x] : 0.0f;
-
-    Gates x;
+    Reader r;
+    r.warp = warp, r.c = c;
+    int row = lane & 15, piece = (lane >> 4) ^ (row & 7);
+    r.tile_lane = row * ROW_BYTES + (piece << 4), r.score_lane = row * CHUNK * 2 + (piece << 4);
+    i64 time = first * CHUNK + g;
+    r.y_step = (a.reverse ? -1 : 1) * a.heads * WIDTH * 2;
+    r.y = from.y + (a.reverse ? a.length - 1 - time : time) * a.heads * WIDTH * 2 + (16 * warp + 2 * c) * 2;
+    r.left = a.length - time;
     int stage = 0;
-    fetch<OUTPUT>(a, m, 0, chunk, q, f, v);
-    copy_wait();
-    __syncthreads();
-    if (chunk + 1 < end) fetch<OUTPUT>(a, m, 1, chunk + 1, q, f, v);
-    join_blocks<OUTPUT>(a, m, l, 0, chunk, x);
-    __syncthreads();
-    join_chunk<OUTPUT>(m, l, 0, x);
-    for (;;) {
-        copy_wait();
-        __syncthreads();
-        // while some warps multiply matrices, others are at the gates of the next chunk
-        advance<OUTPUT>(a, m, l, stage, chunk, state, y);
-        if (!OUTPUT && threadIdx.x < WIDTH) decay *= m.whole()[threadIdx.x];
-        if (++chunk == end) break;
-        join_blocks<OUTPUT>(a, m, l, stage ^ 1, chunk, x);
-        __syncthreads();
-        if (chunk + 1 < end) fetch<OUTPUT>(a, m, stage, chunk + 1, q, f, v);
-        stage ^= 1;
-        join_chunk<OUTPUT>(m, l, stage, x);
+    for (i64 chunk = first; chunk < end; chunk++) {
+        int slot = (chunk - first) & 1;
+        barrier_wait(FILLED + slot, THREADS);
+        advance<OUTPUT>(m, r, stage, slot, state);
+        r.y += (i64)CHUNK * r.y_step, r.left -= CHUNK;
+        if (!OUTPUT && thread < WIDTH) decay *= m.whole(slot)[thread];
+        if (chunk + 2 < end) barrier_arrive(EMPTIED + slot, THREADS);
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
     float* to = a.update + own;
     if (OUTPUT) {
         if (segment != a.segments - 1) return;
         to = a.final + ((i64)batch * a.heads + head) * WIDTH * WIDTH;
-    } else if (threadIdx.x < WIDTH) {
-        float* out = a.decay + own / WIDTH * 2 + threadIdx.x;
+    } else if (thread < WIDTH) {
+        float* out = a.decay + own / WIDTH * 2 + thread;
         out[0] = decay, out[WIDTH] = 1.0f - decay;
     }
 #pragma unroll
     for (int i = 0; i < 16; i++)
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            to[(8 * i + 2 * l.c + (e & 1)) * WIDTH + v_row + (e & 2 ? 8 : 0)] = state[i][e];
+        for (int e = 0; e < 4; e++) to[corner + (8 * i + (e & 1)) * WIDTH + (e & 2 ? 8 : 0)] = state[i][e];
+}
+
+// One segment of one head of one sequence: its outputs and the last state or, without OUTPUT, what it adds to the state.
+template <bool OUTPUT>
+__device__ __forceinline__ void walk(const ForwardArguments& a, char* shared) {
+    Memory m = {shared};
+    int segment = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+    i64 chunks = (a.length + CHUNK - 1) / CHUNK;
+    i64 first = (i64)segment * a.segment_chunks;
+    i64 end = first + a.segment_chunks < chunks ? first + a.segment_chunks : chunks;
+    Row row;
+    row.q = (const char*)a.q + (batch * a.q_batch + head * a.q_head) * 2;
+    row.f = (const char*)a.f + (batch * a.f_batch + head * a.f_head) * 2;
+    row.v = (const char*)a.v + (batch * a.v_batch + head * a.v_head) * 2;
+    row.y = (char*)a.y + ((i64)batch * a.length * a.heads + head) * WIDTH * 2;
+    if (threadIdx.x < WIDTH) m.beta()[threadIdx.x] = a.bound ? a.bound[head * WIDTH + threadIdx.x] : 0.0f;
+    __syncthreads();
+    if (threadIdx.x < GATE_THREADS) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GATE_REGISTERS));
+        work_on_gates<OUTPUT>(a, m, first, end, row);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(STATE_REGISTERS));
+        work_on_state<OUTPUT>(a, m, first, end, row);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_outputs(const __grid_constant__ ForwardArguments a) {
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     walk<true>(a, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_summaries(const __grid_constant__ ForwardArguments a) {
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     walk<false>(a, shared);
 }

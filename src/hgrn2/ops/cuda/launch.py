@@ -11,11 +11,12 @@ from torch import Tensor
 
 from hgrn2.ops.cuda import compiler
 
-WIDTH, CHUNK, THREADS = 128, 64, 256
+WIDTH, CHUNK, THREADS = 128, 64, 512
 CAPABILITY = (9, 0)
+EXTRA = ()
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2
-_FORWARD_SHARED = 7 * _TILE_BYTES + 2 * _SCORE_BYTES + 6 * WIDTH * 4
+_FORWARD_SHARED = 11 * _TILE_BYTES + 4 * _SCORE_BYTES + 7 * WIDTH * 4
 
 
 class ForwardArguments(ctypes.Structure):
@@ -25,7 +26,7 @@ class ForwardArguments(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in ("q", "f", "v", "bound", "y", "initial", "final", "update", "decay")]
         + [(f"{x}_{axis}", ctypes.c_longlong) for x in "qfv" for axis in ("batch", "row", "head")]
         + [("length", ctypes.c_longlong)]
-        + [(name, ctypes.c_int) for name in ("heads", "segments", "segment_chunks", "reverse", "q_activation")]
+        + [(name, ctypes.c_int) for name in ("heads", "segments", "segment_chunks", "reverse")]
         + [("scale", ctypes.c_float)]
     )
 
@@ -57,7 +58,7 @@ def forward(
     arguments = ForwardArguments(
         q.data_ptr(), f.data_ptr(), v.data_ptr(), _pointer(bound), y.data_ptr(), _pointer(initial_state),
         final.data_ptr(), None, None, *q.stride()[:3], *f.stride()[:3], *v.stride()[:3],
-        length, heads, segments, segment_chunks, reverse, Q_ACTIVATIONS.index(q_activation), scale,
+        length, heads, segments, segment_chunks, reverse, scale,
     )  # fmt: skip
     with torch.cuda.device(q.device):
         if segments > 1:
@@ -65,10 +66,10 @@ def forward(
             decays = torch.empty((batch, segments, heads, 2, width), dtype=torch.float32, device=q.device)
             arguments.update, arguments.decay = states.data_ptr(), decays.data_ptr()
             # of the last segment only the final state would come, and its outputs bring that
-            _kernel("forward_summaries", q).launch((segments - 1, heads, batch), arguments)
+            _kernel("forward_summaries", q, q_activation).launch((segments - 1, heads, batch), arguments)
             _carry(states, decays, initial_state, final)
             arguments.initial = states.data_ptr()
-        _kernel("forward_outputs", q).launch((segments, heads, batch), arguments)
+        _kernel("forward_outputs", q, q_activation).launch((segments, heads, batch), arguments)
     return y, final
 
 
@@ -111,9 +112,15 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _kernel(name: str, q: Tensor) -> compiler.Kernel:
+def _kernel(name: str, q: Tensor, q_activation: str) -> compiler.Kernel:
     major, minor = torch.cuda.get_device_capability(q.device)
-    options = (f"-arch=sm_{major}{minor}a", "--std=c++17", f"-DBFLOAT16={int(q.dtype == torch.bfloat16)}")
+    options = (
+        f"-arch=sm_{major}{minor}a",
+        "--std=c++17",
+        f"-DBFLOAT16={int(q.dtype == torch.bfloat16)}",
+        f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
+        *EXTRA,
+    )
     return compiler.load(_source("forward.cu"), options, name, _FORWARD_SHARED, THREADS, q.device.index)
 
 
