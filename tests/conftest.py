@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import torch
 
 # helpers of the tests are imported as tests.<name>, from wherever pytest was called
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+# without a GPU Triton's interpreter runs the kernels; this is read when Triton and the operators are first imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -66,7 +66,6 @@ TIED = [
     ("q_activation", None, "q_activation", "None", "'silu'"),
     ("v_activation", "sigmoid", "v_activation", "'sigmoid'", "'none'"),
     ("backend", "cuda", "backend", "'cuda'", "'chunked'"),
-    ("backend", "triton", "backend", "'triton'", "'chunked'"),
 ]
 
 
