@@ -184,9 +184,9 @@ def _triton_backward_op(
 
     scan = launch.Scan(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation)
     dq, df, dk, dv, d_bound, d_initial = launch.backward(scan, dy, d_final_state)
-    # an operator returns tensors, so nothing is an empty one
-    nothing = q.new_empty(0)
-    return dq, df, nothing if dk is None else dk, dv, nothing if d_bound is None else d_bound, d_initial
+    # an operator returns tensors, each its own, so nothing is an empty one
+    dk, d_bound = (q.new_empty(0) if x is None else x for x in (dk, d_bound))
+    return dq, df, dk, dv, d_bound, d_initial
 
 
 @_triton_backward_op.register_fake

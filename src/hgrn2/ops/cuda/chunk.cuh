@@ -34,6 +34,8 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, bool exists
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0));
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;"); }
+// waits for all but the last group
+__device__ __forceinline__ void copy_wait_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 __device__ __forceinline__ void load_fragment(u32 (&r)[4], u32 address) {
@@ -114,18 +116,35 @@ __device__ __forceinline__ float minimum(float a, float b) {
     return r;
 }
 
-// decay and key of a pre-activation z: f = beta + (1 - beta) sigmoid(z), k = (1 - beta) sigmoid(-z)
-__device__ __forceinline__ void tied_gate(float z, float beta, float& f, float& k) {
+// decay and key of a pre-activation z: f = beta + (1 - beta) sigmoid(z), k = (1 - beta) sigmoid(-z); also sigmoid(-z)
+// and (1 - beta) sigmoid(z)
+__device__ __forceinline__ void tied_gate(float z, float beta, float& f, float& k, float& closed, float& open) {
     // beyond 80 the key is 1e-35; an infinite exponential would make f not a number
     float e = exp2_fast(minimum(z * LOG2_E, 115.0f));
-    float closed = reciprocal(1.0f + e);
+    closed = reciprocal(1.0f + e);
     k = fmaf(-beta, closed, closed);
+    open = e * k;
     f = fmaf(e, k, beta);
+}
+__device__ __forceinline__ void tied_gate(float z, float beta, float& f, float& k) {
+    float closed, open;
+    tied_gate(z, beta, f, k, closed, open);
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2_E * x)); }
 
 // 0: none, 1: silu, 2: sigmoid
+__device__ __forceinline__ float activate_backward(float grad, float x) {
+#if Q_ACTIVATION == 0
+    return grad;
+#elif Q_ACTIVATION == 1
+    float p = sigmoid(x);
+    return grad * p * fmaf(x, 1.0f - p, 1.0f);
+#else
+    float p = sigmoid(x);
+    return grad * p * (1.0f - p);
+#endif
+}
 __device__ __forceinline__ float activate(float x) {
 #if Q_ACTIVATION == 0
     return x;

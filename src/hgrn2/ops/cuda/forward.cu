@@ -4,6 +4,12 @@
 // ever multiplied. A lane of a gate warp holds two channels of 16 tokens, so that joins up to 16 tokens stay within it;
 // the four blocks of a chunk meet through shared memory. The state lives in the registers of the state warps,
 // transposed: each warp holds 16 of the 128 columns of V.
+//
+// The gradient of v is the same walk from the last chunk to the first (BACK): keys and queries exchange their roles,
+// dy is the value, and the state is the gradient of the state. Modes:
+//     OUTPUT  outputs (y or dv); without it only the state is carried
+//     BACK    backwards
+//     KEEP    the state before each chunk (BACK: the gradient of the state after it) is written down
 
 struct ForwardArguments {
     const void* q;
@@ -11,18 +17,22 @@ struct ForwardArguments {
     const void* v;
     const float* bound;    // [H, K] or null
     void* y;               // [B, T, H, V], contiguous
-    const float* initial;  // state before each segment, [B, segments, H, K, V], or null for zeros
+    const float* initial;  // state before each segment, [B, segments, initial_heads, K, V], or null for zeros
     float* final;          // [B, H, K, V]: state after the last segment
-    float* update;         // summaries: [B, segments, H, K, V], what a segment adds to the state
-    float* decay;          // summaries: [B, segments, H, 2, K], the decay across a segment and 1 minus it
+    float* update;         // neither OUTPUT nor KEEP: [B, segments, G, K, V], what a segment adds to the state
+    float* decay;          // neither OUTPUT nor KEEP: [B, segments, G, 2, K], decay across a segment and 1 minus it
+    void* kept;            // KEEP: [B, chunks, G, V, K] in the inputs' type
+    float* kept_decay;     // KEEP and not BACK: [B, chunks, G, K], decay across each chunk
     i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head;
     i64 length;
     int heads, segments, segment_chunks, reverse;
+    int first_head;  // of the G heads of this launch
+    int initial_heads, initial_first;
     float scale;
 };
 
 #ifndef GATE_REGISTERS
-#define GATE_REGISTERS 136
+#define GATE_REGISTERS 152
 #endif
 constexpr int STATE_REGISTERS = 256 - GATE_REGISTERS;
 constexpr int STAGES = 3;
@@ -59,7 +69,7 @@ struct Row {
     char* y;
 };
 
-template <bool OUTPUT>
+template <bool QUERIES>
 __device__ __forceinline__ void fetch(const ForwardArguments& a, const Memory& m, int stage, i64 chunk, const Row& from) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -68,7 +78,7 @@ __device__ __forceinline__ void fetch(const ForwardArguments& a, const Memory& m
         bool exists = time < a.length;
         i64 at = exists ? (a.reverse ? a.length - 1 - time : time) : 0;
         u32 to = tile_place(row, piece);
-        if (OUTPUT) copy_async(m.tile(stage, 0) + to, from.q + at * a.q_row * 2 + piece * 16, exists);
+        if (QUERIES) copy_async(m.tile(stage, 0) + to, from.q + at * a.q_row * 2 + piece * 16, exists);
         copy_async(m.tile(stage, 1) + to, from.f + at * a.f_row * 2 + piece * 16, exists);
         copy_async(m.tile(stage, 2) + to, from.v + at * a.v_row * 2 + piece * 16, exists);
     }
@@ -107,7 +117,7 @@ __device__ __forceinline__ float exchange(float first, float second, int lane, i
 }
 
 // Joins pairs of neighbouring blocks of SIZE tokens: their scores, and the products of decays over both
-template <bool OUTPUT, int SIZE>
+template <bool OUTPUT, bool BACK, int SIZE>
 __device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& x) {
     if (OUTPUT) {
         // one piece holds queries in late rows and keys in early ones: its product with itself all the pairs
@@ -140,15 +150,15 @@ __device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& 
             float first = x.decay[early][j], second = x.decay[early + SIZE][j];
 #pragma unroll
             for (int i = 0; i < SIZE; i++) {
-                x.k[early + i][j] *= second;
-                if (OUTPUT) x.q[early + SIZE + i][j] *= first;
+                if (OUTPUT || !BACK) x.k[early + i][j] *= second;
+                if (OUTPUT || BACK) x.q[early + SIZE + i][j] *= first;
             }
             x.decay[early][j] = first * second;
         }
 }
 
 // Gates of a chunk, and all joins up to blocks of 16 tokens. Leaves the joined keys in the tile of f.
-template <bool OUTPUT>
+template <bool OUTPUT, bool BACK>
 __device__ __forceinline__ void join_blocks(const ForwardArguments& a, const Memory& m, const Place& at, int stage,
                                             i64 chunk, Gates& x) {
     // a warp's own piece of the tiles is free for other things once it is read
@@ -166,6 +176,14 @@ __device__ __forceinline__ void join_blocks(const ForwardArguments& a, const Mem
 #pragma unroll
         for (int i = 0; i < 16; i++)
             if (i >= left) x.decay[i][0] = x.decay[i][1] = 1.0f, x.k[i][0] = x.k[i][1] = 0.0f;
+    }
+    if (!OUTPUT && BACK) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            float q0, q1;
+            unpack(load_shared(at.row(q_tile, i)), q0, q1);
+            x.q[i][0] = activate(q0) * a.scale * x.decay[i][0], x.q[i][1] = activate(q1) * a.scale * x.decay[i][1];
+        }
     }
     if (OUTPUT) {
         // scores of tokens with themselves: sums over the lanes, which end where the row's fragment is
@@ -196,10 +214,10 @@ __device__ __forceinline__ void join_blocks(const ForwardArguments& a, const Mem
         }
     }
     // a warp's own pieces of the tiles serve in turn
-    join_level<OUTPUT, 1>(f_tile, at, x);
-    join_level<OUTPUT, 2>(q_tile, at, x);
-    join_level<OUTPUT, 4>(f_tile, at, x);
-    join_level<OUTPUT, 8>(q_tile, at, x);
+    join_level<OUTPUT, BACK, 1>(f_tile, at, x);
+    join_level<OUTPUT, BACK, 2>(q_tile, at, x);
+    join_level<OUTPUT, BACK, 4>(f_tile, at, x);
+    join_level<OUTPUT, BACK, 8>(q_tile, at, x);
     *(float2*)(m.blocks() + at.block * WIDTH + 64 * at.half + 2 * at.lane) = make_float2(x.decay[0][0], x.decay[0][1]);
     if (OUTPUT) {
         __syncwarp();
@@ -209,7 +227,7 @@ __device__ __forceinline__ void join_blocks(const ForwardArguments& a, const Mem
 }
 
 // The four blocks of a chunk meet. Leaves scores, and queries and keys as the state needs them.
-template <bool OUTPUT>
+template <bool OUTPUT, bool BACK>
 __device__ __forceinline__ void join_chunk(const Memory& m, const Place& at, int stage, int slot, Gates& x) {
     const float* decays = m.blocks() + 64 * at.half + 2 * at.lane;
     float2 rest = make_float2(1.0f, 1.0f);
@@ -217,9 +235,20 @@ __device__ __forceinline__ void join_chunk(const Memory& m, const Place& at, int
         float2 d = *(const float2*)(decays + after * WIDTH);
         rest.x *= d.x, rest.y *= d.y;
     }
-    u32 keys = m.keys(slot) + at.block * 16 * ROW_BYTES;
+    if (OUTPUT || !BACK) {
+        u32 keys = m.keys(slot) + at.block * 16 * ROW_BYTES;
 #pragma unroll
-    for (int i = 0; i < 16; i++) store_shared(at.row(keys, i), pack(x.k[i][0] * rest.x, x.k[i][1] * rest.y));
+        for (int i = 0; i < 16; i++) store_shared(at.row(keys, i), pack(x.k[i][0] * rest.x, x.k[i][1] * rest.y));
+    } else {
+        float2 since = make_float2(1.0f, 1.0f);
+        for (int before = 0; before < at.block; before++) {
+            float2 d = *(const float2*)(decays + before * WIDTH);
+            since.x *= d.x, since.y *= d.y;
+        }
+        u32 own = m.tile(stage, 0) + at.block * 16 * ROW_BYTES;
+#pragma unroll
+        for (int i = 0; i < 16; i++) store_shared(at.row(own, i), pack(x.q[i][0] * since.x, x.q[i][1] * since.y));
+    }
     if (at.block == 0) {
         float* whole = m.whole(slot) + 64 * at.half + 2 * at.lane;
         *(float2*)whole = make_float2(x.decay[0][0] * rest.x, x.decay[0][1] * rest.y);
@@ -272,12 +301,13 @@ struct Reader {
 };
 
 // Outputs of a chunk and the state after it. state[i][.]: columns 8 i ... of K, rows 16 warp ... of V.
-template <bool OUTPUT>
+template <bool OUTPUT, bool BACK>
 __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int stage, int slot, float (&state)[16][4]) {
     // the place of piece p + 2 i is that of p, XORed with 32 i
-    u32 values_lane = (m.tile(stage, 2) + r.tile_lane) ^ (r.warp << 5), keys_lane = m.keys(slot) + r.tile_lane;
+    u32 values_lane = (m.tile(stage, 2) + r.tile_lane) ^ (r.warp << 5);
+    u32 q_lane = (BACK ? m.keys(slot) : m.tile(stage, 0)) + r.tile_lane;
+    u32 keys_lane = (BACK ? m.tile(stage, 0) : m.keys(slot)) + r.tile_lane;
     if (OUTPUT) {
-        u32 q_lane = m.tile(stage, 0) + r.tile_lane;
         // 32 tokens at a time: the sums of all 64 and the state would not fit the registers
 #pragma unroll
         for (int part = 0; part < 4; part += 2) {
@@ -301,19 +331,28 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
                 }
             }
 #pragma unroll
-            for (int s = 0; s <= part + 1; s++) {
+            for (int s = BACK ? part : 0; s <= (BACK ? 3 : part + 1); s++) {
                 u32 values[4];
                 load_fragment_transposed(values, values_lane + 16 * s * ROW_BYTES);
 #pragma unroll
-                for (int t = s > part ? 1 : 0; t < 2; t++)
+                for (int t = 0; t < 2; t++) {
+                    // of every pair of blocks only one is earlier
+                    if (BACK ? s < part + t : s > part + t) continue;
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         u32 scores[4];
                         u32 lane = m.scores(slot, half) + r.score_lane;
-                        load_fragment(scores, (lane ^ (s << 5)) + 16 * (part + t) * CHUNK * 2);
+                        if (BACK) {
+                            u32 x[4];
+                            load_fragment_transposed(x, (lane ^ ((part + t) << 5)) + 16 * s * CHUNK * 2);
+                            scores[0] = x[0], scores[1] = x[2], scores[2] = x[1], scores[3] = x[3];
+                        } else {
+                            load_fragment(scores, (lane ^ (s << 5)) + 16 * (part + t) * CHUNK * 2);
+                        }
                         multiply(out[t][0], scores, values[0], values[1]);
                         multiply(out[t][1], scores, values[2], values[3]);
                     }
+                }
             }
 #pragma unroll
             for (int t = 0; t < 2; t++)
@@ -348,72 +387,90 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
     }
 }
 
-template <bool OUTPUT>
+template <bool OUTPUT, bool BACK>
 __device__ __forceinline__ void work_on_gates(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
+    constexpr bool QUERIES = OUTPUT || BACK;
     Place at;
     int warp = threadIdx.x >> 5;
     at.lane = threadIdx.x & 31, at.g = at.lane >> 2, at.c = at.lane & 3, at.block = warp & 3, at.half = warp >> 2;
     at.column = ((8 * at.half + (at.lane >> 2)) << 4) + 4 * (at.lane & 3);
-    fetch<OUTPUT>(a, m, 0, first, from);
-    int stage = 0, next = 1;
-    for (i64 chunk = first; chunk < end; chunk++) {
-        int slot = (chunk - first) & 1;
+    i64 chunk = BACK ? end - 1 : first;
+    fetch<QUERIES>(a, m, 0, chunk, from);
+    int stage = 0, next = 1, count = (int)(end - first);
+    for (int i = 0; i < count; i++, chunk += BACK ? -1 : 1) {
+        int slot = i & 1;
         copy_wait();
         barrier_wait(GATES, GATE_THREADS);
         // the slot, and the stage the next chunk goes to, were last used two chunks ago
-        if (chunk >= first + 2) barrier_wait(EMPTIED + slot, THREADS);
-        if (chunk + 1 < end) fetch<OUTPUT>(a, m, next, chunk + 1, from);
+        if (i >= 2) barrier_wait(EMPTIED + slot, THREADS);
+        if (i + 1 < count) fetch<QUERIES>(a, m, next, chunk + (BACK ? -1 : 1), from);
         Gates x;
-        join_blocks<OUTPUT>(a, m, at, stage, chunk, x);
+        join_blocks<OUTPUT, BACK>(a, m, at, stage, chunk, x);
         barrier_wait(GATES, GATE_THREADS);
-        join_chunk<OUTPUT>(m, at, stage, slot, x);
+        join_chunk<OUTPUT, BACK>(m, at, stage, slot, x);
         barrier_arrive(FILLED + slot, THREADS);
         stage = next, next = next == STAGES - 1 ? 0 : next + 1;
     }
 }
 
-template <bool OUTPUT>
+template <bool OUTPUT, bool BACK, bool KEEP>
 __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
+    constexpr bool SUMMARY = !OUTPUT && !KEEP;
     int thread = threadIdx.x - GATE_THREADS, warp = thread >> 5, lane = thread & 31, g = lane >> 2, c = lane & 3;
-    int segment = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
-    i64 own = (((i64)batch * a.segments + segment) * a.heads + head) * WIDTH * WIDTH;
+    int segment = blockIdx.x, local = blockIdx.y, batch = blockIdx.z, group = gridDim.y;
     i64 corner = 2 * c * WIDTH + 16 * warp + g;
+    i64 own = (i64)batch * a.segments + segment;
     float state[16][4];
+    const float* initial = a.initial + (own * a.initial_heads + a.initial_first + local) * WIDTH * WIDTH + corner;
 #pragma unroll
     for (int i = 0; i < 16; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             int place = (8 * i + (e & 1)) * WIDTH + (e & 2 ? 8 : 0);
-            state[i][e] = OUTPUT && a.initial ? a.initial[own + corner + place] : 0.0f;
+            state[i][e] = !SUMMARY && a.initial ? initial[place] : 0.0f;
         }
     float decay = 1.0f;
     Reader r;
     r.warp = warp, r.c = c;
     int row = lane & 15, piece = (lane >> 4) ^ (row & 7);
     r.tile_lane = row * ROW_BYTES + (piece << 4), r.score_lane = row * CHUNK * 2 + (piece << 4);
-    i64 time = first * CHUNK + g;
+    i64 chunk = BACK ? end - 1 : first, time = chunk * CHUNK + g;
     r.y_step = (a.reverse ? -1 : 1) * a.heads * WIDTH * 2;
     r.y = from.y + (a.reverse ? a.length - 1 - time : time) * a.heads * WIDTH * 2 + (16 * warp + 2 * c) * 2;
     r.left = a.length - time;
-    int stage = 0;
-    for (i64 chunk = first; chunk < end; chunk++) {
-        int slot = (chunk - first) & 1;
+    i64 at = ((i64)batch * ((a.length + CHUNK - 1) / CHUNK) + chunk) * group + local;
+    int stage = 0, count = (int)(end - first);
+    for (int i = 0; i < count; i++) {
+        int slot = i & 1;
+        if (KEEP) {
+            u32* kept = (u32*)a.kept + (at * WIDTH + 16 * warp + g) * (WIDTH / 2) + c;
+#pragma unroll
+            for (int k = 0; k < 16; k++) {
+                kept[4 * k] = pack(state[k][0], state[k][1]);
+                kept[4 * k + 8 * (WIDTH / 2)] = pack(state[k][2], state[k][3]);
+            }
+        }
         barrier_wait(FILLED + slot, THREADS);
-        advance<OUTPUT>(m, r, stage, slot, state);
-        r.y += (i64)CHUNK * r.y_step, r.left -= CHUNK;
-        if (!OUTPUT && thread < WIDTH) decay *= m.whole(slot)[thread];
-        if (chunk + 2 < end) barrier_arrive(EMPTIED + slot, THREADS);
+        advance<OUTPUT, BACK>(m, r, stage, slot, state);
+        if (thread < WIDTH) {
+            if (SUMMARY) decay *= m.whole(slot)[thread];
+            if (KEEP && !BACK) a.kept_decay[at * WIDTH + thread] = m.whole(slot)[thread];
+        }
+        if (i + 2 < count) barrier_arrive(EMPTIED + slot, THREADS);
+        constexpr int STEP = BACK ? -1 : 1;
+        r.y += STEP * CHUNK * (i64)r.y_step, r.left -= STEP * CHUNK, at += STEP * group;
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
-    float* to = a.update + own;
-    if (OUTPUT) {
-        if (segment != a.segments - 1) return;
-        to = a.final + ((i64)batch * a.heads + head) * WIDTH * WIDTH;
-    } else if (thread < WIDTH) {
-        float* out = a.decay + own / WIDTH * 2 + thread;
-        out[0] = decay, out[WIDTH] = 1.0f - decay;
+    float* to;
+    if (SUMMARY) {
+        to = a.update + (own * group + local) * WIDTH * WIDTH;
+        float* out = a.decay + (own * group + local) * WIDTH * 2 + thread;
+        if (thread < WIDTH) out[0] = decay, out[WIDTH] = 1.0f - decay;
+    } else {
+        if (!OUTPUT || segment != (BACK ? 0 : a.segments - 1)) return;
+        to = a.final + ((i64)batch * a.heads + a.first_head + local) * WIDTH * WIDTH;
     }
 #pragma unroll
     for (int i = 0; i < 16; i++)
@@ -421,11 +478,12 @@ __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const M
         for (int e = 0; e < 4; e++) to[corner + (8 * i + (e & 1)) * WIDTH + (e & 2 ? 8 : 0)] = state[i][e];
 }
 
-// One segment of one head of one sequence: its outputs and the last state or, without OUTPUT, what it adds to the state.
-template <bool OUTPUT>
-__device__ __forceinline__ void walk(const ForwardArguments& a, char* shared) {
+// One segment of one head of one sequence.
+template <bool OUTPUT, bool BACK, bool KEEP>
+__device__ __forceinline__ void walk(const ForwardArguments& a) {
+    extern __shared__ __align__(1024) char shared[];
     Memory m = {shared};
-    int segment = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+    int segment = blockIdx.x, head = a.first_head + blockIdx.y, batch = blockIdx.z;
     i64 chunks = (a.length + CHUNK - 1) / CHUNK;
     i64 first = (i64)segment * a.segment_chunks;
     i64 end = first + a.segment_chunks < chunks ? first + a.segment_chunks : chunks;
@@ -438,19 +496,19 @@ __device__ __forceinline__ void walk(const ForwardArguments& a, char* shared) {
     __syncthreads();
     if (threadIdx.x < GATE_THREADS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GATE_REGISTERS));
-        work_on_gates<OUTPUT>(a, m, first, end, row);
+        work_on_gates<OUTPUT, BACK>(a, m, first, end, row);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(STATE_REGISTERS));
-        work_on_state<OUTPUT>(a, m, first, end, row);
+        work_on_state<OUTPUT, BACK, KEEP>(a, m, first, end, row);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_outputs(const __grid_constant__ ForwardArguments a) {
-    extern __shared__ __align__(1024) char shared[];
-    walk<true>(a, shared);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_summaries(const __grid_constant__ ForwardArguments a) {
-    extern __shared__ __align__(1024) char shared[];
-    walk<false>(a, shared);
-}
+#define KERNEL(NAME, OUTPUT, BACK, KEEP)                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ ForwardArguments a) { \
+        walk<OUTPUT, BACK, KEEP>(a);                                                                         \
+    }
+KERNEL(forward_outputs, true, false, false)
+KERNEL(forward_summaries, false, false, false)
+KERNEL(forward_states, false, false, true)
+KERNEL(backward_values, true, true, true)
+KERNEL(backward_summaries, false, true, false)

@@ -21,19 +21,21 @@ from hgrn2.ops.triton.chunks import (
 
 @triton.jit
 def chunk_gradient_kernel(
-    q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p,
+    q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p, left_over_p,
     first_chunk_p, sequence_p, cu_seqlens_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     dy_batch, dy_row, dy_head, T, NT, head, HEADS, ALL_HEADS, K, V, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr, HAS_BOUND: tl.constexpr,
     Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, LEFT_OVER: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, of the key and of the decay, a chunk and BK channels at a time.
 
     Every product of decays takes part in X, the query or key times it. The gradient of a decay's logarithm is the sum
     of X dX over the X that hold the decay: terms of one kind added up, none taken away. Programs: (chunks, HEADS,
     blocks of K). Gradients are contiguous, [B, T, ALL_HEADS, K].
+
+    LEFT_OVER: only what the kernels of ops/cuda left to this one, with their layout of states and decays.
     """
     i_chunk, i_local, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_k = i_k * BK
@@ -44,6 +46,10 @@ def chunk_gradient_kernel(
     k_columns = first_k + tl.arange(0, BK)
     if begin >= length:
         return
+    if LEFT_OVER:
+        flags = left_over_p + (i_chunk.to(tl.int64) * HEADS + i_local) * 2
+        if tl.load(flags + first_k // 64) == 0:
+            return
     rows, exists = chunk_rows(start, length, begin, C, REVERSE)
     i_batch = i_batch.to(tl.int64)
     low = v_p.dtype.element_ty
@@ -67,7 +73,10 @@ def chunk_gradient_kernel(
         d_scores_t += tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         v_columns = first_v + tl.arange(0, BV)
         inside = (k_columns < K)[None, :] & (v_columns < V)[:, None]
-        places = at * V + k_columns[None, :] * V + v_columns[:, None]
+        if LEFT_OVER:
+            places = at * V + v_columns[:, None] * K + k_columns[None, :]
+        else:
+            places = at * V + k_columns[None, :] * V + v_columns[:, None]
         state = tl.load(state_p + places, mask=inside, other=0.0)
         d_state = tl.load(d_state_p + places, mask=inside, other=0.0)
         dq += tl.dot(dy, state.to(low), input_precision=PRECISION)
@@ -114,7 +123,9 @@ def chunk_gradient_kernel(
     d_log += tl.dot((i[:, None] <= i[None, :]).to(wide), w, input_precision=PRECISION)
     w = (k * dk).to(wide)
     d_log += tl.dot((i[:, None] > i[None, :]).to(wide), w, input_precision=PRECISION)
-    whole = tl.load(decay_p + 2 * at + k_columns, mask=k_columns < K, other=0.0)
+    # where decays stand alone and where each is followed by 1 minus it
+    decay_p += at if LEFT_OVER else 2 * at
+    whole = tl.load(decay_p + k_columns, mask=k_columns < K, other=0.0)
     d_log += (d_decay * whole)[None, :]
     dq += dq_new
     dk += dk_new

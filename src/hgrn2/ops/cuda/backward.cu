@@ -1,0 +1,362 @@
+// Gradients of query and gate for K = V = 128, in parallel over chunks and halves of K; that of v is in forward.cu.
+//
+// With e the product of decays since the middle of the chunk (before it, one over the product up to it), Q = q e and
+// K = k / e, a score is Q K^T whatever the two tokens, the state enters a query as Q M and a key leaves as K N, with M
+// and N the decays across the two halves of the chunk. Then
+//     dQ = M (dY S^T) + dA K      dK = N (V dS^T) + dA^T Q      dq = dQ e      dk = dK / e
+//     d log f_u = sum over t >= u of (Q dQ - K dK)_t + sum of (K dK from the state) + (decay of the chunk) sum_v S dS
+// The difference of sums is exact to float32 rounding, because a pair of tokens enters both with the same rounded Q
+// and K. All this needs M and N to be far from 0. Where they are not (a channel that forgets everything twice within
+// 32 tokens), nothing is computed and a flag is left for the exact kernel of ops/triton.
+
+struct GradientArguments {
+    const void* q;
+    const void* f;
+    const void* v;
+    const void* dy;
+    const float* bound;     // [H, K] or null
+    const void* states;     // [B, chunks, G, V, K], before each chunk
+    const void* d_states;   // [B, chunks, G, V, K], gradient of the state after it
+    void* dq;               // [B, T, H, K]
+    void* df;               // [B, T, H, K]
+    float* d_bound;         // [B, chunks, H, K] or null
+    int* left_over;         // [B, chunks, G, 2]: 1 where nothing was computed
+    i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head, dy_batch, dy_row, dy_head;
+    i64 length;
+    int heads, first_head, reverse;
+    float scale;
+};
+
+constexpr int HALF = 64;
+constexpr int GROUPS = 8;  // of 8 tokens, one a warp
+constexpr int SMALL_BYTES = CHUNK * HALF * 2;
+constexpr int SUM_ROW = HALF + 8;  // padded, so that fragments' rows lie in different banks
+constexpr float SMALLEST = 7.888609052210118e-31f;  // 2^-100
+
+// Shared memory: S and dS [128 v, 64 k], v and dy, then (over these, when they are no longer needed) dQ and dK in float32;
+// q and z as they came, Q, K; gradients of scores; sums of a few kinds, [64] each
+constexpr int AT_STATE = 0, AT_D_STATE = AT_STATE + TILE_BYTES, AT_V = AT_D_STATE + TILE_BYTES, AT_DY = AT_V + TILE_BYTES;
+constexpr int AT_DQ = 0, AT_DK = CHUNK * SUM_ROW * 4;
+constexpr int AT_Q = AT_DY + TILE_BYTES, AT_Z = AT_Q + SMALL_BYTES, AT_SCALED_Q = AT_Z + SMALL_BYTES;
+constexpr int AT_SCALED_K = AT_SCALED_Q + SMALL_BYTES, AT_SCORES = AT_SCALED_K + SMALL_BYTES;
+constexpr int AT_GROUPS = AT_SCORES + SMALL_BYTES, AT_HALVES = AT_GROUPS + GROUPS * HALF * 4;
+constexpr int AT_KEYS = AT_HALVES + 2 * HALF * 4, AT_STATES = AT_KEYS + 4 * HALF * 4;
+constexpr int GRADIENT_SHARED = AT_STATES + GROUPS * HALF * 4;
+
+__device__ __forceinline__ float2 load_pair(u32 address) {
+    float2 r;
+    unpack(load_shared(address), r.x, r.y);
+    return r;
+}
+
+// `small` is e in the later half of the chunk, 1 / e in the earlier: at most 1.
+
+__device__ __forceinline__ void running_products(const float (&f)[8][2], bool later, float2 start, float (&small)[8][2]) {
+    float2 p = start;
+    if (later) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) p.x *= f[i][0], p.y *= f[i][1], small[i][0] = p.x, small[i][1] = p.y;
+    } else {
+#pragma unroll
+        for (int i = 7; i >= 0; i--) small[i][0] = p.x, small[i][1] = p.y, p.x *= f[i][0], p.y *= f[i][1];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid_constant__ GradientArguments a) {
+    extern __shared__ __align__(1024) char shared[];
+    u32 base = shared_address(shared);
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+    i64 chunk = blockIdx.x, chunks = gridDim.x;
+    int local = blockIdx.y >> 1, half = blockIdx.y & 1, head = a.first_head + local, batch = blockIdx.z;
+    int group = gridDim.y >> 1;
+    i64 at = ((i64)batch * chunks + chunk) * group + local;
+    i64 left = a.length - chunk * CHUNK;
+
+    // rows of the inputs and the states
+    {
+        const char* q = (const char*)a.q + (batch * a.q_batch + head * a.q_head + half * HALF) * 2;
+        const char* f = (const char*)a.f + (batch * a.f_batch + head * a.f_head + half * HALF) * 2;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = (threadIdx.x >> 3) + 32 * i, piece = threadIdx.x & 7;
+            bool exists = row < left;
+            i64 token = chunk * CHUNK + row, from = exists ? (a.reverse ? a.length - 1 - token : token) : 0;
+            copy_async(base + AT_Q + score_place(row, piece), q + from * a.q_row * 2 + piece * 16, exists);
+            copy_async(base + AT_Z + score_place(row, piece), f + from * a.f_row * 2 + piece * 16, exists);
+        }
+        copy_commit();
+        const char* v = (const char*)a.v + (batch * a.v_batch + head * a.v_head) * 2;
+        const char* dy = (const char*)a.dy + (batch * a.dy_batch + head * a.dy_head) * 2;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = (threadIdx.x >> 4) + 16 * i, piece = threadIdx.x & 15;
+            bool exists = row < left;
+            i64 token = chunk * CHUNK + row, from = exists ? (a.reverse ? a.length - 1 - token : token) : 0;
+            copy_async(base + AT_V + tile_place(row, piece), v + from * a.v_row * 2 + piece * 16, exists);
+            copy_async(base + AT_DY + tile_place(row, piece), dy + from * a.dy_row * 2 + piece * 16, exists);
+        }
+        i64 place = (at * WIDTH * WIDTH + half * HALF) * 2;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = (threadIdx.x >> 3) + 32 * i, piece = threadIdx.x & 7;
+            i64 from = place + row * ROW_BYTES + piece * 16;
+            copy_async(base + AT_STATE + score_place(row, piece), (const char*)a.states + from, true);
+            copy_async(base + AT_D_STATE + score_place(row, piece), (const char*)a.d_states + from, true);
+        }
+        copy_commit();
+    }
+
+    // gates, in columns: a warp has 8 tokens, a lane two channels of them
+    bool later = warp >= GROUPS / 2;
+    u32 column = (lane & 3) * 4, first_row = 8 * warp;
+    auto own = [&](int tile, int i) { return base + tile + score_place(first_row + i, lane >> 2) + column; };
+    float* groups = (float*)(shared + AT_GROUPS) + 2 * lane;
+    float2* halves = (float2*)(shared + AT_HALVES) + lane;
+    float2 beta = make_float2(0.0f, 0.0f);
+    if (a.bound) beta = *(const float2*)(a.bound + head * WIDTH + half * HALF + 2 * lane);
+    copy_wait_but_one();
+    __syncthreads();
+    float2 start = make_float2(1.0f, 1.0f);
+    {
+        float f[8][2], k[8][2], small[8][2];
+        float2 whole = make_float2(1.0f, 1.0f);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float2 z = load_pair(own(AT_Z, i));
+            tied_gate(z.x, beta.x, f[i][0], k[i][0]);
+            tied_gate(z.y, beta.y, f[i][1], k[i][1]);
+            if (first_row + i >= left) f[i][0] = f[i][1] = 1.0f, k[i][0] = k[i][1] = 0.0f;
+            whole.x *= f[i][0], whole.y *= f[i][1];
+        }
+        *(float2*)(groups + warp * HALF) = whole;
+        __syncthreads();
+        float2 m[2] = {make_float2(1.0f, 1.0f), make_float2(1.0f, 1.0f)};
+#pragma unroll
+        for (int j = 0; j < GROUPS; j++) {
+            float2 d = *(const float2*)(groups + j * HALF);
+            m[j / 4].x *= d.x, m[j / 4].y *= d.y;
+            bool between = later ? j >= 4 && j < warp : j > warp && j < 4;
+            if (between) start.x *= d.x, start.y *= d.y;
+        }
+        if (warp == 0) halves[0] = m[0], halves[HALF / 2] = m[1];
+        bool fine = m[0].x >= SMALLEST && m[0].y >= SMALLEST && m[1].x >= SMALLEST && m[1].y >= SMALLEST;
+        running_products(f, later, start, small);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float2 q = load_pair(own(AT_Q, i));
+            q.x = activate(q.x) * a.scale, q.y = activate(q.y) * a.scale;
+            float large0 = reciprocal(small[i][0]), large1 = reciprocal(small[i][1]);
+            float e0 = later ? small[i][0] : large0, e1 = later ? small[i][1] : large1;
+            float r0 = later ? large0 : small[i][0], r1 = later ? large1 : small[i][1];
+            store_shared(own(AT_SCALED_Q, i), pack(q.x * e0, q.y * e1));
+            store_shared(own(AT_SCALED_K, i), pack(k[i][0] * r0, k[i][1] * r1));
+        }
+        copy_wait();
+        if (!__syncthreads_and(fine)) {
+            if (threadIdx.x == 0) a.left_over[2 * at + half] = 1;
+            return;
+        }
+    }
+
+    // products, in fragments: a warp has 16 tokens and 32 channels
+    int block = warp & 3, side = warp >> 2, row = lane & 15;
+    u32 wide_lane = row * ROW_BYTES + (((lane >> 4) ^ (row & 7)) << 4);
+    u32 narrow_lane = row * HALF * 2 + (((lane >> 4) ^ (row & 7)) << 4);
+    u32 channels = side << 6;  // XORed into places of `narrow_lane`: 4 pieces, 32 channels on
+    float dq[4][4], dk[4][4];
+    {
+        float d_scores[2][2][4];
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            dq[i >> 2][i & 3] = 0.0f, dk[i >> 2][i & 3] = 0.0f;
+            d_scores[i >> 3][(i >> 2) & 1][i & 3] = 0.0f;
+        }
+        u32 dy_lane = base + AT_DY + wide_lane + 16 * block * ROW_BYTES;
+        u32 v_lane = base + AT_V + wide_lane;
+#pragma unroll
+        for (int t = 0; t < 8; t++) {
+            u32 dy[4], v[4], s[4];
+            load_fragment(dy, dy_lane ^ (t << 5));
+            load_fragment(v, (v_lane ^ (t << 5)) + 16 * block * ROW_BYTES);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                u32 place = ((narrow_lane ^ channels) ^ (j << 5)) + 16 * t * HALF * 2;
+                load_fragment_transposed(s, base + AT_STATE + place);
+                multiply(dq[2 * j], dy, s[0], s[1]);
+                multiply(dq[2 * j + 1], dy, s[2], s[3]);
+                load_fragment_transposed(s, base + AT_D_STATE + place);
+                multiply(dk[2 * j], v, s[0], s[1]);
+                multiply(dk[2 * j + 1], v, s[2], s[3]);
+            }
+            // of the scores' gradients each side takes every other block
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                if (side + 2 * j <= block) {
+                    load_fragment(s, (v_lane ^ (t << 5)) + 16 * (side + 2 * j) * ROW_BYTES);
+                    multiply(d_scores[j][0], dy, s[0], s[2]);
+                    multiply(d_scores[j][1], dy, s[1], s[3]);
+                }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            int early = side + 2 * j;
+            if (early > block) continue;
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int token = 16 * block + g + 8 * i, other = 16 * early + 8 * n + 2 * c;
+                    float x = other <= token ? d_scores[j][n][2 * i] : 0.0f;
+                    float y = other + 1 <= token ? d_scores[j][n][2 * i + 1] : 0.0f;
+                    store_shared(base + AT_SCORES + score_place(token, 2 * early + n) + 4 * c, pack(x, y));
+                }
+        }
+    }
+    float* key_sums = (float*)(shared + AT_KEYS);
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        const float* m = (const float*)(shared + AT_HALVES) + 32 * side + 8 * n + 2 * c;
+        float2 before = *(const float2*)m, after = *(const float2*)(m + HALF);
+        dq[n][0] *= before.x, dq[n][1] *= before.y, dq[n][2] *= before.x, dq[n][3] *= before.y;
+        dk[n][0] *= after.x, dk[n][1] *= after.y, dk[n][2] *= after.x, dk[n][3] *= after.y;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        u32 keys[4];
+        load_fragment(keys, base + AT_SCALED_K + ((narrow_lane ^ channels) ^ (j << 5)) + 16 * block * HALF * 2);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            float k0, k1, k2, k3;
+            unpack(keys[2 * n], k0, k1);
+            unpack(keys[2 * n + 1], k2, k3);
+            const float(&d)[4] = dk[2 * j + n];
+            float x = fmaf(k0, d[0], k2 * d[2]), y = fmaf(k1, d[1], k3 * d[3]);
+#pragma unroll
+            for (int bit = 4; bit <= 16; bit *= 2) x += __shfl_xor_sync(~0u, x, bit), y += __shfl_xor_sync(~0u, y, bit);
+            int place = block * HALF + 32 * side + 16 * j + 8 * n + 2 * c;
+            if (g == 0) *(float2*)(key_sums + place) = make_float2(x, y);
+        }
+    }
+    {
+        float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            u32 place = score_place(16 * warp + i, lane >> 2) + column;
+            float2 s = load_pair(base + AT_STATE + place), d = load_pair(base + AT_D_STATE + place);
+            sum.x = fmaf(s.x, d.x, sum.x), sum.y = fmaf(s.y, d.y, sum.y);
+        }
+        *(float2*)((float*)(shared + AT_STATES) + warp * HALF + 2 * lane) = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int other = 0; other < 4; other++) {
+        u32 s[4], x[4];
+        if (other <= block) {
+            u32 scores[4];
+            load_fragment(scores, ((base + AT_SCORES + narrow_lane) ^ (other << 5)) + 16 * block * HALF * 2);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                u32 place = ((narrow_lane ^ channels) ^ (j << 5)) + 16 * other * HALF * 2;
+                load_fragment_transposed(s, base + AT_SCALED_K + place);
+                multiply(dq[2 * j], scores, s[0], s[1]);
+                multiply(dq[2 * j + 1], scores, s[2], s[3]);
+            }
+        }
+        if (other >= block) {
+            load_fragment_transposed(x, ((base + AT_SCORES + narrow_lane) ^ (block << 5)) + 16 * other * HALF * 2);
+            u32 scores[4] = {x[0], x[2], x[1], x[3]};
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                u32 place = ((narrow_lane ^ channels) ^ (j << 5)) + 16 * other * HALF * 2;
+                load_fragment_transposed(s, base + AT_SCALED_Q + place);
+                multiply(dk[2 * j], scores, s[0], s[1]);
+                multiply(dk[2 * j + 1], scores, s[2], s[3]);
+            }
+        }
+    }
+    float *dq_sums = (float*)(shared + AT_DQ), *dk_sums = (float*)(shared + AT_DK);
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int place = (16 * block + g + 8 * i) * SUM_ROW + 32 * side + 8 * n + 2 * c;
+            *(float2*)(dq_sums + place) = make_float2(dq[n][2 * i], dq[n][2 * i + 1]);
+            *(float2*)(dk_sums + place) = make_float2(dk[n][2 * i], dk[n][2 * i + 1]);
+        }
+    __syncthreads();
+
+    // from here in columns again
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int place = (first_row + i) * SUM_ROW + 2 * lane;
+        float2 x = *(const float2*)(dq_sums + place), y = *(const float2*)(dk_sums + place);
+        float2 q = load_pair(own(AT_SCALED_Q, i)), k = load_pair(own(AT_SCALED_K, i));
+        sum.x += fmaf(q.x, x.x, -k.x * y.x), sum.y += fmaf(q.y, x.y, -k.y * y.y);
+    }
+    float2 d_log = make_float2(0.0f, 0.0f);
+    float2 m0 = halves[0], m1 = halves[HALF / 2];
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++) {
+        float2 s = *(const float2*)((const float*)(shared + AT_STATES) + j * HALF + 2 * lane);
+        d_log.x += s.x, d_log.y += s.y;
+    }
+    d_log.x *= m0.x * m1.x, d_log.y *= m0.y * m1.y;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float2 s = *(const float2*)(key_sums + j * HALF + 2 * lane);
+        d_log.x += s.x, d_log.y += s.y;
+    }
+    // the groups' decays are no longer needed
+    *(float2*)(groups + warp * HALF) = sum;
+    __syncthreads();
+    for (int j = warp + 1; j < GROUPS; j++) {
+        float2 s = *(const float2*)(groups + j * HALF);
+        d_log.x += s.x, d_log.y += s.y;
+    }
+    float f[8][2], small[8][2], k[8][2], closed[8][2], open[8][2];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float2 z = load_pair(own(AT_Z, i));
+        tied_gate(z.x, beta.x, f[i][0], k[i][0], closed[i][0], open[i][0]);
+        tied_gate(z.y, beta.y, f[i][1], k[i][1], closed[i][1], open[i][1]);
+        if (first_row + i >= left) f[i][0] = f[i][1] = 1.0f;
+    }
+    running_products(f, later, start, small);
+    i64 token = chunk * CHUNK + first_row;
+    i64 out = ((batch * a.length + (a.reverse ? a.length - 1 - token : token)) * a.heads + head) * WIDTH + half * HALF;
+    i64 step = (a.reverse ? -1 : 1) * a.heads * WIDTH;
+    float2 d_bound = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int i = 7; i >= 0; i--) {
+        int place = (first_row + i) * SUM_ROW + 2 * lane;
+        float2 x = *(const float2*)(dq_sums + place), y = *(const float2*)(dk_sums + place);
+        float2 q = load_pair(own(AT_SCALED_Q, i)), key = load_pair(own(AT_SCALED_K, i)), raw = load_pair(own(AT_Q, i));
+        d_log.x += fmaf(q.x, x.x, -key.x * y.x), d_log.y += fmaf(q.y, x.y, -key.y * y.y);
+        float large0 = reciprocal(small[i][0]), large1 = reciprocal(small[i][1]);
+        float e0 = later ? small[i][0] : large0, e1 = later ? small[i][1] : large1;
+        float r0 = later ? large0 : small[i][0], r1 = later ? large1 : small[i][1];
+        if (first_row + i < left) {
+            u32 d = pack(activate_backward(x.x * e0 * a.scale, raw.x), activate_backward(x.y * e1 * a.scale, raw.y));
+            *(u32*)((char*)a.dq + (out + i * step + 2 * lane) * 2) = d;
+            float g0 = closed[i][0] * (d_log.x * reciprocal(f[i][0]) - y.x * r0);
+            float g1 = closed[i][1] * (d_log.y * reciprocal(f[i][1]) - y.y * r1);
+            d_bound.x += g0, d_bound.y += g1;
+            // open is (1 - beta) sigmoid(z)
+            *(u32*)((char*)a.df + (out + i * step + 2 * lane) * 2) = pack(open[i][0] * g0, open[i][1] * g1);
+        }
+    }
+    if (!a.d_bound) return;
+    __syncthreads();
+    *(float2*)(groups + warp * HALF) = d_bound;
+    __syncthreads();
+    if (warp == 0) {
+#pragma unroll
+        for (int j = 1; j < GROUPS; j++) {
+            float2 s = *(const float2*)(groups + j * HALF);
+            d_bound.x += s.x, d_bound.y += s.y;
+        }
+        i64 to = (((i64)batch * chunks + chunk) * a.heads + head) * WIDTH + half * HALF + 2 * lane;
+        *(float2*)(a.d_bound + to) = d_bound;
+    }
+}
