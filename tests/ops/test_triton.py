@@ -41,6 +41,7 @@ pytestmark = [
     # the interpreter is NumPy, which speaks of every infinity
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
 ]
 
 NO_BOUND = pytest.param(
