@@ -9,11 +9,13 @@ import warnings
 
 import torch
 
-BACKENDS = ("auto", "reference", "chunked", "triton")
+BACKENDS = ("auto", "reference", "chunked", "triton", "cuda")
 OLDEST_TRITON = (3, 6)
 # matrix units read blocks of a head whole
 WIDEST = 256
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_CAPABILITY = (9, 0)
 
 
 def _triton_problem() -> str | None:
@@ -45,38 +47,43 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, k_width: int, v_width: int) -> str:
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, k_width: int, v_width: int, plain: bool = True
+) -> str:
     """The backend that a request for `backend` means.
 
     Args:
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked", "triton" or "cuda".
         device: where the inputs are.
         dtype: of the inputs.
         k_width: K.
         v_width: V.
+        plain: a scan from pre-activations, without packed sequences or an activation of v.
 
     Returns:
-        "reference", "chunked" or "triton".
+        "reference", "chunked", "triton" or "cuda".
 
     Raises:
-        ValueError: an unknown name, or "triton" where it cannot run, with the reason.
+        ValueError: an unknown name, or kernels that cannot run, with the reason.
     """
     check_backend(backend)
     if backend in ("reference", "chunked"):
         return backend
     if backend == "auto" and device.type != "cuda":
         return "chunked"
-    unsuitable = _unsuitable(device, dtype, k_width, v_width)
+    unsuitable = _unsuitable(device, dtype, k_width, v_width) or _TRITON_PROBLEM
+    # the CUDA kernels carry states with one of Triton's
+    too_special = unsuitable or _unsuitable_for_cuda(device, dtype, k_width, v_width, plain)
+    if (backend == "triton" and unsuitable) or (backend == "cuda" and too_special):
+        reason = unsuitable if backend == "triton" else too_special
+        raise ValueError(f"backend {backend!r} cannot run: {reason}; use 'auto' or 'chunked'")
     if backend == "triton":
-        if unsuitable or _TRITON_PROBLEM:
-            raise ValueError(f"backend 'triton' cannot run: {unsuitable or _TRITON_PROBLEM}; use 'auto' or 'chunked'")
         return "triton"
-    if unsuitable:
-        return "chunked"
-    if _TRITON_PROBLEM:
+    if not too_special:
+        return "cuda"
+    if unsuitable and unsuitable == _TRITON_PROBLEM:
         _warn_once(f"{_TRITON_PROBLEM}: the operators run as plain torch, which is several times slower on a GPU")
-        return "chunked"
-    return "triton"
+    return "chunked" if unsuitable else "triton"
 
 
 def _unsuitable(device: torch.device, dtype: torch.dtype, k_width: int, v_width: int) -> str | None:
@@ -88,6 +95,38 @@ def _unsuitable(device: torch.device, dtype: torch.dtype, k_width: int, v_width:
     if max(k_width, v_width) > WIDEST:
         return f"K is {k_width} and V {v_width}, and its kernels take at most {WIDEST}"
     return None
+
+
+def _unsuitable_for_cuda(
+    device: torch.device, dtype: torch.dtype, k_width: int, v_width: int, plain: bool
+) -> str | None:
+    """Why the kernels in CUDA cannot take such inputs."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the inputs are on {device}, and its kernels need a GPU of NVIDIA"
+    if dtype not in CUDA_DTYPES:
+        return f"its kernels do not take {dtype}"
+    if (k_width, v_width) != (128, 128):
+        return f"K is {k_width} and V {v_width}, and its kernels are for 128"
+    if not plain:
+        return "its kernels take neither packed sequences, nor a key of their own, nor an activation of v"
+    return _device_problem(device.index or 0)
+
+
+@torch.compiler.assume_constant_result
+def _device_problem(index: int) -> str | None:
+    """Why nothing can be compiled for a device."""
+    if index not in _DEVICE_PROBLEMS:
+        from hgrn2.ops.cuda import compiler
+
+        if torch.cuda.get_device_capability(index) != CUDA_CAPABILITY:
+            wanted = ".".join(map(str, CUDA_CAPABILITY))
+            _DEVICE_PROBLEMS[index] = f"its kernels are for devices of compute capability {wanted}"
+        else:
+            _DEVICE_PROBLEMS[index] = compiler.problem()
+    return _DEVICE_PROBLEMS[index]
+
+
+_DEVICE_PROBLEMS: dict[int, str | None] = {}
 
 
 def _warn_once(message: str) -> None:

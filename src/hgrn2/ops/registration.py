@@ -229,6 +229,67 @@ def _triton_backward(ctx, dy, d_final_state):
 triton_scan.register_autograd(_triton_backward, setup_context=_triton_setup)
 
 
+@torch.library.custom_op("hgrn2::cuda_scan", mutates_args=())
+def cuda_scan(
+    q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None, reverse: bool,
+    scale: float, q_activation: str, coarse: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`hgrn2.ops.hgrn2_scan`, checked already; returns what `hgrn2.ops.cuda.launch.forward` does."""
+    from hgrn2.ops.cuda import launch
+
+    return launch.forward(launch.Scan(q, f, v, lower_bound, initial_state, reverse, scale, q_activation), coarse)
+
+
+@cuda_scan.register_fake
+def _(q, f, v, lower_bound, initial_state, reverse, scale, q_activation, coarse):
+    from hgrn2.ops.cuda.launch import coarse_shape
+
+    batch, length, heads, width = q.shape
+    final_state = q.new_empty((batch, heads, width, width), dtype=torch.float32)
+    return q.new_empty(v.shape), final_state, final_state.new_empty(coarse_shape(batch, length, heads, coarse))
+
+
+@torch.library.custom_op("hgrn2::cuda_scan_backward", mutates_args=())
+def _cuda_backward_op(
+    dy: Tensor, d_final_state: Tensor, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
+    initial_state: Tensor | None, states: Tensor, reverse: bool, scale: float, q_activation: str, coarse: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if not coarse:
+        # float16 has not the range for the kernels of the backward pass
+        from hgrn2.ops.triton import launch as triton_launch
+
+        scan = triton_launch.Scan(q, f, None, v, lower_bound, initial_state, None, reverse, scale, q_activation, "none")
+        dq, df, _, dv, d_bound, d_initial = triton_launch.backward(scan, dy, d_final_state)
+    else:
+        from hgrn2.ops.cuda import launch
+
+        scan = launch.Scan(q, f, v, lower_bound, initial_state, reverse, scale, q_activation)
+        dq, df, dv, d_bound, d_initial = launch.backward(scan, dy, d_final_state, states, coarse)
+    return dq, df, dv, q.new_empty(0) if d_bound is None else d_bound, d_initial
+
+
+@_cuda_backward_op.register_fake
+def _(dy, d_final_state, q, f, v, lower_bound, initial_state, states, reverse, scale, q_activation, coarse):
+    d_bound = q.new_empty(0) if lower_bound is None else lower_bound.new_empty(lower_bound.shape)
+    return *(x.new_empty(x.shape) for x in (q, f, v)), d_bound, d_final_state.new_empty(d_final_state.shape)
+
+
+def _cuda_setup(ctx, inputs, output) -> None:
+    tensors, ctx.settings = inputs[:5], inputs[5:]
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _cuda_backward(ctx, dy, d_final_state, _):
+    *_, lower_bound, initial_state, _ = tensors = ctx.saved_tensors
+    dq, df, dv, d_bound, d_initial = torch.ops.hgrn2.cuda_scan_backward(dy, d_final_state, *tensors, *ctx.settings)
+    d_bound = None if lower_bound is None else d_bound
+    d_initial = None if initial_state is None else d_initial
+    return dq, df, dv, d_bound, d_initial, None, None, None, None
+
+
+cuda_scan.register_autograd(_cuda_backward, setup_context=_cuda_setup)
+
+
 @torch.library.custom_op("hgrn2::triton_step", mutates_args=())
 def triton_step(
     q: Tensor, f: Tensor, v: Tensor, state: Tensor, lower_bound: Tensor | None, scale: float, q_activation: str,

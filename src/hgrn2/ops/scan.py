@@ -9,8 +9,16 @@ from torch import Tensor
 
 from hgrn2.ops import reference
 from hgrn2.ops.backends import resolve_backend
+from hgrn2.ops.cuda.plan import coarse_chunks
 from hgrn2.ops.gates import activate
-from hgrn2.ops.registration import chunked_gated_scan, chunked_scan, triton_scan, triton_step, triton_step_in_place
+from hgrn2.ops.registration import (
+    chunked_gated_scan,
+    chunked_scan,
+    cuda_scan,
+    triton_scan,
+    triton_step,
+    triton_step_in_place,
+)
 from hgrn2.ops.tiles import chunks_per_tile
 from hgrn2.shapes import require_shape
 
@@ -53,8 +61,8 @@ def hgrn2_scan(
         scale: factor of the outputs.
         q_activation: "silu", "sigmoid" or "none", applied to q.
         v_activation: "none" or "silu", applied to v.
-        backend: "auto", "triton" (kernels for a GPU), "chunked" (plain torch on any device) or "reference" (step by
-            step). All are exact for any gate.
+        backend: "auto", "cuda" (kernels for Hopper GPUs, K = V = 128), "triton" (kernels for any GPU), "chunked"
+            (plain torch on any device) or "reference" (step by step). All are exact for any gate.
 
     Returns:
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V] in the state's dtype.
@@ -76,7 +84,12 @@ def hgrn2_scan(
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     lower_bound, initial_state = _as_state(lower_bound, q), _as_state(initial_state, q)
-    backend = _resolve(backend, q, v)
+    backend = _resolve(backend, q, v, cu_seqlens is None and v_activation == "none")
+    if backend == "cuda":
+        keep = _needs_gradient(q, f, v, lower_bound, initial_state) and q.dtype == torch.bfloat16
+        coarse = coarse_chunks(*q.shape[:3]) if keep else 0
+        y, state, _ = cuda_scan(q, f, v, lower_bound, initial_state, reverse, float(scale), q_activation, coarse)
+        return y, state
     if backend == "triton":
         return triton_scan(
             q, f, None, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, v_activation
@@ -153,7 +166,7 @@ def gated_scan(
     if _values_are_at_hand(log_f) and log_f.numel() and not bool((log_f <= 0).all()):
         raise ValueError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
     log_f, initial_state = log_f.to(_state_dtype(q)), _as_state(initial_state, q)
-    backend = _resolve(backend, q, v)
+    backend = _resolve(backend, q, v, plain=False)
     if backend == "triton":
         return triton_scan(q, log_f, k, v, None, initial_state, cu_seqlens, reverse, float(scale), "none", "none")
     if backend == "reference":
@@ -223,7 +236,8 @@ def hgrn2_step(
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     dtype = _state_dtype(q)
-    backend = _resolve(backend, q, v)
+    # a step is the same kernel whichever the scan's are
+    backend = _resolve(backend, q, v, plain=False)
     if inplace and state.dtype != dtype:
         raise ValueError(f"state has dtype {state.dtype}; to be changed in place it must be {dtype}")
     if inplace and _needs_gradient(q, f, v, state, lower_bound):
@@ -253,8 +267,8 @@ def hgrn2_step(
 # what is checked before anything runs
 
 
-def _resolve(backend: str, q: Tensor, v: Tensor) -> str:
-    return resolve_backend(backend, q.device, q.dtype, q.shape[-1], v.shape[-1])
+def _resolve(backend: str, q: Tensor, v: Tensor, plain: bool) -> str:
+    return resolve_backend(backend, q.device, q.dtype, q.shape[-1], v.shape[-1], plain)
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:

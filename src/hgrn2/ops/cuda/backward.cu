@@ -15,7 +15,7 @@ struct GradientArguments {
     const void* v;
     const void* dy;
     const float* bound;     // [H, K] or null
-    const void* states;     // [B, chunks, G, V, K], before each chunk
+    const void* states;     // [B, chunks, G, V, K], before each chunk, K in the order of forward.cu
     const void* d_states;   // [B, chunks, G, V, K], gradient of the state after it
     void* dq;               // [B, T, H, K]
     void* df;               // [B, T, H, K]
@@ -108,10 +108,16 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
 
     // gates, in columns: a warp has 8 tokens, a lane two channels of them
     bool later = warp >= GROUPS / 2;
-    u32 column = (lane & 3) * 4, first_row = 8 * warp;
-    auto own = [&](int tile, int i) { return base + tile + score_place(first_row + i, lane >> 2) + column; };
+    u32 first_row = 8 * warp;
+    // first_row + i is i modulo 8, which is what a piece's place is XORed with
+    u32 first_at = base + first_row * HALF * 2, raw_at = first_at + lane * 4;
+    auto raw = [&](int tile, int i) { return (raw_at ^ (i << 4)) + (tile + i * HALF * 2); };
+    // everything a product takes part in is in the states' order of channels: a lane's pair 4 i + c at 8 c + i
+    int pair = (lane & 3) * 8 + (lane >> 2);
+    u32 own_at = first_at + pair * 4;
+    auto own = [&](int tile, int i) { return (own_at ^ (i << 4)) + (tile + i * HALF * 2); };
     float* groups = (float*)(shared + AT_GROUPS) + 2 * lane;
-    float2* halves = (float2*)(shared + AT_HALVES) + lane;
+    float2* halves = (float2*)(shared + AT_HALVES) + pair;
     float2 beta = make_float2(0.0f, 0.0f);
     if (a.bound) beta = *(const float2*)(a.bound + head * WIDTH + half * HALF + 2 * lane);
     copy_wait_but_one();
@@ -122,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         float2 whole = make_float2(1.0f, 1.0f);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            float2 z = load_pair(own(AT_Z, i));
+            float2 z = load_pair(raw(AT_Z, i));
             tied_gate(z.x, beta.x, f[i][0], k[i][0]);
             tied_gate(z.y, beta.y, f[i][1], k[i][1]);
             if (first_row + i >= left) f[i][0] = f[i][1] = 1.0f, k[i][0] = k[i][1] = 0.0f;
@@ -143,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         running_products(f, later, start, small);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            float2 q = load_pair(own(AT_Q, i));
+            float2 q = load_pair(raw(AT_Q, i));
             q.x = activate(q.x) * a.scale, q.y = activate(q.y) * a.scale;
             float large0 = reciprocal(small[i][0]), large1 = reciprocal(small[i][1]);
             float e0 = later ? small[i][0] : large0, e1 = later ? small[i][1] : large1;
@@ -161,8 +167,9 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
     // products, in fragments: a warp has 16 tokens and 32 channels
     int block = warp & 3, side = warp >> 2, row = lane & 15;
     u32 wide_lane = row * ROW_BYTES + (((lane >> 4) ^ (row & 7)) << 4);
-    u32 narrow_lane = row * HALF * 2 + (((lane >> 4) ^ (row & 7)) << 4);
-    u32 channels = side << 6;  // XORed into places of `narrow_lane`: 4 pieces, 32 channels on
+    u32 narrow_lane = base + row * HALF * 2 + (((lane >> 4) ^ (row & 7)) << 4);
+    // the warp's 32 channels are 4 pieces on, their second half another 2
+    u32 channels[2] = {narrow_lane ^ (side << 6), narrow_lane ^ (side << 6) ^ 32};
     float dq[4][4], dk[4][4];
     {
         float d_scores[2][2][4];
@@ -180,11 +187,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
             load_fragment(v, (v_lane ^ (t << 5)) + 16 * block * ROW_BYTES);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                u32 place = ((narrow_lane ^ channels) ^ (j << 5)) + 16 * t * HALF * 2;
-                load_fragment_transposed(s, base + AT_STATE + place);
+                u32 place = channels[j] + 16 * t * HALF * 2;
+                load_fragment_transposed(s, place + AT_STATE);
                 multiply(dq[2 * j], dy, s[0], s[1]);
                 multiply(dq[2 * j + 1], dy, s[2], s[3]);
-                load_fragment_transposed(s, base + AT_D_STATE + place);
+                load_fragment_transposed(s, place + AT_D_STATE);
                 multiply(dk[2 * j], v, s[0], s[1]);
                 multiply(dk[2 * j + 1], v, s[2], s[3]);
             }
@@ -208,7 +215,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
                     int token = 16 * block + g + 8 * i, other = 16 * early + 8 * n + 2 * c;
                     float x = other <= token ? d_scores[j][n][2 * i] : 0.0f;
                     float y = other + 1 <= token ? d_scores[j][n][2 * i + 1] : 0.0f;
-                    store_shared(base + AT_SCORES + score_place(token, 2 * early + n) + 4 * c, pack(x, y));
+                    u32 place = base + (16 * block + g) * HALF * 2 + (((2 * early + n) ^ g) << 4) + 4 * c;
+                    store_shared(place + AT_SCORES + 8 * i * HALF * 2, pack(x, y));
                 }
         }
     }
@@ -223,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         u32 keys[4];
-        load_fragment(keys, base + AT_SCALED_K + ((narrow_lane ^ channels) ^ (j << 5)) + 16 * block * HALF * 2);
+        load_fragment(keys, channels[j] + AT_SCALED_K + 16 * block * HALF * 2);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             float k0, k1, k2, k3;
@@ -241,11 +249,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            u32 place = score_place(16 * warp + i, lane >> 2) + column;
-            float2 s = load_pair(base + AT_STATE + place), d = load_pair(base + AT_D_STATE + place);
+            u32 place = ((base + 16 * warp * HALF * 2 + pair * 4) ^ ((i & 7) << 4)) + i * HALF * 2;
+            float2 s = load_pair(place + AT_STATE), d = load_pair(place + AT_D_STATE);
             sum.x = fmaf(s.x, d.x, sum.x), sum.y = fmaf(s.y, d.y, sum.y);
         }
-        *(float2*)((float*)(shared + AT_STATES) + warp * HALF + 2 * lane) = sum;
+        *(float2*)((float*)(shared + AT_STATES) + warp * HALF + 2 * pair) = sum;
     }
     __syncthreads();
 #pragma unroll
@@ -253,58 +261,60 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         u32 s[4], x[4];
         if (other <= block) {
             u32 scores[4];
-            load_fragment(scores, ((base + AT_SCORES + narrow_lane) ^ (other << 5)) + 16 * block * HALF * 2);
+            load_fragment(scores, (narrow_lane ^ (other << 5)) + AT_SCORES + 16 * block * HALF * 2);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                u32 place = ((narrow_lane ^ channels) ^ (j << 5)) + 16 * other * HALF * 2;
-                load_fragment_transposed(s, base + AT_SCALED_K + place);
+                load_fragment_transposed(s, channels[j] + AT_SCALED_K + 16 * other * HALF * 2);
                 multiply(dq[2 * j], scores, s[0], s[1]);
                 multiply(dq[2 * j + 1], scores, s[2], s[3]);
             }
         }
         if (other >= block) {
-            load_fragment_transposed(x, ((base + AT_SCORES + narrow_lane) ^ (block << 5)) + 16 * other * HALF * 2);
+            load_fragment_transposed(x, (narrow_lane ^ (block << 5)) + AT_SCORES + 16 * other * HALF * 2);
             u32 scores[4] = {x[0], x[2], x[1], x[3]};
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                u32 place = ((narrow_lane ^ channels) ^ (j << 5)) + 16 * other * HALF * 2;
-                load_fragment_transposed(s, base + AT_SCALED_Q + place);
+                load_fragment_transposed(s, channels[j] + AT_SCALED_Q + 16 * other * HALF * 2);
                 multiply(dk[2 * j], scores, s[0], s[1]);
                 multiply(dk[2 * j + 1], scores, s[2], s[3]);
             }
         }
     }
     float *dq_sums = (float*)(shared + AT_DQ), *dk_sums = (float*)(shared + AT_DK);
+    int sums_at = (16 * block + g) * SUM_ROW + 32 * side + 2 * c;
 #pragma unroll
     for (int n = 0; n < 4; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int place = (16 * block + g + 8 * i) * SUM_ROW + 32 * side + 8 * n + 2 * c;
+            int place = sums_at + 8 * i * SUM_ROW + 8 * n;
             *(float2*)(dq_sums + place) = make_float2(dq[n][2 * i], dq[n][2 * i + 1]);
             *(float2*)(dk_sums + place) = make_float2(dk[n][2 * i], dk[n][2 * i + 1]);
         }
     __syncthreads();
 
-    // from here in columns again
+    // from here in columns again: sums over the tokens from each on
+    int column_at = first_row * SUM_ROW + 2 * pair;
+    float sums[8][2];
     float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int place = (first_row + i) * SUM_ROW + 2 * lane;
+    for (int i = 7; i >= 0; i--) {
+        int place = column_at + i * SUM_ROW;
         float2 x = *(const float2*)(dq_sums + place), y = *(const float2*)(dk_sums + place);
         float2 q = load_pair(own(AT_SCALED_Q, i)), k = load_pair(own(AT_SCALED_K, i));
         sum.x += fmaf(q.x, x.x, -k.x * y.x), sum.y += fmaf(q.y, x.y, -k.y * y.y);
+        sums[i][0] = sum.x, sums[i][1] = sum.y;
     }
     float2 d_log = make_float2(0.0f, 0.0f);
     float2 m0 = halves[0], m1 = halves[HALF / 2];
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
-        float2 s = *(const float2*)((const float*)(shared + AT_STATES) + j * HALF + 2 * lane);
+        float2 s = *(const float2*)((const float*)(shared + AT_STATES) + j * HALF + 2 * pair);
         d_log.x += s.x, d_log.y += s.y;
     }
     d_log.x *= m0.x * m1.x, d_log.y *= m0.y * m1.y;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        float2 s = *(const float2*)(key_sums + j * HALF + 2 * lane);
+        float2 s = *(const float2*)(key_sums + j * HALF + 2 * pair);
         d_log.x += s.x, d_log.y += s.y;
     }
     // the groups' decays are no longer needed
@@ -317,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
     float f[8][2], small[8][2], k[8][2], closed[8][2], open[8][2];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float2 z = load_pair(own(AT_Z, i));
+        float2 z = load_pair(raw(AT_Z, i));
         tied_gate(z.x, beta.x, f[i][0], k[i][0], closed[i][0], open[i][0]);
         tied_gate(z.y, beta.y, f[i][1], k[i][1], closed[i][1], open[i][1]);
         if (first_row + i >= left) f[i][0] = f[i][1] = 1.0f;
@@ -329,18 +339,17 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
     float2 d_bound = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int i = 7; i >= 0; i--) {
-        int place = (first_row + i) * SUM_ROW + 2 * lane;
+        int place = column_at + i * SUM_ROW;
         float2 x = *(const float2*)(dq_sums + place), y = *(const float2*)(dk_sums + place);
-        float2 q = load_pair(own(AT_SCALED_Q, i)), key = load_pair(own(AT_SCALED_K, i)), raw = load_pair(own(AT_Q, i));
-        d_log.x += fmaf(q.x, x.x, -key.x * y.x), d_log.y += fmaf(q.y, x.y, -key.y * y.y);
+        float2 u = load_pair(raw(AT_Q, i));
         float large0 = reciprocal(small[i][0]), large1 = reciprocal(small[i][1]);
         float e0 = later ? small[i][0] : large0, e1 = later ? small[i][1] : large1;
         float r0 = later ? large0 : small[i][0], r1 = later ? large1 : small[i][1];
         if (first_row + i < left) {
-            u32 d = pack(activate_backward(x.x * e0 * a.scale, raw.x), activate_backward(x.y * e1 * a.scale, raw.y));
+            u32 d = pack(activate_backward(x.x * e0 * a.scale, u.x), activate_backward(x.y * e1 * a.scale, u.y));
             *(u32*)((char*)a.dq + (out + i * step + 2 * lane) * 2) = d;
-            float g0 = closed[i][0] * (d_log.x * reciprocal(f[i][0]) - y.x * r0);
-            float g1 = closed[i][1] * (d_log.y * reciprocal(f[i][1]) - y.y * r1);
+            float g0 = closed[i][0] * ((sums[i][0] + d_log.x) * reciprocal(f[i][0]) - y.x * r0);
+            float g1 = closed[i][1] * ((sums[i][1] + d_log.y) * reciprocal(f[i][1]) - y.y * r1);
             d_bound.x += g0, d_bound.y += g1;
             // open is (1 - beta) sigmoid(z)
             *(u32*)((char*)a.df + (out + i * step + 2 * lane) * 2) = pack(open[i][0] * g0, open[i][1] * g1);

@@ -54,9 +54,8 @@ def problem() -> str | None:
     return None
 
 
-@functools.cache
-def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, threads: int, device: int) -> Kernel:
-    """Compiles source, or takes what was compiled before, and loads one kernel of it on a device, the current one.
+def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, threads: int) -> Kernel:
+    """Compiles source, or takes what was compiled before, and loads one kernel of it on the current device.
 
     Args:
         source: CUDA C++.
@@ -64,7 +63,6 @@ def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, th
         name: of an extern "C" kernel.
         shared_bytes: dynamic shared memory of a program.
         threads: threads of a program.
-        device: index; a kernel belongs to one device.
 
     Raises:
         RuntimeError: the compiler or the driver refuses; with what it says.

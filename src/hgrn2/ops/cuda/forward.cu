@@ -21,18 +21,20 @@ struct ForwardArguments {
     float* final;          // [B, H, K, V]: state after the last segment
     float* update;         // neither OUTPUT nor KEEP: [B, segments, G, K, V], what a segment adds to the state
     float* decay;          // neither OUTPUT nor KEEP: [B, segments, G, 2, K], decay across a segment and 1 minus it
-    void* kept;            // KEEP: [B, chunks, G, V, K] in the inputs' type
+    float* coarse;         // OUTPUT and not BACK: state every coarse_chunks, [B, ceil(chunks / coarse_chunks), H, K, V]
+    void* kept;            // KEEP: [B, chunks, G, V, K] in the inputs' type, K each half of K in the order
+                           // channel 8 i + 2 c + e at 16 c + 2 i + e
     float* kept_decay;     // KEEP and not BACK: [B, chunks, G, K], decay across each chunk
     i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head;
     i64 length;
-    int heads, segments, segment_chunks, reverse;
+    int heads, segments, segment_chunks, coarse_chunks, reverse;
     int first_head;  // of the G heads of this launch
     int initial_heads, initial_first;
     float scale;
 };
 
 #ifndef GATE_REGISTERS
-#define GATE_REGISTERS 152
+#define GATE_REGISTERS 136
 #endif
 constexpr int STATE_REGISTERS = 256 - GATE_REGISTERS;
 constexpr int STAGES = 3;
@@ -414,6 +416,14 @@ __device__ __forceinline__ void work_on_gates(const ForwardArguments& a, const M
     }
 }
 
+// a state [K, V], from the corner of a lane's part
+__device__ __forceinline__ void write_state(float* to, const float (&state)[16][4]) {
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) to[(8 * i + (e & 1)) * WIDTH + (e & 2 ? 8 : 0)] = state[i][e];
+}
+
 template <bool OUTPUT, bool BACK, bool KEEP>
 __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
@@ -445,12 +455,24 @@ __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const M
     for (int i = 0; i < count; i++) {
         int slot = i & 1;
         if (KEEP) {
-            u32* kept = (u32*)a.kept + (at * WIDTH + 16 * warp + g) * (WIDTH / 2) + c;
+            // what a lane holds of each half of K lies together
+            uint4* kept = (uint4*)a.kept + (at * WIDTH + 16 * warp + g) * 16 + 2 * c;
 #pragma unroll
-            for (int k = 0; k < 16; k++) {
-                kept[4 * k] = pack(state[k][0], state[k][1]);
-                kept[4 * k + 8 * (WIDTH / 2)] = pack(state[k][2], state[k][3]);
-            }
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    uint4 four;
+                    four.x = pack(state[4 * k][2 * e], state[4 * k][2 * e + 1]);
+                    four.y = pack(state[4 * k + 1][2 * e], state[4 * k + 1][2 * e + 1]);
+                    four.z = pack(state[4 * k + 2][2 * e], state[4 * k + 2][2 * e + 1]);
+                    four.w = pack(state[4 * k + 3][2 * e], state[4 * k + 3][2 * e + 1]);
+                    kept[(k >> 1) * 8 + (k & 1) + e * 8 * 16] = four;
+                }
+        }
+        if (OUTPUT && !BACK && a.coarse && (chunk + i) % a.coarse_chunks == 0) {
+            i64 pieces = ((a.length + CHUNK - 1) / CHUNK + a.coarse_chunks - 1) / a.coarse_chunks;
+            i64 place = ((batch * pieces + (chunk + i) / a.coarse_chunks) * a.heads + a.first_head + local);
+            write_state(a.coarse + place * WIDTH * WIDTH + corner, state);
         }
         barrier_wait(FILLED + slot, THREADS);
         advance<OUTPUT, BACK>(m, r, stage, slot, state);
@@ -472,10 +494,7 @@ __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const M
         if (!OUTPUT || segment != (BACK ? 0 : a.segments - 1)) return;
         to = a.final + ((i64)batch * a.heads + a.first_head + local) * WIDTH * WIDTH;
     }
-#pragma unroll
-    for (int i = 0; i < 16; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) to[corner + (8 * i + (e & 1)) * WIDTH + (e & 2 ? 8 : 0)] = state[i][e];
+    write_state(to + corner, state);
 }
 
 // One segment of one head of one sequence.

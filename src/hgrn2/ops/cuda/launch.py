@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +15,13 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops.cuda import compiler
+from hgrn2.ops.cuda.plan import CHUNK, WIDTH, group_size, num_chunks, segment_chunks
 
-WIDTH, CHUNK, THREADS, GRADIENT_THREADS = 128, 64, 512, 256
-CAPABILITY = (9, 0)
+THREADS, GRADIENT_THREADS = 512, 256
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
 _WALK_SHARED = 11 * _TILE_BYTES + 4 * _SCORE_BYTES + 7 * WIDTH * 4
 _GRADIENT_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 2 + 4 + 8) * _HALF * 4
-# heads are worked on in groups whose chunk states, and their gradients, fit here each
-STATE_BYTES = 1 << 27
 
 
 class WalkArguments(ctypes.Structure):
@@ -32,10 +29,11 @@ class WalkArguments(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "f", "v", "bound", "y", "initial", "final", "update", "decay")]
-        + [(name, ctypes.c_void_p) for name in ("kept", "kept_decay")]
+        + [(name, ctypes.c_void_p) for name in ("coarse", "kept", "kept_decay")]
         + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v") for axis in ("batch", "row", "head")]
         + [("length", ctypes.c_longlong)]
-        + [(name, ctypes.c_int) for name in ("heads", "segments", "segment_chunks", "reverse", "first_head")]
+        + [(name, ctypes.c_int) for name in ("heads", "segments", "segment_chunks", "coarse_chunks")]
+        + [(name, ctypes.c_int) for name in ("reverse", "first_head")]
         + [("initial_heads", ctypes.c_int), ("initial_first", ctypes.c_int), ("scale", ctypes.c_float)]
     )
 
@@ -91,121 +89,159 @@ class Scan:
             self, q=_aligned(self.q), f=_aligned(self.f), v=_aligned(self.v), bound=bound, initial_state=state
         )
 
-    @property
-    def chunks(self) -> int:
-        """Chunks of a sequence."""
-        return -(-self.q.shape[1] // CHUNK)
 
-    def segments(self, group: Group) -> tuple[int, int]:
-        """Segments a sequence is cut into, so that all multiprocessors have work, and chunks of each."""
-        rows = self.q.shape[0] * group.count
-        wanted = max(1, min(self.chunks, _multiprocessors(self.q.device.index) // rows))
-        each = -(-self.chunks // wanted)
-        return -(-self.chunks // each), each
+class Plan:
+    """How the work of a call is cut.
 
+    Attributes:
+        scan: the call, aligned.
+        batch: B, likewise length T and heads H.
+        chunks: of a sequence.
+        groups: heads of each pass over the backward pass's kernels.
+        coarse: chunks of a segment of the backward pass.
+        forward_chunks: chunks of a segment of the forward pass: a multiple of `coarse`.
+    """
 
-def unsuitable(device: torch.device, dtype: torch.dtype, k_width: int, v_width: int) -> str | None:
-    """Why the kernels cannot take inputs, or None."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return f"the inputs are on {device}, and its kernels need a GPU of NVIDIA"
-    if torch.cuda.get_device_capability(device) != CAPABILITY:
-        return f"its kernels are for devices of compute capability {'.'.join(map(str, CAPABILITY))}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"its kernels do not take {dtype}"
-    if k_width != WIDTH or v_width != WIDTH:
-        return f"K is {k_width} and V {v_width}, and its kernels are for {WIDTH}"
-    return compiler.problem()
+    def __init__(self, scan: Scan, coarse: int):
+        self.scan, self.coarse = scan, coarse
+        self.batch, self.length, self.heads, _ = scan.q.shape
+        self.chunks = num_chunks(self.length)
+        size = group_size(self.batch, self.chunks, self.heads)
+        self.groups = [Group(h, min(size, self.heads - h)) for h in range(0, self.heads, size)]
+        self.forward_chunks = -(-segment_chunks(self.batch * self.heads, self.chunks) // coarse) * coarse
 
 
-def forward(scan: Scan) -> tuple[Tensor, Tensor]:
+def coarse_shape(batch: int, length: int, heads: int, coarse: int) -> tuple[int, ...]:
+    """Shape of the coarse states; a distance of 0 means none."""
+    return (batch, -(-num_chunks(length) // coarse) if coarse else 0, heads, WIDTH, WIDTH)
+
+
+def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
     """The scan.
 
+    Args:
+        scan: the call.
+        coarse: chunks between the coarse states `backward` needs; 0 to keep none.
+
     Returns:
-        y [B, T, H, V] and the final state [B, H, K, V], float32.
+        y [B, T, H, V], the final state [B, H, K, V], float32, and coarse states [B, pieces, H, K, V], float32, of which
+        there is none unless asked for.
     """
     scan = scan.aligned()
-    batch, _, heads, _ = scan.q.shape
-    y = torch.empty(scan.v.shape, dtype=scan.v.dtype, device=scan.v.device)
-    final = torch.empty((batch, heads, WIDTH, WIDTH), dtype=torch.float32, device=scan.q.device)
+    plan, device, initial = Plan(scan, max(1, coarse)), scan.q.device, scan.initial_state
+    y = torch.empty(scan.v.shape, dtype=scan.v.dtype, device=device)
+    final = torch.empty((plan.batch, plan.heads, WIDTH, WIDTH), dtype=torch.float32, device=device)
+    states = torch.empty(coarse_shape(plan.batch, plan.length, plan.heads, coarse), dtype=torch.float32, device=device)
     if not y.numel():
-        return y, final.copy_(scan.initial_state) if scan.initial_state is not None else final.zero_()
-    group = Group(0, heads)
-    with torch.cuda.device(scan.q.device):
-        initial = _before_segments(scan, group, final)
-        _walk("forward_outputs", scan, group, scan.v, y=y, initial=initial, final=final)
-    return y, final
+        return y, final.zero_() if initial is None else final.copy_(initial), states
+    group, chunks = Group(0, plan.heads), plan.forward_chunks
+    with torch.cuda.device(device):
+        walks = _Walks(plan)
+        if chunks < plan.chunks:
+            before, decays = walks.summaries("forward_summaries", group, chunks, scan.v)
+            _carry(before, decays, initial, final, group, back=False)
+        else:
+            before = None if initial is None else initial.unsqueeze(1)
+        kept = {"coarse": states} if coarse else {}
+        walks.launch("forward_outputs", group, chunks, scan.v, before, 0, y=y, final=final, **kept)
+    return y, final, states
 
 
-def backward(scan: Scan, dy: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+def backward(
+    scan: Scan, dy: Tensor, d_final: Tensor, states: Tensor, coarse: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradient of `forward`, for bfloat16.
+
+    Args:
+        scan: the call.
+        dy: [B, T, H, V].
+        d_final: [B, H, K, V] float32.
+        states: the coarse states, and the distance between them.
+        coarse: see states.
 
     Returns:
         Gradients of q, f, v, the lower bound (None without one) and the initial state.
     """
     scan, dy, d_final = scan.aligned(), _aligned(dy), d_final.contiguous()
-    batch, _, heads, _ = scan.q.shape
-    device = scan.q.device
+    plan, device = Plan(scan, coarse), scan.q.device
     dq, df, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (scan.q, scan.f, scan.v))
     # a row for each chunk, summed below in a fixed order
-    d_bound = None if scan.bound is None else torch.empty((batch * scan.chunks, heads, WIDTH), device=device)
+    d_bound = None
+    if scan.bound is not None:
+        d_bound = torch.empty((plan.batch * plan.chunks, plan.heads, WIDTH), dtype=torch.float32, device=device)
     d_initial = torch.empty_like(d_final)
     if not dq.numel():
         return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial.copy_(d_final)
-    unused = torch.empty_like(d_final)
+    # every group in the room of the first, the largest
+    shape = (plan.batch * plan.chunks, plan.groups[0].count, WIDTH, WIDTH)
+    kept, d_kept = (torch.empty(shape, dtype=scan.q.dtype, device=device) for _ in range(2))
+    decays = torch.empty(shape[:3], dtype=torch.float32, device=device)
+    left_over = torch.zeros((len(plan.groups), *shape[:2], 2), dtype=torch.int32, device=device)
     with torch.cuda.device(device):
-        for group in _groups(scan):
-            shape = (batch * scan.chunks, group.count, WIDTH, WIDTH)
-            states, d_states = (torch.empty(shape, dtype=scan.q.dtype, device=device) for _ in range(2))
-            decays = torch.empty(shape[:3], dtype=torch.float32, device=device)
-            left_over = torch.zeros((*shape[:2], 2), dtype=torch.int32, device=device)
-            initial = _before_segments(scan, group, unused)
-            _walk("forward_states", scan, group, scan.v, initial=initial, kept=states, kept_decay=decays)
-            after = _after_segments(scan, group, dy, d_final, d_initial)
-            _walk("backward_values", scan, group, dy, y=dv, initial=after, final=d_initial, kept=d_states)
-            _gradients(scan, group, dy, states, d_states, decays, left_over, dq, df, d_bound)
+        walks = _Walks(plan)
+        for group, flags in zip(plan.groups, left_over, strict=True):
+            walks.launch("forward_states", group, coarse, scan.v, states, group.first, kept=kept, kept_decay=decays)
+            if coarse < plan.chunks:
+                after, after_decays = walks.summaries("backward_summaries", group, coarse, dy)
+                _carry(after, after_decays, d_final, d_initial, group, back=True)
+                first = 0
+            else:
+                after, first = d_final.unsqueeze(1), group.first
+            walks.launch("backward_values", group, coarse, dy, after, first, y=dv, final=d_initial, kept=d_kept)
+            _gradients(plan, group, dy, kept, d_kept, decays, flags, dq, df, d_bound)
     return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
 
 
-class _Initial(NamedTuple):
-    """States before segments (or gradients of those after): [B, segments, heads, K, V]; the group's first head in it."""
+class _Walks:
+    """Launches of the kernels of forward.cu for one call."""
 
-    states: Tensor
-    first: int
+    def __init__(self, plan: Plan):
+        self.plan, scan = plan, plan.scan
+        self.shared = WalkArguments(
+            q=scan.q.data_ptr(), f=scan.f.data_ptr(), bound=_pointer(scan.bound), length=plan.length,
+            heads=plan.heads, coarse_chunks=plan.coarse, reverse=scan.reverse, scale=scan.scale,
+            **_strides(q=scan.q, f=scan.f),
+        )  # fmt: skip
+
+    def launch(
+        self, name: str, group: Group, chunks: int, values: Tensor, initial: Tensor | None = None,
+        initial_first: int = 0, **outputs: Tensor,
+    ) -> None:  # fmt: skip
+        """Launches a kernel.
+
+        Args:
+            name: of the kernel.
+            group: heads to work on.
+            chunks: of a segment.
+            values: v, or dy backwards.
+            initial: [B, segments, heads, K, V], states before the segments (backwards, gradients of those after).
+            initial_first: where the group's first head is in `initial`.
+            outputs: by the name of the field of `WalkArguments`.
+        """
+        arguments = WalkArguments.from_buffer_copy(self.shared)
+        arguments.v = values.data_ptr()
+        arguments.v_batch, arguments.v_row, arguments.v_head, _ = values.stride()
+        segments = -(-self.plan.chunks // chunks)
+        arguments.segments, arguments.segment_chunks, arguments.first_head = segments, chunks, group.first
+        if initial is not None:
+            arguments.initial, arguments.initial_first = initial.data_ptr(), initial_first
+            arguments.initial_heads = initial.shape[2]
+        for field, x in outputs.items():
+            setattr(arguments, field, x.data_ptr())
+        scan = self.plan.scan
+        kernel = _kernel("forward.cu", name, scan.q.dtype, scan.q_activation, scan.q.device.index)
+        kernel.launch((segments, group.count, self.plan.batch), arguments)
+
+    def summaries(self, name: str, group: Group, chunks: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What each segment adds to the state, [B, segments, heads, K, V], and its decay and 1 minus it."""
+        shape = (self.plan.batch, -(-self.plan.chunks // chunks), group.count, WIDTH)
+        updates = torch.empty((*shape, WIDTH), dtype=torch.float32, device=values.device)
+        decays = torch.empty((*shape[:3], 2, WIDTH), dtype=torch.float32, device=values.device)
+        self.launch(name, group, chunks, values, update=updates, decay=decays)
+        return updates, decays
 
 
-def _before_segments(scan: Scan, group: Group, final: Tensor) -> _Initial | None:
-    """States before the segments of a group's sequences."""
-    segments, _ = scan.segments(group)
-    if segments == 1:
-        return None if scan.initial_state is None else _Initial(scan.initial_state.unsqueeze(1), group.first)
-    updates, decays = _summaries("forward_summaries", scan, group, scan.v)
-    _carry(updates, decays, scan.initial_state, final, group, back=False)
-    return _Initial(updates, 0)
-
-
-def _after_segments(scan: Scan, group: Group, dy: Tensor, d_final: Tensor, d_initial: Tensor) -> _Initial:
-    """Gradients of the states after the segments."""
-    segments, _ = scan.segments(group)
-    if segments == 1:
-        return _Initial(d_final.unsqueeze(1), group.first)
-    updates, decays = _summaries("backward_summaries", scan, group, dy)
-    _carry(updates, decays, d_final, d_initial, group, back=True)
-    return _Initial(updates, 0)
-
-
-def _summaries(name: str, scan: Scan, group: Group, values: Tensor) -> tuple[Tensor, Tensor]:
-    """What each segment adds to the state, [B, segments, heads, K, V], and its decay and 1 minus it."""
-    segments, _ = scan.segments(group)
-    shape = (scan.q.shape[0], segments, group.count, WIDTH)
-    updates = torch.empty((*shape, WIDTH), dtype=torch.float32, device=scan.q.device)
-    decays = torch.empty((*shape[:3], 2, WIDTH), dtype=torch.float32, device=scan.q.device)
-    _walk(name, scan, group, values, update=updates, decay=decays)
-    return updates, decays
-
-
-def _carry(
-    updates: Tensor, decays: Tensor, initial: Tensor | None, final: Tensor, group: Group, back: bool
-) -> None:
+def _carry(updates: Tensor, decays: Tensor, initial: Tensor | None, final: Tensor, group: Group, back: bool) -> None:
     """Replaces what each segment adds by the state before it (back: after it)."""
     from hgrn2.ops.triton.chunk_fwd import carry_states_kernel
 
@@ -217,74 +253,43 @@ def _carry(
     )  # fmt: skip
 
 
-def _walk(
-    name: str, scan: Scan, group: Group, values: Tensor, initial: _Initial | None = None, **outputs: Tensor
-) -> None:
-    """Launches a kernel of forward.cu."""
-    q = scan.q
-    segments, segment_chunks = scan.segments(group)
-    arguments = WalkArguments(
-        q=q.data_ptr(), f=scan.f.data_ptr(), v=values.data_ptr(), bound=_pointer(scan.bound), length=q.shape[1],
-        heads=q.shape[2], segments=segments, segment_chunks=segment_chunks, reverse=scan.reverse,
-        first_head=group.first, scale=scan.scale, **{name: x.data_ptr() for name, x in outputs.items()},
-        **_strides(q=q, f=scan.f, v=values),
-    )  # fmt: skip
-    if initial is not None:
-        arguments.initial, arguments.initial_first = initial.states.data_ptr(), initial.first
-        arguments.initial_heads = initial.states.shape[2]
-    kernel = _kernel("forward.cu", name, q, scan.q_activation, _WALK_SHARED, THREADS)
-    kernel.launch((segments, group.count, q.shape[0]), arguments)
-
-
 def _gradients(
-    scan: Scan, group: Group, dy: Tensor, states: Tensor, d_states: Tensor, decays: Tensor, left_over: Tensor,
+    plan: Plan, group: Group, dy: Tensor, states: Tensor, d_states: Tensor, decays: Tensor, left_over: Tensor,
     dq: Tensor, df: Tensor, d_bound: Tensor | None,
 ) -> None:  # fmt: skip
     """Gradients of query and gate; what the fast kernel leaves over, the exact one of ops/triton does."""
-    from hgrn2.ops.triton.chunk_bwd import chunk_gradient_kernel
+    from hgrn2.ops.triton.chunk_bwd import left_over_gradient_kernel
 
+    scan, batch, length, heads = plan.scan, plan.batch, plan.length, plan.heads
     q, f, v = scan.q, scan.f, scan.v
-    batch, length, heads, _ = q.shape
     arguments = GradientArguments(
         q=q.data_ptr(), f=f.data_ptr(), v=v.data_ptr(), dy=dy.data_ptr(), bound=_pointer(scan.bound),
         states=states.data_ptr(), d_states=d_states.data_ptr(), dq=dq.data_ptr(), df=df.data_ptr(),
         d_bound=_pointer(d_bound), left_over=left_over.data_ptr(), length=length, heads=heads,
         first_head=group.first, reverse=scan.reverse, scale=scan.scale, **_strides(q=q, f=f, v=v, dy=dy),
     )  # fmt: skip
-    kernel = _kernel("backward.cu", "backward_gates", q, scan.q_activation, _GRADIENT_SHARED, GRADIENT_THREADS)
-    kernel.launch((scan.chunks, 2 * group.count, batch), arguments)
-    block = 64
-    chunk_gradient_kernel[(batch * scan.chunks, group.count, WIDTH // block)](
-        q, f, q, v, dy, scan.bound, states, d_states, decays, dq, df, None, d_bound, left_over, None, None, None,
-        *_strides(q=q, f=f, k=q, v=v, dy=dy).values(), length, scan.chunks, *group, heads, WIDTH, WIDTH, scan.scale,
-        C=CHUNK, BK=block, BV=64, TIED=True, HAS_BOUND=scan.bound is not None, Q_ACTIVATION=scan.q_activation,
-        V_ACTIVATION="none", PACKED=False, REVERSE=scan.reverse, PRECISION="tf32", LEFT_OVER=True, num_warps=8,
-        num_stages=1,
+    kernel = _kernel("backward.cu", "backward_gates", q.dtype, scan.q_activation, q.device.index)
+    kernel.launch((plan.chunks, 2 * group.count, batch), arguments)
+    pieces, block = left_over.numel(), 32
+    left_over_gradient_kernel[(-(-pieces // block),)](
+        left_over, pieces, q, f, v, dy, scan.bound, states, d_states, decays, dq, df, d_bound,
+        *_strides(q=q, f=f, v=v, dy=dy).values(), length, plan.chunks, *group, heads, WIDTH, WIDTH, scan.scale,
+        C=CHUNK, BK=_HALF, BV=64, HAS_BOUND=scan.bound is not None, Q_ACTIVATION=scan.q_activation,
+        REVERSE=scan.reverse, PIECES=block, num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
-def _groups(scan: Scan) -> Iterator[Group]:
-    heads = scan.q.shape[2]
-    head_bytes = scan.q.shape[0] * scan.chunks * WIDTH * WIDTH * scan.q.dtype.itemsize
-    count = -(-heads // max(1, STATE_BYTES // head_bytes))
-    size = -(-heads // count)
-    return (Group(first, min(size, heads - first)) for first in range(0, heads, size))
-
-
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _kernel(file: str, name: str, q: Tensor, q_activation: str, shared_bytes: int, threads: int) -> compiler.Kernel:
-    major, minor = torch.cuda.get_device_capability(q.device)
+def _kernel(file: str, name: str, dtype: torch.dtype, q_activation: str, device: int) -> compiler.Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
     options = (
         f"-arch=sm_{major}{minor}a",
         "--std=c++17",
-        f"-DBFLOAT16={int(q.dtype == torch.bfloat16)}",
+        f"-DBFLOAT16={int(dtype == torch.bfloat16)}",
         f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
     )
-    return compiler.load(_source(file), options, name, shared_bytes, threads, q.device.index)
+    shared_bytes, threads = (_WALK_SHARED, THREADS) if file == "forward.cu" else (_GRADIENT_SHARED, GRADIENT_THREADS)
+    return compiler.load(_source(file), options, name, shared_bytes, threads)
 
 
 @functools.cache

@@ -20,36 +20,25 @@ from hgrn2.ops.triton.chunks import (
 
 
 @triton.jit
-def chunk_gradient_kernel(
-    q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p, left_over_p,
-    first_chunk_p, sequence_p, cu_seqlens_p,
+def _chunk_gradient(
+    i_chunk, i_local, i_k, place,
+    q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dy_batch, dy_row, dy_head, T, NT, head, HEADS, ALL_HEADS, K, V, scale,
+    dy_batch, dy_row, dy_head, T, head, HEADS, ALL_HEADS, K, V, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr, HAS_BOUND: tl.constexpr,
-    Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr, LEFT_OVER: tl.constexpr,
+    Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT_OVER: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, of the key and of the decay, a chunk and BK channels at a time.
+    """Gradients of q, of the key and of the decay, of one chunk, head and BK channels.
 
     Every product of decays takes part in X, the query or key times it. The gradient of a decay's logarithm is the sum
-    of X dX over the X that hold the decay: terms of one kind added up, none taken away. Programs: (chunks, HEADS,
-    blocks of K). Gradients are contiguous, [B, T, ALL_HEADS, K].
-
-    LEFT_OVER: only what the kernels of ops/cuda left to this one, with their layout of states and decays.
+    of X dX over the X that hold the decay: terms of one kind added up, none taken away. Gradients are contiguous,
+    [B, T, ALL_HEADS, K]. `place` is what `chunk_place` returned.
     """
-    i_chunk, i_local, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_batch, start, length, begin = place
     first_k = i_k * BK
     i_head = head + i_local
-    i_batch, start, length, begin = chunk_place(
-        i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C, PACKED
-    )  # fmt: skip
     k_columns = first_k + tl.arange(0, BK)
-    if begin >= length:
-        return
-    if LEFT_OVER:
-        flags = left_over_p + (i_chunk.to(tl.int64) * HEADS + i_local) * 2
-        if tl.load(flags + first_k // 64) == 0:
-            return
     rows, exists = chunk_rows(start, length, begin, C, REVERSE)
     i_batch = i_batch.to(tl.int64)
     low = v_p.dtype.element_ty
@@ -74,7 +63,9 @@ def chunk_gradient_kernel(
         v_columns = first_v + tl.arange(0, BV)
         inside = (k_columns < K)[None, :] & (v_columns < V)[:, None]
         if LEFT_OVER:
-            places = at * V + v_columns[:, None] * K + k_columns[None, :]
+            # of each half of K, channel 8 i + 2 c + e is at 16 c + 2 i + e
+            order = k_columns // 64 * 64 + k_columns % 8 // 2 * 16 + k_columns % 64 // 8 * 2 + k_columns % 2
+            places = at * V + v_columns[:, None] * K + order[None, :]
         else:
             places = at * V + k_columns[None, :] * V + v_columns[:, None]
         state = tl.load(state_p + places, mask=inside, other=0.0)
@@ -149,3 +140,57 @@ def chunk_gradient_kernel(
     else:
         store_rows(df_p + out, d_log, rows, exists, out_row, first_k, K, BK)
         store_rows(dk_p + out, dk, rows, exists, out_row, first_k, K, BK)
+
+
+@triton.jit
+def chunk_gradient_kernel(
+    q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p,
+    first_chunk_p, sequence_p, cu_seqlens_p,
+    q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    dy_batch, dy_row, dy_head, T, NT, head, HEADS, ALL_HEADS, K, V, scale,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr, HAS_BOUND: tl.constexpr,
+    Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q, key and decay. Programs: (chunks, HEADS, blocks of K)."""
+    i_chunk = tl.program_id(0)
+    place = chunk_place(i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C, PACKED)
+    if place[3] >= place[2]:
+        return
+    _chunk_gradient(
+        i_chunk, tl.program_id(1), tl.program_id(2), place,
+        q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p,
+        q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+        dy_batch, dy_row, dy_head, T, head, HEADS, ALL_HEADS, K, V, scale,
+        C, BK, BV, TIED, HAS_BOUND, Q_ACTIVATION, V_ACTIVATION, REVERSE, PRECISION, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def left_over_gradient_kernel(
+    left_over_p, pieces, q_p, f_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, d_bound_p,
+    q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head,
+    dy_batch, dy_row, dy_head, T, NT, head, HEADS, ALL_HEADS, K, V, scale,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_BOUND: tl.constexpr, Q_ACTIVATION: tl.constexpr,
+    REVERSE: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The same for what the kernel of ops/cuda left over, with its layout of states and decays.
+
+    left_over_p [chunks, HEADS, K / BK] int32 is not 0 where there is work. Programs: blocks of PIECES flags.
+    """
+    first = tl.program_id(0) * PIECES
+    i = first + tl.arange(0, PIECES)
+    if tl.max(tl.load(left_over_p + i, mask=i < pieces, other=0), axis=0) == 0:
+        return
+    halves = K // BK
+    for piece in range(first, tl.minimum(first + PIECES, pieces)):
+        if tl.load(left_over_p + piece) != 0:
+            i_chunk = piece // (halves * HEADS)
+            place = chunk_place(i_chunk, None, None, None, T, NT, C, False)
+            _chunk_gradient(
+                i_chunk, piece // halves % HEADS, piece % halves, place,
+                q_p, f_p, q_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, None, d_bound_p,
+                q_batch, q_row, q_head, f_batch, f_row, f_head, q_batch, q_row, q_head, v_batch, v_row, v_head,
+                dy_batch, dy_row, dy_head, T, head, HEADS, ALL_HEADS, K, V, scale,
+                C, BK, BV, True, HAS_BOUND, Q_ACTIVATION, "none", REVERSE, "tf32", True,
+            )  # fmt: skip

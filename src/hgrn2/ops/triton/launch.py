@@ -190,10 +190,10 @@ class Launcher:
         grid = (self.chunks.total, group[1], _blocks(self.width, blocks.k))
         k = scan.q if scan.k is None else scan.k
         chunk_gradient_kernel[grid](
-            scan.q, scan.f, k, scan.v, dy, scan.bound, states, d_states, decays, *results, None, *self._tables(),
+            scan.q, scan.f, k, scan.v, dy, scan.bound, states, d_states, decays, *results, *self._tables(),
             *_strides(scan.q), *_strides(scan.f), *_strides(k), *_strides(scan.v), *_strides(dy),
             self.length, self.chunks.each, *group, self.heads, self.width, self.v_width, scan.scale,
-            BK=blocks.k, BV=blocks.v, LEFT_OVER=False, num_warps=blocks.warps, num_stages=blocks.stages,
+            BK=blocks.k, BV=blocks.v, num_warps=blocks.warps, num_stages=blocks.stages,
             **self.flags,
         )  # fmt: skip
 
