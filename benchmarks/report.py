@@ -194,7 +194,7 @@ def _print_table(title: str, device: object, rows: Sequence[Row]) -> None:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("hgrn2", "torch", "numpy", "onnx", "onnxruntime", "transformers"):
+    for name in ("hgrn2", "torch", "triton", "fla-core", "numpy", "onnx", "onnxruntime", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,7 @@
-"""Other ways to run the gated recurrence, for comparison: compiled log-space chunks, ONNX Runtime's LinearAttention."""
+"""Other ways to run the gated recurrence, for comparison.
+
+Compiled log-space chunks, ONNX Runtime's LinearAttention, and flash-linear-attention's kernels.
+"""
 
 from __future__ import annotations
 
@@ -129,3 +132,21 @@ def onnx_linear_attention(
         return torch.from_numpy(session.run(["y"], arrays)[0]).view(batch, length, heads, -1)
 
     return run
+
+
+def fla_hgrn2() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """flash-linear-attention's path of HGRN2 from pre-activations to output, as its layer runs it (0.6.0).
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    from fla.modules.activations import swish  # pyright: ignore[reportMissingImports]
+    from fla.ops.gla import chunk_gla  # pyright: ignore[reportMissingImports]
+
+    def scan(q: Tensor, z: Tensor, v: Tensor, lower_bound: Tensor) -> Tensor:
+        gate = torch.logaddexp(lower_bound.log(), torch.log1p(-lower_bound) + functional.logsigmoid(z))
+        key = 1 - gate.exp()
+        # the layer leaves the scale to its default; any costs the same
+        return chunk_gla(q=swish(q), k=key.to(v), v=v, g=gate, scale=1.0, state_v_first=True)[0]
+
+    return scan

@@ -4,20 +4,22 @@ Every candidate is compared with the float64 recurrence before anything is timed
 wrong ends the benchmark without a single time, a rival that is wrong is shown without one.
 
     python benchmarks/scan.py --device cpu --out benchmarks/results/scan-cpu.json
+
+On a GPU the candidates, the peers and the sizes are others: `scan_cuda.py`.
+
+    python benchmarks/scan.py --device cuda --out benchmarks/results/scan-cuda.json
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
+from exact import LIMITS, error, exact, loop, make_inputs, scan, with_backward, without_gradients
 from report import Row, arguments, compare, interleave, report, row
 from rivals import log_space_scan, onnx_linear_attention
 from torch import Tensor
-
-from hgrn2.ops import hgrn2_scan
 
 EAGER, COMPILED = "chunked float32, eager", "chunked float32, compiled"
 BF16, BF16_COMPILED = "chunked bfloat16, eager", "chunked bfloat16, compiled"
@@ -26,70 +28,7 @@ LOG_SPACE = "log-space chunks, float32, compiled"
 ORT, ORT_STANDARD = "ONNX Runtime LinearAttention, float32", "ONNX Runtime LinearAttention of opset 27, float32"
 ORT_ALONE = "the same without gate math"
 BACKWARD = ", with backward"
-# relative RMS error against float64; outputs and gradients
-LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 RIVAL_LIMIT = 1e-4
-
-
-class Inputs(NamedTuple):
-    """Pre-activations [B, T, H, K], [B, T, H, K], [B, T, H, V] and the lower bound [H, K]."""
-
-    q: Tensor
-    f: Tensor
-    v: Tensor
-    lower_bound: Tensor
-
-    def to(self, dtype: torch.dtype) -> Inputs:
-        """In another dtype, the bound in its own."""
-        return Inputs(self.q.to(dtype), self.f.to(dtype), self.v.to(dtype), self.lower_bound)
-
-
-def make_inputs(batch: int, length: int, heads: int, k_width: int, v_width: int, device: str) -> Inputs:
-    """Fresh random inputs, the gates those of a young model in the middle of its layers."""
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(batch, length, heads, width, device=device)
-
-    return Inputs(normal(k_width), normal(k_width), normal(v_width), torch.full((heads, k_width), 0.5, device=device))
-
-
-def scan(q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor) -> Tensor:
-    """The product."""
-    return hgrn2_scan(q, f, v, lower_bound)[0]
-
-
-def loop(q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor) -> Tensor:
-    """The recurrence, token by token."""
-    return hgrn2_scan(q, f, v, lower_bound, backend="reference")[0]
-
-
-def with_backward(function: Callable[..., Tensor], inputs: Inputs, dy: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of function followed by the gradients of all inputs."""
-    leaves = tuple(x.clone().requires_grad_() for x in inputs)
-    dy = dy.to(inputs.v.dtype)
-    return lambda: torch.autograd.grad(function(*leaves), leaves, dy)
-
-
-def exact(inputs: Inputs, dy: Tensor | None) -> list[Tensor]:
-    """[y], or with dy the gradients, by the float64 recurrence; head by head, to save memory."""
-    parts = []
-    for head in range(inputs.q.shape[2]):
-        h = slice(head, head + 1)
-        q, f, v = (x[:, :, h].double() for x in inputs[:3])
-        one = Inputs(q, f, v, inputs.lower_bound[h].double())
-        if dy is None:
-            parts.append([loop(*one)])
-        else:
-            parts.append(list(with_backward(loop, one, dy[:, :, h].double())()))
-    return [torch.cat(columns, columns[0].dim() - 2) for columns in zip(*parts, strict=True)]
-
-
-def error(found: tuple[Tensor, ...] | list[Tensor], wanted: list[Tensor]) -> float:
-    """Largest relative RMS error of several tensors."""
-    return max(
-        ((one.double() - two).square().mean() / two.square().mean()).sqrt().item()
-        for one, two in zip(found, wanted, strict=True)
-    )
 
 
 class Bench:
@@ -153,6 +92,7 @@ def sweep(
 def main() -> int:
     """Runs the benchmark; 1 when a candidate of this package is wrong."""
     parser = arguments(str(__doc__).splitlines()[0])
+    parser.epilog = "Sizes and sweep are for the CPU; with --device cuda the sizes are fixed."
     for name, size in (("batch", 1), ("length", 2048), ("heads", 8), ("k-width", 128), ("v-width", 128)):
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument(
@@ -161,6 +101,10 @@ def main() -> int:
     parser.add_argument("--sweep-rounds", type=int, default=3)
     parser.add_argument("--forward-only", action="store_true")
     options = parser.parse_args()
+    if torch.device(options.device).type == "cuda":
+        import scan_cuda
+
+        return scan_cuda.benchmark(options.device, options.rounds, options.out)
     if options.length % 64:
         parser.error(f"--length is {options.length}; the log-space rival wants a multiple of 64")
     device, shape = options.device, (options.batch, options.length, options.heads, options.k_width, options.v_width)
@@ -181,9 +125,9 @@ def main() -> int:
     with torch.no_grad():
         wanted = {torch.float32: exact(inputs, None), torch.bfloat16: exact(low, None)}
         for name, function, x, dtype in ours:
-            right &= forward.add(name, _no_grad(function, x), wanted[dtype], LIMITS[dtype])
-        forward.add_rival(NAIVE, lambda: _no_grad(loop, inputs), wanted[torch.float32])
-        forward.add_rival(LOG_SPACE, lambda: _no_grad(rival, inputs), wanted[torch.float32])
+            right &= forward.add(name, without_gradients(function, x), wanted[dtype], LIMITS[dtype])
+        forward.add_rival(NAIVE, lambda: without_gradients(loop, inputs), wanted[torch.float32])
+        forward.add_rival(LOG_SPACE, lambda: without_gradients(rival, inputs), wanted[torch.float32])
         if device == "cpu":
             for name, domain, gates in (
                 (ORT, "com.microsoft", True),
@@ -222,14 +166,6 @@ def main() -> int:
     settings = dict(zip(("B", "T", "H", "K", "V"), shape, strict=True)) | {"rounds": options.rounds}
     report("scan", settings, rows, device, options.out)
     return 0
-
-
-def _no_grad(function: Callable[..., Tensor], inputs: Inputs) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return function(*inputs)
-
-    return call
 
 
 if __name__ == "__main__":

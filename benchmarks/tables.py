@@ -21,6 +21,7 @@ from pathlib import Path
 from report import HEADER, cells
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE_VERSIONS = ("torch", "triton", "fla-core", "onnxruntime", "transformers")
 MARKERS = re.compile(
     r"(?P<open><!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<close><!-- /table:(?P=name) -->)", re.DOTALL
 )
@@ -33,9 +34,7 @@ def table(results: list[dict]) -> str:
         lines = [cells(row) for row in result["rows"]]
         columns = [i for i in range(len(HEADER)) if any(line[i] for line in lines)]
         versions = result["versions"]
-        known = ", ".join(
-            f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "transformers") if name in versions
-        )
+        known = ", ".join(f"{name} {versions[name]}" for name in TABLE_VERSIONS if name in versions)
         settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
         parts.append(
             f"{result['device']}; {known}; commit {result['commit'][:10]}, {result['date'][:10]}; {settings}.\n\n"
