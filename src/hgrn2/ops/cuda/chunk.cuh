@@ -1,7 +1,7 @@
 // What the kernels for K = V = 128 share: the shape of their work, memory movement, matrix products.
 //
-// A program (16 warps) walks along one head of one sequence, 64 tokens (a chunk) at a time: 8 warps work on gates and
-// scores, 8 on the state, one chunk behind. Matrix products are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums. Shared memory holds a chunk's rows in 16-byte pieces
+// A program (12 warps) walks along one head of one sequence, 64 tokens (a chunk) at a time: 8 warps work on gates and
+// scores, 4 on the state, one chunk behind. Matrix products are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums. Shared memory holds a chunk's rows in 16-byte pieces
 // whose place is XORed with the row, so that eight rows of one column never meet in a bank.
 //
 // Fragment of a 16 x 16 piece, the same for a factor on the left (rows x depth) and, transposed in roles, on the right:
@@ -14,7 +14,7 @@ typedef long long i64;
 constexpr int CHUNK = 64;
 constexpr int WIDTH = 128;
 constexpr int GATE_THREADS = 256;
-constexpr int STATE_THREADS = 256;
+constexpr int STATE_THREADS = 128;
 constexpr int THREADS = GATE_THREADS + STATE_THREADS;
 constexpr int ROW_BYTES = WIDTH * 2;
 constexpr int TILE_BYTES = CHUNK * ROW_BYTES;

@@ -3,7 +3,7 @@
 // The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
 // ever multiplied. A lane of a gate warp holds two channels of 16 tokens, so that joins up to 16 tokens stay within it;
 // the four blocks of a chunk meet through shared memory. The state lives in the registers of the state warps,
-// transposed: each warp holds 16 of the 128 columns of V.
+// transposed: each warp holds 32 of the 128 columns of V.
 //
 // The gradient of v is the same walk from the last chunk to the first (BACK): keys and queries exchange their roles,
 // dy is the value, and the state is the gradient of the state. Modes:
@@ -36,7 +36,9 @@ struct ForwardArguments {
 #ifndef GATE_REGISTERS
 #define GATE_REGISTERS 136
 #endif
-constexpr int STATE_REGISTERS = 256 - GATE_REGISTERS;
+// 12 warps start with 168 registers a lane; what the gate warps give up the state warps get
+constexpr int STATE_REGISTERS = 168 + 2 * (168 - GATE_REGISTERS);
+constexpr int PARTS = 2;  // of 16 columns of V, that a state warp holds
 constexpr int STAGES = 3;
 constexpr int FORWARD_SHARED =
     (3 * STAGES + 2) * TILE_BYTES + 4 * SCORE_BYTES + (4 + 2 + 1) * WIDTH * 4;
@@ -302,40 +304,47 @@ struct Reader {
     i64 left;                   // tokens from its first to the sequence's end
 };
 
-// Outputs of a chunk and the state after it. state[i][.]: columns 8 i ... of K, rows 16 warp ... of V.
+// state[p][i]: columns 8 i ... of K, rows 16 (PARTS warp + p) ... of V
+typedef float State[PARTS][16][4];
+
+// Outputs of a chunk and the state after it.
 template <bool OUTPUT, bool BACK>
-__device__ __forceinline__ void advance(const Memory& m, const Reader& r, int stage, int slot, float (&state)[16][4]) {
+__device__ __forceinline__ void advance(const Memory& m, const Reader& r, int stage, int slot, State& state) {
     // the place of piece p + 2 i is that of p, XORed with 32 i
-    u32 values_lane = (m.tile(stage, 2) + r.tile_lane) ^ (r.warp << 5);
+    u32 values_lane = (m.tile(stage, 2) + r.tile_lane) ^ (PARTS * r.warp << 5);
     u32 q_lane = (BACK ? m.keys(slot) : m.tile(stage, 0)) + r.tile_lane;
     u32 keys_lane = (BACK ? m.tile(stage, 0) : m.keys(slot)) + r.tile_lane;
     if (OUTPUT) {
         // 32 tokens at a time: the sums of all 64 and the state would not fit the registers
 #pragma unroll
         for (int part = 0; part < 4; part += 2) {
-            float out[2][2][4];
+            float out[2][2 * PARTS][4];
 #pragma unroll
             for (int t = 0; t < 2; t++)
 #pragma unroll
-                for (int i = 0; i < 8; i++) out[t][i >> 2][i & 3] = 0.0f;
+                for (int n = 0; n < 2 * PARTS; n++) out[t][n][0] = out[t][n][1] = out[t][n][2] = out[t][n][3] = 0.0f;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                u32 low0 = pack(state[2 * i][0], state[2 * i][1]);
-                u32 low1 = pack(state[2 * i + 1][0], state[2 * i + 1][1]);
-                u32 high0 = pack(state[2 * i][2], state[2 * i][3]);
-                u32 high1 = pack(state[2 * i + 1][2], state[2 * i + 1][3]);
+                u32 q[2][4];
 #pragma unroll
-                for (int t = 0; t < 2; t++) {
-                    u32 q[4];
-                    load_fragment(q, (q_lane ^ (i << 5)) + 16 * (part + t) * ROW_BYTES);
-                    multiply(out[t][0], q, low0, low1);
-                    multiply(out[t][1], q, high0, high1);
+                for (int t = 0; t < 2; t++) load_fragment(q[t], (q_lane ^ (i << 5)) + 16 * (part + t) * ROW_BYTES);
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) {
+                    const float(&low)[4] = state[p][2 * i], (&high)[4] = state[p][2 * i + 1];
+                    u32 b[4] = {pack(low[0], low[1]), pack(high[0], high[1]), pack(low[2], low[3]), pack(high[2], high[3])};
+#pragma unroll
+                    for (int t = 0; t < 2; t++) {
+                        multiply(out[t][2 * p], q[t], b[0], b[1]);
+                        multiply(out[t][2 * p + 1], q[t], b[2], b[3]);
+                    }
                 }
             }
 #pragma unroll
             for (int s = BACK ? part : 0; s <= (BACK ? 3 : part + 1); s++) {
-                u32 values[4];
-                load_fragment_transposed(values, values_lane + 16 * s * ROW_BYTES);
+                u32 values[PARTS][4];
+#pragma unroll
+                for (int p = 0; p < PARTS; p++)
+                    load_fragment_transposed(values[p], (values_lane ^ (p << 5)) + 16 * s * ROW_BYTES);
 #pragma unroll
                 for (int t = 0; t < 2; t++) {
                     // of every pair of blocks only one is earlier
@@ -351,8 +360,11 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
                         } else {
                             load_fragment(scores, (lane ^ (s << 5)) + 16 * (part + t) * CHUNK * 2);
                         }
-                        multiply(out[t][0], scores, values[0], values[1]);
-                        multiply(out[t][1], scores, values[2], values[3]);
+#pragma unroll
+                        for (int p = 0; p < PARTS; p++) {
+                            multiply(out[t][2 * p], scores, values[p][0], values[p][1]);
+                            multiply(out[t][2 * p + 1], scores, values[p][2], values[p][3]);
+                        }
                     }
                 }
             }
@@ -363,8 +375,8 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
                     int token = 16 * (part + t) + 8 * i;
                     if (token < r.left) {
                         u32* y = (u32*)(r.y + token * r.y_step);
-                        y[0] = pack(out[t][0][2 * i], out[t][0][2 * i + 1]);
-                        y[4] = pack(out[t][1][2 * i], out[t][1][2 * i + 1]);
+#pragma unroll
+                        for (int n = 0; n < 2 * PARTS; n++) y[4 * n] = pack(out[t][n][2 * i], out[t][n][2 * i + 1]);
                     }
                 }
         }
@@ -372,19 +384,30 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         float2 d = *(const float2*)(m.whole(slot) + 8 * i + 2 * r.c);
-        state[i][0] *= d.x, state[i][1] *= d.y, state[i][2] *= d.x, state[i][3] *= d.y;
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            float(&s)[4] = state[p][i];
+            s[0] *= d.x, s[1] *= d.y, s[2] *= d.x, s[3] *= d.y;
+        }
     }
 #pragma unroll
     for (int s = 0; s < 4; s++) {
-        u32 values[4];
-        load_fragment_transposed(values, values_lane + 16 * s * ROW_BYTES);
-        u32 left[4] = {values[0], values[2], values[1], values[3]};
+        u32 left[PARTS][4];
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            u32 values[4];
+            load_fragment_transposed(values, (values_lane ^ (p << 5)) + 16 * s * ROW_BYTES);
+            left[p][0] = values[0], left[p][1] = values[2], left[p][2] = values[1], left[p][3] = values[3];
+        }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             u32 k[4];
             load_fragment_transposed(k, (keys_lane ^ (i << 5)) + 16 * s * ROW_BYTES);
-            multiply(state[2 * i], left, k[0], k[1]);
-            multiply(state[2 * i + 1], left, k[2], k[3]);
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) {
+                multiply(state[p][2 * i], left[p], k[0], k[1]);
+                multiply(state[p][2 * i + 1], left[p], k[2], k[3]);
+            }
         }
     }
 }
@@ -416,12 +439,18 @@ __device__ __forceinline__ void work_on_gates(const ForwardArguments& a, const M
     }
 }
 
-// a state [K, V], from the corner of a lane's part
-__device__ __forceinline__ void write_state(float* to, const float (&state)[16][4]) {
+// where an element of a lane's state is in a state [K, V], from the lane's corner
+__device__ __forceinline__ int state_place(int p, int i, int e) {
+    return (8 * i + (e & 1)) * WIDTH + 16 * p + (e & 2 ? 8 : 0);
+}
+
+__device__ __forceinline__ void write_state(float* to, const State& state) {
 #pragma unroll
-    for (int i = 0; i < 16; i++)
+    for (int p = 0; p < PARTS; p++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) to[(8 * i + (e & 1)) * WIDTH + (e & 2 ? 8 : 0)] = state[i][e];
+        for (int i = 0; i < 16; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) to[state_place(p, i, e)] = state[p][i][e];
 }
 
 template <bool OUTPUT, bool BACK, bool KEEP>
@@ -430,17 +459,17 @@ __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const M
     constexpr bool SUMMARY = !OUTPUT && !KEEP;
     int thread = threadIdx.x - GATE_THREADS, warp = thread >> 5, lane = thread & 31, g = lane >> 2, c = lane & 3;
     int segment = blockIdx.x, local = blockIdx.y, batch = blockIdx.z, group = gridDim.y;
-    i64 corner = 2 * c * WIDTH + 16 * warp + g;
+    i64 corner = 2 * c * WIDTH + 16 * PARTS * warp + g;
     i64 own = (i64)batch * a.segments + segment;
-    float state[16][4];
+    State state;
     const float* initial = a.initial + (own * a.initial_heads + a.initial_first + local) * WIDTH * WIDTH + corner;
 #pragma unroll
-    for (int i = 0; i < 16; i++)
+    for (int p = 0; p < PARTS; p++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int place = (8 * i + (e & 1)) * WIDTH + (e & 2 ? 8 : 0);
-            state[i][e] = !SUMMARY && a.initial ? initial[place] : 0.0f;
-        }
+        for (int i = 0; i < 16; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                state[p][i][e] = !SUMMARY && a.initial ? initial[state_place(p, i, e)] : 0.0f;
     float decay = 1.0f;
     Reader r;
     r.warp = warp, r.c = c;
@@ -448,7 +477,7 @@ __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const M
     r.tile_lane = row * ROW_BYTES + (piece << 4), r.score_lane = row * CHUNK * 2 + (piece << 4);
     i64 chunk = BACK ? end - 1 : first, time = chunk * CHUNK + g;
     r.y_step = (a.reverse ? -1 : 1) * a.heads * WIDTH * 2;
-    r.y = from.y + (a.reverse ? a.length - 1 - time : time) * a.heads * WIDTH * 2 + (16 * warp + 2 * c) * 2;
+    r.y = from.y + (a.reverse ? a.length - 1 - time : time) * a.heads * WIDTH * 2 + (16 * PARTS * warp + 2 * c) * 2;
     r.left = a.length - time;
     i64 at = ((i64)batch * ((a.length + CHUNK - 1) / CHUNK) + chunk) * group + local;
     int stage = 0, count = (int)(end - first);
@@ -456,18 +485,20 @@ __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const M
         int slot = i & 1;
         if (KEEP) {
             // what a lane holds of each half of K lies together
-            uint4* kept = (uint4*)a.kept + (at * WIDTH + 16 * warp + g) * 16 + 2 * c;
+            uint4* kept = (uint4*)a.kept + (at * WIDTH + 16 * PARTS * warp + g) * 16 + 2 * c;
 #pragma unroll
-            for (int k = 0; k < 4; k++)
+            for (int p = 0; p < PARTS; p++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    uint4 four;
-                    four.x = pack(state[4 * k][2 * e], state[4 * k][2 * e + 1]);
-                    four.y = pack(state[4 * k + 1][2 * e], state[4 * k + 1][2 * e + 1]);
-                    four.z = pack(state[4 * k + 2][2 * e], state[4 * k + 2][2 * e + 1]);
-                    four.w = pack(state[4 * k + 3][2 * e], state[4 * k + 3][2 * e + 1]);
-                    kept[(k >> 1) * 8 + (k & 1) + e * 8 * 16] = four;
-                }
+                for (int k = 0; k < 4; k++)
+#pragma unroll
+                    for (int e = 0; e < 4; e += 2) {
+                        uint4 four;
+                        four.x = pack(state[p][4 * k][e], state[p][4 * k][e + 1]);
+                        four.y = pack(state[p][4 * k + 1][e], state[p][4 * k + 1][e + 1]);
+                        four.z = pack(state[p][4 * k + 2][e], state[p][4 * k + 2][e + 1]);
+                        four.w = pack(state[p][4 * k + 3][e], state[p][4 * k + 3][e + 1]);
+                        kept[(k >> 1) * 8 + (k & 1) + (16 * p + 4 * e) * 16] = four;
+                    }
         }
         if (OUTPUT && !BACK && a.coarse && (chunk + i) % a.coarse_chunks == 0) {
             i64 pieces = ((a.length + CHUNK - 1) / CHUNK + a.coarse_chunks - 1) / a.coarse_chunks;
@@ -514,10 +545,10 @@ __device__ __forceinline__ void walk(const ForwardArguments& a) {
     if (threadIdx.x < WIDTH) m.beta()[threadIdx.x] = a.bound ? a.bound[head * WIDTH + threadIdx.x] : 0.0f;
     __syncthreads();
     if (threadIdx.x < GATE_THREADS) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GATE_REGISTERS));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GATE_REGISTERS));
         work_on_gates<OUTPUT, BACK>(a, m, first, end, row);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(STATE_REGISTERS));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(STATE_REGISTERS));
         work_on_state<OUTPUT, BACK, KEEP>(a, m, first, end, row);
     }
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from hgrn2.ops.cuda import compiler
 from hgrn2.ops.cuda.plan import CHUNK, WIDTH, group_size, num_chunks, segment_chunks
 
-THREADS, GRADIENT_THREADS = 512, 256
+THREADS, GRADIENT_THREADS = 384, 256
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
 _WALK_SHARED = 11 * _TILE_BYTES + 4 * _SCORE_BYTES + 7 * WIDTH * 4
