@@ -24,7 +24,13 @@ def python_blocks(path: Path) -> list[str]:
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name != "triton":
+            raise
+        pytest.skip("Triton is not installed, which the kernels are written in")
+    assert doctest.testmod(module).failed == 0
 
 
 def test_the_readme_s_python_runs_and_its_loop_is_the_scan():

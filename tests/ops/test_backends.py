@@ -90,9 +90,39 @@ def test_nothing_is_said_of_triton_where_it_would_not_run(monkeypatch):
 
 
 def test_unknown_names():
-    for name in ("cuda", "", "Triton", None):
+    for name in ("gpu", "", "Triton", None):
         text = refused(name, CPU, torch.float32, 64, 64)
         assert all(repr(known) in text for known in backends.BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "widths", "plain", "reason"),
+    [
+        (CPU, torch.bfloat16, (128, 128), True, "the inputs are on cpu"),
+        (CUDA, torch.float32, (128, 128), True, "do not take torch.float32"),
+        (CUDA, torch.bfloat16, (128, 64), True, "K is 128 and V 64"),
+        (CUDA, torch.bfloat16, (128, 128), False, "packed sequences"),
+        (CUDA, torch.bfloat16, (128, 128), True, "no such chip"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_the_cuda_kernels_cannot_take(monkeypatch, device, dtype, widths, plain, reason):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(backends, "_device_problem", lambda index: "no such chip")
+    text = refused("cuda", device, dtype, *widths, plain)
+    assert "'cuda' cannot run" in text
+    assert reason in text
+    assert resolve_backend("auto", device, dtype, *widths, plain) == ("chunked" if device == CPU else "triton")
+
+
+def test_a_chip_with_kernels_of_its_own_gets_them(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(backends, "_device_problem", lambda index: None)
+    for wanted in ("auto", "cuda"):
+        assert resolve_backend(wanted, CUDA, torch.bfloat16, 128, 128) == "cuda"
+    # they need one of Triton's
+    monkeypatch.setattr(backends, "_TRITON_PROBLEM", "Triton is not installed")
+    assert "Triton is not installed" in refused("cuda", CUDA, torch.bfloat16, 128, 128)
 
 
 def test_operators_pass_the_reason_on():
