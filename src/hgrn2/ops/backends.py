@@ -11,8 +11,8 @@ import torch
 
 BACKENDS = ("auto", "reference", "chunked", "triton", "cuda")
 OLDEST_TRITON = (3, 6)
-# matrix units read blocks of a head whole
-WIDEST = 256
+# what matrix units take at least, and what fits a multiprocessor
+NARROWEST, WIDEST = 16, 256
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_CAPABILITY = (9, 0)
@@ -92,8 +92,8 @@ def _unsuitable(device: torch.device, dtype: torch.dtype, k_width: int, v_width:
         return f"the inputs are on {device}, and its kernels need a GPU"
     if dtype not in TRITON_DTYPES:
         return f"its kernels do not take {dtype}"
-    if max(k_width, v_width) > WIDEST:
-        return f"K is {k_width} and V {v_width}, and its kernels take at most {WIDEST}"
+    if min(k_width, v_width) < NARROWEST or max(k_width, v_width) > WIDEST:
+        return f"K is {k_width} and V {v_width}, and its kernels take {NARROWEST} to {WIDEST}"
     return None
 
 

@@ -251,7 +251,7 @@ def _(q, f, v, lower_bound, initial_state, reverse, scale, q_activation, coarse)
 
 @torch.library.custom_op("hgrn2::cuda_scan_backward", mutates_args=())
 def _cuda_backward_op(
-    dy: Tensor, d_final_state: Tensor, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
+    dy: Tensor, d_final_state: Tensor | None, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
     initial_state: Tensor | None, states: Tensor, reverse: bool, scale: float, q_activation: str, coarse: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not coarse:
@@ -259,27 +259,35 @@ def _cuda_backward_op(
         from hgrn2.ops.triton import launch as triton_launch
 
         scan = triton_launch.Scan(q, f, None, v, lower_bound, initial_state, None, reverse, scale, q_activation, "none")
+        if d_final_state is None:
+            d_final_state = torch.zeros((q.shape[0], *q.shape[2:], v.shape[-1]), device=q.device)
         dq, df, _, dv, d_bound, d_initial = triton_launch.backward(scan, dy, d_final_state)
+        d_initial = None if initial_state is None else d_initial
     else:
         from hgrn2.ops.cuda import launch
 
         scan = launch.Scan(q, f, v, lower_bound, initial_state, reverse, scale, q_activation)
         dq, df, dv, d_bound, d_initial = launch.backward(scan, dy, d_final_state, states, coarse)
-    return dq, df, dv, q.new_empty(0) if d_bound is None else d_bound, d_initial
+    d_bound, d_initial = (q.new_empty(0) if x is None else x for x in (d_bound, d_initial))
+    return dq, df, dv, d_bound, d_initial
 
 
 @_cuda_backward_op.register_fake
 def _(dy, d_final_state, q, f, v, lower_bound, initial_state, states, reverse, scale, q_activation, coarse):
-    d_bound = q.new_empty(0) if lower_bound is None else lower_bound.new_empty(lower_bound.shape)
-    return *(x.new_empty(x.shape) for x in (q, f, v)), d_bound, d_final_state.new_empty(d_final_state.shape)
+    inputs = (q, f, v, lower_bound, initial_state)
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _cuda_setup(ctx, inputs, output) -> None:
     tensors, ctx.settings = inputs[:5], inputs[5:]
     ctx.save_for_backward(*tensors, output[2])
+    # the final state is seldom used: no zeros for its gradient
+    ctx.set_materialize_grads(False)
 
 
 def _cuda_backward(ctx, dy, d_final_state, _):
+    if dy is None:
+        dy = torch.zeros_like(ctx.saved_tensors[2])
     *_, lower_bound, initial_state, _ = tensors = ctx.saved_tensors
     dq, df, dv, d_bound, d_initial = torch.ops.hgrn2.cuda_scan_backward(dy, d_final_state, *tensors, *ctx.settings)
     d_bound = None if lower_bound is None else d_bound

@@ -19,7 +19,7 @@ from hgrn2.ops.registration import (
     triton_step,
     triton_step_in_place,
 )
-from hgrn2.ops.tiles import chunks_per_tile
+from hgrn2.ops.tiles import boundaries, chunks_per_tile
 from hgrn2.shapes import require_shape
 
 Q_ACTIVATIONS = ("silu", "sigmoid", "none")
@@ -40,6 +40,7 @@ def hgrn2_scan(
     q_activation: str = "silu",
     v_activation: str = "none",
     backend: str = "auto",
+    debug: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """HGRN2's mixing of tokens, from pre-activations (arXiv 2404.07904, section 3).
 
@@ -63,6 +64,8 @@ def hgrn2_scan(
         v_activation: "none" or "silu", applied to v.
         backend: "auto", "cuda" (kernels for Hopper GPUs, K = V = 128), "triton" (kernels for any GPU), "chunked"
             (plain torch on any device) or "reference" (step by step). All are exact for any gate.
+        debug: check values on an accelerator too, which waits for it; on a CPU they always are. Without it cu_seqlens
+            that do not rise from 0 to T give rows of zeros, or rows that belong to another sequence.
 
     Returns:
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V] in the state's dtype.
@@ -78,9 +81,9 @@ def hgrn2_scan(
         >>> y.shape, state.shape
         (torch.Size([2, 100, 4, 32]), torch.Size([2, 4, 32, 32]))
     """
-    _check_scan(q, f, v, initial_state, cu_seqlens, "f")
+    _check_scan(q, f, v, initial_state, cu_seqlens, "f", debug)
     _check_scale(scale)
-    _check_lower_bound(lower_bound, q)
+    _check_lower_bound(lower_bound, q, debug)
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     lower_bound, initial_state = _as_state(lower_bound, q), _as_state(initial_state, q)
@@ -132,6 +135,7 @@ def gated_scan(
     reverse: bool = False,
     scale: float = 1.0,
     backend: str = "auto",
+    debug: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same recurrence with a key of its own and the decay given as its logarithm.
 
@@ -147,6 +151,7 @@ def gated_scan(
         reverse: see initial_state.
         scale: see initial_state.
         backend: see initial_state.
+        debug: see initial_state.
 
     Returns:
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V].
@@ -159,11 +164,11 @@ def gated_scan(
         >>> q, k, v = torch.randn(3, 1, 50, 2, 16).unbind(0)
         >>> y, state = hgrn2.ops.gated_scan(q, k, v, -torch.rand(1, 50, 2, 16))
     """
-    _check_scan(q, k, v, initial_state, cu_seqlens, "k")
+    _check_scan(q, k, v, initial_state, cu_seqlens, "k", debug)
     _check_scale(scale)
     require_shape("log_f", log_f, "B T H K", q.shape)
     _check_like("log_f", log_f, q, _state_dtype(q))
-    if _values_are_at_hand(log_f) and log_f.numel() and not bool((log_f <= 0).all()):
+    if _values_are_at_hand(log_f, debug) and log_f.numel() and not bool((log_f <= 0).all()):
         raise ValueError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
     log_f, initial_state = log_f.to(_state_dtype(q)), _as_state(initial_state, q)
     backend = _resolve(backend, q, v, plain=False)
@@ -195,6 +200,7 @@ def hgrn2_step(
     v_activation: str = "none",
     inplace: bool = False,
     backend: str = "auto",
+    debug: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of `hgrn2_scan`, for decoding with a state of constant size.
 
@@ -209,6 +215,7 @@ def hgrn2_step(
         v_activation: as in `hgrn2_scan`.
         inplace: write the new state over `state`, which saves its memory and, in a captured graph, its address.
         backend: as in `hgrn2_scan`; without a kernel all run the same few element-wise operations.
+        debug: as in `hgrn2_scan`.
 
     Returns:
         y [B, H, V] in q's dtype, and the new state.
@@ -232,12 +239,12 @@ def hgrn2_step(
     _check_scale(scale)
     _check_operands(q, f, v, "f")
     _check_like("state", state, q, _state_dtype(q))
-    _check_lower_bound(lower_bound, q)
+    _check_lower_bound(lower_bound, q, debug)
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     dtype = _state_dtype(q)
     # a step is the same kernel whichever the scan's are
-    backend = _resolve(backend, q, v, plain=False)
+    backend = _resolve("triton" if backend == "cuda" else backend, q, v, plain=False)
     if inplace and state.dtype != dtype:
         raise ValueError(f"state has dtype {state.dtype}; to be changed in place it must be {dtype}")
     if inplace and _needs_gradient(q, f, v, state, lower_bound):
@@ -279,10 +286,14 @@ def _as_state(x: Tensor | None, q: Tensor) -> Tensor | None:
     return None if x is None else x.to(_state_dtype(q))
 
 
-def _values_are_at_hand(x: Tensor) -> bool:
-    """Whether values can be looked at without waiting for an accelerator or breaking a trace."""
+def _values_are_at_hand(x: Tensor, debug: bool) -> bool:
+    """Whether values can be looked at: without waiting for an accelerator, unless asked to, or breaking a trace."""
     # a traced or fake tensor is of another type and has no values
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return (
+        (debug or x.device.type == "cpu")
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _needs_gradient(*inputs: Tensor | None) -> bool:
@@ -312,7 +323,7 @@ def _check_operands(q: Tensor, x: Tensor, v: Tensor, name: str) -> None:
 
 
 def _check_scan(
-    q: Tensor, x: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, name: str
+    q: Tensor, x: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, name: str, debug: bool
 ) -> None:
     if q.dim() != 4 or v.dim() != 4:
         raise ValueError(
@@ -324,7 +335,7 @@ def _check_scan(
     _check_operands(q, x, v, name)
     num_states = q.shape[0]
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q)
+        _check_cu_seqlens(cu_seqlens, q, debug)
         num_states = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         require_shape("initial_state", initial_state, "N H K V", (num_states, *q.shape[2:], v.shape[3]))
@@ -342,7 +353,7 @@ def _check_scale(scale: float) -> None:
         raise ValueError(f"scale is {scale}; wanted a finite number")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens is {cu_seqlens!r}; wanted a tensor [N + 1], int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -353,14 +364,16 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError(f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1")
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}; move them to one device")
+    if _values_are_at_hand(cu_seqlens, debug):
+        boundaries(cu_seqlens, q.shape[1])
 
 
-def _check_lower_bound(lower_bound: Tensor | None, q: Tensor) -> None:
+def _check_lower_bound(lower_bound: Tensor | None, q: Tensor, debug: bool) -> None:
     if lower_bound is None:
         return
     require_shape("lower_bound", lower_bound, "H K", q.shape[-2:])
     _check_like("lower_bound", lower_bound, q, _state_dtype(q))
-    if _values_are_at_hand(lower_bound) and lower_bound.numel():
+    if _values_are_at_hand(lower_bound, debug) and lower_bound.numel():
         low, high = (float(x) for x in lower_bound.detach().aminmax())
         # a NaN fails both comparisons
         if not (low >= 0 and high < 1):

@@ -51,9 +51,16 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
 
 // `small` is e in the later half of the chunk, 1 / e in the earlier: at most 1.
 
-__device__ __forceinline__ void running_products(const float (&f)[8][2], bool later, float2 start, float (&small)[8][2]) {
+// a compile-time answer that can be an argument
+template <bool VALUE>
+struct Which {
+    static constexpr bool value = VALUE;
+};
+
+template <bool LATER>
+__device__ __forceinline__ void running_products(const float (&f)[8][2], float2 start, float (&small)[8][2]) {
     float2 p = start;
-    if (later) {
+    if (LATER) {
 #pragma unroll
         for (int i = 0; i < 8; i++) p.x *= f[i][0], p.y *= f[i][1], small[i][0] = p.x, small[i][1] = p.y;
     } else {
@@ -74,34 +81,37 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
 
     // rows of the inputs and the states
     {
-        const char* q = (const char*)a.q + (batch * a.q_batch + head * a.q_head + half * HALF) * 2;
-        const char* f = (const char*)a.f + (batch * a.f_batch + head * a.f_head + half * HALF) * 2;
+        int row = threadIdx.x >> 3, piece = threadIdx.x & 7;
+        u32 to = base + score_place(row, piece);
+        i64 token = chunk * CHUNK + row, from = a.reverse ? a.length - 1 - token : token;
+        const char* q = (const char*)a.q + (batch * a.q_batch + head * a.q_head + half * HALF + from * a.q_row) * 2;
+        const char* f = (const char*)a.f + (batch * a.f_batch + head * a.f_head + half * HALF + from * a.f_row) * 2;
+        int sign = a.reverse ? -1 : 1;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int row = (threadIdx.x >> 3) + 32 * i, piece = threadIdx.x & 7;
-            bool exists = row < left;
-            i64 token = chunk * CHUNK + row, from = exists ? (a.reverse ? a.length - 1 - token : token) : 0;
-            copy_async(base + AT_Q + score_place(row, piece), q + from * a.q_row * 2 + piece * 16, exists);
-            copy_async(base + AT_Z + score_place(row, piece), f + from * a.f_row * 2 + piece * 16, exists);
+            // 32 rows on, a piece's place is XORed with the same
+            bool exists = row + 32 * i < left;
+            copy_async(to + AT_Q + 32 * i * HALF * 2, exists ? q + i * sign * 64 * a.q_row + piece * 16 : a.q, exists);
+            copy_async(to + AT_Z + 32 * i * HALF * 2, exists ? f + i * sign * 64 * a.f_row + piece * 16 : a.f, exists);
         }
         copy_commit();
-        const char* v = (const char*)a.v + (batch * a.v_batch + head * a.v_head) * 2;
-        const char* dy = (const char*)a.dy + (batch * a.dy_batch + head * a.dy_head) * 2;
+        const char* state = (const char*)a.states + ((at * WIDTH + row) * WIDTH + half * HALF) * 2 + piece * 16;
+        const char* d_state = (const char*)a.d_states + (state - (const char*)a.states);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int row = (threadIdx.x >> 4) + 16 * i, piece = threadIdx.x & 15;
-            bool exists = row < left;
-            i64 token = chunk * CHUNK + row, from = exists ? (a.reverse ? a.length - 1 - token : token) : 0;
-            copy_async(base + AT_V + tile_place(row, piece), v + from * a.v_row * 2 + piece * 16, exists);
-            copy_async(base + AT_DY + tile_place(row, piece), dy + from * a.dy_row * 2 + piece * 16, exists);
+            copy_async(to + AT_STATE + 32 * i * HALF * 2, state + 32 * i * ROW_BYTES, true);
+            copy_async(to + AT_D_STATE + 32 * i * HALF * 2, d_state + 32 * i * ROW_BYTES, true);
         }
-        i64 place = (at * WIDTH * WIDTH + half * HALF) * 2;
+        row = threadIdx.x >> 4, piece = threadIdx.x & 15;
+        to = base + tile_place(row, piece);
+        token = chunk * CHUNK + row, from = a.reverse ? a.length - 1 - token : token;
+        const char* v = (const char*)a.v + (batch * a.v_batch + head * a.v_head + from * a.v_row) * 2;
+        const char* dy = (const char*)a.dy + (batch * a.dy_batch + head * a.dy_head + from * a.dy_row) * 2;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int row = (threadIdx.x >> 3) + 32 * i, piece = threadIdx.x & 7;
-            i64 from = place + row * ROW_BYTES + piece * 16;
-            copy_async(base + AT_STATE + score_place(row, piece), (const char*)a.states + from, true);
-            copy_async(base + AT_D_STATE + score_place(row, piece), (const char*)a.d_states + from, true);
+            bool exists = row + 16 * i < left;
+            copy_async(to + AT_V + 16 * i * ROW_BYTES, exists ? v + i * sign * 32 * a.v_row + piece * 16 : a.v, exists);
+            copy_async(to + AT_DY + 16 * i * ROW_BYTES, exists ? dy + i * sign * 32 * a.dy_row + piece * 16 : a.dy, exists);
         }
         copy_commit();
     }
@@ -146,17 +156,20 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         }
         if (warp == 0) halves[0] = m[0], halves[HALF / 2] = m[1];
         bool fine = m[0].x >= SMALLEST && m[0].y >= SMALLEST && m[1].x >= SMALLEST && m[1].y >= SMALLEST;
-        running_products(f, later, start, small);
+        auto scale = [&](auto which) {
+            constexpr bool LATER = decltype(which)::value;
+            running_products<LATER>(f, start, small);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float2 q = load_pair(raw(AT_Q, i));
-            q.x = activate(q.x) * a.scale, q.y = activate(q.y) * a.scale;
-            float large0 = reciprocal(small[i][0]), large1 = reciprocal(small[i][1]);
-            float e0 = later ? small[i][0] : large0, e1 = later ? small[i][1] : large1;
-            float r0 = later ? large0 : small[i][0], r1 = later ? large1 : small[i][1];
-            store_shared(own(AT_SCALED_Q, i), pack(q.x * e0, q.y * e1));
-            store_shared(own(AT_SCALED_K, i), pack(k[i][0] * r0, k[i][1] * r1));
-        }
+            for (int i = 0; i < 8; i++) {
+                float2 q = load_pair(raw(AT_Q, i));
+                q.x = activate(q.x) * a.scale, q.y = activate(q.y) * a.scale;
+                float large0 = reciprocal(small[i][0]), large1 = reciprocal(small[i][1]);
+                store_shared(own(AT_SCALED_Q, i), pack(q.x * (LATER ? small[i][0] : large0), q.y * (LATER ? small[i][1] : large1)));
+                store_shared(own(AT_SCALED_K, i), pack(k[i][0] * (LATER ? large0 : small[i][0]), k[i][1] * (LATER ? large1 : small[i][1])));
+            }
+        };
+        if (later) scale(Which<true>());
+        else scale(Which<false>());
         copy_wait();
         if (!__syncthreads_and(fine)) {
             if (threadIdx.x == 0) a.left_over[2 * at + half] = 1;
@@ -332,29 +345,34 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         tied_gate(z.y, beta.y, f[i][1], k[i][1], closed[i][1], open[i][1]);
         if (first_row + i >= left) f[i][0] = f[i][1] = 1.0f;
     }
-    running_products(f, later, start, small);
     i64 token = chunk * CHUNK + first_row;
     i64 out = ((batch * a.length + (a.reverse ? a.length - 1 - token : token)) * a.heads + head) * WIDTH + half * HALF;
-    i64 step = (a.reverse ? -1 : 1) * a.heads * WIDTH;
+    int step = (a.reverse ? -1 : 1) * a.heads * WIDTH;
     float2 d_bound = make_float2(0.0f, 0.0f);
+    char *dq_out = (char*)a.dq + (out + 2 * lane) * 2, *df_out = (char*)a.df + (out + 2 * lane) * 2;
+    auto finish = [&](auto which) {
+        constexpr bool LATER = decltype(which)::value;
+        running_products<LATER>(f, start, small);
 #pragma unroll
-    for (int i = 7; i >= 0; i--) {
-        int place = column_at + i * SUM_ROW;
-        float2 x = *(const float2*)(dq_sums + place), y = *(const float2*)(dk_sums + place);
-        float2 u = load_pair(raw(AT_Q, i));
-        float large0 = reciprocal(small[i][0]), large1 = reciprocal(small[i][1]);
-        float e0 = later ? small[i][0] : large0, e1 = later ? small[i][1] : large1;
-        float r0 = later ? large0 : small[i][0], r1 = later ? large1 : small[i][1];
-        if (first_row + i < left) {
-            u32 d = pack(activate_backward(x.x * e0 * a.scale, u.x), activate_backward(x.y * e1 * a.scale, u.y));
-            *(u32*)((char*)a.dq + (out + i * step + 2 * lane) * 2) = d;
-            float g0 = closed[i][0] * ((sums[i][0] + d_log.x) * reciprocal(f[i][0]) - y.x * r0);
-            float g1 = closed[i][1] * ((sums[i][1] + d_log.y) * reciprocal(f[i][1]) - y.y * r1);
+        for (int i = 7; i >= 0; i--) {
+            if (first_row + i >= left) continue;
+            int place = column_at + i * SUM_ROW;
+            float2 x = *(const float2*)(dq_sums + place), y = *(const float2*)(dk_sums + place);
+            float2 u = load_pair(raw(AT_Q, i));
+            float large0 = reciprocal(small[i][0]), large1 = reciprocal(small[i][1]);
+            x.x *= LATER ? small[i][0] : large0, x.y *= LATER ? small[i][1] : large1;
+            y.x *= LATER ? large0 : small[i][0], y.y *= LATER ? large1 : small[i][1];
+            u32 d = pack(activate_backward(x.x * a.scale, u.x), activate_backward(x.y * a.scale, u.y));
+            *(u32*)(dq_out + i * step * 2) = d;
+            float g0 = closed[i][0] * ((sums[i][0] + d_log.x) * reciprocal(f[i][0]) - y.x);
+            float g1 = closed[i][1] * ((sums[i][1] + d_log.y) * reciprocal(f[i][1]) - y.y);
             d_bound.x += g0, d_bound.y += g1;
             // open is (1 - beta) sigmoid(z)
-            *(u32*)((char*)a.df + (out + i * step + 2 * lane) * 2) = pack(open[i][0] * g0, open[i][1] * g1);
+            *(u32*)(df_out + i * step * 2) = pack(open[i][0] * g0, open[i][1] * g1);
         }
-    }
+    };
+    if (later) finish(Which<true>());
+    else finish(Which<false>());
     if (!a.d_bound) return;
     __syncthreads();
     *(float2*)(groups + warp * HALF) = d_bound;

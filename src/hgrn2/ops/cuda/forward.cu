@@ -18,7 +18,7 @@ struct ForwardArguments {
     const float* bound;    // [H, K] or null
     void* y;               // [B, T, H, V], contiguous
     const float* initial;  // state before each segment, [B, segments, initial_heads, K, V], or null for zeros
-    float* final;          // [B, H, K, V]: state after the last segment
+    float* final;          // [B, H, K, V]: state after the last segment; null if not wanted
     float* update;         // neither OUTPUT nor KEEP: [B, segments, G, K, V], what a segment adds to the state
     float* decay;          // neither OUTPUT nor KEEP: [B, segments, G, 2, K], decay across a segment and 1 minus it
     float* coarse;         // OUTPUT and not BACK: state every coarse_chunks, [B, ceil(chunks / coarse_chunks), H, K, V]
@@ -522,7 +522,7 @@ __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const M
         float* out = a.decay + (own * group + local) * WIDTH * 2 + thread;
         if (thread < WIDTH) out[0] = decay, out[WIDTH] = 1.0f - decay;
     } else {
-        if (!OUTPUT || segment != (BACK ? 0 : a.segments - 1)) return;
+        if (!OUTPUT || !a.final || segment != (BACK ? 0 : a.segments - 1)) return;
         to = a.final + ((i64)batch * a.heads + a.first_head + local) * WIDTH * WIDTH;
     }
     write_state(to + corner, state);

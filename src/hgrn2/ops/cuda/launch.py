@@ -112,8 +112,9 @@ class Plan:
 
 
 def coarse_shape(batch: int, length: int, heads: int, coarse: int) -> tuple[int, ...]:
-    """Shape of the coarse states; a distance of 0 means none."""
-    return (batch, -(-num_chunks(length) // coarse) if coarse else 0, heads, WIDTH, WIDTH)
+    """Shape of the coarse states; none are kept with a distance of 0, or when the first would be the only one."""
+    chunks = num_chunks(length)
+    return (batch, -(-chunks // coarse) if 0 < coarse < chunks else 0, heads, WIDTH, WIDTH)
 
 
 def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,39 +140,42 @@ def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
         walks = _Walks(plan)
         if chunks < plan.chunks:
             before, decays = walks.summaries("forward_summaries", group, chunks, scan.v)
-            _carry(before, decays, initial, final, group, back=False)
+            _carry(before, decays, initial, final, group, plan.heads, back=False)
         else:
-            before = None if initial is None else initial.unsqueeze(1)
-        kept = {"coarse": states} if coarse else {}
+            before = _one_segment(initial)
+        kept = {"coarse": states} if states.numel() else {}
         walks.launch("forward_outputs", group, chunks, scan.v, before, 0, y=y, final=final, **kept)
     return y, final, states
 
 
 def backward(
-    scan: Scan, dy: Tensor, d_final: Tensor, states: Tensor, coarse: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    scan: Scan, dy: Tensor, d_final: Tensor | None, states: Tensor, coarse: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradient of `forward`, for bfloat16.
 
     Args:
         scan: the call.
         dy: [B, T, H, V].
-        d_final: [B, H, K, V] float32.
+        d_final: [B, H, K, V] float32, or None for zeros.
         states: the coarse states, and the distance between them.
         coarse: see states.
 
     Returns:
-        Gradients of q, f, v, the lower bound (None without one) and the initial state.
+        Gradients of q, f, v, the lower bound and the initial state (None where there is none).
     """
-    scan, dy, d_final = scan.aligned(), _aligned(dy), d_final.contiguous()
+    scan, dy = scan.aligned(), _aligned(dy)
+    d_final = None if d_final is None else d_final.contiguous()
     plan, device = Plan(scan, coarse), scan.q.device
     dq, df, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (scan.q, scan.f, scan.v))
     # a row for each chunk, summed below in a fixed order
     d_bound = None
     if scan.bound is not None:
         d_bound = torch.empty((plan.batch * plan.chunks, plan.heads, WIDTH), dtype=torch.float32, device=device)
-    d_initial = torch.empty_like(d_final)
+    d_initial = None if scan.initial_state is None else torch.empty_like(scan.initial_state)
     if not dq.numel():
-        return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial.copy_(d_final)
+        if d_initial is not None:
+            d_initial = d_initial.zero_() if d_final is None else d_initial.copy_(d_final)
+        return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
     # every group in the room of the first, the largest
     shape = (plan.batch * plan.chunks, plan.groups[0].count, WIDTH, WIDTH)
     kept, d_kept = (torch.empty(shape, dtype=scan.q.dtype, device=device) for _ in range(2))
@@ -180,16 +184,22 @@ def backward(
     with torch.cuda.device(device):
         walks = _Walks(plan)
         for group, flags in zip(plan.groups, left_over, strict=True):
-            walks.launch("forward_states", group, coarse, scan.v, states, group.first, kept=kept, kept_decay=decays)
+            before = states if states.numel() else _one_segment(scan.initial_state)
+            walks.launch("forward_states", group, coarse, scan.v, before, group.first, kept=kept, kept_decay=decays)
             if coarse < plan.chunks:
                 after, after_decays = walks.summaries("backward_summaries", group, coarse, dy)
-                _carry(after, after_decays, d_final, d_initial, group, back=True)
+                _carry(after, after_decays, d_final, d_initial, group, plan.heads, back=True)
                 first = 0
             else:
-                after, first = d_final.unsqueeze(1), group.first
+                after, first = _one_segment(d_final), group.first
             walks.launch("backward_values", group, coarse, dy, after, first, y=dv, final=d_initial, kept=d_kept)
             _gradients(plan, group, dy, kept, d_kept, decays, flags, dq, df, d_bound)
     return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
+
+
+def _one_segment(states: Tensor | None) -> Tensor | None:
+    """States [B, H, K, V] as those before the only segment."""
+    return None if states is None else states.unsqueeze(1)
 
 
 class _Walks:
@@ -205,7 +215,7 @@ class _Walks:
 
     def launch(
         self, name: str, group: Group, chunks: int, values: Tensor, initial: Tensor | None = None,
-        initial_first: int = 0, **outputs: Tensor,
+        initial_first: int = 0, **outputs: Tensor | None,
     ) -> None:  # fmt: skip
         """Launches a kernel.
 
@@ -216,7 +226,7 @@ class _Walks:
             values: v, or dy backwards.
             initial: [B, segments, heads, K, V], states before the segments (backwards, gradients of those after).
             initial_first: where the group's first head is in `initial`.
-            outputs: by the name of the field of `WalkArguments`.
+            outputs: by the name of the field of `WalkArguments`; None where not wanted.
         """
         arguments = WalkArguments.from_buffer_copy(self.shared)
         arguments.v = values.data_ptr()
@@ -227,7 +237,7 @@ class _Walks:
             arguments.initial, arguments.initial_first = initial.data_ptr(), initial_first
             arguments.initial_heads = initial.shape[2]
         for field, x in outputs.items():
-            setattr(arguments, field, x.data_ptr())
+            setattr(arguments, field, _pointer(x))
         scan = self.plan.scan
         kernel = _kernel("forward.cu", name, scan.q.dtype, scan.q_activation, scan.q.device.index)
         kernel.launch((segments, group.count, self.plan.batch), arguments)
@@ -241,15 +251,24 @@ class _Walks:
         return updates, decays
 
 
-def _carry(updates: Tensor, decays: Tensor, initial: Tensor | None, final: Tensor, group: Group, back: bool) -> None:
+def _carry(
+    updates: Tensor,
+    decays: Tensor,
+    initial: Tensor | None,
+    final: Tensor | None,
+    group: Group,
+    all_heads: int,
+    back: bool,
+) -> None:
     """Replaces what each segment adds by the state before it (back: after it)."""
     from hgrn2.ops.triton.chunk_fwd import carry_states_kernel
 
     batch, segments, count, _, _ = updates.shape
     block = 512
     carry_states_kernel[(batch, count, WIDTH * WIDTH // block)](
-        updates, decays, initial, final, None, segments, *group, final.shape[1], WIDTH, WIDTH,
-        BLOCK=block, PACKED=False, BACKWARD=back, HAS_INITIAL=initial is not None, num_warps=4,
+        updates, decays, initial, final, None, segments, *group, all_heads, WIDTH, WIDTH,
+        BLOCK=block, PACKED=False, BACKWARD=back, HAS_INITIAL=initial is not None, HAS_FINAL=final is not None,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -285,6 +304,7 @@ def _kernel(file: str, name: str, dtype: torch.dtype, q_activation: str, device:
     options = (
         f"-arch=sm_{major}{minor}a",
         "--std=c++17",
+        "-default-device",
         f"-DBFLOAT16={int(dtype == torch.bfloat16)}",
         f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
     )

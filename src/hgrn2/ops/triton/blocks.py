@@ -60,7 +60,7 @@ def blocks_for(device: torch.device, dtype: torch.dtype, length: int, k_width: i
 
 def step_block(states: int, v_width: int) -> int:
     """Columns of V a program of `step_kernel` takes: few when there are few states, so that all the chip works."""
-    return min(_width(v_width), 16 if states <= 64 else 32)
+    return min(_width(v_width), 16 if states <= 64 else 64)
 
 
 def _width(width: int) -> int:

@@ -37,7 +37,7 @@ def _chunk_gradient(
     """
     i_batch, start, length, begin = place
     first_k = i_k * BK
-    i_head = head + i_local
+    i_head = (head + i_local).to(tl.int64)
     k_columns = first_k + tl.arange(0, BK)
     rows, exists = chunk_rows(start, length, begin, C, REVERSE)
     i_batch = i_batch.to(tl.int64)

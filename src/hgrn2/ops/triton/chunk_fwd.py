@@ -46,7 +46,7 @@ def chunk_update_kernel(
     i_chunk, i_local, i_kv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks_v = tl.cdiv(V, BV)
     first_k, first_v = (i_kv // blocks_v) * BK, (i_kv % blocks_v) * BV
-    i_head = head + i_local
+    i_head = (head + i_local).to(tl.int64)
     i_batch, start, length, begin = chunk_place(
         i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C, PACKED
     )  # fmt: skip
@@ -92,7 +92,8 @@ def _read_chunk(update_p, decay_p, n, first, count, i_local, HEADS, K, KV, eleme
     """A chunk's update, decay and complement, and where the update lies."""
     i_chunk = first + (count - 1 - n if BACKWARD else n)
     at = i_chunk.to(tl.int64) * HEADS + i_local
-    valid = inside & (n < count)
+    # not a scalar: some interpreters cannot take one into a mask
+    valid = inside & (element * 0 + n < count)
     place = update_p + at * KV + element
     update = tl.load(place, mask=valid, other=0.0).to(tl.float32)
     decay = tl.load(decay_p + 2 * at * K + k, mask=valid, other=1.0)
@@ -112,6 +113,7 @@ def _carry(state, update, decay, complement, place, valid):
 def carry_states_kernel(
     update_p, decay_p, initial_p, final_p, first_chunk_p, NT, head, HEADS, ALL_HEADS, K, V,
     BLOCK: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
 ):  # fmt: skip
     """Carries the state through the chunks of a sequence; each chunk's update is replaced by the state before it.
 
@@ -150,7 +152,8 @@ def carry_states_kernel(
         state = _carry(state, u1, d1, c1, p1, m1)
         state = _carry(state, u2, d2, c2, p2, m2)
         state = _carry(state, u3, d3, c3, p3, m3)
-    tl.store(final_p + own, state, mask=inside)
+    if HAS_FINAL:
+        tl.store(final_p + own, state, mask=inside)
 
 
 @triton.jit
@@ -169,7 +172,7 @@ def chunk_output_kernel(
     """
     i_chunk, i_local, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_v = i_v * BV
-    i_head = head + i_local
+    i_head = (head + i_local).to(tl.int64)
     i_batch, start, length, begin = chunk_place(
         i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C, PACKED
     )  # fmt: skip

@@ -57,8 +57,9 @@ class Scan:
     def with_unit_stride(self) -> Scan:
         """The same with inputs whose last axis is contiguous; slices of one projection are so already."""
         q, f, k, v = (None if x is None else _unit_stride(x) for x in (self.q, self.f, self.k, self.v))
-        bound, state = (None if x is None else x.contiguous() for x in (self.bound, self.initial_state))
-        rest = (self.cu_seqlens, self.reverse, self.scale, self.q_activation, self.v_activation)
+        small = (self.bound, self.initial_state, self.cu_seqlens)
+        bound, state, cu_seqlens = (None if x is None else x.contiguous() for x in small)
+        rest = (cu_seqlens, self.reverse, self.scale, self.q_activation, self.v_activation)
         assert q is not None
         assert f is not None
         assert v is not None
@@ -97,8 +98,9 @@ def cut(batch: int, length: int, cu_seqlens: Tensor | None, size: int) -> Chunks
         return Chunks(size, each, batch * each, batch, None, None)
     sequences = cu_seqlens.shape[0] - 1
     counts = ((cu_seqlens.diff() + size - 1) // size).clamp_(min=0)
-    first = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     total = each + sequences
+    # boundaries that go back would make more chunks than there is room for
+    first = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).clamp_(max=total).int()
     places = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
     sequence = torch.searchsorted(first, places, right=True, out_int32=True) - 1
     # places beyond the last chunk are seen by their offset in the last sequence
@@ -158,14 +160,20 @@ class Launcher:
         )  # fmt: skip
 
     def carry(
-        self, states: Tensor, decays: Tensor, initial: Tensor | None, final: Tensor, group: tuple[int, int], back: bool
+        self,
+        states: Tensor,
+        decays: Tensor,
+        initial: Tensor | None,
+        final: Tensor | None,
+        group: tuple[int, int],
+        back: bool,
     ) -> None:
         """Turns what chunks add into the states before them."""
         grid = (self.chunks.sequences, group[1], _blocks(self.width * self.v_width, CARRY_BLOCK))
         carry_states_kernel[grid](
             states, decays, initial, final, self._tables()[0], self.chunks.each, *group, self.heads,
             self.width, self.v_width, BLOCK=CARRY_BLOCK, PACKED=self.flags["PACKED"], BACKWARD=back,
-            HAS_INITIAL=initial is not None, num_warps=4,
+            HAS_INITIAL=initial is not None, HAS_FINAL=final is not None, num_warps=4,
         )  # fmt: skip
 
     def outputs(self, values: Tensor, states: Tensor, y: Tensor, group: tuple[int, int], of_queries: bool) -> None:
@@ -231,7 +239,7 @@ def forward(scan: Scan) -> tuple[Tensor, Tensor]:
         y [B, T, H, V] in q's dtype and the final state [N, H, K, V], float32.
     """
     run = Launcher(scan)
-    y = torch.empty(run.scan.v.shape, dtype=scan.q.dtype, device=scan.q.device)
+    y = _new_rows(scan.v, scan)
     final = _initial(scan, run)
     if run.is_empty():
         return y, final
@@ -254,8 +262,8 @@ def backward(
     """
     run = Launcher(scan)
     inputs = run.scan
-    dq, df, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (scan.q, scan.f, scan.v))
-    dk = None if scan.k is None else torch.empty(scan.k.shape, dtype=scan.k.dtype, device=scan.k.device)
+    dq, df, dv = (_new_rows(x, scan) for x in (scan.q, scan.f, scan.v))
+    dk = None if scan.k is None else _new_rows(scan.k, scan)
     d_bound = None
     if scan.bound is not None:
         # a row for each chunk, summed below in a fixed order
@@ -265,18 +273,23 @@ def backward(
     d_initial = d_final.clone()
     if run.is_empty():
         return dq, df, dk, dv, None if d_bound is None else d_bound.sum(0), d_initial
-    unused = torch.empty_like(d_final)
     with _on(scan.q.device):
         for group in run.groups():
             states, d_states = run.new_states(group[1]), run.new_states(group[1])
             decays = _new_decays(run, group[1])
             run.updates(inputs.v, states, decays, group, of_queries=False)
-            run.carry(states, decays, inputs.initial_state, unused, group, back=False)
+            run.carry(states, decays, inputs.initial_state, None, group, back=False)
             run.updates(dy, d_states, decays, group, of_queries=True)
             run.carry(d_states, decays, d_final, d_initial, group, back=True)
             run.outputs(dy, d_states, dv, group, of_queries=True)
             run.gradients(dy, states, d_states, decays, (dq, df, dk, d_bound), group)
     return dq, df, dk, dv, None if d_bound is None else d_bound.sum(0), d_initial
+
+
+def _new_rows(like: Tensor, scan: Scan) -> Tensor:
+    """Room for an output; packed sequences may leave rows at the end to nobody."""
+    make = torch.empty if scan.cu_seqlens is None else torch.zeros
+    return make(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _new_decays(run: Launcher, heads: int) -> Tensor:
