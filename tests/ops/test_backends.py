@@ -36,7 +36,7 @@ def refused(*arguments) -> str:
 def test_a_gpu_gets_the_kernels(dtype):
     for wanted in ("auto", "triton"):
         assert resolve_backend(wanted, CUDA, dtype, 256, 256) == "triton"
-        assert resolve_backend(wanted, torch.device("cuda", 3), dtype, 1, 1) == "triton"
+        assert resolve_backend(wanted, torch.device("cuda", 3), dtype, 16, 17) == "triton"
     for wanted in ("chunked", "reference"):
         assert resolve_backend(wanted, CUDA, dtype, 128, 128) == wanted
 
@@ -54,7 +54,8 @@ def test_other_devices_get_plain_torch(device):
         (META, torch.float32, 64, 64, "the inputs are on meta"),
         (CUDA, torch.float64, 64, 64, "do not take torch.float64"),
         (CUDA, torch.bfloat16, 257, 64, "K is 257 and V 64"),
-        (CUDA, torch.bfloat16, 64, 512, "at most 256"),
+        (CUDA, torch.bfloat16, 64, 512, "take 16 to 256"),
+        (CUDA, torch.bfloat16, 15, 64, "take 16 to 256"),
     ],
     ids=lambda value: str(value),
 )

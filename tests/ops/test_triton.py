@@ -13,7 +13,8 @@ import torch
 
 from hgrn2.ops import backends, gated_scan, hgrn2_scan, hgrn2_step
 from tests.numerics import EXTREME_RMS, ORDINARY_RMS, assert_close, assert_equal, run
-from tests.ops.scan_cases import free_inputs, log_uniform, spread, tied_inputs
+from tests.ops import scan_cases
+from tests.ops.scan_cases import log_uniform, spread
 
 
 def interpreter_problem() -> str | None:
@@ -44,6 +45,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
 ]
 
+
+# the narrowest head the kernels take, and one that does not fill its blocks
+def tied_inputs(batch=2, length=100, heads=2, k_width=16, v_width=20, **settings):
+    return scan_cases.tied_inputs(batch, length, heads, k_width, v_width, **settings)
+
+
+def free_inputs(batch=2, length=100, heads=2, k_width=16, v_width=20, **settings):
+    return scan_cases.free_inputs(batch, length, heads, k_width, v_width, **settings)
+
+
 INPUTS = {hgrn2_scan: tied_inputs, gated_scan: free_inputs}
 both_operators = pytest.mark.parametrize("op", INPUTS, ids=lambda op: op.__name__)
 # empty ones first, in the middle and last; single tokens, a whole chunk, more than a chunk
@@ -70,7 +81,7 @@ def test_every_length(op, length, reverse):
 @both_operators
 @pytest.mark.parametrize(
     ("batch", "heads", "k_width", "v_width"),
-    [(2, 2, 6, 5), (1, 1, 17, 20), (1, 1, 32, 48), (1, 1, 70, 1), (0, 2, 3, 4)],
+    [(2, 2, 16, 16), (1, 1, 17, 20), (1, 1, 32, 48), (1, 1, 70, 16), (0, 2, 16, 17)],
 )
 def test_every_width(op, batch, heads, k_width, v_width):
     check(op, INPUTS[op](batch, 10, heads, k_width, v_width))
@@ -83,7 +94,7 @@ def test_heads_in_groups(op, monkeypatch):
     inputs = INPUTS[op](1, 10, 3)
     whole = run(op, inputs, backend="triton")
     # room for the chunk states of two heads: three heads are two groups
-    monkeypatch.setattr(launch, "STATE_BYTES", 2 * 6 * 5 * 4)
+    monkeypatch.setattr(launch, "STATE_BYTES", 2 * 16 * 20 * 4)
     assert_equal(run(op, inputs, backend="triton"), whole)
 
 
@@ -115,7 +126,7 @@ def test_without_initial_state(op):
 @both_operators
 def test_no_packed_sequence(op):
     found = check(op, INPUTS[op](1, 0, cu_seqlens=[0]))
-    assert found["final_state"].shape == (0, 2, 6, 5)
+    assert found["final_state"].shape == (0, 2, 16, 20)
 
 
 def test_packed_bounds_of_any_stride():
@@ -125,7 +136,7 @@ def test_packed_bounds_of_any_stride():
 
 
 def test_slices_of_one_projection():
-    heads, width = 2, 8
+    heads, width = 2, 16
     projection = torch.randn(2, 10, 3 * heads * width, generator=torch.Generator().manual_seed(0))
     parts = [x.unflatten(-1, (heads, width)) for x in projection.chunk(3, -1)]
     assert not any(x.is_contiguous() for x in parts)
@@ -196,7 +207,7 @@ def test_split_in_the_middle_of_a_chunk(op, reverse):
 @pytest.mark.parametrize("bound", [0.0, 0.9999])
 @pytest.mark.parametrize("z", ["wild", -1e4, -80.0, -5.0, 9.0, 14.0, 80.0, 1e4])
 def test_extreme_tied_gates(z, bound):
-    inputs = tied_inputs(1, 66, 1, 8, 8)
+    inputs = tied_inputs(1, 66, 1, 16, 16)
     inputs["lower_bound"] = torch.full((1, 8), bound)
     inputs["f"] = spread(inputs["f"].shape, (-1e4, -30.0, 0.0, 8.0, 1e4)) if z == "wild" else inputs["f"] * 0 + z
     check_extreme(hgrn2_scan, inputs)
@@ -217,14 +228,14 @@ def decays(kind: str | float, shape: tuple[int, ...]) -> torch.Tensor:
     ["log-uniform", "per channel", "wild", 0.0, -1e-6, -1e-4, -1e-2, -1.0, -50.0, -math.inf],
 )
 def test_extreme_decays(kind):
-    inputs = free_inputs(1, 66, 1, 8, 8)
+    inputs = free_inputs(1, 66, 1, 16, 16)
     inputs["log_f"] = decays(kind, inputs["log_f"].shape)
     check_extreme(gated_scan, inputs)
 
 
 @pytest.mark.parametrize("op", INPUTS, ids=lambda op: op.__name__)
 def test_extreme_gates_in_reverse(op):
-    inputs = INPUTS[op](1, 66, 1, 8, 8)
+    inputs = INPUTS[op](1, 66, 1, 16, 16)
     if op is hgrn2_scan:
         inputs["f"] = spread(inputs["f"].shape, (-1e4, -30.0, 0.0, 8.0, 1e4))
     else:
@@ -287,7 +298,7 @@ def test_bad_values_stay_in_their_sequence(op, reverse):
     assert torch.equal(state.isfinite(), wanted_state.isfinite())
 
 
-def step_inputs(batch=3, heads=2, k_width=6, v_width=5, bound=0.9):
+def step_inputs(batch=3, heads=2, k_width=16, v_width=20, bound=0.9):
     inputs = tied_inputs(batch, 1, heads, k_width, v_width, bound=bound)
     return {name: inputs[name][:, 0] for name in "qfv"} | {
         "state": inputs["initial_state"],
@@ -301,7 +312,8 @@ def exact_step(inputs, **settings):
 
 @pytest.mark.parametrize("bound", [None, 0.9])
 @pytest.mark.parametrize(
-    ("batch", "heads", "k_width", "v_width"), [(3, 2, 6, 5), (1, 1, 17, 20), (2, 1, 32, 48), (1, 1, 1, 1), (0, 2, 6, 5)]
+    ("batch", "heads", "k_width", "v_width"),
+    [(3, 2, 16, 20), (1, 1, 17, 20), (2, 1, 32, 48), (1, 1, 16, 16), (0, 2, 16, 20)],
 )
 def test_step(batch, heads, k_width, v_width, bound):
     inputs = step_inputs(batch, heads, k_width, v_width, bound)
@@ -320,7 +332,7 @@ def test_step(batch, heads, k_width, v_width, bound):
 
 
 def test_step_of_any_strides():
-    inputs = step_inputs(2, 2, 8, 8)
+    inputs = step_inputs(2, 2, 16, 16)
     wanted = run(hgrn2_step, inputs, backend="triton", gradients=False)
     other = {name: x.mT.contiguous().mT for name, x in inputs.items()}
     assert not any(x.is_contiguous() for x in other.values())
@@ -333,7 +345,7 @@ def test_step_of_any_strides():
 
 @pytest.mark.parametrize("z", [-1e4, -20.0, 0.0, 14.0, 1e4])
 def test_step_at_extreme_gates(z):
-    inputs = step_inputs(1, 1, 8, 8)
+    inputs = step_inputs(1, 1, 16, 16)
     inputs["f"] = torch.full_like(inputs["f"], z)
     for bound in (0.0, 0.9999):
         inputs["lower_bound"] = torch.full((1, 8), bound)
@@ -428,7 +440,7 @@ def test_opcheck(op, packed, state):
 @pytest.mark.parametrize("op", ["triton_step", "triton_step_in_place"])
 @pytest.mark.parametrize("dense", [False, True], ids=["turned", "dense"])
 def test_opcheck_of_steps(op, dense):
-    inputs = step_inputs(2, 2, 8, 4)
+    inputs = step_inputs(2, 2, 16, 17)
     state = inputs["state"] if dense else inputs["state"].mT.contiguous().mT
     torch.use_deterministic_algorithms(False)
     torch.library.opcheck(
