@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 demo: $(VENV)/.demo
 	rm -rf runs/demo
 	$(BIN)/hgrn2 train --config examples/demo.toml --out runs/demo --compressors
-	$(BIN)/hgrn2 generate runs/demo --prompt "def " --max-tokens 120 --seed 1
+	$(BIN)/hgrn2 generate runs/demo --prompt "def" --max-tokens 120 --temperature 0.5 --seed 1
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest

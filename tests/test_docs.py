@@ -60,6 +60,6 @@ def test_the_demo_s_settings_exist():
     from hgrn2.train.config import TrainConfig
 
     settings = tomllib.loads((ROOT / "examples" / "demo.toml").read_text(encoding="utf-8"))
-    assert TrainConfig.from_dict(settings["train"]).max_time_s == 240
+    assert TrainConfig.from_dict(settings["train"]).max_time_s == 300
     assert data_settings(settings["data"])["data"] == ["stdlib"]
     assert model_config(None, settings["model"], (), 4096).vocab_size == 4096

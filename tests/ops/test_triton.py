@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import math
 import platform
 from itertools import pairwise
@@ -480,3 +482,24 @@ def test_traced_step_in_place():
     torch.compiler.reset()
     assert torch.equal(compiled_y, y)
     assert torch.equal(found, wanted)
+
+
+def test_block_sizes_come_from_the_table(tmp_path, monkeypatch):
+    from hgrn2.ops.triton import blocks
+    from hgrn2.ops.triton.blocks import Block, Blocks, blocks_for
+
+    measured = Blocks(32, Block(16, 32, 4, 1), Block(32, 16, 8, 1), Block(16, 16, 4, 2))
+    table = {"cpu": {blocks.key(torch.float16, 20, 128): dataclasses.asdict(measured)}}
+    (tmp_path / "blocks.json").write_text(json.dumps(table))
+    monkeypatch.setattr(blocks, "TABLE", tmp_path / "blocks.json")
+    blocks._measured.cache_clear()
+    try:
+        cpu = torch.device("cpu")
+        # bfloat16 has float16's sizes, and 20 channels those of 32
+        assert blocks_for(cpu, torch.bfloat16, 1000, 32, 128) == measured
+        assert blocks_for(cpu, torch.bfloat16, 5, 32, 128).chunk == 16
+        for dtype, width in ((torch.float32, 32), (torch.bfloat16, 64)):
+            assert blocks_for(cpu, dtype, 1000, width, 128).chunk == blocks.LOW.chunk
+        assert blocks_for(cpu, torch.bfloat16, 1000, 16, 16).gradient == Block(16, 16, 8, 2)
+    finally:
+        blocks._measured.cache_clear()

@@ -87,7 +87,9 @@ def hgrn2_scan(
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     lower_bound, initial_state = _as_state(lower_bound, q), _as_state(initial_state, q)
-    backend = _resolve(backend, q, v, cu_seqlens is None and v_activation == "none")
+    # a launch takes no larger batch
+    plain = cu_seqlens is None and v_activation == "none" and q.shape[0] < 1 << 16
+    backend = _resolve(backend, q, v, plain)
     if backend == "cuda":
         keep = _needs_gradient(q, f, v, lower_bound, initial_state) and q.dtype == torch.bfloat16
         coarse = coarse_chunks(*q.shape[:3]) if keep else 0

@@ -1,10 +1,19 @@
-"""Block sizes of the kernels: data, so that nothing is tuned while a program runs."""
+"""Block sizes of the kernels: data, so that nothing is tuned while a program runs.
+
+`blocks.json` has what `benchmarks/tune.py` measured, keyed by chip, then by dtype and widths; chips and shapes it does
+not name get the sizes below.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+TABLE = Path(__file__).with_name("blocks.json")
 
 
 @dataclass(frozen=True)
@@ -23,17 +32,19 @@ class Blocks:
 
     Attributes:
         chunk: tokens of a chunk.
-        precision: of float32 products, as `tl.dot` names it.
         update: of `chunk_update_kernel`.
         output: of `chunk_output_kernel`.
         gradient: of `chunk_gradient_kernel`.
     """
 
     chunk: int
-    precision: str
     update: Block
     output: Block
     gradient: Block
+
+
+LOW = Blocks(64, Block(64, 128, 4, 2), Block(64, 128, 8, 2), Block(64, 64, 8, 2))
+FLOAT32 = Blocks(64, Block(32, 64, 4, 1), Block(32, 64, 8, 1), Block(32, 32, 8, 1))
 
 
 def blocks_for(device: torch.device, dtype: torch.dtype, length: int, k_width: int, v_width: int) -> Blocks:
@@ -42,20 +53,33 @@ def blocks_for(device: torch.device, dtype: torch.dtype, length: int, k_width: i
     Args:
         device: where the kernels run.
         dtype: of the inputs.
-        length: T.
-        k_width: K.
+        length: T; no chunk is longer than a short sequence needs.
+        k_width: K; no block is wider.
         v_width: V.
     """
-    chunk = max(16, min(64, 1 << max(length - 1, 0).bit_length()))
-    low = dtype != torch.float32
-    precision = "tf32" if low else "tf32x3"
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    found = _measured(chip, key(dtype, k_width, v_width)) or (FLOAT32 if dtype == torch.float32 else LOW)
+    chunk = max(16, min(found.chunk, 1 << max(length - 1, 0).bit_length()))
+    fitted = (fit(block, k_width, v_width) for block in (found.update, found.output, found.gradient))
+    return Blocks(chunk, *fitted)
 
-    def block(k: int, v: int, warps: int, stages: int = 2) -> Block:
-        return Block(min(_width(k_width), k), min(_width(v_width), v), warps, stages)
 
-    if low:
-        return Blocks(chunk, precision, block(64, 128, 4), block(64, 128, 8), block(64, 64, 8))
-    return Blocks(chunk, precision, block(32, 64, 4, 1), block(32, 64, 8, 1), block(32, 32, 8, 1))
+def key(dtype: torch.dtype, k_width: int, v_width: int) -> str:
+    """How the table names a dtype and widths; both 16-bit dtypes have the same sizes."""
+    return f"{'float32' if dtype == torch.float32 else '16-bit'} K{_width(k_width)} V{_width(v_width)}"
+
+
+def fit(block: Block, k_width: int, v_width: int) -> Block:
+    """The same without more columns than there are."""
+    return Block(min(block.k, _width(k_width)), min(block.v, _width(v_width)), block.warps, block.stages)
+
+
+@functools.cache
+def _measured(chip: str, shape: str) -> Blocks | None:
+    found = json.loads(TABLE.read_text(encoding="utf-8")).get(chip, {}).get(shape)
+    if found is None:
+        return None
+    return Blocks(found["chunk"], *(Block(**found[name]) for name in ("update", "output", "gradient")))
 
 
 def step_block(states: int, v_width: int) -> int:
