@@ -1,8 +1,9 @@
 // What the kernels for K = V = 128 share: the shape of their work, memory movement, matrix products.
 //
-// A program (12 warps) walks along one head of one sequence, 64 tokens (a chunk) at a time: 8 warps work on gates and
-// scores, 4 on the state, one chunk behind. Matrix products are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums. Shared memory holds a chunk's rows in 16-byte pieces
-// whose place is XORed with the row, so that eight rows of one column never meet in a bank.
+// Where a sequence is walked along (walk.cu) a program has 12 warps: 8 work on gates and scores of a chunk of 64 tokens,
+// 4 on the state, one chunk behind. Matrix products are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums.
+// Shared memory holds a chunk's rows in 16-byte pieces whose place is XORed with the row, so that eight rows of one
+// column never meet in a bank.
 //
 // Fragment of a 16 x 16 piece, the same for a factor on the left (rows x depth) and, transposed in roles, on the right:
 // lane = 4 g + c holds rows g and g + 8, columns 2c, 2c + 1, 2c + 8, 2c + 9 as four registers of two numbers,

@@ -25,7 +25,7 @@ _GRADIENT_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 2 + 4 + 8) * _
 
 
 class WalkArguments(ctypes.Structure):
-    """Argument of the kernels of forward.cu, field by field as there."""
+    """Argument of the kernels of walk.cu, field by field as there."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "f", "v", "bound", "y", "initial", "final", "update", "decay")]
@@ -39,7 +39,7 @@ class WalkArguments(ctypes.Structure):
 
 
 class GradientArguments(ctypes.Structure):
-    """Argument of the kernel of backward.cu, field by field as there."""
+    """Argument of the kernel of gradient.cu, field by field as there."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "states", "d_states", "dq", "df")]
@@ -203,7 +203,7 @@ def _one_segment(states: Tensor | None) -> Tensor | None:
 
 
 class _Walks:
-    """Launches of the kernels of forward.cu for one call."""
+    """Launches of the kernels of walk.cu for one call."""
 
     def __init__(self, plan: Plan):
         self.plan, scan = plan, plan.scan
@@ -239,7 +239,7 @@ class _Walks:
         for field, x in outputs.items():
             setattr(arguments, field, _pointer(x))
         scan = self.plan.scan
-        kernel = _kernel("forward.cu", name, scan.q.dtype, scan.q_activation, scan.q.device.index)
+        kernel = _kernel("walk.cu", name, scan.q.dtype, scan.q_activation, scan.q.device.index)
         kernel.launch((segments, group.count, self.plan.batch), arguments)
 
     def summaries(self, name: str, group: Group, chunks: int, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,7 +287,7 @@ def _gradients(
         d_bound=_pointer(d_bound), left_over=left_over.data_ptr(), length=length, heads=heads,
         first_head=group.first, reverse=scan.reverse, scale=scan.scale, **_strides(q=q, f=f, v=v, dy=dy),
     )  # fmt: skip
-    kernel = _kernel("backward.cu", "backward_gates", q.dtype, scan.q_activation, q.device.index)
+    kernel = _kernel("gradient.cu", "backward_gates", q.dtype, scan.q_activation, q.device.index)
     kernel.launch((plan.chunks, 2 * group.count, batch), arguments)
     pieces, block = left_over.numel(), 32
     left_over_gradient_kernel[(-(-pieces // block),)](
@@ -308,7 +308,7 @@ def _kernel(file: str, name: str, dtype: torch.dtype, q_activation: str, device:
         f"-DBFLOAT16={int(dtype == torch.bfloat16)}",
         f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
     )
-    shared_bytes, threads = (_WALK_SHARED, THREADS) if file == "forward.cu" else (_GRADIENT_SHARED, GRADIENT_THREADS)
+    shared_bytes, threads = (_WALK_SHARED, THREADS) if file == "walk.cu" else (_GRADIENT_SHARED, GRADIENT_THREADS)
     return compiler.load(_source(file), options, name, shared_bytes, threads)
 
 

@@ -1,4 +1,4 @@
-// Forward pass for K = V = 128: see docs/kernels.md for the picture.
+// The forward pass, and most of the backward pass, for K = V = 128: see docs/kernels.md for the picture.
 //
 // The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
 // ever multiplied. A lane of a gate warp holds two channels of 16 tokens, so that joins up to 16 tokens stay within it;
@@ -11,7 +11,7 @@
 //     BACK    backwards
 //     KEEP    the state before each chunk (BACK: the gradient of the state after it) is written down
 
-struct ForwardArguments {
+struct WalkArguments {
     const void* q;
     const void* f;
     const void* v;
@@ -22,7 +22,7 @@ struct ForwardArguments {
     float* update;         // neither OUTPUT nor KEEP: [B, segments, G, K, V], what a segment adds to the state
     float* decay;          // neither OUTPUT nor KEEP: [B, segments, G, 2, K], decay across a segment and 1 minus it
     float* coarse;         // OUTPUT and not BACK: state every coarse_chunks, [B, ceil(chunks / coarse_chunks), H, K, V]
-    void* kept;            // KEEP: [B, chunks, G, V, K] in the inputs' type, K each half of K in the order
+    void* kept;            // KEEP: [B, chunks, G, V, K] in the inputs' type, each half of K in the order
                            // channel 8 i + 2 c + e at 16 c + 2 i + e
     float* kept_decay;     // KEEP and not BACK: [B, chunks, G, K], decay across each chunk
     i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head;
@@ -40,13 +40,12 @@ struct ForwardArguments {
 constexpr int STATE_REGISTERS = 168 + 2 * (168 - GATE_REGISTERS);
 constexpr int PARTS = 2;  // of 16 columns of V, that a state warp holds
 constexpr int STAGES = 3;
-constexpr int FORWARD_SHARED =
-    (3 * STAGES + 2) * TILE_BYTES + 4 * SCORE_BYTES + (4 + 2 + 1) * WIDTH * 4;
 // barriers: among the gate warps; slots filled for the state warps, and emptied by them
 constexpr int GATES = 1, FILLED = 2, EMPTIED = 4;
 
 // Shared memory: q, f, v of STAGES chunks; for two chunks (slots) keys times the decay to the chunk's end, scores of
-// the lower and the upper 64 channels, decays of the chunk [128]; decays of the blocks [4, 128]; beta [128]
+// the lower and the upper 64 channels, decays of the chunk [128]; decays of the blocks [4, 128]; beta [128]. launch.py
+// knows the size
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 tile(int stage, int which) const {
@@ -74,7 +73,7 @@ struct Row {
 };
 
 template <bool QUERIES>
-__device__ __forceinline__ void fetch(const ForwardArguments& a, const Memory& m, int stage, i64 chunk, const Row& from) {
+__device__ __forceinline__ void fetch(const WalkArguments& a, const Memory& m, int stage, i64 chunk, const Row& from) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int row = (threadIdx.x >> 4) + 16 * i, piece = threadIdx.x & 15;
@@ -163,7 +162,7 @@ __device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& 
 
 // Gates of a chunk, and all joins up to blocks of 16 tokens. Leaves the joined keys in the tile of f.
 template <bool OUTPUT, bool BACK>
-__device__ __forceinline__ void join_blocks(const ForwardArguments& a, const Memory& m, const Place& at, int stage,
+__device__ __forceinline__ void join_blocks(const WalkArguments& a, const Memory& m, const Place& at, int stage,
                                             i64 chunk, Gates& x) {
     // a warp's own piece of the tiles is free for other things once it is read
     u32 q_tile = m.tile(stage, 0) + at.block * 16 * ROW_BYTES, f_tile = m.tile(stage, 1) + at.block * 16 * ROW_BYTES;
@@ -331,7 +330,8 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
 #pragma unroll
                 for (int p = 0; p < PARTS; p++) {
                     const float(&low)[4] = state[p][2 * i], (&high)[4] = state[p][2 * i + 1];
-                    u32 b[4] = {pack(low[0], low[1]), pack(high[0], high[1]), pack(low[2], low[3]), pack(high[2], high[3])};
+                    u32 b[4] = {pack(low[0], low[1]), pack(high[0], high[1]),
+                                pack(low[2], low[3]), pack(high[2], high[3])};
 #pragma unroll
                     for (int t = 0; t < 2; t++) {
                         multiply(out[t][2 * p], q[t], b[0], b[1]);
@@ -413,7 +413,7 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
 }
 
 template <bool OUTPUT, bool BACK>
-__device__ __forceinline__ void work_on_gates(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
+__device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
     constexpr bool QUERIES = OUTPUT || BACK;
     Place at;
@@ -454,7 +454,7 @@ __device__ __forceinline__ void write_state(float* to, const State& state) {
 }
 
 template <bool OUTPUT, bool BACK, bool KEEP>
-__device__ __forceinline__ void work_on_state(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
+__device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
     constexpr bool SUMMARY = !OUTPUT && !KEEP;
     int thread = threadIdx.x - GATE_THREADS, warp = thread >> 5, lane = thread & 31, g = lane >> 2, c = lane & 3;
@@ -530,7 +530,7 @@ __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const M
 
 // One segment of one head of one sequence.
 template <bool OUTPUT, bool BACK, bool KEEP>
-__device__ __forceinline__ void walk(const ForwardArguments& a) {
+__device__ __forceinline__ void walk(const WalkArguments& a) {
     extern __shared__ __align__(1024) char shared[];
     Memory m = {shared};
     int segment = blockIdx.x, head = a.first_head + blockIdx.y, batch = blockIdx.z;
@@ -554,7 +554,7 @@ __device__ __forceinline__ void walk(const ForwardArguments& a) {
 }
 
 #define KERNEL(NAME, OUTPUT, BACK, KEEP)                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ ForwardArguments a) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ WalkArguments a) { \
         walk<OUTPUT, BACK, KEEP>(a);                                                                         \
     }
 KERNEL(forward_outputs, true, false, false)

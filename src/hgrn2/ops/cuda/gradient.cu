@@ -1,4 +1,4 @@
-// Gradients of query and gate for K = V = 128, in parallel over chunks and halves of K; that of v is in forward.cu.
+// Gradients of query and gate for K = V = 128, in parallel over chunks and halves of K; that of v is in walk.cu.
 //
 // With e the product of decays since the middle of the chunk (before it, one over the product up to it), Q = q e and
 // K = k / e, a score is Q K^T whatever the two tokens, the state enters a query as Q M and a key leaves as K N, with M
@@ -15,7 +15,7 @@ struct GradientArguments {
     const void* v;
     const void* dy;
     const float* bound;     // [H, K] or null
-    const void* states;     // [B, chunks, G, V, K], before each chunk, K in the order of forward.cu
+    const void* states;     // [B, chunks, G, V, K], before each chunk, K in the order of walk.cu
     const void* d_states;   // [B, chunks, G, V, K], gradient of the state after it
     void* dq;               // [B, T, H, K]
     void* df;               // [B, T, H, K]
@@ -33,15 +33,15 @@ constexpr int SMALL_BYTES = CHUNK * HALF * 2;
 constexpr int SUM_ROW = HALF + 8;  // padded, so that fragments' rows lie in different banks
 constexpr float SMALLEST = 7.888609052210118e-31f;  // 2^-100
 
-// Shared memory: S and dS [128 v, 64 k], v and dy, then (over these, when they are no longer needed) dQ and dK in float32;
-// q and z as they came, Q, K; gradients of scores; sums of a few kinds, [64] each
-constexpr int AT_STATE = 0, AT_D_STATE = AT_STATE + TILE_BYTES, AT_V = AT_D_STATE + TILE_BYTES, AT_DY = AT_V + TILE_BYTES;
+// Shared memory: S and dS [128 v, 64 k], v and dy, then (over these, when they are no longer needed) dQ and dK in
+// float32; q and z as they came, Q, K; gradients of scores; sums of a few kinds, [64] each. launch.py knows the size
+constexpr int AT_STATE = 0, AT_D_STATE = AT_STATE + TILE_BYTES;
+constexpr int AT_V = AT_D_STATE + TILE_BYTES, AT_DY = AT_V + TILE_BYTES;
 constexpr int AT_DQ = 0, AT_DK = CHUNK * SUM_ROW * 4;
 constexpr int AT_Q = AT_DY + TILE_BYTES, AT_Z = AT_Q + SMALL_BYTES, AT_SCALED_Q = AT_Z + SMALL_BYTES;
 constexpr int AT_SCALED_K = AT_SCALED_Q + SMALL_BYTES, AT_SCORES = AT_SCALED_K + SMALL_BYTES;
 constexpr int AT_GROUPS = AT_SCORES + SMALL_BYTES, AT_HALVES = AT_GROUPS + GROUPS * HALF * 4;
 constexpr int AT_KEYS = AT_HALVES + 2 * HALF * 4, AT_STATES = AT_KEYS + 4 * HALF * 4;
-constexpr int GRADIENT_SHARED = AT_STATES + GROUPS * HALF * 4;
 
 __device__ __forceinline__ float2 load_pair(u32 address) {
     float2 r;
@@ -111,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         for (int i = 0; i < 4; i++) {
             bool exists = row + 16 * i < left;
             copy_async(to + AT_V + 16 * i * ROW_BYTES, exists ? v + i * sign * 32 * a.v_row + piece * 16 : a.v, exists);
-            copy_async(to + AT_DY + 16 * i * ROW_BYTES, exists ? dy + i * sign * 32 * a.dy_row + piece * 16 : a.dy, exists);
+            const void* from_dy = exists ? dy + i * sign * 32 * a.dy_row + piece * 16 : a.dy;
+            copy_async(to + AT_DY + 16 * i * ROW_BYTES, from_dy, exists);
         }
         copy_commit();
     }
@@ -164,8 +165,10 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
                 float2 q = load_pair(raw(AT_Q, i));
                 q.x = activate(q.x) * a.scale, q.y = activate(q.y) * a.scale;
                 float large0 = reciprocal(small[i][0]), large1 = reciprocal(small[i][1]);
-                store_shared(own(AT_SCALED_Q, i), pack(q.x * (LATER ? small[i][0] : large0), q.y * (LATER ? small[i][1] : large1)));
-                store_shared(own(AT_SCALED_K, i), pack(k[i][0] * (LATER ? large0 : small[i][0]), k[i][1] * (LATER ? large1 : small[i][1])));
+                q.x *= LATER ? small[i][0] : large0, q.y *= LATER ? small[i][1] : large1;
+                k[i][0] *= LATER ? large0 : small[i][0], k[i][1] *= LATER ? large1 : small[i][1];
+                store_shared(own(AT_SCALED_Q, i), pack(q.x, q.y));
+                store_shared(own(AT_SCALED_K, i), pack(k[i][0], k[i][1]));
             }
         };
         if (later) scale(Which<true>());
