@@ -210,7 +210,7 @@ def test_split_in_the_middle_of_a_chunk(op, reverse):
 @pytest.mark.parametrize("z", ["wild", -1e4, -80.0, -5.0, 9.0, 14.0, 80.0, 1e4])
 def test_extreme_tied_gates(z, bound):
     inputs = tied_inputs(1, 66, 1, 16, 16)
-    inputs["lower_bound"] = torch.full((1, 8), bound)
+    inputs["lower_bound"] = torch.full((1, 16), bound)
     inputs["f"] = spread(inputs["f"].shape, (-1e4, -30.0, 0.0, 8.0, 1e4)) if z == "wild" else inputs["f"] * 0 + z
     check_extreme(hgrn2_scan, inputs)
 
@@ -350,7 +350,7 @@ def test_step_at_extreme_gates(z):
     inputs = step_inputs(1, 1, 16, 16)
     inputs["f"] = torch.full_like(inputs["f"], z)
     for bound in (0.0, 0.9999):
-        inputs["lower_bound"] = torch.full((1, 8), bound)
+        inputs["lower_bound"] = torch.full((1, 16), bound)
         exact = exact_step(inputs, gradients=False)
         assert_close(run(hgrn2_step, inputs, backend="triton", gradients=False), exact, EXTREME_RMS)
 
