@@ -11,11 +11,9 @@ import lzma
 import sys
 from pathlib import Path
 
-from report import Row, arguments, compare, report
+from report import Row, arguments, report
 
 from hgrn2.data.prepare import PreparedData
-
-MODEL = "the demo's model"
 
 
 def main() -> int:
@@ -31,13 +29,11 @@ def main() -> int:
     if last["val_text_bytes"] != len(text):
         parser.error(f"the run was validated on {last['val_text_bytes']:,} of {len(text):,} held-out bytes")
     rows = [
-        Row(MODEL, last["val_bits_per_byte"], "bits/byte"),
+        Row("the demo's model", last["val_bits_per_byte"], "bits/byte"),
         Row("gzip -9", 8 * len(gzip.compress(text, 9)) / len(text), "bits/byte"),
         Row("xz -9", 8 * len(lzma.compress(text, preset=9)) / len(text), "bits/byte"),
         Row("training", last["elapsed_s"], "s", note=f"{last['step']} steps, {last['tokens']:,} tokens"),
     ]
-    for name in ("gzip -9", "xz -9"):
-        compare(rows, MODEL, name)
     report("demo", {"held-out bytes": len(text)}, rows, options.device, options.out)
     return 0
 
