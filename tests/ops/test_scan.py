@@ -241,3 +241,30 @@ def test_autocast_changes_nothing(op, dtype):
     wanted = run(op, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(run(op, inputs), wanted)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(hgrn2_scan, "q"), (hgrn2_scan, "f"), (hgrn2_scan, "v"), (gated_scan, "k")],
+    ids=["q", "f", "v", "k"],
+)
+def test_bad_values_stay_in_their_rows_and_head(op, name, value, dtype, reverse):
+    for at in (0, 20, 63, 64, 149):
+        inputs = (tied_inputs if op is hgrn2_scan else free_inputs)(1, 150, 2, dtype=dtype)
+        inputs[name][0, at, 1, 2] = value
+        y, state = op(**inputs, reverse=reverse)
+        wanted, wanted_state = op(**inputs, reverse=reverse, backend="reference")
+        assert torch.equal(y.isfinite(), wanted.isfinite())
+        assert torch.equal(state.isfinite(), wanted_state.isfinite())
+
+
+def test_large_values_are_not_bad_ones():
+    inputs = tied_inputs(1, 150, 1, state=False)
+    # their sum is not finite, they are
+    inputs["v"] = torch.full_like(inputs["v"], 3e37)
+    exact = hgrn2_scan(**{k: None if x is None else x.double() for k, x in inputs.items()}, backend="reference")
+    for found, wanted in zip(hgrn2_scan(**inputs), exact, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e30)

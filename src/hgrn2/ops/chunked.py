@@ -24,6 +24,7 @@ Letters: M = sequences * heads * chunks of a tile, C = chunk size, K and V as in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -303,12 +304,35 @@ def forward(
             gate.load(joined.gated, part, tile, keep=False)
             joined.run()
             v_ = joined.gated.v.flatten(0, 2)
+            bad = _bad_values(v_)
+            if bad is not None:
+                v_ = v_.masked_fill(bad, 0)
             before = torch.bmm(joined.k.to(low).mT, v_)
+            if bad is not None:
+                before.masked_fill_(bad.any(1, keepdim=True), torch.nan)
             states = before.view(*shape[:3], *before.shape[1:])
             state = scan_states(states, joined, state, tile, starts[:, part], ends[:, part], reverse)
             out = torch.bmm(joined.scores, v_).baddbmm_(joined.q.to(low), before)
+            if bad is not None:
+                out.masked_fill_(_from_then_on(bad, reverse), torch.nan)
             store(y[part], out.unflatten(0, shape[:3]), tile)
     return y, ends.flatten(0, 1), kept
+
+
+def _bad_values(v: Tensor) -> Tensor | None:
+    """Where values are not finite, or None when all are, which a CPU knows at the price of a sum.
+
+    A product of matrices would spread them to the tokens before, as 0 times them.
+    """
+    if v.device.type == "cpu" and math.isfinite(float(v.sum())):
+        return None
+    return ~v.isfinite()
+
+
+def _from_then_on(bad: Tensor, reverse: bool) -> Tensor:
+    """Which places of chunks [M, C, V] come with or after a bad one of their column."""
+    counts = bad.flip(1).cumsum(1).flip(1) if reverse else bad.cumsum(1)
+    return counts > 0
 
 
 def backward(
