@@ -60,7 +60,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Scan:
-    """A call of `hgrn2.ops.hgrn2_scan` for which `unsuitable` finds nothing wrong.
+    """A call of `hgrn2.ops.hgrn2_scan` that `resolve_backend` gives to these kernels.
 
     Attributes:
         q: [B, T, H, K].
