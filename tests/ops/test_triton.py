@@ -246,7 +246,10 @@ def test_extreme_gates_in_reverse(op):
 
 
 def check_extreme(op, inputs, **settings):
-    """As `check`, but below 1e-27 nothing is promised: a decay below 1e-30 counts as that."""
+    """As `check`, but below 1e-27 nothing is promised of tied gates: a decay below 1e-30 counts as that."""
+    if op is gated_scan:
+        check(op, inputs, EXTREME_RMS, **settings)
+        return
     exact = run(op, inputs, dtype=torch.float64, backend="reference", **settings)
     found = run(op, inputs, backend="triton", **settings)
     for name, x in exact.items():

@@ -86,7 +86,7 @@ def _chunk_gradient(
     if TIED:
         f, k, _, _, _ = tied_gate(z, bound_p, i_head, first_k, K, exists, BK, HAS_BOUND)
     else:
-        f, _ = free_gate(z, exists)
+        f, _ = free_gate(z)
         k = load_rows(k_p + i_batch * k_batch + i_head * k_head, rows, exists, k_row, first_k, K, BK)
     dq_new = diagonal * k
     dk_new = diagonal * q

@@ -59,7 +59,7 @@ def chunk_update_kernel(
         f, k, _, _, _ = tied_gate(z, bound_p, i_head, first_k, K, exists, BK, HAS_BOUND)
         complement = k
     else:
-        f, complement = free_gate(z, exists)
+        f, complement = free_gate(z)
     prefix, suffix = join_all(f, C, BK)
     if OF_QUERIES:
         q = load_rows(q_p + i_batch * q_batch + i_head * q_head, rows, exists, q_row, first_k, K, BK)
@@ -196,7 +196,7 @@ def chunk_output_kernel(
         if TIED:
             f, k, _, _, _ = tied_gate(z, bound_p, i_head, first_k, K, exists, BK, HAS_BOUND)
         else:
-            f, _ = free_gate(z, exists)
+            f, _ = free_gate(z)
             k = load_rows(k_p, rows, exists, k_row, first_k, K, BK)
         diagonal += tl.sum(q * k, axis=1)
         prefix, suffix = f, tl.full([C, BK], 1.0, tl.float32)

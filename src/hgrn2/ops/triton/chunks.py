@@ -11,8 +11,8 @@ Letters in shapes: C = tokens of a chunk, BK and BV = block sizes along K and V.
 import triton
 import triton.language as tl
 
-# smallest decay. Below it nothing of a state is left in any dtype's rounding, and a gradient by the decay is a gradient
-# by its logarithm divided by the decay, which therefore must not be 0
+# smallest decay of a tied gate. Below it nothing of a state is left in any dtype's rounding, and a gradient by the
+# decay is a gradient by its logarithm divided by the decay, which therefore must not be 0
 SMALLEST_DECAY = tl.constexpr(1e-30)
 
 
@@ -138,10 +138,10 @@ def one_minus_exp(x):
 
 
 @triton.jit
-def free_gate(log_f, exists):
+def free_gate(log_f):
     """Decay and its complement of log decays [C, BK]; where no row is, 1 and 0 (their log decay is read as 0)."""
-    f = tl.maximum(tl.exp(log_f), SMALLEST_DECAY, propagate_nan=tl.PropagateNan.ALL)
-    return f, one_minus_exp(log_f)
+    # nothing is divided by this decay, which may be 0
+    return tl.exp(log_f), one_minus_exp(log_f)
 
 
 @triton.jit
