@@ -78,6 +78,32 @@ def spread(shape: tuple[int, ...], choices: tuple[float, ...], seed: int = 0) ->
     return torch.tensor(choices)[picks]
 
 
+def decays(kind: str | float, shape: tuple[int, ...]) -> Tensor:
+    """Log decays [..., K] of a kind of extreme, or all of one value, float32."""
+    if kind == "log-uniform":
+        return -log_uniform(shape, 1e-6, 50)
+    if kind == "per channel":
+        return -log_uniform((1, 1, *shape[2:]), 1e-6, 50).expand(shape)
+    if kind == "wild":
+        return spread(shape, (-1e-6, -1e-3, -0.5, -50.0, -200.0, -math.inf, 0.0))
+    if kind == "seldom reset":
+        return spread(shape, (-1e-6,) * 50 + (-50.0,))
+    return torch.full(shape, float(kind))
+
+
+def slow(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with one head and K = 16, their gates so close to 1 that float32 cannot hold them.
+
+    With f = 1 - 3e-6, rounding errors of equal gates all point the same way.
+    """
+    z = torch.linspace(12, 14, 16)
+    if "f" in inputs:
+        return inputs | {"f": z.expand(inputs["f"].shape), "lower_bound": torch.zeros(1, 16)}
+    log_f = torch.nn.functional.logsigmoid(z).expand(inputs["log_f"].shape)
+    # keys as small as a tied one, so that the first state is what the last one shows
+    return inputs | {"log_f": log_f, "k": inputs["k"] * 1e-6}
+
+
 def honest_scan(
     q: Tensor,
     f: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from tests.ops.scan_cases import tied_inputs
 SOURCES = Path(launch.__file__).parent
 # C's names of ctypes' types; a pointer is one whatever it points to
 C_TYPES = {"i64": ctypes.c_longlong, "int": ctypes.c_int, "float": ctypes.c_float}
+
+needs_compiler = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the compiler's wheel is for Linux on x86_64"
+)
 
 
 def fields_in_c(name: str, file: str) -> list[tuple[str, type]]:
@@ -44,16 +49,19 @@ def test_arguments_are_laid_out_as_in_c(structure, file):
     assert fields_in_c(structure.__name__, file) == list(structure._fields_)
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", ["walk.cu", "gradient.cu"])
 @pytest.mark.parametrize(("bfloat16", "q_activation"), [(1, 0), (1, 1), (0, 2)])
 def test_the_kernels_compile(name, bfloat16, q_activation):
-    try:
-        compiler._compiler()
-    except OSError:
-        pytest.skip("NVRTC comes with torch's CUDA builds")
     options = ("-arch=sm_90a", "--std=c++17", "-default-device")
     settings = (f"-DBFLOAT16={bfloat16}", f"-DQ_ACTIVATION={q_activation}")
     assert compiler._compile(launch._source(name), (*options, *settings))
+
+
+@needs_compiler
+def test_what_does_not_compile_says_why():
+    with pytest.raises(RuntimeError, match=r"(?s)could not compile.*nonsense"):
+        compiler._compile("nonsense;", ("-arch=sm_90a",))
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2048, 8192, 32768, 131072, 1 << 20])

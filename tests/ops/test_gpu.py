@@ -25,10 +25,11 @@ from hgrn2 import HGRN2LM, presets
 from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, resolve_backend
 from tests.numerics import EXTREME_RMS, assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.scan_cases import (
+    decays,
     free_inputs,
     honest_gated_scan,
     honest_scan,
-    log_uniform,
+    slow,
     spread,
     tied_inputs,
 )
@@ -256,18 +257,6 @@ def test_extreme_tied_gates(z, bound, reverse):
     check_extreme(hgrn2_scan, inputs, reverse=reverse)
 
 
-def decays(kind: str | float, shape: tuple[int, ...]) -> torch.Tensor:
-    if kind == "log-uniform":
-        return -log_uniform(shape, 1e-6, 50)
-    if kind == "per channel":
-        return -log_uniform((1, 1, *shape[2:]), 1e-6, 50).expand(shape)
-    if kind == "wild":
-        return spread(shape, (-1e-6, -1e-3, -0.5, -50.0, -200.0, -float("inf"), 0.0))
-    if kind == "seldom reset":
-        return spread(shape, (-1e-6,) * 50 + (-50.0,))
-    return torch.full(shape, float(kind))
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     "kind",
@@ -295,16 +284,7 @@ def test_low_precision_is_honest_at_extreme_gates(width, dtype, gates):
 
 @both_operators
 def test_slow_decay_over_a_long_sequence(op):
-    # f = 1 - 3e-6 cannot be held in float32, and rounding errors of equal gates all point the same way
-    inputs = INPUTS[op](1, 20_000, 1, 16, 16)
-    z = torch.linspace(12, 14, 16)
-    if op is hgrn2_scan:
-        inputs["f"] = z.expand(inputs["f"].shape)
-        inputs["lower_bound"] = torch.zeros(1, 16)
-    else:
-        inputs["log_f"] = torch.nn.functional.logsigmoid(z).expand(inputs["log_f"].shape)
-        # as small as a tied key, so that the first state is what the last one shows
-        inputs["k"] = inputs["k"] * 1e-6
+    inputs = slow(INPUTS[op](1, 20_000, 1, 16, 16))
     inputs = on_gpu(inputs)
     with torch.no_grad():
         assert_close(run(op, inputs, gradients=False), exact(op, inputs, gradients=False), ORDINARY_RMS)

@@ -19,10 +19,11 @@ from tests.numerics import (
 )
 from tests.ops.scan_cases import (
     LENGTHS,
+    decays,
     free_inputs,
     honest_gated_scan,
     honest_scan,
-    log_uniform,
+    slow,
     spread,
     tied_inputs,
 )
@@ -92,18 +93,6 @@ def test_extreme_tied_gates(z, bound, reverse):
     assert_close(run(hgrn2_scan, inputs, reverse=reverse), exact(hgrn2_scan, inputs, reverse=reverse), EXTREME_RMS)
 
 
-def decays(kind: str | float, shape: tuple[int, ...]) -> torch.Tensor:
-    if kind == "log-uniform":
-        return -log_uniform(shape, 1e-6, 50)
-    if kind == "per channel":
-        return -log_uniform((1, 1, *shape[2:]), 1e-6, 50).expand(shape)
-    if kind == "wild":
-        return spread(shape, (-1e-6, -1e-3, -0.5, -50.0, -200.0, -math.inf, 0.0))
-    if kind == "seldom reset":
-        return spread(shape, (-1e-6,) * 50 + (-50.0,))
-    return torch.full(shape, float(kind))
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     "kind",
@@ -121,16 +110,7 @@ def test_extreme_decays(kind, reverse):
 @both_operators
 @pytest.mark.parametrize("reverse", [False, True])
 def test_slow_decay_over_a_long_sequence(op, reverse):
-    # f = 1 - 3e-6 cannot be held in float32, and rounding errors of equal gates all point the same way
-    inputs = INPUTS[op](1, 20_000, 1, 16, 2)
-    z = torch.linspace(12, 14, 16)
-    if op is hgrn2_scan:
-        inputs["f"] = z.expand(inputs["f"].shape)
-        inputs["lower_bound"] = torch.zeros(1, 16)
-    else:
-        inputs["log_f"] = torch.nn.functional.logsigmoid(z).expand(inputs["log_f"].shape)
-        # as small as a tied key, so that the first state is what the last one shows
-        inputs["k"] = inputs["k"] * 1e-6
+    inputs = slow(INPUTS[op](1, 20_000, 1, 16, 2))
     found = run(op, inputs, gradients=False, reverse=reverse)
     assert_close(found, exact(op, inputs, gradients=False, reverse=reverse), ORDINARY_RMS)
 

@@ -16,7 +16,7 @@ import torch
 from hgrn2.ops import backends, gated_scan, hgrn2_scan, hgrn2_step
 from tests.numerics import EXTREME_RMS, ORDINARY_RMS, assert_close, assert_equal, run
 from tests.ops import scan_cases
-from tests.ops.scan_cases import log_uniform, spread
+from tests.ops.scan_cases import decays, spread
 
 
 def interpreter_problem() -> str | None:
@@ -213,16 +213,6 @@ def test_extreme_tied_gates(z, bound):
     inputs["lower_bound"] = torch.full((1, 16), bound)
     inputs["f"] = spread(inputs["f"].shape, (-1e4, -30.0, 0.0, 8.0, 1e4)) if z == "wild" else inputs["f"] * 0 + z
     check_extreme(hgrn2_scan, inputs)
-
-
-def decays(kind: str | float, shape: tuple[int, ...]) -> torch.Tensor:
-    if kind == "log-uniform":
-        return -log_uniform(shape, 1e-6, 50)
-    if kind == "per channel":
-        return -log_uniform((1, 1, *shape[2:]), 1e-6, 50).expand(shape)
-    if kind == "wild":
-        return spread(shape, (-1e-6, -1e-3, -0.5, -50.0, -200.0, -math.inf, 0.0))
-    return torch.full(shape, float(kind))
 
 
 @pytest.mark.parametrize(

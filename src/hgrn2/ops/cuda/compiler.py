@@ -119,17 +119,24 @@ def _compile(source: str, options: tuple[str, ...]) -> bytes:
 
 @functools.cache
 def _compiler() -> ctypes.CDLL:
-    major = (torch.version.cuda or "").split(".")[0]
-    name = f"libnvrtc.so.{major}"
+    # that of the CUDA torch was built with; without one, in tests, any
+    version = torch.version.cuda.split(".")[0] if torch.version.cuda else "[0-9]"
+    # it looks for its other half by name, and the folders of wheels are not searched: what is loaded already is found
+    for path in _in_wheels(f"libnvrtc-builtins.so.{version}*"):
+        ctypes.CDLL(str(path))
     try:
-        return ctypes.CDLL(name)
+        return ctypes.CDLL(f"libnvrtc.so.{version}")
     except OSError:
-        # torch's wheels keep it beside other packages of CUDA
-        spec = importlib.util.find_spec("nvidia")
-        for place in (spec.submodule_search_locations or ()) if spec else ():
-            for path in sorted(Path(place).glob(f"*/lib/{name}")):
-                return ctypes.CDLL(str(path))
+        for path in _in_wheels(f"libnvrtc.so.{version}*"):
+            return ctypes.CDLL(str(path))
         raise
+
+
+def _in_wheels(pattern: str) -> list[Path]:
+    """Libraries that came with NVIDIA's wheels, which torch's CUDA builds depend on."""
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec else None
+    return [path for place in places or () for path in sorted(Path(place).glob(f"*/lib/{pattern}"))]
 
 
 @functools.cache
