@@ -231,55 +231,61 @@ triton_scan.register_autograd(_triton_backward, setup_context=_triton_setup)
 
 @torch.library.custom_op("hgrn2::cuda_scan", mutates_args=())
 def cuda_scan(
-    q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None, reverse: bool,
-    scale: float, q_activation: str, coarse: int,
+    q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, coarse: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`hgrn2.ops.hgrn2_scan`, checked already; returns what `hgrn2.ops.cuda.launch.forward` does."""
     from hgrn2.ops.cuda import launch
 
-    return launch.forward(launch.Scan(q, f, v, lower_bound, initial_state, reverse, scale, q_activation), coarse)
+    scan = launch.Scan(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation)
+    return launch.forward(scan, coarse)
 
 
 @cuda_scan.register_fake
-def _(q, f, v, lower_bound, initial_state, reverse, scale, q_activation, coarse):
+def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, coarse):
     from hgrn2.ops.cuda.launch import coarse_shape
 
     batch, length, heads, width = q.shape
-    final_state = q.new_empty((batch, heads, width, width), dtype=torch.float32)
-    return q.new_empty(v.shape), final_state, final_state.new_empty(coarse_shape(batch, length, heads, coarse))
+    num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = q.new_empty((num_packed if cu_seqlens is not None else batch, heads, width, width), dtype=torch.float32)
+    kept = coarse_shape(batch, length, heads, coarse, num_packed)
+    return q.new_empty(v.shape), final_state, final_state.new_empty(kept)
 
 
 @torch.library.custom_op("hgrn2::cuda_scan_backward", mutates_args=())
 def _cuda_backward_op(
     dy: Tensor, d_final_state: Tensor | None, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
-    initial_state: Tensor | None, states: Tensor, reverse: bool, scale: float, q_activation: str, coarse: int,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, states: Tensor, reverse: bool, scale: float,
+    q_activation: str, coarse: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not coarse:
         # float16 has not the range for the kernels of the backward pass
         from hgrn2.ops.triton import launch as triton_launch
 
-        scan = triton_launch.Scan(q, f, None, v, lower_bound, initial_state, None, reverse, scale, q_activation, "none")
+        rest = (cu_seqlens, reverse, scale, q_activation, "none")
+        scan = triton_launch.Scan(q, f, None, v, lower_bound, initial_state, *rest)
         if d_final_state is None:
-            d_final_state = torch.zeros((q.shape[0], *q.shape[2:], v.shape[-1]), device=q.device)
+            num_states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            d_final_state = torch.zeros((num_states, *q.shape[2:], v.shape[-1]), device=q.device)
         dq, df, _, dv, d_bound, d_initial = triton_launch.backward(scan, dy, d_final_state)
         d_initial = None if initial_state is None else d_initial
     else:
         from hgrn2.ops.cuda import launch
 
-        scan = launch.Scan(q, f, v, lower_bound, initial_state, reverse, scale, q_activation)
+        scan = launch.Scan(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation)
         dq, df, dv, d_bound, d_initial = launch.backward(scan, dy, d_final_state, states, coarse)
     d_bound, d_initial = (q.new_empty(0) if x is None else x for x in (d_bound, d_initial))
     return dq, df, dv, d_bound, d_initial
 
 
 @_cuda_backward_op.register_fake
-def _(dy, d_final_state, q, f, v, lower_bound, initial_state, states, reverse, scale, q_activation, coarse):
+def _(dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, reverse, scale, q_activation, coarse):
     inputs = (q, f, v, lower_bound, initial_state)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _cuda_setup(ctx, inputs, output) -> None:
-    tensors, ctx.settings = inputs[:5], inputs[5:]
+    tensors, ctx.settings = inputs[:6], inputs[6:]
     ctx.save_for_backward(*tensors, output[2])
     # the final state is seldom used: no zeros for its gradient
     ctx.set_materialize_grads(False)
@@ -288,11 +294,11 @@ def _cuda_setup(ctx, inputs, output) -> None:
 def _cuda_backward(ctx, dy, d_final_state, _):
     if dy is None:
         dy = torch.zeros_like(ctx.saved_tensors[2])
-    *_, lower_bound, initial_state, _ = tensors = ctx.saved_tensors
+    *_, lower_bound, initial_state, _, _ = tensors = ctx.saved_tensors
     dq, df, dv, d_bound, d_initial = torch.ops.hgrn2.cuda_scan_backward(dy, d_final_state, *tensors, *ctx.settings)
     d_bound = None if lower_bound is None else d_bound
     d_initial = None if initial_state is None else d_initial
-    return dq, df, dv, d_bound, d_initial, None, None, None, None
+    return dq, df, dv, d_bound, d_initial, None, None, None, None, None
 
 
 cuda_scan.register_autograd(_cuda_backward, setup_context=_cuda_setup)

@@ -88,12 +88,15 @@ def hgrn2_scan(
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     lower_bound, initial_state = _as_state(lower_bound, q), _as_state(initial_state, q)
     # a launch takes no larger batch
-    plain = cu_seqlens is None and v_activation == "none" and q.shape[0] < 1 << 16
+    plain = v_activation == "none" and q.shape[0] < 1 << 16
     backend = _resolve(backend, q, v, plain)
     if backend == "cuda":
         keep = _needs_gradient(q, f, v, lower_bound, initial_state) and q.dtype == torch.bfloat16
-        coarse = coarse_chunks(*q.shape[:3]) if keep else 0
-        y, state, _ = cuda_scan(q, f, v, lower_bound, initial_state, reverse, float(scale), q_activation, coarse)
+        num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        coarse = coarse_chunks(*q.shape[:3], num_packed) if keep else 0
+        y, state, _ = cuda_scan(
+            q, f, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, coarse
+        )
         return y, state
     if backend == "triton":
         return triton_scan(

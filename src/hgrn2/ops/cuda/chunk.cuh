@@ -1,7 +1,6 @@
-// What the kernels for K = V = 128 share: the shape of their work, memory movement, matrix products.
+// What the kernels for K = V = 128 share: where chunks lie, memory movement, matrix products, gates.
 //
-// Where a sequence is walked along (walk.cu) a program has 12 warps: 8 work on gates and scores of a chunk of 64 tokens,
-// 4 on the state, one chunk behind. Matrix products are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums.
+// Matrix products are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums.
 // Shared memory holds a chunk's rows in 16-byte pieces whose place is XORed with the row, so that eight rows of one
 // column never meet in a bank.
 //
@@ -14,13 +13,30 @@ typedef long long i64;
 
 constexpr int CHUNK = 64;
 constexpr int WIDTH = 128;
-constexpr int GATE_THREADS = 256;
-constexpr int STATE_THREADS = 128;
-constexpr int THREADS = GATE_THREADS + STATE_THREADS;
 constexpr int ROW_BYTES = WIDTH * 2;
 constexpr int TILE_BYTES = CHUNK * ROW_BYTES;
 constexpr int SCORE_BYTES = CHUNK * CHUNK * 2;
 constexpr float LOG2_E = 1.4426950408889634f;
+
+// A chunk of 64 tokens, or fewer at the end of a sequence. A sequence is one of the batch or, PACKED, a run of rows.
+struct Span {
+    i64 row;       // of its first token in time
+    int left;      // tokens from there to the end of its sequence, or more than a chunk's
+    int sequence;  // among all
+    bool first, last;  // of its sequence
+};
+
+// spans: of each chunk {row, left, sequence, first | last << 1}, only where sequences are packed
+__device__ __forceinline__ Span span_of(const void* spans, i64 chunk, i64 length, bool reverse) {
+#if PACKED
+    int4 x = __ldg((const int4*)spans + chunk);
+    return {x.x, x.y, x.z, (x.w & 1) != 0, (x.w & 2) != 0};
+#else
+    i64 time = chunk * CHUNK, left = length - time;
+    int some = (int)(left < 2 * CHUNK ? left : 2 * CHUNK);
+    return {reverse ? length - 1 - time : time, some, (int)blockIdx.z, time == 0, left <= CHUNK};
+#endif
+}
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -29,6 +45,16 @@ __device__ __forceinline__ u32 tile_place(int row, int piece) { return row * ROW
 
 // place of a 16-byte piece of a row of 64 scores
 __device__ __forceinline__ u32 score_place(int row, int piece) { return row * CHUNK * 2 + ((piece ^ (row & 7)) << 4); }
+
+// Where a lane points to for the four 8 x 8 pieces of a 16 x 16 one, in rows of this many bytes: low rows, high rows,
+// and those of the high columns
+__device__ __forceinline__ u32 fragment_lane(int lane, int row_bytes) {
+    return (lane & 15) * row_bytes + (((lane >> 4) ^ (lane & 7)) << 4);
+}
+// likewise with low columns, high columns, and those of the high rows
+__device__ __forceinline__ u32 turned_lane(int lane, int row_bytes) {
+    return ((lane & 7) + ((lane >> 4) << 3)) * row_bytes + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
+}
 
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool exists) {
     // a row that does not exist is filled with zeros
@@ -56,6 +82,12 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
     return r;
 }
+__device__ __forceinline__ void load_shared(u32 (&r)[4], u32 address) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
 __device__ __forceinline__ void store_shared(u32 address, u32 value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -79,6 +111,26 @@ __device__ __forceinline__ void unpack(u32 x, float& low, float& high) {
 #endif
 }
 
+// 0 as long as all pairs that were noted are finite
+__device__ __forceinline__ void note_finite(u32& noted, u32 x) {
+#if BFLOAT16
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(noted) : "r"(x), "r"(0u));
+#else
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(noted) : "r"(x), "r"(0u));
+#endif
+}
+
+// of two pairs of numbers of the inputs' type
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
+    u32 r;
+#if BFLOAT16
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+#else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+#endif
+    return r;
+}
+
 // d += a b^T for a [16, 16] and b [8, 16], whose halves along the depth are b0 and b1
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if BFLOAT16
@@ -98,6 +150,17 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 }
 __device__ __forceinline__ void barrier_wait(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// waits for all, and says whether all said yes
+__device__ __forceinline__ bool barrier_all(int id, int threads, bool vote) {
+    u32 all;
+    asm volatile(
+        "{.reg .pred p, q; setp.ne.u32 p, %3, 0; barrier.cta.red.and.pred q, %1, %2, p; selp.u32 %0, 1, 0, q;}"
+        : "=r"(all)
+        : "r"(id), "r"(threads), "r"((u32)vote)
+        : "memory");
+    return all != 0;
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -15,15 +15,17 @@ struct GradientArguments {
     const void* v;
     const void* dy;
     const float* bound;     // [H, K] or null
-    const void* states;     // [B, chunks, G, V, K], before each chunk, K in the order of walk.cu
-    const void* d_states;   // [B, chunks, G, V, K], gradient of the state after it
+    const void* spans;      // PACKED: of each chunk, see chunk.cuh
+    const int* num_spans;   // PACKED: how many chunks there are
+    const void* states;     // [B, gridDim.x, G, V, K], before each chunk, K in the order of walk.cuh
+    const void* d_states;   // [B, gridDim.x, G, V, K], gradient of the state after it
     void* dq;               // [B, T, H, K]
     void* df;               // [B, T, H, K]
     float* d_bound;         // [B, chunks, H, K] or null
-    int* left_over;         // [B, chunks, G, 2]: 1 where nothing was computed
+    int* left_over;         // [B, gridDim.x, G, 2]: 1 where nothing was computed
     i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head, dy_batch, dy_row, dy_head;
     i64 length;
-    int heads, first_head, reverse;
+    int heads, first_head, first_chunk, chunks, reverse;
     float scale;
 };
 
@@ -42,6 +44,7 @@ constexpr int AT_Q = AT_DY + TILE_BYTES, AT_Z = AT_Q + SMALL_BYTES, AT_SCALED_Q 
 constexpr int AT_SCALED_K = AT_SCALED_Q + SMALL_BYTES, AT_SCORES = AT_SCALED_K + SMALL_BYTES;
 constexpr int AT_GROUPS = AT_SCORES + SMALL_BYTES, AT_HALVES = AT_GROUPS + GROUPS * HALF * 4;
 constexpr int AT_KEYS = AT_HALVES + 2 * HALF * 4, AT_STATES = AT_KEYS + 4 * HALF * 4;
+constexpr u32 ONES = BFLOAT16 ? 0x3f803f80u : 0x3c003c00u;
 
 __device__ __forceinline__ float2 load_pair(u32 address) {
     float2 r;
@@ -73,17 +76,21 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
     extern __shared__ __align__(1024) char shared[];
     u32 base = shared_address(shared);
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
-    i64 chunk = blockIdx.x, chunks = gridDim.x;
+    i64 chunk = a.first_chunk + blockIdx.x;
+#if PACKED
+    if (chunk >= *a.num_spans) return;
+#endif
+    Span span = span_of(a.spans, chunk, a.length, a.reverse);
     int local = blockIdx.y >> 1, half = blockIdx.y & 1, head = a.first_head + local, batch = blockIdx.z;
     int group = gridDim.y >> 1;
-    i64 at = ((i64)batch * chunks + chunk) * group + local;
-    i64 left = a.length - chunk * CHUNK;
+    i64 at = ((i64)batch * gridDim.x + blockIdx.x) * group + local;
+    i64 left = span.left;
 
     // rows of the inputs and the states
     {
         int row = threadIdx.x >> 3, piece = threadIdx.x & 7;
         u32 to = base + score_place(row, piece);
-        i64 token = chunk * CHUNK + row, from = a.reverse ? a.length - 1 - token : token;
+        i64 from = a.reverse ? span.row - row : span.row + row;
         const char* q = (const char*)a.q + (batch * a.q_batch + head * a.q_head + half * HALF + from * a.q_row) * 2;
         const char* f = (const char*)a.f + (batch * a.f_batch + head * a.f_head + half * HALF + from * a.f_row) * 2;
         int sign = a.reverse ? -1 : 1;
@@ -104,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         }
         row = threadIdx.x >> 4, piece = threadIdx.x & 15;
         to = base + tile_place(row, piece);
-        token = chunk * CHUNK + row, from = a.reverse ? a.length - 1 - token : token;
+        from = a.reverse ? span.row - row : span.row + row;
         const char* v = (const char*)a.v + (batch * a.v_batch + head * a.v_head + from * a.v_row) * 2;
         const char* dy = (const char*)a.dy + (batch * a.dy_batch + head * a.dy_head + from * a.dy_row) * 2;
 #pragma unroll
@@ -188,10 +195,10 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
     u32 channels[2] = {narrow_lane ^ (side << 6), narrow_lane ^ (side << 6) ^ 32};
     float dq[4][4], dk[4][4];
     {
-        float d_scores[2][2][4];
+        float d_scores[2][2][4], state_sums[4][4];
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            dq[i >> 2][i & 3] = 0.0f, dk[i >> 2][i & 3] = 0.0f;
+            dq[i >> 2][i & 3] = 0.0f, dk[i >> 2][i & 3] = 0.0f, state_sums[i >> 2][i & 3] = 0.0f;
             d_scores[i >> 3][(i >> 2) & 1][i & 3] = 0.0f;
         }
         u32 dy_lane = base + AT_DY + wide_lane + 16 * block * ROW_BYTES;
@@ -207,9 +214,16 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
                 load_fragment_transposed(s, place + AT_STATE);
                 multiply(dq[2 * j], dy, s[0], s[1]);
                 multiply(dq[2 * j + 1], dy, s[2], s[3]);
-                load_fragment_transposed(s, place + AT_D_STATE);
-                multiply(dk[2 * j], v, s[0], s[1]);
-                multiply(dk[2 * j + 1], v, s[2], s[3]);
+                u32 d[4];
+                load_fragment_transposed(d, place + AT_D_STATE);
+                multiply(dk[2 * j], v, d[0], d[1]);
+                multiply(dk[2 * j + 1], v, d[2], d[3]);
+                // sums of S dS over columns of V, a quarter a warp
+                if (t >> 1 == block) {
+                    u32 ones[4] = {ONES, ONES, ONES, ONES};
+                    multiply(state_sums[2 * j], ones, multiply_pairs(s[0], d[0]), multiply_pairs(s[1], d[1]));
+                    multiply(state_sums[2 * j + 1], ones, multiply_pairs(s[2], d[2]), multiply_pairs(s[3], d[3]));
+                }
             }
             // of the scores' gradients each side takes every other block
 #pragma unroll
@@ -219,6 +233,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
                     multiply(d_scores[j][0], dy, s[0], s[2]);
                     multiply(d_scores[j][1], dy, s[1], s[3]);
                 }
+        }
+        if (g == 0) {
+            float* to = (float*)(shared + AT_STATES) + block * HALF + 32 * side + 2 * c;
+#pragma unroll
+            for (int n = 0; n < 4; n++) *(float2*)(to + 8 * n) = make_float2(state_sums[n][0], state_sums[n][1]);
         }
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -260,16 +279,6 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
             int place = block * HALF + 32 * side + 16 * j + 8 * n + 2 * c;
             if (g == 0) *(float2*)(key_sums + place) = make_float2(x, y);
         }
-    }
-    {
-        float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            u32 place = ((base + 16 * warp * HALF * 2 + pair * 4) ^ ((i & 7) << 4)) + i * HALF * 2;
-            float2 s = load_pair(place + AT_STATE), d = load_pair(place + AT_D_STATE);
-            sum.x = fmaf(s.x, d.x, sum.x), sum.y = fmaf(s.y, d.y, sum.y);
-        }
-        *(float2*)((float*)(shared + AT_STATES) + warp * HALF + 2 * pair) = sum;
     }
     __syncthreads();
 #pragma unroll
@@ -323,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
     float2 d_log = make_float2(0.0f, 0.0f);
     float2 m0 = halves[0], m1 = halves[HALF / 2];
 #pragma unroll
-    for (int j = 0; j < GROUPS; j++) {
+    for (int j = 0; j < 4; j++) {
         float2 s = *(const float2*)((const float*)(shared + AT_STATES) + j * HALF + 2 * pair);
         d_log.x += s.x, d_log.y += s.y;
     }
@@ -348,8 +357,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         tied_gate(z.y, beta.y, f[i][1], k[i][1], closed[i][1], open[i][1]);
         if (first_row + i >= left) f[i][0] = f[i][1] = 1.0f;
     }
-    i64 token = chunk * CHUNK + first_row;
-    i64 out = ((batch * a.length + (a.reverse ? a.length - 1 - token : token)) * a.heads + head) * WIDTH + half * HALF;
+    i64 row_out = a.reverse ? span.row - first_row : span.row + first_row;
+    i64 out = ((batch * a.length + row_out) * a.heads + head) * WIDTH + half * HALF;
     int step = (a.reverse ? -1 : 1) * a.heads * WIDTH;
     float2 d_bound = make_float2(0.0f, 0.0f);
     char *dq_out = (char*)a.dq + (out + 2 * lane) * 2, *df_out = (char*)a.df + (out + 2 * lane) * 2;
@@ -386,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
             float2 s = *(const float2*)(groups + j * HALF);
             d_bound.x += s.x, d_bound.y += s.y;
         }
-        i64 to = (((i64)batch * chunks + chunk) * a.heads + head) * WIDTH + half * HALF + 2 * lane;
+        i64 to = (((i64)batch * a.chunks + chunk) * a.heads + head) * WIDTH + half * HALF + 2 * lane;
         *(float2*)(a.d_bound + to) = d_bound;
     }
 }

@@ -15,26 +15,33 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops.cuda import compiler
-from hgrn2.ops.cuda.plan import CHUNK, WIDTH, group_size, num_chunks, segment_chunks
+from hgrn2.ops.cuda.plan import CHUNK, WIDTH, coarse_pieces, num_chunks, passes, segment_chunks
 
 THREADS, GRADIENT_THREADS = 384, 256
+# what each file of kernels is compiled with, in the order in which one needs the other
+SOURCES = {
+    "walk.cu": ("chunk.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "walk.cu"),
+    "gradient.cu": ("chunk.cuh", "gradient.cu"),
+}
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
-_WALK_SHARED = 11 * _TILE_BYTES + 4 * _SCORE_BYTES + 7 * WIDTH * 4
-_GRADIENT_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 2 + 4 + 8) * _HALF * 4
+_WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 13 * WIDTH * 4 + 2 * 4
+_GRADIENT_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 2 + 4 + 4) * _HALF * 4
 
 
 class WalkArguments(ctypes.Structure):
-    """Argument of the kernels of walk.cu, field by field as there."""
+    """Argument of the kernels of walk.cu, field by field as in walk.cuh."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "bound", "y", "initial", "final", "update", "decay")]
-        + [(name, ctypes.c_void_p) for name in ("coarse", "kept", "kept_decay")]
+        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "bound", "spans", "num_spans", "y", "initial", "final")]
+        + [(name, ctypes.c_void_p) for name in ("before", "after", "update", "decay", "coarse", "kept", "kept_decay")]
         + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v") for axis in ("batch", "row", "head")]
         + [("length", ctypes.c_longlong)]
-        + [(name, ctypes.c_int) for name in ("heads", "segments", "segment_chunks", "coarse_chunks")]
-        + [(name, ctypes.c_int) for name in ("reverse", "first_head")]
-        + [("initial_heads", ctypes.c_int), ("initial_first", ctypes.c_int), ("scale", ctypes.c_float)]
+        + [(name, ctypes.c_int) for name in ("heads", "first_head", "first_chunk", "end_chunk")]
+        + [(name, ctypes.c_int) for name in ("segments", "segment_chunks")]
+        + [(f"before_{name}", ctypes.c_int) for name in ("segments", "segment", "heads", "head")]
+        + [(name, ctypes.c_int) for name in ("coarse_chunks", "pieces", "kept_chunks", "reverse")]
+        + [("scale", ctypes.c_float)]
     )
 
 
@@ -42,11 +49,11 @@ class GradientArguments(ctypes.Structure):
     """Argument of the kernel of gradient.cu, field by field as there."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "states", "d_states", "dq", "df")]
-        + [(name, ctypes.c_void_p) for name in ("d_bound", "left_over")]
+        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "spans", "num_spans")]
+        + [(name, ctypes.c_void_p) for name in ("states", "d_states", "dq", "df", "d_bound", "left_over")]
         + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v", "dy") for axis in ("batch", "row", "head")]
         + [("length", ctypes.c_longlong)]
-        + [(name, ctypes.c_int) for name in ("heads", "first_head", "reverse")]
+        + [(name, ctypes.c_int) for name in ("heads", "first_head", "first_chunk", "chunks", "reverse")]
         + [("scale", ctypes.c_float)]
     )
 
@@ -58,6 +65,32 @@ class Group(NamedTuple):
     count: int
 
 
+class Stretch(NamedTuple):
+    """Chunks of every sequence that are worked on together: from the first to before `end`, in segments."""
+
+    first: int
+    end: int
+    segment: int
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return self.end - self.first
+
+    @property
+    def segments(self) -> int:
+        """How many segments."""
+        return -(-self.chunks // self.segment)
+
+
+class Before(NamedTuple):
+    """States before segments: [B, pieces, heads, K, V], and which of them are those of a launch's first."""
+
+    states: Tensor
+    segment: int = 0
+    head: int = 0
+
+
 @dataclass(frozen=True)
 class Scan:
     """A call of `hgrn2.ops.hgrn2_scan` that `resolve_backend` gives to these kernels.
@@ -67,7 +100,8 @@ class Scan:
         f: [B, T, H, K].
         v: [B, T, H, V].
         bound: [H, K] float32 or None.
-        initial_state: [B, H, K, V] float32 or None.
+        initial_state: [N, H, K, V] float32 or None.
+        cu_seqlens: [N + 1] or None.
         reverse: time runs from the last row to the first.
         scale: factor of the outputs.
         q_activation: of q.
@@ -78,6 +112,7 @@ class Scan:
     v: Tensor
     bound: Tensor | None
     initial_state: Tensor | None
+    cu_seqlens: Tensor | None
     reverse: bool
     scale: float
     q_activation: str
@@ -89,6 +124,19 @@ class Scan:
             self, q=_aligned(self.q), f=_aligned(self.f), v=_aligned(self.v), bound=bound, initial_state=state
         )
 
+    def new_rows(self, like: Tensor) -> Tensor:
+        """Room for an output; packed sequences may leave rows at the end to nobody."""
+        make = torch.empty if self.cu_seqlens is None else torch.zeros
+        return make(like.shape, dtype=like.dtype, device=like.device)
+
+    def new_states(self, known: Tensor | None) -> Tensor:
+        """Room for the states of all sequences; one that is packed and empty has the known one, or zeros."""
+        num_states = self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        shape = (num_states, self.q.shape[2], WIDTH, WIDTH)
+        make = torch.empty if self.cu_seqlens is None and self.q.numel() else torch.zeros
+        states = make(shape, dtype=torch.float32, device=self.q.device)
+        return states if make is torch.empty or known is None else states.copy_(known)
+
 
 class Plan:
     """How the work of a call is cut.
@@ -96,25 +144,70 @@ class Plan:
     Attributes:
         scan: the call, aligned.
         batch: B, likewise length T and heads H.
-        chunks: of a sequence.
-        groups: heads of each pass over the backward pass's kernels.
-        coarse: chunks of a segment of the backward pass.
-        forward_chunks: chunks of a segment of the forward pass: a multiple of `coarse`.
+        chunks: of a sequence; of packed ones together, at most.
+        passes: of the backward pass.
+        groups: heads of each pass.
+        coarse: chunks between the states that the forward pass keeps; 0 where it keeps none.
+        packed: where packed sequences and their chunks lie.
     """
 
     def __init__(self, scan: Scan, coarse: int):
         self.scan, self.coarse = scan, coarse
         self.batch, self.length, self.heads, _ = scan.q.shape
-        self.chunks = num_chunks(self.length)
-        size = group_size(self.batch, self.chunks, self.heads)
+        num_packed = 0 if scan.cu_seqlens is None else scan.cu_seqlens.shape[0] - 1
+        self.chunks = num_chunks(self.length, num_packed)
+        self.passes = passes(self.batch, self.chunks, self.heads)
+        size = self.passes.heads
         self.groups = [Group(h, min(size, self.heads - h)) for h in range(0, self.heads, size)]
-        self.forward_chunks = -(-segment_chunks(self.batch * self.heads, self.chunks) // coarse) * coarse
+        self.packed = None if scan.cu_seqlens is None else _Packed(scan.cu_seqlens, self.length, scan.reverse)
+
+    def coarse_shape(self) -> tuple[int, ...]:
+        """Shape of the states that the forward pass keeps."""
+        num_packed = 0 if self.scan.cu_seqlens is None else self.scan.cu_seqlens.shape[0] - 1
+        return (self.batch, coarse_pieces(self.length, self.coarse, num_packed), self.heads, WIDTH, WIDTH)
+
+    def whole(self) -> Stretch:
+        """All chunks, in segments that keep the chip busy."""
+        return Stretch(0, self.chunks, segment_chunks(self.batch * self.heads, self.chunks))
+
+    def parts(self) -> list[Stretch]:
+        """The parts of the backward pass, from the last to the first."""
+        size = self.passes.part
+        starts = range(0, self.chunks, size)
+        return [Stretch(at, min(at + size, self.chunks), self.passes.coarse) for at in reversed(starts)]
 
 
-def coarse_shape(batch: int, length: int, heads: int, coarse: int) -> tuple[int, ...]:
-    """Shape of the coarse states; none are kept with a distance of 0, or when the first would be the only one."""
-    chunks = num_chunks(length)
-    return (batch, -(-chunks // coarse) if 0 < coarse < chunks else 0, heads, WIDTH, WIDTH)
+class _Packed:
+    """Where packed sequences and their chunks lie, found on the device.
+
+    Attributes:
+        cut: the chunks, as the Triton kernels know them.
+        spans: [chunks, 4] int32, of each: row of its first token in time, tokens to its sequence's end, its sequence,
+            and whether it is the sequence's first (1) or last (2).
+        num_spans: [1] int32, how many there are.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, length: int, reverse: bool):
+        from hgrn2.ops.triton.launch import cut
+
+        self.cut = chunks = cut(1, length, cu_seqlens, CHUNK)
+        assert chunks.first is not None
+        assert chunks.sequence is not None
+        bounds = cu_seqlens.clamp(0, length)
+        start = bounds[chunks.sequence]
+        count = (bounds[chunks.sequence + 1] - start).clamp_(min=0)
+        places = torch.arange(chunks.total, device=cu_seqlens.device)
+        begin = (places - chunks.first[chunks.sequence]) * CHUNK
+        left = count - begin
+        row = start + count - 1 - begin if reverse else start + begin
+        ends = (begin == 0) + 2 * (left <= CHUNK)
+        self.spans = torch.stack((row, left, chunks.sequence, ends), 1).int()
+        self.num_spans = chunks.first[-1:].contiguous()
+
+
+def coarse_shape(batch: int, length: int, heads: int, coarse: int, num_packed: int = 0) -> tuple[int, ...]:
+    """Shape of the states that `forward` keeps with a distance of `coarse` chunks."""
+    return (batch, coarse_pieces(length, coarse, num_packed), heads, WIDTH, WIDTH)
 
 
 def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,29 +215,25 @@ def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         scan: the call.
-        coarse: chunks between the coarse states `backward` needs; 0 to keep none.
+        coarse: chunks between the states `backward` needs; 0 to keep none.
 
     Returns:
-        y [B, T, H, V], the final state [B, H, K, V], float32, and coarse states [B, pieces, H, K, V], float32, of which
-        there is none unless asked for.
+        y [B, T, H, V], the final state [N, H, K, V], float32, and states on the way [B, pieces, H, K, V], float32.
     """
     scan = scan.aligned()
-    plan, device, initial = Plan(scan, max(1, coarse)), scan.q.device, scan.initial_state
-    y = torch.empty(scan.v.shape, dtype=scan.v.dtype, device=device)
-    final = torch.empty((plan.batch, plan.heads, WIDTH, WIDTH), dtype=torch.float32, device=device)
-    states = torch.empty(coarse_shape(plan.batch, plan.length, plan.heads, coarse), dtype=torch.float32, device=device)
+    plan, device = Plan(scan, coarse), scan.q.device
+    y, final = scan.new_rows(scan.v), scan.new_states(scan.initial_state)
+    states = torch.empty(plan.coarse_shape(), dtype=torch.float32, device=device)
     if not y.numel():
-        return y, final.zero_() if initial is None else final.copy_(initial), states
-    group, chunks = Group(0, plan.heads), plan.forward_chunks
+        return y, final, states
+    group, stretch = Group(0, plan.heads), plan.whole()
     with torch.cuda.device(device):
-        walks = _Walks(plan)
-        if chunks < plan.chunks:
-            before, decays = walks.summaries("forward_summaries", group, chunks, scan.v)
-            _carry(before, decays, initial, final, group, plan.heads, back=False)
-        else:
-            before = _one_segment(initial)
+        walks = _Walks(plan, scan.initial_state)
+        before = None
+        if stretch.segments > 1:
+            before = walks.states_before_segments("forward_summaries", group, stretch, scan.v, None, back=False)
         kept = {"coarse": states} if states.numel() else {}
-        walks.launch("forward_outputs", group, chunks, scan.v, before, 0, y=y, final=final, **kept)
+        walks.launch("forward_outputs", group, stretch, scan.v, before, y=y, final=final, **kept)
     return y, final, states
 
 
@@ -156,8 +245,8 @@ def backward(
     Args:
         scan: the call.
         dy: [B, T, H, V].
-        d_final: [B, H, K, V] float32, or None for zeros.
-        states: the coarse states, and the distance between them.
+        d_final: [N, H, K, V] float32, or None for zeros.
+        states: what the forward pass kept, and the distance.
         coarse: see states.
 
     Returns:
@@ -166,140 +255,157 @@ def backward(
     scan, dy = scan.aligned(), _aligned(dy)
     d_final = None if d_final is None else d_final.contiguous()
     plan, device = Plan(scan, coarse), scan.q.device
-    dq, df, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (scan.q, scan.f, scan.v))
+    assert coarse == plan.passes.coarse, f"states every {coarse} chunks; wanted {plan.passes.coarse}"
+    dq, df, dv = (scan.new_rows(x) for x in (scan.q, scan.f, scan.v))
     # a row for each chunk, summed below in a fixed order
     d_bound = None
     if scan.bound is not None:
-        d_bound = torch.empty((plan.batch * plan.chunks, plan.heads, WIDTH), dtype=torch.float32, device=device)
-    d_initial = None if scan.initial_state is None else torch.empty_like(scan.initial_state)
+        make = torch.empty if plan.packed is None else torch.zeros
+        d_bound = make((plan.batch * plan.chunks, plan.heads, WIDTH), dtype=torch.float32, device=device)
+    d_initial = None if scan.initial_state is None else scan.new_states(d_final)
     if not dq.numel():
-        if d_initial is not None:
-            d_initial = d_initial.zero_() if d_final is None else d_initial.copy_(d_final)
         return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
-    # every group in the room of the first, the largest
-    shape = (plan.batch * plan.chunks, plan.groups[0].count, WIDTH, WIDTH)
+    # every pass in the room of the largest
+    parts, size = plan.parts(), plan.passes.heads
+    shape = (plan.batch * parts[-1].chunks, size, WIDTH, WIDTH)
     kept, d_kept = (torch.empty(shape, dtype=scan.q.dtype, device=device) for _ in range(2))
     decays = torch.empty(shape[:3], dtype=torch.float32, device=device)
-    left_over = torch.zeros((len(plan.groups), *shape[:2], 2), dtype=torch.int32, device=device)
+    left_over = torch.zeros((len(plan.groups), len(parts), *shape[:2], 2), dtype=torch.int32, device=device)
     with torch.cuda.device(device):
-        walks = _Walks(plan)
+        walks, back = _Walks(plan, scan.initial_state), _Walks(plan, d_final)
         for group, flags in zip(plan.groups, left_over, strict=True):
-            before = states if states.numel() else _one_segment(scan.initial_state)
-            walks.launch("forward_states", group, coarse, scan.v, before, group.first, kept=kept, kept_decay=decays)
-            if coarse < plan.chunks:
-                after, after_decays = walks.summaries("backward_summaries", group, coarse, dy)
-                _carry(after, after_decays, d_final, d_initial, group, plan.heads, back=True)
-                first = 0
-            else:
-                after, first = _one_segment(d_final), group.first
-            walks.launch("backward_values", group, coarse, dy, after, first, y=dv, final=d_initial, kept=d_kept)
-            _gradients(plan, group, dy, kept, d_kept, decays, flags, dq, df, d_bound)
+            # from part to part; a sequence's own end takes its place where one ends
+            carried = None
+            if len(parts) > 1:
+                carried = torch.zeros((plan.batch, 1, group.count, WIDTH, WIDTH), dtype=torch.float32, device=device)
+            for part, part_flags in zip(parts, flags, strict=True):
+                before = Before(states, part.first // coarse - 1, group.first) if states.numel() else None
+                walks.launch("forward_states", group, part, scan.v, before, kept=kept, kept_decay=decays)
+                if part.segments > 1:
+                    after = back.states_before_segments("backward_summaries", group, part, dy, carried, back=True)
+                else:
+                    after = None if carried is None else Before(carried)
+                back.launch(
+                    "backward_values", group, part, dy, after, y=dv, final=d_initial, kept=d_kept, after=carried
+                )
+                _gradients(plan, group, part, dy, kept, d_kept, decays, part_flags, dq, df, d_bound)
     return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
 
 
-def _one_segment(states: Tensor | None) -> Tensor | None:
-    """States [B, H, K, V] as those before the only segment."""
-    return None if states is None else states.unsqueeze(1)
-
-
 class _Walks:
-    """Launches of the kernels of walk.cu for one call."""
+    """Launches of the kernels of walk.cu for one call.
 
-    def __init__(self, plan: Plan):
+    Args:
+        plan: of the call.
+        initial: [N, H, K, V], the states that sequences begin with or, for walks back, the gradients of their last.
+    """
+
+    def __init__(self, plan: Plan, initial: Tensor | None):
         self.plan, scan = plan, plan.scan
+        spans, num_spans = (None, None) if plan.packed is None else (plan.packed.spans, plan.packed.num_spans)
         self.shared = WalkArguments(
-            q=scan.q.data_ptr(), f=scan.f.data_ptr(), bound=_pointer(scan.bound), length=plan.length,
-            heads=plan.heads, coarse_chunks=plan.coarse, reverse=scan.reverse, scale=scan.scale,
+            q=scan.q.data_ptr(), f=scan.f.data_ptr(), bound=_pointer(scan.bound), initial=_pointer(initial),
+            spans=_pointer(spans), num_spans=_pointer(num_spans), length=plan.length, heads=plan.heads,
+            coarse_chunks=plan.coarse, pieces=plan.coarse_shape()[1], reverse=scan.reverse, scale=scan.scale,
             **_strides(q=scan.q, f=scan.f),
         )  # fmt: skip
 
     def launch(
-        self, name: str, group: Group, chunks: int, values: Tensor, initial: Tensor | None = None,
-        initial_first: int = 0, **outputs: Tensor | None,
+        self, name: str, group: Group, stretch: Stretch, values: Tensor, before: Before | None = None,
+        **outputs: Tensor | None,
     ) -> None:  # fmt: skip
         """Launches a kernel.
 
         Args:
             name: of the kernel.
             group: heads to work on.
-            chunks: of a segment.
+            stretch: chunks to work on.
             values: v, or dy backwards.
-            initial: [B, segments, heads, K, V], states before the segments (backwards, gradients of those after).
-            initial_first: where the group's first head is in `initial`.
+            before: states before the segments (backwards, gradients of those after); None for zeros.
             outputs: by the name of the field of `WalkArguments`; None where not wanted.
         """
         arguments = WalkArguments.from_buffer_copy(self.shared)
         arguments.v = values.data_ptr()
         arguments.v_batch, arguments.v_row, arguments.v_head, _ = values.stride()
-        segments = -(-self.plan.chunks // chunks)
-        arguments.segments, arguments.segment_chunks, arguments.first_head = segments, chunks, group.first
-        if initial is not None:
-            arguments.initial, arguments.initial_first = initial.data_ptr(), initial_first
-            arguments.initial_heads = initial.shape[2]
+        arguments.first_head = group.first
+        arguments.first_chunk, arguments.end_chunk, arguments.segment_chunks = stretch
+        arguments.segments, arguments.kept_chunks = stretch.segments, stretch.chunks
+        if before is not None:
+            arguments.before = before.states.data_ptr()
+            arguments.before_segments, arguments.before_heads = before.states.shape[1:3]
+            arguments.before_segment, arguments.before_head = before.segment, before.head
         for field, x in outputs.items():
             setattr(arguments, field, _pointer(x))
-        scan = self.plan.scan
-        kernel = _kernel("walk.cu", name, scan.q.dtype, scan.q_activation, scan.q.device.index)
-        kernel.launch((segments, group.count, self.plan.batch), arguments)
+        kernel = _kernel("walk.cu", name, self.plan.scan)
+        kernel.launch((stretch.segments, group.count, self.plan.batch), arguments)
 
-    def summaries(self, name: str, group: Group, chunks: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What each segment adds to the state, [B, segments, heads, K, V], and its decay and 1 minus it."""
-        shape = (self.plan.batch, -(-self.plan.chunks // chunks), group.count, WIDTH)
-        updates = torch.empty((*shape, WIDTH), dtype=torch.float32, device=values.device)
-        decays = torch.empty((*shape[:3], 2, WIDTH), dtype=torch.float32, device=values.device)
-        self.launch(name, group, chunks, values, update=updates, decay=decays)
-        return updates, decays
+    def states_before_segments(
+        self, name: str, group: Group, stretch: Stretch, values: Tensor, carried: Tensor | None, back: bool
+    ) -> Before:
+        """States before the segments (back: after them), from what each adds and how it decays.
 
+        Args:
+            name: of the kernel that finds the latter.
+            group: see `launch`, likewise stretch and values.
+            stretch: see group.
+            values: see group.
+            carried: [B, 1, G, K, V], state before the first segment (back: after the last) where no sequence begins.
+            back: from the last segment to the first.
+        """
+        from hgrn2.ops.triton.chunk_fwd import carry_states_kernel
 
-def _carry(
-    updates: Tensor,
-    decays: Tensor,
-    initial: Tensor | None,
-    final: Tensor | None,
-    group: Group,
-    all_heads: int,
-    back: bool,
-) -> None:
-    """Replaces what each segment adds by the state before it (back: after it)."""
-    from hgrn2.ops.triton.chunk_fwd import carry_states_kernel
-
-    batch, segments, count, _, _ = updates.shape
-    block = 512
-    carry_states_kernel[(batch, count, WIDTH * WIDTH // block)](
-        updates, decays, initial, final, None, segments, *group, all_heads, WIDTH, WIDTH,
-        BLOCK=block, PACKED=False, BACKWARD=back, HAS_INITIAL=initial is not None, HAS_FINAL=final is not None,
-        num_warps=4,
-    )  # fmt: skip
+        batch, segments, count = self.plan.batch, stretch.segments, group.count
+        updates = torch.empty((batch, segments, count, WIDTH, WIDTH), dtype=torch.float32, device=values.device)
+        decays = torch.empty((batch, segments, count, 2, WIDTH), dtype=torch.float32, device=values.device)
+        self.launch(name, group, stretch, values, update=updates, decay=decays)
+        block = 512
+        carry_states_kernel[(batch, count, WIDTH * WIDTH // block)](
+            updates, decays, carried, None, None, segments, 0, count, count, WIDTH, WIDTH,
+            BLOCK=block, PACKED=False, BACKWARD=back, HAS_INITIAL=carried is not None, HAS_FINAL=False, num_warps=4,
+        )  # fmt: skip
+        return Before(updates)
 
 
 def _gradients(
-    plan: Plan, group: Group, dy: Tensor, states: Tensor, d_states: Tensor, decays: Tensor, left_over: Tensor,
-    dq: Tensor, df: Tensor, d_bound: Tensor | None,
+    plan: Plan, group: Group, part: Stretch, dy: Tensor, states: Tensor, d_states: Tensor, decays: Tensor,
+    left_over: Tensor, dq: Tensor, df: Tensor, d_bound: Tensor | None,
 ) -> None:  # fmt: skip
     """Gradients of query and gate; what the fast kernel leaves over, the exact one of ops/triton does."""
     from hgrn2.ops.triton.chunk_bwd import left_over_gradient_kernel
 
     scan, batch, length, heads = plan.scan, plan.batch, plan.length, plan.heads
-    q, f, v = scan.q, scan.f, scan.v
+    q, f, v, packed = scan.q, scan.f, scan.v, plan.packed
     arguments = GradientArguments(
         q=q.data_ptr(), f=f.data_ptr(), v=v.data_ptr(), dy=dy.data_ptr(), bound=_pointer(scan.bound),
+        spans=None if packed is None else packed.spans.data_ptr(),
+        num_spans=None if packed is None else packed.num_spans.data_ptr(),
         states=states.data_ptr(), d_states=d_states.data_ptr(), dq=dq.data_ptr(), df=df.data_ptr(),
         d_bound=_pointer(d_bound), left_over=left_over.data_ptr(), length=length, heads=heads,
-        first_head=group.first, reverse=scan.reverse, scale=scan.scale, **_strides(q=q, f=f, v=v, dy=dy),
+        first_head=group.first, first_chunk=part.first, chunks=plan.chunks, reverse=scan.reverse, scale=scan.scale,
+        **_strides(q=q, f=f, v=v, dy=dy),
     )  # fmt: skip
-    kernel = _kernel("gradient.cu", "backward_gates", q.dtype, scan.q_activation, q.device.index)
-    kernel.launch((plan.chunks, 2 * group.count, batch), arguments)
-    pieces, block = left_over.numel(), 32
+    _kernel("gradient.cu", "backward_gates", scan).launch((part.chunks, 2 * group.count, batch), arguments)
+    pieces, block = batch * part.chunks * group.count * 2, 32
+    tables = (None, None, None) if packed is None else (packed.cut.first, packed.cut.sequence, scan.cu_seqlens)
     left_over_gradient_kernel[(-(-pieces // block),)](
-        left_over, pieces, q, f, v, dy, scan.bound, states, d_states, decays, dq, df, d_bound,
-        *_strides(q=q, f=f, v=v, dy=dy).values(), length, plan.chunks, *group, heads, WIDTH, WIDTH, scan.scale,
-        C=CHUNK, BK=_HALF, BV=64, HAS_BOUND=scan.bound is not None, Q_ACTIVATION=scan.q_activation,
-        REVERSE=scan.reverse, PIECES=block, num_warps=8, num_stages=1,
+        left_over, pieces, q, f, v, dy, scan.bound, states, d_states, decays, dq, df, d_bound, *tables,
+        *_strides(q=q, f=f, v=v, dy=dy).values(), length, plan.chunks, part.first, part.chunks, *group, heads,
+        WIDTH, WIDTH, scan.scale, C=CHUNK, BK=_HALF, BV=64, HAS_BOUND=scan.bound is not None,
+        Q_ACTIVATION=scan.q_activation, PACKED=packed is not None, REVERSE=scan.reverse, PIECES=block, num_warps=8,
+        num_stages=1,
     )  # fmt: skip
+
+
+def _kernel(file: str, name: str, scan: Scan) -> compiler.Kernel:
+    return _compiled(
+        file, name, scan.q.dtype, scan.q_activation, scan.cu_seqlens is not None, scan.q.device.index
+    )
 
 
 @functools.cache
-def _kernel(file: str, name: str, dtype: torch.dtype, q_activation: str, device: int) -> compiler.Kernel:
+def _compiled(
+    file: str, name: str, dtype: torch.dtype, q_activation: str, packed: bool, device: int
+) -> compiler.Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     options = (
         f"-arch=sm_{major}{minor}a",
@@ -307,6 +413,7 @@ def _kernel(file: str, name: str, dtype: torch.dtype, q_activation: str, device:
         "-default-device",
         f"-DBFLOAT16={int(dtype == torch.bfloat16)}",
         f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
+        f"-DPACKED={int(packed)}",
     )
     shared_bytes, threads = (_WALK_SHARED, THREADS) if file == "walk.cu" else (_GRADIENT_SHARED, GRADIENT_THREADS)
     return compiler.load(_source(file), options, name, shared_bytes, threads)
@@ -315,7 +422,7 @@ def _kernel(file: str, name: str, dtype: torch.dtype, q_activation: str, device:
 @functools.cache
 def _source(name: str) -> str:
     folder = Path(__file__).parent
-    return "".join((folder / part).read_text(encoding="utf-8") for part in ("chunk.cuh", name))
+    return "".join((folder / part).read_text(encoding="utf-8") for part in SOURCES[name])
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 WIDTH = 128  # K = V
 CHUNK = 64  # tokens
 # of an H100 or H200; on another chip a cut that fits less well is slower, not wrong
 MULTIPROCESSORS = 132
-# heads are worked on in groups whose chunk states, and the gradients of those, fit here each
-STATE_BYTES = 1 << 27
+# chunk states, and as many gradients of them, that are kept at a time in the backward pass: 64 MiB each
+STATES = 2048
+# shorter walks would spend their time on starting
+SHORTEST_WALK = 8
 
 
-def num_chunks(length: int) -> int:
-    """Chunks of a sequence."""
-    return -(-length // CHUNK)
+def num_chunks(length: int, num_packed: int = 0) -> int:
+    """Chunks of a sequence or, at most, of packed sequences of that length together, each of which may end in one."""
+    return -(-length // CHUNK) + num_packed
 
 
 def segment_chunks(rows: int, chunks: int) -> int:
@@ -26,15 +30,41 @@ def segment_chunks(rows: int, chunks: int) -> int:
     return max(1, -(-chunks // segments))
 
 
-def group_size(batch: int, chunks: int, heads: int) -> int:
-    """Heads the backward pass works on together; groups are as equal as can be."""
-    # bfloat16, the only dtype with a backward pass here
-    most = max(1, STATE_BYTES // max(1, batch * chunks * WIDTH * WIDTH * 2))
-    groups = -(-heads // min(heads, most))
-    return -(-heads // groups)
+@dataclass(frozen=True)
+class Passes:
+    """The backward pass: groups of heads, for each the parts of a sequence, from the last to the first.
+
+    Attributes:
+        heads: of a group; groups are as equal as can be.
+        segments: of a part, which are walked side by side.
+        coarse: chunks of a segment, and between two states that the forward pass keeps.
+    """
+
+    heads: int
+    segments: int
+    coarse: int
+
+    @property
+    def part(self) -> int:
+        """Chunks of a part."""
+        return self.segments * self.coarse
 
 
-def coarse_chunks(batch: int, length: int, heads: int) -> int:
-    """Chunks between two coarse states, which are a segment of the backward pass."""
-    chunks = num_chunks(length)
-    return segment_chunks(batch * group_size(batch, chunks, heads), chunks)
+def passes(batch: int, chunks: int, heads: int) -> Passes:
+    """As many programs as the chip takes at once, and of each walk what the room for states allows."""
+    most = min(heads, max(1, MULTIPROCESSORS // max(1, batch)))
+    group = -(-heads // -(-heads // most))
+    rows = max(1, batch * group)
+    segments = max(1, min(chunks, MULTIPROCESSORS // rows))
+    coarse = max(SHORTEST_WALK, STATES // (rows * segments))
+    return Passes(group, segments, max(1, min(coarse, -(-chunks // segments))))
+
+
+def coarse_chunks(batch: int, length: int, heads: int, num_packed: int = 0) -> int:
+    """Chunks between two of the states that the forward pass keeps for the backward pass."""
+    return passes(batch, num_chunks(length, num_packed), heads).coarse
+
+
+def coarse_pieces(length: int, coarse: int, num_packed: int = 0) -> int:
+    """How many states are kept of a sequence; none with a distance of 0. The one it begins with is not among them."""
+    return max(0, -(-num_chunks(length, num_packed) // coarse) - 1) if coarse else 0

@@ -21,7 +21,7 @@ from hgrn2.ops.triton.chunks import (
 
 @triton.jit
 def _chunk_gradient(
-    i_chunk, i_local, i_k, place,
+    i_kept, i_chunk, i_local, i_k, place,
     q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     dy_batch, dy_row, dy_head, T, head, HEADS, ALL_HEADS, K, V, scale,
@@ -33,7 +33,7 @@ def _chunk_gradient(
 
     Every product of decays takes part in X, the query or key times it. The gradient of a decay's logarithm is the sum
     of X dX over the X that hold the decay: terms of one kind added up, none taken away. Gradients are contiguous,
-    [B, T, ALL_HEADS, K]. `place` is what `chunk_place` returned.
+    [B, T, ALL_HEADS, K]. `place` is what `chunk_place` returned of i_chunk; i_kept is its place among the kept states.
     """
     i_batch, start, length, begin = place
     first_k = i_k * BK
@@ -44,7 +44,7 @@ def _chunk_gradient(
     low = v_p.dtype.element_ty
     # sums of products: bfloat16 has the range for them, float16 not
     wide = tl.bfloat16 if low == tl.bfloat16 else tl.float32
-    at = (i_chunk.to(tl.int64) * HEADS + i_local) * K
+    at = (i_kept.to(tl.int64) * HEADS + i_local) * K
 
     # from the values: gradients of the scores, and of what meets the states
     v_p += i_batch * v_batch + i_head * v_head
@@ -158,7 +158,7 @@ def chunk_gradient_kernel(
     if place[3] >= place[2]:
         return
     _chunk_gradient(
-        i_chunk, tl.program_id(1), tl.program_id(2), place,
+        i_chunk, i_chunk, tl.program_id(1), tl.program_id(2), place,
         q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p,
         q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
         dy_batch, dy_row, dy_head, T, head, HEADS, ALL_HEADS, K, V, scale,
@@ -169,14 +169,16 @@ def chunk_gradient_kernel(
 @triton.jit
 def left_over_gradient_kernel(
     left_over_p, pieces, q_p, f_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, d_bound_p,
+    first_chunk_p, sequence_p, cu_seqlens_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head,
-    dy_batch, dy_row, dy_head, T, NT, head, HEADS, ALL_HEADS, K, V, scale,
+    dy_batch, dy_row, dy_head, T, NT, first_chunk, CHUNKS, head, HEADS, ALL_HEADS, K, V, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_BOUND: tl.constexpr, Q_ACTIVATION: tl.constexpr,
-    REVERSE: tl.constexpr, PIECES: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """The same for what the kernel of ops/cuda left over, with its layout of states and decays.
 
-    left_over_p [chunks, HEADS, K / BK] int32 is not 0 where there is work. Programs: blocks of PIECES flags.
+    Of each sequence CHUNKS chunks from first_chunk on are looked at. left_over_p [batch * CHUNKS, HEADS, K / BK] int32
+    is not 0 where there is work. Programs: blocks of PIECES flags.
     """
     first = tl.program_id(0) * PIECES
     i = first + tl.arange(0, PIECES)
@@ -185,10 +187,11 @@ def left_over_gradient_kernel(
     halves = K // BK
     for piece in range(first, tl.minimum(first + PIECES, pieces)):
         if tl.load(left_over_p + piece) != 0:
-            i_chunk = piece // (halves * HEADS)
-            place = chunk_place(i_chunk, None, None, None, T, NT, C, False)
+            i_kept = piece // (halves * HEADS)
+            i_chunk = i_kept // CHUNKS * NT + first_chunk + i_kept % CHUNKS
+            place = chunk_place(i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C, PACKED)
             _chunk_gradient(
-                i_chunk, piece // halves % HEADS, piece % halves, place,
+                i_kept, i_chunk, piece // halves % HEADS, piece % halves, place,
                 q_p, f_p, q_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, None, d_bound_p,
                 q_batch, q_row, q_head, f_batch, f_row, f_head, q_batch, q_row, q_head, v_batch, v_row, v_head,
                 dy_batch, dy_row, dy_head, T, head, HEADS, ALL_HEADS, K, V, scale,

@@ -1,0 +1,212 @@
+// The work of a walk's gate warps: gates of a chunk, queries and keys as the state needs them, scores.
+
+// Where one head of one sequence begins
+struct Row {
+    const char* q;
+    const char* f;
+    const char* v;
+    char* y;
+};
+
+// Which part of a chunk a gate warp works on, and where its lane's two channels are in the first 8 rows of a tile
+struct Place {
+    int warp, lane, g, c, block, half;
+    u32 column;
+    __device__ __forceinline__ u32 row(u32 tile, int i) const {
+        // 16 block + i is i modulo 8, which is what a piece's place is XORed with
+        return tile + ((column ^ ((i & 7) << 4)) + i * ROW_BYTES);
+    }
+};
+
+// Asked anew by every stage of the work: few registers are left over to keep it in
+__device__ __forceinline__ Place place_of_thread() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    Place at;
+    at.warp = thread >> 5, at.lane = thread & 31;
+    at.g = at.lane >> 2, at.c = at.lane & 3, at.block = at.warp & 3, at.half = at.warp >> 2;
+    at.column = ((8 * at.half + (at.lane >> 2)) << 4) + 4 * (at.lane & 3);
+    return at;
+}
+
+// What a lane of a gate warp holds: 16 tokens x 2 channels
+struct Gates {
+    float q[16][2], k[16][2], decay[16][2];
+    // of the 16 x 16 scores of the warp's tokens: [row g, col 2c], [g, 2c + 1], [g + 8, 2c + 8], [g + 8, 2c + 9], and
+    // [g + 8, 2c], [g + 8, 2c + 1]
+    float scores[4], cross[2];
+};
+
+// Each warp fetches what it works on itself, 16 rows and half of the channels, so that nobody else waits for it
+template <bool QUERIES>
+__device__ __forceinline__ void fetch(const WalkArguments& a, const Memory& m, int stage, const Span& span,
+                                      const Row& from) {
+    Place at = place_of_thread();
+    int first = 16 * at.block + (at.lane >> 3), piece = 8 * at.half + (at.lane & 7);
+    int sign = a.reverse ? -1 : 1;
+    i64 row = span.row + sign * first;
+    const char* q = QUERIES ? from.q + row * a.q_row * 2 + piece * 16 : nullptr;
+    const char* f = from.f + row * a.f_row * 2 + piece * 16;
+    const char* v = from.v + row * a.v_row * 2 + piece * 16;
+    // rows are 4 apart, which changes one bit of what a piece's place is XORed with
+    u32 even = m.tile(stage, 0) + tile_place(first, piece), odd = m.tile(stage, 0) + tile_place(first, piece ^ 4);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        // of a row that does not exist nothing is read
+        bool exists = first + 4 * i < span.left;
+        u32 to = (i & 1 ? odd : even) + 4 * i * ROW_BYTES;
+        if (QUERIES) copy_async(to, q, exists), q += sign * 8 * a.q_row;
+        copy_async(to + TILE_BYTES, f, exists), f += sign * 8 * a.f_row;
+        copy_async(to + 2 * TILE_BYTES, v, exists), v += sign * 8 * a.v_row;
+    }
+    copy_commit();
+}
+
+// Decays and keys, and of the warp's 16 tokens the product of decays and 1 minus it, to shared memory.
+__device__ __forceinline__ float2 open_gates(const Memory& m, int stage, int left, Gates& x) {
+    Place at = place_of_thread();
+    u32 tile = m.tile(stage, 1) + at.block * 16 * ROW_BYTES;
+    float2 beta = *(const float2*)(m.beta() + 64 * at.half + 2 * at.lane);
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        float z0, z1;
+        unpack(load_shared(at.row(tile, i)), z0, z1);
+        tied_gate(z0, beta.x, x.decay[i][0], x.k[i][0]);
+        tied_gate(z1, beta.y, x.decay[i][1], x.k[i][1]);
+    }
+    left -= 16 * at.block;
+    if (left < 16) {
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            if (i >= left) x.decay[i][0] = x.decay[i][1] = 1.0f, x.k[i][0] = x.k[i][1] = 0.0f;
+    }
+    float2 product = make_float2(1.0f, 1.0f), lost = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        product.x *= x.decay[i][0], product.y *= x.decay[i][1];
+        lost.x = fmaf(lost.x, x.decay[i][0], x.k[i][0]), lost.y = fmaf(lost.y, x.decay[i][1], x.k[i][1]);
+    }
+    int place = at.block * WIDTH + 64 * at.half + 2 * at.lane;
+    *(float2*)(m.blocks() + place) = product;
+    *(float2*)(m.lost() + place) = lost;
+    return product;
+}
+
+// The second of two decays a state is multiplied by, changed such that rounding does not add up from chunk to chunk.
+// `lost` is 1 minus their product, to the last digits; `owed` what earlier chunks still owe, as a share of the state.
+__device__ __forceinline__ float without_drift(float first, float second, float lost, float& owed) {
+    if (!(lost < 0.5f)) {
+        owed = 0.0f;
+        return second;
+    }
+    float whole = first * second;
+    // all differences of close numbers are exact
+    owed += ((1.0f - whole) - lost - fmaf(first, second, -whole)) / whole;
+    float changed = fmaf(second, owed, second);
+    owed -= (changed - second) / second;
+    return changed;
+}
+
+// The decays of the chunk that the state is multiplied by; the warps of the first block do it.
+template <bool BACK>
+__device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, float2& owed) {
+    Place at = place_of_thread();
+    if (at.block != 0) return;
+    int column = 64 * at.half + 2 * at.lane;
+    float2 d[4], lost = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        d[j] = *(const float2*)(m.blocks() + j * WIDTH + column);
+        float2 l = *(const float2*)(m.lost() + j * WIDTH + column);
+        lost.x = fmaf(lost.x, d[j].x, l.x), lost.y = fmaf(lost.y, d[j].y, l.y);
+    }
+    float2 early = make_float2(d[0].x * d[1].x, d[0].y * d[1].y), late = make_float2(d[2].x * d[3].x, d[2].y * d[3].y);
+    float2 first = BACK ? late : early, second = BACK ? early : late;
+    if (joined) {
+        second.x *= first.x, second.y *= first.y;
+        first.x = first.y = 1.0f;
+    }
+    second.x = without_drift(first.x, second.x, lost.x, owed.x);
+    second.y = without_drift(first.y, second.y, lost.y, owed.y);
+    *(float2*)(m.first(slot) + column) = first;
+    *(float2*)(m.second(slot) + column) = second;
+}
+
+// Queries and keys relative to the middle of the chunk, in place of what they come from.
+template <bool QUERIES, bool KEYS>
+__device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Memory& m, int stage, const Gates& x) {
+    Place at = place_of_thread();
+    u32 q_tile = m.tile(stage, 0) + at.block * 16 * ROW_BYTES, f_tile = m.tile(stage, 1) + at.block * 16 * ROW_BYTES;
+    const float* blocks = m.blocks() + 64 * at.half + 2 * at.lane;
+    // e before the first of the warp's tokens
+    float2 e = make_float2(1.0f, 1.0f);
+    if (at.block < 2) {
+        e = *(const float2*)(blocks + WIDTH);
+        if (at.block == 0) {
+            float2 d = *(const float2*)blocks;
+            e.x *= d.x, e.y *= d.y;
+        }
+        e.x = reciprocal(e.x), e.y = reciprocal(e.y);
+    } else if (at.block == 3) {
+        e = *(const float2*)(blocks + 2 * WIDTH);
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        e.x *= x.decay[i][0], e.y *= x.decay[i][1];
+        if (QUERIES) {
+            float q0, q1;
+            unpack(load_shared(at.row(q_tile, i)), q0, q1);
+            store_shared(at.row(q_tile, i), pack(activate(q0) * a.scale * e.x, activate(q1) * a.scale * e.y));
+        }
+        if (KEYS)
+            store_shared(at.row(f_tile, i), pack(x.k[i][0] * reciprocal(e.x), x.k[i][1] * reciprocal(e.y)));
+    }
+}
+
+// Scores Q K^T of up to two 16 x 16 blocks a warp, as sums of two numbers of the inputs' type: one has too few digits.
+__device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slot) {
+    Place at = place_of_thread();
+    // warps 0 and 1 share the last 16 queries, 2 and 3 those before, ...; of the first, warp 7 finds nothing left
+    int late = 3 - (at.warp >> 1), middle = (late + 2) >> 1;
+    int early = at.warp & 1 ? middle : 0, end = at.warp & 1 ? late + 1 : middle;
+    if (early >= end) return;
+    // who has one block does it twice
+    int other = early + 1 < end ? early + 1 : early;
+    float sums[2][2][4];
+#pragma unroll
+    for (int i = 0; i < 16; i++) sums[i >> 3][(i >> 2) & 1][i & 3] = 0.0f;
+    u32 q_lane = m.tile(stage, 0) + 16 * late * ROW_BYTES + fragment_lane(at.lane, ROW_BYTES);
+    u32 k_lane = m.tile(stage, 1) + turned_lane(at.lane, ROW_BYTES);
+    u32 first_lane = k_lane + 16 * early * ROW_BYTES, second_lane = k_lane + 16 * other * ROW_BYTES;
+#pragma unroll
+    for (int t = 0; t < 8; t++) {
+        u32 q[4], k[4];
+        load_fragment(q, q_lane ^ (t << 5));
+        load_fragment(k, first_lane ^ (t << 5));
+        multiply(sums[0][0], q, k[0], k[1]);
+        multiply(sums[0][1], q, k[2], k[3]);
+        load_fragment(k, second_lane ^ (t << 5));
+        multiply(sums[1][0], q, k[0], k[1]);
+        multiply(sums[1][1], q, k[2], k[3]);
+    }
+    u32 row = m.scores(slot, 0) + (16 * late + at.g) * CHUNK * 2 + 4 * at.c;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        int block = j ? other : early;
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float x = sums[j][n][2 * i], y = sums[j][n][2 * i + 1];
+                int behind = 16 * (late - block) + at.g + 8 * i - 8 * n - 2 * at.c;
+                if (behind < 0) x = 0.0f;
+                if (behind < 1) y = 0.0f;
+                u32 high = pack(x, y);
+                float x_high, y_high;
+                unpack(high, x_high, y_high);
+                u32 to = row + 8 * i * CHUNK * 2 + (((2 * block + n) ^ at.g) << 4);
+                store_shared(to, high);
+                store_shared(to + SCORE_BYTES, pack(x - x_high, y - y_high));
+            }
+    }
+}

@@ -1,0 +1,179 @@
+// The exact way through a chunk, for gates that are too near to 0 for the dense products of gates.cuh.
+//
+// The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
+// ever multiplied. A lane holds two channels of 16 tokens, so that joins up to 16 tokens stay within it; the four
+// blocks of a chunk meet through shared memory.
+
+// A 16 x 64 piece of a tile, written by `row`, as four fragments
+__device__ __forceinline__ void load_block(u32 (&r)[4][4], u32 tile, const Place& at, int block) {
+    int row = 16 * block + (at.lane & 15);
+#pragma unroll
+    for (int t = 0; t < 4; t++) load_fragment(r[t], tile + tile_place(row, 8 * at.half + 2 * t + (at.lane >> 4)));
+}
+
+// first + second of the lanes with `bit`, of the others second + first: each side keeps one sum and sends the other
+__device__ __forceinline__ float exchange(float first, float second, int lane, int bit) {
+    bool side = lane & bit;
+    return (side ? second : first) + __shfl_xor_sync(~0u, side ? first : second, bit);
+}
+
+// Joins pairs of neighbouring blocks of SIZE tokens: their scores, and the products of decays over both
+template <bool OUTPUT, bool BACK, int SIZE>
+__device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& x) {
+    if (OUTPUT) {
+        // one piece holds queries in late rows and keys in early ones: its product with itself all the pairs
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            store_shared(at.row(scratch, i), i & SIZE ? pack(x.q[i][0], x.q[i][1]) : pack(x.k[i][0], x.k[i][1]));
+        __syncwarp();
+        float low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        u32 both[4][4];
+        load_block(both, scratch, at, 0);
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            multiply(low, both[t], both[t][0], both[t][2]);
+            if (SIZE < 8) multiply(high, both[t], both[t][1], both[t][3]);
+        }
+        if (SIZE == 8) x.cross[0] = low[2], x.cross[1] = low[3];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int column = 2 * at.c + i, differ = at.g ^ column;
+            bool here = column < at.g && differ >= SIZE && differ < 2 * SIZE;
+            if (SIZE < 8) x.scores[i] = here ? low[i] : x.scores[i];
+            if (SIZE < 8) x.scores[2 + i] = here ? high[2 + i] : x.scores[2 + i];
+        }
+    }
+#pragma unroll
+    for (int early = 0; early < 16; early += 2 * SIZE)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float first = x.decay[early][j], second = x.decay[early + SIZE][j];
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) {
+                if (OUTPUT || !BACK) x.k[early + i][j] *= second;
+                if (OUTPUT || BACK) x.q[early + SIZE + i][j] *= first;
+            }
+            x.decay[early][j] = first * second;
+        }
+}
+
+// All joins up to blocks of 16 tokens. Leaves the joined keys in the tile of f.
+template <bool OUTPUT, bool BACK>
+__device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory& m, const Place& at, int stage,
+                                            Gates& x) {
+    // a warp's own piece of the tiles is free for other things once it is read
+    u32 q_tile = m.tile(stage, 0) + at.block * 16 * ROW_BYTES, f_tile = m.tile(stage, 1) + at.block * 16 * ROW_BYTES;
+    if (!OUTPUT && BACK) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            float q0, q1;
+            unpack(load_shared(at.row(q_tile, i)), q0, q1);
+            x.q[i][0] = activate(q0) * a.scale * x.decay[i][0], x.q[i][1] = activate(q1) * a.scale * x.decay[i][1];
+        }
+    }
+    if (OUTPUT) {
+        // scores of tokens with themselves: sums over the lanes, which end where the row's fragment is
+        float sums[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float some[4];
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++) {
+                float part[2];
+#pragma unroll
+                for (int other = 0; other < 2; other++) {
+                    int i = 8 * half + pair + 4 * other;
+                    float q0, q1;
+                    unpack(load_shared(at.row(q_tile, i)), q0, q1);
+                    q0 = activate(q0) * a.scale, q1 = activate(q1) * a.scale;
+                    part[other] = fmaf(q0, x.k[i][0], q1 * x.k[i][1]);
+                    x.q[i][0] = q0 * x.decay[i][0], x.q[i][1] = q1 * x.decay[i][1];
+                }
+                some[pair] = exchange(part[0], part[1], at.lane, 16);
+            }
+            some[0] = exchange(some[0], some[2], at.lane, 8), some[1] = exchange(some[1], some[3], at.lane, 8);
+            sums[half] = exchange(some[0], some[1], at.lane, 4);
+            sums[half] += __shfl_xor_sync(~0u, sums[half], 2);
+            sums[half] += __shfl_xor_sync(~0u, sums[half], 1);
+            x.scores[2 * half] = 2 * at.c == at.g ? sums[half] : 0.0f;
+            x.scores[2 * half + 1] = 2 * at.c + 1 == at.g ? sums[half] : 0.0f;
+        }
+    }
+    // a warp's own pieces of the tiles serve in turn
+    join_level<OUTPUT, BACK, 1>(f_tile, at, x);
+    join_level<OUTPUT, BACK, 2>(q_tile, at, x);
+    join_level<OUTPUT, BACK, 4>(f_tile, at, x);
+    join_level<OUTPUT, BACK, 8>(q_tile, at, x);
+    if (OUTPUT) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 16; i++) store_shared(at.row(f_tile, i), pack(x.k[i][0], x.k[i][1]));
+    }
+}
+
+// Scores of the four blocks, sums over the warp's half of the channels, and queries with the decays since the chunk's
+// start.
+__device__ __forceinline__ void join_blocks(const Memory& m, const Place& at, int stage, int slot, Gates& x) {
+    const float* decays = m.blocks() + 64 * at.half + 2 * at.lane;
+    u32 scores = m.scores(slot, at.half), q_tile = m.tile(stage, 0), f_tile = m.tile(stage, 1);
+    u32 own = q_tile + at.block * 16 * ROW_BYTES;
+    u32 low_row = scores + (16 * at.block + at.g) * CHUNK * 2 + 4 * at.c, high_row = low_row + 8 * CHUNK * 2;
+    // a piece's place is XORed with the row modulo 8, which is g
+    auto place = [&](int piece) { return (piece ^ at.g) << 4; };
+    int piece = 2 * at.block;
+    store_shared(low_row + place(piece), pack(x.scores[0], x.scores[1]));
+    store_shared(low_row + place(piece + 1), 0u);
+    store_shared(high_row + place(piece), pack(x.cross[0], x.cross[1]));
+    store_shared(high_row + place(piece + 1), pack(x.scores[2], x.scores[3]));
+    for (int early = at.block - 1;; early--) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 16; i++) store_shared(at.row(own, i), pack(x.q[i][0], x.q[i][1]));
+        if (early < 0) break;
+        __syncwarp();
+        float low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        u32 late[4][4], others[4][4];
+        load_block(late, q_tile, at, at.block);
+        load_block(others, f_tile, at, early);
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            multiply(low, late[t], others[t][0], others[t][2]);
+            multiply(high, late[t], others[t][1], others[t][3]);
+        }
+        piece = 2 * early;
+        store_shared(low_row + place(piece), pack(low[0], low[1]));
+        store_shared(high_row + place(piece), pack(low[2], low[3]));
+        store_shared(low_row + place(piece + 1), pack(high[0], high[1]));
+        store_shared(high_row + place(piece + 1), pack(high[2], high[3]));
+        float2 d = *(const float2*)(decays + early * WIDTH);
+#pragma unroll
+        for (int i = 0; i < 16; i++) x.q[i][0] *= d.x, x.q[i][1] *= d.y;
+    }
+}
+
+// From open gates to scores and to queries and keys as the state needs them, which replace q and f.
+template <bool OUTPUT, bool BACK>
+__device__ __forceinline__ void join(const WalkArguments& a, const Memory& m, int stage, int slot, Gates& x) {
+    Place at = place_of_thread();
+    join_tokens<OUTPUT, BACK>(a, m, at, stage, x);
+    if (OUTPUT) {
+        barrier_wait(GATES, GATE_THREADS);
+        join_blocks(m, at, stage, slot, x);
+        // the joined keys are read by other warps until here
+        barrier_wait(GATES, GATE_THREADS);
+    }
+    const float* decays = m.blocks() + 64 * at.half + 2 * at.lane;
+    float2 other = make_float2(1.0f, 1.0f);
+    constexpr bool KEYS = OUTPUT || !BACK;
+    for (int block = KEYS ? at.block + 1 : 0; block < (KEYS ? 4 : at.block); block++) {
+        float2 d = *(const float2*)(decays + block * WIDTH);
+        other.x *= d.x, other.y *= d.y;
+    }
+    u32 own = m.tile(stage, KEYS ? 1 : 0) + at.block * 16 * ROW_BYTES;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        float2 r = KEYS ? make_float2(x.k[i][0], x.k[i][1]) : make_float2(x.q[i][0], x.q[i][1]);
+        store_shared(at.row(own, i), pack(r.x * other.x, r.y * other.y));
+    }
+}

@@ -1,0 +1,65 @@
+// What the warps of a walk (walk.cu) share: their argument, their numbers, shared memory.
+
+struct WalkArguments {
+    const void* q;
+    const void* f;
+    const void* v;
+    const float* bound;    // [H, K] or null
+    const void* spans;     // PACKED: of each chunk, see chunk.cuh
+    const int* num_spans;  // PACKED: how many chunks there are
+    void* y;               // [B, T, H, V], contiguous
+    const float* initial;  // [N, H, K, V], states that sequences begin with (BACK: end with), or null for zeros
+    float* final;          // [N, H, K, V], states after them (BACK: before them), or null
+    const float* before;   // [B, before_segments, before_heads, K, V], state before each segment, or null for zeros
+    float* after;          // BACK: [B, G, K, V], state after the walk's last segment in the walk's order, or null
+    float* update;         // neither OUTPUT nor KEEP: [B, segments, G, K, V], what a segment adds to the state
+    float* decay;          // neither OUTPUT nor KEEP: [B, segments, G, 2, K], decay across a segment and 1 minus it
+    float* coarse;         // [B, pieces, H, K, V]: the state every coarse_chunks, but for the first, or null
+    void* kept;            // KEEP: [B, kept_chunks, G, V, K] in the inputs' type, each half of K in the order
+                           // channel 8 i + 2 c + e at 16 c + 2 i + e
+    float* kept_decay;     // KEEP and not BACK: [B, kept_chunks, G, K], decay across each chunk
+    i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head;
+    i64 length;
+    int heads, first_head;                // of all; of the G heads of this launch
+    int first_chunk, end_chunk;           // that are walked
+    int segments, segment_chunks;         // into which they are cut
+    int before_segments, before_segment;  // of `before`: how many there are, and which is that of segment 0
+    int before_heads, before_head;        // likewise heads
+    int coarse_chunks, pieces, kept_chunks, reverse;
+    float scale;
+};
+
+constexpr int GATE_THREADS = 256;
+constexpr int STATE_THREADS = 128;
+constexpr int THREADS = GATE_THREADS + STATE_THREADS;
+// 12 warps start with 168 registers a lane; what the gate warps give up the state warps get
+constexpr int GATE_REGISTERS = 136;
+constexpr int STATE_REGISTERS = 168 + 2 * (168 - GATE_REGISTERS);
+constexpr int PARTS = 2;  // of 16 columns of V, that a state warp holds
+constexpr int STAGES = 3;
+// barriers: among the gate warps; slots filled for the state warps, and emptied by them
+constexpr int GATES = 1, FILLED = 2, EMPTIED = 4;
+// a block of 16 tokens may decay by this much in a chunk of dense products. Numbers in float16 have not the range
+constexpr float SMALLEST_BLOCK = BFLOAT16 ? 3.552713678800501e-15f : 2.0f;  // 2^-48
+
+// Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, the decays of the halves
+// of the chunk [128], and whether it was joined; decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128].
+// launch.py knows the size
+struct Memory {
+    char* start;
+    __device__ __forceinline__ u32 tile(int stage, int which) const {
+        return shared_address(start) + (3 * stage + which) * TILE_BYTES;
+    }
+    __device__ __forceinline__ u32 scores(int slot, int summand) const {
+        return shared_address(start) + 3 * STAGES * TILE_BYTES + (2 * slot + summand) * SCORE_BYTES;
+    }
+    __device__ __forceinline__ float* numbers() const {
+        return (float*)(start + 3 * STAGES * TILE_BYTES + 4 * SCORE_BYTES);
+    }
+    __device__ __forceinline__ float* first(int slot) const { return numbers() + 2 * slot * WIDTH; }
+    __device__ __forceinline__ float* second(int slot) const { return numbers() + (2 * slot + 1) * WIDTH; }
+    __device__ __forceinline__ float* blocks() const { return numbers() + 4 * WIDTH; }
+    __device__ __forceinline__ float* lost() const { return numbers() + 8 * WIDTH; }
+    __device__ __forceinline__ float* beta() const { return numbers() + 12 * WIDTH; }
+    __device__ __forceinline__ int* joined(int slot) const { return (int*)(numbers() + 13 * WIDTH) + slot; }
+};
