@@ -107,9 +107,16 @@ __device__ __forceinline__ float without_drift(float first, float second, float 
     return changed;
 }
 
-// The decays of the chunk that the state is multiplied by; the warps of the first block do it.
+// What the warps of the first block keep from chunk to chunk, of each channel
+struct Carried {
+    float2 owed;     // see without_drift
+    float2 pending;  // what the state is not yet multiplied by
+};
+
+// The decays of the chunk that the state is multiplied by; the warps of the first block do it. The second one is left
+// to the next chunk, unless it is settled at once.
 template <bool BACK>
-__device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, float2& owed) {
+__device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, bool settled, Carried& carried) {
     Place at = place_of_thread();
     if (at.block != 0) return;
     int column = 64 * at.half + 2 * at.lane;
@@ -126,8 +133,10 @@ __device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, f
         second.x *= first.x, second.y *= first.y;
         first.x = first.y = 1.0f;
     }
-    second.x = without_drift(first.x, second.x, lost.x, owed.x);
-    second.y = without_drift(first.y, second.y, lost.y, owed.y);
+    second.x = without_drift(first.x, second.x, lost.x, carried.owed.x);
+    second.y = without_drift(first.y, second.y, lost.y, carried.owed.y);
+    first.x *= carried.pending.x, first.y *= carried.pending.y;
+    carried.pending = joined || settled ? make_float2(1.0f, 1.0f) : second;
     *(float2*)(m.first(slot) + column) = first;
     *(float2*)(m.second(slot) + column) = second;
 }
@@ -150,12 +159,16 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
     } else if (at.block == 3) {
         e = *(const float2*)(blocks + 2 * WIDTH);
     }
+    // all reads before the first write, so that none waits for it
+    u32 raw[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) raw[i] = QUERIES ? load_shared(at.row(q_tile, i)) : 0;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         e.x *= x.decay[i][0], e.y *= x.decay[i][1];
         if (QUERIES) {
             float q0, q1;
-            unpack(load_shared(at.row(q_tile, i)), q0, q1);
+            unpack(raw[i], q0, q1);
             store_shared(at.row(q_tile, i), pack(activate(q0) * a.scale * e.x, activate(q1) * a.scale * e.y));
         }
         if (KEYS)
@@ -166,6 +179,7 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
 // Scores Q K^T of up to two 16 x 16 blocks a warp, as sums of two numbers of the inputs' type: one has too few digits.
 __device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slot) {
     Place at = place_of_thread();
+    at.warp = __shfl_sync(~0u, at.warp, 0);  // the compiler sees that all lanes agree
     // warps 0 and 1 share the last 16 queries, 2 and 3 those before, ...; of the first, warp 7 finds nothing left
     int late = 3 - (at.warp >> 1), middle = (late + 2) >> 1;
     int early = at.warp & 1 ? middle : 0, end = at.warp & 1 ? late + 1 : middle;

@@ -75,7 +75,8 @@ __device__ __forceinline__ void running_products(const float (&f)[8][2], float2 
 extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid_constant__ GradientArguments a) {
     extern __shared__ __align__(1024) char shared[];
     u32 base = shared_address(shared);
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+    // asked of one lane, so that the compiler sees that all agree
+    int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
     i64 chunk = a.first_chunk + blockIdx.x;
 #if PACKED
     if (chunk >= *a.num_spans) return;
@@ -84,26 +85,25 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
     int local = blockIdx.y >> 1, half = blockIdx.y & 1, head = a.first_head + local, batch = blockIdx.z;
     int group = gridDim.y >> 1;
     i64 at = ((i64)batch * gridDim.x + blockIdx.x) * group + local;
-    i64 left = span.left;
+    int left = span.left;
 
-    // rows of the inputs and the states
+    // rows of the inputs and the states; of a row that does not exist nothing is read
     {
-        int row = threadIdx.x >> 3, piece = threadIdx.x & 7;
+        int row = threadIdx.x >> 3, piece = threadIdx.x & 7, sign = a.reverse ? -1 : 1;
         u32 to = base + score_place(row, piece);
-        i64 from = a.reverse ? span.row - row : span.row + row;
+        i64 from = span.row + sign * row;
         const char* q = (const char*)a.q + (batch * a.q_batch + head * a.q_head + half * HALF + from * a.q_row) * 2;
         const char* f = (const char*)a.f + (batch * a.f_batch + head * a.f_head + half * HALF + from * a.f_row) * 2;
-        int sign = a.reverse ? -1 : 1;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             // 32 rows on, a piece's place is XORed with the same
             bool exists = row + 32 * i < left;
-            copy_async(to + AT_Q + 32 * i * HALF * 2, exists ? q + i * sign * 64 * a.q_row + piece * 16 : a.q, exists);
-            copy_async(to + AT_Z + 32 * i * HALF * 2, exists ? f + i * sign * 64 * a.f_row + piece * 16 : a.f, exists);
+            copy_async(to + AT_Q + 32 * i * HALF * 2, q + i * sign * 64 * a.q_row + piece * 16, exists);
+            copy_async(to + AT_Z + 32 * i * HALF * 2, f + i * sign * 64 * a.f_row + piece * 16, exists);
         }
         copy_commit();
-        const char* state = (const char*)a.states + ((at * WIDTH + row) * WIDTH + half * HALF) * 2 + piece * 16;
-        const char* d_state = (const char*)a.d_states + (state - (const char*)a.states);
+        i64 place = ((at * WIDTH + row) * WIDTH + half * HALF) * 2 + piece * 16;
+        const char *state = (const char*)a.states + place, *d_state = (const char*)a.d_states + place;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             copy_async(to + AT_STATE + 32 * i * HALF * 2, state + 32 * i * ROW_BYTES, true);
@@ -111,15 +111,14 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
         }
         row = threadIdx.x >> 4, piece = threadIdx.x & 15;
         to = base + tile_place(row, piece);
-        from = a.reverse ? span.row - row : span.row + row;
-        const char* v = (const char*)a.v + (batch * a.v_batch + head * a.v_head + from * a.v_row) * 2;
-        const char* dy = (const char*)a.dy + (batch * a.dy_batch + head * a.dy_head + from * a.dy_row) * 2;
+        from = span.row + sign * row;
+        const char* v = (const char*)a.v + (batch * a.v_batch + head * a.v_head + from * a.v_row) * 2 + piece * 16;
+        const char* dy = (const char*)a.dy + (batch * a.dy_batch + head * a.dy_head + from * a.dy_row) * 2 + piece * 16;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             bool exists = row + 16 * i < left;
-            copy_async(to + AT_V + 16 * i * ROW_BYTES, exists ? v + i * sign * 32 * a.v_row + piece * 16 : a.v, exists);
-            const void* from_dy = exists ? dy + i * sign * 32 * a.dy_row + piece * 16 : a.dy;
-            copy_async(to + AT_DY + 16 * i * ROW_BYTES, from_dy, exists);
+            copy_async(to + AT_V + 16 * i * ROW_BYTES, v, exists), v += sign * 32 * a.v_row;
+            copy_async(to + AT_DY + 16 * i * ROW_BYTES, dy, exists), dy += sign * 32 * a.dy_row;
         }
         copy_commit();
     }

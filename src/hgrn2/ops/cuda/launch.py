@@ -20,7 +20,7 @@ from hgrn2.ops.cuda.plan import CHUNK, WIDTH, coarse_pieces, num_chunks, passes,
 THREADS, GRADIENT_THREADS = 384, 256
 # what each file of kernels is compiled with, in the order in which one needs the other
 SOURCES = {
-    "walk.cu": ("chunk.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "walk.cu"),
+    "walk.cu": ("chunk.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh", "walk.cu"),
     "gradient.cu": ("chunk.cuh", "gradient.cu"),
 }
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")

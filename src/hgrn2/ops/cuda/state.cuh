@@ -23,7 +23,7 @@ __device__ __forceinline__ void multiply_by(State& state, const float* decays, i
 
 // Whether a warp's columns of the values are finite.
 __device__ __forceinline__ bool finite_values(u32 values_lane) {
-    u32 noted = 0;
+    u32 noted[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int s = 0; s < 4; s++)
 #pragma unroll
@@ -31,10 +31,10 @@ __device__ __forceinline__ bool finite_values(u32 values_lane) {
             u32 values[4];
             load_fragment(values, (values_lane ^ (p << 5)) + 16 * s * ROW_BYTES);
 #pragma unroll
-            for (int e = 0; e < 4; e++) note_finite(noted, values[e]);
+            for (int e = 0; e < 4; e++) note_finite(noted[e], values[e]);
         }
     // not a number, whatever its sign
-    return !__any_sync(~0u, noted & 0x7fff7fffu);
+    return !__any_sync(~0u, (noted[0] | noted[1] | noted[2] | noted[3]) & 0x7fff7fffu);
 }
 
 // Takes what is not finite out of a column of values: 0 times it would reach every token of the chunk. Returns the
@@ -43,6 +43,7 @@ template <bool BACK>
 __device__ __forceinline__ int remove_bad(u32 tile, int column) {
     constexpr u32 EXPONENT = BFLOAT16 ? 0x7f80u : 0x7c00u;
     int found = BACK ? -1 : CHUNK;
+#pragma unroll 1
     for (int token = 0; token < CHUNK; token++) {
         u32 place = tile + tile_place(token, column >> 3) + 2 * (column & 7);
         unsigned short x;
@@ -54,90 +55,10 @@ __device__ __forceinline__ int remove_bad(u32 tile, int column) {
     return found;
 }
 
-// Outputs of a chunk and the state after it. y: the output of token g in the lane's first column, left: tokens there are
-template <bool OUTPUT, bool BACK>
-__device__ __forceinline__ void advance(const Memory& m, const Reader& r, int stage, int slot, char* y, int left,
-                                        State& state) {
-    bool joined = *m.joined(slot);
-    // the place of piece p + 2 i is that of p, XORed with 32 i
-    u32 lane = fragment_lane(r.lane, ROW_BYTES), turned = turned_lane(r.lane, ROW_BYTES);
-    u32 q_lane = m.tile(stage, BACK ? 1 : 0) + lane, keys_lane = m.tile(stage, BACK ? 0 : 1) + lane;
-    u32 values_lane = (m.tile(stage, 2) + lane) ^ (PARTS * r.warp << 5);
-    bool bad = OUTPUT && !finite_values(values_lane);
-    int reached = 0;
-    if (bad) {
-        reached = remove_bad<BACK>(m.tile(stage, 2), 16 * PARTS * r.warp + r.lane);
-        __syncwarp();
-    }
-    if (!joined) multiply_by(state, m.first(slot), r.c);
-    if (OUTPUT) {
-        u32 scores_lane = m.scores(slot, 0) + (BACK ? turned_lane(r.lane, CHUNK * 2) : fragment_lane(r.lane, CHUNK * 2));
-        // 32 tokens at a time: the sums of all 64 and the state would not fit the registers
-#pragma unroll 1
-        for (int part = 0; part < 4; part += 2) {
-            float out[2][2 * PARTS][4];
-#pragma unroll
-            for (int t = 0; t < 2; t++)
-#pragma unroll
-                for (int n = 0; n < 2 * PARTS; n++) out[t][n][0] = out[t][n][1] = out[t][n][2] = out[t][n][3] = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                u32 q[2][4];
-#pragma unroll
-                for (int t = 0; t < 2; t++) load_fragment(q[t], (q_lane ^ (i << 5)) + 16 * (part + t) * ROW_BYTES);
-#pragma unroll
-                for (int p = 0; p < PARTS; p++) {
-                    const float(&low)[4] = state[p][2 * i], (&high)[4] = state[p][2 * i + 1];
-                    u32 b[4] = {pack(low[0], low[1]), pack(high[0], high[1]),
-                                pack(low[2], low[3]), pack(high[2], high[3])};
-#pragma unroll
-                    for (int t = 0; t < 2; t++) {
-                        multiply(out[t][2 * p], q[t], b[0], b[1]);
-                        multiply(out[t][2 * p + 1], q[t], b[2], b[3]);
-                    }
-                }
-            }
-#pragma unroll
-            for (int s = 0; s < 4; s++) {
-                if (BACK ? s < part : s > part + 1) continue;
-                u32 values[PARTS][4];
-#pragma unroll
-                for (int p = 0; p < PARTS; p++)
-                    load_fragment_transposed(values[p], (values_lane ^ (p << 5)) + 16 * s * ROW_BYTES);
-#pragma unroll
-                for (int t = 0; t < 2; t++) {
-                    // of every pair of blocks only one is earlier
-                    if (BACK ? s < part + t : s > part + t) continue;
-#pragma unroll
-                    for (int summand = 0; summand < 2; summand++) {
-                        u32 scores[4], from = scores_lane + summand * SCORE_BYTES;
-                        if (BACK)
-                            load_fragment_transposed(scores, (from ^ ((part + t) << 5)) + 16 * s * CHUNK * 2);
-                        else
-                            load_fragment(scores, (from ^ (s << 5)) + 16 * (part + t) * CHUNK * 2);
-#pragma unroll
-                        for (int p = 0; p < PARTS; p++) {
-                            multiply(out[t][2 * p], scores, values[p][0], values[p][1]);
-                            multiply(out[t][2 * p + 1], scores, values[p][2], values[p][3]);
-                        }
-                    }
-                }
-            }
-#pragma unroll
-            for (int t = 0; t < 2; t++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int token = 16 * (part + t) + 8 * i;
-                    if (token + r.g < left) {
-                        u32* to = (u32*)(y + token * r.y_step);
-#pragma unroll
-                        for (int n = 0; n < 2 * PARTS; n++) to[4 * n] = pack(out[t][n][2 * i], out[t][n][2 * i + 1]);
-                    }
-                }
-        }
-    }
-    if (joined) multiply_by(state, m.second(slot), r.c);
-    values_lane = (m.tile(stage, 2) + turned) ^ (PARTS * r.warp << 5);
+// Adds V^T K to the state, of the values and a tile of keys.
+__device__ __forceinline__ void add_products(const Memory& m, const Reader& r, int stage, int keys, State& state) {
+    u32 keys_lane = m.tile(stage, keys) + fragment_lane(r.lane, ROW_BYTES);
+    u32 values_lane = (m.tile(stage, 2) + turned_lane(r.lane, ROW_BYTES)) ^ (PARTS * r.warp << 5);
 #pragma unroll
     for (int s = 0; s < 4; s++) {
         u32 values[PARTS][4];
@@ -155,12 +76,88 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
             }
         }
     }
-    if (!joined) multiply_by(state, m.second(slot), r.c);
+}
+
+// Outputs of a chunk and the state after it. y: the output of token g in the lane's first column, left: tokens there are
+template <bool OUTPUT, bool BACK>
+__device__ __forceinline__ void advance(const Memory& m, const Reader& r, int stage, int slot, char* y, int left,
+                                        State& state) {
+    int said = *m.said(slot);
+    // the place of piece p + 2 i is that of p, XORed with 32 i
+    u32 lane = fragment_lane(r.lane, ROW_BYTES), q_lane = m.tile(stage, BACK ? 1 : 0) + lane;
+    u32 values_lane = (m.tile(stage, 2) + lane) ^ (PARTS * r.warp << 5);
+    bool bad = OUTPUT && !finite_values(values_lane);
+    int reached = 0;
+    if (bad) {
+        reached = remove_bad<BACK>(m.tile(stage, 2), 16 * PARTS * r.warp + r.lane);
+        __syncwarp();
+    }
+    multiply_by(state, m.first(slot), r.c);
+    if (OUTPUT) {
+        u32 scores_lane = m.scores(slot, 0) + (BACK ? turned_lane(r.lane, CHUNK * 2) : fragment_lane(r.lane, CHUNK * 2));
+        // 16 columns of V at a time: the sums of all 32 and the state would not fit the registers
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            float out[4][2][4];
+#pragma unroll
+            for (int t = 0; t < 4; t++)
+#pragma unroll
+                for (int n = 0; n < 2; n++) out[t][n][0] = out[t][n][1] = out[t][n][2] = out[t][n][3] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const float(&low)[4] = state[p][2 * i], (&high)[4] = state[p][2 * i + 1];
+                u32 b[4] = {pack(low[0], low[1]), pack(high[0], high[1]),
+                            pack(low[2], low[3]), pack(high[2], high[3])};
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    u32 q[4];
+                    load_fragment(q, (q_lane ^ (i << 5)) + 16 * t * ROW_BYTES);
+                    multiply(out[t][0], q, b[0], b[1]);
+                    multiply(out[t][1], q, b[2], b[3]);
+                }
+            }
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                u32 values[4];
+                load_fragment_transposed(values, (values_lane ^ (p << 5)) + 16 * s * ROW_BYTES);
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    // of every pair of blocks only one is earlier
+                    if (BACK ? s < t : s > t) continue;
+#pragma unroll
+                    for (int summand = 0; summand < 2; summand++) {
+                        u32 scores[4], from = scores_lane + summand * SCORE_BYTES;
+                        if (BACK)
+                            load_fragment_transposed(scores, (from ^ (t << 5)) + 16 * s * CHUNK * 2);
+                        else
+                            load_fragment(scores, (from ^ (s << 5)) + 16 * t * CHUNK * 2);
+                        multiply(out[t][0], scores, values[0], values[1]);
+                        multiply(out[t][1], scores, values[2], values[3]);
+                    }
+                }
+            }
+#pragma unroll
+            for (int t = 0; t < 4; t++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int token = 16 * t + 8 * i;
+                    if (token + r.g < left) {
+                        u32* to = (u32*)(y + token * r.y_step + 32 * p);
+#pragma unroll
+                        for (int n = 0; n < 2; n++) to[4 * n] = pack(out[t][n][2 * i], out[t][n][2 * i + 1]);
+                    }
+                }
+        }
+    }
+    if (said & JOINED) multiply_by(state, m.second(slot), r.c);
+    add_products(m, r, stage, BACK ? 0 : 1, state);
+    if (said & SETTLED) multiply_by(state, m.second(slot), r.c);
     if (bad) {
         float nan = __int_as_float(0x7fffffff);
         __syncwarp();
         // the lane's own column, from the first token of the chunk
         char* own = y - r.g * r.y_step - 4 * r.c + 2 * r.lane;
+#pragma unroll 1
         for (int token = 0; token < CHUNK && token < left; token++)
             if (BACK ? token <= reached : token >= reached) *(unsigned short*)(own + token * r.y_step) = 0x7fff;
 #pragma unroll

@@ -16,8 +16,10 @@
 //     OUTPUT  outputs (y or dv); without it only the state is carried
 //     BACK    backwards
 //     KEEP    the state before each chunk (BACK: the gradient of the state after it) is written down
+// What a segment adds to the state, which must be known before segments can be walked side by side, is found by the
+// kernels of summary.cuh.
 
-template <bool OUTPUT, bool BACK>
+template <bool OUTPUT, bool BACK, bool KEEP>
 __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
     constexpr bool QUERIES = OUTPUT || BACK, KEYS = OUTPUT || !BACK;
@@ -27,10 +29,13 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
     int chunk = (int)(BACK ? end - 1 : first);
     Span span = span_of(a.spans, chunk, a.length, a.reverse);
     int left = span.left;
+    bool last = span.last;
     fetch<QUERIES>(a, m, 0, span, from);
     // read long before it is needed
     if (count > 1) span = span_of(a.spans, chunk + STEP, a.length, a.reverse);
-    float2 owed = make_float2(0.0f, 0.0f);
+    // a state is only read from outside where it is kept, coarse or final
+    int until_coarse = a.coarse ? a.coarse_chunks - chunk % a.coarse_chunks : 0;
+    Carried carried = {make_float2(0.0f, 0.0f), make_float2(1.0f, 1.0f)};
     for (int i = 0; i < count; i++, chunk += STEP) {
         int slot = i & 1;
         copy_wait();
@@ -39,6 +44,7 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         if (i >= 2) barrier_wait(EMPTIED + slot, THREADS);
         else if (i == 1) barrier_wait(GATES, GATE_THREADS);  // what the blocks lost is still read
         int next_left = span.left;
+        bool next_last = span.last, settled = KEEP || last || until_coarse == 1;
         if (i + 1 < count) {
             fetch<QUERIES>(a, m, next, span, from);
             if (i + 2 < count) span = span_of(a.spans, chunk + 2 * STEP, a.length, a.reverse);
@@ -46,8 +52,9 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         Gates x;
         float2 product = open_gates(m, stage, left, x);
         bool dense = barrier_all(GATES, GATE_THREADS, product.x >= SMALLEST_BLOCK && product.y >= SMALLEST_BLOCK);
-        halves<BACK>(m, slot, !dense, owed);
-        if (threadIdx.x == 0) *m.joined(slot) = !dense;
+        halves<BACK>(m, slot, !dense, settled, carried);
+        if (threadIdx.x == 0) *m.said(slot) = !dense ? JOINED : settled ? SETTLED : 0;
+        until_coarse = until_coarse == 1 ? a.coarse_chunks : until_coarse - 1;
         if (dense) {
             from_the_middle<QUERIES, KEYS>(a, m, stage, x);
             if (OUTPUT) {
@@ -58,14 +65,13 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
             join<OUTPUT, BACK>(a, m, stage, slot, x);
         }
         barrier_arrive(FILLED + slot, THREADS);
-        left = next_left, stage = next, next = next == STAGES - 1 ? 0 : next + 1;
+        left = next_left, last = next_last, stage = next, next = next == STAGES - 1 ? 0 : next + 1;
     }
 }
 
 template <bool OUTPUT, bool BACK, bool KEEP>
 __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
-    constexpr bool SUMMARY = !OUTPUT && !KEEP;
     constexpr int STEP = BACK ? -1 : 1;
     int thread = threadIdx.x - GATE_THREADS;
     Reader r;
@@ -76,7 +82,7 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
     i64 corner = 2 * r.c * WIDTH + 16 * PARTS * r.warp + r.g;
     int chunk = (int)(BACK ? end - 1 : first);
     int stage = 0, count = (int)(end - first);
-    float decay = 1.0f;
+    int until_coarse = a.coarse ? a.coarse_chunks - chunk % a.coarse_chunks : 0;
     State state;
     Span span;
     span.first = span.last = false;
@@ -87,8 +93,7 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
             const float* known = nullptr;
             if (begins) {
                 if (a.initial) known = a.initial + ((i64)span.sequence * a.heads + a.first_head + local) * STATE + corner;
-                decay = 0.0f;
-            } else if (!SUMMARY && a.before && count > 0) {
+            } else if (a.before && count > 0) {
                 i64 own = (i64)batch * a.before_segments + a.before_segment + segment;
                 known = a.before + (own * a.before_heads + a.before_head + local) * STATE + corner;
             }
@@ -127,36 +132,27 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
         if (OUTPUT)
             y = from.y + (now.row * a.heads * WIDTH + 16 * PARTS * r.warp + 2 * r.c) * 2 + (i64)r.g * r.y_step;
         advance<OUTPUT, BACK>(m, r, stage, slot, y, now.left, state);
-        if (SUMMARY || (KEEP && !BACK)) {
-            float across = m.first(slot)[thread] * m.second(slot)[thread];
-            if (SUMMARY) decay *= across;
-            else a.kept_decay[at * WIDTH + thread] = across;
-        }
-        if (i + 2 < count) barrier_arrive(EMPTIED + slot, THREADS);
-        stage = stage == STAGES - 1 ? 0 : stage + 1;
+        if (KEEP && !BACK) a.kept_decay[at * WIDTH + thread] = m.first(slot)[thread] * m.second(slot)[thread];
         if (OUTPUT) {
             float* to = nullptr;
             if (BACK ? now.first : now.last) {
                 if (a.final) to = a.final + ((i64)now.sequence * a.heads + a.first_head + local) * STATE;
             } else if (BACK) {
                 if (a.after && segment == 0 && i + 1 == count) to = a.after + ((i64)batch * group + local) * STATE;
-            } else if (a.coarse && (chunk + 1) % a.coarse_chunks == 0) {
+            } else if (a.coarse && until_coarse == 1) {
                 i64 known = (i64)batch * a.pieces + (chunk + 1) / a.coarse_chunks - 1;
                 to = a.coarse + (known * a.heads + a.first_head + local) * STATE;
             }
             if (to) write_state(to + corner, state);
+            until_coarse = until_coarse == 1 ? a.coarse_chunks : until_coarse - 1;
         }
-    }
-    if (SUMMARY) {
-        i64 own = ((i64)batch * a.segments + segment) * group + local;
-        float* out = a.decay + own * WIDTH * 2 + thread;
-        out[0] = decay, out[WIDTH] = 1.0f - decay;
-        write_state(a.update + own * STATE + corner, state);
+        if (i + 2 < count) barrier_arrive(EMPTIED + slot, THREADS);
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 }
 
 // One segment of one head of one sequence.
-template <bool OUTPUT, bool BACK, bool KEEP>
+template <bool OUTPUT, bool BACK, bool KEEP, bool SUMMARY>
 __device__ __forceinline__ void walk(const WalkArguments& a) {
     extern __shared__ __align__(1024) char shared[];
     Memory m = {shared};
@@ -175,19 +171,21 @@ __device__ __forceinline__ void walk(const WalkArguments& a) {
     __syncthreads();
     if (threadIdx.x < GATE_THREADS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GATE_REGISTERS));
-        work_on_gates<OUTPUT, BACK>(a, m, first, end, row);
+        if (SUMMARY) summarize_gates<BACK>(a, m, first, end, row);
+        else work_on_gates<OUTPUT, BACK, KEEP>(a, m, first, end, row);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(STATE_REGISTERS));
-        work_on_state<OUTPUT, BACK, KEEP>(a, m, first, end, row);
+        if (SUMMARY) summarize_state<BACK>(a, m, first, end);
+        else work_on_state<OUTPUT, BACK, KEEP>(a, m, first, end, row);
     }
 }
 
-#define KERNEL(NAME, OUTPUT, BACK, KEEP)                                                                     \
+#define KERNEL(NAME, ...)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ WalkArguments a) { \
-        walk<OUTPUT, BACK, KEEP>(a);                                                                         \
+        walk<__VA_ARGS__>(a);                                                                                \
     }
-KERNEL(forward_outputs, true, false, false)
-KERNEL(forward_summaries, false, false, false)
-KERNEL(forward_states, false, false, true)
-KERNEL(backward_values, true, true, true)
-KERNEL(backward_summaries, false, true, false)
+KERNEL(forward_outputs, true, false, false, false)
+KERNEL(forward_summaries, false, false, false, true)
+KERNEL(forward_states, false, false, true, false)
+KERNEL(backward_values, true, true, true, false)
+KERNEL(backward_summaries, false, true, false, true)

@@ -12,8 +12,8 @@ struct WalkArguments {
     float* final;          // [N, H, K, V], states after them (BACK: before them), or null
     const float* before;   // [B, before_segments, before_heads, K, V], state before each segment, or null for zeros
     float* after;          // BACK: [B, G, K, V], state after the walk's last segment in the walk's order, or null
-    float* update;         // neither OUTPUT nor KEEP: [B, segments, G, K, V], what a segment adds to the state
-    float* decay;          // neither OUTPUT nor KEEP: [B, segments, G, 2, K], decay across a segment and 1 minus it
+    float* update;         // summaries: [B, segments, G, K, V], what a segment adds to the state
+    float* decay;          // summaries: [B, segments, G, 2, K], decay across a segment and 1 minus it
     float* coarse;         // [B, pieces, H, K, V]: the state every coarse_chunks, but for the first, or null
     void* kept;            // KEEP: [B, kept_chunks, G, V, K] in the inputs' type, each half of K in the order
                            // channel 8 i + 2 c + e at 16 c + 2 i + e
@@ -39,11 +39,13 @@ constexpr int PARTS = 2;  // of 16 columns of V, that a state warp holds
 constexpr int STAGES = 3;
 // barriers: among the gate warps; slots filled for the state warps, and emptied by them
 constexpr int GATES = 1, FILLED = 2, EMPTIED = 4;
+// what is said of a chunk: it went through the joins; the state is multiplied by its second decay before the next one
+constexpr int JOINED = 1, SETTLED = 2;
 // a block of 16 tokens may decay by this much in a chunk of dense products. Numbers in float16 have not the range
 constexpr float SMALLEST_BLOCK = BFLOAT16 ? 3.552713678800501e-15f : 2.0f;  // 2^-48
 
 // Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, the decays of the halves
-// of the chunk [128], and whether it was joined; decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128].
+// of the chunk [128], and what is said of it; decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128].
 // launch.py knows the size
 struct Memory {
     char* start;
@@ -61,5 +63,5 @@ struct Memory {
     __device__ __forceinline__ float* blocks() const { return numbers() + 4 * WIDTH; }
     __device__ __forceinline__ float* lost() const { return numbers() + 8 * WIDTH; }
     __device__ __forceinline__ float* beta() const { return numbers() + 12 * WIDTH; }
-    __device__ __forceinline__ int* joined(int slot) const { return (int*)(numbers() + 13 * WIDTH) + slot; }
+    __device__ __forceinline__ int* said(int slot) const { return (int*)(numbers() + 13 * WIDTH) + slot; }
 };
