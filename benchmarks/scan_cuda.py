@@ -1,25 +1,45 @@
 """The operator on a GPU beside other kernels, attention, and what the chip can do at all.
 
 Everything is compared with the float64 recurrence first, at the size that is timed: gradients are asked for from the
-first tokens of one sequence, and those of its first heads are compared. Times are those of CUDA events, a call after
-the other, on sets of inputs in turn. Reached by `scan.py --device cuda`.
+first tokens of one sequence, and those of its first heads are compared. Rows show the relative RMS error of each output
+and gradient, beside the rival's on the same inputs. Times are those of CUDA events, a call after the other, on sets of
+inputs in turn. Reached by `scan.py --device cuda`.
+
+Besides the sizes that are compared with peers there are cases of the operator alone: less friendly gates (errors only),
+packed sequences, float32, the operator with a key of its own, and gates that hardly decay in one long sequence.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from exact import LIMITS, Inputs, error, exact, make_inputs, scan, with_backward, without_gradients
+from exact import (
+    LIMITS,
+    FreeInputs,
+    Inputs,
+    error,
+    errors,
+    exact,
+    free_inputs,
+    free_loop,
+    free_scan,
+    loop,
+    make_inputs,
+    scan,
+    with_backward,
+    without_gradients,
+)
 from report import Row, compare, report, row
 from rivals import fla_hgrn2
 from torch import Tensor
@@ -33,16 +53,25 @@ HEADS, WIDTH = 16, 128
 DECODING_BATCHES = (1, 64, 256)
 STEPS = 10
 SETS = 2
-# bytes that must move a channel and token: q, f, v and y; and q, f, v, dy, dq, df and dv once more
-FORWARD_BYTES, BACKWARD_BYTES = 8, 14
 CHECKED_TOKENS, CHECKED_HEADS = 2048, 2
 RIVAL_LIMIT = 3e-2
+# errors that differ by less are the same
+NO_WORSE = 1.05
+ERROR_UNIT = "relative RMS"
+# gates that hardly decay
+SLOW_BOUND = 0.999
+# draws sequences of which one ends among the tokens that are checked
+PACKING_SEED = 1
 # no candidate is timed for longer than this a row
 SECONDS = 3.0
 OURS, FLA, CUDNN, FLASH = "hgrn2", "fla chunk_gla with gates", "attention, cuDNN", "attention, FlashAttention-2"
 FORWARD, BOTH = "forward", "forward + backward"
 
 Calls = Sequence[Callable[[], object]]
+Operands = Inputs | FreeInputs
+Functions = Mapping[str, Callable[..., Tensor]]
+# relative RMS error of each output and gradient, or why there is none
+Errors = dict[str, float] | str
 
 
 class Shape(NamedTuple):
@@ -57,9 +86,90 @@ class Shape(NamedTuple):
         return f"B{self.batch} T{self.length}"
 
     @property
-    def channels(self) -> int:
-        """Values of v: tokens times channels."""
-        return self.batch * self.length * self.heads * self.width
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return self.batch * self.length
+
+    def make(self, device: str, dtype: torch.dtype = torch.bfloat16, bound: float = 0.5) -> Inputs:
+        """Fresh inputs of this shape."""
+        return make_inputs(*self, self.width, device, dtype, bound)
+
+
+class Case(NamedTuple):
+    """What is checked, and perhaps timed, on inputs of one kind.
+
+    Attributes:
+        name: the first words of its rows.
+        make: fresh inputs.
+        functions: candidates by name.
+        truth: what they are compared with, in float64.
+        tokens: how many of them are compared.
+        limit: of the operator's errors.
+    """
+
+    name: str
+    make: Callable[[], Operands]
+    functions: Functions
+    truth: Callable[..., Tensor] = loop
+    tokens: int = CHECKED_TOKENS
+    limit: float = LIMITS[torch.bfloat16]
+
+
+def required_cases(shapes: Sequence[Shape], functions: Functions, device: str) -> list[Case]:
+    """Those in which an error of the operator ends the benchmark: the sizes, and less friendly gates at the end."""
+    short = Shape(1, *shapes[0][1:])
+
+    def less_friendly() -> Inputs:
+        """Many gates near 0 and 1."""
+        inputs = short.make(device)
+        bound = torch.rand_like(inputs.lower_bound).mul_(0.9)
+        return inputs._replace(f=4 * inputs.f, lower_bound=bound)
+
+    cases = [Case(str(shape), partial(shape.make, device), functions) for shape in shapes]
+    return [*cases, Case(f"{short}, bounds in [0, 0.9), gates' pre-activations x 4", less_friendly, functions)]
+
+
+def packed_starts(tokens: int, sequences: int) -> Tensor:
+    """cu_seqlens [N + 1], int32, of sequences of uneven lengths, the same ones in every run."""
+    random = torch.Generator().manual_seed(PACKING_SEED)
+    cuts = 1 + torch.randperm(tokens - 1, generator=random)[: sequences - 1].sort().values
+    return torch.tensor([0, *cuts.tolist(), tokens], dtype=torch.int32)
+
+
+def further_cases(shapes: Sequence[Shape], device: str) -> list[Case]:
+    """Other ways to call the operator, each of which fails alone."""
+    shape, long = shapes[0], shapes[-1]
+    ours = {OURS: scan}
+    packed = Shape(1, shape.tokens, *shape[2:])
+    starts = packed_starts(shape.tokens, shape.batch)
+    checked = min(CHECKED_TOKENS, shape.tokens)
+    first = torch.cat([starts[starts < checked], torch.tensor([checked], dtype=starts.dtype)])
+    return [
+        Case(
+            f"{packed}, {shape.batch} sequences packed",
+            partial(packed.make, device),
+            {OURS: partial(scan, cu_seqlens=starts.to(device))},
+            partial(loop, cu_seqlens=first.to(device)),
+            checked,
+        ),
+        Case(f"{shape}, float32", partial(shape.make, device, torch.float32), ours, limit=LIMITS[torch.float32]),
+        Case(f"{shape}, gated_scan", lambda: free_inputs(shape.make(device)), {OURS: free_scan}, free_loop),
+        # cuts into segments lie beyond the first tokens, so all are compared, with the chunked form in float64: a loop
+        # over them would have to keep every state
+        Case(
+            f"{long}, bound {SLOW_BOUND}",
+            partial(long.make, device, bound=SLOW_BOUND),
+            ours,
+            partial(scan, backend="chunked"),
+            long.length,
+        ),
+    ]
+
+
+def moved_bytes(inputs: Operands) -> dict[str, int]:
+    """Bytes that must move: inputs and y; and for the backward pass inputs, dy and gradients once more."""
+    read, written = sum(x.nbytes for x in inputs), inputs.v.nbytes
+    return {FORWARD: read + written, BOTH: 3 * read + 2 * written}
 
 
 def event_times(calls: Calls, rounds: int) -> list[float]:
@@ -98,25 +208,31 @@ def peak_bytes(call: Callable[[], object]) -> int:
 class Checked:
     """The first tokens and heads of a batch's first sequence, and their exact outputs and gradients."""
 
-    def __init__(self, inputs: Inputs, dy: Tensor):
-        self.rows = (slice(0, 1), slice(0, CHECKED_TOKENS), slice(0, CHECKED_HEADS))
+    def __init__(
+        self,
+        inputs: Operands,
+        dy: Tensor,
+        tokens: int = CHECKED_TOKENS,
+        truth: Callable[..., Tensor] = loop,
+    ):
+        self.rows = (slice(0, 1), slice(0, tokens), slice(0, CHECKED_HEADS))
         # with no gradient asked of what comes later, that of the first tokens depends on them alone
         self.dy = torch.zeros_like(dy)
         self.dy[self.rows] = dy[self.rows]
         part = self._part(inputs)
         with torch.no_grad():
-            self.wanted = exact(part, None)
-        self.wanted += exact(part, dy[self.rows])
+            self.wanted = exact(part, None, truth)
+        self.wanted += exact(part, dy[self.rows], truth)
 
-    def _part(self, inputs: Inputs) -> Inputs:
-        q, f, v = (x[self.rows] for x in inputs[:3])
-        return Inputs(q, f, v, inputs.lower_bound[:CHECKED_HEADS])
+    def _part(self, inputs: Operands) -> Operands:
+        return inputs._make(x[self.rows] if x.dim() == 4 else x[:CHECKED_HEADS] for x in inputs)
 
-    def error(self, function: Callable[..., Tensor], inputs: Inputs) -> float:
-        """The largest relative error of a candidate that is given the whole batch."""
+    def errors(self, function: Callable[..., Tensor], inputs: Operands) -> dict[str, float]:
+        """Relative RMS errors of y, dq, ... of a candidate that is given the whole batch."""
         y = without_gradients(function, inputs)()[self.rows]
-        gradients = self._part(Inputs(*with_backward(function, inputs, self.dy)()))
-        return error((y, *gradients), self.wanted)
+        gradients = self._part(inputs._make(with_backward(function, inputs, self.dy)()))
+        names = ("y", *(f"d{name}" for name in inputs._fields))
+        return dict(zip(names, errors((y, *gradients), self.wanted), strict=True))
 
 
 def attend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,7 +246,7 @@ def attend_with_backward(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, d
     return torch.autograd.grad(attend(backend, q, k, v), (q, k, v), dy)
 
 
-def attention_calls(backend: SDPBackend, sets: Sequence[tuple[Inputs, Tensor]]) -> dict[str, Calls]:
+def attention_calls(backend: SDPBackend, sets: Sequence[tuple[Operands, Tensor]]) -> dict[str, Calls]:
     """Calls forward, and forward with backward, on the same numbers with heads before tokens."""
     forward, both = [], []
     for inputs, dy in sets:
@@ -239,92 +355,146 @@ def reason_of(failure: Exception) -> str:
     return f"does not run here: {type(failure).__name__}: {' '.join(str(failure).split())[:120]}"
 
 
-def check(
-    shapes: Sequence[Shape], functions: Mapping[str, Callable[..., Tensor]], device: str
-) -> dict[tuple[Shape, str], float | str]:
-    """The error of every candidate at every size, or why it has none."""
-    found: dict[tuple[Shape, str], float | str] = {}
-    for shape in shapes:
-        inputs = make_inputs(*shape, shape.width, device, torch.bfloat16)
-        checked = Checked(inputs, torch.randn_like(inputs.v))
-        for name, function in functions.items():
-            try:
-                found[shape, name] = checked.error(function, inputs)
-            # that a rival does not run is a result too; for the operator it is an error
-            except Exception as failure:
-                if name == OURS:
-                    raise
-                found[shape, name] = reason_of(failure)
+def check(case: Case, required: bool) -> dict[str, Errors]:
+    """Errors of every candidate; what the operator raises is passed on if it is required to run."""
+    inputs = case.make()
+    checked = Checked(inputs, torch.randn_like(inputs.v), case.tokens, case.truth)
+    found: dict[str, Errors] = {}
+    for name, function in case.functions.items():
+        try:
+            found[name] = checked.errors(function, inputs)
+        # that a rival does not run is a result too
+        except Exception as failure:
+            if required and name == OURS:
+                raise
+            found[name] = reason_of(failure)
     return found
 
 
-def measure(
-    shape: Shape,
-    functions: Mapping[str, Callable[..., Tensor]],
-    errors: Mapping[tuple[Shape, str], float | str],
-    bandwidth: float,
-    rounds: int,
-    device: str,
-) -> list[Row]:
-    """All rows of one size."""
-    sets = []
-    for _ in range(SETS):
-        inputs = make_inputs(*shape, shape.width, device, torch.bfloat16)
-        sets.append((inputs, torch.randn_like(inputs.v)))
-    floors = {FORWARD: FORWARD_BYTES * shape.channels / bandwidth}
-    floors[BOTH] = floors[FORWARD] + BACKWARD_BYTES * shape.channels / bandwidth
+def fault(case: Case, name: str, found: Errors) -> str | None:
+    """Why a candidate must not be timed."""
+    if isinstance(found, str):
+        return found
+    limit = case.limit if name == OURS else RIVAL_LIMIT
+    large = ", ".join(f"{key} {value:.1e}" for key, value in found.items() if not value <= limit)
+    return f"wrong: relative error of {large}, allowed {limit:.0e}" if large else None
+
+
+def error_rows(case: Case, found: Mapping[str, Errors]) -> list[Row]:
+    """A row for each error, the operator's beside the rival's."""
     rows = []
-
-    def add(name: str, kind: str, calls: Calls, note: str) -> None:
-        seconds = event_times(calls, rounds)
-        timed = row(f"{shape}: {name}, {kind}", [1e3 * s for s in seconds], "ms", note)
-        assert timed.value is not None
-        timed.note = f"{note}{', ' if note else ''}{1e3 * floors[kind] / timed.value:.0%} of the copy bandwidth"
-        rows.append(timed)
-
-    for name, function in functions.items():
-        worst = errors[shape, name]
-        if isinstance(worst, str) or not worst <= RIVAL_LIMIT:
-            note = worst if isinstance(worst, str) else f"wrong: relative error {worst:.1e}, allowed {RIVAL_LIMIT:.0e}"
-            rows.append(Row(f"{shape}: {name}", None, "ms", note=note))
+    for name, values in found.items():
+        if isinstance(values, str):
+            rows.append(Row(f"{case.name}: {name}, error", None, ERROR_UNIT, note=values))
             continue
-        add(name, FORWARD, [without_gradients(function, inputs) for inputs, _ in sets], f"error {worst:.1e}")
-        both = [with_backward(function, inputs, dy) for inputs, dy in sets]
-        add(name, BOTH, both, f"error {worst:.1e}")
-        memory = f"{shape}: {name}, {BOTH}, extra memory"
+        for key, value in values.items():
+            # JSON knows no other numbers
+            finite = math.isfinite(value)
+            label = f"{case.name}: {name}, error of {key}"
+            rows.append(Row(label, value if finite else None, ERROR_UNIT, note=None if finite else "not finite"))
+    for r in rows:
+        compare(rows, r.name, r.name.replace(f": {OURS}, ", f": {FLA}, "))
+        if r.ratio is not None and r.ratio < 1 / NO_WORSE:
+            r.note = f"worse than {FLA} by {1 / r.ratio - 1:.0%}"
+    return rows
+
+
+def timed_rows(
+    case: Case, found: Mapping[str, Errors], sets: Sequence[tuple[Operands, Tensor]], bandwidth: float, rounds: int
+) -> list[Row]:
+    """Times and memory of every candidate that is right, on inputs and gradients dy of one size."""
+    moved = moved_bytes(sets[0][0])
+    rows = []
+    for name, function in case.functions.items():
+        reason = fault(case, name, found[name])
+        if reason is not None:
+            rows.append(Row(f"{case.name}: {name}", None, "ms", note=reason))
+            continue
+        calls: dict[str, Calls] = {
+            FORWARD: [without_gradients(function, inputs) for inputs, _ in sets],
+            BOTH: [with_backward(function, inputs, dy) for inputs, dy in sets],
+        }
+        for kind, each in calls.items():
+            seconds = event_times(each, rounds)
+            timed = row(f"{case.name}: {name}, {kind}", [1e3 * s for s in seconds], "ms")
+            assert timed.value is not None
+            timed.note = f"{moved[kind] / bandwidth / (1e-3 * timed.value):.0%} of the copy bandwidth"
+            rows.append(timed)
         # gradients themselves are part of it
-        rows.append(Row(memory, peak_bytes(both[0]) / 2**20, "MiB", note=f"v is {2 * shape.channels / 2**20:.0f} MiB"))
+        note = f"v is {sets[0][0].v.nbytes / 2**20:.0f} MiB"
+        memory = f"{case.name}: {name}, {BOTH}, extra memory"
+        rows.append(Row(memory, peak_bytes(calls[BOTH][0]) / 2**20, "MiB", note=note))
+    return rows
+
+
+def make_sets(case: Case) -> list[tuple[Operands, Tensor]]:
+    """Inputs, and gradients of y, to be used in turn."""
+    every = [case.make() for _ in range(SETS)]
+    return [(inputs, torch.randn_like(inputs.v)) for inputs in every]
+
+
+def measure(case: Case, found: Mapping[str, Errors], bandwidth: float, rounds: int) -> list[Row]:
+    """All times of one size: the candidates, attention and the floor."""
+    sets = make_sets(case)
+    rows = timed_rows(case, found, sets, bandwidth, rounds)
     for name, backend in ((CUDNN, SDPBackend.CUDNN_ATTENTION), (FLASH, SDPBackend.FLASH_ATTENTION)):
         try:
             for kind, calls in attention_calls(backend, sets).items():
                 seconds = event_times(calls, rounds)
-                rows.append(row(f"{shape}: {name}, {kind}", [1e3 * s for s in seconds], "ms"))
+                rows.append(row(f"{case.name}: {name}, {kind}", [1e3 * s for s in seconds], "ms"))
         except RuntimeError as failure:
-            rows.append(Row(f"{shape}: {name}", None, "ms", note=reason_of(failure)))
-    for kind, floor in floors.items():
-        rows.append(
-            Row(f"{shape}: floor, {kind}", 1e3 * floor, "ms", note="bytes that must move, at the copy bandwidth")
-        )
-        compare(rows, f"{shape}: {OURS}, {kind}", f"{shape}: {CUDNN}, {kind}")
-        compare(rows, f"{shape}: {OURS}, {kind}", f"{shape}: {FLA}, {kind}")
-    compare(rows, f"{shape}: {OURS}, {BOTH}, extra memory", f"{shape}: {FLA}, {BOTH}, extra memory")
+            rows.append(Row(f"{case.name}: {name}", None, "ms", note=reason_of(failure)))
+    for kind, moved in moved_bytes(sets[0][0]).items():
+        note = "bytes that must move, at the copy bandwidth"
+        rows.append(Row(f"{case.name}: floor, {kind}", 1e3 * moved / bandwidth, "ms", note=note))
+        compare(rows, f"{case.name}: {OURS}, {kind}", f"{case.name}: {CUDNN}, {kind}")
+        compare(rows, f"{case.name}: {OURS}, {kind}", f"{case.name}: {FLA}, {kind}")
+    compare(rows, f"{case.name}: {OURS}, {BOTH}, extra memory", f"{case.name}: {FLA}, {BOTH}, extra memory")
     return rows
 
 
+def measure_alone(case: Case, bandwidth: float, rounds: int) -> tuple[list[Row], bool]:
+    """Errors and times of a case that may fail alone, and whether nothing failed."""
+    try:
+        found = check(case, required=False)
+        rows = error_rows(case, found) + timed_rows(case, found, make_sets(case), bandwidth, rounds)
+    # what was measured before it shall not be lost
+    except Exception as failure:
+        return [Row(case.name, None, "ms", note=reason_of(failure))], False
+    return rows, all(fault(case, name, values) is None for name, values in found.items())
+
+
+def per_token(rows: Sequence[Row], far: Shape, near: Shape, names: Iterable[str]) -> list[Row]:
+    """How much more time a token takes at one shape than at another; 1 when time is linear in tokens."""
+    by_name = {r.name: r.value for r in rows}
+    found = []
+    for name in names:
+        for kind in (FORWARD, BOTH):
+            late, early = (by_name.get(f"{shape}: {name}, {kind}") for shape in (far, near))
+            if late and early:
+                ratio = late / far.tokens / (early / near.tokens)
+                note = "time a token; 1 is linear"
+                found.append(Row(f"{far} per token against {near}: {name}, {kind}", ratio, "x", note=note))
+    return found
+
+
 def benchmark(device: str, rounds: int, out: Path | None) -> int:
-    """Runs everything; 1, and no time, when the operator is wrong."""
+    """Runs everything; 1 when the operator is wrong, and then no time of it.
+
+    A wrong result at one of the sizes, of less friendly gates or of a step ends the run; one of a further case is shown
+    in its row.
+    """
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)
     shapes = [Shape(*shape) for shape in SHAPES]
     functions, rows = operators()
-    errors = check(shapes, functions, device)
-    limit = LIMITS[torch.bfloat16]
-    wrong = [
-        f"{shape}: relative error {worst:.1e}, allowed {limit:.0e}"
-        for (shape, name), worst in errors.items()
-        if name == OURS and not (isinstance(worst, float) and worst <= limit)
-    ]
+    cases = required_cases(shapes, functions, device)
+    found = {case.name: check(case, required=True) for case in cases}
+    accuracy = {case.name: error_rows(case, found[case.name]) for case in cases}
+    faults = [(case.name, fault(case, OURS, found[case.name][OURS])) for case in cases]
+    wrong = [f"{name}: {reason}" for name, reason in faults if reason is not None]
     worst_step = step_error(device)
+    limit = LIMITS[torch.bfloat16]
     if not worst_step <= limit:
         wrong.append(f"hgrn2_step: relative error {worst_step:.1e}, allowed {limit:.0e}")
     if wrong:
@@ -334,21 +504,36 @@ def benchmark(device: str, rounds: int, out: Path | None) -> int:
     copies = row("copy bandwidth", [1e-12 * rate for rate in copy_bandwidth(device, rounds)], "TB/s")
     products = row("bfloat16 product, 8192 cubed", [1e-12 * rate for rate in matmul_rate(device, rounds)], "TFLOP/s")
     assert copies.value is not None
+    bandwidth = 1e12 * copies.value
     rows += [copies, products]
-    for shape in shapes:
-        rows += measure(shape, functions, errors, 1e12 * copies.value, rounds, device)
-        gc.collect()
-        torch.cuda.empty_cache()
+    timed = {str(shape) for shape in shapes}
+    for case in cases:
+        rows += accuracy[case.name]
+        if case.name in timed:
+            rows += measure(case, found[case.name], bandwidth, rounds)
+        _tidy()
+    rows += per_token(rows, shapes[-1], shapes[0], functions)
+    right = True
+    for case in further_cases(shapes, device):
+        alone, passed = measure_alone(case, bandwidth, rounds)
+        rows += alone
+        right &= passed
+        _tidy()
     for batch in DECODING_BATCHES:
         microseconds = [1e6 * s for s in step_times(batch, device, rounds)]
         # each state is read once and written once
         moved = 2 * 4 * batch * HEADS * WIDTH**2
-        timed = row(f"hgrn2_step, batch {batch}, in a CUDA graph", microseconds, "us")
-        assert timed.value is not None
-        share = moved / (1e-6 * timed.value) / (1e12 * copies.value)
-        timed.note = f"error {worst_step:.1e}, {share:.0%} of the copy bandwidth"
-        rows.append(timed)
+        step = row(f"hgrn2_step, batch {batch}, in a CUDA graph", microseconds, "us")
+        assert step.value is not None
+        share = moved / (1e-6 * step.value) / bandwidth
+        step.note = f"error {worst_step:.1e}, {share:.0%} of the copy bandwidth"
+        rows.append(step)
     rows.append(first_call())
     settings = {"H": HEADS, "K": WIDTH, "V": WIDTH, "dtype": "bfloat16", "rounds": rounds}
     report("scan", settings, rows, device, out)
-    return 0
+    return 0 if right else 1
+
+
+def _tidy() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()

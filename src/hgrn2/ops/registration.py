@@ -266,7 +266,8 @@ def _cuda_backward_op(
         scan = triton_launch.Scan(q, f, None, v, lower_bound, initial_state, *rest)
         if d_final_state is None:
             num_states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            d_final_state = torch.zeros((num_states, *q.shape[2:], v.shape[-1]), device=q.device)
+            shape = (num_states, *q.shape[2:], v.shape[-1])
+            d_final_state = torch.zeros(shape, dtype=torch.float32, device=q.device)
         dq, df, _, dv, d_bound, d_initial = triton_launch.backward(scan, dy, d_final_state)
         d_initial = None if initial_state is None else d_initial
     else:

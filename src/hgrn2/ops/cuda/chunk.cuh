@@ -131,6 +131,13 @@ __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
     return r;
 }
 
+// the transpose of an 8 x 8 piece of a fragment
+__device__ __forceinline__ u32 transpose(u32 x) {
+    u32 r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
 // d += a b^T for a [16, 16] and b [8, 16], whose halves along the depth are b0 and b1
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if BFLOAT16

@@ -36,6 +36,7 @@ class Kernel:
 
     def launch(self, grid: tuple[int, int, int], arguments: ctypes.Structure) -> None:
         """Starts the kernel on the current stream, with one argument that is passed by value."""
+        _make_context_current()
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         code = _driver().cuLaunchKernel(
@@ -69,6 +70,7 @@ def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, th
     """
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     binary = _compiled(source, options)
+    _make_context_current()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), binary), "cuModuleLoadData")
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
     return Kernel(function, shared_bytes, threads)
@@ -142,6 +144,15 @@ def _in_wheels(pattern: str) -> list[Path]:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
+
+
+def _make_context_current() -> None:
+    """A thread in which torch has not called CUDA's runtime yet has no context."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    if not context.value:
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device()), "cuDevicePrimaryCtxRetain")
+        _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
 def _check(code: int, what: str) -> None:

@@ -14,7 +14,7 @@ struct Place {
     u32 column;
     __device__ __forceinline__ u32 row(u32 tile, int i) const {
         // 16 block + i is i modulo 8, which is what a piece's place is XORed with
-        return tile + ((column ^ ((i & 7) << 4)) + i * ROW_BYTES);
+        return tile + ((column ^ ((i & 7) << 4)) + i * 128);
     }
 };
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ Place place_of_thread() {
     Place at;
     at.warp = thread >> 5, at.lane = thread & 31;
     at.g = at.lane >> 2, at.c = at.lane & 3, at.block = at.warp & 3, at.half = at.warp >> 2;
-    at.column = ((8 * at.half + (at.lane >> 2)) << 4) + 4 * (at.lane & 3);
+    at.column = at.half * PANEL_BYTES + ((at.lane >> 2) << 4) + 4 * (at.lane & 3);
     return at;
 }
 
@@ -49,12 +49,12 @@ __device__ __forceinline__ void fetch(const WalkArguments& a, const Memory& m, i
     const char* f = from.f + row * a.f_row * 2 + piece * 16;
     const char* v = from.v + row * a.v_row * 2 + piece * 16;
     // rows are 4 apart, which changes one bit of what a piece's place is XORed with
-    u32 even = m.tile(stage, 0) + tile_place(first, piece), odd = m.tile(stage, 0) + tile_place(first, piece ^ 4);
+    u32 even = m.tile(stage, 0) + panel_place(first, piece), odd = m.tile(stage, 0) + panel_place(first, piece ^ 4);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         // of a row that does not exist nothing is read
         bool exists = first + 4 * i < span.left;
-        u32 to = (i & 1 ? odd : even) + 4 * i * ROW_BYTES;
+        u32 to = (i & 1 ? odd : even) + 4 * i * 128;
         if (QUERIES) copy_async(to, q, exists), q += sign * 8 * a.q_row;
         copy_async(to + TILE_BYTES, f, exists), f += sign * 8 * a.f_row;
         copy_async(to + 2 * TILE_BYTES, v, exists), v += sign * 8 * a.v_row;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void fetch(const WalkArguments& a, const Memory& m, i
 // Decays and keys, and of the warp's 16 tokens the product of decays and 1 minus it, to shared memory.
 __device__ __forceinline__ float2 open_gates(const Memory& m, int stage, int left, Gates& x) {
     Place at = place_of_thread();
-    u32 tile = m.tile(stage, 1) + at.block * 16 * ROW_BYTES;
+    u32 tile = m.tile(stage, 1) + at.block * 16 * 128;
     float2 beta = *(const float2*)(m.beta() + 64 * at.half + 2 * at.lane);
 #pragma unroll
     for (int i = 0; i < 16; i++) {
@@ -107,16 +107,9 @@ __device__ __forceinline__ float without_drift(float first, float second, float 
     return changed;
 }
 
-// What the warps of the first block keep from chunk to chunk, of each channel
-struct Carried {
-    float2 owed;     // see without_drift
-    float2 pending;  // what the state is not yet multiplied by
-};
-
-// The decays of the chunk that the state is multiplied by; the warps of the first block do it. The second one is left
-// to the next chunk, unless it is settled at once.
+// The decays of the chunk that the state is multiplied by; the warps of the first block do it.
 template <bool BACK>
-__device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, bool settled, Carried& carried) {
+__device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, float2& owed) {
     Place at = place_of_thread();
     if (at.block != 0) return;
     int column = 64 * at.half + 2 * at.lane;
@@ -133,10 +126,8 @@ __device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, b
         second.x *= first.x, second.y *= first.y;
         first.x = first.y = 1.0f;
     }
-    second.x = without_drift(first.x, second.x, lost.x, carried.owed.x);
-    second.y = without_drift(first.y, second.y, lost.y, carried.owed.y);
-    first.x *= carried.pending.x, first.y *= carried.pending.y;
-    carried.pending = joined || settled ? make_float2(1.0f, 1.0f) : second;
+    second.x = without_drift(first.x, second.x, lost.x, owed.x);
+    second.y = without_drift(first.y, second.y, lost.y, owed.y);
     *(float2*)(m.first(slot) + column) = first;
     *(float2*)(m.second(slot) + column) = second;
 }
@@ -145,7 +136,7 @@ __device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, b
 template <bool QUERIES, bool KEYS>
 __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Memory& m, int stage, const Gates& x) {
     Place at = place_of_thread();
-    u32 q_tile = m.tile(stage, 0) + at.block * 16 * ROW_BYTES, f_tile = m.tile(stage, 1) + at.block * 16 * ROW_BYTES;
+    u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
     const float* blocks = m.blocks() + 64 * at.half + 2 * at.lane;
     // e before the first of the warp's tokens
     float2 e = make_float2(1.0f, 1.0f);
@@ -176,51 +167,36 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
     }
 }
 
-// Scores Q K^T of up to two 16 x 16 blocks a warp, as sums of two numbers of the inputs' type: one has too few digits.
+// Scores Q K^T, as sums of two numbers of the inputs' type: one has too few digits. Each half of the warps has 32 keys;
+// above the diagonal the zeros of the beginning stay.
 __device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slot) {
     Place at = place_of_thread();
-    at.warp = __shfl_sync(~0u, at.warp, 0);  // the compiler sees that all lanes agree
-    // warps 0 and 1 share the last 16 queries, 2 and 3 those before, ...; of the first, warp 7 finds nothing left
-    int late = 3 - (at.warp >> 1), middle = (late + 2) >> 1;
-    int early = at.warp & 1 ? middle : 0, end = at.warp & 1 ? late + 1 : middle;
-    if (early >= end) return;
-    // who has one block does it twice
-    int other = early + 1 < end ? early + 1 : early;
-    float sums[2][2][4];
+    float sums[4][4];
+    u64 q = factor(m.tile(stage, 0)), k = factor(m.tile(stage, 1) + 32 * at.half * 128);
+    products_begin();
 #pragma unroll
-    for (int i = 0; i < 16; i++) sums[i >> 3][(i >> 2) & 1][i & 3] = 0.0f;
-    u32 q_lane = m.tile(stage, 0) + 16 * late * ROW_BYTES + fragment_lane(at.lane, ROW_BYTES);
-    u32 k_lane = m.tile(stage, 1) + turned_lane(at.lane, ROW_BYTES);
-    u32 first_lane = k_lane + 16 * early * ROW_BYTES, second_lane = k_lane + 16 * other * ROW_BYTES;
-#pragma unroll
-    for (int t = 0; t < 8; t++) {
-        u32 q[4], k[4];
-        load_fragment(q, q_lane ^ (t << 5));
-        load_fragment(k, first_lane ^ (t << 5));
-        multiply(sums[0][0], q, k[0], k[1]);
-        multiply(sums[0][1], q, k[2], k[3]);
-        load_fragment(k, second_lane ^ (t << 5));
-        multiply(sums[1][0], q, k[0], k[1]);
-        multiply(sums[1][1], q, k[2], k[3]);
+    for (int i = 0; i < 8; i++) {
+        int depth = (i >> 2) * (PANEL_BYTES >> 4) + (i & 3) * (32 >> 4);
+        multiply_straight(sums, q + depth, k + depth, i > 0);
     }
-    u32 row = m.scores(slot, 0) + (16 * late + at.g) * CHUNK * 2 + 4 * at.c;
+    products_commit();
+    products_wait<0>();
+    settle(sums);
+    u32 row = m.scores(slot, 0) + (16 * at.block + at.g) * 128 + 4 * at.c;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-        int block = j ? other : early;
+    for (int n = 0; n < 4; n++) {
+        int early = 32 * at.half + 8 * n - 16 * at.block;
+        if (early > 8) break;
 #pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float x = sums[j][n][2 * i], y = sums[j][n][2 * i + 1];
-                int behind = 16 * (late - block) + at.g + 8 * i - 8 * n - 2 * at.c;
-                if (behind < 0) x = 0.0f;
-                if (behind < 1) y = 0.0f;
-                u32 high = pack(x, y);
-                float x_high, y_high;
-                unpack(high, x_high, y_high);
-                u32 to = row + 8 * i * CHUNK * 2 + (((2 * block + n) ^ at.g) << 4);
-                store_shared(to, high);
-                store_shared(to + SCORE_BYTES, pack(x - x_high, y - y_high));
-            }
+        for (int i = 0; i < 2; i++) {
+            int behind = at.g + 8 * i - early - 2 * at.c;
+            float x = behind < 0 ? 0.0f : sums[n][2 * i], y = behind < 1 ? 0.0f : sums[n][2 * i + 1];
+            u32 high = pack(x, y);
+            float x_high, y_high;
+            unpack(high, x_high, y_high);
+            u32 to = row + 8 * i * 128 + (((4 * at.half + n) ^ at.g) << 4);
+            store_shared(to, high);
+            store_shared(to + SCORE_BYTES, pack(x - x_high, y - y_high));
+        }
     }
 }

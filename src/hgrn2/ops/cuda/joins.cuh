@@ -8,7 +8,7 @@
 __device__ __forceinline__ void load_block(u32 (&r)[4][4], u32 tile, const Place& at, int block) {
     int row = 16 * block + (at.lane & 15);
 #pragma unroll
-    for (int t = 0; t < 4; t++) load_fragment(r[t], tile + tile_place(row, 8 * at.half + 2 * t + (at.lane >> 4)));
+    for (int t = 0; t < 4; t++) load_fragment(r[t], tile + panel_place(row, 8 * at.half + 2 * t + (at.lane >> 4)));
 }
 
 // first + second of the lanes with `bit`, of the others second + first: each side keeps one sum and sends the other
@@ -63,7 +63,7 @@ template <bool OUTPUT, bool BACK>
 __device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory& m, const Place& at, int stage,
                                             Gates& x) {
     // a warp's own piece of the tiles is free for other things once it is read
-    u32 q_tile = m.tile(stage, 0) + at.block * 16 * ROW_BYTES, f_tile = m.tile(stage, 1) + at.block * 16 * ROW_BYTES;
+    u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
     if (!OUTPUT && BACK) {
 #pragma unroll
         for (int i = 0; i < 16; i++) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory
 __device__ __forceinline__ void join_blocks(const Memory& m, const Place& at, int stage, int slot, Gates& x) {
     const float* decays = m.blocks() + 64 * at.half + 2 * at.lane;
     u32 scores = m.scores(slot, at.half), q_tile = m.tile(stage, 0), f_tile = m.tile(stage, 1);
-    u32 own = q_tile + at.block * 16 * ROW_BYTES;
+    u32 own = q_tile + at.block * 16 * 128;
     u32 low_row = scores + (16 * at.block + at.g) * CHUNK * 2 + 4 * at.c, high_row = low_row + 8 * CHUNK * 2;
     // a piece's place is XORed with the row modulo 8, which is g
     auto place = [&](int piece) { return (piece ^ at.g) << 4; };
@@ -170,7 +170,7 @@ __device__ __forceinline__ void join(const WalkArguments& a, const Memory& m, in
         float2 d = *(const float2*)(decays + block * WIDTH);
         other.x *= d.x, other.y *= d.y;
     }
-    u32 own = m.tile(stage, KEYS ? 1 : 0) + at.block * 16 * ROW_BYTES;
+    u32 own = m.tile(stage, KEYS ? 1 : 0) + at.block * 16 * 128;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         float2 r = KEYS ? make_float2(x.k[i][0], x.k[i][1]) : make_float2(x.q[i][0], x.q[i][1]);

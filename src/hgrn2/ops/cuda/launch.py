@@ -17,15 +17,15 @@ from torch import Tensor
 from hgrn2.ops.cuda import compiler
 from hgrn2.ops.cuda.plan import CHUNK, WIDTH, coarse_pieces, num_chunks, passes, segment_chunks
 
-THREADS, GRADIENT_THREADS = 384, 256
+THREADS, GRADIENT_THREADS = 512, 256
 # what each file of kernels is compiled with, in the order in which one needs the other
 SOURCES = {
-    "walk.cu": ("chunk.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh", "walk.cu"),
+    "walk.cu": ("chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh", "walk.cu"),
     "gradient.cu": ("chunk.cuh", "gradient.cu"),
 }
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
-_WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 13 * WIDTH * 4 + 2 * 4
+_WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 14 * WIDTH * 4 + 2 * 4
 _GRADIENT_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 2 + 4 + 4) * _HALF * 4
 
 
@@ -119,10 +119,9 @@ class Scan:
 
     def aligned(self) -> Scan:
         """The same with inputs that can be read 16 bytes at a time."""
-        bound, state = (None if x is None else x.contiguous() for x in (self.bound, self.initial_state))
-        return replace(
-            self, q=_aligned(self.q), f=_aligned(self.f), v=_aligned(self.v), bound=bound, initial_state=state
-        )
+        q, f, v, bound = (None if x is None else _aligned(x) for x in (self.q, self.f, self.v, self.bound))
+        state, cu_seqlens = (None if x is None else x.contiguous() for x in (self.initial_state, self.cu_seqlens))
+        return replace(self, q=q, f=f, v=v, bound=bound, initial_state=state, cu_seqlens=cu_seqlens)
 
     def new_rows(self, like: Tensor) -> Tensor:
         """Room for an output; packed sequences may leave rows at the end to nobody."""
@@ -198,7 +197,8 @@ class _Packed:
         count = (bounds[chunks.sequence + 1] - start).clamp_(min=0)
         places = torch.arange(chunks.total, device=cu_seqlens.device)
         begin = (places - chunks.first[chunks.sequence]) * CHUNK
-        left = count - begin
+        # boundaries that go back, or beyond the rows, leave chunks without a token
+        left = (count - begin).clamp_(min=0)
         row = start + count - 1 - begin if reverse else start + begin
         ends = (begin == 0) + 2 * (left <= CHUNK)
         self.spans = torch.stack((row, left, chunks.sequence, ends), 1).int()
@@ -385,7 +385,7 @@ def _gradients(
         **_strides(q=q, f=f, v=v, dy=dy),
     )  # fmt: skip
     _kernel("gradient.cu", "backward_gates", scan).launch((part.chunks, 2 * group.count, batch), arguments)
-    pieces, block = batch * part.chunks * group.count * 2, 32
+    pieces, block = batch * part.chunks * group.count * 2, 8
     tables = (None, None, None) if packed is None else (packed.cut.first, packed.cut.sequence, scan.cu_seqlens)
     left_over_gradient_kernel[(-(-pieces // block),)](
         left_over, pieces, q, f, v, dy, scan.bound, states, d_states, decays, dq, df, d_bound, *tables,
@@ -427,8 +427,9 @@ def _source(name: str) -> str:
 
 def _aligned(x: Tensor) -> Tensor:
     """X itself if its rows can be read 16 bytes at a time, which those of a fused projection can; else a copy."""
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:3])
-    return x if fits else x.contiguous()
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    # contiguous() would give back what is contiguous at a bad address
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:

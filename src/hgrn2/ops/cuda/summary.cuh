@@ -7,6 +7,9 @@
 
 // what is said of a chunk here: it is the first of its sequence (BACK: the last); it adds nothing
 constexpr int BEGINS = 1, OVER = 2;
+// in place of 1 minus the decay where a sequence begins: whatever came before, numbers that are none included, is not
+// of this sequence
+constexpr float REPLACED = 2.0f;
 constexpr float NOTHING = 1.1754943508222875e-38f;  // 2^-126
 
 template <bool BACK>
@@ -48,7 +51,7 @@ __device__ __forceinline__ void summarize_gates(const WalkArguments& a, const Me
                 lost.x = fmaf(lost.x, d.x, l.x), lost.y = fmaf(lost.y, d.y, l.y);
                 if (BACK ? j < at.block : j > at.block) own.x *= d.x, own.y *= d.y;
             }
-            u32 tile = m.tile(stage, BACK ? 0 : 1) + at.block * 16 * ROW_BYTES;
+            u32 tile = m.tile(stage, BACK ? 0 : 1) + at.block * 16 * 128;
             if (BACK) {
                 u32 raw[16];
 #pragma unroll
@@ -68,13 +71,16 @@ __device__ __forceinline__ void summarize_gates(const WalkArguments& a, const Me
                 }
             }
             gone.x = fmaf(rest.x, lost.x, gone.x), gone.y = fmaf(rest.y, lost.y, gone.y);
-            rest.x *= all.x, rest.y *= all.y;
+            // rounding would add up in the product where little is gone
+            rest.x = gone.x < 0.5f ? 1.0f - gone.x : rest.x * all.x;
+            rest.y = gone.y < 0.5f ? 1.0f - gone.y : rest.y * all.y;
             if (at.block == 0) {
                 *(float2*)(m.first(slot) + 64 * at.half + 2 * at.lane) = rest;
                 *(float2*)(m.second(slot) + 64 * at.half + 2 * at.lane) = gone;
             }
         }
         if (threadIdx.x == 0) *m.said(slot) = over ? OVER : begins ? BEGINS : 0;
+        publish();
         barrier_arrive(FILLED + slot, THREADS);
         if (over || begins) break;
         stage = next, next = next == STAGES - 1 ? 0 : next + 1;
@@ -86,43 +92,43 @@ template <bool BACK>
 __device__ __forceinline__ void summarize_state(const WalkArguments& a, const Memory& m, i64 first, i64 end) {
     constexpr i64 STATE = WIDTH * WIDTH;
     int thread = threadIdx.x - GATE_THREADS;
-    Reader r;
-    r.warp = thread >> 5, r.lane = thread & 31, r.g = r.lane >> 2, r.c = r.lane & 3;
-    i64 corner = 2 * r.c * WIDTH + 16 * PARTS * r.warp + r.g;
+    Reader r = reader_of_thread(a);
+    int corner = corner_of(r);
     int local = blockIdx.y, count = (int)(end - first), stage = 0;
     float rest = 1.0f, gone = 0.0f;
     State state;
 #pragma unroll
-    for (int p = 0; p < PARTS; p++)
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) state[p][i][e] = 0.0f;
+    for (int i = 0; i < 16; i++) state[i][0] = state[i][1] = state[i][2] = state[i][3] = 0.0f;
     for (int i = 0; i < count; i++) {
         int slot = i & 1;
         barrier_wait(FILLED + slot, THREADS);
         int said = *m.said(slot);
-        if (said != OVER) add_products(m, r, stage, BACK ? 0 : 1, state);
+        if (said != OVER) {
+            settle(state);
+            products_begin();
+            add_products(m, r, stage, BACK ? 0 : 1, state);
+            products_wait<0>();
+            settle(state);
+        }
         if (said == BEGINS && a.initial) {
             Span span = span_of(a.spans, BACK ? first + i : end - 1 - i, a.length, a.reverse);
             const float* known = a.initial + ((i64)span.sequence * a.heads + a.first_head + local) * STATE + corner;
 #pragma unroll
-            for (int p = 0; p < PARTS; p++)
+            for (int j = 0; j < 16; j++)
 #pragma unroll
-                for (int j = 0; j < 16; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        state[p][j][e] = fmaf(known[state_place(p, j, e)], m.first(slot)[8 * j + 2 * r.c + (e & 1)],
-                                              state[p][j][e]);
+                for (int e = 0; e < 4; e++)
+                    state[j][e] =
+                        fmaf(known[state_place(j, e)], m.first(slot)[8 * j + 2 * r.c + (e & 1)], state[j][e]);
         }
         // nothing is left of what came before
-        rest = said ? 0.0f : m.first(slot)[thread], gone = said ? 1.0f : m.second(slot)[thread];
+        rest = said ? 0.0f : m.first(slot)[thread & (WIDTH - 1)];
+        gone = said == BEGINS ? REPLACED : said ? 1.0f : m.second(slot)[thread & (WIDTH - 1)];
         if (said) break;
         if (i + 2 < count) barrier_arrive(EMPTIED + slot, THREADS);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
     i64 own = ((i64)blockIdx.z * a.segments + blockIdx.x) * gridDim.y + local;
     float* out = a.decay + own * WIDTH * 2 + thread;
-    out[0] = rest, out[WIDTH] = gone;
+    if (thread < WIDTH) out[0] = rest, out[WIDTH] = gone;
     write_state(a.update + own * STATE + corner, state);
 }

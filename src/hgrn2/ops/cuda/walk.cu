@@ -1,8 +1,8 @@
 // The forward pass, and most of the backward pass, for K = V = 128: see docs/kernels.md for the picture.
 //
-// A program walks along a segment of one head of one sequence, a chunk of 64 tokens at a time. Of its 12 warps 8 work on
-// gates and scores, 4 on the state, one chunk behind. The state lives in the registers of the state warps, transposed:
-// each holds 32 of the 128 columns of V.
+// A program walks along a segment of one head of one sequence, a chunk of 64 tokens at a time. Of its 16 warps 8 work on
+// gates and scores, 8 on the state, one chunk behind. The state lives in the registers of the state warps, transposed:
+// each holds 16 of the 128 columns of V.
 //
 // With e the product of decays since the middle of the chunk (before it, one over the product up to it), Q = q e and
 // K = k / e, a score is Q K^T whatever the two tokens, and everything is a dense product:
@@ -19,7 +19,7 @@
 // What a segment adds to the state, which must be known before segments can be walked side by side, is found by the
 // kernels of summary.cuh.
 
-template <bool OUTPUT, bool BACK, bool KEEP>
+template <bool OUTPUT, bool BACK>
 __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
     constexpr bool QUERIES = OUTPUT || BACK, KEYS = OUTPUT || !BACK;
@@ -29,13 +29,10 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
     int chunk = (int)(BACK ? end - 1 : first);
     Span span = span_of(a.spans, chunk, a.length, a.reverse);
     int left = span.left;
-    bool last = span.last;
     fetch<QUERIES>(a, m, 0, span, from);
     // read long before it is needed
     if (count > 1) span = span_of(a.spans, chunk + STEP, a.length, a.reverse);
-    // a state is only read from outside where it is kept, coarse or final
-    int until_coarse = a.coarse ? a.coarse_chunks - chunk % a.coarse_chunks : 0;
-    Carried carried = {make_float2(0.0f, 0.0f), make_float2(1.0f, 1.0f)};
+    float2 owed = make_float2(0.0f, 0.0f);
     for (int i = 0; i < count; i++, chunk += STEP) {
         int slot = i & 1;
         copy_wait();
@@ -44,7 +41,6 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         if (i >= 2) barrier_wait(EMPTIED + slot, THREADS);
         else if (i == 1) barrier_wait(GATES, GATE_THREADS);  // what the blocks lost is still read
         int next_left = span.left;
-        bool next_last = span.last, settled = KEEP || last || until_coarse == 1;
         if (i + 1 < count) {
             fetch<QUERIES>(a, m, next, span, from);
             if (i + 2 < count) span = span_of(a.spans, chunk + 2 * STEP, a.length, a.reverse);
@@ -52,20 +48,21 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         Gates x;
         float2 product = open_gates(m, stage, left, x);
         bool dense = barrier_all(GATES, GATE_THREADS, product.x >= SMALLEST_BLOCK && product.y >= SMALLEST_BLOCK);
-        halves<BACK>(m, slot, !dense, settled, carried);
-        if (threadIdx.x == 0) *m.said(slot) = !dense ? JOINED : settled ? SETTLED : 0;
-        until_coarse = until_coarse == 1 ? a.coarse_chunks : until_coarse - 1;
+        halves<BACK>(m, slot, !dense, owed);
+        if (threadIdx.x == 0) *m.said(slot) = dense ? 0 : JOINED;
         if (dense) {
             from_the_middle<QUERIES, KEYS>(a, m, stage, x);
             if (OUTPUT) {
+                publish();
                 barrier_wait(GATES, GATE_THREADS);
                 dense_scores(m, stage, slot);
             }
         } else {
             join<OUTPUT, BACK>(a, m, stage, slot, x);
         }
+        publish();
         barrier_arrive(FILLED + slot, THREADS);
-        left = next_left, last = next_last, stage = next, next = next == STAGES - 1 ? 0 : next + 1;
+        left = next_left, stage = next, next = next == STAGES - 1 ? 0 : next + 1;
     }
 }
 
@@ -74,12 +71,10 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
                                               const Row& from) {
     constexpr int STEP = BACK ? -1 : 1;
     int thread = threadIdx.x - GATE_THREADS;
-    Reader r;
-    r.warp = thread >> 5, r.lane = thread & 31, r.g = r.lane >> 2, r.c = r.lane & 3;
-    r.y_step = (a.reverse ? -1 : 1) * a.heads * WIDTH * 2;
+    Reader r = reader_of_thread(a);
     int segment = blockIdx.x, local = blockIdx.y, batch = blockIdx.z, group = gridDim.y;
     constexpr i64 STATE = WIDTH * WIDTH;
-    i64 corner = 2 * r.c * WIDTH + 16 * PARTS * r.warp + r.g;
+    int corner = corner_of(r);
     int chunk = (int)(BACK ? end - 1 : first);
     int stage = 0, count = (int)(end - first);
     int until_coarse = a.coarse ? a.coarse_chunks - chunk % a.coarse_chunks : 0;
@@ -98,31 +93,27 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
                 known = a.before + (own * a.before_heads + a.before_head + local) * STATE + corner;
             }
 #pragma unroll
-            for (int p = 0; p < PARTS; p++)
+            for (int j = 0; j < 16; j++)
 #pragma unroll
-                for (int j = 0; j < 16; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) state[p][j][e] = known ? known[state_place(p, j, e)] : 0.0f;
+                for (int e = 0; e < 4; e++) state[j][e] = known ? known[state_place(j, e)] : 0.0f;
         }
         if (i >= count) break;
         int slot = i & 1;
         i64 at = ((i64)batch * a.kept_chunks + (chunk - a.first_chunk)) * group + local;
         if (KEEP) {
             // what a lane holds of each half of K lies together
-            uint4* kept = (uint4*)a.kept + (at * WIDTH + 16 * PARTS * r.warp + r.g) * 16 + 2 * r.c;
+            uint4* kept = (uint4*)a.kept + (at * WIDTH + 64 * r.half + 16 * r.warp + r.g) * 16 + 2 * r.c;
 #pragma unroll
-            for (int p = 0; p < PARTS; p++)
+            for (int k = 0; k < 4; k++)
 #pragma unroll
-                for (int k = 0; k < 4; k++)
-#pragma unroll
-                    for (int e = 0; e < 4; e += 2) {
-                        uint4 four;
-                        four.x = pack(state[p][4 * k][e], state[p][4 * k][e + 1]);
-                        four.y = pack(state[p][4 * k + 1][e], state[p][4 * k + 1][e + 1]);
-                        four.z = pack(state[p][4 * k + 2][e], state[p][4 * k + 2][e + 1]);
-                        four.w = pack(state[p][4 * k + 3][e], state[p][4 * k + 3][e + 1]);
-                        kept[(k >> 1) * 8 + (k & 1) + (16 * p + 4 * e) * 16] = four;
-                    }
+                for (int e = 0; e < 4; e += 2) {
+                    uint4 four;
+                    four.x = pack(state[4 * k][e], state[4 * k][e + 1]);
+                    four.y = pack(state[4 * k + 1][e], state[4 * k + 1][e + 1]);
+                    four.z = pack(state[4 * k + 2][e], state[4 * k + 2][e + 1]);
+                    four.w = pack(state[4 * k + 3][e], state[4 * k + 3][e + 1]);
+                    kept[(k >> 1) * 8 + (k & 1) + 4 * e * 16] = four;
+                }
         }
         Span now = span;
         span.first = span.last = false;
@@ -130,9 +121,10 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
         barrier_wait(FILLED + slot, THREADS);
         char* y = nullptr;
         if (OUTPUT)
-            y = from.y + (now.row * a.heads * WIDTH + 16 * PARTS * r.warp + 2 * r.c) * 2 + (i64)r.g * r.y_step;
+            y = from.y + (now.row * a.heads * WIDTH + 64 * r.half + 16 * r.warp + 2 * r.c) * 2 + (i64)r.g * r.y_step;
         advance<OUTPUT, BACK>(m, r, stage, slot, y, now.left, state);
-        if (KEEP && !BACK) a.kept_decay[at * WIDTH + thread] = m.first(slot)[thread] * m.second(slot)[thread];
+        if (KEEP && !BACK && thread < WIDTH)
+            a.kept_decay[at * WIDTH + thread] = m.first(slot)[thread] * m.second(slot)[thread];
         if (OUTPUT) {
             float* to = nullptr;
             if (BACK ? now.first : now.last) {
@@ -168,11 +160,14 @@ __device__ __forceinline__ void walk(const WalkArguments& a) {
     row.v = (const char*)a.v + (batch * a.v_batch + head * a.v_head) * 2;
     row.y = (char*)a.y + ((i64)batch * a.length * a.heads + head) * WIDTH * 2;
     if (threadIdx.x < WIDTH) m.beta()[threadIdx.x] = a.bound ? a.bound[head * WIDTH + threadIdx.x] : 0.0f;
+    // above the diagonal scores are never written
+    if (OUTPUT)
+        for (int i = threadIdx.x; i < 4 * SCORE_BYTES / 4; i += THREADS) store_shared(m.scores(0, 0) + 4 * i, 0u);
     __syncthreads();
     if (threadIdx.x < GATE_THREADS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GATE_REGISTERS));
         if (SUMMARY) summarize_gates<BACK>(a, m, first, end, row);
-        else work_on_gates<OUTPUT, BACK, KEEP>(a, m, first, end, row);
+        else work_on_gates<OUTPUT, BACK>(a, m, first, end, row);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(STATE_REGISTERS));
         if (SUMMARY) summarize_state<BACK>(a, m, first, end);

@@ -30,23 +30,25 @@ struct WalkArguments {
 };
 
 constexpr int GATE_THREADS = 256;
-constexpr int STATE_THREADS = 128;
+constexpr int STATE_THREADS = 256;
+constexpr int GROUP_THREADS = 128;  // of a warpgroup: four warps that take part in a product together
 constexpr int THREADS = GATE_THREADS + STATE_THREADS;
-// 12 warps start with 168 registers a lane; what the gate warps give up the state warps get
-constexpr int GATE_REGISTERS = 136;
-constexpr int STATE_REGISTERS = 168 + 2 * (168 - GATE_REGISTERS);
-constexpr int PARTS = 2;  // of 16 columns of V, that a state warp holds
+// 16 warps start with 128 registers a lane; what the gate warps give up the state warps get
+constexpr int GATE_REGISTERS = 104;
+constexpr int STATE_REGISTERS = 152;
 constexpr int STAGES = 3;
-// barriers: among the gate warps; slots filled for the state warps, and emptied by them
-constexpr int GATES = 1, FILLED = 2, EMPTIED = 4;
-// what is said of a chunk: it went through the joins; the state is multiplied by its second decay before the next one
-constexpr int JOINED = 1, SETTLED = 2;
-// a block of 16 tokens may decay by this much in a chunk of dense products. Numbers in float16 have not the range
-constexpr float SMALLEST_BLOCK = BFLOAT16 ? 3.552713678800501e-15f : 2.0f;  // 2^-48
+// barriers: among the gate warps; slots filled for the state warps, and emptied by them; among the
+// warps of a half of the state
+constexpr int GATES = 1, FILLED = 2, EMPTIED = 4, STATES = 6;
+// what is said of a chunk: it went through the joins
+constexpr int JOINED = 1;
+// a block of 16 tokens may decay by this much in a chunk of dense products. Half a chunk then decays by 2^-80 at most,
+// which leaves room for values and states of any ordinary size; numbers in float16 have none
+constexpr float SMALLEST_BLOCK = BFLOAT16 ? 9.094947017729282e-13f : 2.0f;  // 2^-40
 
 // Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, the decays of the halves
-// of the chunk [128], and what is said of it; decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128].
-// launch.py knows the size
+// of the chunk [128], and what is said of it; decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128];
+// how far values that are not finite reach [128]. launch.py knows the size. Tiles are laid out as in wgmma.cuh
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 tile(int stage, int which) const {
@@ -63,5 +65,6 @@ struct Memory {
     __device__ __forceinline__ float* blocks() const { return numbers() + 4 * WIDTH; }
     __device__ __forceinline__ float* lost() const { return numbers() + 8 * WIDTH; }
     __device__ __forceinline__ float* beta() const { return numbers() + 12 * WIDTH; }
-    __device__ __forceinline__ int* said(int slot) const { return (int*)(numbers() + 13 * WIDTH) + slot; }
+    __device__ __forceinline__ int* reached() const { return (int*)(numbers() + 13 * WIDTH); }
+    __device__ __forceinline__ int* said(int slot) const { return (int*)(numbers() + 14 * WIDTH) + slot; }
 };
