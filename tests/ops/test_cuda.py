@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def fields_in_c(name: str, file: str) -> list[tuple[str, type]]:
 
 
 @pytest.mark.parametrize(
-    ("structure", "file"), [(launch.WalkArguments, "walk.cu"), (launch.GradientArguments, "gradient.cu")]
+    ("structure", "file"), [(launch.WalkArguments, "walk.cuh"), (launch.GradientArguments, "gradient.cu")]
 )
 def test_arguments_are_laid_out_as_in_c(structure, file):
     assert fields_in_c(structure.__name__, file) == list(structure._fields_)
@@ -51,10 +52,10 @@ def test_arguments_are_laid_out_as_in_c(structure, file):
 
 @needs_compiler
 @pytest.mark.parametrize("name", ["walk.cu", "gradient.cu"])
-@pytest.mark.parametrize(("bfloat16", "q_activation"), [(1, 0), (1, 1), (0, 2)])
-def test_the_kernels_compile(name, bfloat16, q_activation):
+@pytest.mark.parametrize(("bfloat16", "q_activation", "packed"), [(1, 0, 1), (1, 1, 0), (0, 2, 1)])
+def test_the_kernels_compile(name, bfloat16, q_activation, packed):
     options = ("-arch=sm_90a", "--std=c++17", "-default-device")
-    settings = (f"-DBFLOAT16={bfloat16}", f"-DQ_ACTIVATION={q_activation}")
+    settings = (f"-DBFLOAT16={bfloat16}", f"-DQ_ACTIVATION={q_activation}", f"-DPACKED={packed}")
     assert compiler._compile(launch._source(name), (*options, *settings))
 
 
@@ -64,30 +65,72 @@ def test_what_does_not_compile_says_why():
         compiler._compile("nonsense;", ("-arch=sm_90a",))
 
 
+def meta_scan(batch, length, heads, num_packed=0):
+    q = torch.empty(batch, length, heads, plan.WIDTH, dtype=torch.bfloat16, device="meta")
+    cu_seqlens = torch.empty(num_packed + 1, dtype=torch.int32, device="meta") if num_packed else None
+    return launch.Scan(q, q, q, None, None, cu_seqlens, False, 1.0, "silu")
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2048, 8192, 32768, 131072, 1 << 20])
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 16), (2, 7), (4, 16), (16, 16), (33, 20), (300, 2)])
 def test_the_plan_covers_every_chunk_and_head(batch, heads, length):
-    chunks = plan.num_chunks(length)
-    coarse = plan.coarse_chunks(batch, length, heads)
-    q = torch.empty(batch, length, heads, plan.WIDTH, dtype=torch.bfloat16, device="meta")
-    cut = launch.Plan(launch.Scan(q, q, q, None, None, False, 1.0, "silu"), coarse)
+    chunks, coarse = plan.num_chunks(length), plan.coarse_chunks(batch, length, heads)
+    cut = launch.Plan(meta_scan(batch, length, heads), coarse)
     assert [h for group in cut.groups for h in range(group.first, group.first + group.count)] == list(range(heads))
-    # the room of the first group is that of all
+    # the room of the first group, and of the first part in time, is that of all
     assert max(group.count for group in cut.groups) == cut.groups[0].count
-    head_bytes = batch * chunks * plan.WIDTH * plan.WIDTH * 2
-    assert cut.groups[0].count == 1 or cut.groups[0].count * head_bytes <= plan.STATE_BYTES
-    # a segment of the forward pass begins where a coarse state is
-    assert cut.forward_chunks % coarse == 0
-    assert 1 <= coarse <= max(chunks, 1)
+    parts = cut.parts()
+    assert max(part.chunks for part in parts) == parts[-1].chunks
+    assert [c for part in reversed(parts) for c in range(part.first, part.end)] == list(range(chunks))
     rows = batch * cut.groups[0].count
-    segments = -(-chunks // coarse)
-    assert segments == 1 or rows * (segments - 1) <= plan.MULTIPROCESSORS
-    pieces = launch.coarse_shape(batch, length, heads, coarse)[1]
-    assert pieces == (segments if segments > 1 else 0)
+    states = rows * parts[-1].chunks
+    assert states <= plan.STATES or parts[-1].chunks <= plan.SHORTEST_WALK
+    for stretch in (*parts, cut.whole()):
+        assert (stretch.segments - 1) * stretch.segment < stretch.chunks <= stretch.segments * stretch.segment
+    # one wave of programs, if there are so few rows
+    assert all(part.segments == 1 or part.segments * rows <= plan.MULTIPROCESSORS for part in parts)
+    # the forward pass keeps the state that each segment of each part begins with
+    begins = [part.first + i * part.segment for part in parts for i in range(part.segments)]
+    assert sorted(begins) == [coarse * i for i in range(cut.coarse_shape()[1] + 1)]
 
 
 def test_nothing_to_keep_without_a_gradient():
     assert launch.coarse_shape(2, 1000, 3, 0) == (2, 0, 3, 128, 128)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "bounds",
+    [[0, 200], [0, 0, 1, 65, 65, 129, 200, 200], [0, 64, 200], [0, 1000], [-100, 200], [0, 300, 100], [0, 50, 200]],
+)
+def test_spans_of_packed_sequences(bounds, reverse):
+    length = 200
+    packed = launch._Packed(torch.tensor(bounds), length, reverse)
+    spans = packed.spans[: int(packed.num_spans)].tolist()
+    rows, expected = [], []
+    for row, left, sequence, ends in spans:
+        count = min(left, plan.CHUNK)
+        rows += [(sequence, row - i if reverse else row + i) for i in range(count)]
+        assert left >= 0
+        assert not ends & 2 or left <= plan.CHUNK
+    # whatever the boundaries say, every row lies within, and sequences follow each other
+    clamped = [min(max(bound, 0), length) for bound in bounds]
+    for sequence, (start, stop) in enumerate(pairwise(clamped)):
+        inside = list(range(start, stop))
+        expected += [(sequence, row) for row in (reversed(inside) if reverse else inside)]
+    assert rows == expected
+    if bounds == sorted(bounds) and bounds[0] == 0 and bounds[-1] == length:
+        lengths = [b - a for a, b in pairwise(bounds)]
+        assert sum(ends & 1 for *_, ends in spans) == sum(n > 0 for n in lengths)
+        assert sum(ends >> 1 for *_, ends in spans) == sum(n > 0 for n in lengths)
+
+
+def test_inputs_at_any_address_can_be_read_16_bytes_at_a_time():
+    memory = torch.arange(4097, dtype=torch.float32).bfloat16()
+    for x in (memory[1:].view(1, 32, 1, 128), memory[:-1].view(1, 32, 1, 128), memory[4:1028].view(1, 16, 1, 64)):
+        found = launch._aligned(x)
+        assert found.data_ptr() % 16 == 0
+        assert torch.equal(found, x)
 
 
 @pytest.fixture
@@ -97,13 +140,13 @@ def kernels_by_hand(monkeypatch):
 
     def operands(scan):
         tile_chunks = chunks_per_tile(scan.q.shape[2], scan.q.shape[3], scan.q.dtype, scan.q.device)
-        tensors = (scan.q, scan.f, scan.v, scan.bound, scan.initial_state, None)
+        tensors = (scan.q, scan.f, scan.v, scan.bound, scan.initial_state, scan.cu_seqlens)
         return tensors, (scan.reverse, scan.scale, scan.q_activation, "none", tile_chunks)
 
     def forward(scan, coarse):
         tensors, settings = operands(scan)
         y, final, _ = torch.ops.hgrn2.chunked_scan(*tensors, *settings, False)
-        return y, final, torch.zeros(launch.coarse_shape(*scan.q.shape[:3], coarse))
+        return y, final, torch.zeros(launch.Plan(scan, coarse).coarse_shape())
 
     def backward(scan, dy, d_final, states, coarse):
         coarse_seen.append((coarse, tuple(states.shape)))
@@ -121,16 +164,19 @@ def kernels_by_hand(monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("bound", [None, 0.9])
-def test_gradients_reach_every_input(kernels_by_hand, bound, state, compiled):
-    inputs = tied_inputs(1, 200, 2, 128, 128, dtype=torch.bfloat16, bound=bound, state=state)
+def test_gradients_reach_every_input(kernels_by_hand, bound, state, packed, compiled):
+    cu_seqlens = [0, 0, 70, 200] if packed else None
+    inputs = tied_inputs(1, 200, 2, 128, 128, dtype=torch.bfloat16, bound=bound, state=state, cu_seqlens=cu_seqlens)
     torch.compiler.reset()
     op = torch.compile(hgrn2_scan, fullgraph=True, backend="aot_eager") if compiled else hgrn2_scan
     wanted = run(hgrn2_scan, inputs, backend="chunked", reverse=True, scale=0.7)
     assert_equal(run(op, inputs, reverse=True, scale=0.7), wanted)
-    coarse = plan.coarse_chunks(1, 200, 2)
-    assert kernels_by_hand == [(coarse, launch.coarse_shape(1, 200, 2, coarse))]
+    num_packed = 3 if packed else 0
+    coarse = plan.coarse_chunks(1, 200, 2, num_packed)
+    assert kernels_by_hand == [(coarse, launch.coarse_shape(1, 200, 2, coarse, num_packed))]
     # only the final state is used, or only the outputs
     for i in range(2):
         q = inputs["q"].clone().requires_grad_()

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -136,6 +137,9 @@ def cases() -> list[Case]:
         found += [Case(hgrn2_scan, dtype, 130, 128, 128, bound=None, reverse=reverse) for reverse in (False, True)]
         for backend in ("auto", "triton"):
             found.append(Case(hgrn2_scan, dtype, 1000, 128, 128, reverse=True, backend=backend))
+        for reverse in (False, True):
+            found.append(Case(hgrn2_scan, dtype, 1000, 128, 128, reverse=reverse, cu_seqlens=CU_SEQLENS))
+        found.append(Case(hgrn2_scan, dtype, 1000, 128, 128, cu_seqlens=CU_SEQLENS, state=False, bound=None))
     return found
 
 
@@ -280,6 +284,93 @@ def test_low_precision_is_honest_at_extreme_gates(width, dtype, gates):
     free["log_f"] = free["log_f"] * factors[gates]
     for op, inputs in ((hgrn2_scan, on_gpu(tied)), (gated_scan, on_gpu(free))):
         assert_no_worse(run(op, inputs), honest(op, inputs, False), exact(op, inputs))
+
+
+@pytest.mark.parametrize("z", [-20.0, -2.3, -1.9, -1.7, -1.4, 3.0, 9.0])
+def test_gates_around_where_the_way_through_a_chunk_changes(z):
+    inputs = tied_inputs(1, 300, 2, 128, 128, dtype=torch.bfloat16, bound=None)
+    inputs = on_gpu(inputs | {"f": torch.full_like(inputs["f"], z)})
+    assert_no_worse(run(hgrn2_scan, inputs), honest(hgrn2_scan, inputs, False), exact(hgrn2_scan, inputs))
+    # values so small, or large, that a product with such decays leaves the range of numbers
+    for size in (1e-12, 1e8):
+        scaled = inputs | {"v": inputs["v"] * size, "initial_state": inputs["initial_state"] * size}
+        found, wanted = (op(hgrn2_scan, scaled, gradients=False) for op in (run, exact))
+        assert_close(found, wanted, 4e-3)
+
+
+@pytest.mark.parametrize("z", [-40.0, -17.0, -12.0, -9.0])
+def test_the_bound_s_gradient_beside_few_closed_gates(z):
+    inputs = on_gpu(tied_inputs(1, 300, 2, 128, 128, dtype=torch.bfloat16, bound=0.0))
+    inputs["f"][0, ::90, :, ::5] = z
+    found, wanted = run(hgrn2_scan, inputs), exact(hgrn2_scan, inputs)
+    # of these channels alone: others' gradients are larger
+    channels = [x["d_lower_bound"][:, ::5] for x in (found, wanted)]
+    assert relative_error(*channels).rms <= 1e-2
+
+
+# segments, and parts of the backward pass
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "shift", "bound"),
+    [(1, 20_000, 2, 0.0, 0.9), (1, 20_000, 2, 6.0, None), (2, 9000, 3, 3.0, 0.99), (1, 5000, 16, 0.0, None)],
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_sequence_cut_into_pieces_is_as_exact_as_a_short_one(batch, length, heads, shift, bound, reverse):
+    inputs = tied_inputs(batch, length, heads, 128, 128, dtype=torch.bfloat16, bound=bound)
+    inputs = on_gpu(inputs | {"f": inputs["f"] + shift})
+    found, wanted = (op(hgrn2_scan, inputs, reverse=reverse) for op in (run, exact))
+    assert_close(found, wanted, 5e-3)
+
+
+def test_packed_sequences_over_many_segments():
+    bounds = [0, 10, 2000, 2000, 4500, 5000, 5064]
+    inputs = on_gpu(tied_inputs(1, 5064, 2, 128, 128, dtype=torch.bfloat16, cu_seqlens=bounds))
+    for reverse in (False, True):
+        found, wanted = (op(hgrn2_scan, inputs, reverse=reverse) for op in (run, exact))
+        assert_close(found, wanted, 5e-3)
+
+
+@pytest.mark.parametrize("bounds", [[0, 1000], [-100, 200], [0, 300, 100], [0, 50, 200]])
+def test_boundaries_that_do_not_fit_touch_no_other_memory(bounds):
+    inputs = on_gpu(tied_inputs(1, 200, 2, 128, 128, dtype=torch.bfloat16, cu_seqlens=bounds))
+    found = run(hgrn2_scan, inputs)
+    torch.cuda.synchronize()
+    assert all(x.isfinite().all() for x in found.values())
+
+
+@both_operators
+def test_bad_values_do_not_reach_the_next_packed_sequence(op):
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = on_gpu(INPUTS[op](1, 400, 1, 128, 128, dtype=dtype, cu_seqlens=[0, 70, 400]))
+        inputs["v"][0, 0, 0, 3] = float("nan")
+        y, state = op(**inputs)
+        assert y[:, :70, 0, 3].isnan().all()
+        assert y[:, 70:].isfinite().all()
+        assert state[1].isfinite().all()
+
+
+def test_contiguous_inputs_at_an_odd_address():
+    q, f, v = torch.randn(3 * 64 * 128 + 1, device="cuda").bfloat16()[1:].view(3, 1, 64, 1, 128).unbind(0)
+    inputs = {"q": q, "f": f, "v": v, "lower_bound": torch.rand(129, device="cuda")[1:].view(1, 128)}
+    wanted = {name: x.clone() for name, x in inputs.items()}
+    assert_equal(run(hgrn2_scan, inputs), run(hgrn2_scan, wanted))
+
+
+def test_boundaries_of_any_stride_beside_closed_gates():
+    inputs = on_gpu(tied_inputs(1, 200, 2, 128, 128, dtype=torch.bfloat16, cu_seqlens=[0, 70, 200]))
+    inputs["f"] -= 30
+    bounds = inputs["cu_seqlens"]
+    strided = inputs | {"cu_seqlens": torch.stack((bounds, torch.zeros_like(bounds)), 1)[:, 0]}
+    assert_equal(run(hgrn2_scan, strided), run(hgrn2_scan, inputs))
+
+
+def test_a_thread_that_has_not_used_the_gpu():
+    inputs = on_gpu(tied_inputs(1, 200, 2, 128, 128, dtype=torch.bfloat16))
+    wanted = hgrn2_scan(**inputs)[0]
+    found = []
+    worker = threading.Thread(target=lambda: found.append(hgrn2_scan(**inputs)[0]))
+    worker.start()
+    worker.join()
+    assert torch.equal(found[0], wanted)
 
 
 @both_operators

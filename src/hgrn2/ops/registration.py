@@ -247,7 +247,8 @@ def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activat
 
     batch, length, heads, width = q.shape
     num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = q.new_empty((num_packed if cu_seqlens is not None else batch, heads, width, width), dtype=torch.float32)
+    num_states = batch if cu_seqlens is None else num_packed
+    final_state = q.new_empty((num_states, heads, width, width), dtype=torch.float32)
     kept = coarse_shape(batch, length, heads, coarse, num_packed)
     return q.new_empty(v.shape), final_state, final_state.new_empty(kept)
 

@@ -93,7 +93,8 @@ def hgrn2_scan(
     if backend == "cuda":
         keep = _needs_gradient(q, f, v, lower_bound, initial_state) and q.dtype == torch.bfloat16
         num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        coarse = coarse_chunks(*q.shape[:3], num_packed) if keep else 0
+        batch, length, heads, _ = q.shape
+        coarse = coarse_chunks(batch, length, heads, num_packed) if keep else 0
         y, state, _ = cuda_scan(
             q, f, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, coarse
         )

@@ -46,16 +46,6 @@ __device__ __forceinline__ u32 tile_place(int row, int piece) { return row * ROW
 // place of a 16-byte piece of a row of 64 scores
 __device__ __forceinline__ u32 score_place(int row, int piece) { return row * CHUNK * 2 + ((piece ^ (row & 7)) << 4); }
 
-// Where a lane points to for the four 8 x 8 pieces of a 16 x 16 one, in rows of this many bytes: low rows, high rows,
-// and those of the high columns
-__device__ __forceinline__ u32 fragment_lane(int lane, int row_bytes) {
-    return (lane & 15) * row_bytes + (((lane >> 4) ^ (lane & 7)) << 4);
-}
-// likewise with low columns, high columns, and those of the high rows
-__device__ __forceinline__ u32 turned_lane(int lane, int row_bytes) {
-    return ((lane & 7) + ((lane >> 4) << 3)) * row_bytes + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
-}
-
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool exists) {
     // a row that does not exist is filled with zeros
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0));

@@ -151,7 +151,10 @@ def _make_context_current() -> None:
     context = ctypes.c_void_p()
     _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
     if not context.value:
-        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device()), "cuDevicePrimaryCtxRetain")
+        _check(
+            _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device()),
+            "cuDevicePrimaryCtxRetain",
+        )
         _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 

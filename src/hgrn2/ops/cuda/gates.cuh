@@ -150,16 +150,17 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
     } else if (at.block == 3) {
         e = *(const float2*)(blocks + 2 * WIDTH);
     }
-    // all reads before the first write, so that none waits for it
-    u32 raw[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) raw[i] = QUERIES ? load_shared(at.row(q_tile, i)) : 0;
+    u32 raw[8];
 #pragma unroll
     for (int i = 0; i < 16; i++) {
+        // several reads before the first write, so that none waits for it
+        if (QUERIES && i % 8 == 0)
+#pragma unroll
+            for (int j = 0; j < 8; j++) raw[j] = load_shared(at.row(q_tile, i + j));
         e.x *= x.decay[i][0], e.y *= x.decay[i][1];
         if (QUERIES) {
             float q0, q1;
-            unpack(raw[i], q0, q1);
+            unpack(raw[i % 8], q0, q1);
             store_shared(at.row(q_tile, i), pack(activate(q0) * a.scale * e.x, activate(q1) * a.scale * e.y));
         }
         if (KEYS)

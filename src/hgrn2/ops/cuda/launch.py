@@ -142,7 +142,7 @@ class Plan:
 
     Attributes:
         scan: the call, aligned.
-        batch: B, likewise length T and heads H.
+        batch: B, likewise length T, heads H, and num_packed N of packed sequences, else 0.
         chunks: of a sequence; of packed ones together, at most.
         passes: of the backward pass.
         groups: heads of each pass.
@@ -153,8 +153,8 @@ class Plan:
     def __init__(self, scan: Scan, coarse: int):
         self.scan, self.coarse = scan, coarse
         self.batch, self.length, self.heads, _ = scan.q.shape
-        num_packed = 0 if scan.cu_seqlens is None else scan.cu_seqlens.shape[0] - 1
-        self.chunks = num_chunks(self.length, num_packed)
+        self.num_packed = 0 if scan.cu_seqlens is None else scan.cu_seqlens.shape[0] - 1
+        self.chunks = num_chunks(self.length, self.num_packed)
         self.passes = passes(self.batch, self.chunks, self.heads)
         size = self.passes.heads
         self.groups = [Group(h, min(size, self.heads - h)) for h in range(0, self.heads, size)]
@@ -162,8 +162,7 @@ class Plan:
 
     def coarse_shape(self) -> tuple[int, ...]:
         """Shape of the states that the forward pass keeps."""
-        num_packed = 0 if self.scan.cu_seqlens is None else self.scan.cu_seqlens.shape[0] - 1
-        return (self.batch, coarse_pieces(self.length, self.coarse, num_packed), self.heads, WIDTH, WIDTH)
+        return coarse_shape(self.batch, self.length, self.heads, self.coarse, self.num_packed)
 
     def whole(self) -> Stretch:
         """All chunks, in segments that keep the chip busy."""
@@ -397,9 +396,7 @@ def _gradients(
 
 
 def _kernel(file: str, name: str, scan: Scan) -> compiler.Kernel:
-    return _compiled(
-        file, name, scan.q.dtype, scan.q_activation, scan.cu_seqlens is not None, scan.q.device.index
-    )
+    return _compiled(file, name, scan.q.dtype, scan.q_activation, scan.cu_seqlens is not None, scan.q.device.index)
 
 
 @functools.cache

@@ -34,8 +34,8 @@ constexpr int STATE_THREADS = 256;
 constexpr int GROUP_THREADS = 128;  // of a warpgroup: four warps that take part in a product together
 constexpr int THREADS = GATE_THREADS + STATE_THREADS;
 // 16 warps start with 128 registers a lane; what the gate warps give up the state warps get
-constexpr int GATE_REGISTERS = 104;
-constexpr int STATE_REGISTERS = 152;
+constexpr int GATE_REGISTERS = 96;
+constexpr int STATE_REGISTERS = 160;
 constexpr int STAGES = 3;
 // barriers: among the gate warps; slots filled for the state warps, and emptied by them; among the
 // warps of a half of the state
