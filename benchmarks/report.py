@@ -207,7 +207,11 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
+    """The commit that runs; a copy without git may say so in a file `COMMIT` beside the sources."""
     root = Path(__file__).resolve().parent
+    told = root.parent / "COMMIT"
+    if told.exists():
+        return told.read_text(encoding="utf-8").strip()
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

@@ -143,6 +143,12 @@ def further_cases(shapes: Sequence[Shape], device: str) -> list[Case]:
     packed = Shape(1, shape.tokens, *shape[2:])
     starts = packed_starts(shape.tokens, shape.batch)
     checked = min(CHECKED_TOKENS, shape.tokens)
+
+    def closed() -> Inputs:
+        """Gates that forget everything several times a chunk, which go a longer way through it."""
+        inputs = shape.make(device, bound=0.0)
+        return inputs._replace(f=4 * inputs.f)
+
     first = torch.cat([starts[starts < checked], torch.tensor([checked], dtype=starts.dtype)])
     return [
         Case(
@@ -153,6 +159,7 @@ def further_cases(shapes: Sequence[Shape], device: str) -> list[Case]:
             checked,
         ),
         Case(f"{shape}, float32", partial(shape.make, device, torch.float32), ours, limit=LIMITS[torch.float32]),
+        Case(f"{shape}, no bound, gates' pre-activations x 4", closed, ours),
         Case(f"{shape}, gated_scan", lambda: free_inputs(shape.make(device)), {OURS: free_scan}, free_loop),
         # cuts into segments lie beyond the first tokens, so all are compared, with the chunked form in float64: a loop
         # over them would have to keep every state
