@@ -121,7 +121,16 @@ def device_name(device: str) -> str:
 
 def report(benchmark: str, settings: Mapping[str, object], rows: Sequence[Row], device: str, out: Path | None) -> None:
     """Prints the table, then one line of JSON; writes that line to `out` too."""
-    record = {
+    record = make_record(benchmark, settings, rows, device)
+    _print_table(f"{benchmark}: {', '.join(f'{k} {v}' for k, v in settings.items())}", record["device"], rows)
+    if out is not None:
+        write_record(record, out)
+    print(json.dumps(record))
+
+
+def make_record(benchmark: str, settings: Mapping[str, object], rows: Sequence[Row], device: str) -> dict[str, object]:
+    """What the line of JSON says."""
+    return {
         "benchmark": benchmark,
         "settings": dict(settings),
         "device": device_name(device),
@@ -130,14 +139,14 @@ def report(benchmark: str, settings: Mapping[str, object], rows: Sequence[Row], 
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "rows": [_short(r) for r in rows],
     }
-    _print_table(f"{benchmark}: {', '.join(f'{k} {v}' for k, v in settings.items())}", record["device"], rows)
-    line = json.dumps(record)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial")
-        partial.write_text(line + "\n", encoding="utf-8")
-        partial.replace(out)
-    print(line)
+
+
+def write_record(record: Mapping[str, object], out: Path) -> None:
+    """The whole file or nothing of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    partial.replace(out)
 
 
 def _short(row: Row) -> dict[str, object]:

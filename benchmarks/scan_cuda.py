@@ -5,6 +5,9 @@ first tokens of one sequence, and those of its first heads are compared. Rows sh
 and gradient, beside the rival's on the same inputs. Times are those of CUDA events, a call after the other, on sets of
 inputs in turn. Reached by `scan.py --device cuda`.
 
+Kernels that take long to compile are compiled first, in processes side by side. What was measured is kept in a file
+beside the result, which ends in .unfinished, until the result is there: a run that is cut off is not lost.
+
 Besides the sizes that are compared with peers there are cases of the operator alone: less friendly gates (errors only),
 packed sequences, float32, the operator with a key of its own, and gates that hardly decay in one long sequence.
 """
@@ -17,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -40,7 +44,7 @@ from exact import (
     with_backward,
     without_gradients,
 )
-from report import Row, compare, report, row
+from report import Row, compare, make_record, report, row, write_record
 from rivals import fla_hgrn2
 from torch import Tensor
 from torch.nn import functional
@@ -318,6 +322,7 @@ def step_error(device: str) -> float:
         return error(hgrn2_step(q, f, v, state, bound, inplace=True), wanted)
 
 
+SOURCES = (Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent / "src")
 FIRST_CALL = """
 import time, torch, hgrn2
 q, f, v = (torch.randn(1, 2048, 16, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -335,9 +340,8 @@ def first_call() -> Row:
     """Seconds of the first forward + backward of a fresh process that finds no compiled kernel."""
     name = f"first {BOTH} of a process, nothing cached"
     with tempfile.TemporaryDirectory() as folder:
-        source = str(Path(__file__).resolve().parent.parent / "src")
         caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "XDG_CACHE_HOME": f"{folder}/cache"}
-        paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
+        paths = os.pathsep.join(filter(None, (str(SOURCES[-1]), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(
             [sys.executable, "-c", FIRST_CALL], env=os.environ | caches | {"PYTHONPATH": paths},
             capture_output=True, text=True, timeout=300, check=False,
@@ -345,6 +349,67 @@ def first_call() -> Row:
     if done.returncode:
         return Row(name, None, "s", note=f"failed: {done.stderr.strip().splitlines()[-1][:160]}")
     return Row(name, float(done.stdout), "s")
+
+
+COMPILE_AHEAD = (
+    # of this package what is not compiled in seconds, and the rival
+    """
+import torch, hgrn2
+q, f, v = (torch.randn(1, 2048, 16, 128, device="cuda", requires_grad=True) for _ in range(3))
+bound = torch.full((16, 128), 0.5, device="cuda", requires_grad=True)
+y, _ = hgrn2.ops.hgrn2_scan(q, f, v, bound)
+torch.autograd.grad(y.sum(), (q, f, v, bound))
+""",
+    """
+import torch, hgrn2
+q, k, v = (torch.randn(1, 2048, 16, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+log_f = (-torch.rand(1, 2048, 16, 128, device="cuda")).requires_grad_()
+y, _ = hgrn2.ops.gated_scan(q, k, v, log_f)
+torch.autograd.grad(y.sum(), (q, k, v, log_f))
+""",
+    """
+import torch
+from rivals import fla_hgrn2
+q, f, v = (torch.randn(1, 2048, 16, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+bound = torch.full((16, 128), 0.5, device="cuda", requires_grad=True)
+y = fla_hgrn2()(q, f, v, bound)
+torch.autograd.grad(y.sum(), (q, f, v, bound))
+""",
+)
+
+
+def compile_ahead(rival: bool) -> None:
+    """Fills Triton's cache, side by side; what fails here fails again, and is told, where it is measured."""
+    paths = os.pathsep.join(filter(None, (*map(str, SOURCES), os.environ.get("PYTHONPATH"))))
+    codes = COMPILE_AHEAD if rival else COMPILE_AHEAD[:-1]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.DEVNULL
+        )
+        for code in codes
+    ]
+    for process in running:
+        process.wait()
+
+
+class Progress:
+    """Says on stderr what is done, and keeps what was measured so far, should the run be cut off."""
+
+    def __init__(self, settings: Mapping[str, object], device: str, out: Path | None):
+        self.settings, self.device = settings, device
+        self.kept = None if out is None else out.with_name(out.name + ".unfinished")
+        self.start = time.perf_counter()
+
+    def __call__(self, done: str, rows: Sequence[Row] = ()) -> None:
+        """Tells and keeps."""
+        print(f"{time.perf_counter() - self.start:4.0f} s  {done}", file=sys.stderr)
+        if self.kept is not None and rows:
+            write_record(make_record("scan", self.settings, rows, self.device), self.kept)
+
+    def finish(self) -> None:
+        """The result is there."""
+        if self.kept is not None:
+            self.kept.unlink(missing_ok=True)
 
 
 def operators() -> tuple[dict[str, Callable[..., Tensor]], list[Row]]:
@@ -494,9 +559,16 @@ def benchmark(device: str, rounds: int, out: Path | None) -> int:
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)
     shapes = [Shape(*shape) for shape in SHAPES]
+    settings = {"H": HEADS, "K": WIDTH, "V": WIDTH, "dtype": "bfloat16", "rounds": rounds}
+    progress = Progress(settings, device, out)
     functions, rows = operators()
+    compile_ahead(FLA in functions)
+    progress("kernels compiled")
     cases = required_cases(shapes, functions, device)
-    found = {case.name: check(case, required=True) for case in cases}
+    found = {}
+    for case in cases:
+        found[case.name] = check(case, required=True)
+        progress(f"{case.name}: checked")
     accuracy = {case.name: error_rows(case, found[case.name]) for case in cases}
     faults = [(case.name, fault(case, OURS, found[case.name][OURS])) for case in cases]
     wrong = [f"{name}: {reason}" for name, reason in faults if reason is not None]
@@ -518,14 +590,9 @@ def benchmark(device: str, rounds: int, out: Path | None) -> int:
         rows += accuracy[case.name]
         if case.name in timed:
             rows += measure(case, found[case.name], bandwidth, rounds)
+        progress(f"{case.name}: measured", rows)
         _tidy()
     rows += per_token(rows, shapes[-1], shapes[0], functions)
-    right = True
-    for case in further_cases(shapes, device):
-        alone, passed = measure_alone(case, bandwidth, rounds)
-        rows += alone
-        right &= passed
-        _tidy()
     for batch in DECODING_BATCHES:
         microseconds = [1e6 * s for s in step_times(batch, device, rounds)]
         # each state is read once and written once
@@ -536,8 +603,16 @@ def benchmark(device: str, rounds: int, out: Path | None) -> int:
         step.note = f"error {worst_step:.1e}, {share:.0%} of the copy bandwidth"
         rows.append(step)
     rows.append(first_call())
-    settings = {"H": HEADS, "K": WIDTH, "V": WIDTH, "dtype": "bfloat16", "rounds": rounds}
+    progress("steps and the first call: measured", rows)
+    right = True
+    for case in further_cases(shapes, device):
+        alone, passed = measure_alone(case, bandwidth, rounds)
+        rows += alone
+        right &= passed
+        progress(f"{case.name}: measured", rows)
+        _tidy()
     report("scan", settings, rows, device, out)
+    progress.finish()
     return 0 if right else 1
 
 

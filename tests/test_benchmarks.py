@@ -156,6 +156,7 @@ def on_cpu(modules, monkeypatch):
         "step_times": lambda batch, device, rounds: [1e-6],
         "first_call": lambda: modules["report"].Row("first call", 1.0, "s"),
         "fla_hgrn2": rival,
+        "compile_ahead": lambda rival: None,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(scan_cuda, name, fake)
@@ -182,6 +183,21 @@ def test_the_benchmark_of_a_gpu_from_end_to_end(modules, on_cpu, tmp_path, capsy
     assert rows["B1 T150 per token against B2 T70: hgrn2, forward"]["value"] == pytest.approx(14 / 15, rel=1e-3)
     assert "relative RMS" in modules["tables"].table([record])
     assert modules["roofline"].main([str(out), str(tmp_path / "roofline.png")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "roofline.png"]
+    assert "B2 T70: measured" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_off_is_not_lost(on_cpu, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(on_cpu, "step_times", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        on_cpu.benchmark("cpu", 1, tmp_path / "result.json")
+    (kept,) = tmp_path.iterdir()
+    assert kept.name == "result.json.unfinished"
+    rows = {row["name"]: row["value"] for row in json.loads(kept.read_text())["rows"]}
+    assert rows["B1 T150: hgrn2, forward"] == 1
     capsys.readouterr()
 
 
