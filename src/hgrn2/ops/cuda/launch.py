@@ -227,12 +227,13 @@ def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
         return y, final, states
     group, stretch = Group(0, plan.heads), plan.whole()
     with torch.cuda.device(device):
-        walks = _Walks(plan, scan.initial_state)
         before = None
         if stretch.segments > 1:
-            before = walks.states_before_segments("forward_summaries", group, stretch, scan.v, None, back=False)
-        kept = {"coarse": states} if states.numel() else {}
-        walks.launch("forward_outputs", group, stretch, scan.v, before, y=y, final=final, **kept)
+            summaries = _Walk(plan, "forward_summaries", scan.v, scan.initial_state)
+            before = _states_before_segments(summaries, group, stretch, None, back=False)
+        kept = states if states.numel() else None
+        outputs = _Walk(plan, "forward_outputs", scan.v, scan.initial_state, y=y, final=final, coarse=kept)
+        outputs.launch(group, stretch, before)
     return y, final, states
 
 
@@ -270,8 +271,12 @@ def backward(
     kept, d_kept = (torch.empty(shape, dtype=scan.q.dtype, device=device) for _ in range(2))
     decays = torch.empty(shape[:3], dtype=torch.float32, device=device)
     left_over = torch.zeros((len(plan.groups), len(parts), *shape[:2], 2), dtype=torch.int32, device=device)
+    initial = scan.initial_state
     with torch.cuda.device(device):
-        walks, back = _Walks(plan, scan.initial_state), _Walks(plan, d_final)
+        states_walk = _Walk(plan, "forward_states", scan.v, initial, kept=kept, kept_decay=decays)
+        summaries = _Walk(plan, "backward_summaries", dy, d_final)
+        values_walk = _Walk(plan, "backward_values", dy, d_final, y=dv, final=d_initial, kept=d_kept)
+        gradients = _Gradients(plan, dy, kept, d_kept, decays, dq, df, d_bound)
         for group, flags in zip(plan.groups, left_over, strict=True):
             # from part to part; a sequence's own end takes its place where one ends
             carried = None
@@ -279,120 +284,142 @@ def backward(
                 carried = torch.zeros((plan.batch, 1, group.count, WIDTH, WIDTH), dtype=torch.float32, device=device)
             for part, part_flags in zip(parts, flags, strict=True):
                 before = Before(states, part.first // coarse - 1, group.first) if states.numel() else None
-                walks.launch("forward_states", group, part, scan.v, before, kept=kept, kept_decay=decays)
+                states_walk.launch(group, part, before)
                 if part.segments > 1:
-                    after = back.states_before_segments("backward_summaries", group, part, dy, carried, back=True)
+                    after = _states_before_segments(summaries, group, part, carried, back=True)
                 else:
                     after = None if carried is None else Before(carried)
-                back.launch(
-                    "backward_values", group, part, dy, after, y=dv, final=d_initial, kept=d_kept, after=carried
-                )
-                _gradients(plan, group, part, dy, kept, d_kept, decays, part_flags, dq, df, d_bound)
+                values_walk.launch(group, part, after, leaving=carried)
+                gradients.launch(group, part, part_flags)
     return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
 
 
-class _Walks:
-    """Launches of the kernels of walk.cu for one call.
+class _Walk:
+    """A kernel of walk.cu in one call. What all its launches share is put together once: each costs the host time.
 
     Args:
         plan: of the call.
+        name: of the kernel.
+        values: v, or dy backwards.
         initial: [N, H, K, V], the states that sequences begin with or, for walks back, the gradients of their last.
+        outputs: by the name of the field of `WalkArguments`; None where not wanted.
     """
 
-    def __init__(self, plan: Plan, initial: Tensor | None):
-        self.plan, scan = plan, plan.scan
-        spans, num_spans = (None, None) if plan.packed is None else (plan.packed.spans, plan.packed.num_spans)
-        self.shared = WalkArguments(
-            q=scan.q.data_ptr(), f=scan.f.data_ptr(), bound=_pointer(scan.bound), initial=_pointer(initial),
-            spans=_pointer(spans), num_spans=_pointer(num_spans), length=plan.length, heads=plan.heads,
+    def __init__(self, plan: Plan, name: str, values: Tensor, initial: Tensor | None, **outputs: Tensor | None):
+        scan, packed = plan.scan, plan.packed
+        self.plan, self.kernel = plan, _kernel("walk.cu", name, scan)
+        self.arguments = WalkArguments(
+            q=scan.q.data_ptr(), f=scan.f.data_ptr(), v=values.data_ptr(), bound=_pointer(scan.bound),
+            initial=_pointer(initial), spans=None if packed is None else packed.spans.data_ptr(),
+            num_spans=None if packed is None else packed.num_spans.data_ptr(), length=plan.length, heads=plan.heads,
             coarse_chunks=plan.coarse, pieces=plan.coarse_shape()[1], reverse=scan.reverse, scale=scan.scale,
-            **_strides(q=scan.q, f=scan.f),
+            **_strides(q=scan.q, f=scan.f, v=values), **{field: _pointer(x) for field, x in outputs.items()},
         )  # fmt: skip
 
     def launch(
-        self, name: str, group: Group, stretch: Stretch, values: Tensor, before: Before | None = None,
-        **outputs: Tensor | None,
+        self, group: Group, stretch: Stretch, before: Before | None = None, leaving: Tensor | None = None,
+        summary: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Launches a kernel.
+        """Launches it.
 
         Args:
-            name: of the kernel.
             group: heads to work on.
             stretch: chunks to work on.
-            values: v, or dy backwards.
             before: states before the segments (backwards, gradients of those after); None for zeros.
-            outputs: by the name of the field of `WalkArguments`; None where not wanted.
+            leaving: [B, 1, G, K, V], backwards: room for the gradient of the state before the stretch.
+            summary: room for what each segment adds to the state, [B, segments, G, K, V], and its decay and 1 minus it.
         """
-        arguments = WalkArguments.from_buffer_copy(self.shared)
-        arguments.v = values.data_ptr()
-        arguments.v_batch, arguments.v_row, arguments.v_head, _ = values.stride()
+        arguments, segments = self.arguments, stretch.segments
         arguments.first_head = group.first
         arguments.first_chunk, arguments.end_chunk, arguments.segment_chunks = stretch
-        arguments.segments, arguments.kept_chunks = stretch.segments, stretch.chunks
+        arguments.segments, arguments.kept_chunks = segments, stretch.chunks
+        arguments.before = None if before is None else before.states.data_ptr()
         if before is not None:
-            arguments.before = before.states.data_ptr()
             arguments.before_segments, arguments.before_heads = before.states.shape[1:3]
             arguments.before_segment, arguments.before_head = before.segment, before.head
-        for field, x in outputs.items():
-            setattr(arguments, field, _pointer(x))
-        kernel = _kernel("walk.cu", name, self.plan.scan)
-        kernel.launch((stretch.segments, group.count, self.plan.batch), arguments)
+        arguments.after = _pointer(leaving)
+        if summary is not None:
+            arguments.update, arguments.decay = (x.data_ptr() for x in summary)
+        self.kernel.launch((segments, group.count, self.plan.batch), arguments)
 
-    def states_before_segments(
-        self, name: str, group: Group, stretch: Stretch, values: Tensor, carried: Tensor | None, back: bool
-    ) -> Before:
-        """States before the segments (back: after them), from what each adds and how it decays.
 
-        Args:
-            name: of the kernel that finds the latter.
-            group: see `launch`, likewise stretch and values.
-            stretch: see group.
-            values: see group.
-            carried: [B, 1, G, K, V], state before the first segment (back: after the last) where no sequence begins.
-            back: from the last segment to the first.
-        """
-        from hgrn2.ops.triton.chunk_fwd import carry_states_kernel
+def _states_before_segments(
+    summaries: _Walk, group: Group, stretch: Stretch, carried: Tensor | None, back: bool
+) -> Before:
+    """States before the segments (back: after them), from what each adds and how it decays.
 
-        batch, segments, count = self.plan.batch, stretch.segments, group.count
-        updates = torch.empty((batch, segments, count, WIDTH, WIDTH), dtype=torch.float32, device=values.device)
-        decays = torch.empty((batch, segments, count, 2, WIDTH), dtype=torch.float32, device=values.device)
-        self.launch(name, group, stretch, values, update=updates, decay=decays)
-        block = 512
-        carry_states_kernel[(batch, count, WIDTH * WIDTH // block)](
-            updates, decays, carried, None, None, segments, 0, count, count, WIDTH, WIDTH,
-            BLOCK=block, PACKED=False, BACKWARD=back, HAS_INITIAL=carried is not None, HAS_FINAL=False, num_warps=4,
+    Args:
+        summaries: the kernel that finds the latter.
+        group: heads to work on.
+        stretch: chunks to work on.
+        carried: [B, 1, G, K, V], state before the first segment (back: after the last) where no sequence begins.
+        back: from the last segment to the first.
+    """
+    from hgrn2.ops.triton.chunk_fwd import carry_states_kernel
+
+    plan, segments, count = summaries.plan, stretch.segments, group.count
+    make = functools.partial(torch.empty, dtype=torch.float32, device=plan.scan.q.device)
+    updates = make((plan.batch, segments, count, WIDTH, WIDTH))
+    decays = make((plan.batch, segments, count, 2, WIDTH))
+    summaries.launch(group, stretch, summary=(updates, decays))
+    block = 512
+    carry_states_kernel[(plan.batch, count, WIDTH * WIDTH // block)](
+        updates, decays, carried, None, None, segments, 0, count, count, WIDTH, WIDTH,
+        BLOCK=block, PACKED=False, BACKWARD=back, HAS_INITIAL=carried is not None, HAS_FINAL=False, num_warps=4,
+    )  # fmt: skip
+    return Before(updates)
+
+
+class _Gradients:
+    """Gradients of query and gate; what the fast kernel leaves over, the exact one of ops/triton does.
+
+    Args:
+        plan: of the call.
+        dy: [B, T, H, V].
+        states: room of the states before each chunk of a pass.
+        d_states: that of the gradients of the states after them.
+        decays: that of the decay of each chunk.
+        dq: room for the gradient of q.
+        df: that of f.
+        d_bound: [B * chunks, H, K], that of the lower bound in each chunk, or None.
+    """
+
+    def __init__(
+        self, plan: Plan, dy: Tensor, states: Tensor, d_states: Tensor, decays: Tensor, dq: Tensor, df: Tensor,
+        d_bound: Tensor | None,
+    ):  # fmt: skip
+        from hgrn2.ops.triton.chunk_bwd import left_over_gradient_kernel
+
+        scan, packed = plan.scan, plan.packed
+        strides = _strides(q=scan.q, f=scan.f, v=scan.v, dy=dy)
+        self.plan, self.kernel = plan, _kernel("gradient.cu", "backward_gates", scan)
+        self.arguments = GradientArguments(
+            q=scan.q.data_ptr(), f=scan.f.data_ptr(), v=scan.v.data_ptr(), dy=dy.data_ptr(),
+            bound=_pointer(scan.bound), spans=None if packed is None else packed.spans.data_ptr(),
+            num_spans=None if packed is None else packed.num_spans.data_ptr(),
+            states=states.data_ptr(), d_states=d_states.data_ptr(), dq=dq.data_ptr(), df=df.data_ptr(),
+            d_bound=_pointer(d_bound), length=plan.length, heads=plan.heads, chunks=plan.chunks,
+            reverse=scan.reverse, scale=scan.scale, **strides,
         )  # fmt: skip
-        return Before(updates)
+        self.exact = left_over_gradient_kernel
+        tables = (None, None, None) if packed is None else (packed.cut.first, packed.cut.sequence, scan.cu_seqlens)
+        self.operands = (
+            scan.q, scan.f, scan.v, dy, scan.bound, states, d_states, decays, dq, df, d_bound, *tables,
+            *strides.values(), plan.length, plan.chunks,
+        )  # fmt: skip
 
-
-def _gradients(
-    plan: Plan, group: Group, part: Stretch, dy: Tensor, states: Tensor, d_states: Tensor, decays: Tensor,
-    left_over: Tensor, dq: Tensor, df: Tensor, d_bound: Tensor | None,
-) -> None:  # fmt: skip
-    """Gradients of query and gate; what the fast kernel leaves over, the exact one of ops/triton does."""
-    from hgrn2.ops.triton.chunk_bwd import left_over_gradient_kernel
-
-    scan, batch, length, heads = plan.scan, plan.batch, plan.length, plan.heads
-    q, f, v, packed = scan.q, scan.f, scan.v, plan.packed
-    arguments = GradientArguments(
-        q=q.data_ptr(), f=f.data_ptr(), v=v.data_ptr(), dy=dy.data_ptr(), bound=_pointer(scan.bound),
-        spans=None if packed is None else packed.spans.data_ptr(),
-        num_spans=None if packed is None else packed.num_spans.data_ptr(),
-        states=states.data_ptr(), d_states=d_states.data_ptr(), dq=dq.data_ptr(), df=df.data_ptr(),
-        d_bound=_pointer(d_bound), left_over=left_over.data_ptr(), length=length, heads=heads,
-        first_head=group.first, first_chunk=part.first, chunks=plan.chunks, reverse=scan.reverse, scale=scan.scale,
-        **_strides(q=q, f=f, v=v, dy=dy),
-    )  # fmt: skip
-    _kernel("gradient.cu", "backward_gates", scan).launch((part.chunks, 2 * group.count, batch), arguments)
-    pieces, block = batch * part.chunks * group.count * 2, 8
-    tables = (None, None, None) if packed is None else (packed.cut.first, packed.cut.sequence, scan.cu_seqlens)
-    left_over_gradient_kernel[(-(-pieces // block),)](
-        left_over, pieces, q, f, v, dy, scan.bound, states, d_states, decays, dq, df, d_bound, *tables,
-        *_strides(q=q, f=f, v=v, dy=dy).values(), length, plan.chunks, part.first, part.chunks, *group, heads,
-        WIDTH, WIDTH, scan.scale, C=CHUNK, BK=_HALF, BV=64, HAS_BOUND=scan.bound is not None,
-        Q_ACTIVATION=scan.q_activation, PACKED=packed is not None, REVERSE=scan.reverse, PIECES=block, num_warps=8,
-        num_stages=1,
-    )  # fmt: skip
+    def launch(self, group: Group, part: Stretch, left_over: Tensor) -> None:
+        """Launches both; left_over holds zeros, one for each chunk, head and half of K."""
+        plan, arguments, scan = self.plan, self.arguments, self.plan.scan
+        arguments.first_head, arguments.first_chunk = group.first, part.first
+        arguments.left_over = left_over.data_ptr()
+        self.kernel.launch((part.chunks, 2 * group.count, plan.batch), arguments)
+        pieces, block = plan.batch * part.chunks * group.count * 2, 8
+        self.exact[(-(-pieces // block),)](
+            left_over, pieces, *self.operands, part.first, part.chunks, *group, plan.heads, WIDTH, WIDTH, scan.scale,
+            C=CHUNK, BK=_HALF, BV=64, HAS_BOUND=scan.bound is not None, Q_ACTIVATION=scan.q_activation,
+            PACKED=plan.packed is not None, REVERSE=scan.reverse, PIECES=block, num_warps=8, num_stages=1,
+        )  # fmt: skip
 
 
 def _kernel(file: str, name: str, scan: Scan) -> compiler.Kernel:

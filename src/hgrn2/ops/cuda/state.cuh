@@ -105,9 +105,8 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
             u64 scores = factor(m.scores(slot, summand));
 #pragma unroll
             for (int s = 0; s < 4; s++) {
-                u64 some = values + s * (2048 >> 4);
-                if (BACK) multiply_turned(out, some, scores + s * (2048 >> 4));
-                else multiply_first_turned(out, some, scores + s * (32 >> 4));
+                // rows of scores are queries: sums over these, going back, and else over columns
+                multiply_outputs<BACK>(out, values + s * (2048 >> 4), scores + s * ((BACK ? 2048 : 32) >> 4));
             }
         }
         products_commit();

@@ -1,0 +1,88 @@
+"""Where the time of the operator's forward and backward pass goes on a GPU, kernel by kernel, and the memory it takes.
+
+The sum of the kernels' times is what a call costs where others are queued behind it, as in training. A call that is waited
+for costs what the host does before the first kernel as well; both are shown.
+
+    python benchmarks/kernel_times.py --out benchmarks/results/kernels-h100.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from exact import Inputs, make_inputs, scan, with_backward, without_gradients
+from report import Row, arguments, report, row
+from scan_cuda import HEADS, SHAPES, WIDTH, peak_bytes
+from torch.profiler import ProfilerActivity, profile
+
+# of 32,768 tokens, so that all sizes can be compared
+TOKENS = 32_768
+CALLS = 5
+
+
+def waited_for(call: Callable[[], object], rounds: int) -> list[float]:
+    """Seconds of calls, each waited for."""
+    times = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(1e-3 * start.elapsed_time(stop))
+    return times
+
+
+def by_kernel(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of each kernel in one call, the longest first."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+    found = {event.key: 1e-3 * event.device_time_total / CALLS for event in profiler.key_averages()}
+    return dict(sorted(((key, ms) for key, ms in found.items() if ms > 0), key=lambda item: -item[1]))
+
+
+def rows_of(batch: int, length: int, inputs: Inputs, rounds: int) -> list[Row]:
+    """All rows of one size, per 32,768 tokens."""
+    dy, share = torch.randn_like(inputs.v), TOKENS / (batch * length)
+    calls: dict[str, Callable[[], object]] = {
+        "forward": without_gradients(scan, inputs),
+        "forward + backward": with_backward(scan, inputs, dy),
+    }
+    found, name = [], f"B{batch} T{length}"
+    for kind, call in calls.items():
+        call()
+        found.append(row(f"{name}: {kind}, waited for", [1e3 * share * s for s in waited_for(call, rounds)], "ms"))
+        kernels = by_kernel(call)
+        found.append(Row(f"{name}: {kind}, sum of kernels", share * sum(kernels.values()), "ms"))
+        if kind == "forward + backward":
+            found += [Row(f"{name}: {key.split('(')[0][:60]}", share * ms, "ms") for key, ms in kernels.items()]
+    memory = share * peak_bytes(calls["forward + backward"]) / 2**20
+    found.append(Row(f"{name}: forward + backward, extra memory", memory, "MiB"))
+    return found
+
+
+def main() -> int:
+    """Measures every size."""
+    parser = arguments(str(__doc__).splitlines()[0])
+    parser.set_defaults(device="cuda")
+    options = parser.parse_args()
+    if torch.device(options.device).type != "cuda" or not torch.cuda.is_available():
+        parser.error("kernels are measured on a GPU, and there is none here")
+    make = partial(make_inputs, k_width=WIDTH, v_width=WIDTH, device=options.device, dtype=torch.bfloat16)
+    rows = []
+    for batch, length in SHAPES:
+        rows += rows_of(batch, length, make(batch, length, HEADS), options.rounds)
+    settings = {"H": HEADS, "K": WIDTH, "V": WIDTH, "dtype": "bfloat16", "per tokens": TOKENS}
+    report("kernels", settings, rows, options.device, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
