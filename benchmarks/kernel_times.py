@@ -1,7 +1,7 @@
 """Where the time of the operator's forward and backward pass goes on a GPU, kernel by kernel, and the memory it takes.
 
-The sum of the times of the kernels is what a call costs where others are queued behind it, as in training. A call that is
-waited for costs what the host does before the first kernel as well; both are shown.
+The sum of the times of the kernels is what a call costs where others are queued behind it, as in training. A call that
+is waited for costs what the host does before the first kernel as well; both are shown.
 
     python benchmarks/kernel_times.py --out benchmarks/results/kernels-h100.json
 """
