@@ -62,8 +62,9 @@ def hgrn2_scan(
         scale: factor of the outputs.
         q_activation: "silu", "sigmoid" or "none", applied to q.
         v_activation: "none" or "silu", applied to v.
-        backend: "auto", "cuda" (kernels for Hopper GPUs, K = V = 128), "triton" (kernels for any GPU), "chunked"
-            (plain torch on any device) or "reference" (step by step). All are exact for any gate.
+        backend: "auto", "cuda" (kernels for Hopper GPUs: bfloat16 or float16, K = V = 128, v_activation "none"),
+            "triton" (kernels for any GPU), "chunked" (plain torch on any device) or "reference" (step by step). All are
+            exact for any gate.
         debug: check values on an accelerator too, which waits for it; on a CPU they always are. Without it cu_seqlens
             that do not rise from 0 to T give rows of zeros, or rows that belong to another sequence.
 
@@ -156,7 +157,7 @@ def gated_scan(
         cu_seqlens: see initial_state.
         reverse: see initial_state.
         scale: see initial_state.
-        backend: see initial_state.
+        backend: see initial_state; "cuda" has no kernels for this operator.
         debug: see initial_state.
 
     Returns:
@@ -220,7 +221,8 @@ def hgrn2_step(
         q_activation: as in `hgrn2_scan`.
         v_activation: as in `hgrn2_scan`.
         inplace: write the new state over `state`, which saves its memory and, in a captured graph, its address.
-        backend: as in `hgrn2_scan`; without a kernel all run the same few element-wise operations.
+        backend: as in `hgrn2_scan`; "cuda" and "triton" are one kernel, and without it all run the same few
+            element-wise operations.
         debug: as in `hgrn2_scan`.
 
     Returns:

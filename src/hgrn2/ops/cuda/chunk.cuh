@@ -1,8 +1,8 @@
 // What the kernels for K = V = 128 share: where chunks lie, memory movement, matrix products, gates.
 //
-// Matrix products are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums.
-// Shared memory holds a chunk's rows in 16-byte pieces whose place is XORed with the row, so that eight rows of one
-// column never meet in a bank.
+// Products of gradient.cu and of the joins are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums; those of the
+// walks are wgmma (wgmma.cuh). Shared memory holds rows in 16-byte pieces whose place is XORed with the row, so that
+// eight rows of one column never meet in a bank.
 //
 // Fragment of a 16 x 16 piece, the same for a factor on the left (rows x depth) and, transposed in roles, on the right:
 // lane = 4 g + c holds rows g and g + 8, columns 2c, 2c + 1, 2c + 8, 2c + 9 as four registers of two numbers,
@@ -43,8 +43,8 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 // place of a 16-byte piece of a row of 128 numbers
 __device__ __forceinline__ u32 tile_place(int row, int piece) { return row * ROW_BYTES + ((piece ^ (row & 7)) << 4); }
 
-// place of a 16-byte piece of a row of 64 scores
-__device__ __forceinline__ u32 score_place(int row, int piece) { return row * CHUNK * 2 + ((piece ^ (row & 7)) << 4); }
+// place of a 16-byte piece of a row of 64 numbers
+__device__ __forceinline__ u32 narrow_place(int row, int piece) { return row * CHUNK * 2 + ((piece ^ (row & 7)) << 4); }
 
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool exists) {
     // a row that does not exist is filled with zeros

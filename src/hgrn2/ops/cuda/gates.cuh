@@ -133,7 +133,7 @@ __device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, f
 }
 
 // Queries and keys relative to the middle of the chunk, in place of what they come from.
-template <bool QUERIES, bool KEYS>
+template <bool QUERIES>
 __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Memory& m, int stage, const Gates& x) {
     Place at = place_of_thread();
     u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
@@ -163,8 +163,7 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
             unpack(raw[i % 8], q0, q1);
             store_shared(at.row(q_tile, i), pack(activate(q0) * a.scale * e.x, activate(q1) * a.scale * e.y));
         }
-        if (KEYS)
-            store_shared(at.row(f_tile, i), pack(x.k[i][0] * reciprocal(e.x), x.k[i][1] * reciprocal(e.y)));
+        store_shared(at.row(f_tile, i), pack(x.k[i][0] * reciprocal(e.x), x.k[i][1] * reciprocal(e.y)));
     }
 }
 

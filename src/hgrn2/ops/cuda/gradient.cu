@@ -6,8 +6,9 @@
 //     dQ = M (dY S^T) + dA K      dK = N (V dS^T) + dA^T Q      dq = dQ e      dk = dK / e
 //     d log f_u = sum over t >= u of (Q dQ - K dK)_t + sum of (K dK from the state) + (decay of the chunk) sum_v S dS
 // The difference of sums is exact to float32 rounding, because a pair of tokens enters both with the same rounded Q
-// and K. All this needs M and N to be far from 0. Where they are not (a channel that forgets everything twice within
-// 32 tokens), nothing is computed and a flag is left for the exact kernel of ops/triton.
+// and K. All this needs M and N to be above 2^-80 and, beside a lower bound, each decay to be above 2^-13, since the
+// bound's gradient divides by it. Where that fails nothing is computed, and a flag is left for the exact kernel of
+// ops/triton.
 
 struct GradientArguments {
     const void* q;
@@ -53,14 +54,13 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
     return r;
 }
 
-// `small` is e in the later half of the chunk, 1 / e in the earlier: at most 1.
-
 // a compile-time answer that can be an argument
 template <bool VALUE>
 struct Which {
     static constexpr bool value = VALUE;
 };
 
+// `small` is e in the later half of the chunk, 1 / e in the earlier: at most 1.
 template <bool LATER>
 __device__ __forceinline__ void running_products(const float (&f)[8][2], float2 start, float (&small)[8][2]) {
     float2 p = start;
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
     // rows of the inputs and the states; of a row that does not exist nothing is read
     {
         int row = threadIdx.x >> 3, piece = threadIdx.x & 7, sign = a.reverse ? -1 : 1;
-        u32 to = base + score_place(row, piece);
+        u32 to = base + narrow_place(row, piece);
         i64 from = span.row + sign * row;
         const char* q = (const char*)a.q + (batch * a.q_batch + head * a.q_head + half * HALF + from * a.q_row) * 2;
         const char* f = (const char*)a.f + (batch * a.f_batch + head * a.f_head + half * HALF + from * a.f_row) * 2;
@@ -165,8 +165,9 @@ extern "C" __global__ void __launch_bounds__(256, 2) backward_gates(const __grid
             if (between) start.x *= d.x, start.y *= d.y;
         }
         if (warp == 0) halves[0] = m[0], halves[HALF / 2] = m[1];
-        // the bound's gradient divides by a single decay what is exact only beside the sum over the chunk
-        bool fine = (!a.d_bound || smallest >= SMALLEST_FOR_BOUND) && m[0].x >= SMALLEST && m[0].y >= SMALLEST && m[1].x >= SMALLEST && m[1].y >= SMALLEST;
+        // the bound's gradient divides a difference of sums over the chunk, exact to the chunk's largest, by one decay
+        bool fine = (!a.d_bound || smallest >= SMALLEST_FOR_BOUND) && m[0].x >= SMALLEST && m[0].y >= SMALLEST &&
+                    m[1].x >= SMALLEST && m[1].y >= SMALLEST;
         auto scale = [&](auto which) {
             constexpr bool LATER = decltype(which)::value;
             running_products<LATER>(f, start, small);

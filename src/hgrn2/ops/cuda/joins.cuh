@@ -18,7 +18,7 @@ __device__ __forceinline__ float exchange(float first, float second, int lane, i
 }
 
 // Joins pairs of neighbouring blocks of SIZE tokens: their scores, and the products of decays over both
-template <bool OUTPUT, bool BACK, int SIZE>
+template <bool OUTPUT, int SIZE>
 __device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& x) {
     if (OUTPUT) {
         // one piece holds queries in late rows and keys in early ones: its product with itself all the pairs
@@ -51,27 +51,19 @@ __device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& 
             float first = x.decay[early][j], second = x.decay[early + SIZE][j];
 #pragma unroll
             for (int i = 0; i < SIZE; i++) {
-                if (OUTPUT || !BACK) x.k[early + i][j] *= second;
-                if (OUTPUT || BACK) x.q[early + SIZE + i][j] *= first;
+                x.k[early + i][j] *= second;
+                if (OUTPUT) x.q[early + SIZE + i][j] *= first;
             }
             x.decay[early][j] = first * second;
         }
 }
 
 // All joins up to blocks of 16 tokens. Leaves the joined keys in the tile of f.
-template <bool OUTPUT, bool BACK>
+template <bool OUTPUT>
 __device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory& m, const Place& at, int stage,
                                             Gates& x) {
     // a warp's own piece of the tiles is free for other things once it is read
     u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
-    if (!OUTPUT && BACK) {
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            float q0, q1;
-            unpack(load_shared(at.row(q_tile, i)), q0, q1);
-            x.q[i][0] = activate(q0) * a.scale * x.decay[i][0], x.q[i][1] = activate(q1) * a.scale * x.decay[i][1];
-        }
-    }
     if (OUTPUT) {
         // scores of tokens with themselves: sums over the lanes, which end where the row's fragment is
         float sums[2];
@@ -101,10 +93,10 @@ __device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory
         }
     }
     // a warp's own pieces of the tiles serve in turn
-    join_level<OUTPUT, BACK, 1>(f_tile, at, x);
-    join_level<OUTPUT, BACK, 2>(q_tile, at, x);
-    join_level<OUTPUT, BACK, 4>(f_tile, at, x);
-    join_level<OUTPUT, BACK, 8>(q_tile, at, x);
+    join_level<OUTPUT, 1>(f_tile, at, x);
+    join_level<OUTPUT, 2>(q_tile, at, x);
+    join_level<OUTPUT, 4>(f_tile, at, x);
+    join_level<OUTPUT, 8>(q_tile, at, x);
     if (OUTPUT) {
         __syncwarp();
 #pragma unroll
@@ -153,10 +145,10 @@ __device__ __forceinline__ void join_blocks(const Memory& m, const Place& at, in
 }
 
 // From open gates to scores and to queries and keys as the state needs them, which replace q and f.
-template <bool OUTPUT, bool BACK>
+template <bool OUTPUT>
 __device__ __forceinline__ void join(const WalkArguments& a, const Memory& m, int stage, int slot, Gates& x) {
     Place at = place_of_thread();
-    join_tokens<OUTPUT, BACK>(a, m, at, stage, x);
+    join_tokens<OUTPUT>(a, m, at, stage, x);
     if (OUTPUT) {
         barrier_wait(GATES, GATE_THREADS);
         join_blocks(m, at, stage, slot, x);
@@ -164,16 +156,12 @@ __device__ __forceinline__ void join(const WalkArguments& a, const Memory& m, in
         barrier_wait(GATES, GATE_THREADS);
     }
     const float* decays = m.blocks() + 64 * at.half + 2 * at.lane;
-    float2 other = make_float2(1.0f, 1.0f);
-    constexpr bool KEYS = OUTPUT || !BACK;
-    for (int block = KEYS ? at.block + 1 : 0; block < (KEYS ? 4 : at.block); block++) {
+    float2 rest = make_float2(1.0f, 1.0f);
+    for (int block = at.block + 1; block < 4; block++) {
         float2 d = *(const float2*)(decays + block * WIDTH);
-        other.x *= d.x, other.y *= d.y;
+        rest.x *= d.x, rest.y *= d.y;
     }
-    u32 own = m.tile(stage, KEYS ? 1 : 0) + at.block * 16 * 128;
+    u32 own = m.tile(stage, 1) + at.block * 16 * 128;
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        float2 r = KEYS ? make_float2(x.k[i][0], x.k[i][1]) : make_float2(x.q[i][0], x.q[i][1]);
-        store_shared(at.row(own, i), pack(r.x * other.x, r.y * other.y));
-    }
+    for (int i = 0; i < 16; i++) store_shared(at.row(own, i), pack(x.k[i][0] * rest.x, x.k[i][1] * rest.y));
 }

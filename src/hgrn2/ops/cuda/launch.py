@@ -265,7 +265,7 @@ def backward(
     d_initial = None if scan.initial_state is None else scan.new_states(d_final)
     if not dq.numel():
         return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
-    # every pass in the room of the largest
+    # every group and part in the room of the largest
     parts, size = plan.parts(), plan.passes.heads
     shape = (plan.batch * parts[-1].chunks, size, WIDTH, WIDTH)
     kept, d_kept = (torch.empty(shape, dtype=scan.q.dtype, device=device) for _ in range(2))
@@ -376,7 +376,7 @@ class _Gradients:
     Args:
         plan: of the call.
         dy: [B, T, H, V].
-        states: room of the states before each chunk of a pass.
+        states: room of the states before each chunk of a group and part.
         d_states: that of the gradients of the states after them.
         decays: that of the decay of each chunk.
         dq: room for the gradient of q.

@@ -51,7 +51,15 @@ class Passes:
 
 
 def passes(batch: int, chunks: int, heads: int) -> Passes:
-    """As many programs as the chip takes at once, and of each walk what the room for states allows."""
+    """Groups of heads, and segments, that keep the chip busy once; walks as long as STATES allows.
+
+    They are not shorter than SHORTEST_WALK: beyond 256 sequences more than STATES are there at a time.
+
+    Args:
+        batch: sequences.
+        chunks: of a sequence.
+        heads: H.
+    """
     most = min(heads, max(1, MULTIPROCESSORS // max(1, batch)))
     group = -(-heads // -(-heads // most))
     rows = max(1, batch * group)

@@ -42,11 +42,12 @@ __device__ __forceinline__ void summarize_gates(const WalkArguments& a, const Me
         bool over = barrier_all(GATES, GATE_THREADS, rest.x < NOTHING && rest.y < NOTHING);
         if (!over) {
             Place at = place_of_thread();
-            const float* column = m.blocks() + 64 * at.half + 2 * at.lane;
+            int column = 64 * at.half + 2 * at.lane;
             float2 own = rest, all = make_float2(1.0f, 1.0f), lost = make_float2(0.0f, 0.0f);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float2 d = *(const float2*)(column + j * WIDTH), l = *(const float2*)(column + (4 + j) * WIDTH);
+                float2 d = *(const float2*)(m.blocks() + column + j * WIDTH);
+                float2 l = *(const float2*)(m.lost() + column + j * WIDTH);
                 all.x *= d.x, all.y *= d.y;
                 lost.x = fmaf(lost.x, d.x, l.x), lost.y = fmaf(lost.y, d.y, l.y);
                 if (BACK ? j < at.block : j > at.block) own.x *= d.x, own.y *= d.y;

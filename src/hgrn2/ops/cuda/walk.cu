@@ -16,20 +16,19 @@
 //     OUTPUT  outputs (y or dv); without it only the state is carried
 //     BACK    backwards
 //     KEEP    the state before each chunk (BACK: the gradient of the state after it) is written down
-// What a segment adds to the state, which must be known before segments can be walked side by side, is found by the
-// kernels of summary.cuh.
+//     SUMMARY what a segment adds to the state, which must be known before segments can be walked side by side: the
+//             work of summary.cuh instead
 
 template <bool OUTPUT, bool BACK>
 __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
-    constexpr bool QUERIES = OUTPUT || BACK, KEYS = OUTPUT || !BACK;
     constexpr int STEP = BACK ? -1 : 1;
     int count = (int)(end - first), stage = 0, next = 1;
     if (count <= 0) return;
     int chunk = (int)(BACK ? end - 1 : first);
     Span span = span_of(a.spans, chunk, a.length, a.reverse);
     int left = span.left;
-    fetch<QUERIES>(a, m, 0, span, from);
+    fetch<OUTPUT>(a, m, 0, span, from);
     // read long before it is needed
     if (count > 1) span = span_of(a.spans, chunk + STEP, a.length, a.reverse);
     float2 owed = make_float2(0.0f, 0.0f);
@@ -42,7 +41,7 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         else if (i == 1) barrier_wait(GATES, GATE_THREADS);  // what the blocks lost is still read
         int next_left = span.left;
         if (i + 1 < count) {
-            fetch<QUERIES>(a, m, next, span, from);
+            fetch<OUTPUT>(a, m, next, span, from);
             if (i + 2 < count) span = span_of(a.spans, chunk + 2 * STEP, a.length, a.reverse);
         }
         Gates x;
@@ -51,14 +50,14 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         halves<BACK>(m, slot, !dense, owed);
         if (threadIdx.x == 0) *m.said(slot) = dense ? 0 : JOINED;
         if (dense) {
-            from_the_middle<QUERIES, KEYS>(a, m, stage, x);
+            from_the_middle<OUTPUT>(a, m, stage, x);
             if (OUTPUT) {
                 publish();
                 barrier_wait(GATES, GATE_THREADS);
                 dense_scores(m, stage, slot);
             }
         } else {
-            join<OUTPUT, BACK>(a, m, stage, slot, x);
+            join<OUTPUT>(a, m, stage, slot, x);
         }
         publish();
         barrier_arrive(FILLED + slot, THREADS);
@@ -166,11 +165,11 @@ __device__ __forceinline__ void walk(const WalkArguments& a) {
     __syncthreads();
     if (threadIdx.x < GATE_THREADS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GATE_REGISTERS));
-        if (SUMMARY) summarize_gates<BACK>(a, m, first, end, row);
+        if constexpr (SUMMARY) summarize_gates<BACK>(a, m, first, end, row);
         else work_on_gates<OUTPUT, BACK>(a, m, first, end, row);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(STATE_REGISTERS));
-        if (SUMMARY) summarize_state<BACK>(a, m, first, end);
+        if constexpr (SUMMARY) summarize_state<BACK>(a, m, first, end);
         else work_on_state<OUTPUT, BACK, KEEP>(a, m, first, end, row);
     }
 }

@@ -46,9 +46,10 @@ constexpr int JOINED = 1;
 // which leaves room for values and states of any ordinary size; numbers in float16 have none
 constexpr float SMALLEST_BLOCK = BFLOAT16 ? 9.094947017729282e-13f : 2.0f;  // 2^-40
 
-// Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, the decays of the halves
-// of the chunk [128], and what is said of it; decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128];
-// how far values that are not finite reach [128]. launch.py knows the size. Tiles are laid out as in wgmma.cuh
+// Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, and the decays of the
+// halves of the chunk [128] (summaries: what is left across all chunks so far, and 1 minus it); decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128];
+// how far values that are not finite reach [128]; what is said of both slots. launch.py knows the size. Tiles are laid
+// out as in wgmma.cuh
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 tile(int stage, int which) const {

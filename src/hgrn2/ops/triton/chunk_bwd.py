@@ -166,19 +166,20 @@ def chunk_gradient_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+# a kernel each for numbers that are 1, or multiples of 16, would be compiled in the middle of a run
+@triton.jit(do_not_specialize=("pieces", "T", "NT", "part_chunk", "PART_CHUNKS", "head", "HEADS", "ALL_HEADS"))
 def left_over_gradient_kernel(
     left_over_p, pieces, q_p, f_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, d_bound_p,
     first_chunk_p, sequence_p, cu_seqlens_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head,
-    dy_batch, dy_row, dy_head, T, NT, first_chunk, CHUNKS, head, HEADS, ALL_HEADS, K, V, scale,
+    dy_batch, dy_row, dy_head, T, NT, part_chunk, PART_CHUNKS, head, HEADS, ALL_HEADS, K, V, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_BOUND: tl.constexpr, Q_ACTIVATION: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """The same for what the kernel of ops/cuda left over, with its layout of states and decays.
 
-    Of each sequence CHUNKS chunks from first_chunk on are looked at. left_over_p [batch * CHUNKS, HEADS, K / BK] int32
-    is not 0 where there is work. Programs: blocks of PIECES flags.
+    Of each batch row PART_CHUNKS chunks from part_chunk on are looked at. left_over_p [batch * PART_CHUNKS, HEADS,
+    K / BK] int32 is not 0 where there is work. Programs: blocks of PIECES flags.
     """
     first = tl.program_id(0) * PIECES
     i = first + tl.arange(0, PIECES)
@@ -188,7 +189,7 @@ def left_over_gradient_kernel(
     for piece in range(first, tl.minimum(first + PIECES, pieces)):
         if tl.load(left_over_p + piece) != 0:
             i_kept = piece // (halves * HEADS)
-            i_chunk = i_kept // CHUNKS * NT + first_chunk + i_kept % CHUNKS
+            i_chunk = i_kept // PART_CHUNKS * NT + part_chunk + i_kept % PART_CHUNKS
             place = chunk_place(i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C, PACKED)
             _chunk_gradient(
                 i_kept, i_chunk, piece // halves % HEADS, piece % halves, place,
