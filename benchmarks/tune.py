@@ -13,10 +13,12 @@ import argparse
 import dataclasses
 import itertools
 import json
+import statistics
 import sys
 from collections.abc import Callable
 
 import torch
+from kernel_times import waited_for
 
 from hgrn2.ops import hgrn2_scan
 from hgrn2.ops.triton import blocks, launch
@@ -37,15 +39,7 @@ def make_scan(dtype: torch.dtype, k_width: int, v_width: int, device: str) -> la
 def milliseconds(call: Callable[[], None], rounds: int = 10) -> float:
     """Median time of a call on the GPU."""
     call()
-    times = []
-    for _ in range(rounds):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[rounds // 2]
+    return 1e3 * statistics.median(waited_for(call, rounds))
 
 
 def candidates(k_width: int, v_width: int) -> list[Block]:
