@@ -2,7 +2,7 @@
 
 Each kernel is timed alone on the real buffers, at 32,768 tokens of 16 heads, for every candidate; the chunk size is the
 one with the smallest sum. A choice is written only if outputs and gradients agree with float64 (the recurrence, two
-heads).
+heads). Compiling takes far longer than measuring: processes side by side do it first.
 
     python benchmarks/tune.py --k-width 64 --v-width 64 --dtype bfloat16
 """
@@ -13,9 +13,13 @@ import argparse
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 
 import torch
 from kernel_times import waited_for
@@ -25,13 +29,16 @@ from hgrn2.ops.triton import blocks, launch
 from hgrn2.ops.triton.blocks import Block, Blocks
 
 BATCH, LENGTH, HEADS = 16, 2048, 16
+CHUNKS = (32, 64)
+# launches of each kernel in a forward and a backward pass
+LAUNCHES = {"update": 3, "output": 2, "gradient": 1}
 ERRORS = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
-def make_scan(dtype: torch.dtype, k_width: int, v_width: int, device: str) -> launch.Scan:
+def make_scan(dtype: torch.dtype, k_width: int, v_width: int, device: str, batch: int = BATCH) -> launch.Scan:
     """A call with fresh random inputs."""
-    q, f = (torch.randn(BATCH, LENGTH, HEADS, k_width, device=device).to(dtype) for _ in range(2))
-    v = torch.randn(BATCH, LENGTH, HEADS, v_width, device=device).to(dtype)
+    q, f = (torch.randn(batch, LENGTH, HEADS, k_width, device=device).to(dtype) for _ in range(2))
+    v = torch.randn(batch, LENGTH, HEADS, v_width, device=device).to(dtype)
     bound = torch.full((HEADS, k_width), 0.5, device=device)
     return launch.Scan(q, f, None, v, bound, None, None, False, 1.0, "silu", "none")
 
@@ -45,7 +52,7 @@ def milliseconds(call: Callable[[], None], rounds: int = 10) -> float:
 def candidates(k_width: int, v_width: int) -> list[Block]:
     """Blocks worth a try."""
     found = set()
-    for k, v, warps in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8)):
+    for k, v, warps in itertools.product((32, 64, 128), (32, 64, 128), (4, 8)):
         found.add(blocks.fit(Block(k, v, warps, 1), k_width, v_width))
     return sorted(found, key=dataclasses.astuple)
 
@@ -68,21 +75,44 @@ def kernels(scan: launch.Scan, sizes: Blocks) -> dict[str, Callable[[], None]]:
     }
 
 
+@cache
+def _scan_of_process(dtype: torch.dtype, k_width: int, v_width: int) -> launch.Scan:
+    # many processes share the memory
+    return make_scan(dtype, k_width, v_width, "cuda", batch=1)
+
+
+def compile_one(job: tuple[int, str, Block], dtype: torch.dtype, k_width: int, v_width: int) -> None:
+    """Leaves a kernel in Triton's cache, if it fits the chip."""
+    chunk, name, block = job
+    try:
+        kernels(_scan_of_process(dtype, k_width, v_width), Blocks(chunk, block, block, block))[name]()
+        torch.cuda.synchronize()
+    # told where it is measured
+    except Exception:
+        return
+
+
+def compile_ahead(dtype: torch.dtype, k_width: int, v_width: int, processes: int) -> None:
+    """Leaves every candidate in Triton's cache."""
+    jobs = list(itertools.product(CHUNKS, LAUNCHES, candidates(k_width, v_width)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        list(pool.map(partial(compile_one, dtype=dtype, k_width=k_width, v_width=v_width), jobs))
+
+
 def tune(scan: launch.Scan, chunk: int) -> tuple[float, Blocks]:
     """The best sizes for a chunk and the time of one forward and backward pass with them."""
     k_width, v_width = scan.q.shape[-1], scan.v.shape[-1]
-    # launches of each kernel in a forward and a backward pass
-    launches, total = {"update": 3, "output": 2, "gradient": 1}, 0.0
+    total = 0.0
     best: dict[str, Block] = {}
-    for name, count in launches.items():
+    for name, count in LAUNCHES.items():
         times: dict[Block, float] = {}
         for block in candidates(k_width, v_width):
-            sizes = Blocks(chunk, *(block if kernel == name else best.get(kernel, block) for kernel in launches))
             try:
-                times[block] = milliseconds(kernels(scan, sizes)[name])
+                times[block] = milliseconds(kernels(scan, Blocks(chunk, block, block, block))[name])
             # what does not fit the chip is no candidate
             except Exception as reason:
-                print(f"{name} {block}: {type(reason).__name__}", file=sys.stderr)
+                print(f"chunk {chunk} {name} {block}: {type(reason).__name__}", file=sys.stderr)
         best[name] = min(times, key=lambda block: times[block])
         total += count * times[best[name]]
         print(f"chunk {chunk} {name}: {times[best[name]]:.3f} ms with {best[name]}")
@@ -114,12 +144,14 @@ def main() -> int:
     parser.add_argument("--k-width", type=int, default=128)
     parser.add_argument("--v-width", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="that compile")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
     dtype = getattr(torch, options.dtype)
+    compile_ahead(dtype, options.k_width, options.v_width, options.processes)
     scan = make_scan(dtype, options.k_width, options.v_width, "cuda")
-    _, sizes = min((tune(scan, chunk) for chunk in (32, 64)), key=lambda found: found[0])
+    _, sizes = min((tune(scan, chunk) for chunk in CHUNKS), key=lambda found: found[0])
     error = worst_error(scan, sizes)
     if not error <= ERRORS[dtype]:
         print(f"error: {sizes} are wrong by {error:.1e}, allowed {ERRORS[dtype]:.0e}; not written", file=sys.stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,13 @@ def fields_in_c(name: str, file: str) -> list[tuple[str, type]]:
 
 
 @pytest.mark.parametrize(
-    ("structure", "file"), [(launch.WalkArguments, "walk.cuh"), (launch.GradientArguments, "gradient.cu")]
+    ("structure", "file"),
+    [
+        (launch.WalkArguments, "walk.cuh"),
+        (launch.GradientArguments, "gradient.cuh"),
+        (launch.CarryArguments, "carry.cuh"),
+        (launch.PackedArguments, "packed.cuh"),
+    ],
 )
 def test_arguments_are_laid_out_as_in_c(structure, file):
     assert fields_in_c(structure.__name__, file) == list(structure._fields_)
@@ -96,33 +101,6 @@ def test_the_plan_covers_every_chunk_and_head(batch, heads, length):
 
 def test_nothing_to_keep_without_a_gradient():
     assert launch.coarse_shape(2, 1000, 3, 0) == (2, 0, 3, 128, 128)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    "bounds",
-    [[0, 200], [0, 0, 1, 65, 65, 129, 200, 200], [0, 64, 200], [0, 1000], [-100, 200], [0, 300, 100], [0, 50, 200]],
-)
-def test_spans_of_packed_sequences(bounds, reverse):
-    length = 200
-    packed = launch._Packed(torch.tensor(bounds), length, reverse)
-    spans = packed.spans[: int(packed.num_spans)].tolist()
-    rows, expected = [], []
-    for row, left, sequence, ends in spans:
-        count = min(left, plan.CHUNK)
-        rows += [(sequence, row - i if reverse else row + i) for i in range(count)]
-        assert left >= 0
-        assert not ends & 2 or left <= plan.CHUNK
-    # whatever the boundaries say, every row lies within, and sequences follow each other
-    clamped = [min(max(bound, 0), length) for bound in bounds]
-    for sequence, (start, stop) in enumerate(pairwise(clamped)):
-        inside = list(range(start, stop))
-        expected += [(sequence, row) for row in (reversed(inside) if reverse else inside)]
-    assert rows == expected
-    if bounds == sorted(bounds) and bounds[0] == 0 and bounds[-1] == length:
-        lengths = [b - a for a, b in pairwise(bounds)]
-        assert sum(ends & 1 for *_, ends in spans) == sum(n > 0 for n in lengths)
-        assert sum(ends >> 1 for *_, ends in spans) == sum(n > 0 for n in lengths)
 
 
 def test_inputs_at_any_address_can_be_read_16_bytes_at_a_time():

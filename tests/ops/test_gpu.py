@@ -24,6 +24,8 @@ import torch
 
 from hgrn2 import HGRN2LM, presets
 from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, resolve_backend
+from hgrn2.ops.cuda import launch
+from hgrn2.ops.cuda.plan import CHUNK
 from tests.numerics import EXTREME_RMS, assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.scan_cases import (
     decays,
@@ -424,6 +426,42 @@ def test_packed_bounds_of_any_stride_and_size():
     bounds = inputs["cu_seqlens"]
     for other in (bounds.long(), torch.stack((bounds, torch.zeros_like(bounds)), 1)[:, 0]):
         assert_close(run(hgrn2_scan, inputs | {"cu_seqlens": other}), wanted, SAME_RMS[torch.float32])
+
+
+MANY = torch.randint(0, 300, (5000,), generator=torch.Generator().manual_seed(0)).cumsum(0).tolist()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [0, 200], [0, 0, 1, 65, 65, 129, 200, 200], [0, 64, 200], [0, 1000], [-100, 200], [0, 300, 100], [0, 50, 200],
+        [200, 0], [0, *MANY], [0, 100_000, *(100_000 + x for x in MANY[:1500])],
+    ],
+    ids=lambda bounds: f"{len(bounds) - 1}-to-{bounds[-1]}",
+)  # fmt: skip
+def test_spans_of_packed_sequences(bounds, dtype, reverse):
+    length = 200 if len(bounds) < 20 else bounds[-1]
+    q = torch.empty(1, length, 1, 128, dtype=torch.bfloat16, device="cuda")
+    cu_seqlens = torch.tensor(bounds, dtype=dtype, device="cuda")
+    scan = launch.Scan(q, q, q, None, None, cu_seqlens, reverse, 1.0, "silu")
+    packed = launch.Plan(scan, 0).packed
+    assert packed is not None
+    spans = packed.spans[: int(packed.num_spans)].tolist()
+    rows, expected = [], []
+    for row, left, sequence, ends in spans:
+        count = min(left, CHUNK)
+        rows += [(sequence, row - i if reverse else row + i) for i in range(count)]
+        assert left > 0
+        assert (ends >> 1 == 1) == (left <= CHUNK)
+    # whatever the boundaries say, every row lies within, and sequences follow each other
+    clamped = [min(max(bound, 0), length) for bound in bounds]
+    for sequence, (start, stop) in enumerate(pairwise(clamped)):
+        inside = list(range(start, stop))
+        expected += [(sequence, row) for row in (reversed(inside) if reverse else inside)]
+    assert rows == expected
+    assert sum(ends & 1 for *_, ends in spans) == sum(b > a for a, b in pairwise(clamped))
 
 
 @both_operators

@@ -34,15 +34,19 @@ class Kernel:
         self.function, self.shared_bytes, self.threads = function, shared_bytes, threads
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes), "cuFuncSetAttribute")
 
-    def launch(self, grid: tuple[int, int, int], arguments: ctypes.Structure) -> None:
-        """Starts the kernel on the current stream, with one argument that is passed by value."""
-        _make_context_current()
+    def launch(self, grid: tuple[int, int, int], arguments: ctypes.Structure, stream: int) -> None:
+        """Starts the kernel on a stream of the current context, with one argument that is passed by value."""
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         code = _driver().cuLaunchKernel(
-            self.function, *grid, self.threads, 1, 1, self.shared_bytes, stream, parameters, None
+            self.function, *grid, self.threads, 1, 1, self.shared_bytes, ctypes.c_void_p(stream), parameters, None
         )
         _check(code, "cuLaunchKernel")
+
+
+def current_stream() -> int:
+    """The driver's handle of torch's current stream on the current device, whose context becomes the thread's."""
+    _make_context_current()
+    return torch.cuda.current_stream().cuda_stream
 
 
 def problem() -> str | None:

@@ -62,8 +62,8 @@ __device__ __forceinline__ void fetch(const WalkArguments& a, const Memory& m, i
     copy_commit();
 }
 
-// Decays and keys, and of the warp's 16 tokens the product of decays and 1 minus it, to shared memory.
-__device__ __forceinline__ float2 open_gates(const Memory& m, int stage, int left, Gates& x) {
+// Decays and keys of the warp's 16 tokens, and where a lane finds what belongs to them.
+__device__ __forceinline__ Place read_gates(const Memory& m, int stage, int left, Gates& x) {
     Place at = place_of_thread();
     u32 tile = m.tile(stage, 1) + at.block * 16 * 128;
     float2 beta = *(const float2*)(m.beta() + 64 * at.half + 2 * at.lane);
@@ -80,6 +80,12 @@ __device__ __forceinline__ float2 open_gates(const Memory& m, int stage, int lef
         for (int i = 0; i < 16; i++)
             if (i >= left) x.decay[i][0] = x.decay[i][1] = 1.0f, x.k[i][0] = x.k[i][1] = 0.0f;
     }
+    return at;
+}
+
+// The same, and their product of decays and 1 minus it, to shared memory; returns the product.
+__device__ __forceinline__ float2 open_gates(const Memory& m, int stage, int left, Gates& x) {
+    Place at = read_gates(m, stage, left, x);
     float2 product = make_float2(1.0f, 1.0f), lost = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < 16; i++) {

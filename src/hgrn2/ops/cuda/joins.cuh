@@ -104,50 +104,72 @@ __device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory
     }
 }
 
-// Scores of the four blocks, sums over the warp's half of the channels, and queries with the decays since the chunk's
-// start.
+// Scores of the four blocks, as sums of two numbers like those of dense_scores, and queries with the decays since the
+// chunk's start.
 __device__ __forceinline__ void join_blocks(const Memory& m, const Place& at, int stage, int slot, Gates& x) {
     const float* decays = m.blocks() + 64 * at.half + 2 * at.lane;
-    u32 scores = m.scores(slot, at.half), q_tile = m.tile(stage, 0), f_tile = m.tile(stage, 1);
+    u32 scores = m.scores(slot, 0), q_tile = m.tile(stage, 0), f_tile = m.tile(stage, 1);
     u32 own = q_tile + at.block * 16 * 128;
-    u32 low_row = scores + (16 * at.block + at.g) * CHUNK * 2 + 4 * at.c, high_row = low_row + 8 * CHUNK * 2;
-    // a piece's place is XORed with the row modulo 8, which is g
-    auto place = [&](int piece) { return (piece ^ at.g) << 4; };
-    int piece = 2 * at.block;
-    store_shared(low_row + place(piece), pack(x.scores[0], x.scores[1]));
-    store_shared(low_row + place(piece + 1), 0u);
-    store_shared(high_row + place(piece), pack(x.cross[0], x.cross[1]));
-    store_shared(high_row + place(piece + 1), pack(x.scores[2], x.scores[3]));
+    u32 row = scores + (16 * at.block + at.g) * CHUNK * 2 + 4 * at.c;
+    // 16 x 16 scores: those of the second half of the channels lie, in float32, where the sum with the first half's goes
+    auto write = [&](int block, const float(&left)[4], const float(&right)[4]) {
+        auto each = [&](auto work) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float(&side)[4] = i & 1 ? right : left;
+                // a piece's place is XORed with the row modulo 8, which is g
+                u32 to = row + (i >> 1) * 8 * CHUNK * 2 + (((2 * block + (i & 1)) ^ at.g) << 4);
+                work(to, side[i & 2], side[(i & 2) + 1]);
+            }
+        };
+        if (at.half)
+            each([](u32 to, float first, float second) {
+                store_shared(to, __float_as_uint(first)), store_shared(to + SCORE_BYTES, __float_as_uint(second));
+            });
+        barrier_wait(PAIRS + at.block, 64);
+        if (!at.half)
+            each([](u32 to, float first, float second) {
+                first += __uint_as_float(load_shared(to));
+                second += __uint_as_float(load_shared(to + SCORE_BYTES));
+                u32 high = pack(first, second);
+                float high_first, high_second;
+                unpack(high, high_first, high_second);
+                store_shared(to, high), store_shared(to + SCORE_BYTES, pack(first - high_first, second - high_second));
+            });
+    };
+    {
+        float left[4] = {x.scores[0], x.scores[1], x.cross[0], x.cross[1]};
+        float right[4] = {0.0f, 0.0f, x.scores[2], x.scores[3]};
+        write(at.block, left, right);
+    }
     for (int early = at.block - 1;; early--) {
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 16; i++) store_shared(at.row(own, i), pack(x.q[i][0], x.q[i][1]));
         if (early < 0) break;
         __syncwarp();
-        float low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        float left[4] = {0.0f, 0.0f, 0.0f, 0.0f}, right[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         u32 late[4][4], others[4][4];
         load_block(late, q_tile, at, at.block);
         load_block(others, f_tile, at, early);
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            multiply(low, late[t], others[t][0], others[t][2]);
-            multiply(high, late[t], others[t][1], others[t][3]);
+            multiply(left, late[t], others[t][0], others[t][2]);
+            multiply(right, late[t], others[t][1], others[t][3]);
         }
-        piece = 2 * early;
-        store_shared(low_row + place(piece), pack(low[0], low[1]));
-        store_shared(high_row + place(piece), pack(low[2], low[3]));
-        store_shared(low_row + place(piece + 1), pack(high[0], high[1]));
-        store_shared(high_row + place(piece + 1), pack(high[2], high[3]));
+        write(early, left, right);
         float2 d = *(const float2*)(decays + early * WIDTH);
 #pragma unroll
         for (int i = 0; i < 16; i++) x.q[i][0] *= d.x, x.q[i][1] *= d.y;
     }
 }
 
-// From open gates to scores and to queries and keys as the state needs them, which replace q and f.
+// Scores, and queries and keys as the state needs them, which replace q and f. Gates are read once more: handed over,
+// they would decide the registers of the way that most chunks go.
 template <bool OUTPUT>
-__device__ __forceinline__ void join(const WalkArguments& a, const Memory& m, int stage, int slot, Gates& x) {
-    Place at = place_of_thread();
+__device__ __forceinline__ void join(const WalkArguments& a, const Memory& m, int stage, int slot, int left) {
+    Gates x;
+    Place at = read_gates(m, stage, left, x);
     join_tokens<OUTPUT>(a, m, at, stage, x);
     if (OUTPUT) {
         barrier_wait(GATES, GATE_THREADS);

@@ -1,8 +1,5 @@
 """Which calls the CUDA kernels take, and how they are launched."""
 
-# a kernel's call takes a grid and compile-time options that its signature does not show
-# pyright: reportCallIssue=false, reportIndexIssue=false
-
 from __future__ import annotations
 
 import ctypes
@@ -15,17 +12,22 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops.cuda import compiler
-from hgrn2.ops.cuda.plan import CHUNK, WIDTH, coarse_pieces, num_chunks, passes, segment_chunks
+from hgrn2.ops.cuda.plan import CHUNK, MULTIPROCESSORS, WIDTH, coarse_pieces, num_chunks, passes, segment_chunks
 
-THREADS, GRADIENT_THREADS = 512, 256
+THREADS, GRADIENT_THREADS, CARRY_THREADS, PACKED_THREADS = 512, 256, 128, 1024
 # what each file of kernels is compiled with, in the order in which one needs the other
 SOURCES = {
-    "walk.cu": ("chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh", "walk.cu"),
-    "gradient.cu": ("chunk.cuh", "gradient.cu"),
-}
+    "walk.cu": (
+        "chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh", "carry.cuh",
+        "packed.cuh", "walk.cu",
+    ),
+    "gradient.cu": ("chunk.cuh", "gradient.cuh", "gradient_joins.cuh", "gradient.cu"),
+}  # fmt: skip
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
 _WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 14 * WIDTH * 4 + 2 * 4
+# elements of a state that a thread carries
+_CARRIED = 4
 _GRADIENT_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 2 + 4 + 4) * _HALF * 4
 
 
@@ -34,7 +36,7 @@ class WalkArguments(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "f", "v", "bound", "spans", "num_spans", "y", "initial", "final")]
-        + [(name, ctypes.c_void_p) for name in ("before", "after", "update", "decay", "coarse", "kept", "kept_decay")]
+        + [(name, ctypes.c_void_p) for name in ("before", "after", "update", "decay", "coarse", "kept")]
         + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v") for axis in ("batch", "row", "head")]
         + [("length", ctypes.c_longlong)]
         + [(name, ctypes.c_int) for name in ("heads", "first_head", "first_chunk", "end_chunk")]
@@ -46,15 +48,35 @@ class WalkArguments(ctypes.Structure):
 
 
 class GradientArguments(ctypes.Structure):
-    """Argument of the kernel of gradient.cu, field by field as there."""
+    """Argument of the kernels of gradient.cu, field by field as in gradient.cuh."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "spans", "num_spans")]
         + [(name, ctypes.c_void_p) for name in ("states", "d_states", "dq", "df", "d_bound", "left_over")]
         + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v", "dy") for axis in ("batch", "row", "head")]
         + [("length", ctypes.c_longlong)]
-        + [(name, ctypes.c_int) for name in ("heads", "first_head", "first_chunk", "chunks", "reverse")]
+        + [(name, ctypes.c_int) for name in ("batches", "heads", "chunks", "first_head", "group")]
+        + [(name, ctypes.c_int) for name in ("first_chunk", "part_chunks", "reverse")]
         + [("scale", ctypes.c_float)]
+    )
+
+
+class CarryArguments(ctypes.Structure):
+    """Argument of the kernel of carry.cuh, field by field as there."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("update", "decay", "carried")),
+        *((name, ctypes.c_int) for name in ("segments", "back")),
+    )
+
+
+class PackedArguments(ctypes.Structure):
+    """Argument of the kernel of packed.cuh, field by field as there."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cu_seqlens", "spans", "num_spans")),
+        ("length", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("sequences", "most", "wide", "reverse")),
     )
 
 
@@ -147,7 +169,6 @@ class Plan:
         passes: of the backward pass.
         groups: heads of each pass.
         coarse: chunks between the states that the forward pass keeps; 0 where it keeps none.
-        packed: where packed sequences and their chunks lie.
     """
 
     def __init__(self, scan: Scan, coarse: int):
@@ -158,7 +179,16 @@ class Plan:
         self.passes = passes(self.batch, self.chunks, self.heads)
         size = self.passes.heads
         self.groups = [Group(h, min(size, self.heads - h)) for h in range(0, self.heads, size)]
-        self.packed = None if scan.cu_seqlens is None else _Packed(scan.cu_seqlens, self.length, scan.reverse)
+
+    @functools.cached_property
+    def packed(self) -> _Packed | None:
+        """Where packed sequences and their chunks lie; found on the device."""
+        return None if self.scan.cu_seqlens is None else _Packed(self)
+
+    @functools.cached_property
+    def stream(self) -> int:
+        """The stream of all launches; asked for once, with the call's device current."""
+        return compiler.current_stream()
 
     def coarse_shape(self) -> tuple[int, ...]:
         """Shape of the states that the forward pass keeps."""
@@ -176,32 +206,24 @@ class Plan:
 
 
 class _Packed:
-    """Where packed sequences and their chunks lie, found on the device.
+    """Chunks of packed sequences.
 
     Attributes:
-        cut: the chunks, as the Triton kernels know them.
         spans: [chunks, 4] int32, of each: row of its first token in time, tokens to its sequence's end, its sequence,
             and whether it is the sequence's first (1) or last (2).
         num_spans: [1] int32, how many there are.
     """
 
-    def __init__(self, cu_seqlens: Tensor, length: int, reverse: bool):
-        from hgrn2.ops.triton.launch import cut
-
-        self.cut = chunks = cut(1, length, cu_seqlens, CHUNK)
-        assert chunks.first is not None
-        assert chunks.sequence is not None
-        bounds = cu_seqlens.clamp(0, length)
-        start = bounds[chunks.sequence]
-        count = (bounds[chunks.sequence + 1] - start).clamp_(min=0)
-        places = torch.arange(chunks.total, device=cu_seqlens.device)
-        begin = (places - chunks.first[chunks.sequence]) * CHUNK
-        # boundaries that go back, or beyond the rows, leave chunks without a token
-        left = (count - begin).clamp_(min=0)
-        row = start + count - 1 - begin if reverse else start + begin
-        ends = (begin == 0) + 2 * (left <= CHUNK)
-        self.spans = torch.stack((row, left, chunks.sequence, ends), 1).int()
-        self.num_spans = chunks.first[-1:].contiguous()
+    def __init__(self, plan: Plan):
+        scan = plan.scan
+        assert scan.cu_seqlens is not None
+        make = functools.partial(torch.empty, dtype=torch.int32, device=scan.q.device)
+        self.spans, self.num_spans = make((plan.chunks, 4)), make(1)
+        arguments = PackedArguments(
+            scan.cu_seqlens.data_ptr(), self.spans.data_ptr(), self.num_spans.data_ptr(), plan.length, plan.num_packed,
+            plan.chunks, scan.cu_seqlens.dtype == torch.int64, scan.reverse,
+        )  # fmt: skip
+        _kernel("walk.cu", "cut_sequences", scan).launch((1, 1, 1), arguments, plan.stream)
 
 
 def coarse_shape(batch: int, length: int, heads: int, coarse: int, num_packed: int = 0) -> tuple[int, ...]:
@@ -260,7 +282,7 @@ def backward(
     # a row for each chunk, summed below in a fixed order
     d_bound = None
     if scan.bound is not None:
-        make = torch.empty if plan.packed is None else torch.zeros
+        make = torch.empty if scan.cu_seqlens is None else torch.zeros
         d_bound = make((plan.batch * plan.chunks, plan.heads, WIDTH), dtype=torch.float32, device=device)
     d_initial = None if scan.initial_state is None else scan.new_states(d_final)
     if not dq.numel():
@@ -269,14 +291,13 @@ def backward(
     parts, size = plan.parts(), plan.passes.heads
     shape = (plan.batch * parts[-1].chunks, size, WIDTH, WIDTH)
     kept, d_kept = (torch.empty(shape, dtype=scan.q.dtype, device=device) for _ in range(2))
-    decays = torch.empty(shape[:3], dtype=torch.float32, device=device)
     left_over = torch.zeros((len(plan.groups), len(parts), *shape[:2], 2), dtype=torch.int32, device=device)
     initial = scan.initial_state
     with torch.cuda.device(device):
-        states_walk = _Walk(plan, "forward_states", scan.v, initial, kept=kept, kept_decay=decays)
+        states_walk = _Walk(plan, "forward_states", scan.v, initial, kept=kept)
         summaries = _Walk(plan, "backward_summaries", dy, d_final)
         values_walk = _Walk(plan, "backward_values", dy, d_final, y=dv, final=d_initial, kept=d_kept)
-        gradients = _Gradients(plan, dy, kept, d_kept, decays, dq, df, d_bound)
+        gradients = _Gradients(plan, dy, kept, d_kept, dq, df, d_bound)
         for group, flags in zip(plan.groups, left_over, strict=True):
             # from part to part; a sequence's own end takes its place where one ends
             carried = None
@@ -340,7 +361,7 @@ class _Walk:
         arguments.after = _pointer(leaving)
         if summary is not None:
             arguments.update, arguments.decay = (x.data_ptr() for x in summary)
-        self.kernel.launch((segments, group.count, self.plan.batch), arguments)
+        self.kernel.launch((segments, group.count, self.plan.batch), arguments, self.plan.stream)
 
 
 def _states_before_segments(
@@ -355,71 +376,53 @@ def _states_before_segments(
         carried: [B, 1, G, K, V], state before the first segment (back: after the last) where no sequence begins.
         back: from the last segment to the first.
     """
-    from hgrn2.ops.triton.chunk_fwd import carry_states_kernel
-
     plan, segments, count = summaries.plan, stretch.segments, group.count
     make = functools.partial(torch.empty, dtype=torch.float32, device=plan.scan.q.device)
     updates = make((plan.batch, segments, count, WIDTH, WIDTH))
     decays = make((plan.batch, segments, count, 2, WIDTH))
     summaries.launch(group, stretch, summary=(updates, decays))
-    block = 512
-    carry_states_kernel[(plan.batch, count, WIDTH * WIDTH // block)](
-        updates, decays, carried, None, None, segments, 0, count, count, WIDTH, WIDTH,
-        BLOCK=block, PACKED=False, BACKWARD=back, HAS_INITIAL=carried is not None, HAS_FINAL=False, num_warps=4,
-    )  # fmt: skip
+    arguments = CarryArguments(updates.data_ptr(), decays.data_ptr(), _pointer(carried), segments, back)
+    blocks = WIDTH * WIDTH // (_CARRIED * CARRY_THREADS)
+    _kernel("walk.cu", "carry_states", plan.scan).launch((blocks, count, plan.batch), arguments, plan.stream)
     return Before(updates)
 
 
 class _Gradients:
-    """Gradients of query and gate; what the fast kernel leaves over, the exact one of ops/triton does.
+    """Gradients of query and gate: a fast kernel, and an exact one for what it leaves over.
 
     Args:
         plan: of the call.
         dy: [B, T, H, V].
         states: room of the states before each chunk of a group and part.
         d_states: that of the gradients of the states after them.
-        decays: that of the decay of each chunk.
         dq: room for the gradient of q.
         df: that of f.
         d_bound: [B * chunks, H, K], that of the lower bound in each chunk, or None.
     """
 
     def __init__(
-        self, plan: Plan, dy: Tensor, states: Tensor, d_states: Tensor, decays: Tensor, dq: Tensor, df: Tensor,
-        d_bound: Tensor | None,
-    ):  # fmt: skip
-        from hgrn2.ops.triton.chunk_bwd import left_over_gradient_kernel
-
+        self, plan: Plan, dy: Tensor, states: Tensor, d_states: Tensor, dq: Tensor, df: Tensor, d_bound: Tensor | None
+    ):
         scan, packed = plan.scan, plan.packed
-        strides = _strides(q=scan.q, f=scan.f, v=scan.v, dy=dy)
-        self.plan, self.kernel = plan, _kernel("gradient.cu", "backward_gates", scan)
+        self.plan, self.dense = plan, _kernel("gradient.cu", "backward_gates", scan)
+        self.exact = _kernel("gradient.cu", "backward_gates_left_over", scan)
         self.arguments = GradientArguments(
             q=scan.q.data_ptr(), f=scan.f.data_ptr(), v=scan.v.data_ptr(), dy=dy.data_ptr(),
             bound=_pointer(scan.bound), spans=None if packed is None else packed.spans.data_ptr(),
             num_spans=None if packed is None else packed.num_spans.data_ptr(),
             states=states.data_ptr(), d_states=d_states.data_ptr(), dq=dq.data_ptr(), df=df.data_ptr(),
-            d_bound=_pointer(d_bound), length=plan.length, heads=plan.heads, chunks=plan.chunks,
-            reverse=scan.reverse, scale=scan.scale, **strides,
-        )  # fmt: skip
-        self.exact = left_over_gradient_kernel
-        tables = (None, None, None) if packed is None else (packed.cut.first, packed.cut.sequence, scan.cu_seqlens)
-        self.operands = (
-            scan.q, scan.f, scan.v, dy, scan.bound, states, d_states, decays, dq, df, d_bound, *tables,
-            *strides.values(), plan.length, plan.chunks,
+            d_bound=_pointer(d_bound), length=plan.length, batches=plan.batch, heads=plan.heads, chunks=plan.chunks,
+            reverse=scan.reverse, scale=scan.scale, **_strides(q=scan.q, f=scan.f, v=scan.v, dy=dy),
         )  # fmt: skip
 
     def launch(self, group: Group, part: Stretch, left_over: Tensor) -> None:
         """Launches both; left_over holds zeros, one for each chunk, head and half of K."""
-        plan, arguments, scan = self.plan, self.arguments, self.plan.scan
-        arguments.first_head, arguments.first_chunk = group.first, part.first
+        plan, arguments = self.plan, self.arguments
+        arguments.first_head, arguments.group = group
+        arguments.first_chunk, arguments.part_chunks = part.first, part.chunks
         arguments.left_over = left_over.data_ptr()
-        self.kernel.launch((part.chunks, 2 * group.count, plan.batch), arguments)
-        pieces, block = plan.batch * part.chunks * group.count * 2, 8
-        self.exact[(-(-pieces // block),)](
-            left_over, pieces, *self.operands, part.first, part.chunks, *group, plan.heads, WIDTH, WIDTH, scan.scale,
-            C=CHUNK, BK=_HALF, BV=64, HAS_BOUND=scan.bound is not None, Q_ACTIVATION=scan.q_activation,
-            PACKED=plan.packed is not None, REVERSE=scan.reverse, PIECES=block, num_warps=8, num_stages=1,
-        )  # fmt: skip
+        self.dense.launch((part.chunks, 2 * group.count, plan.batch), arguments, plan.stream)
+        self.exact.launch((MULTIPROCESSORS, 1, 1), arguments, plan.stream)
 
 
 def _kernel(file: str, name: str, scan: Scan) -> compiler.Kernel:
@@ -439,7 +442,9 @@ def _compiled(
         f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
         f"-DPACKED={int(packed)}",
     )
-    shared_bytes, threads = (_WALK_SHARED, THREADS) if file == "walk.cu" else (_GRADIENT_SHARED, GRADIENT_THREADS)
+    walk, gradient = (_WALK_SHARED, THREADS), (_GRADIENT_SHARED, GRADIENT_THREADS)
+    special = {"carry_states": (0, CARRY_THREADS), "cut_sequences": (0, PACKED_THREADS)}
+    shared_bytes, threads = special.get(name, walk if file == "walk.cu" else gradient)
     return compiler.load(_source(file), options, name, shared_bytes, threads)
 
 

@@ -57,7 +57,7 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
                 dense_scores(m, stage, slot);
             }
         } else {
-            join<OUTPUT>(a, m, stage, slot, x);
+            join<OUTPUT>(a, m, stage, slot, left);
         }
         publish();
         barrier_arrive(FILLED + slot, THREADS);
@@ -69,7 +69,6 @@ template <bool OUTPUT, bool BACK, bool KEEP>
 __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
     constexpr int STEP = BACK ? -1 : 1;
-    int thread = threadIdx.x - GATE_THREADS;
     Reader r = reader_of_thread(a);
     int segment = blockIdx.x, local = blockIdx.y, batch = blockIdx.z, group = gridDim.y;
     constexpr i64 STATE = WIDTH * WIDTH;
@@ -122,8 +121,6 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
         if (OUTPUT)
             y = from.y + (now.row * a.heads * WIDTH + 64 * r.half + 16 * r.warp + 2 * r.c) * 2 + (i64)r.g * r.y_step;
         advance<OUTPUT, BACK>(m, r, stage, slot, y, now.left, state);
-        if (KEEP && !BACK && thread < WIDTH)
-            a.kept_decay[at * WIDTH + thread] = m.first(slot)[thread] * m.second(slot)[thread];
         if (OUTPUT) {
             float* to = nullptr;
             if (BACK ? now.first : now.last) {

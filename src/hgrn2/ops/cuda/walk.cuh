@@ -17,7 +17,6 @@ struct WalkArguments {
     float* coarse;         // [B, pieces, H, K, V]: the state every coarse_chunks, but for the first, or null
     void* kept;            // KEEP: [B, kept_chunks, G, V, K] in the inputs' type, each half of K in the order
                            // channel 8 i + 2 c + e at 16 c + 2 i + e
-    float* kept_decay;     // KEEP and not BACK: [B, kept_chunks, G, K], decay across each chunk
     i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head;
     i64 length;
     int heads, first_head;                // of all; of the G heads of this launch
@@ -37,9 +36,9 @@ constexpr int THREADS = GATE_THREADS + STATE_THREADS;
 constexpr int GATE_REGISTERS = 96;
 constexpr int STATE_REGISTERS = 160;
 constexpr int STAGES = 3;
-// barriers: among the gate warps; slots filled for the state warps, and emptied by them; among the
-// warps of a half of the state
-constexpr int GATES = 1, FILLED = 2, EMPTIED = 4, STATES = 6;
+// barriers: among the gate warps; slots filled for the state warps, and emptied by them; among the warps of a half of
+// the state; between the two gate warps of a block of tokens
+constexpr int GATES = 1, FILLED = 2, EMPTIED = 4, STATES = 6, PAIRS = 8;
 // what is said of a chunk: it went through the joins
 constexpr int JOINED = 1;
 // a block of 16 tokens may decay by this much in a chunk of dense products. Half a chunk then decays by 2^-80 at most,
@@ -47,9 +46,9 @@ constexpr int JOINED = 1;
 constexpr float SMALLEST_BLOCK = BFLOAT16 ? 9.094947017729282e-13f : 2.0f;  // 2^-40
 
 // Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, and the decays of the
-// halves of the chunk [128] (summaries: what is left across all chunks so far, and 1 minus it); decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128];
-// how far values that are not finite reach [128]; what is said of both slots. launch.py knows the size. Tiles are laid
-// out as in wgmma.cuh
+// halves of the chunk [128] (summaries: what is left across all chunks so far, and 1 minus it); decays of the blocks of
+// 16 tokens, and 1 minus them [4, 128]; beta [128]; how far values that are not finite reach [128]; what is said of both
+// slots. launch.py knows the size. Tiles are laid out as in wgmma.cuh
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 tile(int stage, int which) const {
