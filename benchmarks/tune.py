@@ -134,7 +134,8 @@ def worst_error(scan: launch.Scan, sizes: Blocks) -> float:
     found, exact = results(scan.q.dtype, "triton"), results(torch.float64, "reference")
     errors = []
     for x, wanted in zip(found, exact, strict=True):
-        errors.append(float((x.double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()))
+        difference = x.detach().double() - wanted.detach()
+        errors.append(float(difference.square().mean().sqrt() / wanted.detach().square().mean().sqrt()))
     return max(errors)
 
 

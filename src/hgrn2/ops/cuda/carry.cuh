@@ -1,9 +1,8 @@
 // From what each segment adds to the state, and how it decays, to the state before each.
 
 struct CarryArguments {
-    float* update;         // [B, segments, G, K, V]: what it adds; replaced by the state before it (BACK: after it)
-    const float* decay;    // [B, segments, G, 2, K], decay across it and 1 minus it, see summary.cuh
-    const float* carried;  // [B, G, K, V], the state before the first segment (BACK: after the last), null for zeros
+    float* update;       // [B, segments, G, K, V]: what it adds; replaced by the state before it (back: after it)
+    const float* decay;  // [B, segments, G, 2, K], decay across it and 1 minus it, see summary.cuh
     int segments, back;
 };
 
@@ -17,7 +16,6 @@ extern "C" __global__ void __launch_bounds__(CARRY_THREADS) carry_states(const _
     i64 first = (i64)blockIdx.z * a.segments * gridDim.y + blockIdx.y;
     auto place = [&](int n) { return first + (i64)(a.back ? last - n : n) * gridDim.y; };
     float4 state = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (a.carried) state = *(const float4*)(a.carried + ((i64)blockIdx.z * gridDim.y + blockIdx.y) * STATE + element);
     for (int start = 0; start < a.segments; start += AHEAD) {
         float4 update[AHEAD];
         float decay[AHEAD], gone[AHEAD];

@@ -65,7 +65,7 @@ class CarryArguments(ctypes.Structure):
     """Argument of the kernel of carry.cuh, field by field as there."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("update", "decay", "carried")),
+        *((name, ctypes.c_void_p) for name in ("update", "decay")),
         *((name, ctypes.c_int) for name in ("segments", "back")),
     )
 
@@ -252,7 +252,7 @@ def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
         before = None
         if stretch.segments > 1:
             summaries = _Walk(plan, "forward_summaries", scan.v, scan.initial_state)
-            before = _states_before_segments(summaries, group, stretch, None, back=False)
+            before = Before(_states_before_segments(summaries, group, stretch, back=False))
         kept = states if states.numel() else None
         outputs = _Walk(plan, "forward_outputs", scan.v, scan.initial_state, y=y, final=final, coarse=kept)
         outputs.launch(group, stretch, before)
@@ -299,18 +299,18 @@ def backward(
         values_walk = _Walk(plan, "backward_values", dy, d_final, y=dv, final=d_initial, kept=d_kept)
         gradients = _Gradients(plan, dy, kept, d_kept, dq, df, d_bound)
         for group, flags in zip(plan.groups, left_over, strict=True):
-            # from part to part; a sequence's own end takes its place where one ends
-            carried = None
-            if len(parts) > 1:
+            after = carried = None
+            if parts[-1].segments > 1:
+                every = Stretch(0, plan.chunks, coarse)
+                after = _states_before_segments(summaries, group, every, back=True)
+            elif len(parts) > 1:
+                # from part to part; a sequence's own end takes its place where one ends
                 carried = torch.zeros((plan.batch, 1, group.count, WIDTH, WIDTH), dtype=torch.float32, device=device)
             for part, part_flags in zip(parts, flags, strict=True):
-                before = Before(states, part.first // coarse - 1, group.first) if states.numel() else None
-                states_walk.launch(group, part, before)
-                if part.segments > 1:
-                    after = _states_before_segments(summaries, group, part, carried, back=True)
-                else:
-                    after = None if carried is None else Before(carried)
-                values_walk.launch(group, part, after, leaving=carried)
+                first = part.first // coarse
+                states_walk.launch(group, part, Before(states, first - 1, group.first) if states.numel() else None)
+                known = None if carried is None else Before(carried)
+                values_walk.launch(group, part, known if after is None else Before(after, first), leaving=carried)
                 gradients.launch(group, part, part_flags)
     return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
 
@@ -364,27 +364,27 @@ class _Walk:
         self.kernel.launch((segments, group.count, self.plan.batch), arguments, self.plan.stream)
 
 
-def _states_before_segments(
-    summaries: _Walk, group: Group, stretch: Stretch, carried: Tensor | None, back: bool
-) -> Before:
+def _states_before_segments(summaries: _Walk, group: Group, stretch: Stretch, back: bool) -> Tensor:
     """States before the segments (back: after them), from what each adds and how it decays.
 
     Args:
         summaries: the kernel that finds the latter.
         group: heads to work on.
-        stretch: chunks to work on.
-        carried: [B, 1, G, K, V], state before the first segment (back: after the last) where no sequence begins.
+        stretch: chunks to work on, all of a sequence.
         back: from the last segment to the first.
+
+    Returns:
+        [B, segments, G, K, V] float32.
     """
     plan, segments, count = summaries.plan, stretch.segments, group.count
     make = functools.partial(torch.empty, dtype=torch.float32, device=plan.scan.q.device)
     updates = make((plan.batch, segments, count, WIDTH, WIDTH))
     decays = make((plan.batch, segments, count, 2, WIDTH))
     summaries.launch(group, stretch, summary=(updates, decays))
-    arguments = CarryArguments(updates.data_ptr(), decays.data_ptr(), _pointer(carried), segments, back)
+    arguments = CarryArguments(updates.data_ptr(), decays.data_ptr(), segments, back)
     blocks = WIDTH * WIDTH // (_CARRIED * CARRY_THREADS)
     _kernel("walk.cu", "carry_states", plan.scan).launch((blocks, count, plan.batch), arguments, plan.stream)
-    return Before(updates)
+    return updates
 
 
 class _Gradients:
