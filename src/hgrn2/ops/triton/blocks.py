@@ -43,8 +43,9 @@ class Blocks:
     gradient: Block
 
 
-LOW = Blocks(64, Block(64, 128, 4, 2), Block(64, 128, 8, 2), Block(64, 64, 8, 2))
-FLOAT32 = Blocks(64, Block(32, 64, 4, 1), Block(32, 64, 8, 1), Block(32, 32, 8, 1))
+# the best of an H100 at K = V = 128
+LOW = Blocks(32, Block(64, 128, 4, 1), Block(128, 128, 4, 1), Block(64, 64, 4, 1))
+FLOAT32 = Blocks(32, Block(128, 128, 4, 1), Block(32, 128, 4, 1), Block(64, 32, 4, 1))
 
 
 def blocks_for(device: torch.device, dtype: torch.dtype, length: int, k_width: int, v_width: int) -> Blocks:
