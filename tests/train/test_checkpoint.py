@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hgrn2.errors import UserError
+from hgrn2.layouts.files import write_safetensors
 from hgrn2.train import checkpoint
-from hgrn2.train.files import write_safetensors
 from tests.train.tiny_run import TinyModel
 
 CONFIG = {"model": {"hidden_size": 8}, "train": {"max_steps": 3}}
