@@ -28,8 +28,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # what a tokenizer may consist of, and how to write with the model
 _TOKENIZER_FILES = (
-    "*tokenizer*.json", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "chat_template*", "generation_config.json",
+    "*tokenizer*.json", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template*", "generation_config.json",
 )  # fmt: skip
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -83,10 +83,9 @@ def convert(
     specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}
     if dtype is not None:
         specs = {name: spec.to(dtype) for name, spec in specs.items()}
-    if layout.architecture is not None:
-        # what loads every tensor without loss
-        widest = reduce(torch.promote_types, (spec.dtype for spec in specs.values()))
-        settings["dtype"] = str(widest).removeprefix("torch.")
+    # what holds every tensor without loss
+    widest = reduce(torch.promote_types, (spec.dtype for spec in specs.values()))
+    settings["dtype"] = str(widest).removeprefix("torch.")
     shards = _shards(specs, None if to == "native" else max_shard_bytes)
     with staged_directory(out) as stage:
         # another process may have made it while this one waited
@@ -94,7 +93,7 @@ def convert(
         _write_weights(source, stage, table, specs, shards)
         write_text(stage / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
         for pattern in _TOKENIZER_FILES:
-            for file in sorted(tokenizer_dir.glob(pattern)):
+            for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
                 shutil.copyfile(file, stage / file.name)
     return Written(out, len(specs), sum(map(_bytes, specs.values())), len(shards))
 
@@ -123,13 +122,10 @@ def _check_new(out: Path) -> None:
 
 def _settings(source: ModelFolder, layout: Layout, tokenizer_dir: Path) -> dict[str, Any]:
     """The new config.json: what the model is, and which tokens begin and end a text."""
-    settings = layout.write_config(source.config)
-    if layout.architecture is None:
-        return settings
     known = {key: source.settings[key] for key in _TOKEN_IDS if key in source.settings}
     if not known:
         known = _token_ids(tokenizer_dir)
-    return {"architectures": [layout.architecture], **settings, **known}
+    return {"architectures": [layout.architecture], **layout.write_config(source.config), **known}
 
 
 def _token_ids(tokenizer_dir: Path) -> dict[str, int | None]:

@@ -10,7 +10,7 @@ from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.models.config import MODEL_TYPE, HGRN2Config
 
 # what transformers, old and new, writes into the file of any model
-TRANSFORMERS_KEYS = (
+TRANSFORMERS_KEYS = frozenset((
     "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_name_or_path", "add_cross_attention",
     "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
     "classifier_dropout", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample",
@@ -23,7 +23,7 @@ TRANSFORMERS_KEYS = (
     "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
     "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
     "transformers_version", "typical_p", "use_bfloat16", "use_cache", "use_return_dict",
-)  # fmt: skip
+))  # fmt: skip
 
 
 def check_keys(values: Any, what: str, known: Iterable[str], inert: Iterable[str] = ()) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def check_keys(values: Any, what: str, known: Iterable[str], inert: Iterable[str
     if found != MODEL_TYPE:
         raise UserError(f"{what}: model_type is {found!r}; wanted {MODEL_TYPE!r}")
     known = set(known)
-    passed_over = {*TRANSFORMERS_KEYS, *inert}
+    passed_over = TRANSFORMERS_KEYS | set(inert)
     for key in values:
         if key not in known and key not in passed_over:
             raise UserError(

@@ -25,7 +25,7 @@ class Layout:
         write_config: the inverse.
         tables: from our configuration and the names of our tensors to which of them each tensor of a file holds; the
             first table is the one that is written.
-        architecture: the class that transformers opens it with; None where it does not.
+        architecture: the class that transformers opens it with.
     """
 
     name: str
@@ -34,14 +34,15 @@ class Layout:
     read_config: Callable[[Mapping[str, Any]], HGRN2Config]
     write_config: Callable[[HGRN2Config], dict[str, Any]]
     tables: Callable[[HGRN2Config, Sequence[str]], tuple[Table, ...]]
-    architecture: str | None
+    architecture: str
 
 
 LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout(
-            "native", "a run", (native.TABLE,), native.read_run_config, native.write_run_config, native.tables, None
+            "native", "a run", (native.TABLE,), native.read_run_config, native.write_run_config, native.tables,
+            "HGRN2ForCausalLM",
         ),
         Layout(
             "hf", "hgrn2.hf", native.SIGNATURE, native.read_config, native.write_config, native.tables,
@@ -67,9 +68,6 @@ def recognise(values: Mapping[str, Any]) -> Layout:
     found = values.get("model_type", MODEL_TYPE)
     if found != MODEL_TYPE:
         raise UserError(f"model_type is {found!r}; wanted {MODEL_TYPE!r}")
-    # a run's settings are in a table of their own, whatever stands beside it
-    if isinstance(values.get(native.TABLE), dict):
-        return LAYOUTS["native"]
     told = {name: [key for key in layout.signature if key in values] for name, layout in LAYOUTS.items()}
     told = {name: keys for name, keys in told.items() if keys}
     if len(told) > 1:

@@ -10,6 +10,7 @@ from hgrn2.errors import UserError
 from hgrn2.layouts.keys import check_keys
 from hgrn2.layouts.tables import Table
 from hgrn2.models import HGRN2Config
+from hgrn2.models.config import MODEL_TYPE
 
 _KEYS = tuple(field.name for field in dataclasses.fields(HGRN2Config))
 # keys that only our files have, and by which they are known
@@ -25,16 +26,12 @@ def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
     """The config.json of a run: the model's settings are one of its tables.
 
     Raises:
-        UserError: an unknown key, values that contradict each other, or others beside the table that contradict it.
+        UserError: an unknown key, values that contradict each other, or settings beside the table.
     """
-    model = values[TABLE]
-    config = HGRN2Config.from_dict(model)
-    for key in _KEYS:
-        if key in values and values[key] != model.get(key):
-            raise UserError(
-                f"config.json: {key} is {values[key]!r}, but {model.get(key)!r} in {TABLE!r}; leave one of them out"
-            )
-    return config
+    mixed = [key for key in _KEYS if key in values]
+    if mixed:
+        raise UserError(f"{', '.join(mixed)} beside the table {TABLE!r}; put all settings of the model into the table")
+    return HGRN2Config.from_dict(values[TABLE])
 
 
 def read_config(values: Mapping[str, Any]) -> HGRN2Config:
@@ -47,8 +44,8 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
 
 
 def write_run_config(config: HGRN2Config) -> dict[str, Any]:
-    """The inverse of `read_run_config`."""
-    return {TABLE: config.to_dict()}
+    """The inverse of `read_run_config`; the model type is what transformers looks for."""
+    return {"model_type": MODEL_TYPE, TABLE: config.to_dict()}
 
 
 def write_config(config: HGRN2Config) -> dict[str, Any]:

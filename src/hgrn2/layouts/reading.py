@@ -169,8 +169,9 @@ class _Safetensors:
         names: list[str] = self._file.keys()
         for name in names:
             found = self._file.get_slice(name)
-            dtype = found.get_dtype()
-            self.specs[name] = TensorSpec(tuple(found.get_shape()), _DTYPES.get(dtype, dtype))
+            dtype: str = found.get_dtype()
+            known = _DTYPES.get(dtype)
+            self.specs[name] = TensorSpec(tuple(found.get_shape()), dtype if known is None else known)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         if not self.specs[name].shape:
