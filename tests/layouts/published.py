@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 D, L, FF, VOCAB = 16, 3, 24, 300
 
 FLA_CONFIG = {
-    "architectures": ["HGRN2ForCausalLM"], "model_type": "hgrn2", "transformers_version": "4.48.0", "torch_dtype": "float32",
-    "attn": None, "attn_mode": "chunk", "bos_token_id": 1, "conv_size": 4, "elementwise_affine": True, "eos_token_id": 2,
-    "expand_ratio": 4, "fuse_cross_entropy": True, "fuse_norm": True, "fuse_swiglu": True, "hidden_act": "swish",
-    "hidden_ratio": 4, "hidden_size": D, "initializer_range": 0.02, "intermediate_size": FF,
-    "max_position_embeddings": 2048, "norm_eps": 0.01, "num_heads": 4, "num_hidden_layers": L, "tie_word_embeddings": False,
-    "use_cache": True, "use_l2warp": False, "use_lower_bound": True, "use_short_conv": False, "vocab_size": VOCAB,
+    "architectures": ["HGRN2ForCausalLM"], "model_type": "hgrn2", "transformers_version": "4.48.0",
+    "torch_dtype": "float32", "attn": None, "attn_mode": "chunk", "bos_token_id": 1, "conv_size": 4,
+    "elementwise_affine": True, "eos_token_id": 2, "expand_ratio": 4, "fuse_cross_entropy": True, "fuse_norm": True,
+    "fuse_swiglu": True, "hidden_act": "swish", "hidden_ratio": 4, "hidden_size": D, "initializer_range": 0.02,
+    "intermediate_size": FF, "max_position_embeddings": 2048, "norm_eps": 0.01, "num_heads": 4, "num_hidden_layers": L,
+    "tie_word_embeddings": False, "use_cache": True, "use_l2warp": False, "use_lower_bound": True,
+    "use_short_conv": False, "vocab_size": VOCAB,
 }  # fmt: skip
 FLA_MODEL = {
     "model.embeddings.weight": (VOCAB, D), "model.lower_bounds": (L, D), "model.norm.weight": (D,),
@@ -25,23 +26,23 @@ FLA_BLOCK = {
     "mlp.down_proj.weight": (D, FF),
 }  # fmt: skip
 FLA_MIXER = {
-    "attn.q_proj.weight": (D, D), "attn.f_proj.weight": (D, D), "attn.i_proj.weight": (D, D), "attn.o_proj.weight": (D, D),
-    "attn.g_norm.weight": (D,),
+    "attn.q_proj.weight": (D, D), "attn.f_proj.weight": (D, D), "attn.i_proj.weight": (D, D),
+    "attn.o_proj.weight": (D, D), "attn.g_norm.weight": (D,),
 }  # fmt: skip
 FLA_CONVOLUTIONS = {f"attn.{name}_conv1d.weight": (D, 1, 4) for name in "qfi"}
 # 4 heads of width 4 over 2 of keys and values, with biases
 FLA_ATTENTION = {
-    "attn.q_proj.weight": (D, D), "attn.k_proj.weight": (8, D), "attn.v_proj.weight": (8, D), "attn.o_proj.weight": (D, D),
-    "attn.q_proj.bias": (D,), "attn.k_proj.bias": (8,), "attn.v_proj.bias": (8,),
+    "attn.q_proj.weight": (D, D), "attn.k_proj.weight": (8, D), "attn.v_proj.weight": (8, D),
+    "attn.o_proj.weight": (D, D), "attn.q_proj.bias": (D,), "attn.k_proj.bias": (8,), "attn.v_proj.bias": (8,),
 }  # fmt: skip
 HYBRID = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "window_size": 5, "rope_theta": 500.0}
 
 OFFICIAL_CONFIG = {
-    "architectures": ["Hgrn2ForCausalLM"], "model_type": "hgrn2", "transformers_version": "4.31.0", "torch_dtype": "float32",
-    "add_bos_token": False, "bias": False, "bos_token_id": 0, "causal": True, "decoder_embed_dim": D, "decoder_layers": L,
-    "eos_token_id": 2, "expand_ratio": 4, "glu_act": "none", "glu_dim": FF, "in_act": "none", "init_std": 0.02,
-    "no_scale_embedding": True, "norm_type": "simplermsnorm", "out_act": "silu", "pad_token_id": 1, "use_cache": True,
-    "tie_word_embeddings": False, "vocab_size": VOCAB,
+    "architectures": ["Hgrn2ForCausalLM"], "model_type": "hgrn2", "transformers_version": "4.31.0",
+    "torch_dtype": "float32", "add_bos_token": False, "bias": False, "bos_token_id": 0, "causal": True,
+    "decoder_embed_dim": D, "decoder_layers": L, "eos_token_id": 2, "expand_ratio": 4, "glu_act": "none",
+    "glu_dim": FF, "in_act": "none", "init_std": 0.02, "no_scale_embedding": True, "norm_type": "simplermsnorm",
+    "out_act": "silu", "pad_token_id": 1, "use_cache": True, "tie_word_embeddings": False, "vocab_size": VOCAB,
 }  # fmt: skip
 OFFICIAL_MODEL = {"model.embed_tokens.weight": (VOCAB, D), "model.lower_bounds": (L, D), "lm_head.weight": (VOCAB, D)}
 OFFICIAL_LAYER = {
@@ -51,8 +52,9 @@ OFFICIAL_LAYER = {
 # with norm_type "layernorm" and biases
 OFFICIAL_FURTHER = {
     "token_mixer.in_proj.bias": (3 * D,), "token_mixer.out_proj.bias": (D,), "channel_mixer.l1.bias": (FF,),
-    "channel_mixer.l2.bias": (FF,), "channel_mixer.l3.bias": (D,),
-    **{f"{norm}.{kind}": (D,) for norm in ("token_norm", "token_mixer.norm", "channel_norm") for kind in ("weight", "bias")},
+    "channel_mixer.l2.bias": (FF,), "channel_mixer.l3.bias": (D,), "token_norm.weight": (D,), "token_norm.bias": (D,),
+    "token_mixer.norm.weight": (D,), "token_mixer.norm.bias": (D,), "channel_norm.weight": (D,),
+    "channel_norm.bias": (D,),
 }  # fmt: skip
 
 

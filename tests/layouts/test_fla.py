@@ -19,8 +19,8 @@ from tests.models import transcription
 EQUATIONS = {
     "hidden_size": D, "num_hidden_layers": L, "expand_ratio": 4, "lower_bound": "inclusive", "use_lower_bound": True,
     "q_activation": "silu", "v_activation": "none", "scale": 4**-0.5, "mixer_norm": "rmsnorm", "mixer_norm_eps": 1e-5,
-    "block_norm": "rmsnorm", "norm_eps": 0.01, "glu_activation": "silu", "use_short_conv": False, "scale_embedding": False,
-    "min_log_decay": None, "attn": None,
+    "block_norm": "rmsnorm", "norm_eps": 0.01, "glu_activation": "silu", "use_short_conv": False,
+    "scale_embedding": False, "min_log_decay": None, "attn": None,
 }  # fmt: skip
 KINDS = {
     "plain": ({}, {}, {}),
@@ -152,10 +152,12 @@ def test_settings_there_and_back(keys):
 def test_defaults_are_those_of_fla():
     assert read_config({"attn_mode": "chunk"}) == HGRN2Config()
     written = write_config(HGRN2Config())
-    wanted = {"hidden_size": 2048, "num_hidden_layers": 24, "expand_ratio": 128, "use_short_conv": False, "conv_size": 4,
-              "use_lower_bound": True, "hidden_ratio": 4, "hidden_act": "swish", "elementwise_affine": True,
-              "norm_eps": 1e-6, "attn": None, "tie_word_embeddings": False, "initializer_range": 0.02,
-              "vocab_size": 32000, "attn_mode": "chunk"}  # fmt: skip
+    wanted = {
+        "hidden_size": 2048, "num_hidden_layers": 24, "expand_ratio": 128, "use_short_conv": False, "conv_size": 4,
+        "use_lower_bound": True, "hidden_ratio": 4, "hidden_act": "swish", "elementwise_affine": True,
+        "norm_eps": 1e-6, "attn": None, "tie_word_embeddings": False, "initializer_range": 0.02, "vocab_size": 32000,
+        "attn_mode": "chunk",
+    }  # fmt: skip
     assert {key: written[key] for key in wanted} == wanted
 
 

@@ -104,7 +104,7 @@ def _open_index(index: Path) -> dict[str, _Shard]:
         raise UserError(f"{index}: no weight_map from tensors to files in it; {_COPY_AGAIN}")
     files = sorted(set(places.values()))
     # an index has no business outside its folder
-    outside = [file for file in files if Path(file).name != file or file in (".", "..")]
+    outside = [file for file in files if Path(file).name != file or file in ("", ".", "..")]
     if outside:
         raise UserError(f"{index}: names {outside[0]!r}; wanted names of files beside it")
     absent = [file for file in files if not (index.parent / file).is_file()]
@@ -191,17 +191,17 @@ class _Pickle:
         except pickle.UnpicklingError as error:
             code = re.search(r"GLOBAL (\S+)", str(error))
             if code is None:
-                raise UserError(f"{file}: truncated, or no checkpoint of PyTorch; {_COPY_AGAIN}") from None
+                raise UserError(f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}") from None
             raise UserError(
                 f"{file}: holds code ({code[1]}), which is not run; save the tensors alone, best as safetensors"
             ) from None
         except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{file}: truncated, or no checkpoint of PyTorch; {_COPY_AGAIN}") from None
+            raise UserError(f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}") from None
         if not isinstance(found, dict):
             raise UserError(f"{file}: holds {type(found).__name__}; wanted a table of tensors")
         others = [str(name) for name, value in found.items() if not _is_plain(name, value)]
         if others:
-            raise UserError(f"{file}: {_some(others)} no plain tensors; save the model's state_dict alone")
+            raise UserError(f"{file}: {_some(others)}: no plain tensors; save the model's state_dict alone")
         self._tensors: dict[str, Tensor] = found
         self.specs = {name: TensorSpec(tuple(x.shape), x.dtype) for name, x in found.items()}
 
