@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from hgrn2.errors import UserError
-from hgrn2.hf.cache import CACHE_NAME
+from hgrn2.hf.cache import CACHE_NAME, state_layers
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.hf.modeling import HGRN2Model, HGRN2PreTrainedModel
 from hgrn2.nn.loss import IGNORE, linear_cross_entropy
@@ -54,6 +54,15 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """The padding as it is: the attention layers of hybrids look at it themselves."""
         return attention_mask
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # the model's own layers before anything is read: generation asks a cache how much that was
+        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get(CACHE_NAME) is not None:
+            state_layers(model_kwargs[CACHE_NAME], self.config.layer_types)
+        return made
 
     @can_return_tuple
     def forward(
