@@ -109,12 +109,18 @@ def _read(values: dict[str, Any]) -> tuple[own.HGRN2Config, dict[str, Any]]:
             raise UserError(f"model config: {', '.join(mixed)} beside the table 'model'; put all settings into the table")
         model, kept = own.HGRN2Config.from_dict(table), values.keys() - {_MODEL_TABLE, *_OTHER_TABLES}
     elif values.keys() & set(fla.SIGNATURE):
-        model, kept = fla.read_config(values), values.keys() & _LIBRARY_KEYS
+        # read_config knows what stands in files, not what the library adds on the way
+        model = fla.read_config({key: value for key, value in values.items() if not _is_library_key(key)})
+        kept = {key for key in values if _is_library_key(key)}
     else:
         own_keys = values.keys() & set(_FIELDS)
         model = own.HGRN2Config.from_dict({key: values[key] for key in own_keys})
         kept = values.keys() - own_keys
-    for key in kept - _LIBRARY_KEYS:
-        if not key.startswith("_"):
+    for key in kept:
+        if not _is_library_key(key):
             raise UserError(unknown_key_message("model config", key, _FIELDS))
     return model, {key: values[key] for key in kept}
+
+
+def _is_library_key(key: str) -> bool:
+    return key in _LIBRARY_KEYS or key.startswith("_")

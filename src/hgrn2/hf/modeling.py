@@ -20,11 +20,8 @@ from hgrn2.errors import UserError
 from hgrn2.hf.cache import CACHE_NAME, StateLayer, state_layers
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.models.language import build_block
-from hgrn2.nn.attention import Attention
 from hgrn2.nn.block import Block
 from hgrn2.nn.gates import lower_bounds
-from hgrn2.nn.mixer import HGRN2Mixer
-from hgrn2.nn.mlp import GatedMLP
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
 
@@ -47,16 +44,15 @@ class HGRN2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # the distributions of hgrn2.models.HGRN2LM.initialize, module by module; children come before their parents
-        std = self.config.initializer_range
+        # the distributions of hgrn2.models.HGRN2LM.initialize, by module instead of by name
         if isinstance(module, nn.Linear | nn.Embedding | ShortConv):
+            std = self.config.initializer_range
+            layers = self.base_model.layers
+            if any(module is end for layer in layers for end in (layer.attn.o_proj, layer.mlp.down_proj)):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, 0.0, std)
         elif isinstance(module, Norm) and module.weight is not None:
             init.ones_(module.weight)
-        elif isinstance(module, HGRN2Mixer | Attention):
-            init.normal_(module.o_proj.weight, 0.0, std / math.sqrt(2 * self.config.num_hidden_layers))
-        elif isinstance(module, GatedMLP):
-            init.normal_(module.down_proj.weight, 0.0, std / math.sqrt(2 * self.config.num_hidden_layers))
         elif isinstance(module, HGRN2Model) and self.config.use_lower_bound:
             init.zeros_(module.lower_bounds)
         if isinstance(module, nn.Linear | Norm) and module.bias is not None:
