@@ -206,7 +206,7 @@ def test_a_run_in_every_layout_writes_the_same(run, capsys, tokenizer):
         assert "16" in run_cli(capsys, "info", folder)
     for folder in ("a", "b"):
         found = settings(run.parent / folder)
-        assert (found["bos_token_id"], found["eos_token_id"]) == (tokenizer.eot_id, tokenizer.eot_id)
+        assert {found[f"{use}_token_id"] for use in ("bos", "eos", "pad")} == {tokenizer.eot_id}
     with open("text.txt", "w") as file:
         file.write("def hello world")
     assert run_cli(capsys, "eval", "b", "text.txt") == run_cli(capsys, "eval", "run", "text.txt")
@@ -216,20 +216,23 @@ def test_a_run_in_every_layout_writes_the_same(run, capsys, tokenizer):
     assert_same_bits(saved.tensors, load_saved_model(run).tensors)
 
 
-def test_the_tokenizer_s_files_are_taken_along(run, capsys):
-    for name in (
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "generation_config.json",
-        "notes.txt",
-    ):
-        (run / name).write_text("{}")
-    (run / "chat_templates").mkdir()
+def test_the_tokenizer_s_files_are_taken_along(tmp_path, capsys, tokenizer):
+    fla = write(tmp_path / "fla", FLA_CONFIG, draw(fla_shapes()))
+    tokenizer.save(fla)
+    named = ["chat_template.jinja", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"]
+    for name in [*named, "notes.txt"]:
+        (fla / name).write_text(name)
+    (fla / "chat_templates").mkdir()
+    run_cli(capsys, "convert", fla, "out", "--to", "hf")
+    assert sorted(os.listdir("out")) == sorted([*named, "config.json", "model.safetensors", "tokenizer.json"])
+    for name in [*named, "tokenizer.json"]:
+        assert (tmp_path / "out" / name).read_bytes() == (fla / name).read_bytes()
+
+
+def test_a_run_s_tokenizer_gets_the_form_of_transformers_too(run, capsys):
     run_cli(capsys, "convert", run, "out", "--to", "hf")
     assert sorted(os.listdir("out")) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json",
-        "tokenizer.json", "tokenizer_config.json",
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from hgrn2.data import load_tokenizer
 from hgrn2.data.staging import staged_directory
+from hgrn2.data.transformers_files import write_generation_config, write_transformers_files
 from hgrn2.errors import UserError
 from hgrn2.layouts.files import write_safetensors, write_text
-from hgrn2.layouts.layout import LAYOUTS, Layout
+from hgrn2.layouts.layout import LAYOUTS
 from hgrn2.layouts.opening import FiniteCheck, ModelFolder
 from hgrn2.layouts.reading import CONFIG_NAME, SAFETENSORS_NAME
 from hgrn2.layouts.tables import Table, stack
@@ -78,7 +79,7 @@ def convert(
     """
     layout = LAYOUTS[to]
     _check_new(out)
-    settings = _settings(source, layout, tokenizer_dir)
+    settings = {"architectures": [layout.architecture], **layout.write_config(source.config)}
     table = layout.tables(source.config, list(source.places))[0]
     specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}
     if dtype is not None:
@@ -91,10 +92,8 @@ def convert(
         # another process may have made it while this one waited
         _check_new(out)
         _write_weights(source, stage, table, specs, shards)
+        settings |= _take_tokenizer(source, tokenizer_dir, stage)
         write_text(stage / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
-        for pattern in _TOKENIZER_FILES:
-            for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
-                shutil.copyfile(file, stage / file.name)
     return Written(out, len(specs), sum(map(_bytes, specs.values())), len(shards))
 
 
@@ -120,22 +119,22 @@ def _check_new(out: Path) -> None:
         raise UserError(f"{out}: exists already; name a new folder")
 
 
-def _settings(source: ModelFolder, layout: Layout, tokenizer_dir: Path) -> dict[str, Any]:
-    """The new config.json: what the model is, and which tokens begin and end a text."""
+def _take_tokenizer(source: ModelFolder, tokenizer_dir: Path, stage: Path) -> dict[str, Any]:
+    """Copies the tokenizer's files; returns which tokens begin, end and fill a text, for config.json."""
+    for pattern in _TOKENIZER_FILES:
+        for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
+            shutil.copyfile(file, stage / file.name)
     known = {key: source.settings[key] for key in _TOKEN_IDS if key in source.settings}
-    if not known:
-        known = _token_ids(tokenizer_dir)
-    return {"architectures": [layout.architecture], **layout.write_config(source.config), **known}
-
-
-def _token_ids(tokenizer_dir: Path) -> dict[str, int | None]:
-    """Of our tokenizers, whose end of text also begins one; none where no tokenizer can be read."""
+    if known:
+        return known
+    # a run says nothing of them in its settings; they are our tokenizer's, which transformers opens in another form
     try:
-        end = load_tokenizer(tokenizer_dir).eot_id
+        tokenizer = load_tokenizer(stage)
     except UserError:
-        # transformers would put the defaults of a class in their place
+        # otherwise transformers would put the defaults of a class in their place
         return {"bos_token_id": None, "eos_token_id": None}
-    return {"bos_token_id": end, "eos_token_id": end}
+    write_transformers_files(tokenizer, stage)
+    return write_generation_config(tokenizer, source.config.vocab_size, stage)
 
 
 def _bytes(spec: Tensor) -> int:
