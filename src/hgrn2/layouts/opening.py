@@ -109,6 +109,12 @@ def open_folder(path: Path) -> ModelFolder:
     """
     layout, settings, config = read_folder_config(path)
     weights = Weights(path)
+    if config.num_hidden_layers > len(weights.specs):
+        # every layer has tensors; a model of millions of layers would take hours to lay out
+        raise UserError(
+            f"{path}: {CONFIG_NAME} asks for {config.num_hidden_layers} layers; "
+            f"the files hold {len(weights.specs)} tensors"
+        )
     shapes = model_shapes(config)
     tables = layout.tables(config, list(shapes))
     if config.tie_word_embeddings:

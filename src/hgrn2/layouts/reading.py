@@ -139,7 +139,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file.parent}: no {file.name} there; name a folder that has one") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error}); {_COPY_AGAIN}") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: found {type(found).__name__}, wanted an object; {_COPY_AGAIN}")
