@@ -1,5 +1,6 @@
 """Files: written and read back, in pieces, in another dtype, on devices, with parts missing."""
 
+import copy
 import json
 import shutil
 
@@ -168,3 +169,25 @@ def test_a_config_alone_makes_a_model():
     model = AutoModelForCausalLM.from_config(hf_config("tied"), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embeddings.weight
+
+
+@torch.no_grad()
+def test_tensors_of_another_shape_are_drawn_anew_if_asked(tmp_path):
+    _, model = both("fla", torch.float32)
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, vocab_size=31, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {key[0] for key in info["mismatched_keys"]} == {"model.embeddings.weight", "lm_head.weight"}
+    assert again.lm_head.weight.shape == (31, 16)
+    assert again.lm_head.weight.std() == pytest.approx(0.02, rel=0.2)
+    assert torch.equal(again.model.layers[1].attn.f_proj.weight, model.model.layers[1].attn.f_proj.weight)
+
+
+def test_copies_are_independent(tmp_path):
+    _, model = both("tied")
+    again = copy.deepcopy(model)
+    assert again.lm_head.weight is again.model.embeddings.weight
+    with torch.no_grad():
+        again.lm_head.weight.zero_()
+    assert model.lm_head.weight.any()

@@ -212,3 +212,28 @@ def test_every_parameter_gets_a_gradient():
             # a shift of all keys of a query changes no attention weight
             if not key.endswith("k_proj.bias"):
                 assert p.grad.abs().sum() > 0, (name, key)
+
+
+def test_gradients_of_hidden_states():
+    _, model = both("window-attention")
+    ids = tokens(2, 9)
+    out = model(ids, labels=ids, output_hidden_states=True)
+    for x in out.hidden_states:
+        x.retain_grad()
+    out.loss.backward()
+    assert all(x.grad.abs().sum() > 0 for x in out.hidden_states)
+
+
+@pytest.mark.parametrize("name", ["short-conv", "full-attention"])
+def test_a_compiled_training_step(name):
+    torch._dynamo.reset()
+    _, model = both(name)
+    model.train()
+    ids, mask = left_padded([9, 5])
+    model(ids, attention_mask=mask, labels=ids).loss.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    step(ids, attention_mask=mask, labels=ids).loss.backward()
+    for key, x in gradients(model).items():
+        torch.testing.assert_close(x, wanted[key], rtol=1e-10, atol=1e-12)
