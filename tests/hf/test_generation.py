@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from hgrn2.errors import UserError
 from hgrn2.hf.cache import CACHE_NAME
@@ -105,6 +105,16 @@ def test_beam_search(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_beams_that_are_drawn_are_the_same_without_a_cache(name):
+    _, model = both(name)
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(4)
+        found.append(model.generate(tokens(2, 5), num_beams=3, do_sample=True, max_new_tokens=6, use_cache=use_cache))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_sampling(name):
     own, model = both(name)
     ids = tokens(1, 5)
@@ -166,6 +176,18 @@ def test_taking_tokens_back_is_refused(name):
         cache = model(ids, use_cache=True)[CACHE_NAME]
         cache.offloading = True
         model.generate(ids, **{CACHE_NAME: cache}, **GREEDY)
+
+
+def test_being_an_assistant_is_refused():
+    # it would have to forget what the other model did not take
+    _, assistant = both("fla", torch.float32)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="recurrent state does not know"):
+        LlamaForCausalLM(config).generate(tokens(1, 5), assistant_model=assistant, **GREEDY)
 
 
 @pytest.mark.parametrize("name", ["fla", "short-conv"])

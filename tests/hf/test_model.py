@@ -53,6 +53,18 @@ def test_batched_texts_are_as_if_alone(name):
         assert_same(again[i, :n], together[i, -n:])
 
 
+@torch.no_grad()
+def test_places_that_say_nothing_new_are_taken():
+    _, model = both("full-attention")
+    ids, mask = left_padded([5, 3])
+    wanted = model(ids, attention_mask=mask).logits
+    # padding has had different places in the course of time
+    for padding in (0, 1):
+        places = (mask.cumsum(1) - 1).masked_fill(mask == 0, padding)
+        assert torch.equal(model(ids, attention_mask=mask, position_ids=places).logits, wanted)
+    assert torch.equal(model(ids, position_ids=torch.arange(7, 12)[None]).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_a_text_in_parts_is_the_text(name):
@@ -261,7 +273,10 @@ def test_packed_sequences(name):
         ({"input_ids": tokens(1, 3), "attention_masks": torch.ones(1, 3)}, "unknown argument attention_masks"),
         ({"input_ids": tokens(1, 3), "output_attentions": True}, "no attention matrix"),
         ({"input_ids": tokens(1, 3), "is_causal": False}, "left to right"),
-        ({"input_ids": tokens(1, 3), "position_ids": torch.arange(3)[None]}, "places follow from attention_mask"),
+        ({"input_ids": tokens(1, 3), "position_ids": torch.tensor([[0, 1, 0]])}, "give cu_seq_lens_q"),
+        ({"input_ids": tokens(1, 3), "position_ids": torch.tensor([[0, 2, 3]])}, "one after the other"),
+        ({"input_ids": tokens(1, 3), "position_ids": torch.tensor([0, 1, 2])}, "one after the other"),
+        ({"input_ids": tokens(1, 3), "seq_idx": torch.tensor([[0, 0, 1]])}, "give cu_seq_lens_q"),
         ({"input_ids": tokens(2, 3), "cu_seq_lens_q": torch.tensor([0, 3])}, "packed sequences are one row"),
         ({"input_ids": tokens(1, 3), "cache": DynamicCache(), "past_key_values": DynamicCache()}, "two names of one"),
         ({"input_ids": tokens(1, 3), "labels": tokens(1, 4)}, "labels have shape"),

@@ -76,7 +76,6 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -95,14 +94,15 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
             logits_to_keep: the last so many places get logits, 0 for all; or a 1-D tensor of places. The loss is of
                 all places whatever is kept, and never holds all logits: 1 saves their memory in training.
             num_items_in_batch: what the summed loss is divided by, instead of the number of labels that count.
-            shift_labels: [B, T], labels that are shifted already, instead of labels.
             cu_seq_lens_q: see input_ids; a sequence's first token is not a label of the one before.
             past_key_values: see input_ids.
-            **kwargs: see input_ids.
+            **kwargs: see input_ids; and shift_labels [B, T], labels that are shifted already, instead of labels.
 
         Returns:
             The loss or None, logits [B, kept, vocab_size], and what `HGRN2Model.forward` returns.
         """
+        # not among the named arguments: the Trainer expects every one with "label" in its name in every batch
+        targets = _targets(labels, kwargs.pop("shift_labels", None), cu_seq_lens_q)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids,
             attention_mask,
@@ -119,7 +119,6 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         assert x is not None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None
-        targets = _targets(labels, shift_labels, cu_seq_lens_q)
         if targets is not None:
             if targets.shape != x.shape[:2]:
                 raise UserError(f"labels have shape {list(targets.shape)}; wanted {list(x.shape[:2])}, as the input")

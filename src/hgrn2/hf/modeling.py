@@ -25,6 +25,11 @@ from hgrn2.nn.gates import lower_bounds
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
 
+_GIVE_BOUNDS = (
+    "the places of tokens follow from attention_mask, one after the other; for packed sequences give cu_seq_lens_q, as "
+    "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
+)
+
 
 class HGRN2Layer(GradientCheckpointingLayer, Block):
     """A block whose activations can be computed again in the backward pass instead of kept."""
@@ -118,6 +123,8 @@ class HGRN2Model(HGRN2PreTrainedModel):
         if cu_seq_lens_q is not None and (cache is not None or attention_mask is not None or x.shape[0] != 1):
             raise UserError("cu_seq_lens_q: packed sequences are one row, without a cache and without an attention_mask")
         mask = _padding(attention_mask, x)
+        if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
+            _check_places(kwargs["position_ids"], mask, x)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seq_lens_q is None
         if cache is None and use_cache:
@@ -187,8 +194,18 @@ def _check_further(values: dict[str, Any], packed: bool) -> None:
             raise UserError("output_attentions: a recurrent layer has no attention matrix; leave it out")
         if name == "is_causal" and not value:
             raise UserError("is_causal=False: a recurrence reads from left to right; leave it out")
-        if name in ("position_ids", "seq_idx") and not packed:
-            raise UserError(
-                f"{name}: places follow from attention_mask; for packed sequences give cu_seq_lens_q, as "
-                "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
-            )
+        if name == "seq_idx" and not packed:
+            raise UserError(f"seq_idx: {_GIVE_BOUNDS}")
+
+
+def _check_places(position_ids: Tensor, mask: Tensor | None, x: Tensor) -> None:
+    """Refuses places that are not one after the other: packed sequences without their bounds, or gaps."""
+    batch, length = x.shape[:2]
+    # values cannot be looked at in a trace
+    good = not torch.compiler.is_compiling() and position_ids.dim() == 2 and position_ids.shape[1] >= length
+    if good:
+        step = position_ids[:, position_ids.shape[1] - length :].to(x.device).diff(dim=1).expand(batch, -1)
+        both = True if mask is None else mask[:, 1:] & mask[:, :-1]
+        good = bool(((step == 1) | ~torch.as_tensor(both, device=x.device)).all())
+    if not good:
+        raise UserError(f"position_ids: {_GIVE_BOUNDS}")
