@@ -10,8 +10,8 @@ from torch import nn
 
 from hgrn2.data import ByteTokenizer, load_tokenizer
 from hgrn2.errors import UserError
+from hgrn2.layouts.files import write_safetensors
 from hgrn2.train import checkpoint
-from hgrn2.train.files import write_safetensors
 from tests.train.tiny_run import TinyModel
 
 CONFIG = {"model": {"hidden_size": 8, "expand_ratio": 4, "vocab_size": 260}, "train": {"max_steps": 3}}

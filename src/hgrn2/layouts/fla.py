@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hgrn2.errors import UserError
-from hgrn2.layouts.keys import check_keys
+from hgrn2.layouts.keys import check_keys, require, warn_of_training_keys
+from hgrn2.layouts.tables import Table
 from hgrn2.models import AttentionConfig, HGRN2Config
 from hgrn2.models.config import MODEL_TYPE
 
@@ -24,14 +24,11 @@ _SHARED = (
 )  # fmt: skip
 # keys that only fla's files have, and by which they are known
 SIGNATURE = (
-    "attn_mode", "hidden_act", "max_position_embeddings", "rms_norm_eps", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy",
-    "fuse_linear_cross_entropy", "use_l2warp", "attnres_block_size",
+    "attn_mode", "hidden_act", "rms_norm_eps", "share_conv_kernel", "attnres_block_size", "fuse_norm", "fuse_swiglu",
+    "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp",
 )  # fmt: skip
 # of them, those that decide how fast, or how a loss is formed, not what the model computes
-_INERT = (
-    "max_position_embeddings", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp",
-    "use_cache",
-)  # fmt: skip
+_INERT = ("fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
 _KNOWN = (
     *_SHARED, "expand_ratio", "hidden_ratio", "norm_eps", "rms_norm_eps", "elementwise_affine", "attn", "attn_mode",
     "hidden_act", "attnres_block_size", "share_conv_kernel",
@@ -45,8 +42,8 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
     """A config.json of fla's layout, as our configuration.
 
     Old spellings are read (`rms_norm_eps`, `attn_mode = "fused_chunk"`, `num_heads` null or given, `expand_ratio` null
-    beside num_heads). `elementwise_affine` is about the norm after the scan alone in fla: the norms of the blocks always
-    have a weight. That norm's eps is 1e-5 in fla whatever `norm_eps` says, so this is what `mixer_norm_eps` becomes.
+    beside num_heads). `elementwise_affine` is about the norm after the scan alone in fla: the norms of the blocks
+    always have a weight. That norm's eps is 1e-5 in fla whatever `norm_eps` says, so `mixer_norm_eps` is set to this.
 
     Args:
         values: the file's keys; transformers' own and those that only decide about speed are passed over.
@@ -162,25 +159,14 @@ def write_config(config: HGRN2Config) -> dict[str, Any]:
     wanted: dict[str, Any] = {
         "q_activation": "silu", "v_activation": "none", "mixer_norm": "rmsnorm", "mixer_norm_eps": MIXER_NORM_EPS,
         "block_norm": "rmsnorm", "elementwise_affine": True, "glu_activation": "silu", "use_bias": False,
-        "scale_embedding": False,
+        "scale_embedding": False, "head_scale": config.expand_ratio**-0.5,
     }  # fmt: skip
     if config.use_lower_bound:
         wanted["lower_bound"] = "inclusive"
-    if config.head_scale != config.expand_ratio**-0.5:
-        wanted["scale"] = None
-    for key, value in wanted.items():
-        if getattr(config, key) != value:
-            raise UserError(
-                f"fla's layout cannot say {key} = {getattr(config, key)!r}; there it is always {value!r}. "
-                "Write another layout"
-            )
+    require(config, "fla", wanted)
     if config.attn is not None and config.attn.rope_theta is None:
         raise UserError("fla's layout cannot say attn.rope_theta = None; there attention always has positions")
-    for key in ("dropout", "min_log_decay"):
-        if getattr(config, key) not in (0, None):
-            warnings.warn(
-                f"fla's layout has no {key}; it is left out, and matters in training only", UserWarning, stacklevel=2
-            )
+    warn_of_training_keys(config, "fla", {"dropout": (0,), "min_log_decay": (None,)})
     return {
         "model_type": MODEL_TYPE,
         **{key: getattr(config, key) for key in _SHARED},
@@ -199,6 +185,23 @@ def write_config(config: HGRN2Config) -> dict[str, Any]:
         "fuse_linear_cross_entropy": False,
         "use_l2warp": False,
     }
+
+
+def tables(config: HGRN2Config, names: Sequence[str]) -> tuple[Table, ...]:
+    """Which of our tensors each tensor of a file holds: today's form, and the one from before February 2025.
+
+    Our names are fla's. Older files have the two inner matrices of a channel mixer in one, the gate's rows first.
+
+    Args:
+        config: of the model, which does not matter here.
+        names: of our tensors.
+    """
+    del config
+    merged = {}
+    for name in names:
+        if ".up_proj." not in name:
+            merged[name] = (name, name.replace(".gate_proj.", ".up_proj.")) if ".gate_proj." in name else (name,)
+    return {name: (name,) for name in names}, merged
 
 
 def _write_attention(attn: AttentionConfig) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from hgrn2.data.find_tokenizer import load_tokenizer
 from hgrn2.data.transformers_files import write_generation_config, write_transformers_files
 from hgrn2.errors import UserError
+from hgrn2.layouts.files import fsync_directory, sha256_of, write_safetensors, write_text
+from hgrn2.layouts.reading import find_weights
 from hgrn2.models.config import MODEL_TYPE, HGRN2Config
-from hgrn2.train.files import fsync_directory, sha256_of, write_safetensors, write_text
 
 CONFIG_NAME = "config.json"
 MODEL_NAME = "model.safetensors"
@@ -194,13 +195,8 @@ def load_saved_model(path: Path, which: str = "latest") -> SavedModel:
     Raises:
         UserError: there is no model there, the best one is gone, or a file is truncated or changed.
     """
-    folder = _model_folder(path, which)
-    is_checkpoint = folder.parent.name == FOLDER_NAME
-    tokenizer_dir = folder.parent.parent if is_checkpoint else folder
+    folder, tokenizer_dir = locate_model(path, which)
     try:
-        # an exported model may come without checksums
-        if is_checkpoint or (folder / SUMS_NAME).exists():
-            _verify(folder, only=(MODEL_NAME, CONFIG_NAME))
         return SavedModel(folder, read_config(folder), load_file(folder / MODEL_NAME), tokenizer_dir)
     except UserError:
         # names the file already
@@ -209,8 +205,29 @@ def load_saved_model(path: Path, which: str = "latest") -> SavedModel:
         raise UserError(f"model {folder}: {error}; {_way_out(folder)}") from None
 
 
+def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
+    """The folder that holds a model's weights and settings, and the one that holds its tokenizer.
+
+    Args:
+        path: a run folder, one checkpoint in it, or a folder with weights of any layout.
+        which: "latest" or "best", for a run folder.
+
+    Raises:
+        UserError: there is no model there, the best one is gone, or a file is not what its checksum says.
+    """
+    folder = _model_folder(path, which)
+    is_checkpoint = folder.parent.name == FOLDER_NAME
+    # a model from elsewhere may come without checksums
+    if is_checkpoint or (folder / SUMS_NAME).exists():
+        try:
+            _verify(folder, only=(MODEL_NAME, CONFIG_NAME))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {folder}: {error}; {_way_out(folder)}") from None
+    return folder, folder.parent.parent if is_checkpoint else folder
+
+
 def _model_folder(path: Path, which: str) -> Path:
-    if (path / MODEL_NAME).exists():
+    if find_weights(path) is not None:
         return path
     found = checkpoints_of(path)
     if not found:
