@@ -39,8 +39,9 @@ def test_the_tables_of_a_training_run_are_read(tmp_path):
 
 def test_the_settings_of_fla_are_read(tmp_path):
     keys = {
-        "model_type": "hgrn2", "attn_mode": "fused_chunk", "rms_norm_eps": 1e-4, "hidden_size": 32, "num_hidden_layers": 4,
-        "expand_ratio": 8, "num_heads": None, "hidden_act": "swish", "vocab_size": 29, "max_position_embeddings": 99,
+        "model_type": "hgrn2", "attn_mode": "fused_chunk", "rms_norm_eps": 1e-4, "hidden_size": 32,
+        "num_hidden_layers": 4, "expand_ratio": 8, "num_heads": None, "hidden_act": "swish", "vocab_size": 29,
+        "max_position_embeddings": 99,
         "attn": {"layers": [1, 3], "num_heads": 2, "window_size": 7}, "fuse_cross_entropy": True, "bos_token_id": 1,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(keys))

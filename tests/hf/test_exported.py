@@ -34,8 +34,8 @@ def folders(request, tmp_path_factory):
         vocab_size=size, hidden_size=32, num_hidden_layers=2, expand_ratio=8, intermediate_size=48,
         tie_word_embeddings=True,
     )  # fmt: skip
-    settings = TrainConfig.from_dict(
-        {"max_steps": 30, "batch_size": 4, "seq_len": 48, "learning_rate": 1e-2, "validation_tokens": 500, "device": "cpu"}
+    settings = TrainConfig(
+        max_steps=30, batch_size=4, seq_len=48, learning_rate=1e-2, validation_tokens=500, device="cpu"
     )
     start_language_run(root / "run", config, settings, data, data_settings={})
     return root / "run", checkpoint.export_model(root / "run", root / "export")
@@ -133,14 +133,16 @@ def test_classification_pipeline(folders, tmp_path):
     for text, found in zip(texts, together, strict=True):
         with torch.no_grad():
             p = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
-        assert {x["label"]: x["score"] for x in found} == pytest.approx({"prose": p[0].item(), "verse": p[1].item()}, abs=1e-5)
+        wanted = {"prose": p[0].item(), "verse": p[1].item()}
+        assert {x["label"]: x["score"] for x in found} == pytest.approx(wanted, abs=1e-5)
 
 
 def test_state_files_go_from_the_run_to_its_export(folders, tmp_path, capsys):
     run, export = folders
-    main(["generate", str(run), "--prompt", PROMPT, "--temperature", "0", "--max-tokens", "8", "--state-out", str(tmp_path / "s")])
+    flags, state = ["--temperature", "0", "--max-tokens", "8"], str(tmp_path / "state")
+    main(["generate", str(run), "--prompt", PROMPT, *flags, "--state-out", state])
     capsys.readouterr()
-    main(["generate", str(export), "--temperature", "0", "--max-tokens", "8", "--state-in", str(tmp_path / "s")])
+    main(["generate", str(export), *flags, "--state-in", state])
     own, tokenizer = load_model(run, "latest", "cpu")
     text = "".join(Writer(own, tokenizer, Sampling(temperature=0)).write(PROMPT, 16))
     shown = capsys.readouterr().out.rstrip("\n")

@@ -139,7 +139,8 @@ def test_scores_logits_and_the_end_of_a_text():
     stop = wanted[0, 5:].tolist().index(end) + 6
     assert torch.equal(found.sequences, wanted[:, :stop])
     with torch.no_grad():
-        torch.testing.assert_close(torch.stack(found.logits, 1), own(wanted)[0][:, 4 : stop - 1].float(), rtol=1e-5, atol=1e-5)
+        logits = own(wanted)[0][:, 4 : stop - 1].float()
+    torch.testing.assert_close(torch.stack(found.logits, 1), logits, rtol=1e-5, atol=1e-5)
     assert [len(layers) for layers in found.hidden_states] == [4] * (stop - 5)
 
 
@@ -172,9 +173,9 @@ def test_taking_tokens_back_is_refused(name):
     if name.endswith("attention"):
         with pytest.raises(UserError, match="keys and values of attention layers grow"):
             model.generate(ids, cache_implementation="static", **GREEDY)
+    cache = model(ids, use_cache=True)[CACHE_NAME]
+    cache.offloading = True
     with pytest.raises(UserError, match="offloaded"):
-        cache = model(ids, use_cache=True)[CACHE_NAME]
-        cache.offloading = True
         model.generate(ids, **{CACHE_NAME: cache}, **GREEDY)
 
 

@@ -310,7 +310,7 @@ def test_dtypes():
     state = out[CACHE_NAME].layers[0].state
     # the state is a sum of many terms
     assert (state["recurrent"].dtype, state["q_conv"].dtype) == (torch.float32, torch.bfloat16)
-    own, exact = both("short-conv")
+    _, exact = both("short-conv")
     wanted = exact(tokens(2, 9)).logits
     assert (out.logits.double() - wanted).norm() < 0.05 * wanted.norm()
 

@@ -108,8 +108,8 @@ def test_missing_tensors_are_drawn_as_at_a_start(tmp_path):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     gone = [
-        "model.lower_bounds", "model.norm.weight", "model.layers.1.attn.g_norm.bias", "model.layers.2.attn.o_proj.weight",
-        "model.layers.0.attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight",
+        "model.lower_bounds", "model.norm.weight", "model.layers.1.attn.g_norm.bias",
+        "model.layers.2.attn.o_proj.weight", "model.layers.0.attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight",
     ]  # fmt: skip
     kept = {name: x for name, x in tensors.items() if name not in gone}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
@@ -128,12 +128,12 @@ def test_missing_tensors_are_drawn_as_at_a_start(tmp_path):
 def test_damaged_and_foreign_folders_are_refused(tmp_path):
     _, model = both("fla", torch.float32)
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(RuntimeError, match="size mismatch|ignore_mismatched_sizes"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
         HGRN2ForCausalLM.from_pretrained(tmp_path / "model", vocab_size=31)
     shutil.copytree(tmp_path / "model", tmp_path / "short")
     data = (tmp_path / "short" / "model.safetensors").read_bytes()
     (tmp_path / "short" / "model.safetensors").write_bytes(data[:-10])
-    with pytest.raises(Exception, match="incomplete metadata|InvalidHeader|not fully covered"):
+    with pytest.raises(Exception, match=r"incomplete metadata|InvalidHeader|not fully covered"):
         HGRN2ForCausalLM.from_pretrained(tmp_path / "short")
 
 

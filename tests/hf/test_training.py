@@ -103,9 +103,8 @@ def losses(trainer):
 def test_an_epoch_with_the_trainer(name, tmp_path):
     torch.manual_seed(0)
     model = HGRN2ForCausalLM(hf_config(name))
-    trainer = Trainer(
-        model=model, args=arguments(tmp_path, gradient_checkpointing=True), train_dataset=Texts(120), eval_dataset=Texts(8)
-    )
+    args = arguments(tmp_path, gradient_checkpointing=True)
+    trainer = Trainer(model=model, args=args, train_dataset=Texts(120), eval_dataset=Texts(8))
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
@@ -147,9 +146,7 @@ def test_rows_packed_by_the_library_are_trained_as_if_alone(tmp_path):
     _, model = both("full-attention")
     out = model(**collate(rows))
     # three labels fewer: no text predicts the first token of the next
-    summed = sum(
-        model(ids := torch.tensor([row["input_ids"]]), labels=ids, num_items_in_batch=1).loss for row in rows
-    )
+    summed = sum(model(ids := torch.tensor([row["input_ids"]]), labels=ids, num_items_in_batch=1).loss for row in rows)
     torch.testing.assert_close(out.loss * (5 + 6 + 7 - 3), summed)
 
 

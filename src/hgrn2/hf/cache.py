@@ -29,9 +29,9 @@ _REPLACEABLE = (LinearAttentionLayer, DynamicLayer, DynamicSlidingWindowLayer)
 class StateLayer(CacheLayerMixin):
     """One layer of a cache: the tensors of a mixer by name, as `hgrn2.models.ModelState` has them.
 
-    The library's own layers do not fit. A linear attention layer there counts no tokens, so that `generate` could not go
-    on from it, and has a previous state only if it has a convolution; an attention layer keeps padding among its keys,
-    which ours moves out of the way.
+    The library's own layers do not fit. A linear attention layer there counts no tokens, so that `generate` could not
+    go on from it, and has a previous state only if it has a convolution; an attention layer keeps padding among its
+    keys, which ours moves out of the way.
 
     A state of fixed size stays at one address, where a compiled step finds it.
 
@@ -136,7 +136,7 @@ class StateLayer(CacheLayerMixin):
         """
         raise UserError(
             f"cannot take {abs(tokens_to_remove)} tokens out of the cache: a recurrent state does not know what single "
-            "tokens added to it; keep a copy of the cache (copy.deepcopy) to go back to, and generate without an assistant"
+            "tokens added to it; go back to a copy of the cache (copy.deepcopy), and generate without an assistant"
         )
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -163,7 +163,7 @@ def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
     """
     if getattr(cache, "offloading", False):
         raise UserError(f"cache is an offloaded {type(cache).__name__}; wanted one that stays on the device")
-    layers = cache.layers
+    layers: list[Any] = cache.layers
     if not layers:
         layers.extend(StateLayer(kind) for kind in kinds)
     if len(layers) != len(kinds):
@@ -180,6 +180,6 @@ def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
             )
         used = getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values())
         if used:
-            raise UserError(f"cache: another model filled layer {i}; hand over a new cache, or what this model returned")
+            raise UserError(f"cache: another model filled layer {i}; wanted a new cache, or what this model returned")
         layers[i] = StateLayer(kind)
     return layers

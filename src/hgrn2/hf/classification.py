@@ -26,9 +26,10 @@ class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
 
     def __init__(self, config: HGRN2Config) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        # the library's loss asks for it by this name
+        self.num_labels = config.num_labels or 2
         self.model = HGRN2Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -87,7 +88,7 @@ class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,
             hidden_states=outputs.hidden_states,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},  # pyright: ignore[reportArgumentType]
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},  # pyright: ignore[reportArgumentType]
         )
 
 

@@ -92,7 +92,8 @@ class HGRN2Config(PreTrainedConfig):
     @property
     def sliding_window(self) -> int | None:
         """Tokens a query of an attention layer sees, itself included; None for all, or without such layers."""
-        return self.attn.get("window_size") if self.attn else None
+        attn: Any = self.attn
+        return attn["window_size"] if attn else None
 
     @property
     def head_dim(self) -> int:
@@ -106,7 +107,7 @@ def _read(values: dict[str, Any]) -> tuple[own.HGRN2Config, dict[str, Any]]:
     if table is not None:
         mixed = sorted(values.keys() & {*_FIELDS, *fla.SIGNATURE})
         if mixed:
-            raise UserError(f"model config: {', '.join(mixed)} beside the table 'model'; put all settings into the table")
+            raise UserError(f"model config: {', '.join(mixed)} beside the table 'model'; put all into the table")
         model, kept = own.HGRN2Config.from_dict(table), values.keys() - {_MODEL_TABLE, *_OTHER_TABLES}
     elif values.keys() & set(fla.SIGNATURE):
         # read_config knows what stands in files, not what the library adds on the way

@@ -59,7 +59,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         # the model's own layers before anything is read: generation asks a cache how much that was
-        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
         if model_kwargs.get(CACHE_NAME) is not None:
             state_layers(model_kwargs[CACHE_NAME], self.config.layer_types)
         return made
@@ -128,7 +128,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=self.lm_head(x[:, kept]),
             hidden_states=outputs.hidden_states,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},  # pyright: ignore[reportArgumentType]
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},  # pyright: ignore[reportArgumentType]
         )
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:

@@ -13,11 +13,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from hgrn2.errors import UserError
-from hgrn2.hf.cache import CACHE_NAME, StateLayer, state_layers
+from hgrn2.hf.cache import CACHE_NAME, state_layers
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.models.language import build_block
 from hgrn2.nn.block import Block
@@ -41,7 +40,7 @@ class HGRN2PreTrainedModel(PreTrainedModel):
     config_class = HGRN2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("HGRN2Layer",)
+    _no_split_modules = ["HGRN2Layer"]  # noqa: RUF012
     _input_embed_layer = "embeddings"
     # assisted decoding would have to take tokens back
     _is_stateful = True
@@ -52,7 +51,7 @@ class HGRN2PreTrainedModel(PreTrainedModel):
         # the distributions of hgrn2.models.HGRN2LM.initialize, by module instead of by name
         if isinstance(module, nn.Linear | nn.Embedding | ShortConv):
             std = self.config.initializer_range
-            layers = self.base_model.layers
+            layers: Any = self.base_model.layers
             if any(module is end for layer in layers for end in (layer.attn.o_proj, layer.mlp.down_proj)):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, 0.0, std)
@@ -103,8 +102,8 @@ class HGRN2Model(HGRN2PreTrainedModel):
             cache: what was read before, as an earlier call returned it; taken on in place.
             inputs_embeds: [B, T, D], what the embeddings would give; instead of input_ids.
             use_cache: whether to return a cache; by default as the configuration says, and not in training.
-            output_hidden_states: whether to return the input of every layer and the last layer's output, [B, T, D] each,
-                the last behind the final norm.
+            output_hidden_states: whether to return the input of every layer and the last layer's output, [B, T, D]
+                each, the last behind the final norm.
             cu_seq_lens_q: [N + 1] starts of sequences packed end to end and the total length, B = 1.
             past_key_values: the cache by its name before transformers 5.24.
             **kwargs: transformers' further arguments; those that ask for something the model has not are refused.
@@ -121,7 +120,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
             raise UserError("input_ids and inputs_embeds: give one of them, not both or none")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if cu_seq_lens_q is not None and (cache is not None or attention_mask is not None or x.shape[0] != 1):
-            raise UserError("cu_seq_lens_q: packed sequences are one row, without a cache and without an attention_mask")
+            raise UserError("cu_seq_lens_q: packed sequences are one row, without a cache or an attention_mask")
         mask = _padding(attention_mask, x)
         if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
             _check_places(kwargs["position_ids"], mask, x)
@@ -175,8 +174,8 @@ def _padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
         raise UserError(f"attention_mask is {found}; wanted [B, T], 0 where a place is padding")
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         raise UserError(
-            f"attention_mask has shape {list(attention_mask.shape)}; wanted [{batch}, {length}], more before if there is "
-            "a cache"
+            f"attention_mask has shape {list(attention_mask.shape)}; wanted [{batch}, {length}], or more columns "
+            "before these with a cache"
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(x.device).bool()
     # generation hands over a mask of ones at every step, which costs more to follow than to look at
