@@ -21,6 +21,7 @@ from hgrn2.data.staging import check_file_place, check_folder_place, write_text_
 from hgrn2.errors import UserError
 from hgrn2.parsing import command, parse
 from hgrn2.settings import (
+    convert_model,
     data_settings,
     given_flags,
     load_model,
@@ -141,7 +142,7 @@ def generate(
     r"""Write text with a trained model.
 
     Args:
-        run: A run folder, a checkpoint, or a folder with model.safetensors and config.json.
+        run: A run folder, a checkpoint, or a folder of another layout (see convert) with its tokenizer.json.
         prompt: Text to continue.
         max_tokens: Most tokens to write.
         temperature: 0 takes the likeliest token; higher is more varied.
@@ -193,7 +194,7 @@ def evaluate(
     """Perplexity and bits a byte of texts of any length, in constant memory.
 
     Args:
-        run: A run folder, a checkpoint, or a folder with model.safetensors and config.json.
+        run: A run folder, a checkpoint, or a folder of another layout (see convert) with its tokenizer.json.
         files: Text files, folders, globs, .jsonl(.zst) or .parquet.
         text_field: Key or column of the text in .jsonl and .parquet.
         window: Tokens read at a time; does not change the result.
@@ -294,6 +295,30 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+@command("convert")
+def convert(
+    source: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    to: Literal["hf", "fla", "native", "official"],
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = "same",
+    max_shard_size: str = "5GB",
+    checkpoint: Literal["latest", "best"] = "latest",
+) -> None:
+    """Write a checkpoint in another layout; which one it has is told from its own files.
+
+    Args:
+        source: A run folder, a checkpoint, or a folder in the layout of hgrn2.hf, fla or hgru2-pytorch.
+        out: A folder that does not exist yet; it appears whole or not at all.
+        to: hf (transformers, after import hgrn2.hf), fla, native (as runs are kept) or official (hgru2-pytorch).
+        dtype: Of the new tensors; same leaves each as it is.
+        max_shard_size: Weights above this size are cut into several files; native is always one.
+        checkpoint: Which checkpoint of a run.
+    """
+    written = convert_model(source, out, to, dtype, max_shard_size, checkpoint)
+    files = "" if written.num_shards == 1 else f" in {written.num_shards} files"
+    print(f"{written.path}: {written.num_tensors} tensors, {_bytes(written.num_bytes)}{files}")
 
 
 @command("plot")

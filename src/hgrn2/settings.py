@@ -17,8 +17,10 @@ from hgrn2.data import load_tokenizer
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.layouts.convert import Written, convert, parse_size
+from hgrn2.layouts.opening import open_folder, read_folder_config
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
-from hgrn2.train.checkpoint import load_model_tensors, load_saved_model, read_config, resume_point
+from hgrn2.train.checkpoint import locate_model, read_config, resume_point
 from hgrn2.train.run import choose_device
 
 
@@ -138,9 +140,7 @@ def model_config(
         return presets.preset(model, **keys)
     path = Path(model)
     if path.is_dir():
-        found = read_config(path)
-        if isinstance(found.get("model"), dict):
-            found = found["model"]
+        found = read_folder_config(path)[2].to_dict()
     elif path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -157,23 +157,40 @@ def model_config(
 
 
 def load_model(run: Path, which: str, device: str) -> tuple[HGRN2LM, Tokenizer]:
-    """A trained model, ready for use, and its tokenizer.
+    """A trained model in float32, ready for use, and its tokenizer.
 
     Args:
-        run: a run folder, a checkpoint, or a folder with model.safetensors and config.json.
+        run: a run folder, a checkpoint, or a folder of any layout that holds the tokenizer as well.
         which: "latest" or "best" checkpoint of a run.
         device: "auto", "cpu", "cuda", ...
     """
     place = choose_device(device)
-    saved = load_saved_model(run, which)
-    settings = saved.config.get("model", saved.config)
-    tokenizer = load_tokenizer(saved.tokenizer_dir)
-    config = HGRN2Config.from_dict(settings)
-    tokenizer.check_fits(config.vocab_size)
+    folder, tokenizer_dir = locate_model(run, which)
+    saved = open_folder(folder)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.check_fits(saved.config.vocab_size)
     with torch.device("meta"):
-        model = HGRN2LM(config)
+        model = HGRN2LM(saved.config)
     model = model.to_empty(device=place)
     model.tie_weights()
-    with torch.no_grad():
-        load_model_tensors(model, saved.tensors, saved.path)
+    saved.load_into(model)
     return model.eval(), tokenizer
+
+
+def convert_model(source: Path, out: Path, to: str, dtype: str, max_shard_size: str, which: str) -> Written:
+    """Writes a model in another layout.
+
+    Args:
+        source: a run folder, a checkpoint, or a folder of any layout.
+        out: a folder that does not exist yet.
+        to: a name in `hgrn2.layouts.layout.LAYOUTS`.
+        dtype: "same", or torch's name of one.
+        max_shard_size: see `parse_size`.
+        which: "latest" or "best" checkpoint of a run.
+    """
+    max_shard_bytes = parse_size(max_shard_size)
+    folder, tokenizer_dir = locate_model(source, which)
+    return convert(
+        open_folder(folder), out, to, tokenizer_dir=tokenizer_dir,
+        dtype=None if dtype == "same" else getattr(torch, dtype), max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip

@@ -8,17 +8,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from hgrn2.data import ByteTokenizer, load_tokenizer
 from hgrn2.errors import UserError
+from hgrn2.layouts.files import write_safetensors
 from hgrn2.train import checkpoint
-from hgrn2.train.files import write_safetensors
 from tests.train.tiny_run import TinyModel
 
-CONFIG = {"model": {"hidden_size": 8}, "train": {"max_steps": 3}}
-
-
-class Marker:
-    def save(self, directory):
-        (directory / "tokenizer.json").write_text("{}")
+CONFIG = {"model": {"hidden_size": 8, "expand_ratio": 4, "vocab_size": 260}, "train": {"max_steps": 3}}
 
 
 def save(store, step, best_step=None):
@@ -35,7 +31,7 @@ def save(store, step, best_step=None):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    checkpoint.create_run(tmp_path / "run", CONFIG, Marker())
+    checkpoint.create_run(tmp_path / "run", CONFIG, ByteTokenizer())
     return tmp_path / "run"
 
 
@@ -177,13 +173,21 @@ def test_saved_model_from_run_checkpoint_and_export(store, run_dir, tmp_path):
     for step in (2, 3):
         save(store, step, 1)
     out = checkpoint.export_model(run_dir, tmp_path / "export", which="best")
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "bytes_tokenizer.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    ids = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+    further = {"model_type": "hgrn2", "architectures": ["HGRN2ForCausalLM"]}
+    assert json.loads((out / "config.json").read_text()) == CONFIG | ids | further
+    # three tokens of the model's the tokenizer does not know
+    assert json.loads((out / "generation_config.json").read_text()) == ids | {"suppress_tokens": [257, 258, 259]}
     for source, which in ((best, "latest"), (run_dir, "best"), (out, "latest")):
         saved = checkpoint.load_saved_model(source, which)
         torch.manual_seed(1)
         assert torch.equal(saved.tensors["head.weight"], TinyModel().head.weight)
-        assert saved.config == CONFIG
-        assert (saved.tokenizer_dir / "tokenizer.json").exists()
+        assert CONFIG.items() <= saved.config.items()
+        assert load_tokenizer(saved.tokenizer_dir).name == "bytes"
     assert checkpoint.load_saved_model(run_dir).path.name == "step-00000003"
     with pytest.raises(UserError, match="exists already"):
         checkpoint.export_model(run_dir, out)

@@ -88,7 +88,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def _load_directory(path: Path) -> Tokenizer:
-    for name in (TOKENIZER_FILE, BYTES_FILE):
+    # a folder of bytes may hold a tokenizer.json of the same tokens for transformers
+    for name in (BYTES_FILE, TOKENIZER_FILE):
         if (path / name).is_file():
             return _load_file(path / name)
     sentencepiece = sorted(path.glob("*.model"))

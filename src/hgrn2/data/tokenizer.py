@@ -203,8 +203,12 @@ class HFTokenizer(Tokenizer):
         return path
 
     def fingerprint(self) -> str:
-        """Hex digest of the serialised tokenizer."""
-        return hashlib.sha256(self.backend.to_str().encode("utf-8")).hexdigest()
+        """Hex digest of the serialised tokenizer, without the template of special tokens that is never used."""
+        text = self.backend.to_str()
+        if self.backend.post_processor is not None:
+            content = json.loads(text) | {"post_processor": None}
+            text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _join_bytes(tokenizer: Tokenizer, ids: Iterable[int], errors: str) -> str:
@@ -226,7 +230,7 @@ def _byte_level_table(backend: tokenizers.Tokenizer, vocab: dict[str, int]) -> d
     if "ByteLevel" not in kinds or not kinds <= {"ByteLevel", "Fuse"}:
         return None
     added = backend.get_added_tokens_decoder()
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     table = {}
     for token, token_id in vocab.items():
         if token_id in added:
@@ -238,7 +242,7 @@ def _byte_level_table(backend: tokenizers.Tokenizer, vocab: dict[str, int]) -> d
     return table
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in byte-level vocabularies, to the byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = {chr(byte): byte for byte in printable}

@@ -39,7 +39,7 @@ class HGRN2Model(nn.Module):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.use_lower_bound:
             self.lower_bounds = nn.Parameter(torch.empty(config.num_hidden_layers, config.hidden_size))
-        self.layers = nn.ModuleList(_block(config, i, backend) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(build_block(config, i, backend) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
 
     def bounds(self) -> list[Tensor] | list[None]:
@@ -69,7 +69,15 @@ class HGRN2Model(nn.Module):
         return self.norm(x), ModelState(tuple(new_layers))
 
 
-def _block(config: HGRN2Config, layer: int, backend: str) -> Block:
+def build_block(config: HGRN2Config, layer: int, backend: str = "auto", kind: type[Block] = Block) -> Block:
+    """One layer of a model.
+
+    Args:
+        config: what the model is made of.
+        layer: its index, which decides about the mixer in hybrids.
+        backend: of the operator, see `hgrn2.ops.hgrn2_scan`.
+        kind: the class to make, `Block` or one derived from it.
+    """
     if config.attn is not None and layer in config.attn.layers:
         attn = config.attn
         mixer: nn.Module = Attention(
@@ -94,7 +102,7 @@ def _block(config: HGRN2Config, layer: int, backend: str) -> Block:
     assert config.intermediate_size is not None
     mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.glu_activation, config.use_bias)
     norms = [Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine) for _ in range(2)]
-    return Block(mixer, mlp, norms[0], norms[1], config.dropout)
+    return kind(mixer, mlp, norms[0], norms[1], config.dropout)
 
 
 class HGRN2LM(nn.Module):

@@ -21,8 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hgrn2.data.find_tokenizer import load_tokenizer
+from hgrn2.data.transformers_files import write_generation_config, write_transformers_files
 from hgrn2.errors import UserError
-from hgrn2.train.files import fsync_directory, sha256_of, write_safetensors, write_text
+from hgrn2.layouts.files import fsync_directory, sha256_of, write_safetensors, write_text
+from hgrn2.layouts.reading import find_weights
+from hgrn2.models.config import MODEL_TYPE, HGRN2Config
 
 CONFIG_NAME = "config.json"
 MODEL_NAME = "model.safetensors"
@@ -191,13 +195,8 @@ def load_saved_model(path: Path, which: str = "latest") -> SavedModel:
     Raises:
         UserError: there is no model there, the best one is gone, or a file is truncated or changed.
     """
-    folder = _model_folder(path, which)
-    is_checkpoint = folder.parent.name == FOLDER_NAME
-    tokenizer_dir = folder.parent.parent if is_checkpoint else folder
+    folder, tokenizer_dir = locate_model(path, which)
     try:
-        # an exported model may come without checksums
-        if is_checkpoint or (folder / SUMS_NAME).exists():
-            _verify(folder, only=(MODEL_NAME, CONFIG_NAME))
         return SavedModel(folder, read_config(folder), load_file(folder / MODEL_NAME), tokenizer_dir)
     except UserError:
         # names the file already
@@ -206,8 +205,29 @@ def load_saved_model(path: Path, which: str = "latest") -> SavedModel:
         raise UserError(f"model {folder}: {error}; {_way_out(folder)}") from None
 
 
+def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
+    """The folder that holds a model's weights and settings, and the one that holds its tokenizer.
+
+    Args:
+        path: a run folder, one checkpoint in it, or a folder with weights of any layout.
+        which: "latest" or "best", for a run folder.
+
+    Raises:
+        UserError: there is no model there, the best one is gone, or a file is not what its checksum says.
+    """
+    folder = _model_folder(path, which)
+    is_checkpoint = folder.parent.name == FOLDER_NAME
+    # a model from elsewhere may come without checksums
+    if is_checkpoint or (folder / SUMS_NAME).exists():
+        try:
+            _verify(folder, only=(MODEL_NAME, CONFIG_NAME))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {folder}: {error}; {_way_out(folder)}") from None
+    return folder, folder.parent.parent if is_checkpoint else folder
+
+
 def _model_folder(path: Path, which: str) -> Path:
-    if (path / MODEL_NAME).exists():
+    if find_weights(path) is not None:
         return path
     found = checkpoints_of(path)
     if not found:
@@ -233,6 +253,9 @@ def _model_folder(path: Path, which: str) -> Path:
 def export_model(path: Path, out_dir: Path, which: str = "latest") -> Path:
     """Copy weights, settings and tokenizer of a run into one folder that can be handed on.
 
+    `hgrn2 generate` and transformers (after `import hgrn2.hf`) open the same folder: its config.json has the run's
+    tables and beside them what transformers looks for, and its tokenizer is there in both forms.
+
     Args:
         path: as for load_saved_model.
         out_dir: a folder that does not exist yet.
@@ -248,16 +271,24 @@ def export_model(path: Path, out_dir: Path, which: str = "latest") -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        for name in (MODEL_NAME, CONFIG_NAME):
-            shutil.copyfile(saved.path / name, temporary / name)
+        shutil.copyfile(saved.path / MODEL_NAME, temporary / MODEL_NAME)
+        config = dict(saved.config)
         for file in saved.tokenizer_dir.glob("*tokenizer*.json"):
             shutil.copyfile(file, temporary / file.name)
+        if any(temporary.glob("*tokenizer*.json")) and "model" in config:
+            tokenizer = load_tokenizer(temporary)
+            write_transformers_files(tokenizer, temporary)
+            config |= write_generation_config(tokenizer, HGRN2Config.from_dict(config["model"]).vocab_size, temporary)
+            config |= {"model_type": MODEL_TYPE, "architectures": ["HGRN2ForCausalLM"]}
+        write_text(temporary / CONFIG_NAME, json.dumps(config, indent=1))
         temporary.rename(out_dir)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"{out_dir}: cannot write the model ({error.strerror}); free some space or name another folder"
         ) from None
+    finally:
+        # gone already if all went well
+        shutil.rmtree(temporary, ignore_errors=True)
     return out_dir
 
 

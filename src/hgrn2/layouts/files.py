@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 # names of the safetensors format, https://huggingface.co/docs/safetensors
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -26,7 +26,7 @@ _DTYPES = {
 }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
     """Write a safetensors file tensor by tensor, fsync it, and return its SHA-256.
 
     The library's own writer reports a full disk as text in a general error and needs a second pass for the
@@ -35,19 +35,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     Args:
         path: file to make.
         tensors: any device; copied to the CPU one at a time.
+        read: gives the values by name when their turn comes; the tensors then only say shapes and dtypes, and may be
+            on the meta device.
 
     Raises:
         OSError: the disk refused.
     """
     # widest elements first keeps every tensor aligned to its element size
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, dict] = {}
+    # without this key older versions of transformers refuse a file
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -61,7 +64,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             digest.update(piece)
             file.write(piece)
         for name in names:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            tensor = tensors[name] if read is None else read(name)
+            assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape), name
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(data)
             file.write(data)
         file.flush()

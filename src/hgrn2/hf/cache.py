@@ -1,0 +1,185 @@
+"""What the model has read, in transformers' cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from hgrn2.errors import UserError
+
+# transformers renamed its outputs' field and its models' argument in version 5.24
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+# layers of the library's caches that this model's can take the place of; any other promises what they cannot keep
+_REPLACEABLE = (LinearAttentionLayer, DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class StateLayer(CacheLayerMixin):
+    """One layer of a cache: the tensors of a mixer by name, as `hgrn2.models.ModelState` has them.
+
+    The library's own layers do not fit. A linear attention layer there counts no tokens, so that `generate` could not
+    go on from it, and has a previous state only if it has a convolution; an attention layer keeps padding among its
+    keys, which ours moves out of the way.
+
+    A state of fixed size stays at one address, where a compiled step finds it.
+
+    Args:
+        kind: "linear_attention", "full_attention" or "sliding_attention".
+    """
+
+    # nothing can be said about the tensors before the first call
+    supports_early_init = False
+    # a state has no memory of single tokens
+    is_croppable = False
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.state: dict[str, Tensor] = {}
+        # a tensor: as a number it would be compiled into a step
+        self.num_tokens = torch.zeros((), dtype=torch.long)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether shapes stay the same from token to token."""
+        return self.kind == "linear_attention"
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether keys and values leave the cache."""
+        return self.kind == "sliding_attention"
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first call."""
+        return next((x.shape[0] for x in self.state.values()), -1)
+
+    def replace(self, state: dict[str, Tensor], num_tokens: int) -> None:
+        """Takes a new state up.
+
+        Args:
+            state: as the mixer returned it.
+            num_tokens: how many places it read.
+        """
+        for name, new in state.items():
+            old = self.state.get(name)
+            in_place = old is not None and old.shape == new.shape and not (new.requires_grad or old.requires_grad)
+            if in_place and self.is_compileable:
+                old.copy_(new)  # pyright: ignore[reportOptionalMemberAccess]
+            else:
+                self.state[name] = new
+                if self.is_compileable and not torch.compiler.is_compiling():
+                    torch._dynamo.mark_static_address(new)
+        if not self.is_initialized:
+            device = next(iter(state.values())).device
+            self.num_tokens = self.num_tokens.to(device)
+            self.is_initialized = True
+        self.num_tokens.add_(num_tokens)
+
+    def get_seq_length(self) -> int:
+        """Places read, padding included."""
+        return int(self.num_tokens)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width of an attention mask for this many new places, and where it starts."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1, for there is no largest length."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The states of the chosen sequences."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The states of the chosen sequences."""
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence's state several times."""
+        self._map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def reset(self) -> None:
+        """As before the first token."""
+        self.num_tokens.zero_()
+        if not self.is_compileable:
+            self.state = {}
+        for x in self.state.values():
+            x.zero_()
+
+    def offload(self) -> None:
+        """Moves the state to the CPU."""
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Moves the state back."""
+        self._map(lambda x: x.to(self.num_tokens.device, non_blocking=True))
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refused.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"cannot take {abs(tokens_to_remove)} tokens out of the cache: a recurrent state does not know what single "
+            "tokens added to it; go back to a copy of the cache (copy.deepcopy), and generate without an assistant"
+        )
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not for this kind of layer."""
+        raise NotImplementedError("a StateLayer is filled by replace")
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not for this kind of layer."""
+        raise NotImplementedError("a StateLayer is filled by replace")
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.state = {name: function(x) for name, x in self.state.items()}
+
+
+def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
+    """The layers of a cache, made this model's own at the first call.
+
+    Args:
+        cache: a `DynamicCache`, or for models without attention a `StaticCache`, new or used by this model before.
+        kinds: what each layer of the model is, `HGRN2Config.layer_types`.
+
+    Raises:
+        UserError: another kind of cache, or one that another model filled.
+    """
+    if getattr(cache, "offloading", False):
+        raise UserError(f"cache is an offloaded {type(cache).__name__}; wanted one that stays on the device")
+    layers: list[Any] = cache.layers
+    if not layers:
+        layers.extend(StateLayer(kind) for kind in kinds)
+    if len(layers) != len(kinds):
+        raise UserError(f"cache has {len(layers)} layers, the model {len(kinds)}; it is of another model")
+    for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+        if isinstance(layer, StateLayer):
+            if layer.kind != kind:
+                raise UserError(f"cache: layer {i} is of kind {layer.kind}, the model's {kind}; it is of another model")
+            continue
+        if type(layer) not in _REPLACEABLE:
+            raise UserError(
+                f"cache: layer {i} is a {type(layer).__name__}; wanted a DynamicCache"
+                + (", for the keys and values of attention layers grow" if kind != "linear_attention" else "")
+            )
+        used = getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values())
+        if used:
+            raise UserError(f"cache: another model filled layer {i}; wanted a new cache, or what this model returned")
+        layers[i] = StateLayer(kind)
+    return layers

@@ -1,0 +1,106 @@
+"""A classifier of texts, as transformers calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from hgrn2.errors import UserError
+from hgrn2.hf.cache import CACHE_NAME
+from hgrn2.hf.configuration import HGRN2Config
+from hgrn2.hf.modeling import HGRN2Model, HGRN2PreTrainedModel
+
+
+class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
+    """The model and a linear layer that reads its last token.
+
+    Args:
+        config: the model's configuration; `num_labels` or `id2label` say how many classes there are, and
+            `problem_type` which loss is meant (by default it follows from the labels).
+    """
+
+    def __init__(self, config: HGRN2Config) -> None:
+        super().__init__(config)
+        # the library's loss asks for it by this name
+        self.num_labels = config.num_labels or 2
+        self.model = HGRN2Model(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores of each class.
+
+        Args:
+            input_ids: as in `HGRN2Model.forward`, likewise cache, inputs_embeds, use_cache, output_hidden_states,
+                past_key_values and kwargs.
+            attention_mask: [B, T], 0 where a place is padding, on either side. Without it, the tokens after the last
+                that is not `pad_token_id` are padding.
+            cache: see input_ids.
+            inputs_embeds: see input_ids.
+            labels: [B] classes or, for regression, numbers; [B, num_labels] for several classes a text.
+            use_cache: see input_ids.
+            output_hidden_states: see input_ids.
+            past_key_values: see input_ids.
+            **kwargs: see input_ids.
+
+        Returns:
+            The loss or None, logits [B, num_labels], and what `HGRN2Model.forward` returns.
+
+        Raises:
+            UserError: several texts, and nothing that says where each ends.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids,
+            attention_mask,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        x = outputs.last_hidden_state
+        assert x is not None
+        last = _last_places(input_ids, attention_mask, self.config.pad_token_id, x)
+        logits = self.score(x[torch.arange(x.shape[0], device=x.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},  # pyright: ignore[reportArgumentType]
+        )
+
+
+def _last_places(input_ids: Tensor | None, mask: Tensor | None, pad: int | None, x: Tensor) -> Tensor:
+    """The place of each row's last token, [B]."""
+    batch, length = x.shape[:2]
+    if mask is not None:
+        tokens = mask[:, mask.shape[1] - length :].to(x.device).bool()
+    elif input_ids is not None and pad is not None:
+        tokens = (input_ids != pad).to(x.device)
+    elif batch == 1:
+        tokens = torch.ones((1, length), dtype=torch.bool, device=x.device)
+    else:
+        raise UserError("several texts without an attention_mask, and no pad_token_id in the configuration; give one")
+    return (tokens * torch.arange(length, device=x.device)).argmax(-1)

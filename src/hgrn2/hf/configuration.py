@@ -1,0 +1,127 @@
+"""The model's configuration in the form transformers reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.layouts import fla
+from hgrn2.layouts.keys import TRANSFORMERS_KEYS
+from hgrn2.models import config as own
+
+_FIELDS = [field.name for field in dataclasses.fields(own.HGRN2Config)]
+# tables of the config.json of `hgrn2 train`: the model's settings, how it was trained, and on what
+_MODEL_TABLE, _OTHER_TABLES = "model", ("train", "data")
+# what may stand beside the model's settings: in files, and as arguments of PreTrainedConfig
+_LIBRARY_KEYS = TRANSFORMERS_KEYS | {
+    "attn_implementation", "experts_implementation", "name_or_path", "per_layer_config", "quantization_config",
+    "tie_last_hidden_states",
+}  # fmt: skip
+
+
+class HGRN2Config(PreTrainedConfig):
+    """Every key of `hgrn2.models.HGRN2Config`, beside those of transformers.
+
+    Three kinds of config.json are read, and told apart by their keys:
+
+    * a "model" table: what `hgrn2 train` writes;
+    * any key that only flash-linear-attention writes (`hgrn2.layouts.fla.SIGNATURE`): read by
+      `hgrn2.layouts.fla.read_config`;
+    * otherwise our keys, flat, which `save_pretrained` writes.
+
+    Args:
+        use_cache: whether the model returns its state.
+        pad_token_id: the token that fills short rows.
+        bos_token_id: the token before the first of a text; models of `hgrn2 train` start after an end of text.
+        eos_token_id: the token after the last.
+        **kwargs: keys of `hgrn2.models.HGRN2Config`, and those every `PreTrainedConfig` takes.
+
+    Raises:
+        UserError: an unknown key, values that contradict each other, or keys of two kinds.
+
+    Example:
+        >>> HGRN2Config(hidden_size=256, expand_ratio=64, num_hidden_layers=3).layer_types
+        ['linear_attention', 'linear_attention', 'linear_attention']
+    """
+
+    model_type = own.MODEL_TYPE
+    # as transformers calls the state, before and since its version 5.24
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
+
+    def __init__(
+        self,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.pop("model_type", None)
+        layer_types = kwargs.pop("layer_types", None)
+        model, rest = _read(kwargs)
+        for name in _FIELDS:
+            setattr(self, name, getattr(model, name))
+        # as JSON has it, so that a configuration equals the one read back
+        self.attn = None if model.attn is None else dataclasses.asdict(model.attn) | {"layers": list(model.attn.layers)}
+        self.use_cache = use_cache
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        if layer_types not in (None, self.layer_types):
+            raise UserError(f"model config: layer_types is {layer_types}; attn says {self.layer_types}, leave one out")
+        super().__init__(**rest)
+
+    @property
+    def model_config(self) -> own.HGRN2Config:
+        """The settings as the model takes them, checked again.
+
+        Raises:
+            UserError: values that contradict each other.
+        """
+        return own.HGRN2Config.from_dict({name: getattr(self, name) for name in _FIELDS})
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer keeps: "linear_attention" (a state), "full_attention" or "sliding_attention"."""
+        attn = self.attn or {"layers": ()}
+        attending = "full_attention" if self.sliding_window is None else "sliding_attention"
+        return [attending if i in attn["layers"] else "linear_attention" for i in range(self.num_hidden_layers)]
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens a query of an attention layer sees, itself included; None for all, or without such layers."""
+        attn: Any = self.attn
+        return attn["window_size"] if attn else None
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head of the recurrent layers."""
+        return self.expand_ratio
+
+
+def _read(values: dict[str, Any]) -> tuple[own.HGRN2Config, dict[str, Any]]:
+    """The model's settings, and what is left for transformers."""
+    table = values.get(_MODEL_TABLE)
+    if table is not None:
+        mixed = sorted(values.keys() & {*_FIELDS, *fla.SIGNATURE})
+        if mixed:
+            raise UserError(f"model config: {', '.join(mixed)} beside the table 'model'; put all into the table")
+        model, kept = own.HGRN2Config.from_dict(table), values.keys() - {_MODEL_TABLE, *_OTHER_TABLES}
+    elif values.keys() & set(fla.SIGNATURE):
+        # read_config knows what stands in files, not what the library adds on the way
+        model = fla.read_config({key: value for key, value in values.items() if not _is_library_key(key)})
+        kept = {key for key in values if _is_library_key(key)}
+    else:
+        own_keys = values.keys() & set(_FIELDS)
+        model = own.HGRN2Config.from_dict({key: values[key] for key in own_keys})
+        kept = values.keys() - own_keys
+    for key in kept:
+        if not _is_library_key(key):
+            raise UserError(unknown_key_message("model config", key, _FIELDS))
+    return model, {key: values[key] for key in kept}
+
+
+def _is_library_key(key: str) -> bool:
+    return key in _LIBRARY_KEYS or key.startswith("_")

@@ -1,0 +1,159 @@
+"""The causal language model, as transformers calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from hgrn2.errors import UserError
+from hgrn2.hf.cache import CACHE_NAME, state_layers
+from hgrn2.hf.configuration import HGRN2Config
+from hgrn2.hf.modeling import HGRN2Model, HGRN2PreTrainedModel
+from hgrn2.nn.loss import IGNORE, linear_cross_entropy
+
+
+class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
+    """`hgrn2.models.HGRN2LM` with transformers' arguments and outputs; parameter names are the same.
+
+    Args:
+        config: the model's configuration.
+
+    Example:
+        >>> import torch
+        >>> from hgrn2.hf import HGRN2Config, HGRN2ForCausalLM
+        >>> config = HGRN2Config(vocab_size=50, hidden_size=16, expand_ratio=8, num_hidden_layers=2)
+        >>> model = HGRN2ForCausalLM(config).eval()
+        >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 7])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HGRN2Config) -> None:
+        super().__init__(config)
+        self.model = HGRN2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Puts another head in place."""
+        self.lm_head = new_embeddings
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The padding as it is: the attention layers of hybrids look at it themselves."""
+        return attention_mask
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # the model's own layers before anything is read: generation asks a cache how much that was
+        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
+        if model_kwargs.get(CACHE_NAME) is not None:
+            state_layers(model_kwargs[CACHE_NAME], self.config.layer_types)
+        return made
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token at every place, and a loss.
+
+        Args:
+            input_ids: as in `HGRN2Model.forward`, likewise attention_mask, cache, inputs_embeds, use_cache,
+                output_hidden_states, cu_seq_lens_q, past_key_values and kwargs.
+            attention_mask: see input_ids.
+            cache: see input_ids.
+            inputs_embeds: see input_ids.
+            labels: [B, T] int64, the tokens themselves (they are shifted here); -100 where none counts.
+            use_cache: see input_ids.
+            output_hidden_states: see input_ids.
+            logits_to_keep: the last so many places get logits, 0 for all; or a 1-D tensor of places. The loss is of
+                all places whatever is kept, and never holds all logits: 1 saves their memory in training.
+            num_items_in_batch: what the summed loss is divided by, instead of the number of labels that count.
+            cu_seq_lens_q: see input_ids; a sequence's first token is not a label of the one before.
+            past_key_values: see input_ids.
+            **kwargs: see input_ids; and shift_labels [B, T], labels that are shifted already, instead of labels.
+
+        Returns:
+            The loss or None, logits [B, kept, vocab_size], and what `HGRN2Model.forward` returns.
+        """
+        # not among the named arguments: the Trainer expects every one with "label" in its name in every batch
+        targets = _targets(labels, kwargs.pop("shift_labels", None), cu_seq_lens_q)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids,
+            attention_mask,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            cu_seq_lens_q=cu_seq_lens_q,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        x = outputs.last_hidden_state
+        assert x is not None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss = None
+        if targets is not None:
+            if targets.shape != x.shape[:2]:
+                raise UserError(f"labels have shape {list(targets.shape)}; wanted {list(x.shape[:2])}, as the input")
+            loss = self._summed_loss(x.flatten(0, 1), targets.flatten().to(x.device))
+            loss = loss / _count(targets, num_items_in_batch, loss.device)
+        return CausalLMOutputWithPast(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=self.lm_head(x[:, kept]),
+            hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},  # pyright: ignore[reportArgumentType]
+        )
+
+    def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy of x [M, D]; in pieces where the head is nothing but a matrix that lies ready."""
+        head = self.lm_head
+        # adapters, quantised weights and weights that a hook brings are only seen by a call
+        if type(head) is nn.Linear and head.bias is None and not hasattr(head, "_hf_hook"):
+            return linear_cross_entropy(x, head.weight, targets)
+        logits = head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def _targets(labels: Tensor | None, shift_labels: Tensor | None, bounds: Tensor | None) -> Tensor | None:
+    """The token that follows each place."""
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    if bounds is not None:
+        labels = labels.clone()
+        starts = bounds[:-1].long()
+        labels[:, starts[starts < labels.shape[1]]] = IGNORE
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def _count(targets: Tensor, num_items: Tensor | int | None, device: torch.device) -> Tensor | int:
+    if num_items is None:
+        return (targets != IGNORE).sum().to(device)
+    return num_items.to(device) if isinstance(num_items, Tensor) else num_items

@@ -1,0 +1,210 @@
+"""The model without a head, as transformers calls it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
+
+from hgrn2.errors import UserError
+from hgrn2.hf.cache import CACHE_NAME, state_layers
+from hgrn2.hf.configuration import HGRN2Config
+from hgrn2.models.language import build_block
+from hgrn2.nn.block import Block
+from hgrn2.nn.gates import lower_bounds
+from hgrn2.nn.norm import Norm
+from hgrn2.nn.short_conv import ShortConv
+
+_GIVE_BOUNDS = (
+    "the places of tokens follow from attention_mask, one after the other; for packed sequences give cu_seq_lens_q, as "
+    "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
+)
+
+
+class HGRN2Layer(GradientCheckpointingLayer, Block):
+    """A block whose activations can be computed again in the backward pass instead of kept."""
+
+
+class HGRN2PreTrainedModel(PreTrainedModel):
+    """What the classes share: configuration, initial weights, and what the library may do with them."""
+
+    config_class = HGRN2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HGRN2Layer"]  # noqa: RUF012
+    _input_embed_layer = "embeddings"
+    # assisted decoding would have to take tokens back
+    _is_stateful = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # the distributions of hgrn2.models.HGRN2LM.initialize, by module instead of by name
+        if isinstance(module, nn.Linear | nn.Embedding | ShortConv):
+            std = self.config.initializer_range
+            layers: Any = self.base_model.layers
+            if any(module is end for layer in layers for end in (layer.attn.o_proj, layer.mlp.down_proj)):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, 0.0, std)
+        elif isinstance(module, Norm) and module.weight is not None:
+            init.ones_(module.weight)
+        elif isinstance(module, HGRN2Model) and self.config.use_lower_bound:
+            init.zeros_(module.lower_bounds)
+        if isinstance(module, nn.Linear | Norm) and module.bias is not None:
+            init.zeros_(module.bias)
+
+
+class HGRN2Model(HGRN2PreTrainedModel):
+    """Token ids to hidden states: `hgrn2.models.language.HGRN2Model` with transformers' arguments and outputs.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: HGRN2Config) -> None:
+        super().__init__(config)
+        own = config.model_config
+        self.embeddings = nn.Embedding(own.vocab_size, own.hidden_size)
+        if own.use_lower_bound:
+            self.lower_bounds = nn.Parameter(torch.empty(own.num_hidden_layers, own.hidden_size))
+        self.layers = nn.ModuleList(build_block(own, i, kind=HGRN2Layer) for i in range(own.num_hidden_layers))
+        self.norm = Norm(own.block_norm, own.hidden_size, own.norm_eps, own.elementwise_affine)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of every place.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], or [B, S + T] after S places that the cache has read; 0 where a place is padding.
+            cache: what was read before, as an earlier call returned it; taken on in place.
+            inputs_embeds: [B, T, D], what the embeddings would give; instead of input_ids.
+            use_cache: whether to return a cache; by default as the configuration says, and not in training.
+            output_hidden_states: whether to return the input of every layer and the last layer's output, [B, T, D]
+                each, the last behind the final norm.
+            cu_seq_lens_q: [N + 1] starts of sequences packed end to end and the total length, B = 1.
+            past_key_values: the cache by its name before transformers 5.24.
+            **kwargs: transformers' further arguments; those that ask for something the model has not are refused.
+
+        Returns:
+            last_hidden_state [B, T, D], the cache or None, and hidden_states or None.
+
+        Raises:
+            UserError: arguments that do not go together, or that the model cannot follow.
+        """
+        _check_further(kwargs, packed=cu_seq_lens_q is not None)
+        cache = _only_one(cache, past_key_values, ("cache", "past_key_values"))
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("input_ids and inputs_embeds: give one of them, not both or none")
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if cu_seq_lens_q is not None and (cache is not None or attention_mask is not None or x.shape[0] != 1):
+            raise UserError("cu_seq_lens_q: packed sequences are one row, without a cache or an attention_mask")
+        mask = _padding(attention_mask, x)
+        if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
+            _check_places(kwargs["position_ids"], mask, x)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seq_lens_q is None
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        states = None if cache is None else state_layers(cache, self.config.layer_types)
+        if states is not None and states[0].batch_size not in (-1, x.shape[0]):
+            raise UserError(f"cache holds {states[0].batch_size} sequences; the input has {x.shape[0]}")
+        keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.hidden_size)
+        x = functional.dropout(x, self.config.dropout, self.training)
+        hidden: tuple[Tensor, ...] = ()
+        for i, (layer, bound) in enumerate(zip(self.layers, self._bounds(), strict=True)):
+            if keep_hidden:
+                hidden += (x,)
+            # a copy: the layer of the cache is changed while the backward pass may still need what was
+            before = dict(states[i].state) if states is not None else None
+            x, after = layer(x, bound, before or None, cu_seq_lens_q, mask, states is not None)
+            if states is not None:
+                states[i].replace(after, x.shape[1])
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,  # pyright: ignore[reportArgumentType]
+            hidden_states=(*hidden, x) if keep_hidden else None,  # pyright: ignore[reportArgumentType]
+            **{CACHE_NAME: cache},  # pyright: ignore[reportArgumentType]
+        )
+
+    def _bounds(self) -> list[Tensor] | list[None]:
+        if not self.config.use_lower_bound:
+            return [None] * len(self.layers)
+        return list(lower_bounds(self.lower_bounds, self.config.lower_bound).unbind(0))
+
+
+def _only_one(a: Any, b: Any, names: tuple[str, str]) -> Any:
+    if a is not None and b is not None:
+        raise UserError(f"{names[0]} and {names[1]} are two names of one argument; give one of them")
+    return b if a is None else a
+
+
+def _padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Which of the new places are tokens, [B, T] bool; None if all are."""
+    if attention_mask is None:
+        return None
+    batch, length = x.shape[:2]
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        found = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise UserError(f"attention_mask is {found}; wanted [B, T], 0 where a place is padding")
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise UserError(
+            f"attention_mask has shape {list(attention_mask.shape)}; wanted [{batch}, {length}], or more columns "
+            "before these with a cache"
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - length :].to(x.device).bool()
+    # generation hands over a mask of ones at every step, which costs more to follow than to look at
+    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def _check_further(values: dict[str, Any], packed: bool) -> None:
+    """Refuses what would otherwise be passed over in silence."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name not in TransformersKwargs.__optional_keys__:
+            raise UserError(f"unknown argument {name}")
+        if name == "output_attentions" and value:
+            raise UserError("output_attentions: a recurrent layer has no attention matrix; leave it out")
+        if name == "is_causal" and not value:
+            raise UserError("is_causal=False: a recurrence reads from left to right; leave it out")
+        if name == "seq_idx" and not packed:
+            raise UserError(f"seq_idx: {_GIVE_BOUNDS}")
+
+
+def _check_places(position_ids: Tensor, mask: Tensor | None, x: Tensor) -> None:
+    """Refuses places that are not one after the other: packed sequences without their bounds, or gaps."""
+    batch, length = x.shape[:2]
+    # values cannot be looked at in a trace
+    good = not torch.compiler.is_compiling() and position_ids.dim() == 2 and position_ids.shape[1] >= length
+    if good:
+        step = position_ids[:, position_ids.shape[1] - length :].to(x.device).diff(dim=1).expand(batch, -1)
+        both = True if mask is None else mask[:, 1:] & mask[:, :-1]
+        good = bool(((step == 1) | ~torch.as_tensor(both, device=x.device)).all())
+    if not good:
+        raise UserError(f"position_ids: {_GIVE_BOUNDS}")

@@ -1,0 +1,22 @@
+"""The classes' place among transformers' Auto classes."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hgrn2.hf.classification import HGRN2ForSequenceClassification
+from hgrn2.hf.configuration import HGRN2Config
+from hgrn2.hf.language import HGRN2ForCausalLM
+from hgrn2.hf.modeling import HGRN2Model
+
+
+def register() -> None:
+    """Makes `AutoConfig`, `AutoModel` and their like open "hgrn2" with the classes of this package.
+
+    Importing `hgrn2.hf` calls it. Whoever registers a model type last has it: if flash-linear-attention, which uses the
+    same one, is imported later in the same process, call this again.
+    """
+    AutoConfig.register(HGRN2Config.model_type, HGRN2Config, exist_ok=True)
+    AutoModel.register(HGRN2Config, HGRN2Model, exist_ok=True)
+    AutoModelForCausalLM.register(HGRN2Config, HGRN2ForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(HGRN2Config, HGRN2ForSequenceClassification, exist_ok=True)

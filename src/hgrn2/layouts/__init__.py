@@ -1,0 +1,1 @@
+"""Checkpoints of every published layout: which one a folder has, to our model, and back."""

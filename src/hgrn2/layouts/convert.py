@@ -1,0 +1,179 @@
+"""Writing a checkpoint in another layout."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgrn2.data import load_tokenizer
+from hgrn2.data.staging import staged_directory
+from hgrn2.data.transformers_files import write_generation_config, write_transformers_files
+from hgrn2.errors import UserError
+from hgrn2.layouts.files import write_safetensors, write_text
+from hgrn2.layouts.layout import LAYOUTS
+from hgrn2.layouts.opening import FiniteCheck, ModelFolder
+from hgrn2.layouts.reading import CONFIG_NAME, SAFETENSORS_NAME
+from hgrn2.layouts.tables import Table, stack
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# what a tokenizer may consist of, and how to write with the model
+_TOKENIZER_FILES = (
+    "*tokenizer*.json", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template*", "generation_config.json",
+)  # fmt: skip
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a conversion wrote.
+
+    Attributes:
+        path: the new folder.
+        num_tensors: in its files.
+        num_bytes: of them.
+        num_shards: files they are in.
+    """
+
+    path: Path
+    num_tensors: int
+    num_bytes: int
+    num_shards: int
+
+
+def convert(
+    source: ModelFolder,
+    out: Path,
+    to: str,
+    *,
+    tokenizer_dir: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Written:
+    """Writes a checkpoint in another layout; the folder appears whole or not at all.
+
+    Memory is needed for one tensor of a file at a time, not for the model.
+
+    Args:
+        source: from `open_folder`.
+        out: a folder that does not exist yet.
+        to: a name in `LAYOUTS`.
+        tokenizer_dir: where the source's tokenizer lies; its files are taken along.
+        dtype: of the new tensors; None for each as it is.
+        max_shard_bytes: weights above this size are cut into several files with an index; "native" is always one file,
+            as runs are read.
+
+    Raises:
+        UserError: out exists or cannot be written, or the layout cannot say what the model computes.
+    """
+    layout = LAYOUTS[to]
+    _check_new(out)
+    settings = {"architectures": [layout.architecture], **layout.write_config(source.config)}
+    table = layout.tables(source.config, list(source.places))[0]
+    specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}
+    if dtype is not None:
+        specs = {name: spec.to(dtype) for name, spec in specs.items()}
+    # what holds every tensor without loss
+    widest = reduce(torch.promote_types, (spec.dtype for spec in specs.values()))
+    settings["dtype"] = str(widest).removeprefix("torch.")
+    shards = _shards(specs, None if to == "native" else max_shard_bytes)
+    with staged_directory(out) as stage:
+        # another process may have made it while this one waited
+        _check_new(out)
+        _write_weights(source, stage, table, specs, shards)
+        settings |= _take_tokenizer(source, tokenizer_dir, stage)
+        write_text(stage / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
+    return Written(out, len(specs), sum(map(_bytes, specs.values())), len(shards))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as people write it: "5GB", "500MB", "2GiB" or a plain number.
+
+    Raises:
+        UserError: it is none.
+
+    Example:
+        >>> parse_size("1.5KB"), parse_size("2MiB")
+        (1500, 2097152)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise UserError(f"size {text!r}: wanted a number of bytes such as 5GB, 500MB or 2GiB")
+    return size
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: exists already; name a new folder")
+
+
+def _take_tokenizer(source: ModelFolder, tokenizer_dir: Path, stage: Path) -> dict[str, Any]:
+    """Copies the tokenizer's files; returns which tokens begin, end and fill a text, for config.json."""
+    for pattern in _TOKENIZER_FILES:
+        for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
+            shutil.copyfile(file, stage / file.name)
+    known = {key: source.settings[key] for key in _TOKEN_IDS if key in source.settings}
+    if known:
+        return known
+    # a run says nothing of them in its settings; they are our tokenizer's, which transformers opens in another form
+    try:
+        tokenizer = load_tokenizer(stage)
+    except UserError:
+        # otherwise transformers would put the defaults of a class in their place
+        return {"bos_token_id": None, "eos_token_id": None}
+    write_transformers_files(tokenizer, stage)
+    return write_generation_config(tokenizer, source.config.vocab_size, stage)
+
+
+def _bytes(spec: Tensor) -> int:
+    return spec.numel() * spec.element_size()
+
+
+def _shards(specs: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
+    """Tensors in order, as many a file as fit; one that is larger than the limit is alone."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if limit is not None and shards[-1] and size + _bytes(spec) > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += _bytes(spec)
+    return shards
+
+
+def _write_weights(
+    source: ModelFolder, stage: Path, table: Table, specs: Mapping[str, Tensor], shards: list[dict[str, Tensor]]
+) -> None:
+    finite = FiniteCheck()
+
+    def read(name: str) -> Tensor:
+        return finite(name, stack([source.read(part) for part in table[name]]).to(specs[name].dtype))
+
+    if len(shards) == 1:
+        write_safetensors(stage / SAFETENSORS_NAME, shards[0], read)
+    else:
+        places = {}
+        for i, shard in enumerate(shards, 1):
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(stage / file, shard, read)
+            places |= dict.fromkeys(shard, file)
+        total = {
+            "total_size": sum(map(_bytes, specs.values())),
+            "total_parameters": sum(spec.numel() for spec in specs.values()),
+        }
+        index = {"metadata": total, "weight_map": places}
+        write_text(stage / f"{SAFETENSORS_NAME}.index.json", json.dumps(index, indent=2) + "\n")
+    finite.warn(source.path)

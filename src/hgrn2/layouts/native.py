@@ -1,0 +1,59 @@
+"""Settings in our own words: those of a run, and those that our transformers classes save."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hgrn2.errors import UserError
+from hgrn2.layouts.keys import check_keys
+from hgrn2.layouts.tables import Table
+from hgrn2.models import HGRN2Config
+from hgrn2.models.config import MODEL_TYPE
+
+_KEYS = tuple(field.name for field in dataclasses.fields(HGRN2Config))
+# keys that only our files have, and by which they are known
+SIGNATURE = (
+    "glu_activation", "lower_bound", "q_activation", "v_activation", "scale", "mixer_norm", "mixer_norm_eps",
+    "mixer_norm_affine", "block_norm", "use_bias", "scale_embedding", "min_log_decay", "dropout",
+)  # fmt: skip
+# the table of a run's config.json that holds the model's settings
+TABLE = "model"
+
+
+def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
+    """The config.json of a run: the model's settings are one of its tables.
+
+    Raises:
+        UserError: an unknown key, values that contradict each other, or settings beside the table.
+    """
+    mixed = [key for key in _KEYS if key in values]
+    if mixed:
+        raise UserError(f"{', '.join(mixed)} beside the table {TABLE!r}; put all settings of the model into the table")
+    return HGRN2Config.from_dict(values[TABLE])
+
+
+def read_config(values: Mapping[str, Any]) -> HGRN2Config:
+    """The config.json of our transformers classes: our keys beside transformers' own.
+
+    Raises:
+        UserError: an unknown key, or values that contradict each other.
+    """
+    return HGRN2Config.from_dict(check_keys(values, "hgrn2 config", _KEYS))
+
+
+def write_run_config(config: HGRN2Config) -> dict[str, Any]:
+    """The inverse of `read_run_config`; the model type is what transformers looks for."""
+    return {"model_type": MODEL_TYPE, TABLE: config.to_dict()}
+
+
+def write_config(config: HGRN2Config) -> dict[str, Any]:
+    """The inverse of `read_config`."""
+    return config.to_dict()
+
+
+def tables(config: HGRN2Config, names: Sequence[str]) -> tuple[Table, ...]:
+    """Every tensor under its own name."""
+    del config
+    return ({name: (name,) for name in names},)

@@ -1,0 +1,40 @@
+"""Our model and the transformers class with the same weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hgrn2.hf import HGRN2Config, HGRN2ForCausalLM
+from hgrn2.models import HGRN2LM
+from tests.models.cases import config_of, make_model, tokens
+
+# the models whose caches differ in kind: a state, a state and convolutions, keys that grow, keys in a window
+KINDS = ["fla", "short-conv", "full-attention", "window-attention"]
+__all__ = ["KINDS", "both", "continued", "hf_config", "left_padded", "tokens"]
+
+
+def hf_config(name: str, **keys) -> HGRN2Config:
+    return HGRN2Config(**(config_of(name).to_dict() | keys))
+
+
+def both(name: str, dtype: torch.dtype = torch.float64, **keys) -> tuple[HGRN2LM, HGRN2ForCausalLM]:
+    own = make_model(config_of(name), dtype)
+    model = HGRN2ForCausalLM(hf_config(name, **keys)).to(dtype).eval()
+    model.load_state_dict(own.state_dict())
+    return own, model
+
+
+@torch.no_grad()
+def continued(own: HGRN2LM, ids: Tensor, count: int) -> Tensor:
+    """The plain loop: the likeliest token, all of the text read again for each."""
+    for _ in range(count):
+        ids = torch.cat([ids, own(ids)[0][:, -1].argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+def left_padded(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Ids and mask of some texts, the shorter ones filled up on the left."""
+    longest = max(lengths)
+    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
+    return tokens(len(lengths), longest), mask

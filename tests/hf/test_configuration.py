@@ -1,0 +1,113 @@
+"""config.json: three kinds of it, told apart by their keys."""
+
+import json
+
+import pytest
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import hgrn2.hf
+from hgrn2.errors import UserError
+from hgrn2.hf import HGRN2Config
+from tests.hf.cases import KINDS, hf_config
+from tests.models.cases import NAMES, SIZE, config_of
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_settings_survive_a_file(name, tmp_path):
+    config = hf_config(name, bos_token_id=3, eos_token_id=[4, 5], num_labels=4)
+    assert config.model_config == config_of(name)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is HGRN2Config
+    assert again.model_config == config_of(name)
+    again.name_or_path = config.name_or_path
+    assert again.to_dict() == config.to_dict()
+    assert (again.bos_token_id, again.eos_token_id, again.num_labels) == (3, [4, 5], 4)
+
+
+def test_the_tables_of_a_training_run_are_read(tmp_path):
+    table = config_of("short-conv").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"model": table, "train": {"max_steps": 3}, "data": {}}))
+    assert HGRN2Config.from_pretrained(tmp_path).model_config == config_of("short-conv")
+    (tmp_path / "config.json").write_text(json.dumps({"model": table, "model_type": "hgrn2", "bos_token_id": 7}))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.bos_token_id == 7
+    # what is written has no tables any more
+    assert "model" not in config.to_dict()
+
+
+def test_the_settings_of_fla_are_read(tmp_path):
+    keys = {
+        "model_type": "hgrn2", "attn_mode": "fused_chunk", "rms_norm_eps": 1e-4, "hidden_size": 32,
+        "num_hidden_layers": 4, "expand_ratio": 8, "num_heads": None, "hidden_act": "swish", "vocab_size": 29,
+        "max_position_embeddings": 99,
+        "attn": {"layers": [1, 3], "num_heads": 2, "window_size": 7}, "fuse_cross_entropy": True, "bos_token_id": 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.norm_eps, config.num_heads, config.lower_bound, config.bos_token_id) == (1e-4, 4, "inclusive", 1)
+    assert config.layer_types == ["linear_attention", "sliding_attention"] * 2
+    # what is written is ours
+    config.save_pretrained(tmp_path)
+    assert "attn_mode" not in json.loads((tmp_path / "config.json").read_text())
+    assert AutoConfig.from_pretrained(tmp_path).model_config == config.model_config
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("fla", ["linear_attention"] * 3),
+        ("full-attention", ["linear_attention", "full_attention", "linear_attention"]),
+        ("window-attention", ["sliding_attention", "linear_attention", "sliding_attention"]),
+    ],
+)
+def test_layer_types_follow_from_attn(name, kinds):
+    config = hf_config(name)
+    assert config.layer_types == kinds
+    assert hf_config(name, layer_types=kinds).layer_types == kinds
+    with pytest.raises(UserError, match="layer_types"):
+        hf_config(name, layer_types=kinds[1:] + kinds[:2])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_heads": 3}, "contradicts hidden_size / expand_ratio"),
+        ({"lower_bonud": "exclusive"}, "did you mean 'lower_bound'"),
+        ({"attn_mode": "chunk", "glu_activation": "none"}, "glu_activation"),
+        ({"model": {"hidden_size": 16}}, "beside the table 'model'"),
+        ({"problem": 3}, "unknown key 'problem'"),
+        ({"attn_mode": "chunk", "attnres_block_size": 4}, "attnres_block_size"),
+    ],
+)
+def test_contradictions_and_unknown_keys_are_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        HGRN2Config(**SIZE, **keys)
+
+
+def test_a_later_contradiction_is_refused_when_the_model_is_made():
+    config = hf_config("fla")
+    config.expand_ratio = 5
+    with pytest.raises(UserError, match="not a multiple"):
+        hgrn2.hf.HGRN2Model(config)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_auto_classes_make_our_models(name):
+    config = hf_config(name)
+    assert type(AutoModel.from_config(config)) is hgrn2.hf.HGRN2Model
+    assert type(AutoModelForCausalLM.from_config(config)) is hgrn2.hf.HGRN2ForCausalLM
+    assert type(AutoModelForSequenceClassification.from_config(config)) is hgrn2.hf.HGRN2ForSequenceClassification
+
+
+def test_whoever_registers_last_has_the_model_type():
+    class Other(transformers.PreTrainedConfig):
+        model_type = "hgrn2"
+
+    try:
+        AutoConfig.register("hgrn2", Other, exist_ok=True)
+        assert type(AutoConfig.for_model("hgrn2")) is Other
+    finally:
+        hgrn2.hf.register()
+    assert type(AutoConfig.for_model("hgrn2")) is HGRN2Config
