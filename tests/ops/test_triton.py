@@ -481,7 +481,7 @@ def test_block_sizes_come_from_the_table(tmp_path, monkeypatch):
     from hgrn2.ops.triton import blocks
     from hgrn2.ops.triton.blocks import Block, Blocks, blocks_for
 
-    measured = Blocks(32, Block(16, 32, 4, 1), Block(32, 16, 8, 1), Block(16, 16, 4, 2))
+    measured = Blocks(64, Block(16, 32, 4, 1), Block(32, 16, 8, 1), Block(16, 16, 4, 2))
     table = {"cpu": {blocks.key(torch.float16, 20, 128): dataclasses.asdict(measured)}}
     (tmp_path / "blocks.json").write_text(json.dumps(table))
     monkeypatch.setattr(blocks, "TABLE", tmp_path / "blocks.json")
@@ -492,7 +492,8 @@ def test_block_sizes_come_from_the_table(tmp_path, monkeypatch):
         assert blocks_for(cpu, torch.bfloat16, 1000, 32, 128) == measured
         assert blocks_for(cpu, torch.bfloat16, 5, 32, 128).chunk == 16
         for dtype, width in ((torch.float32, 32), (torch.bfloat16, 64)):
-            assert blocks_for(cpu, dtype, 1000, width, 128).chunk == blocks.LOW.chunk
-        assert blocks_for(cpu, torch.bfloat16, 1000, 16, 16).gradient == Block(16, 16, 8, 2)
+            assert blocks_for(cpu, dtype, 1000, width, 128).chunk == blocks.LOW.chunk != measured.chunk
+        default = blocks.LOW.gradient
+        assert blocks_for(cpu, torch.bfloat16, 1000, 16, 16).gradient == Block(16, 16, default.warps, default.stages)
     finally:
         blocks._measured.cache_clear()
