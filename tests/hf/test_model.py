@@ -272,6 +272,7 @@ def test_packed_sequences(name):
         ({"input_ids": tokens(1, 3), "attention_mask": {"full_attention": None}}, r"dict; wanted \[B, T\]"),
         ({"input_ids": tokens(1, 3), "attention_masks": torch.ones(1, 3)}, "unknown argument attention_masks"),
         ({"input_ids": tokens(1, 3), "output_attentions": True}, "no attention matrix"),
+        ({"input_ids": tokens(1, 3), "output_hidden_states": [0, 2]}, "wanted true for all"),
         ({"input_ids": tokens(1, 3), "is_causal": False}, "left to right"),
         ({"input_ids": tokens(1, 3), "position_ids": torch.tensor([[0, 1, 0]])}, "give cu_seq_lens_q"),
         ({"input_ids": tokens(1, 3), "position_ids": torch.tensor([[0, 2, 3]])}, "one after the other"),

@@ -131,6 +131,8 @@ class HGRN2Model(HGRN2PreTrainedModel):
         states = None if cache is None else state_layers(cache, self.config.layer_types)
         if states is not None and states[0].batch_size not in (-1, x.shape[0]):
             raise UserError(f"cache holds {states[0].batch_size} sequences; the input has {x.shape[0]}")
+        if output_hidden_states not in (None, True, False) or type(output_hidden_states) is int:
+            raise UserError(f"output_hidden_states is {output_hidden_states!r}; wanted true for all of them, or false")
         keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
         if self.config.scale_embedding:
