@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DummyLayer
 
 from hgrn2.errors import UserError
 from hgrn2.hf import HGRN2Config, HGRN2ForCausalLM, HGRN2ForSequenceClassification
@@ -104,7 +105,8 @@ def test_a_part_may_be_padded_in_the_middle(name):
 def test_caches_of_the_library_are_taken(name):
     own, model = both(name)
     ids = tokens(1, 7)
-    for cache in (DynamicCache(), DynamicCache(config=model.config)):
+    static = [StaticCache(config=model.config, max_cache_len=n) for n in (7, 30)]
+    for cache in (DynamicCache(), DynamicCache(config=model.config), *static):
         model(ids[:, :4], past_key_values=cache)
         assert_same(model(ids[:, 4:], past_key_values=cache).logits, own(ids)[0][:, 4:])
         assert cache.get_seq_length() == 7
@@ -118,8 +120,14 @@ def test_other_caches_are_refused():
     ids = tokens(1, 7)
     _, hybrid = both("full-attention")
     _, model = both("fla")
-    with pytest.raises(UserError, match="StaticLayer; wanted a DynamicCache"):
-        hybrid(ids, past_key_values=StaticCache(config=hybrid.config, max_cache_len=20))
+    shared = DynamicCache(config=hybrid.config)
+    shared.layers[1] = DummyLayer()
+    with pytest.raises(UserError, match="layer 1 is a DummyLayer; wanted a DynamicCache or a StaticCache"):
+        hybrid(ids, past_key_values=shared)
+    small = StaticCache(config=hybrid.config, max_cache_len=9)
+    hybrid(ids, past_key_values=small)
+    with pytest.raises(UserError, match="has 9 places, and 10 are to be read"):
+        hybrid(ids[:, :3], past_key_values=small)
     used = model(ids, use_cache=True)[CACHE_NAME]
     with pytest.raises(UserError, match="of another model"):
         hybrid(ids, past_key_values=used)
