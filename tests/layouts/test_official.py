@@ -97,6 +97,7 @@ def test_settings_there_and_back(kind):
         ({"model_type": "hgrn"}, "model_type is 'hgrn'"),
         ({"causal": False}, "causal is False"),
         ({"norm_type": "rmsnorm"}, "norm_type is 'rmsnorm'; wanted one of simplermsnorm, layernorm"),
+        ({"norm_type": []}, r"norm_type is \[\]"),
         ({"no_scale_embedding": 1}, "no_scale_embedding is 1"),
         ({"in_act": "relu"}, "v_activation is 'relu'"),
         ({"out_act": "1+elu"}, r"q_activation is '1\+elu'"),

@@ -1,5 +1,6 @@
 """What folders may hold, and every way in which they may be wrong."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -159,6 +160,11 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed(tmp_path):
     )
 
 
+def test_a_name_of_two_lines_is_shown_in_one(tmp_path):
+    tensors = TENSORS | {"first\nsecond": torch.zeros(2)}
+    refused(write(tmp_path / "folder", FLA_CONFIG, tensors), r"1 unexpected: 'first\\nsecond'$")
+
+
 def test_a_long_list_is_cut_and_counted(tmp_path):
     folder = write(tmp_path / "official-tensors", FLA_CONFIG, draw(official_shapes()))
     refused(folder, r"\d+ missing: [\w.]+(, [\w.]+){7} and \d+ more; 16 unexpected: [\w.]+(, [\w.]+){7} and 8 more$")
@@ -303,6 +309,18 @@ def test_a_pickle_with_code_is_refused_and_the_code_not_run(how, tmp_path):
     reason = "no file of PyTorch" if how == "plain" else r"holds code \(_?io\.open\), which is not run"
     refused(folder, f"pytorch_model.bin: .*{reason}")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_pickle(zipped, tmp_path):
+    folder = pickled(tmp_path / "folder", TENSORS, _use_new_zipfile_serialization=zipped)
+    content = (folder / "pytorch_model.bin").read_bytes()
+    for place in range(0, 1500, 50):
+        changed = content[:place] + bytes([content[place] ^ 0x15]) + content[place + 1 :]
+        (folder / "pytorch_model.bin").write_bytes(changed)
+        # some places do not matter; at all others the reason is said
+        with contextlib.suppress(UserError):
+            open_folder(folder)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
     if values.get("causal", True) is not True:
         raise UserError(f"{_WHAT}: causal is {values['causal']!r}; wanted true, for this is a language model")
     norm = values.get("norm_type", "simplermsnorm")
-    if norm not in _NORMS:
+    if not isinstance(norm, str) or norm not in _NORMS:
         raise UserError(f"{_WHAT}: norm_type is {norm!r}; wanted one of {', '.join(_NORMS)}")
     unscaled = values.get("no_scale_embedding", True)
     if not isinstance(unscaled, bool):

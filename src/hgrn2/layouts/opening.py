@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hgrn2.errors import UserError
 from hgrn2.layouts.layout import Layout, recognise
-from hgrn2.layouts.reading import CONFIG_NAME, Weights, read_json
-from hgrn2.layouts.tables import EMBEDDINGS, Rows, Table, misfits, model_shapes, name_some, rows_of, with_tied_head
+from hgrn2.layouts.reading import CONFIG_NAME, Weights, name_some, read_json
+from hgrn2.layouts.tables import EMBEDDINGS, Rows, Table, misfits, model_shapes, rows_of, with_tied_head
 from hgrn2.models import HGRN2LM, HGRN2Config
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ _FORMS = (
 )
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 _COPY_AGAIN = "copy it again from where it came"
+# more than this many names help nobody
+_NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -109,21 +112,21 @@ def _open_index(index: Path) -> dict[str, _Shard]:
         raise UserError(f"{index}: names {outside[0]!r}; wanted names of files beside it")
     absent = [file for file in files if not (index.parent / file).is_file()]
     if absent:
-        raise UserError(f"{index}: names {_some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")
+        raise UserError(f"{index}: names {name_some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")
     shards = {file: _open_shard(index.parent / file) for file in files}
     strayed = [name for name, file in places.items() if name not in shards[file].specs]
     if strayed:
         where = {name: file for file, shard in shards.items() for name in shard.specs}
         found = where.get(strayed[0])
         raise UserError(
-            f"{index}: says that {strayed[0]} is in {places[strayed[0]]}, but it is in "
+            f"{index}: says that {_printable(strayed[0])} is in {places[strayed[0]]}, but it is in "
             f"{'no shard' if found is None else found} ({len(strayed)} such tensors); {_COPY_AGAIN}"
         )
     unlisted = [
         f"{name} in {file}" for file, shard in shards.items() for name in shard.specs if places.get(name) != file
     ]
     if unlisted:
-        raise UserError(f"{index}: does not name {_some(unlisted)}; {_COPY_AGAIN}")
+        raise UserError(f"{index}: does not name {name_some(unlisted)}; {_COPY_AGAIN}")
     return {name: shards[file] for name, file in places.items()}
 
 
@@ -146,8 +149,16 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def name_some(names: Iterable[str]) -> str:
+    """The first few names, in one line, and how many more there are."""
+    names = list(names)
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(map(_printable, names[:_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+def _printable(name: str) -> str:
+    # a damaged file may name its tensors anything
+    return name if name.isprintable() else repr(name)
 
 
 def _open_shard(file: Path) -> _Shard:
@@ -193,15 +204,19 @@ class _Pickle:
             if code is None:
                 raise UserError(f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}") from None
             raise UserError(
-                f"{file}: holds code ({code[1]}), which is not run; save the tensors alone, best as safetensors"
+                f"{file}: holds code ({_printable(code[1])}), which is not run; "
+                "save the tensors alone, best as safetensors"
             ) from None
-        except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError):
+        except OSError:
+            raise
+        except Exception:
+            # of every kind, depending on where a damaged file goes wrong
             raise UserError(f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}") from None
         if not isinstance(found, dict):
             raise UserError(f"{file}: holds {type(found).__name__}; wanted a table of tensors")
         others = [str(name) for name, value in found.items() if not _is_plain(name, value)]
         if others:
-            raise UserError(f"{file}: {_some(others)}: no plain tensors; save the model's state_dict alone")
+            raise UserError(f"{file}: {name_some(others)}: no plain tensors; save the model's state_dict alone")
         self._tensors: dict[str, Tensor] = found
         self.specs = {name: TensorSpec(tuple(x.shape), x.dtype) for name, x in found.items()}
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hgrn2.layouts.reading import TensorSpec
+from hgrn2.layouts.reading import TensorSpec, name_some
 from hgrn2.models import HGRN2LM, HGRN2Config
 
 # a tensor of a file, to the tensors of ours whose rows it holds one below the other
 Table = dict[str, tuple[str, ...]]
 
 EMBEDDINGS, HEAD = "model.embeddings.weight", "lm_head.weight"
-# more than this many names help nobody
-_NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,3 @@ def misfits(table: Table, shapes: Mapping[str, torch.Size], found: Mapping[str, 
             if name in found and list(found[name].shape) != shape
         ],
     )
-
-
-def name_some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
