@@ -287,6 +287,7 @@ def test_packed_sequences(name):
         ({"input_ids": tokens(1, 3), "position_ids": torch.tensor([0, 1, 2])}, "one after the other"),
         ({"input_ids": tokens(1, 3), "seq_idx": torch.tensor([[0, 0, 1]])}, "give cu_seq_lens_q"),
         ({"input_ids": tokens(2, 3), "cu_seq_lens_q": torch.tensor([0, 3])}, "packed sequences are one row"),
+        ({"input_ids": tokens(1, 3), "cu_seq_lens_q": torch.tensor([0, 3]), "use_cache": True}, "without a cache"),
         ({"input_ids": tokens(1, 3), "cache": DynamicCache(), "past_key_values": DynamicCache()}, "two names of one"),
         ({"input_ids": tokens(1, 3), "labels": tokens(1, 4)}, "labels have shape"),
     ],
@@ -294,6 +295,13 @@ def test_packed_sequences(name):
 def test_what_the_model_cannot_follow_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         HGRN2ForCausalLM(hf_config("fla"))(**arguments)
+
+
+@pytest.mark.parametrize("bounds", [[0, 2], [0, 2, 1, 3], [1, 3]])
+def test_bounds_that_do_not_fit_are_refused(bounds):
+    # the message is the operator's
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        HGRN2ForCausalLM(hf_config("fla"))(tokens(1, 3), cu_seq_lens_q=torch.tensor(bounds))
 
 
 @pytest.mark.parametrize("name", ["fla", "bias", "mixer-layernorm", "no-bound", "tied", "window-attention"])
