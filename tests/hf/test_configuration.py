@@ -54,6 +54,11 @@ def test_the_settings_of_fla_are_read(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).model_config == config.model_config
 
 
+def test_a_run_has_no_further_tables():
+    with pytest.raises(UserError, match="unknown key 'dat'; did you mean 'data'"):
+        HGRN2Config(model=config_of("fla").to_dict(), dat={})
+
+
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
@@ -79,6 +84,8 @@ def test_layer_types_follow_from_attn(name, kinds):
         ({"model": {"hidden_size": 16}}, "beside the table 'model'"),
         ({"problem": 3}, "unknown key 'problem'"),
         ({"attn_mode": "chunk", "attnres_block_size": 4}, "attnres_block_size"),
+        ({"decoder_embed_dim": 16}, "use hgrn2 convert first"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
     ],
 )
 def test_contradictions_and_unknown_keys_are_refused(keys, message):

@@ -122,6 +122,13 @@ def test_older_exports_and_checkpoints_open_by_their_class(folders, tmp_path):
             AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_what_transformers_saves_opens_with_our_command_line(folders, tmp_path):
+    run, export = folders
+    AutoModelForCausalLM.from_pretrained(export).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(export).save_pretrained(tmp_path)
+    assert written(tmp_path, PROMPT, 24) == written(run, PROMPT, 24)
+
+
 def test_classification_pipeline(folders, tmp_path):
     _, export = folders
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DummyLayer
 
 from hgrn2.errors import UserError
 from hgrn2.hf import HGRN2Config, HGRN2ForCausalLM, HGRN2ForSequenceClassification
@@ -104,7 +105,8 @@ def test_a_part_may_be_padded_in_the_middle(name):
 def test_caches_of_the_library_are_taken(name):
     own, model = both(name)
     ids = tokens(1, 7)
-    for cache in (DynamicCache(), DynamicCache(config=model.config)):
+    static = [StaticCache(config=model.config, max_cache_len=n) for n in (7, 30)]
+    for cache in (DynamicCache(), DynamicCache(config=model.config), *static):
         model(ids[:, :4], past_key_values=cache)
         assert_same(model(ids[:, 4:], past_key_values=cache).logits, own(ids)[0][:, 4:])
         assert cache.get_seq_length() == 7
@@ -118,8 +120,14 @@ def test_other_caches_are_refused():
     ids = tokens(1, 7)
     _, hybrid = both("full-attention")
     _, model = both("fla")
-    with pytest.raises(UserError, match="StaticLayer; wanted a DynamicCache"):
-        hybrid(ids, past_key_values=StaticCache(config=hybrid.config, max_cache_len=20))
+    shared = DynamicCache(config=hybrid.config)
+    shared.layers[1] = DummyLayer()
+    with pytest.raises(UserError, match="layer 1 is a DummyLayer; wanted a DynamicCache or a StaticCache"):
+        hybrid(ids, past_key_values=shared)
+    small = StaticCache(config=hybrid.config, max_cache_len=9)
+    hybrid(ids, past_key_values=small)
+    with pytest.raises(UserError, match="has 9 places, and 10 are to be read"):
+        hybrid(ids[:, :3], past_key_values=small)
     used = model(ids, use_cache=True)[CACHE_NAME]
     with pytest.raises(UserError, match="of another model"):
         hybrid(ids, past_key_values=used)
@@ -272,12 +280,14 @@ def test_packed_sequences(name):
         ({"input_ids": tokens(1, 3), "attention_mask": {"full_attention": None}}, r"dict; wanted \[B, T\]"),
         ({"input_ids": tokens(1, 3), "attention_masks": torch.ones(1, 3)}, "unknown argument attention_masks"),
         ({"input_ids": tokens(1, 3), "output_attentions": True}, "no attention matrix"),
+        ({"input_ids": tokens(1, 3), "output_hidden_states": [0, 2]}, "wanted true for all"),
         ({"input_ids": tokens(1, 3), "is_causal": False}, "left to right"),
         ({"input_ids": tokens(1, 3), "position_ids": torch.tensor([[0, 1, 0]])}, "give cu_seq_lens_q"),
         ({"input_ids": tokens(1, 3), "position_ids": torch.tensor([[0, 2, 3]])}, "one after the other"),
         ({"input_ids": tokens(1, 3), "position_ids": torch.tensor([0, 1, 2])}, "one after the other"),
         ({"input_ids": tokens(1, 3), "seq_idx": torch.tensor([[0, 0, 1]])}, "give cu_seq_lens_q"),
         ({"input_ids": tokens(2, 3), "cu_seq_lens_q": torch.tensor([0, 3])}, "packed sequences are one row"),
+        ({"input_ids": tokens(1, 3), "cu_seq_lens_q": torch.tensor([0, 3]), "use_cache": True}, "without a cache"),
         ({"input_ids": tokens(1, 3), "cache": DynamicCache(), "past_key_values": DynamicCache()}, "two names of one"),
         ({"input_ids": tokens(1, 3), "labels": tokens(1, 4)}, "labels have shape"),
     ],
@@ -285,6 +295,13 @@ def test_packed_sequences(name):
 def test_what_the_model_cannot_follow_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         HGRN2ForCausalLM(hf_config("fla"))(**arguments)
+
+
+@pytest.mark.parametrize("bounds", [[0, 2], [0, 2, 1, 3], [1, 3]])
+def test_bounds_that_do_not_fit_are_refused(bounds):
+    # the message is the operator's
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        HGRN2ForCausalLM(hf_config("fla"))(tokens(1, 3), cu_seq_lens_q=torch.tensor(bounds))
 
 
 @pytest.mark.parametrize("name", ["fla", "bias", "mixer-layernorm", "no-bound", "tied", "window-attention"])

@@ -8,12 +8,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -23,7 +26,10 @@ from hgrn2.errors import UserError
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 # layers of the library's caches that this model's can take the place of; any other promises what they cannot keep
-_REPLACEABLE = (LinearAttentionLayer, DynamicLayer, DynamicSlidingWindowLayer)
+_STATIC = (StaticLayer, StaticSlidingWindowLayer)
+_REPLACEABLE = (LinearAttentionLayer, DynamicLayer, DynamicSlidingWindowLayer, *_STATIC)
+# what grows along its second axis in an attention layer; what it begins with may be padding, which `valid` says
+_GROWING = ("key", "value", "valid")
 
 
 class StateLayer(CacheLayerMixin):
@@ -37,6 +43,7 @@ class StateLayer(CacheLayerMixin):
 
     Args:
         kind: "linear_attention", "full_attention" or "sliding_attention".
+        size: for attention, places the layer always has; None: it grows. Those not yet used come first, as padding.
     """
 
     # nothing can be said about the tensors before the first call
@@ -44,9 +51,9 @@ class StateLayer(CacheLayerMixin):
     # a state has no memory of single tokens
     is_croppable = False
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, size: int | None = None) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.size = kind, size
         self.state: dict[str, Tensor] = {}
         # a tensor: as a number it would be compiled into a step
         self.num_tokens = torch.zeros((), dtype=torch.long)
@@ -54,7 +61,7 @@ class StateLayer(CacheLayerMixin):
     @property
     def is_compileable(self) -> bool:
         """Whether shapes stay the same from token to token."""
-        return self.kind == "linear_attention"
+        return self.kind == "linear_attention" or self.size is not None
 
     @property
     def is_sliding(self) -> bool:
@@ -72,16 +79,29 @@ class StateLayer(CacheLayerMixin):
         Args:
             state: as the mixer returned it.
             num_tokens: how many places it read.
+
+        Raises:
+            UserError: more places than the layer has.
         """
+        tracing = torch.compiler.is_compiling()
+        if self.kind == "full_attention" and self.size is not None and not tracing:
+            count = self.get_seq_length() + num_tokens
+            if count > self.size:
+                raise UserError(f"cache has {self.size} places, and {count} are to be read; make it larger")
         for name, new in state.items():
+            if self.size is not None and name in _GROWING:
+                new = _of_size(new, self.size)
             old = self.state.get(name)
             in_place = old is not None and old.shape == new.shape and not (new.requires_grad or old.requires_grad)
             if in_place and self.is_compileable:
                 old.copy_(new)  # pyright: ignore[reportOptionalMemberAccess]
-            else:
-                self.state[name] = new
-                if self.is_compileable and not torch.compiler.is_compiling():
-                    torch._dynamo.mark_static_address(new)
+                continue
+            # the end of something longer would keep all of it
+            if not tracing and new.untyped_storage().nbytes() > new.nbytes:
+                new = new.clone()
+            self.state[name] = new
+            if self.is_compileable and not tracing:
+                torch._dynamo.mark_static_address(new)
         if not self.is_initialized:
             device = next(iter(state.values())).device
             self.num_tokens = self.num_tokens.to(device)
@@ -97,8 +117,8 @@ class StateLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1, for there is no largest length."""
-        return -1
+        """Places there are; -1 where there is no largest length."""
+        return self.size if self.size is not None and self.kind == "full_attention" else -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The states of the chosen sequences."""
@@ -151,11 +171,18 @@ class StateLayer(CacheLayerMixin):
         self.state = {name: function(x) for name, x in self.state.items()}
 
 
+def _of_size(x: Tensor, size: int) -> Tensor:
+    """The last places of x [N, places, ...]; too few are filled up in front."""
+    x = x[:, max(0, x.shape[1] - size) :]
+    missing = size - x.shape[1]
+    return functional.pad(x, (*[0, 0] * (x.dim() - 2), missing, 0)) if missing else x
+
+
 def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
     """The layers of a cache, made this model's own at the first call.
 
     Args:
-        cache: a `DynamicCache`, or for models without attention a `StaticCache`, new or used by this model before.
+        cache: a `DynamicCache` or a `StaticCache`, new or used by this model before.
         kinds: what each layer of the model is, `HGRN2Config.layer_types`.
 
     Raises:
@@ -174,12 +201,9 @@ def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
                 raise UserError(f"cache: layer {i} is of kind {layer.kind}, the model's {kind}; it is of another model")
             continue
         if type(layer) not in _REPLACEABLE:
-            raise UserError(
-                f"cache: layer {i} is a {type(layer).__name__}; wanted a DynamicCache"
-                + (", for the keys and values of attention layers grow" if kind != "linear_attention" else "")
-            )
+            raise UserError(f"cache: layer {i} is a {type(layer).__name__}; wanted a DynamicCache or a StaticCache")
         used = getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values())
         if used:
             raise UserError(f"cache: another model filled layer {i}; wanted a new cache, or what this model returned")
-        layers[i] = StateLayer(kind)
+        layers[i] = StateLayer(kind, layer.max_cache_len if isinstance(layer, _STATIC) else None)
     return layers

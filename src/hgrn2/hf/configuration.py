@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from hgrn2.errors import UserError, unknown_key_message
-from hgrn2.layouts import fla
 from hgrn2.layouts.keys import TRANSFORMERS_KEYS
+from hgrn2.layouts.layout import LAYOUTS, recognise
 from hgrn2.models import config as own
 
 _FIELDS = [field.name for field in dataclasses.fields(own.HGRN2Config)]
-# tables of the config.json of `hgrn2 train`: the model's settings, how it was trained, and on what
-_MODEL_TABLE, _OTHER_TABLES = "model", ("train", "data")
+# of the config.json of `hgrn2 train`: the model's settings, how it was trained, and on what
+_TABLES = ("model", "train", "data")
 # what may stand beside the model's settings: in files, and as arguments of PreTrainedConfig
 _LIBRARY_KEYS = TRANSFORMERS_KEYS | {
     "attn_implementation", "experts_implementation", "name_or_path", "per_layer_config", "quantization_config",
@@ -25,12 +25,8 @@ _LIBRARY_KEYS = TRANSFORMERS_KEYS | {
 class HGRN2Config(PreTrainedConfig):
     """Every key of `hgrn2.models.HGRN2Config`, beside those of transformers.
 
-    Three kinds of config.json are read, and told apart by their keys:
-
-    * a "model" table: what `hgrn2 train` writes;
-    * any key that only flash-linear-attention writes (`hgrn2.layouts.fla.SIGNATURE`): read by
-      `hgrn2.layouts.fla.read_config`;
-    * otherwise our keys, flat, which `save_pretrained` writes.
+    Read are a config.json of `save_pretrained`, of `hgrn2 train` and of flash-linear-attention, told apart by their
+    keys (`hgrn2.layouts.layout.recognise`); written is the first kind.
 
     Args:
         use_cache: whether the model returns its state.
@@ -40,7 +36,7 @@ class HGRN2Config(PreTrainedConfig):
         **kwargs: keys of `hgrn2.models.HGRN2Config`, and those every `PreTrainedConfig` takes.
 
     Raises:
-        UserError: an unknown key, values that contradict each other, or keys of two kinds.
+        UserError: an unknown key, values that contradict each other, or keys of two layouts.
 
     Example:
         >>> HGRN2Config(hidden_size=256, expand_ratio=64, num_hidden_layers=3).layer_types
@@ -60,7 +56,9 @@ class HGRN2Config(PreTrainedConfig):
         eos_token_id: int | list[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs.pop("model_type", None)
+        found = kwargs.pop("model_type", own.MODEL_TYPE)
+        if found != own.MODEL_TYPE:
+            raise UserError(f"model config: model_type is {found!r}; wanted {own.MODEL_TYPE!r}")
         layer_types = kwargs.pop("layer_types", None)
         model, rest = _read(kwargs)
         for name in _FIELDS:
@@ -103,25 +101,15 @@ class HGRN2Config(PreTrainedConfig):
 
 def _read(values: dict[str, Any]) -> tuple[own.HGRN2Config, dict[str, Any]]:
     """The model's settings, and what is left for transformers."""
-    table = values.get(_MODEL_TABLE)
-    if table is not None:
-        mixed = sorted(values.keys() & {*_FIELDS, *fla.SIGNATURE})
-        if mixed:
-            raise UserError(f"model config: {', '.join(mixed)} beside the table 'model'; put all into the table")
-        model, kept = own.HGRN2Config.from_dict(table), values.keys() - {_MODEL_TABLE, *_OTHER_TABLES}
-    elif values.keys() & set(fla.SIGNATURE):
-        # read_config knows what stands in files, not what the library adds on the way
-        model = fla.read_config({key: value for key, value in values.items() if not _is_library_key(key)})
-        kept = {key for key in values if _is_library_key(key)}
-    else:
-        own_keys = values.keys() & set(_FIELDS)
-        model = own.HGRN2Config.from_dict({key: values[key] for key in own_keys})
-        kept = values.keys() - own_keys
-    for key in kept:
-        if not _is_library_key(key):
-            raise UserError(unknown_key_message("model config", key, _FIELDS))
-    return model, {key: values[key] for key in kept}
-
-
-def _is_library_key(key: str) -> bool:
-    return key in _LIBRARY_KEYS or key.startswith("_")
+    kept = {key: value for key, value in values.items() if key in _LIBRARY_KEYS or key.startswith("_")}
+    # a layout's reader knows what stands in files, not what the library adds on the way
+    settings = {key: value for key, value in values.items() if key not in kept}
+    told = any(key in settings for layout in LAYOUTS.values() for key in layout.signature)
+    # settings given in Python may be few, and then they are ours
+    layout = recognise(settings) if told else LAYOUTS["hf"]
+    if layout.name == "official":
+        raise UserError("a config.json of hgru2-pytorch, whose tensors have other names; use hgrn2 convert first")
+    if layout.name == "native":
+        for key in settings.keys() - {*_FIELDS, *_TABLES}:
+            raise UserError(unknown_key_message("config of a run", key, _TABLES))
+    return layout.read_config(settings), kept

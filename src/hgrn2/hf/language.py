@@ -51,9 +51,15 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """The padding as it is: the attention layers of hybrids look at it themselves."""
-        return attention_mask
+    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """Which of the new places are tokens: the cache knows of those before, and a compiled step wants one shape.
+
+        Args:
+            inputs_embeds: [B, T, ...], for its shape.
+            attention_mask: [B, S + T] or None.
+        """
+        length = inputs_embeds.shape[1]
+        return None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - length :]
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -23,6 +23,7 @@ from hgrn2.nn.block import Block
 from hgrn2.nn.gates import lower_bounds
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
+from hgrn2.ops.tiles import boundaries
 
 _GIVE_BOUNDS = (
     "the places of tokens follow from attention_mask, one after the other; for packed sequences give cu_seq_lens_q, as "
@@ -119,8 +120,11 @@ class HGRN2Model(HGRN2PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("input_ids and inputs_embeds: give one of them, not both or none")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if cu_seq_lens_q is not None and (cache is not None or attention_mask is not None or x.shape[0] != 1):
-            raise UserError("cu_seq_lens_q: packed sequences are one row, without a cache or an attention_mask")
+        if cu_seq_lens_q is not None:
+            if cache is not None or use_cache or attention_mask is not None or x.shape[0] != 1:
+                raise UserError("cu_seq_lens_q: packed sequences are one row, without a cache or an attention_mask")
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
+                boundaries(cu_seq_lens_q, x.shape[1])
         mask = _padding(attention_mask, x)
         if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
             _check_places(kwargs["position_ids"], mask, x)
@@ -131,6 +135,8 @@ class HGRN2Model(HGRN2PreTrainedModel):
         states = None if cache is None else state_layers(cache, self.config.layer_types)
         if states is not None and states[0].batch_size not in (-1, x.shape[0]):
             raise UserError(f"cache holds {states[0].batch_size} sequences; the input has {x.shape[0]}")
+        if output_hidden_states not in (None, True, False) or type(output_hidden_states) is int:
+            raise UserError(f"output_hidden_states is {output_hidden_states!r}; wanted true for all of them, or false")
         keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
         if self.config.scale_embedding:
