@@ -23,6 +23,7 @@ from hgrn2.parsing import command, parse
 from hgrn2.settings import (
     convert_model,
     data_settings,
+    evaluate_tasks,
     given_flags,
     load_model,
     model_config,
@@ -187,21 +188,62 @@ def evaluate(
     files: tyro.conf.Positional[tuple[str, ...]],
     text_field: str = "text",
     window: int = 2048,
+    tasks: _Paths = (),
+    tasks_dir: Path | None = None,
+    batch_size: str = "auto",
+    num_fewshot: int | None = None,
+    limit: int | None = None,
     checkpoint: Literal["latest", "best"] = "latest",
     device: str = "auto",
     json_out: Path | None = None,
 ) -> None:
-    """Perplexity and bits a byte of texts of any length, in constant memory.
+    """Perplexity and bits a byte of texts of any length, in constant memory; or tasks of lm-evaluation-harness.
 
     Args:
         run: A run folder, a checkpoint, or a folder of another layout (see convert) with its tokenizer.json.
         files: Text files, folders, globs, .jsonl(.zst) or .parquet.
         text_field: Key or column of the text in .jsonl and .parquet.
         window: Tokens read at a time; does not change the result.
+        tasks: Instead of files, tasks of lm-evaluation-harness by name, or task files (.yaml).
+        tasks_dir: A folder of further task files.
+        batch_size: Rows of a task read at a time; auto takes as many as the memory allows.
+        num_fewshot: Solved examples before each question of a task (default: as the task says).
+        limit: Most questions of a task (default: all).
         checkpoint: Which checkpoint of a run.
         device: cpu, cuda or auto.
         json_out: Write the results to a JSON file as well.
     """
+    # a setting of the other kind would have no effect
+    of_files = {"files": files, "--text-field": text_field != "text", "--window": window != 2048}
+    of_tasks = {
+        "--tasks": tasks, "--tasks-dir": tasks_dir, "--batch-size": batch_size != "auto",
+        "--num-fewshot": num_fewshot is not None, "--limit": limit is not None,
+    }  # fmt: skip
+    flags, others = ([name for name, value in of.items() if value] for of in (of_tasks, of_files))
+    if not files and not tasks:
+        raise UserError("no file to evaluate; name one or more after the run, or tasks with --tasks")
+    if flags and others:
+        raise UserError(f"{' and '.join(flags)}: for tasks, {' and '.join(others)}: for texts; evaluate one of them")
+    if json_out is not None:
+        check_file_place(json_out)
+    if tasks:
+        table, result = evaluate_tasks(
+            run, tasks, tasks_dir=tasks_dir, batch_size=batch_size, num_fewshot=num_fewshot, limit=limit,
+            which=checkpoint, device=device,
+        )  # fmt: skip
+        print(table)
+    else:
+        result = _evaluate_texts(run, files, text_field, window, checkpoint, device)
+    if json_out is not None:
+        try:
+            write_text_whole(json_out, result)
+        except OSError as error:
+            raise UserError(f"{json_out}: cannot be written ({error.strerror}); name another file") from None
+
+
+def _evaluate_texts(
+    run: Path, files: Sequence[str], text_field: str, window: int, checkpoint: str, device: str
+) -> str:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -209,12 +251,8 @@ def evaluate(
     from hgrn2.data import open_corpus
     from hgrn2.evaluate import score, total
 
-    if not files:
-        raise UserError("no file to evaluate; name one or more after the run")
     if window < 1:
         raise UserError(f"--window is {window}; wanted at least 1")
-    if json_out is not None:
-        check_file_place(json_out)
     lm, tokenizer = load_model(run, checkpoint, device)
     scores = [score(lm, tokenizer, document, window) for document in open_corpus(files, text_field).documents()]
     if not scores:
@@ -228,12 +266,8 @@ def evaluate(
             escape(s.name), f"{s.num_bytes:,}", f"{s.num_tokens:,}", f"{s.perplexity:,.3f}", f"{s.bits_per_byte:.4f}"
         )
     Console().print(table)
-    if json_out is not None:
-        rows = [dataclasses.asdict(s) | {"perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte} for s in shown]
-        try:
-            write_text_whole(json_out, json.dumps(rows, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{json_out}: cannot be written ({error.strerror}); name another file") from None
+    rows = [dataclasses.asdict(s) | {"perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte} for s in shown]
+    return json.dumps(rows, indent=1) + "\n"
 
 
 @command("info")

@@ -177,6 +177,48 @@ def load_model(run: Path, which: str, device: str) -> tuple[HGRN2LM, Tokenizer]:
     return model.eval(), tokenizer
 
 
+def evaluate_tasks(
+    run: Path, names: Sequence[str], *, tasks_dir: Path | None, batch_size: str, num_fewshot: int | None,
+    limit: int | None, which: str, device: str,
+) -> tuple[str, str]:  # fmt: skip
+    """Runs tasks of lm-evaluation-harness.
+
+    Args:
+        run: as for load_model.
+        names: of tasks and of task files; several may stand in one word, with commas between them.
+        tasks_dir: a folder of further task files.
+        batch_size: a number or "auto".
+        num_fewshot: solved examples before each question; None leaves it to the task.
+        limit: most questions of a task; None for all.
+        which: as for load_model, like device.
+        device: see which.
+
+    Returns:
+        A table for people and the harness's JSON.
+
+    Raises:
+        UserError: a number out of range, an extra that is not installed, no such task, data that is not there.
+    """
+    words = [name if Path(name).exists() else name.split(",") for name in names]
+    names = [name.strip() for word in words for name in ([word] if isinstance(word, str) else word) if name.strip()]
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
+        raise UserError(f"--batch-size is {batch_size}; wanted a number of at least 1, or auto")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"--num-fewshot is {num_fewshot}; wanted at least 0")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; wanted at least 1")
+    try:
+        from hgrn2.hf import harness
+    except ModuleNotFoundError as missing:
+        raise UserError(f"--tasks needs {missing.name}, which is not installed: pip install 'hgrn2[eval]'") from None
+    folder = locate_model(run, which)[1]
+    tasks = harness.open_tasks(names, tasks_dir)
+    model, tokenizer = harness.open_for_transformers(*load_model(run, which, device), folder)
+    lm = harness.HGRN2Harness(model, tokenizer, batch_size)
+    results = harness.evaluate_tasks(lm, tasks, num_fewshot=num_fewshot, limit=limit)
+    return harness.results_table(results), harness.results_json(results)
+
+
 def convert_model(source: Path, out: Path, to: str, dtype: str, max_shard_size: str, which: str) -> Written:
     """Writes a model in another layout.
 
