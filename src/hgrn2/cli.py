@@ -241,9 +241,7 @@ def evaluate(
             raise UserError(f"{json_out}: cannot be written ({error.strerror}); name another file") from None
 
 
-def _evaluate_texts(
-    run: Path, files: Sequence[str], text_field: str, window: int, checkpoint: str, device: str
-) -> str:
+def _evaluate_texts(run: Path, files: Sequence[str], text_field: str, window: int, checkpoint: str, device: str) -> str:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

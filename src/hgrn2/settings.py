@@ -211,9 +211,11 @@ def evaluate_tasks(
         from hgrn2.hf import harness
     except ModuleNotFoundError as missing:
         raise UserError(f"--tasks needs {missing.name}, which is not installed: pip install 'hgrn2[eval]'") from None
-    folder = locate_model(run, which)[1]
+    weights, folder = locate_model(run, which)
     tasks = harness.open_tasks(names, tasks_dir)
     model, tokenizer = harness.open_for_transformers(*load_model(run, which, device), folder)
+    # as the results name it
+    model.config.name_or_path = str(weights)
     lm = harness.HGRN2Harness(model, tokenizer, batch_size)
     results = harness.evaluate_tasks(lm, tasks, num_fewshot=num_fewshot, limit=limit)
     return harness.results_table(results), harness.results_json(results)

@@ -12,8 +12,9 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
+import datasets.config
+import datasets.exceptions
+import huggingface_hub.constants
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
@@ -37,8 +38,12 @@ from hgrn2.models import HGRN2LM
 
 AUTO = "auto"
 
+# the harness's decorators hide the types of what they wrap
+_HFLM: Any = HFLM
+_evaluate: Any = simple_evaluate
 
-class HGRN2Harness(HFLM):
+
+class HGRN2Harness(_HFLM):
     """The harness's class of transformers models, but for lengths: nothing is ever cut off.
 
     A context or a document of any length is read in pieces with the state carried, which is what one pass computes.
@@ -62,22 +67,22 @@ class HGRN2Harness(HFLM):
         with _errors_only("lm_eval.models"):
             super().__init__(
                 pretrained=model,
-                tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
+                tokenizer=tokenizer,
                 backend="causal",
                 batch_size=batch_size,
             )
 
     @property
     def max_length(self) -> int:
-        """No largest length."""
-        return sys.maxsize
+        """There is none; more than fits anywhere, for those who ask."""
+        return 2**40
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole documents, each after the beginning of a text."""
+        """Scores whole documents: log p of each after the beginning of a text."""
         texts = [request.args[0] for request in requests]
         # with the tokenizer's own beginning as well the model would be asked to predict that
         documents = [self.tok_encode(text, add_special_tokens=False) for text in texts]
-        pairs = [((self.prefix_token_id,), document) for document in documents]
+        pairs: list[Pair] = [((self.prefix_token_id,), document) for document in documents]
         found = self._score(pairs, "documents", disable_tqdm)
         for text, scored in zip(texts, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), scored.nats)
@@ -189,17 +194,19 @@ def evaluate_tasks(lm: HGRN2Harness, tasks: Sequence[Task | Group], **settings: 
         UserError: a task does not fit its data, or wants what is not to be had.
     """
     settings = {"log_samples": False, "batch_size": lm.batch_size, "device": str(lm.device)} | settings
+    # the tasks are there; without one it would look through its own again
+    settings = {"task_manager": TaskManager(include_defaults=False)} | settings
     try:
         # it prints on its way, among what is asked for
         with _errors_only("lm_eval"), redirect_stdout(sys.stderr):
-            found = simple_evaluate(lm, tasks=list(tasks), **settings)
+            found = _evaluate(lm, tasks=list(tasks), **settings)
     except (UserError, RuntimeError, MemoryError):
         # the model's; everything else comes from what a task says
         raise
     except Exception as error:
         raise UserError(f"tasks cannot be run: {_reason(error)}") from error
     assert found is not None, "the first process gets results"
-    return found  # pyright: ignore[reportReturnType]
+    return found
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -227,14 +234,11 @@ def open_tasks(names: Sequence[str], folder: Path | None = None) -> list[Task | 
     names = list(dict.fromkeys(names))
     if not names:
         raise UserError("no task named; name one or more, see lm-eval ls tasks")
-    if not hub_reachable():
-        # what is not in the local cache is then refused at once, not after many attempts
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     manager = _manager(names, folder)
     opened: dict[str, Task | Group] = {}
     for name in names:
         try:
-            with _errors_only("lm_eval"):
+            with _errors_only("lm_eval"), _without_attempts():
                 loaded = manager.load(name)
         except Exception as error:  # of YAML, of the file's own functions, of datasets and the network
             raise UserError(f"task {name!r} cannot be opened: {_task_reason(error)}") from error
@@ -259,8 +263,8 @@ def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
     own = TaskManager(include_path=include, include_defaults=False)
     found = {name: own.task_index.get(name) for name in names if name not in files}
     manager = own
-    # to look through the harness's own thousands takes many seconds; groups may have some of them as members
-    if not all(entry is not None and entry.kind is not Kind.GROUP for entry in found.values()):
+    # to look through the harness's own thousands takes many seconds; groups and tags may have some of them as members
+    if not all(entry is not None and entry.kind in (Kind.TASK, Kind.PY_TASK) for entry in found.values()):
         with _errors_only("lm_eval"):
             manager = TaskManager(include_path=include)
     for name in found:
@@ -340,6 +344,21 @@ def _reason(error: Exception) -> str:
     lines = " ".join(str(error).split()).removesuffix(".")
     shown = lines if len(lines) <= 200 else f"{lines[:200]}..."
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+
+
+@contextmanager
+def _without_attempts() -> Iterator[None]:
+    """Where the Hub cannot be reached, what is not in the local cache is refused at once, not after many attempts."""
+    places: list[Any] = [huggingface_hub.constants, datasets.config]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    offline = not hub_reachable()
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE |= offline
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 @contextmanager

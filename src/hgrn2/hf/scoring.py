@@ -88,7 +88,7 @@ def affordable_rows(model: HGRN2ForCausalLM, longest: int) -> int:
 
 
 def _score_batch(model: HGRN2ForCausalLM, pairs: Sequence[Pair], piece_tokens: int) -> tuple[Tensor, Tensor]:
-    """nats [R] float64 and is_greedy [R] bool, on the CPU; the longest continuation comes first."""
+    """What is scored: nats [R] float64 and is_greedy [R] bool, on the CPU; the longest continuation comes first."""
     contexts = list(dict.fromkeys(tuple(context) for context, _ in pairs))
     number = {context: i for i, context in enumerate(contexts)}
     # a context's last token is read with the continuation, whose first it predicts
@@ -143,7 +143,7 @@ def _select(cache: DynamicCache, rows: Tensor) -> None:
 
 
 def _log_p(model: HGRN2ForCausalLM, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of each target [M], float64, and whether it is the likeliest [M], on the CPU."""
+    """For targets [M] after x [M, D]: log p [M] float64, and whether it is the likeliest [M] bool, on the CPU."""
     log_ps, greedy = [], []
     size = max(1, PIECE_LOGITS // model.config.vocab_size)
     for part, target in zip(x.split(size), targets.split(size), strict=True):
