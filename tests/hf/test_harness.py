@@ -26,6 +26,7 @@ from hgrn2.train.checkpoint import CheckpointStore, create_run, model_tensors
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hgrn2[eval]'")
 
 import datasets
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -329,7 +330,11 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda loader, node: node.value)
 
 
-def test_commands_of_the_guide(one_run, tmp_path, capsys):
+def test_commands_of_the_guide(one_run, tmp_path, capsys, monkeypatch):
+    # two of the folders of tasks that come with the harness instead of all
+    manager, own = harness.TaskManager, Path(lm_eval.tasks.__file__).parent
+    some = {"include_defaults": False, "include_path": [own / "lambada", own / "piqa"]}
+    monkeypatch.setattr(harness, "TaskManager", lambda **x: manager(**(x if "include_defaults" in x else x | some)))
     section = (
         (ROOT / "docs/guide/huggingface.md").read_text(encoding="utf-8").split("## Evaluate\n")[1].split("\n## ")[0]
     )
@@ -387,10 +392,14 @@ def refused(capsys, args, message):
         (["--tasks", "tasks/choices.yaml", "again/choices.yaml"], "task 'choices' is named twice"),
         (["--tasks", "no-file.yaml"], "task 'no-file.yaml' cannot be opened"),
         (["--tasks", "published.yaml"], "the Hugging Face Hub cannot be reached (offline); connect"),
-        (["--tasks", "empty/choices.yaml"], "task 'empty/choices.yaml' cannot be opened"),
+        (["--tasks", "empty/choices.yaml"], "task 'empty/choices.yaml' cannot be opened: its data has no rows"),
+        (["--tasks", "none-left.yaml"], "task 'none-left.yaml' cannot be opened: its data has no rows"),
         (["--tasks", "no-text.yaml"], "task 'no-text.yaml' cannot be opened"),
-        (["--tasks", "bad-metric.yaml"], "task 'bad-metric.yaml' cannot be opened"),
-        (["--tasks", "function.yaml"], "task 'function.yaml' cannot be opened"),
+        (["--tasks", "bad-metric.yaml"], "task 'bad-metric.yaml': metric 'acccc' is none of the harness's"),
+        (["--tasks", "function.yaml"], "task 'function.yaml' cannot be opened: ImportError"),
+        (["--tasks", "tasks/function.yaml"], "task 'tasks/function.yaml' cannot be opened: ImportError"),
+        (["--tasks", "no-name.yaml"], "no-name.yaml: names no task (a line task: NAME) and no group"),
+        (["--tasks", "list-name.yaml"], "list-name.yaml: names no task"),
     ],
 )
 def test_refused_in_one_line(args, message, one_run, tmp_path, capsys):
@@ -409,10 +418,16 @@ def test_refused_in_one_line(args, message, one_run, tmp_path, capsys):
         "published": {"dataset_path": "someone/something", "dataset_kwargs": {}},
         "includes": {"include": "missing.inc"},
         "no-text": {"doc_to_text": "{{ unclosed"},
-        "bad-metric": {"metric_list": [{"metric": "acccc"}]},
+        "bad-metric": {"metric_list": [{"metric": "acccc", "aggregation": "mean", "higher_is_better": True}]},
     }.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(good | changes))
     (tmp_path / "function.yaml").write_text(yaml.safe_dump(good) + "process_docs: !function nowhere.function\n")
+    beside = (tmp_path / "tasks" / "choices.yaml").read_text()
+    (tmp_path / "tasks" / "function.yaml").write_text(f"{beside}process_docs: !function nowhere.function\n")
+    (tmp_path / "left.py").write_text("def none(rows):\n    return rows.select([])\n")
+    (tmp_path / "none-left.yaml").write_text(yaml.safe_dump(good) + "process_docs: !function left.none\n")
+    (tmp_path / "no-name.yaml").write_text("output_type: multiple_choice\n")
+    (tmp_path / "list-name.yaml").write_text("task: [one]\n")
     if message is None:
         # a name twice is the same task
         assert len(open_tasks([args[1], args[3]])) == 1

@@ -242,6 +242,8 @@ def open_tasks(names: Sequence[str], folder: Path | None = None) -> list[Task | 
                 loaded = manager.load(name)
         except Exception as error:  # of YAML, of the file's own functions, of datasets and the network
             raise UserError(f"task {name!r} cannot be opened: {_task_reason(error)}") from error
+        for task in loaded["tasks"].values():
+            _check_metrics(name, task)
         groups = loaded.get("groups", {})
         inner = {child for children in loaded.get("group_map", {}).values() for child in children}
         tops: dict[str, Task | Group] = {key: group for key, group in groups.items() if key not in inner}
@@ -260,22 +262,29 @@ def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
     for path in [*files, *sorted(folder.rglob("*.yaml") if folder else ())]:
         _check_task_file(Path(path))
     include = None if folder is None else str(folder)
-    own = TaskManager(include_path=include, include_defaults=False)
-    found = {name: own.task_index.get(name) for name in names if name not in files}
-    manager = own
+    manager = TaskManager(include_path=include, include_defaults=False)
+    own = dict(manager.task_index) | {name: _entry(Path(name)) for name in files}
     # to look through the harness's own thousands takes many seconds; groups and tags may have some of them as members
-    if not all(entry is not None and entry.kind in (Kind.TASK, Kind.PY_TASK) for entry in found.values()):
+    if not all(name in own and own[name].kind in (Kind.TASK, Kind.PY_TASK) for name in names):
         with _errors_only("lm_eval"):
             manager = TaskManager(include_path=include)
-    for name in found:
+    for name, entry in own.items():
+        manager.task_index[name] = _with_data_beside(entry)
+    for name in names:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see lm-eval ls tasks, or name a .yaml"
             raise UserError(f"no task named {name!r}; {hint}")
-    for name, entry in [*own.task_index.items(), *((name, TaskIndex.entry_from_path(Path(name))) for name in files)]:
-        if entry is not None:
-            manager.task_index[name] = _with_data_beside(entry)
     return manager
+
+
+def _check_metrics(name: str, task: Task) -> None:
+    """Refuses metrics that the harness did not find; it would leave them out of the results."""
+    functions = getattr(task, "_metric_fn_list", None) or {}
+    if unknown := [metric for metric, function in functions.items() if function is None]:
+        raise UserError(
+            f"task {name!r}: metric {unknown[0]!r} is none of the harness's, nor was it found on the Hub; mend its name"
+        )
 
 
 def _check_task_file(path: Path) -> None:
@@ -286,6 +295,16 @@ def _check_task_file(path: Path) -> None:
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}); name a task file") from None
     except Exception as error:
         raise UserError(f"{path}: not a task file: {_reason(error)}") from None
+
+
+def _entry(path: Path) -> Entry:
+    try:
+        found = TaskIndex.entry_from_path(path)
+    except ValueError:
+        found = None
+    if found is None or not isinstance(found.name, str):
+        raise UserError(f"{path}: names no task (a line task: NAME) and no group; name another file")
+    return found
 
 
 def _with_data_beside(entry: Entry) -> Entry:
@@ -299,7 +318,11 @@ def _with_data_beside(entry: Entry) -> Entry:
     if beside == named:
         return entry
     # without a path the harness takes the settings as they are here
-    settings = load_yaml(entry.yaml_path) | {"dataset_kwargs": {**arguments, "data_files": beside}}  # pyright: ignore
+    try:
+        settings = load_yaml(entry.yaml_path)
+    except Exception:  # of the functions it names; the harness meets them again if the task is asked for
+        return entry
+    settings["dataset_kwargs"] = {**arguments, "data_files": beside}  # pyright: ignore[reportGeneralTypeIssues]
     return Entry(entry.name, entry.kind, None, settings, entry.tags)
 
 
@@ -325,7 +348,8 @@ def _task_reason(error: Exception) -> str:
             "its data is not in the local cache, and the Hugging Face Hub cannot be reached (offline); connect, or "
             "name a task file whose data is a local file"
         )
-    if isinstance(error, IndexError):
+    no_rows = isinstance(chain[-1], StopIteration) or (isinstance(error, IndexError) and "size 0" in str(error))
+    if no_rows:
         return "its data has no rows; name other data"
     return _reason(error)
 
