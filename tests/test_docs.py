@@ -27,9 +27,9 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        if missing.name != "triton":
+        if missing.name not in ("triton", "lm_eval"):
             raise
-        pytest.skip("Triton is not installed, which the kernels are written in")
+        pytest.skip(f"{missing.name} is not installed, which this module is for")
     assert doctest.testmod(module).failed == 0
 
 

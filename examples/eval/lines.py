@@ -7,7 +7,7 @@ from datasets import Dataset
 
 def hellaswag(lines: Dataset) -> Dataset:
     """Six lines an item: the beginning, the number of the right end, and four ends."""
-    text = lines["text"]
+    text = list(lines["text"])
     rows = [text[i : i + 6] for i in range(0, len(text) - 5, 6)]
     return Dataset.from_list([{"query": query, "gold": int(gold), "choices": ends} for query, gold, *ends in rows])
 
