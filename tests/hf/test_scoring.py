@@ -7,6 +7,7 @@ from torch import nn
 from hgrn2.errors import UserError
 from hgrn2.hf import scoring
 from hgrn2.hf.scoring import affordable_rows, score_pairs
+from hgrn2.models.cost import cost
 from tests.hf.cases import KINDS, both, tokens
 
 LENGTHS = [(1, 1), (1, 40), (30, 3), (7, 1), (7, 9), (50, 20), (2, 2)]
@@ -104,6 +105,15 @@ def test_rows_that_fit(monkeypatch):
     assert affordable_rows(window, 10**9) == scoring.MOST_ROWS
     monkeypatch.setattr(scoring, "STATE_BYTES", 0)
     assert affordable_rows(linear, 1) == 1
+
+
+def test_rows_that_fit_a_gpu(monkeypatch):
+    _, model = both("fla", torch.float32)
+    row_bytes = 2 * cost(model.config.model_config).state_bytes
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    for free, rows in [(0, 1), (2 * 5 * row_bytes, 5), (2 * 5 * row_bytes - 1, 4), (10**12, scoring.MOST_ROWS)]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+        assert affordable_rows(model, 100) == rows
 
 
 def test_outputs_that_are_not_finite():

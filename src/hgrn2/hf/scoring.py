@@ -45,8 +45,8 @@ def score_pairs(
 ) -> Iterator[list[tuple[int, Scored]]]:
     """Predicts every token of each continuation from all tokens before it.
 
-    A context that several continuations share is read once for those of a batch. What is held at a time does not
-    depend on any length (but for the keys and values of attention layers in hybrids).
+    A context that several continuations share is read once for those of a batch. Beside the tokens themselves, what is
+    held at a time does not depend on any length (but for the keys and values of attention layers in hybrids).
 
     Args:
         model: in evaluation mode.
