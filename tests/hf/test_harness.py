@@ -15,6 +15,7 @@ import yaml
 from hgrn2 import cli
 from hgrn2.data import ByteTokenizer, load_tokenizer, train_bpe
 from hgrn2.data.documents import text_document
+from hgrn2.errors import UserError
 from hgrn2.evaluate import score
 from hgrn2.generate import Sampling, Writer
 from hgrn2.layouts.convert import convert
@@ -446,6 +447,13 @@ def test_a_field_that_the_data_lacks(one_run, tmp_path, capsys):
     rows = [*CHOICES, {"query": "One and", "choices": [], "gold": 3}]
     folder = write_tasks(tmp_path / "tasks", rows=rows)
     refused(capsys, [one_run, "--tasks", folder / "choices.yaml"], "tasks cannot be run: ")
+
+
+def test_continuations_without_a_token_of_their_own(tmp_path):
+    """A token may reach over the end of the context."""
+    lm = open_run(make_run(tmp_path / "run", "fla", train_bpe(["them them them"], 262)))[2]
+    with pytest.raises(UserError, match="continuation 'm' adds no token of its own to its context 'the'"):
+        lm.loglikelihood(requests("loglikelihood", ("the", "m")), disable_tqdm=True)
 
 
 def test_checkpoints_that_do_not_do(one_run, tmp_path, capsys):

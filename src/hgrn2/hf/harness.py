@@ -91,13 +91,19 @@ class HGRN2Harness(_HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        for texts, _, rest in requests:
+            if not rest:
+                raise UserError(
+                    f"continuation {texts[1]!r} adds no token of its own to its context {texts[0][-20:]!r}; begin it with a "
+                    "space, which target_delimiter of a task is for"
+                )
         found = self._score([(context, rest) for _, context, rest in requests], "continuations", disable_tqdm)
         for (texts, *_), scored in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, (scored.nats, scored.is_greedy))
         return [(scored.nats, scored.is_greedy) for scored in found]
 
     def _score(self, pairs: list[Pair], what: str, disable_tqdm: bool) -> list[Scored]:
-        # a document of no text; a continuation is never empty, unless its characters are part of the context's tokens
+        # what stands for a document of no text
         found = [Scored(0.0, True)] * len(pairs)
         filled = [i for i, (_, rest) in enumerate(pairs) if rest]
         if not filled:
