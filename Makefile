@@ -22,9 +22,9 @@ lint: $(VENV)/.dev
 
 install: $(VENV)/.dev
 
-# the README's tables, from the committed results
+# tables of README and docs, from the committed results
 tables: $(VENV)/.dev
-	$(BIN)/python benchmarks/tables.py README.md
+	$(BIN)/python benchmarks/tables.py README.md docs/kernels.md
 
 docs: $(VENV)/.dev
 	$(PIP_INSTALL) mkdocs

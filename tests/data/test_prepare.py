@@ -107,6 +107,7 @@ def test_a_damaged_set_is_an_error_until_rebuilt(corpus_dir, tmp_path):
     with pytest.raises(UserError, match=r"tokens-00000\.bin: content changed.*--rebuild"):
         prepare(corpus_dir, "bytes", out)
     assert not prepare(corpus_dir, "bytes", out, rebuild=True).reused
+    (out / "bytes_tokenizer.json").unlink()
     shutil.copy(train_bpe(["a b"], 260).save(tmp_path), out / "tokenizer.json")
     with pytest.raises(UserError, match="not the one the tokens were made with"):
         PreparedData.open(out)
