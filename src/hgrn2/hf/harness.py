@@ -94,8 +94,8 @@ class HGRN2Harness(_HFLM):
         for texts, _, rest in requests:
             if not rest:
                 raise UserError(
-                    f"continuation {texts[1]!r} adds no token of its own to its context {texts[0][-20:]!r}; begin it with a "
-                    "space, which target_delimiter of a task is for"
+                    f"continuation {texts[1]!r} adds no token of its own to its context {texts[0][-20:]!r}; begin it "
+                    "with a space, which target_delimiter of a task is for"
                 )
         found = self._score([(context, rest) for _, context, rest in requests], "continuations", disable_tqdm)
         for (texts, *_), scored in zip(requests, found, strict=True):
