@@ -39,6 +39,11 @@ class ModelFolder:
     weights: Weights
     places: dict[str, Rows]
 
+    @property
+    def names(self) -> list[str]:
+        """Our tensors, in the order of the model."""
+        return list(self.places)
+
     def spec(self, name: str) -> Tensor:
         """One of our tensors on the meta device: its shape and the file's dtype."""
         place = self.places[name]
@@ -119,11 +124,12 @@ def open_folder(path: Path) -> ModelFolder:
     tables = layout.tables(config, list(shapes))
     if config.tie_word_embeddings:
         tables = tuple(with_tied_head(table, weights.specs) for table in tables)
-    tried = [(misfits(table, shapes, weights.specs), table) for table in tables]
+    found = {name: spec for name, spec in weights.specs.items() if not name.endswith(layout.derived)}
+    tried = [(misfits(table, shapes, found), table) for table in tables]
     wrong, table = min(tried, key=lambda pair: pair[0].count)
     if wrong.count:
         raise UserError(f"{path}: not the tensors that its {CONFIG_NAME} (layout of {layout.title}) asks for: {wrong}")
-    others = [f"{name} ({spec.dtype!s})" for name, spec in weights.specs.items() if spec.dtype not in _FLOATS]
+    others = [f"{name} ({spec.dtype!s})" for name, spec in found.items() if spec.dtype not in _FLOATS]
     if others:
         raise UserError(f"{path}: tensors that are no floating-point numbers: {name_some(others)}")
     _check_tied(table, weights)
