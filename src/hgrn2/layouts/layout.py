@@ -26,7 +26,7 @@ class Layout:
         tables: from our configuration and the names of our tensors to which of them each tensor of a file holds; the
             first table is the one that is written.
         architecture: the class that transformers opens it with.
-        derived: ends of the names of tensors that a file may hold beside the model's, for they follow from its settings.
+        derived: ends of the names of tensors that follow from the settings, which a file may hold or not.
     """
 
     name: str

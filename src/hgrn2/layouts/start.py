@@ -20,7 +20,7 @@ from hgrn2.layouts.opening import ModelFolder
 from hgrn2.layouts.tables import EMBEDDINGS, model_shapes
 from hgrn2.models import HGRN2Config
 
-# attention averages values of several tokens, which makes them smaller; measured in benchmarks/xatl.py
+# attention averages values of several tokens, which makes them smaller; measured in docs/log.md
 VALUE_FRACTION = 0.25
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.attn\.(.+)")
@@ -100,7 +100,7 @@ class TransformerStart:
         if name == "model.lower_bounds":
             return torch.zeros(spec.shape, dtype=spec.dtype)
         # each tensor has a stream of its own, so that it does not matter which are read and in what order
-        generator = torch.Generator().manual_seed(self.seed * 2**20 + self.names.index(name))
+        generator = torch.Generator().manual_seed(self.seed * 2**24 + self.names.index(name))
         new = torch.empty(spec.shape).normal_(0, self.config.initializer_range, generator=generator)
         return new.to(spec.dtype)
 
@@ -162,9 +162,13 @@ def start_from_transformer(
     wrong = sorted(set(keep_attention) - set(config.attn.layers))
     if wrong:
         raise UserError(f"{source.path}: has no layers {wrong} to keep; it has 0 to {config.num_hidden_layers - 1}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; wanted 0 to 2^32 - 1")
     kept = sorted(set(keep_attention))
     if copy_qv and config.attn.qkv_bias and len(kept) < config.num_hidden_layers:
-        warnings.warn(f"{source.path}: the biases of q and v are left out where layers recur", UserWarning, stacklevel=2)
+        warnings.warn(
+            f"{source.path}: the biases of q and v are left out where layers recur", UserWarning, stacklevel=2
+        )
     started = config.replace(
         attn=dataclasses.asdict(config.attn) | {"layers": kept} if kept else None,
         use_lower_bound=len(kept) < config.num_hidden_layers,

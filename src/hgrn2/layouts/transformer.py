@@ -98,7 +98,9 @@ def _head_size(what: str, known: Mapping[str, Any]) -> int:
     """The width of a head; the heads together must be as wide as the model."""
     heads, hidden_size = known["num_attention_heads"], known["hidden_size"]
     if type(heads) is not int or type(hidden_size) is not int or heads < 1 or hidden_size % heads:
-        raise UserError(f"{what}: num_attention_heads is {heads!r}, which does not divide hidden_size = {hidden_size!r}")
+        raise UserError(
+            f"{what}: num_attention_heads is {heads!r}, which does not divide hidden_size = {hidden_size!r}"
+        )
     head_size = hidden_size // heads
     if known.get("head_dim") not in (None, head_size):
         _refuse(what, "head_dim", known["head_dim"], f"hidden_size / num_attention_heads = {head_size}")
