@@ -38,7 +38,7 @@ def read_llama2c(data: bytes) -> tuple[dict[str, int], dict[str, torch.Tensor], 
         The header, the tensors under the names that transformers gives them, and where the checkpoint ends.
     """
     keys = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
-    header = dict(zip(keys, struct.unpack("<7i", data[:28]), strict=True))
+    header: dict[str, int] = dict(zip(keys, struct.unpack("<7i", data[:28]), strict=True))
     dim, hidden, layers = header["dim"], header["hidden_dim"], header["n_layers"]
     kv = dim // header["n_heads"] * header["n_kv_heads"]
     order = {

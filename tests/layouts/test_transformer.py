@@ -33,7 +33,8 @@ MODELS = {
     "llama, grouped, tied": (
         LlamaForCausalLM,
         LlamaConfig(
-            **SIZE, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters={"rope_theta": 300.0}, hidden_act="gelu"
+            **SIZE, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters={"rope_theta": 300.0},
+            hidden_act="gelu",
         ),
     ),
     "llama, one head": (LlamaForCausalLM, LlamaConfig(**SIZE | {"num_attention_heads": 1}, num_key_value_heads=1)),

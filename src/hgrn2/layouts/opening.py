@@ -63,11 +63,30 @@ class ModelFolder:
 
         Args:
             model: on any device but meta.
+
+        Raises:
+            UserError: the model's tensors have other names or shapes.
         """
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+        found = {name: self.spec(name).shape for name in self.names}
+        if differing := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
+            raise UserError(
+                f"{self.path}: its weights do not fit the model in {name_some(differing)}; "
+                "leave settings that decide about shapes as they are"
+            )
         finite = FiniteCheck()
         for name, parameter in model.named_parameters():
             parameter.copy_(finite(name, self.read(name)))
         finite.warn(self.path)
+
+    def load(self, device: torch.device) -> HGRN2LM:
+        """The model in float32, on a device, in evaluation mode."""
+        with torch.device("meta"):
+            model = HGRN2LM(self.config)
+        model = model.to_empty(device=device)
+        model.tie_weights()
+        self.load_into(model)
+        return model.eval()
 
 
 class FiniteCheck:
