@@ -158,7 +158,8 @@ def main() -> int:
     settings = {
         "model": options.model.name, "parameters": sum(source.spec(name).numel() for name in source.names),
         "tokens of a run": options.max_tokens, "tokens a step": options.batch_size * options.seq_len,
-        "sequence": options.seq_len, "learning rate": options.learning_rate, "from scratch": scratch_rate, "q and v copied": not options.no_copy_qv,
+        "sequence": options.seq_len, "learning rate": options.learning_rate,
+        "learning rate from scratch": scratch_rate, "q and v copied": not options.no_copy_qv,
         "unfreeze every": options.unfreeze_every, "unfreeze threshold": options.unfreeze_threshold,
         "held-out tokens": options.validation_tokens, "data": " ".join(Path(name).name for name in options.data),
     }  # fmt: skip
