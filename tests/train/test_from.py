@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -141,6 +143,27 @@ def test_the_teacher_s_own_weights_have_nothing_to_learn(here):
     first = next(r for r in read_metrics(here / "run") if r["kind"] == "train")
     assert abs(first["loss"]) < 1e-6
     assert first["grad_norm"] < 1e-5
+
+
+def test_commands_of_the_guide(here, capsys):
+    guide = Path(__file__).resolve().parents[2] / "docs" / "guide" / "huggingface.md"
+    section = guide.read_text(encoding="utf-8").split("## Start from a Transformer\n")[1].split("\n## ")[0]
+    commands = [shlex.split(line) for line in re.findall(r"^hgrn2 (.+)$", section, re.MULTILINE)]
+    assert [command[0] for command in commands] == ["convert"] * 2 + ["train"] * 2 + ["eval"] * 2
+    os.symlink("llama", "SmolLM2-135M")
+    os.symlink("text", "notes")
+    Path("book.txt").write_text("text 3: word1 word2")
+    for command in commands:
+        # of the flags that only make it short, none decides about what is shown
+        assert cli.main(command + (FLAGS[2:] if command[0] == "train" else [])) == 0, command
+    assert "bits/byte" in capsys.readouterr().out
+    kept = [open_folder(Path(name)).config.attn for name in ("linear", "hybrid")]
+    assert kept[0] is None
+    assert kept[1] is not None
+    assert kept[1].layers == (3,)
+    for name in ("hybrid", "taught"):
+        settings = json.loads((here / "runs" / name / "config.json").read_text())["train"]
+        assert (settings["freeze"], settings["teacher"] is None) == ("copied", name == "hybrid")
 
 
 @pytest.mark.parametrize(
