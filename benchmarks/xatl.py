@@ -110,6 +110,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", default=["none", "every:4"], help="attention that is kept, for each kind")
     parser.add_argument("--unfreeze-every", type=int, default=10)
     parser.add_argument("--unfreeze-threshold", type=float, default=0.1)
+    parser.add_argument("--unfrozen-lr-fraction", type=float, default=0.1)
     parser.add_argument(
         "--distill", action="store_true", help="a third run of each kind, which the Transformer teaches"
     )
@@ -132,7 +133,8 @@ def main() -> int:
         "validation_tokens": options.validation_tokens,
     }  # fmt: skip
     staged = {
-        "freeze": "copied", "unfreeze_every": options.unfreeze_every, "unfreeze_threshold": options.unfreeze_threshold
+        "freeze": "copied", "unfreeze_every": options.unfreeze_every, "unfreeze_threshold": options.unfreeze_threshold,
+        "unfrozen_lr_fraction": options.unfrozen_lr_fraction,
     }  # fmt: skip
     scratch_rate = options.scratch_learning_rate or options.learning_rate
     original = loss_of(options.model, common, data)
@@ -161,6 +163,7 @@ def main() -> int:
         "sequence": options.seq_len, "learning rate": options.learning_rate,
         "learning rate from scratch": scratch_rate, "q and v copied": not options.no_copy_qv,
         "unfreeze every": options.unfreeze_every, "unfreeze threshold": options.unfreeze_threshold,
+        "learning rate of copied weights": options.learning_rate * options.unfrozen_lr_fraction,
         "held-out tokens": options.validation_tokens, "data": " ".join(Path(name).name for name in options.data),
     }  # fmt: skip
     report("xatl", settings, rows, options.device, options.out, {"curves": curves})

@@ -19,6 +19,7 @@ _POSITIVE = [
     "learning_rate",
     "muon_learning_rate",
     "distill_temperature",
+    "unfrozen_lr_fraction",
     "eps",
     "validation_tokens",
     "keep_last",
@@ -108,6 +109,8 @@ class TrainConfig:
     unfreeze_threshold: float | None = None
     """Improvement between two intervals, in nats a token, below which frozen weights begin to learn; unset: 0.02."""
 
+    unfrozen_lr_fraction: float | None = None
+    """Learning rate of weights that were frozen, as a fraction of the others', after a warmup of their own; unset: 0.1."""
     teacher: str | None = None
     """A model of the same tokens to learn from beside the text: a run, or a folder as for --from."""
     distill_weight: float | None = None
@@ -197,10 +200,12 @@ class TrainConfig:
             "distill_temperature": self.teacher is None,
             "unfreeze_every": not self.freeze,
             "unfreeze_threshold": not self.freeze or self.unfreeze_every == 0,
+            "unfrozen_lr_fraction": not self.freeze or self.unfreeze_every == 0,
         }
         others = {"muon_learning_rate": f"optimizer {self.optimizer}"}
         others |= dict.fromkeys(("decay_fraction", "min_lr_fraction"), f"schedule {self.schedule}")
-        others |= dict.fromkeys(("unfreeze_every", "unfreeze_threshold"), "weights that are never frozen or unfrozen")
+        unfreezing = ("unfreeze_every", "unfreeze_threshold", "unfrozen_lr_fraction")
+        others |= dict.fromkeys(unfreezing, "weights that are never frozen or unfrozen")
         others |= dict.fromkeys(("distill_weight", "distill_temperature"), "no teacher")
         for name, idle in without_effect.items():
             if idle and getattr(self, name) is not None:

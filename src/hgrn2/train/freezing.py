@@ -14,7 +14,7 @@ from hgrn2.nn.mixer import HGRN2Mixer
 from hgrn2.train.config import TrainConfig
 
 COPIED = "copied"
-UNFREEZE_EVERY, UNFREEZE_THRESHOLD = 100, 0.02
+UNFREEZE_EVERY, UNFREEZE_THRESHOLD, LR_FRACTION = 100, 0.02, 0.1
 
 
 class Freezing:
@@ -22,12 +22,13 @@ class Freezing:
 
     A frozen parameter has no gradient, so the optimizer passes it over: it does not move, does not decay, and has no
     state. It is let go after an interval of `unfreeze_every` steps whose mean loss is less than `unfreeze_threshold`
-    below that of the interval before.
+    below that of the interval before. Its learning rate then rises over the steps of the warmup, to
+    `unfrozen_lr_fraction` of the others': the first steps of an optimizer without history are large.
 
     Args:
         model: its parameters' requires_grad is set.
         names: of the parameters to freeze.
-        config: unfreeze_every and unfreeze_threshold are read.
+        config: unfreeze_every, unfreeze_threshold, unfrozen_lr_fraction and warmup_steps are read.
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], config: TrainConfig) -> None:
@@ -35,7 +36,9 @@ class Freezing:
         self._parameters = [parameters[name] for name in names]
         self._every = UNFREEZE_EVERY if config.unfreeze_every is None else config.unfreeze_every
         self._threshold = UNFREEZE_THRESHOLD if config.unfreeze_threshold is None else config.unfreeze_threshold
-        self._loss_sum, self._num_steps = 0.0, 0
+        self._lr_fraction = LR_FRACTION if config.unfrozen_lr_fraction is None else config.unfrozen_lr_fraction
+        self._num_warmup_steps = config.num_warmup_steps
+        self._loss_sum, self._num_steps, self._num_free_steps = 0.0, 0, 0
         self._mean_before: float | None = None
         self._set(bool(names))
 
@@ -46,6 +49,8 @@ class Freezing:
 
     def count(self, loss: float) -> bool:
         """Takes note of a step's loss; True if with it the frozen parameters have begun to learn."""
+        if not self.frozen:
+            self._num_free_steps += 1
         if not self.frozen or self._every == 0:
             return False
         self._loss_sum += loss
@@ -59,19 +64,24 @@ class Freezing:
         self._set(False)
         return True
 
+    def lr_fraction(self) -> float:
+        """What the learning rate of the parameters that were frozen is of the others', in the next step."""
+        return self._lr_fraction * min(1.0, (self._num_free_steps + 1) / max(1, self._num_warmup_steps))
+
     def state_dict(self) -> dict[str, Any]:
         """The stage, and where in an interval it is, as JSON values."""
         return {
             "frozen": self.frozen,
             "loss_sum": self._loss_sum,
             "num_steps": self._num_steps,
+            "num_free_steps": self._num_free_steps,
             "mean_before": self._mean_before,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what state_dict gave."""
         self._loss_sum, self._num_steps = state["loss_sum"], state["num_steps"]
-        self._mean_before = state["mean_before"]
+        self._mean_before, self._num_free_steps = state["mean_before"], state["num_free_steps"]
         self._set(state["frozen"] and bool(self._parameters))
 
 

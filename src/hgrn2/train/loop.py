@@ -108,7 +108,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._counters = Counters()
-        self._optimizer = NamedOptimizer(self.model, self.roles, self.config)
+        self._optimizer = NamedOptimizer(self.model, self.roles, self.config, self.frozen)
         self._freezing = Freezing(self.model, self.frozen, self.config)
         self._device = self._optimizer.parameters[0].device
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
@@ -185,7 +185,8 @@ class Trainer:
     def _step(self, metrics: MetricsWriter) -> None:
         config, counters = self.config, self._counters
         started_s = time.monotonic()
-        learning_rate = self._optimizer.set_lr_fraction(lr_fraction(config, counters.step, self._progress()))
+        fraction = lr_fraction(config, counters.step, self._progress())
+        learning_rate = self._optimizer.set_lr_fraction(fraction, self._freezing.lr_fraction())
         batches = [self.task.next_batch() for _ in range(config.grad_accumulation)]
         num_targets = max(1, sum(self.task.num_targets(batch) for batch in batches))
         loss_sum = torch.zeros((), device=self._device)
