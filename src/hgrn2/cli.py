@@ -88,9 +88,6 @@ def train(
     from hgrn2.train.run import choose_device, resume_language_run, start_language_run
 
     given = {name: getattr(settings, name) for name in given_flags(sys.argv[1:], TrainConfig)}
-    if given.get("teacher") is not None:
-        # the run may be resumed from somewhere else
-        given["teacher"] = os.path.abspath(given["teacher"])
     if resume is not None:
         own = {"data": data, "validation": validation, "text-field": text_field, "tokenizer": tokenizer,
                "prepared": prepared, "rebuild": rebuild, "model": model, "from": from_, "set": set, "config": config,

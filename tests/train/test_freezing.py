@@ -16,6 +16,7 @@ from hgrn2.train.freezing import Freezing, frozen_names
 from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
+from hgrn2.train.optim import NamedOptimizer
 from tests.train.tiny_run import ROLES, TinyModel, TinyTask, losses
 
 SIZE = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "expand_ratio": 4, "intermediate_size": 12}
@@ -89,6 +90,50 @@ def test_the_state_in_the_middle_of_an_interval(count):
     assert found == wanted == 5
     assert not second.frozen
     assert model["a"].weight.requires_grad
+
+
+def test_the_learning_rate_of_what_was_frozen():
+    _, freezing = make_freezing(unfreeze_every=1, unfrozen_lr_fraction=0.5, warmup_steps=0)
+    assert feed(freezing, [1.0, 1.0]) == 1
+    assert freezing.lr_fraction() == 0.5
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    config = TrainConfig(max_steps=9, freeze="a.*", unfreeze_every=1, unfrozen_lr_fraction=0.2, warmup_steps=4)
+    freezing = Freezing(model, ["a.weight"], config)
+    feed(freezing, [1.0, 1.0])
+    found = []
+    for _ in range(5):
+        found.append(freezing.lr_fraction())
+        freezing.count(1.0)
+    assert found == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2])
+    # which travels
+    again = Freezing(model, ["a.weight"], config)
+    again.load_state_dict({**freezing.state_dict(), "num_free_steps": 2})
+    assert again.lr_fraction() == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_groups_of_the_optimizer(optimizer):
+    model = TinyModel(dropout=0.0)
+    config = TrainConfig(max_steps=9, optimizer=optimizer, learning_rate=0.1, weight_decay=0.0)
+    waiting = ("embedding.weight", "hidden.weight", "norm.bias")
+    made = NamedOptimizer(model, ROLES, config, waiting)
+    assert made.set_lr_fraction(0.5, 0.2) == pytest.approx(0.05)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    made.step()
+    sizes = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
+    adamw = {name: size for name, size in sizes.items() if optimizer == "adamw" or name != "hidden.weight"}
+    # AdamW's first step is of the size of its learning rate
+    assert adamw == pytest.approx({name: 0.01 if name in waiting else 0.05 for name in adamw}, rel=1e-3)
+    whole = TinyModel(dropout=0.0)
+    whole.load_state_dict(before)
+    other = NamedOptimizer(whole, ROLES, config)
+    other.set_lr_fraction(0.1)
+    for p in whole.parameters():
+        p.grad = torch.ones_like(p)
+    other.step()
+    torch.testing.assert_close(whole.hidden.weight, model.hidden.weight)
 
 
 # which weights
@@ -224,8 +269,8 @@ def test_a_checkpoint_from_before_there_was_freezing(frozen_run, tmp_path):
 def test_settings():
     config = TrainConfig(max_steps=5, freeze="copied", unfreeze_every=7, unfreeze_threshold=0.5)
     assert TrainConfig.from_dict(config.to_dict()) == config
-    for name in ("unfreeze_every", "unfreeze_threshold"):
+    for name in ("unfreeze_every", "unfreeze_threshold", "unfrozen_lr_fraction"):
         with pytest.warns(UserWarning, match=f"{name} has no effect with weights that are never frozen"):
             TrainConfig(max_steps=5, **{name: 1})
-        with pytest.raises(UserError, match=f"{name} is -1; wanted 0 or more"):
+        with pytest.raises(UserError, match=f"{name} is -1; wanted "):
             dataclasses.replace(config, **{name: -1})

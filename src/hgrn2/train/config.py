@@ -110,7 +110,7 @@ class TrainConfig:
     """Improvement between two intervals, in nats a token, below which frozen weights begin to learn; unset: 0.02."""
 
     unfrozen_lr_fraction: float | None = None
-    """Learning rate of weights that were frozen, as a fraction of the others', after a warmup of their own; unset: 0.1."""
+    """Learning rate of weights that were frozen, as a part of the others', after its own warmup; unset: 0.1."""
     teacher: str | None = None
     """A model of the same tokens to learn from beside the text: a run, or a folder as for --from."""
     distill_weight: float | None = None

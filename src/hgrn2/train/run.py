@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def start_language_run(
     parts = _Parts.build(model_config, train_config, data, sampler)
     if start is not None:
         start.load_into(parts.model)
-    config = {"model": model_config.to_dict(), "train": train_config.to_dict(), "data": dict(data_settings)}
+    config = {"model": model_config.to_dict(), "train": _kept(train_config), "data": dict(data_settings)}
     with run_lock(run_dir):
         create_run(run_dir, config, data.tokenizer)
         return parts.run(run_dir, config, None, display)
@@ -112,8 +113,14 @@ def resume_language_run(
                 raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
         train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
         parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
-        config["train"] = train_config.to_dict()
+        config["train"] = _kept(train_config)
         return parts.run(run_dir, config, checkpoint, display)
+
+
+def _kept(config: TrainConfig) -> dict[str, Any]:
+    """The settings as a run keeps them: it may be resumed from another folder."""
+    teacher = None if config.teacher is None else os.path.abspath(config.teacher)
+    return config.to_dict() | {"teacher": teacher}
 
 
 @dataclass(frozen=True)
