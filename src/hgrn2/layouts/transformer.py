@@ -65,7 +65,7 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
         if known.get(key, wanted[0]) not in wanted:
             _refuse(what, key, known[key], repr(wanted[0]))
     activation = known.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
+    if activation not in tuple(_ACTIVATIONS):
         _refuse(what, "hidden_act", activation, " or ".join(map(repr, _ACTIVATIONS)))
     head_size = _head_size(what, known)
     layers = known["num_hidden_layers"]
@@ -140,6 +140,8 @@ def _window(what: str, kind: str, known: Mapping[str, Any], num_layers: int) -> 
     if kinds is None:
         # a qwen2 slides above the layers that it names the number of
         first = known.get("max_window_layers", 28) if kind == "qwen2" else 0
+        if type(first) is not int:
+            raise UserError(f"{what}: max_window_layers is {first!r}; wanted a whole number")
         kinds = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(num_layers)]
     if kinds == ["full_attention"] * num_layers:
         return None
