@@ -119,9 +119,12 @@ def device_name(device: str) -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def report(benchmark: str, settings: Mapping[str, object], rows: Sequence[Row], device: str, out: Path | None) -> None:
-    """Prints the table, then one line of JSON; writes that line to `out` too."""
-    record = make_record(benchmark, settings, rows, device)
+def report(
+    benchmark: str, settings: Mapping[str, object], rows: Sequence[Row], device: str, out: Path | None,
+    further: Mapping[str, object] | None = None,
+) -> None:  # fmt: skip
+    """Prints the table, then one line of JSON, with further keys at its end; writes that line to `out` too."""
+    record = make_record(benchmark, settings, rows, device) | dict(further or {})
     _print_table(f"{benchmark}: {', '.join(f'{k} {v}' for k, v in settings.items())}", record["device"], rows)
     if out is not None:
         write_record(record, out)

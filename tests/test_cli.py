@@ -202,7 +202,7 @@ def test_tokenizer(corpus, tmp_path, capsys):
         (["train", "--max-stps", "3"], "--max-stps, 3; did you mean --max-steps[?]"),
         (["train", "--grad-acumulation=3"], "did you mean --grad-accumulation[?]"),
         (["generate", "run", "--promt", "x", "--tok-k=3"], "did you mean --prompt or --top-k[?]"),
-        (["train", "--promt", "x"], "options: --promt, x; see"),
+        (["train", "--tok-k", "x"], "options: --tok-k, x; see"),
         (["train", "--max-steps", "many"], "Error parsing --max-steps: 'many' is not a whole number; see"),
         (["train", "--max-time-s", "abc"], "Error parsing --max-time-s: 'abc' is not a number; see"),
         (["generate", "run", "--max-tokens", "1.5"], "Error parsing --max-tokens: '1.5' is not a whole number; see"),

@@ -18,9 +18,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from hgrn2.data.staging import check_file_place, check_folder_place, write_text_whole
+from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.parsing import command, parse
 from hgrn2.settings import (
+    Start,
+    StartSettings,
     convert_model,
     data_settings,
     evaluate_tasks,
@@ -56,6 +59,7 @@ def train(
     prepared: Path | None = None,
     rebuild: bool = False,
     model: str | None = None,
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
     set: _Paths = (),
     out: Path = _RUN,
     config: Path | None = None,
@@ -73,6 +77,7 @@ def train(
         prepared: Where the prepared tokens are kept (default: beside the run, in a folder named after the data).
         rebuild: Prepare the tokens again even if nothing has changed.
         model: A preset (tiny, wikitext-44m, 150m, 385m, 1.3b, 2.7b) or a JSON file (default: tiny).
+        from_: Start with the weights of a model: a run folder, a checkpoint, or a folder (see convert).
         set: Model settings as KEY=VALUE, e.g. --set dropout=0.1 use_short_conv=true.
         out: Folder of the run.
         config: A TOML file with tables [model], [train] and [data]; flags win over it.
@@ -86,7 +91,7 @@ def train(
     given = {name: getattr(settings, name) for name in given_flags(sys.argv[1:], TrainConfig)}
     if resume is not None:
         own = {"data": data, "validation": validation, "text-field": text_field, "tokenizer": tokenizer,
-               "prepared": prepared, "rebuild": rebuild, "model": model, "set": set, "config": config,
+               "prepared": prepared, "rebuild": rebuild, "model": model, "from": from_, "set": set, "config": config,
                "out": out != _RUN}  # fmt: skip
         if others := [f"--{name}" for name, value in own.items() if value]:
             raise UserError(f"--resume goes on with the run's own data and model; drop {' and '.join(others)}")
@@ -96,9 +101,15 @@ def train(
         )
     else:
         file = read_toml(config)
+        start = None if from_ is None else Start.open(from_)
+        if start is not None:
+            if model is not None or "preset" in file["model"]:
+                raise UserError("--from brings its own model; drop --model, and preset from the configuration file")
+            model = str(start.model.path)
+        defaults = {} if start is None else start.data_defaults(data or file["data"].get("data", ()))
         sources = data_settings(
-            file["data"], data=list(data), validation=list(validation), text_field=text_field, tokenizer=tokenizer,
-            prepared=None if prepared is None else str(prepared),
+            defaults | file["data"], data=list(data), validation=list(validation), text_field=text_field,
+            tokenizer=tokenizer, prepared=None if prepared is None else str(prepared),
         )  # fmt: skip
         train_settings = file["train"] | given
         if not train_settings.keys() & _BUDGETS:
@@ -110,13 +121,19 @@ def train(
         configure = functools.partial(model_config, model, file["model"], set)
         configure(None)
         check_new_run(out)
-        prepared_data, kept = prepare_data(
-            sources, out, rebuild, lambda found: found.check_fits(configure(found.vocab_size).vocab_size)
-        )
+
+        def check_tokenizer(found: Tokenizer) -> None:
+            found.check_fits(configure(found.vocab_size).vocab_size)
+            if start is not None:
+                start.check_tokens(found)
+
+        prepared_data, kept = prepare_data(sources, out, rebuild, check_tokenizer)
+        # tokens that were prepared already may be of any tokenizer
+        check_tokenizer(prepared_data.tokenizer)
         lm_config = configure(prepared_data.tokenizer.vocab_size)
         result = start_language_run(
             out, lm_config, train_config, prepared_data, data_settings=kept,
-            sampler=_make_sampler(prepared_data.tokenizer),
+            start=None if start is None else start.model, sampler=_make_sampler(prepared_data.tokenizer),
         )  # fmt: skip
     _report(result, prepared_data, out if resume is None else resume, compressors)
     stopped_by = result.result.stopped_by
@@ -333,22 +350,40 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
 def convert(
     source: tyro.conf.Positional[Path],
     out: tyro.conf.Positional[Path],
-    to: Literal["hf", "fla", "native", "official"],
+    to: Literal["hf", "fla", "native", "official"] | None = None,
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same",
     max_shard_size: str = "5GB",
     checkpoint: Literal["latest", "best"] = "latest",
+    from_transformer: bool = False,
+    keep_attention: str | None = None,
+    expand_ratio: int | None = None,
+    copy_qv: bool = False,
+    seed: int = 0,
 ) -> None:
-    """Write a checkpoint in another layout; which one it has is told from its own files.
+    """Write a checkpoint in another layout, which is told from its own files, or start a model from a Transformer.
 
     Args:
-        source: A run folder, a checkpoint, or a folder in the layout of hgrn2.hf, fla or hgru2-pytorch.
+        source: A run folder, a checkpoint, or a folder in the layout of hgrn2.hf, fla, hgru2-pytorch or a Transformer.
         out: A folder that does not exist yet; it appears whole or not at all.
-        to: hf (transformers, after import hgrn2.hf), fla, native (as runs are kept) or official (hgru2-pytorch).
+        to: hf (transformers, after import hgrn2.hf), fla, native (as runs are kept) or official (hgru2-pytorch);
+            a start from a Transformer is written as hf unless named.
         dtype: Of the new tensors; same leaves each as it is.
         max_shard_size: Weights above this size are cut into several files; native is always one.
         checkpoint: Which checkpoint of a run.
+        from_transformer: Put new recurrent layers into a Transformer (Llama, Mistral, Qwen2); the rest is copied.
+        keep_attention: Layers that stay as they are: 3,7,11, every:4 (the last of each four), all or none.
+        expand_ratio: Width of a head of the recurrent layers (default: that of the Transformer's heads).
+        copy_qv: Start the recurrent layers' q and i from the attention's q and v.
+        seed: Of the new tensors.
     """
-    written = convert_model(source, out, to, dtype, max_shard_size, checkpoint)
+    start = StartSettings(keep_attention, expand_ratio, copy_qv, seed)
+    if not from_transformer and start != StartSettings():
+        raise UserError("--keep-attention, --expand-ratio, --copy-qv and --seed go with --from-transformer")
+    if to is None and not from_transformer:
+        raise UserError("--to is missing; wanted hf, fla, native or official")
+    written = convert_model(
+        source, out, to or "hf", dtype, max_shard_size, checkpoint, start if from_transformer else None
+    )
     files = "" if written.num_shards == 1 else f" in {written.num_shards} files"
     print(f"{written.path}: {written.num_tensors} tensors, {_bytes(written.num_bytes)}{files}")
 

@@ -49,7 +49,8 @@ def _flags_of(function: Callable[..., Any]) -> list[str]:
         if dataclasses.is_dataclass(parameter.default):
             found += [field.name for field in dataclasses.fields(parameter.default)]
         elif "Positional" not in str(parameter.annotation):
-            found.append(parameter.name)
+            # a flag may be called as a word of Python's is
+            found.append(parameter.name.removesuffix("_"))
     return found
 
 

@@ -17,11 +17,12 @@ from hgrn2.data import load_tokenizer
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError, unknown_key_message
-from hgrn2.layouts.convert import Written, convert, parse_size
-from hgrn2.layouts.opening import open_folder, read_folder_config
+from hgrn2.layouts.convert import Source, Written, convert, parse_size
+from hgrn2.layouts.opening import ModelFolder, open_folder, read_folder_config
+from hgrn2.layouts.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
 from hgrn2.train.checkpoint import locate_model, read_config, resume_point
-from hgrn2.train.run import choose_device
+from hgrn2.train.run import check_same_tokens, choose_device, find_tokenizer
 
 
 def given_flags(argv: Sequence[str], config: type) -> list[str]:
@@ -169,12 +170,7 @@ def load_model(run: Path, which: str, device: str) -> tuple[HGRN2LM, Tokenizer]:
     saved = open_folder(folder)
     tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer.check_fits(saved.config.vocab_size)
-    with torch.device("meta"):
-        model = HGRN2LM(saved.config)
-    model = model.to_empty(device=place)
-    model.tie_weights()
-    saved.load_into(model)
-    return model.eval(), tokenizer
+    return saved.load(place), tokenizer
 
 
 def evaluate_tasks(
@@ -221,7 +217,56 @@ def evaluate_tasks(
     return harness.results_table(results), harness.results_json(results)
 
 
-def convert_model(source: Path, out: Path, to: str, dtype: str, max_shard_size: str, which: str) -> Written:
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A model whose weights a new run begins with.
+
+    Attributes:
+        model: the model.
+        tokenizer: beside it; None if there is none.
+        tokenizer_dir: where that lies.
+    """
+
+    model: ModelFolder
+    tokenizer: Tokenizer | None
+    tokenizer_dir: Path
+
+    @classmethod
+    def open(cls, path: Path) -> Start:
+        """From a run folder, a checkpoint, or a folder of any layout."""
+        folder, tokenizer_dir = locate_model(path)
+        return cls(open_folder(folder), find_tokenizer(tokenizer_dir), tokenizer_dir)
+
+    def data_defaults(self, names: Sequence[str]) -> dict[str, Any]:
+        """What `data_settings` takes unless told otherwise: data that is not prepared yet gets the model's tokens."""
+        prepared_already = len(names) == 1 and is_prepared(names[0])
+        return {} if self.tokenizer is None or prepared_already else {"tokenizer": str(self.tokenizer_dir)}
+
+    def check_tokens(self, found: Tokenizer) -> None:
+        """Raises UserError if the data is in other tokens than the model's."""
+        check_same_tokens(self.tokenizer, found, f"model {self.model.path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StartSettings:
+    """How recurrent layers take the place of a Transformer's attention, in the words of the command line.
+
+    Attributes:
+        keep_attention: see `parse_layers`; None for no layer.
+        expand_ratio: see `start_from_transformer`, likewise copy_qv and seed.
+        copy_qv: see expand_ratio.
+        seed: see expand_ratio.
+    """
+
+    keep_attention: str | None = None
+    expand_ratio: int | None = None
+    copy_qv: bool = False
+    seed: int = 0
+
+
+def convert_model(
+    source: Path, out: Path, to: str, dtype: str, max_shard_size: str, which: str, start: StartSettings | None = None
+) -> Written:
     """Writes a model in another layout.
 
     Args:
@@ -231,10 +276,18 @@ def convert_model(source: Path, out: Path, to: str, dtype: str, max_shard_size: 
         dtype: "same", or torch's name of one.
         max_shard_size: see `parse_size`.
         which: "latest" or "best" checkpoint of a run.
+        start: put recurrent layers into a Transformer; None to write the model as it is.
     """
     max_shard_bytes = parse_size(max_shard_size)
     folder, tokenizer_dir = locate_model(source, which)
+    opened = open_folder(folder)
+    model: Source = opened
+    if start is not None:
+        model = start_from_transformer(
+            opened, keep_attention=parse_layers(start.keep_attention or "none", opened.config.num_hidden_layers),
+            expand_ratio=start.expand_ratio, copy_qv=start.copy_qv, seed=start.seed,
+        )  # fmt: skip
     return convert(
-        open_folder(folder), out, to, tokenizer_dir=tokenizer_dir,
+        model, out, to, tokenizer_dir=tokenizer_dir,
         dtype=None if dtype == "same" else getattr(torch, dtype), max_shard_bytes=max_shard_bytes,
     )  # fmt: skip

@@ -286,8 +286,8 @@ def test_a_changed_checkpoint_of_a_run(run, capsys):
 
 def test_folders_that_are_wrong(tmp_path, capsys):
     tensors = draw(fla_shapes())
-    write(tmp_path / "other", FLA_CONFIG | {"model_type": "llama"}, tensors)
-    refused(capsys, ["convert", "other", "out", "--to", "hf"], "model_type is 'llama'; wanted 'hgrn2'")
+    write(tmp_path / "other", FLA_CONFIG | {"model_type": "gla"}, tensors)
+    refused(capsys, ["convert", "other", "out", "--to", "hf"], "model_type is 'gla'; wanted 'hgrn2'")
     write(tmp_path / "heads", FLA_CONFIG | {"num_heads": 8}, tensors)
     refused(capsys, ["generate", "heads"], "num_heads = 8 contradicts")
     refused(capsys, ["info", "heads"], "num_heads = 8 contradicts")

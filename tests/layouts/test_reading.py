@@ -106,7 +106,7 @@ def test_a_layout_is_told_by_keys(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (FLA_CONFIG | {"model_type": "llama"}, "model_type is 'llama'; wanted 'hgrn2'"),
+        (FLA_CONFIG | {"model_type": "gla"}, "model_type is 'gla'; wanted 'hgrn2'"),
         ({"model_type": "hgrn2", "hidden_size": 16}, "no key that tells which layout it is of"),
         (
             FLA_CONFIG | {"glu_act": "none"},

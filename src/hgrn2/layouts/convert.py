@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from hgrn2.data.transformers_files import write_generation_config, write_transfo
 from hgrn2.errors import UserError
 from hgrn2.layouts.files import write_safetensors, write_text
 from hgrn2.layouts.layout import LAYOUTS
-from hgrn2.layouts.opening import FiniteCheck, ModelFolder
+from hgrn2.layouts.opening import FiniteCheck
 from hgrn2.layouts.reading import CONFIG_NAME, SAFETENSORS_NAME
 from hgrn2.layouts.tables import Table, stack
+from hgrn2.models import HGRN2Config
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -33,6 +34,38 @@ _TOKENIZER_FILES = (
     "merges.txt", "chat_template*", "generation_config.json",
 )  # fmt: skip
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Source(Protocol):
+    """Where a model to write comes from: a checkpoint (`ModelFolder`), or a start from one (`TransformerStart`)."""
+
+    @property
+    def path(self) -> Path:
+        """The folder, for messages."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its config.json."""
+        ...
+
+    @property
+    def config(self) -> HGRN2Config:
+        """Our configuration."""
+        ...
+
+    @property
+    def names(self) -> list[str]:
+        """Our tensors, in the order of the model."""
+        ...
+
+    def spec(self, name: str) -> Tensor:
+        """Shape and dtype of one of them, on the meta device."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +86,7 @@ class Written:
 
 
 def convert(
-    source: ModelFolder,
+    source: Source,
     out: Path,
     to: str,
     *,
@@ -66,7 +99,7 @@ def convert(
     Memory is needed for one tensor of a file at a time, not for the model.
 
     Args:
-        source: from `open_folder`.
+        source: from `open_folder`, or a start from a Transformer.
         out: a folder that does not exist yet.
         to: a name in `LAYOUTS`.
         tokenizer_dir: where the source's tokenizer lies; its files are taken along.
@@ -80,7 +113,7 @@ def convert(
     layout = LAYOUTS[to]
     _check_new(out)
     settings = {"architectures": [layout.architecture], **layout.write_config(source.config)}
-    table = layout.tables(source.config, list(source.places))[0]
+    table = layout.tables(source.config, source.names)[0]
     specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}
     if dtype is not None:
         specs = {name: spec.to(dtype) for name, spec in specs.items()}
@@ -119,7 +152,7 @@ def _check_new(out: Path) -> None:
         raise UserError(f"{out}: exists already; name a new folder")
 
 
-def _take_tokenizer(source: ModelFolder, tokenizer_dir: Path, stage: Path) -> dict[str, Any]:
+def _take_tokenizer(source: Source, tokenizer_dir: Path, stage: Path) -> dict[str, Any]:
     """Copies the tokenizer's files; returns which tokens begin, end and fill a text, for config.json."""
     for pattern in _TOKENIZER_FILES:
         for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
@@ -155,7 +188,7 @@ def _shards(specs: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Te
 
 
 def _write_weights(
-    source: ModelFolder, stage: Path, table: Table, specs: Mapping[str, Tensor], shards: list[dict[str, Tensor]]
+    source: Source, stage: Path, table: Table, specs: Mapping[str, Tensor], shards: list[dict[str, Tensor]]
 ) -> None:
     finite = FiniteCheck()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hgrn2.errors import UserError
-from hgrn2.layouts import fla, native, official
+from hgrn2.layouts import fla, native, official, transformer
 from hgrn2.layouts.tables import Table
 from hgrn2.models import HGRN2Config
 from hgrn2.models.config import MODEL_TYPE
@@ -26,6 +26,7 @@ class Layout:
         tables: from our configuration and the names of our tensors to which of them each tensor of a file holds; the
             first table is the one that is written.
         architecture: the class that transformers opens it with.
+        derived: ends of the names of tensors that follow from the settings, which a file may hold or not.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Layout:
     write_config: Callable[[HGRN2Config], dict[str, Any]]
     tables: Callable[[HGRN2Config, Sequence[str]], tuple[Table, ...]]
     architecture: str
+    derived: tuple[str, ...] = ()
 
 
 LAYOUTS = {
@@ -59,15 +61,29 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+def _cannot_write(config: HGRN2Config) -> dict[str, Any]:
+    raise UserError(f"a Transformer's layout is read, not written ({config.num_hidden_layers} layers)")
+
+
+# read, and told by the model type; never written
+TRANSFORMER = Layout(
+    transformer.NAME, "a Transformer", (), transformer.read_config, _cannot_write, transformer.tables,
+    "LlamaForCausalLM", transformer.DERIVED,
+)  # fmt: skip
+
+
 def recognise(values: Mapping[str, Any]) -> Layout:
-    """The layout of a config.json, by keys that one layout alone has.
+    """The layout of a config.json: a Transformer's by its model type, one of ours by keys that it alone has.
 
     Raises:
         UserError: another model type, no such key, or keys of two layouts.
     """
     found = values.get("model_type", MODEL_TYPE)
+    if found in transformer.MODEL_TYPES:
+        return TRANSFORMER
     if found != MODEL_TYPE:
-        raise UserError(f"model_type is {found!r}; wanted {MODEL_TYPE!r}")
+        others = ", ".join(transformer.MODEL_TYPES)
+        raise UserError(f"model_type is {found!r}; wanted {MODEL_TYPE!r}, or of a Transformer one of {others}")
     told = {name: [key for key in layout.signature if key in values] for name, layout in LAYOUTS.items()}
     told = {name: keys for name, keys in told.items() if keys}
     if len(told) > 1:

@@ -39,6 +39,11 @@ class ModelFolder:
     weights: Weights
     places: dict[str, Rows]
 
+    @property
+    def names(self) -> list[str]:
+        """Our tensors, in the order of the model."""
+        return list(self.places)
+
     def spec(self, name: str) -> Tensor:
         """One of our tensors on the meta device: its shape and the file's dtype."""
         place = self.places[name]
@@ -58,11 +63,30 @@ class ModelFolder:
 
         Args:
             model: on any device but meta.
+
+        Raises:
+            UserError: the model's tensors have other names or shapes.
         """
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+        found = {name: self.spec(name).shape for name in self.names}
+        if differing := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
+            raise UserError(
+                f"{self.path}: its weights do not fit the model in {name_some(differing)}; "
+                "leave settings that decide about shapes as they are"
+            )
         finite = FiniteCheck()
         for name, parameter in model.named_parameters():
             parameter.copy_(finite(name, self.read(name)))
         finite.warn(self.path)
+
+    def load(self, device: torch.device) -> HGRN2LM:
+        """The model in float32, on a device, in evaluation mode."""
+        with torch.device("meta"):
+            model = HGRN2LM(self.config)
+        model = model.to_empty(device=device)
+        model.tie_weights()
+        self.load_into(model)
+        return model.eval()
 
 
 class FiniteCheck:
@@ -119,11 +143,12 @@ def open_folder(path: Path) -> ModelFolder:
     tables = layout.tables(config, list(shapes))
     if config.tie_word_embeddings:
         tables = tuple(with_tied_head(table, weights.specs) for table in tables)
-    tried = [(misfits(table, shapes, weights.specs), table) for table in tables]
+    found = {name: spec for name, spec in weights.specs.items() if not name.endswith(layout.derived)}
+    tried = [(misfits(table, shapes, found), table) for table in tables]
     wrong, table = min(tried, key=lambda pair: pair[0].count)
     if wrong.count:
         raise UserError(f"{path}: not the tensors that its {CONFIG_NAME} (layout of {layout.title}) asks for: {wrong}")
-    others = [f"{name} ({spec.dtype!s})" for name, spec in weights.specs.items() if spec.dtype not in _FLOATS]
+    others = [f"{name} ({spec.dtype!s})" for name, spec in found.items() if spec.dtype not in _FLOATS]
     if others:
         raise UserError(f"{path}: tensors that are no floating-point numbers: {name_some(others)}")
     _check_tied(table, weights)

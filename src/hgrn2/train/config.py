@@ -18,6 +18,8 @@ _POSITIVE = [
     "num_threads",
     "learning_rate",
     "muon_learning_rate",
+    "distill_temperature",
+    "unfrozen_lr_fraction",
     "eps",
     "validation_tokens",
     "keep_last",
@@ -27,6 +29,8 @@ _NOT_NEGATIVE = [
     "weight_decay",
     "warmup_steps",
     "clip_norm",
+    "unfreeze_every",
+    "unfreeze_threshold",
     "validation_every",
     "checkpoint_every",
     "sample_every",
@@ -98,6 +102,22 @@ class TrainConfig:
     """Torch device, such as cpu or cuda:0; auto: the first GPU, or the CPU."""
     num_threads: int | None = None
     """Threads torch computes with on the CPU; unset: torch's choice. Another number changes the last bits."""
+    freeze: str = ""
+    """Weights that wait: copied (all but the recurrent mixers' own) or patterns such as *.mlp.*; empty: none."""
+    unfreeze_every: int | None = None
+    """Steps of an interval, whose mean loss is compared with that of the one before; 0: never; unset: 100."""
+    unfreeze_threshold: float | None = None
+    """Improvement between two intervals, in nats a token, below which frozen weights begin to learn; unset: 0.02."""
+
+    unfrozen_lr_fraction: float | None = None
+    """Learning rate of weights that were frozen, as a part of the others', after its own warmup; unset: 0.1."""
+    teacher: str | None = None
+    """A model of the same tokens to learn from beside the text: a run, or a folder as for --from."""
+    distill_weight: float | None = None
+    """Part of the loss that is the divergence from the teacher's predictions, 0 to 1; unset: 0.5."""
+    distill_temperature: float | None = None
+    """What both models' logits are divided by in that part; unset: 1."""
+
     seed: int = 0
     """Seed of the weights, the data order and the dropout."""
 
@@ -137,6 +157,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (low <= value < high):
                 raise UserError(f"train config: {name} is {value}; wanted {low} <= {name} < {high}")
+        if self.distill_weight is not None and not 0 <= self.distill_weight <= 1:
+            raise UserError(f"train config: distill_weight is {self.distill_weight}; wanted 0 to 1")
         if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
             raise UserError(f"train config: decay_fraction is {self.decay_fraction}; wanted 0 < decay_fraction <= 1")
         for name, known in (
@@ -159,6 +181,8 @@ class TrainConfig:
     def _check_together(self) -> None:
         if self.schedule == "inverse-sqrt" and self.num_warmup_steps == 0:
             raise UserError("train config: schedule inverse-sqrt decays from the end of the warmup; set warmup_steps")
+        if self.teacher is not None and self.stream:
+            raise UserError("train config: a teacher reads packed documents; leave out stream, or the teacher")
         if self.max_steps is not None and (self.warmup_steps or 0) > self.max_steps:
             raise UserError(
                 f"train config: warmup_steps {self.warmup_steps} exceeds max_steps {self.max_steps}; lower it"
@@ -172,11 +196,20 @@ class TrainConfig:
             "muon_learning_rate": self.optimizer != "muon",
             "decay_fraction": self.schedule != "wsd",
             "min_lr_fraction": self.schedule not in ("cosine", "wsd"),
+            "distill_weight": self.teacher is None,
+            "distill_temperature": self.teacher is None,
+            "unfreeze_every": not self.freeze,
+            "unfreeze_threshold": not self.freeze or self.unfreeze_every == 0,
+            "unfrozen_lr_fraction": not self.freeze or self.unfreeze_every == 0,
         }
+        others = {"muon_learning_rate": f"optimizer {self.optimizer}"}
+        others |= dict.fromkeys(("decay_fraction", "min_lr_fraction"), f"schedule {self.schedule}")
+        unfreezing = ("unfreeze_every", "unfreeze_threshold", "unfrozen_lr_fraction")
+        others |= dict.fromkeys(unfreezing, "weights that are never frozen or unfrozen")
+        others |= dict.fromkeys(("distill_weight", "distill_temperature"), "no teacher")
         for name, idle in without_effect.items():
             if idle and getattr(self, name) is not None:
-                other = f"optimizer {self.optimizer}" if name == "muon_learning_rate" else f"schedule {self.schedule}"
-                warnings.warn(f"train config: {name} has no effect with {other}", UserWarning, stacklevel=4)
+                warnings.warn(f"train config: {name} has no effect with {others[name]}", UserWarning, stacklevel=4)
 
     @property
     def tokens_per_step(self) -> int:

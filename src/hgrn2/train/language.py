@@ -14,6 +14,7 @@ from hgrn2.data.sequential import sequential_windows
 from hgrn2.data.tokens import TokenDataset
 from hgrn2.models import ModelState
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.distill import Teacher
 
 # writes text: from the model and a prompt to the prompt and its continuation
 Sampler = Callable[[nn.Module, str], str]
@@ -28,6 +29,7 @@ class LanguageTask:
         config: batch_size, seq_len, stream, seed, validation_tokens, sample_prompt and compile are read.
         device: where the model is.
         sampler: writes the samples; None: no samples.
+        teacher: what the model learns from beside the text; None: the text alone.
 
     Raises:
         UserError: the training tokens are fewer than a window needs.
@@ -40,6 +42,7 @@ class LanguageTask:
         config: TrainConfig,
         device: torch.device,
         sampler: Sampler | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         batches = StreamBatches if config.stream else PackedBatches
         self._batches = batches(train, config.batch_size, config.seq_len, seed=config.seed)
@@ -49,6 +52,7 @@ class LanguageTask:
         self._config = config
         self._device = device
         self._sampler = sampler
+        self._teacher = teacher
         self._carried: ModelState | None = None
         self._compiled: Callable[..., Any] | None = None
 
@@ -65,12 +69,16 @@ class LanguageTask:
         return int((batch.targets >= 0).sum())
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Cross entropy summed over the targets, nats."""
-        if self._config.compile and self._compiled is None:
-            self._compiled = torch.compile(model.loss)
-        loss_sum, self._carried = carried_loss(
-            self._compiled or model.loss, batch.to(self._device, non_blocking=True), self._carried
-        )
+        """Cross entropy summed over the targets, nats; with a teacher, mixed with the divergence from it."""
+        part = model.loss if self._teacher is None else model.hidden_states
+        if self._config.compile:
+            if self._compiled is None:
+                self._compiled = torch.compile(part)
+            part = self._compiled
+        batch = batch.to(self._device, non_blocking=True)
+        if self._teacher is not None:
+            return self._teacher.loss(part, model.lm_head.weight, batch)
+        loss_sum, self._carried = carried_loss(part, batch, self._carried)
         return loss_sum
 
     def step_skipped(self) -> None:

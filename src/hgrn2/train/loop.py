@@ -6,7 +6,7 @@ import errno
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from hgrn2.errors import UserError
 from hgrn2.train import checkpoint as ckpt
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import Display, make_display
+from hgrn2.train.freezing import Freezing
 from hgrn2.train.interrupt import StopRequest
 from hgrn2.train.metrics import MetricsWriter, read_metrics
 from hgrn2.train.optim import NamedOptimizer
@@ -85,6 +86,7 @@ class Trainer:
         model: on its device already.
         task: batches, loss and metric.
         roles: role of every parameter, see NamedOptimizer.
+        frozen: names of parameters that stay as they are until the loss improves too little, see Freezing.
         config: the settings.
         run_dir: made by create_run.
         run_config: written to run_dir/config.json as soon as the checkpoint to go on from is accepted, and copied
@@ -101,11 +103,13 @@ class Trainer:
     run_dir: Path
     run_config: Mapping[str, Any]
     resume_from: Path | None = None
+    frozen: Collection[str] = ()
     display: Display = field(default_factory=make_display)
 
     def __post_init__(self) -> None:
         self._counters = Counters()
-        self._optimizer = NamedOptimizer(self.model, self.roles, self.config)
+        self._optimizer = NamedOptimizer(self.model, self.roles, self.config, self.frozen)
+        self._freezing = Freezing(self.model, self.frozen, self.config)
         self._device = self._optimizer.parameters[0].device
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
 
@@ -181,7 +185,8 @@ class Trainer:
     def _step(self, metrics: MetricsWriter) -> None:
         config, counters = self.config, self._counters
         started_s = time.monotonic()
-        learning_rate = self._optimizer.set_lr_fraction(lr_fraction(config, counters.step, self._progress()))
+        fraction = lr_fraction(config, counters.step, self._progress())
+        learning_rate = self._optimizer.set_lr_fraction(fraction, self._freezing.lr_fraction())
         batches = [self.task.next_batch() for _ in range(config.grad_accumulation)]
         num_targets = max(1, sum(self.task.num_targets(batch) for batch in batches))
         loss_sum = torch.zeros((), device=self._device)
@@ -231,6 +236,9 @@ class Trainer:
         self.display.train(record, self._progress(), self._eta_s())
         if not finite:
             self._report_nonfinite(loss)
+        elif self._freezing.count(loss):
+            metrics.write({"kind": "unfreeze", "step": counters.step, "tokens": counters.tokens})
+            self.display.note(f"step {counters.step}: the loss improves no more; all weights learn from now on")
 
     def _report_nonfinite(self, loss: float) -> None:
         counters = self._counters
@@ -291,6 +299,7 @@ class Trainer:
             state={
                 **asdict(counters),
                 "task": self.task.state_dict(),
+                "freezing": self._freezing.state_dict(),
                 "rng": rng_state(),
                 "environment": self._environment(),
             },
@@ -308,6 +317,9 @@ class Trainer:
         ckpt.load_model_tensors(self.model, saved.model, saved.path)
         self._optimizer.load_state_tensors(saved.optimizer)
         self.task.load_state(state["task"], saved.task)
+        # none in checkpoints from before there was freezing
+        if "freezing" in state:
+            self._freezing.load_state_dict(state["freezing"])
         self._counters = Counters(**{name: state[name] for name in asdict(self._counters)})
         self._store.remove_after(self._counters.step)
         set_rng_state(state["rng"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,33 +24,37 @@ class NamedOptimizer:
         roles: role of every parameter name: matrix, embedding, head, vector or lower_bounds. Weight decay
             falls on the first three; Muon takes the matrices.
         config: optimizer, learning rates, betas, eps and weight_decay are read.
+        waiting: names of parameters with a learning rate of their own, see set_lr_fraction.
 
     Raises:
         UserError: Muon is asked for and this torch does not have it.
     """
 
-    def __init__(self, model: nn.Module, roles: Mapping[str, str], config: TrainConfig) -> None:
+    def __init__(
+        self, model: nn.Module, roles: Mapping[str, str], config: TrainConfig, waiting: Collection[str] = ()
+    ) -> None:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         unknown = {name: roles.get(name) for name in self._named if roles.get(name) not in ROLES}
         assert not unknown, f"parameters without a known role: {unknown}"
 
         adamw_names = [name for name in self._named if config.optimizer == "adamw" or roles[name] != "matrix"]
         muon_names = [name for name in self._named if name not in set(adamw_names)]
+        self._waiting = frozenset(waiting)
         self._setting, self._muon_names = config.optimizer, frozenset(muon_names)
         self._optimizers: list[torch.optim.Optimizer] = []
         if adamw_names:
             self._optimizers.append(self._adamw(adamw_names, roles, config))
         if muon_names:
             self._optimizers.append(self._muon(muon_names, config))
-        self._peaks = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
+        self._peaks = [group["lr"] for group in self._groups()]
 
     def _adamw(self, names: list[str], roles: Mapping[str, str], config: TrainConfig) -> torch.optim.Optimizer:
-        decayed = [self._named[name] for name in names if roles[name] in DECAYED_ROLES]
-        plain = [self._named[name] for name in names if roles[name] not in DECAYED_ROLES]
+        decayed = [name for name in names if roles[name] in DECAYED_ROLES]
+        plain = [name for name in names if roles[name] not in DECAYED_ROLES]
         groups = [
-            {"params": params, "weight_decay": weight_decay}
-            for params, weight_decay in ((decayed, config.weight_decay), (plain, 0.0))
-            if params
+            {**group, "weight_decay": weight_decay}
+            for some, weight_decay in ((decayed, config.weight_decay), (plain, 0.0))
+            for group in self._apart(some)
         ]
         fused = all(self._named[name].device.type in ("cpu", "cuda") for name in names)
         return torch.optim.AdamW(
@@ -62,23 +67,41 @@ class NamedOptimizer:
             raise UserError(f"optimizer muon: torch {torch.__version__} has none; install 2.9 or later, or use adamw")
         # updates of the size of AdamW's, so that one learning rate and one weight decay serve both
         return muon(
-            [self._named[name] for name in names],
+            self._apart(names),
             lr=config.muon_learning_rate or config.learning_rate,
             weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
+
+    def _apart(self, names: list[str]) -> list[dict[str, Any]]:
+        """Groups of parameters, those that wait in one of their own."""
+        now = [name for name in names if name not in self._waiting]
+        later = [name for name in names if name in self._waiting]
+        return [
+            {"params": [self._named[name] for name in some], "waiting": waits}
+            for some, waits in ((now, False), (later, True))
+            if some
+        ]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        # asked for each time: loading a state makes new ones
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     @property
     def parameters(self) -> list[Tensor]:
         """Every optimized parameter, in the model's order."""
         return list(self._named.values())
 
-    def set_lr_fraction(self, fraction: float) -> float:
-        """Set every learning rate to this fraction of its peak; returns the first (AdamW's)."""
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        for group, peak in zip(groups, self._peaks, strict=True):
-            group["lr"] = peak * fraction
-        return groups[0]["lr"]
+    def set_lr_fraction(self, fraction: float, waiting_fraction: float = 1.0) -> float:
+        """Set every learning rate to this fraction of its peak; returns the first (AdamW's).
+
+        Args:
+            fraction: of every peak.
+            waiting_fraction: what the learning rate of waiting parameters is of the others'.
+        """
+        for group, peak in zip(self._groups(), self._peaks, strict=True):
+            group["lr"] = peak * fraction * (waiting_fraction if group["waiting"] else 1.0)
+        return self._peaks[0] * fraction
 
     def step(self) -> None:
         """Update the parameters from their gradients."""

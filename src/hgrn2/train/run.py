@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,18 @@ from typing import Any
 
 import torch
 
+from hgrn2.data.find_tokenizer import load_tokenizer
 from hgrn2.data.prepare import PreparedData
 from hgrn2.data.sequential import sequential_windows
+from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
+from hgrn2.layouts.opening import ModelFolder, open_folder
 from hgrn2.models import HGRN2LM, HGRN2Config
-from hgrn2.train.checkpoint import create_run, read_config, resume_point
+from hgrn2.train.checkpoint import create_run, locate_model, read_config, resume_point
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import Display, make_display
+from hgrn2.train.distill import Teacher
+from hgrn2.train.freezing import frozen_names
 from hgrn2.train.gates import measure_gates
 from hgrn2.train.language import LanguageTask, Sampler
 from hgrn2.train.lock import run_lock
@@ -48,10 +54,11 @@ def start_language_run(
     data: PreparedData,
     *,
     data_settings: Mapping[str, Any],
+    start: ModelFolder | None = None,
     sampler: Sampler | None = None,
     display: Display | None = None,
 ) -> LanguageRun:
-    """Train a new model.
+    """Train a new model, or go on with the weights of one.
 
     Args:
         run_dir: a folder to make.
@@ -59,6 +66,7 @@ def start_language_run(
         train_config: how to train it.
         data: prepared tokens and their tokenizer.
         data_settings: JSON values that say how to open the data again; kept as "data" in config.json.
+        start: where the first weights come from; None: drawn.
         sampler: writes samples from the model and a prompt; None: no samples.
         display: where progress is shown; by default on standard error.
 
@@ -66,7 +74,9 @@ def start_language_run(
         UserError: settings that do not fit each other or the data (nothing is written), or as Trainer.run.
     """
     parts = _Parts.build(model_config, train_config, data, sampler)
-    config = {"model": model_config.to_dict(), "train": train_config.to_dict(), "data": dict(data_settings)}
+    if start is not None:
+        start.load_into(parts.model)
+    config = {"model": model_config.to_dict(), "train": _kept(train_config), "data": dict(data_settings)}
     with run_lock(run_dir):
         create_run(run_dir, config, data.tokenizer)
         return parts.run(run_dir, config, None, display)
@@ -103,8 +113,14 @@ def resume_language_run(
                 raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
         train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
         parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
-        config["train"] = train_config.to_dict()
+        config["train"] = _kept(train_config)
         return parts.run(run_dir, config, checkpoint, display)
+
+
+def _kept(config: TrainConfig) -> dict[str, Any]:
+    """The settings as a run keeps them: it may be resumed from another folder."""
+    teacher = None if config.teacher is None else os.path.abspath(config.teacher)
+    return config.to_dict() | {"teacher": teacher}
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,7 @@ class _Parts:
     task: LanguageTask
     config: TrainConfig
     data: PreparedData
+    frozen: list[str]
 
     @classmethod
     def build(
@@ -124,9 +141,11 @@ class _Parts:
         device = choose_device(config.device)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        task = LanguageTask(data.train, data.validation, config, device, sampler)
+        teacher = None if config.teacher is None else _open_teacher(config, model_config, data.tokenizer, device)
+        task = LanguageTask(data.train, data.validation, config, device, sampler, teacher)
         seed_everything(config.seed)
-        return cls(HGRN2LM(model_config).to(device), task, config, data)
+        model = HGRN2LM(model_config).to(device)
+        return cls(model, task, config, data, frozen_names(model, config.freeze))
 
     def run(
         self, run_dir: Path, run_config: Mapping[str, Any], resume_from: Path | None, display: Display | None
@@ -139,6 +158,7 @@ class _Parts:
             run_dir=run_dir,
             run_config=run_config,
             resume_from=resume_from,
+            frozen=self.frozen,
             display=display or make_display(),
         )
         result = trainer.run()
@@ -164,6 +184,41 @@ class _Parts:
             ) from None
         finally:
             self.model.train()
+
+
+def _open_teacher(config: TrainConfig, student: HGRN2Config, tokenizer: Tokenizer, device: torch.device) -> Teacher:
+    assert config.teacher is not None
+    folder, tokenizer_dir = locate_model(Path(config.teacher))
+    opened = open_folder(folder)
+    if opened.config.vocab_size != student.vocab_size:
+        raise UserError(
+            f"teacher {folder}: has a vocabulary of {opened.config.vocab_size}, the model one of "
+            f"{student.vocab_size}; wanted the same tokens"
+        )
+    check_same_tokens(find_tokenizer(tokenizer_dir), tokenizer, f"teacher {folder}")
+    return Teacher(opened.load(device), config)
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, or None if it has none."""
+    try:
+        return load_tokenizer(folder)
+    except UserError:
+        if any(folder.glob("*tokenizer.json")):
+            raise
+        return None
+
+
+def check_same_tokens(own: Tokenizer | None, data: Tokenizer, what: str) -> None:
+    """Raises UserError if a model has a tokenizer and the data is in other tokens.
+
+    Args:
+        own: the model's; None where it has none, and the vocabulary's size is all there is to compare.
+        data: the data's.
+        what: the model, for the message.
+    """
+    if own is not None and own.fingerprint() != data.fingerprint():
+        raise UserError(f"{what}: knows other tokens than those of the data ({data.name!r}); use its own tokenizer")
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,0 +1,176 @@
+r"""A start from a Transformer against one from scratch: the same model and batches, validation loss against tokens.
+
+    python benchmarks/xatl.py stories15m --data text/ --max-tokens 100000 --threads 1
+    python benchmarks/xatl.py smollm2-135m --data wiki/*.txt --validation valid.txt --device cuda \
+        --precision bfloat16 --max-tokens 200000000 --batch-size 64 --seq-len 1024
+
+The model is a folder as `pretrained.py` makes it. For each kind, all linear and a hybrid that keeps some attention,
+two runs of `hgrn2 train` read the same batches in the same order: one from random weights, one from what
+`hgrn2 convert --from-transformer` writes, with the copied weights frozen at first. "tokens to reach" is where the
+second run's validation loss is first at or below the last one of the first run, as it was measured, not interpolated.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import Row, arguments, report
+
+from hgrn2.data.prepare import PreparedData, prepare
+from hgrn2.layouts.convert import convert
+from hgrn2.layouts.opening import open_folder
+from hgrn2.layouts.start import parse_layers, start_from_transformer
+from hgrn2.models import HGRN2Config
+from hgrn2.train.config import TrainConfig
+from hgrn2.train.language import LanguageTask
+from hgrn2.train.metrics import read_metrics
+from hgrn2.train.run import choose_device, start_language_run
+
+SCRATCH, START = "from scratch", "from the Transformer"
+Curve = list[tuple[int, float]]
+
+
+def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> int | None:
+    """Tokens of the first measured point at or below a loss; None if there is none."""
+    return next((tokens for tokens, value in curve if value <= loss), None)
+
+
+def train(run: Path, config: HGRN2Config, settings: Mapping[str, Any], data: PreparedData, start: Path | None) -> Curve:
+    """One run; its validation losses by tokens, and before that the loss of the first weights at 0."""
+    train_config = TrainConfig.from_dict(dict(settings))
+    opened = None if start is None else open_folder(start)
+    start_language_run(run, config, train_config, data, data_settings={"prepared": str(data.directory)}, start=opened)
+    records = read_metrics(run)
+    first = next(r["loss"] for r in records if r["kind"] == "train")
+    # the loss of the first batch, before its step; close to the validation loss, and free
+    return [(0, first)] + [(r["tokens"], r["val_loss"]) for r in records if r["kind"] == "validation"]
+
+
+def loss_of(model: Path, settings: Mapping[str, Any], data: PreparedData) -> float:
+    """The Transformer's own validation loss, by our code and on the same held-out text."""
+    config = TrainConfig.from_dict(dict(settings))
+    device = choose_device(config.device)
+    task = LanguageTask(data.train, data.validation, config, device)
+    with torch.no_grad():
+        return task.evaluate(open_folder(model).load(device))["val_loss"]
+
+
+def rows_of(kind: str, curves: Mapping[str, Curve]) -> list[Row]:
+    """What one kind of model comes to."""
+    scratch, start = curves[SCRATCH], curves[START]
+    rows = [Row(f"{kind}, {way}: validation loss", curve[-1][1], "nats/token") for way, curve in curves.items()]
+    rows.append(Row(f"{kind}, {START}: loss of the first batch", start[0][1], "nats/token"))
+    total, needed = scratch[-1][0], tokens_to_reach(start, scratch[-1][1])
+    reached = Row(f"{kind}, {START}: tokens to reach {scratch[-1][1]:.3f}", needed, "tokens")
+    if needed is None:
+        reached.note = "not reached"
+    else:
+        reached.note = f"{needed / total:.0%} of the {total:,} of the run from scratch"
+    return [*rows, reached]
+
+
+def draw(curves: Mapping[str, Mapping[str, Curve]], original: float, title: str, out: Path) -> None:
+    """One panel a kind, the Transformer's own loss as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (kind, ways) in zip(figure.subplots(1, len(curves), sharey=True, squeeze=False)[0], curves.items()):  # noqa: B905
+        for (way, curve), colour in zip(ways.items(), ("#718096", "#2b6cb0", "#2f855a"), strict=False):
+            # the first point is of a training batch
+            axes.plot(*zip(*curve[1:], strict=True), color=colour, marker=".", label=way)
+        axes.axhline(original, color="#c05621", linestyle="--", label="the Transformer itself")
+        axes.set(title=kind, xlabel="training tokens", ylabel="validation loss, nats a token")
+        axes.grid(color="#e4e4e4")
+        axes.legend(frameon=False)
+    figure.suptitle(title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+
+
+def main() -> int:
+    """Runs the experiment."""
+    parser = arguments(str(__doc__).splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of the Transformer")
+    parser.add_argument("--data", nargs="+", required=True, help="text to train on")
+    parser.add_argument("--validation", nargs="*", default=[], help="held-out text; unset: a part of the other")
+    parser.add_argument("--work", type=Path, default=Path("runs/xatl"), help="a new folder for data and runs")
+    parser.add_argument("--max-tokens", type=int, default=100_000, help="of each run")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the runs from the Transformer")
+    parser.add_argument("--scratch-learning-rate", type=float, help="of those from scratch; unset: the same")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--validation-tokens", type=int, default=8192)
+    parser.add_argument("--validations", type=int, default=20, help="points of a curve")
+    parser.add_argument("--kinds", nargs="+", default=["none", "every:4"], help="attention that is kept, for each kind")
+    parser.add_argument("--unfreeze-every", type=int, default=10)
+    parser.add_argument("--unfreeze-threshold", type=float, default=0.1)
+    parser.add_argument("--unfrozen-lr-fraction", type=float, default=0.1)
+    parser.add_argument(
+        "--distill", action="store_true", help="a third run of each kind, which the Transformer teaches"
+    )
+    parser.add_argument("--no-copy-qv", action="store_true", help="new q and i projections as well")
+    parser.add_argument("--picture", type=Path, help="draw the curves here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.work.exists():
+        parser.error(f"{options.work} exists already; name a new folder with --work")
+    source = open_folder(options.model)
+    data = prepare(
+        options.data, str(options.model), options.work / "prepared", validation=options.validation, progress=False
+    )
+    steps = options.max_tokens // (options.batch_size * options.seq_len)
+    common = {
+        "max_tokens": options.max_tokens, "batch_size": options.batch_size, "seq_len": options.seq_len,
+        "learning_rate": options.learning_rate, "precision": options.precision, "compile": options.compile,
+        "device": options.device, "num_threads": options.threads, "checkpoint_every": 0, "keep_last": 1,
+        "warmup_steps": min(100, steps // 10), "validation_every": max(1, steps // options.validations),
+        "validation_tokens": options.validation_tokens,
+    }  # fmt: skip
+    staged = {
+        "freeze": "copied", "unfreeze_every": options.unfreeze_every, "unfreeze_threshold": options.unfreeze_threshold,
+        "unfrozen_lr_fraction": options.unfrozen_lr_fraction,
+    }  # fmt: skip
+    scratch_rate = options.scratch_learning_rate or options.learning_rate
+    original = loss_of(options.model, common, data)
+    rows = [Row("the Transformer itself: validation loss", original, "nats/token")]
+    curves: dict[str, dict[str, Curve]] = {}
+    for kept in options.kinds:
+        layers = parse_layers(kept, source.config.num_hidden_layers)
+        start = start_from_transformer(source, keep_attention=layers, copy_qv=not options.no_copy_qv)
+        kind = f"{len(layers)} of {source.config.num_hidden_layers} layers attend" if layers else "all linear"
+        name = kept.replace(":", "-").replace(",", "-")
+        folder = options.work / f"start-{name}"
+        convert(start, folder, "hf", tokenizer_dir=options.model)
+        ways: dict[str, tuple[dict[str, Any], Path | None]] = {
+            SCRATCH: ({"learning_rate": scratch_rate}, None), START: (staged, folder)
+        }  # fmt: skip
+        if options.distill:
+            ways[f"{START}, which teaches"] = (staged | {"teacher": str(options.model)}, folder)
+        curves[kind] = {
+            way: train(options.work / f"{name}-{i}", start.config, common | further, data, first)
+            for i, (way, (further, first)) in enumerate(ways.items())
+        }
+        rows += rows_of(kind, curves[kind])
+    settings = {
+        "model": options.model.name, "parameters": sum(source.spec(name).numel() for name in source.names),
+        "tokens of a run": options.max_tokens, "tokens a step": options.batch_size * options.seq_len,
+        "sequence": options.seq_len, "learning rate": options.learning_rate,
+        "learning rate from scratch": scratch_rate, "q and v copied": not options.no_copy_qv,
+        "unfreeze every": options.unfreeze_every, "unfreeze threshold": options.unfreeze_threshold,
+        "learning rate of copied weights": options.learning_rate * options.unfrozen_lr_fraction,
+        "held-out tokens": options.validation_tokens, "data": " ".join(Path(name).name for name in options.data),
+    }  # fmt: skip
+    report("xatl", settings, rows, options.device, options.out, {"curves": curves})
+    if options.picture is not None:
+        draw(curves, original, f"{options.model.name}, {options.max_tokens:,} tokens a run", options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Weights that stay as they are until the others have learnt to go with them (staged unfreezing, arXiv 2404.02684)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from hgrn2.errors import UserError
+from hgrn2.models import HGRN2LM
+from hgrn2.nn.mixer import HGRN2Mixer
+from hgrn2.train.config import TrainConfig
+
+COPIED = "copied"
+UNFREEZE_EVERY, UNFREEZE_THRESHOLD, LR_FRACTION = 100, 0.02, 0.1
+
+
+class Freezing:
+    """Holds parameters back, and lets them go when the loss improves too little from one interval to the next.
+
+    A frozen parameter has no gradient, so the optimizer passes it over: it does not move, does not decay, and has no
+    state. It is let go after an interval of `unfreeze_every` steps whose mean loss is less than `unfreeze_threshold`
+    below that of the interval before. Its learning rate then rises over the steps of the warmup, to
+    `unfrozen_lr_fraction` of the others': the first steps of an optimizer without history are large.
+
+    Args:
+        model: its parameters' requires_grad is set.
+        names: of the parameters to freeze.
+        config: unfreeze_every, unfreeze_threshold, unfrozen_lr_fraction and warmup_steps are read.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str], config: TrainConfig) -> None:
+        parameters = dict(model.named_parameters())
+        self._parameters = [parameters[name] for name in names]
+        self._every = UNFREEZE_EVERY if config.unfreeze_every is None else config.unfreeze_every
+        self._threshold = UNFREEZE_THRESHOLD if config.unfreeze_threshold is None else config.unfreeze_threshold
+        self._lr_fraction = LR_FRACTION if config.unfrozen_lr_fraction is None else config.unfrozen_lr_fraction
+        self._num_warmup_steps = config.num_warmup_steps
+        self._loss_sum, self._num_steps, self._num_free_steps = 0.0, 0, 0
+        self._mean_before: float | None = None
+        self._set(bool(names))
+
+    def _set(self, frozen: bool) -> None:
+        self.frozen = frozen
+        for parameter in self._parameters:
+            parameter.requires_grad_(not frozen)
+
+    def count(self, loss: float) -> bool:
+        """Takes note of a step's loss; True if with it the frozen parameters have begun to learn."""
+        if not self.frozen:
+            self._num_free_steps += 1
+        if not self.frozen or self._every == 0:
+            return False
+        self._loss_sum += loss
+        self._num_steps += 1
+        if self._num_steps < self._every:
+            return False
+        mean, before = self._loss_sum / self._num_steps, self._mean_before
+        self._loss_sum, self._num_steps, self._mean_before = 0.0, 0, mean
+        if before is None or before - mean >= self._threshold:
+            return False
+        self._set(False)
+        return True
+
+    def lr_fraction(self) -> float:
+        """What the learning rate of the parameters that were frozen is of the others', in the next step."""
+        return self._lr_fraction * min(1.0, (self._num_free_steps + 1) / max(1, self._num_warmup_steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stage, and where in an interval it is, as JSON values."""
+        return {
+            "frozen": self.frozen,
+            "loss_sum": self._loss_sum,
+            "num_steps": self._num_steps,
+            "num_free_steps": self._num_free_steps,
+            "mean_before": self._mean_before,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what state_dict gave."""
+        self._loss_sum, self._num_steps = state["loss_sum"], state["num_steps"]
+        self._mean_before, self._num_free_steps = state["mean_before"], state["num_free_steps"]
+        self._set(state["frozen"] and bool(self._parameters))
+
+
+def frozen_names(model: HGRN2LM, freeze: str) -> list[str]:
+    """The parameters that a setting means.
+
+    Args:
+        model: whose parameters they are.
+        freeze: "" for none; "copied" for those that a start from a Transformer copies: all but the lower bounds and,
+            of recurrent mixers, all but the output projection; otherwise patterns of names, separated by commas, such
+            as "model.embeddings.*,*.mlp.*".
+
+    Raises:
+        UserError: a pattern that no name fits, or nothing is left to learn.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if freeze == COPIED:
+        new = {"model.lower_bounds"}
+        for i, layer in enumerate(model.model.layers):
+            if isinstance(layer.attn, HGRN2Mixer):
+                own = (f"model.layers.{i}.attn.{name}" for name, _ in layer.attn.named_parameters())
+                new |= {name for name in own if ".o_proj." not in name}
+        frozen = [name for name in names if name not in new]
+    else:
+        patterns = [pattern.strip() for pattern in freeze.split(",")] if freeze else []
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(
+                    f"train config: freeze: no parameter fits {pattern!r}; wanted {COPIED}, or patterns of names "
+                    f"such as {names[0]} or *.mlp.*"
+                )
+        frozen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if len(frozen) == len(names):
+        raise UserError(f"train config: freeze is {freeze!r}, which leaves no weight to learn; freeze less")
+    return frozen
