@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: the command line needs {missing.name}: pip install 'hgrn2[train]'") from None
 
 from hgrn2.data.staging import check_file_place, check_folder_place, write_text_whole
 from hgrn2.data.tokenizer import Tokenizer
@@ -457,6 +460,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # a place that cannot be read or written, wherever it was met
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; name another place, or mend this one", file=sys.stderr)
+        return 2
 
 
 def _make_sampler(tokenizer: Any) -> Any:

@@ -145,7 +145,7 @@ def model_config(
     elif path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a JSON configuration ({error})") from None
         if not isinstance(found, dict):
             raise UserError(f"{path}: found {type(found).__name__}, wanted an object with a model's settings")

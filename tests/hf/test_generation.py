@@ -239,3 +239,57 @@ def test_generate_compiles_its_step_once(name):
     found = model.generate(ids, cache_implementation="static", compile_config=config, **GREEDY).sequences
     assert torch.equal(found, continued(own, ids, 6))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mask_of_another_width_is_refused_before_anything_is_read(name):
+    own, model = both(name)
+    ids = tokens(2, 10)
+    with torch.no_grad():
+        cache = model(ids[:, :7], use_cache=True)[CACHE_NAME]
+        for width in (5, 9, 11, 20):
+            with pytest.raises(UserError, match=r"attention_mask has shape \[2, .*7 \+ 3"):
+                model(ids[:, 7:], attention_mask=torch.ones(2, width), **{CACHE_NAME: cache})
+        with pytest.raises(UserError, match="attention_mask has shape"):
+            model(ids, attention_mask=torch.ones(2, 12))
+        logits = model(ids[:, 7:], attention_mask=torch.ones(2, 10), **{CACHE_NAME: cache}).logits
+        torch.testing.assert_close(logits, own(ids)[0][:, 7:])
+
+
+@pytest.mark.parametrize("name", ["full-attention", "window-attention"])
+def test_prompts_in_pieces_with_a_static_cache(name):
+    own, model = both(name)
+    ids = tokens(1, 7)
+    settings = {"cache_implementation": "static", "prefill_chunk_size": 2, "disable_compile": True}
+    assert torch.equal(model.generate(ids, **settings, **GREEDY).sequences, continued(own, ids, 6))
+
+
+def test_a_refused_call_leaves_the_cache_alone():
+    own, model = both("full-attention")
+    ids = tokens(1, 8)
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with torch.no_grad():
+        model(ids[:, :6], **{CACHE_NAME: cache})
+        with pytest.raises(UserError, match="cache has 8 places, and 10 are to be read"):
+            model(tokens(1, 4), **{CACHE_NAME: cache})
+        logits = model(ids[:, 6:], **{CACHE_NAME: cache}).logits
+        torch.testing.assert_close(logits, own(ids)[0][:, 6:])
+
+
+def test_dropout_falls_on_the_same_places():
+    own, model = both("fla", dtype=torch.float32)
+    for one in (own, model):
+        one.train()
+        blocks = one.model.layers
+        for block in blocks:
+            block.dropout = 0.3
+    own.model.config = own.model.config.replace(dropout=0.3)
+    model.model.config.dropout = 0.3
+    ids = tokens(2, 9)
+    outputs = []
+    for call in (lambda: own(ids)[0], lambda: model(ids).logits):
+        torch.manual_seed(0)
+        outputs.append(call())
+    torch.testing.assert_close(*outputs)
+    own.eval()
+    assert not torch.allclose(own(ids)[0], outputs[0])

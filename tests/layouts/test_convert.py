@@ -269,7 +269,7 @@ def test_nothing_is_ever_overwritten(run, capsys):
         (["convert", "run", "out", "--to", "llama"], "llama"),
         (["convert", "run", "out", "--to", "fla", "--dtype", "int8"], "int8"),
         (["convert", "run", "out", "--to", "fla", "--max-shard-size", "much"], "size 'much': wanted a number of bytes"),
-        (["convert", "run", "out", "--to", "official"], "hgru2-pytorch's layout cannot say head_scale = 0.5"),
+        (["convert", "run", "out", "--to", "official"], "hgru2-pytorch's layout cannot say scale = 0.5"),
         (["convert", "run", "run/config.json/out", "--to", "fla"], "cannot be written"),
     ],
 )
@@ -372,3 +372,33 @@ def test_a_model_of_ours_is_what_comes_back(tmp_path):
     opened.load_into(again)
     assert_same_bits(dict(again.named_parameters()), dict(model.named_parameters()))
     assert settings(tmp_path / "hf")["eos_token_id"] is None
+
+
+def test_a_folder_that_appears_while_one_is_written_stays(run, tmp_path, monkeypatch):
+    write = convert_module._write_weights
+
+    def meanwhile(*args):
+        write(*args)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("mine")
+
+    monkeypatch.setattr(convert_module, "_write_weights", meanwhile)
+    (tmp_path / ".out.old").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="made by another process meanwhile"):
+        to("native", run / "checkpoints" / "step-00000003", tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["[1]", '{"version": "1.0", "model"'])
+def test_a_damaged_tokenizer_is_not_taken_along(damage, run, capsys):
+    for file in run.rglob("tokenizer.json"):
+        file.write_text(damage)
+    refused(capsys, ["convert", "run", "out", "--to", "hf"], "tokenizer")
+
+
+def test_places_that_cannot_be(run, capsys):
+    for name in ("a" * 250, "a" * 300):
+        refused(capsys, ["convert", "run", name, "--to", "fla"], "too long")
+    refused(capsys, ["convert", "a" * 300, "out", "--to", "fla"], "too long")

@@ -164,7 +164,7 @@ def test_defaults_are_those_of_fla():
 @pytest.mark.parametrize(
     ("keys", "name"),
     [
-        ({"scale": 1.0}, "head_scale"),
+        ({"scale": 1.0}, "scale"),
         ({"lower_bound": "exclusive"}, "lower_bound"),
         ({"mixer_norm": "layernorm"}, "mixer_norm"),
         ({"mixer_norm_eps": 1e-6}, "mixer_norm_eps"),

@@ -113,7 +113,7 @@ def test_settings_that_are_not_ours_are_refused_by_name(keys, message):
 @pytest.mark.parametrize(
     ("keys", "name"),
     [
-        ({"scale": None}, "head_scale"),
+        ({"scale": None}, "scale"),
         ({"lower_bound": "exclusive"}, "lower_bound"),
         ({"use_lower_bound": False}, "use_lower_bound"),
         ({"use_short_conv": True}, "use_short_conv"),

@@ -23,8 +23,12 @@ class Discard(Exception):
 
 
 @contextlib.contextmanager
-def staged_directory(target: Path) -> Iterator[Path]:
+def staged_directory(target: Path, replace: bool = True) -> Iterator[Path]:
     """Give an empty directory beside the target; on success it is synced and takes the target's place.
+
+    Args:
+        target: the directory to make.
+        replace: whether one that is there by then gives way; otherwise it stays, and the new one is dropped.
 
     On any exception it is removed and the target stays as it was. A second process that wants the same target
     waits for the first. What a killed process left is cleared by the next one. Parent folders made for it go too.
@@ -43,7 +47,10 @@ def staged_directory(target: Path) -> Iterator[Path]:
             _clear(stage)
             yield stage
             _sync_tree(stage)
-            _put_in_place(stage, target)
+            if replace:
+                _put_in_place(stage, target)
+            else:
+                _put_beside(stage, target)
         except BaseException as error:
             shutil.rmtree(stage, ignore_errors=True)
             if not isinstance(error, Discard):
@@ -56,7 +63,9 @@ def staged_directory(target: Path) -> Iterator[Path]:
                 f"{target}: a file would pass the limit on file sizes; nothing was kept, raise the limit "
                 "(ulimit -f unlimited, or another file system) and run again"
             ) from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
+        if error.errno in {
+            errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
+        }:  # fmt: skip
             raise UserError(f"{target}: cannot be written: {error.strerror}; choose another directory") from error
         raise
     finally:
@@ -175,6 +184,17 @@ def _sync(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _put_beside(stage: Path, target: Path) -> None:
+    # no rename of directories that refuses an empty one of that name, which holds nothing that could be lost
+    try:
+        stage.rename(target)
+    except OSError as error:
+        if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
+            raise
+        raise UserError(f"{target}: was made by another process meanwhile and stays; name a new folder") from None
+    _sync(target.parent)
 
 
 def _put_in_place(stage: Path, target: Path) -> None:

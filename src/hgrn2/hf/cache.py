@@ -73,21 +73,21 @@ class StateLayer(CacheLayerMixin):
         """Sequences; -1 before the first call."""
         return next((x.shape[0] for x in self.state.values()), -1)
 
+    def check_room(self, num_tokens: int) -> None:
+        """Raises a UserError if the layer has fewer places left than are to be read; not while a call is traced."""
+        if self.kind == "full_attention" and self.size is not None and not torch.compiler.is_compiling():
+            count = self.get_seq_length() + num_tokens
+            if count > self.size:
+                raise UserError(f"cache has {self.size} places, and {count} are to be read; make it larger")
+
     def replace(self, state: dict[str, Tensor], num_tokens: int) -> None:
         """Takes a new state up.
 
         Args:
             state: as the mixer returned it.
             num_tokens: how many places it read.
-
-        Raises:
-            UserError: more places than the layer has.
         """
         tracing = torch.compiler.is_compiling()
-        if self.kind == "full_attention" and self.size is not None and not tracing:
-            count = self.get_seq_length() + num_tokens
-            if count > self.size:
-                raise UserError(f"cache has {self.size} places, and {count} are to be read; make it larger")
         for name, new in state.items():
             if self.size is not None and name in _GROWING:
                 new = _of_size(new, self.size)
@@ -202,8 +202,9 @@ def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
             continue
         if type(layer) not in _REPLACEABLE:
             raise UserError(f"cache: layer {i} is a {type(layer).__name__}; wanted a DynamicCache or a StaticCache")
-        used = getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values())
-        if used:
+        # one of a fixed size may have its tensors before anything is read
+        read = getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0
+        if read or any(getattr(layer, "has_previous_state", {}).values()):
             raise UserError(f"cache: another model filled layer {i}; wanted a new cache, or what this model returned")
         layers[i] = StateLayer(kind, layer.max_cache_len if isinstance(layer, _STATIC) else None)
     return layers

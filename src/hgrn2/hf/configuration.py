@@ -71,6 +71,18 @@ class HGRN2Config(PreTrainedConfig):
             raise UserError(f"model config: layer_types is {layer_types}; attn says {self.layer_types}, leave one out")
         super().__init__(**rest)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From what a file holds, which must say by its keys which layout it is of.
+
+        Raises:
+            UserError: it does not, or as for the class.
+        """
+        if not isinstance(config_dict, dict):
+            raise UserError(f"config.json: found {type(config_dict).__name__}, wanted a table of settings")
+        recognise({key: value for key, value in config_dict.items() if key not in _LIBRARY_KEYS})
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def model_config(self) -> own.HGRN2Config:
         """The settings as the model takes them, checked again.

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from hgrn2.errors import UserError
-from hgrn2.hf.cache import CACHE_NAME, state_layers
+from hgrn2.hf.cache import CACHE_NAME, StateLayer, state_layers
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.models.language import build_block
 from hgrn2.nn.block import Block
@@ -125,7 +125,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
                 raise UserError("cu_seq_lens_q: packed sequences are one row, without a cache or an attention_mask")
             if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 boundaries(cu_seq_lens_q, x.shape[1])
-        mask = _padding(attention_mask, x)
+        mask = _padding(attention_mask, x, cache)
         if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
             _check_places(kwargs["position_ids"], mask, x)
         if use_cache is None:
@@ -135,6 +135,9 @@ class HGRN2Model(HGRN2PreTrainedModel):
         states = None if cache is None else state_layers(cache, self.config.layer_types)
         if states is not None and states[0].batch_size not in (-1, x.shape[0]):
             raise UserError(f"cache holds {states[0].batch_size} sequences; the input has {x.shape[0]}")
+        # before any layer has read anything
+        for state in states or ():
+            state.check_room(x.shape[1])
         if output_hidden_states not in (None, True, False) or type(output_hidden_states) is int:
             raise UserError(f"output_hidden_states is {output_hidden_states!r}; wanted true for all of them, or false")
         keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -170,7 +173,7 @@ def _only_one(a: Any, b: Any, names: tuple[str, str]) -> Any:
     return b if a is None else a
 
 
-def _padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+def _padding(attention_mask: Tensor | None, x: Tensor, cache: Cache | None) -> Tensor | None:
     """Which of the new places are tokens, [B, T] bool; None if all are."""
     if attention_mask is None:
         return None
@@ -178,14 +181,25 @@ def _padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         found = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise UserError(f"attention_mask is {found}; wanted [B, T], 0 where a place is padding")
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+    width = attention_mask.shape[1]
+    good = attention_mask.shape[0] == batch and width >= length
+    if good and width > length and not torch.compiler.is_compiling():
+        good = width == length + _places_read(cache)
+    if not good:
         raise UserError(
-            f"attention_mask has shape {list(attention_mask.shape)}; wanted [{batch}, {length}], or more columns "
-            "before these with a cache"
+            f"attention_mask has shape {list(attention_mask.shape)}; wanted [{batch}, {length}], or "
+            f"[{batch}, {_places_read(cache)} + {length}] with the places that the cache has read (generation does not "
+            "read the last token that it writes)"
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(x.device).bool()
     # generation hands over a mask of ones at every step, which costs more to follow than to look at
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def _places_read(cache: Cache | None) -> int:
+    """How many places a cache holds that this model filled."""
+    first = cache.layers[0] if cache is not None and cache.layers else None
+    return first.get_seq_length() if isinstance(first, StateLayer) else 0
 
 
 def _check_further(values: dict[str, Any], packed: bool) -> None:

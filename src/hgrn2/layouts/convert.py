@@ -121,7 +121,7 @@ def convert(
     widest = reduce(torch.promote_types, (spec.dtype for spec in specs.values()))
     settings["dtype"] = str(widest).removeprefix("torch.")
     shards = _shards(specs, None if to == "native" else max_shard_bytes)
-    with staged_directory(out) as stage:
+    with staged_directory(out, replace=False) as stage:
         # another process may have made it while this one waited
         _check_new(out)
         _write_weights(source, stage, table, specs, shards)
@@ -141,10 +141,10 @@ def parse_size(text: str) -> int:
         (1500, 2097152)
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size < 1:
+    size = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= size < 2**63:
         raise UserError(f"size {text!r}: wanted a number of bytes such as 5GB, 500MB or 2GiB")
-    return size
+    return int(size)
 
 
 def _check_new(out: Path) -> None:
@@ -164,6 +164,9 @@ def _take_tokenizer(source: Source, tokenizer_dir: Path, stage: Path) -> dict[st
     try:
         tokenizer = load_tokenizer(stage)
     except UserError:
+        # one that is there is damaged
+        if any(stage.glob("*tokenizer.json")):
+            raise
         # otherwise transformers would put the defaults of a class in their place
         return {"bos_token_id": None, "eos_token_id": None}
     write_transformers_files(tokenizer, stage)

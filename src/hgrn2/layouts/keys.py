@@ -68,7 +68,8 @@ def require(config: HGRN2Config, layout: str, wanted: Mapping[str, Any]) -> None
     for key, value in wanted.items():
         if getattr(config, key) != value:
             raise UserError(
-                f"{layout}'s layout cannot say {key} = {getattr(config, key)!r}; a model in it has {value!r}. "
+                f"{layout}'s layout cannot say {key.removeprefix('head_')} = {getattr(config, key)!r}; "
+                f"a model in it has {value!r}. "
                 "Write another layout"
             )
 

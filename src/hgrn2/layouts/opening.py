@@ -159,7 +159,8 @@ def open_folder(path: Path) -> ModelFolder:
 def _check_tied(table: Table, weights: Weights) -> None:
     """A tied matrix that a file holds twice must be twice the same."""
     names = [name for name, own in table.items() if own == (EMBEDDINGS,)]
-    if len(names) == 2 and not torch.equal(*(weights.read(name) for name in names)):
+    # bit for bit, so that values that are no numbers equal themselves
+    if len(names) == 2 and not torch.equal(*(weights.read(name).contiguous().view(torch.uint8) for name in names)):
         raise UserError(
             f"{weights.folder}: tie_word_embeddings is true, but {names[0]} and {names[1]} differ; "
             f"set it to false in {CONFIG_NAME} if the model was trained so"

@@ -202,7 +202,10 @@ class _Pickle:
         except pickle.UnpicklingError as error:
             code = re.search(r"GLOBAL (\S+)", str(error))
             if code is None:
-                raise UserError(f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}") from None
+                raise UserError(
+                    f"{file}: truncated, or no file of PyTorch with tensors alone in a pickle of protocol 2 (code in it "
+                    f"is not run); {_COPY_AGAIN}, or save it again, best as safetensors"
+                ) from None
             raise UserError(
                 f"{file}: holds code ({_printable(code[1])}), which is not run; "
                 "save the tensors alone, best as safetensors"
@@ -228,4 +231,5 @@ class _Pickle:
 def _is_plain(name: Any, value: Any) -> bool:
     if not isinstance(name, str) or not isinstance(value, Tensor):
         return False
-    return value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
+    plain = value.layout == torch.strided and not value.is_quantized and not value.is_nested
+    return plain and value.device.type == "cpu"

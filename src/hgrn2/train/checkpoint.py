@@ -272,7 +272,8 @@ def export_model(path: Path, out_dir: Path, which: str = "latest") -> Path:
     try:
         temporary.mkdir(parents=True)
         shutil.copyfile(saved.path / MODEL_NAME, temporary / MODEL_NAME)
-        config = dict(saved.config)
+        # where the data lies is nobody else's business
+        config = {key: value for key, value in saved.config.items() if key != "data"}
         for file in saved.tokenizer_dir.glob("*tokenizer*.json"):
             shutil.copyfile(file, temporary / file.name)
         if any(temporary.glob("*tokenizer*.json")) and "model" in config:
