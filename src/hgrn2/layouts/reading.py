@@ -203,8 +203,8 @@ class _Pickle:
             code = re.search(r"GLOBAL (\S+)", str(error))
             if code is None:
                 raise UserError(
-                    f"{file}: truncated, or no file of PyTorch with tensors alone in a pickle of protocol 2 (code in it "
-                    f"is not run); {_COPY_AGAIN}, or save it again, best as safetensors"
+                    f"{file}: truncated, or no file of PyTorch with tensors alone in a pickle of protocol 2 (code is "
+                    f"not run); {_COPY_AGAIN}, or save it again, best as safetensors"
                 ) from None
             raise UserError(
                 f"{file}: holds code ({_printable(code[1])}), which is not run; "
