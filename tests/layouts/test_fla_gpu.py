@@ -14,9 +14,6 @@ from hgrn2.layouts.opening import open_folder
 from hgrn2.models import HGRN2LM
 from tests.numerics import relative_error
 
-# fla's float32 products are of ten bits by default; read when Triton compiles
-os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -31,6 +28,9 @@ with warnings.catch_warnings():
     pytest.importorskip("fla")
     from fla.layers import attn  # pyright: ignore[reportMissingImports]
     from fla.models.hgrn2 import HGRN2Config, HGRN2ForCausalLM  # pyright: ignore[reportMissingImports]
+
+# fla's float32 products are of ten bits by default; read when Triton compiles
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 HYBRID = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "window_size": 37, "rope_theta": 500.0}
 KINDS = {
