@@ -16,6 +16,7 @@ from hgrn2.layouts.convert import convert, parse_size
 from hgrn2.layouts.opening import open_folder
 from hgrn2.models import HGRN2LM, presets
 from hgrn2.train.checkpoint import CheckpointStore, create_run, load_saved_model, model_tensors
+from tests.layouts.command_line import refused, run_cli
 from tests.layouts.published import (
     FLA_CONFIG,
     HYBRID,
@@ -51,25 +52,6 @@ def to(layout, source, out, **how):
 
 def settings(folder):
     return json.loads((folder / "config.json").read_text())
-
-
-def run_cli(capsys, *args):
-    capsys.readouterr()
-    assert cli.main([str(arg) for arg in args]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, args, message):
-    """In one line, with status 2, and nothing left behind."""
-    before = sorted(os.listdir())
-    capsys.readouterr()
-    assert cli.main([str(arg) for arg in args]) == 2
-    found = capsys.readouterr()
-    assert found.out == ""
-    assert found.err.startswith("error: ")
-    assert found.err.count("\n") == 1
-    assert message in found.err
-    assert sorted(os.listdir()) == before
 
 
 CASES = {

@@ -1,19 +1,18 @@
 """Recurrent layers in place of a Transformer's attention: what is copied, what is new, and `hgrn2 convert`."""
 
 import json
-import os
 import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hgrn2 import cli
 from hgrn2.data import train_bpe
 from hgrn2.errors import UserError
 from hgrn2.layouts.opening import open_folder
 from hgrn2.layouts.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2LM, presets
+from tests.layouts.command_line import refused, run_cli
 from tests.layouts.published import FLA_CONFIG, assert_same_bits, draw, fla_shapes, tensors_of, write, write_shards
 
 D, L, FF, VOCAB = 16, 4, 24, 260
@@ -49,23 +48,6 @@ def llama(tmp_path, monkeypatch):
     train_bpe(["some text, some more text"] * 3, VOCAB).save(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     return folder
-
-
-def run_cli(capsys, *args):
-    capsys.readouterr()
-    assert cli.main([str(arg) for arg in args]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, args, message):
-    before = sorted(os.listdir())
-    capsys.readouterr()
-    assert cli.main([str(arg) for arg in args]) == 2
-    found = capsys.readouterr()
-    assert (found.out, found.err.count("\n")) == ("", 1)
-    assert found.err.startswith("error: ")
-    assert message in found.err
-    assert sorted(os.listdir()) == before
 
 
 def copied(layers, kept=()):
