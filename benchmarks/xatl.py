@@ -8,10 +8,12 @@ The model is a folder as `pretrained.py` makes it. For each kind, all linear and
 two runs of `hgrn2 train` read the same batches in the same order: one from random weights, one from what
 `hgrn2 convert --from-transformer` writes, with the copied weights frozen at first. "tokens to reach" is where the
 second run's validation loss is first at or below the last one of the first run, as it was measured, not interpolated.
+Held-out texts are cut into pieces of about a training sequence, so that no attention sees places it has not learnt.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from report import Row, arguments, report
 
 from hgrn2.data.prepare import PreparedData, prepare
+from hgrn2.data.sources import open_corpus
 from hgrn2.layouts.convert import convert
 from hgrn2.layouts.opening import open_folder
 from hgrn2.layouts.start import parse_layers, start_from_transformer
@@ -30,6 +33,8 @@ from hgrn2.train.language import LanguageTask
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.run import choose_device, start_language_run
 
+# of a piece of held-out text, for each token of a sequence
+CHARACTERS = 4
 SCRATCH, START = "from scratch", "from the Transformer"
 Curve = list[tuple[int, float]]
 
@@ -37,6 +42,16 @@ Curve = list[tuple[int, float]]
 def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> int | None:
     """Tokens of the first measured point at or below a loss; None if there is none."""
     return next((tokens for tokens, value in curve if value <= loss), None)
+
+
+def cut(sources: Sequence[str], size: int, out: Path) -> Path:
+    """Texts in pieces of so many characters, each a document of its own."""
+    with out.open("w", encoding="utf-8") as lines:
+        for document in open_corpus(sources).documents():
+            text = "".join(document.pieces)
+            for start in range(0, len(text), size):
+                lines.write(json.dumps({"text": text[start : start + size]}) + "\n")
+    return out
 
 
 def train(run: Path, config: HGRN2Config, settings: Mapping[str, Any], data: PreparedData, start: Path | None) -> Curve:
@@ -96,7 +111,7 @@ def main() -> int:
     parser = arguments(str(__doc__).splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of the Transformer")
     parser.add_argument("--data", nargs="+", required=True, help="text to train on")
-    parser.add_argument("--validation", nargs="*", default=[], help="held-out text; unset: a part of the other")
+    parser.add_argument("--validation", nargs="*", default=[], help="held-out text; unset: a part of the other, whole")
     parser.add_argument("--work", type=Path, default=Path("runs/xatl"), help="a new folder for data and runs")
     parser.add_argument("--max-tokens", type=int, default=100_000, help="of each run")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -121,9 +136,11 @@ def main() -> int:
     if options.work.exists():
         parser.error(f"{options.work} exists already; name a new folder with --work")
     source = open_folder(options.model)
-    data = prepare(
-        options.data, str(options.model), options.work / "prepared", validation=options.validation, progress=False
-    )
+    options.work.mkdir(parents=True)
+    held_out = options.validation
+    if held_out:
+        held_out = [cut(held_out, CHARACTERS * options.seq_len, options.work / "held-out.jsonl")]
+    data = prepare(options.data, str(options.model), options.work / "prepared", validation=held_out, progress=False)
     steps = options.max_tokens // (options.batch_size * options.seq_len)
     common = {
         "max_tokens": options.max_tokens, "batch_size": options.batch_size, "seq_len": options.seq_len,

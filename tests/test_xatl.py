@@ -52,11 +52,14 @@ def test_from_end_to_end(modules, tmp_path, monkeypatch, capsys):
     text.mkdir()
     for i in range(30):
         (text / f"{i}.txt").write_text(f"text {i}: " + " ".join(f"word{i * k % 11}" for k in range(20)))
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text(" ".join(f"word{i % 7}" for i in range(100)))
     llama = write(tmp_path / "llama", LLAMA, TENSORS)
     train_bpe([file.read_text() for file in text.iterdir()], 260).save(llama)
     work, out, picture = (tmp_path / name for name in ("work", "out.json", "curves.png"))
     words = [
-        "xatl", llama, "--data", text, "--work", work, "--max-tokens", 288, "--batch-size", 2, "--seq-len", 24,
+        "xatl", llama, "--data", text, "--validation", held_out, "--work", work,
+        "--max-tokens", 288, "--batch-size", 2, "--seq-len", 24,
         "--validations", 3, "--validation-tokens", 100, "--threads", 1, "--unfreeze-every", 1,
         "--unfreeze-threshold", 100, "--distill", "--scratch-learning-rate", 0.002, "--out", out, "--picture", picture,
     ]  # fmt: skip
@@ -67,6 +70,10 @@ def test_from_end_to_end(modules, tmp_path, monkeypatch, capsys):
     record = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
     assert picture.stat().st_size > 10_000
+    # no text is longer than what is trained on
+    pieces = [json.loads(line)["text"] for line in (work / "held-out.jsonl").read_text().splitlines()]
+    assert "".join(pieces) == held_out.read_text()
+    assert {len(piece) for piece in pieces[:-1]} == {4 * 24}
     ways = {"from scratch", "from the Transformer", "from the Transformer, which teaches"}
     assert record["curves"].keys() == {"all linear", "1 of 4 layers attend"}
     rows = {row["name"]: row["value"] for row in record["rows"]}
