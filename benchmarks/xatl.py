@@ -46,11 +46,13 @@ def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> int | No
 
 def cut(sources: Sequence[str], size: int, out: Path) -> Path:
     """Texts in pieces of so many characters, each a document of its own."""
-    with out.open("w", encoding="utf-8") as lines:
-        for document in open_corpus(sources).documents():
-            text = "".join(document.pieces)
-            for start in range(0, len(text), size):
-                lines.write(json.dumps({"text": text[start : start + size]}) + "\n")
+    lines = []
+    for document in open_corpus(sources).documents():
+        text = "".join(document.pieces)
+        lines += [json.dumps({"text": text[start : start + size]}) + "\n" for start in range(0, len(text), size)]
+    # a file that is as it was keeps its time, and what was prepared from it is used again
+    if not out.exists() or out.read_text(encoding="utf-8") != "".join(lines):
+        out.write_text("".join(lines), encoding="utf-8")
     return out
 
 
@@ -113,6 +115,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", required=True, help="text to train on")
     parser.add_argument("--validation", nargs="*", default=[], help="held-out text; unset: a part of the other, whole")
     parser.add_argument("--work", type=Path, default=Path("runs/xatl"), help="a new folder for data and runs")
+    parser.add_argument("--prepared", type=Path, help="keep the tokens here, for further runs; unset: in --work")
     parser.add_argument("--max-tokens", type=int, default=100_000, help="of each run")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
@@ -137,10 +140,11 @@ def main() -> int:
         parser.error(f"{options.work} exists already; name a new folder with --work")
     source = open_folder(options.model)
     options.work.mkdir(parents=True)
+    prepared = options.prepared or options.work / "prepared"
     held_out = options.validation
     if held_out:
-        held_out = [cut(held_out, CHARACTERS * options.seq_len, options.work / "held-out.jsonl")]
-    data = prepare(options.data, str(options.model), options.work / "prepared", validation=held_out, progress=False)
+        held_out = [cut(held_out, CHARACTERS * options.seq_len, prepared.with_name("held-out.jsonl"))]
+    data = prepare(options.data, str(options.model), prepared, validation=held_out, progress=False)
     steps = options.max_tokens // (options.batch_size * options.seq_len)
     common = {
         "max_tokens": options.max_tokens, "batch_size": options.batch_size, "seq_len": options.seq_len,
