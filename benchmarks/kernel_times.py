@@ -18,6 +18,8 @@ from report import Row, arguments, report, row
 from scan_cuda import HEADS, SHAPES, WIDTH, peak_bytes
 from torch.profiler import ProfilerActivity, profile
 
+from hgrn2.ops.norm import rms_norm
+
 # of 32,768 tokens, so that all sizes can be compared
 TOKENS = 32_768
 CALLS = 5
@@ -68,6 +70,38 @@ def rows_of(batch: int, length: int, inputs: Inputs, rounds: int) -> list[Row]:
     return found
 
 
+def backward_of(forward: Callable[[], torch.Tensor], x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> None:
+    """A forward pass and its gradients."""
+    torch.autograd.grad(forward(), (x, weight), dy)
+
+
+def norm_rows(device: str) -> list[Row]:
+    """RMSNorm over all heads, as after the scan, in one kernel and as torch does it: sums of kernels."""
+    width, found = HEADS * WIDTH, []
+    kinds = {
+        "bfloat16": (torch.bfloat16, torch.bfloat16),
+        "bfloat16, weight float32": (torch.bfloat16, torch.float32),
+        "float32 to bfloat16": (torch.float32, torch.float32),
+    }
+    for kind, (dtype, weight_dtype) in kinds.items():
+        x = torch.randn(TOKENS, width, device=device, dtype=dtype, requires_grad=True)
+        weight = torch.rand(width, device=device, dtype=weight_dtype, requires_grad=True)
+        dy = torch.randn(TOKENS, width, device=device, dtype=torch.bfloat16)
+        for backend in ("triton", "torch"):
+            forward = partial(rms_norm, x, weight, 1e-5, torch.bfloat16, backend)
+            calls = {
+                "forward": torch.no_grad()(forward),
+                "forward + backward": partial(backward_of, forward, x, weight, dy),
+            }
+            # x and y; then x, dy and dx
+            moved = [x.nbytes + dy.nbytes, 3 * x.nbytes + 2 * dy.nbytes]
+            for (name, call), num_bytes in zip(calls.items(), moved, strict=True):
+                ms = sum(by_kernel(call).values())
+                note = f"{num_bytes / ms / 1e9:.2f} TB/s of what must move"
+                found.append(Row(f"norm, {kind}, {backend}: {name}", ms, "ms", note=note))
+    return found
+
+
 def main() -> int:
     """Measures every size."""
     parser = arguments(str(__doc__).splitlines()[0])
@@ -79,6 +113,7 @@ def main() -> int:
     rows = []
     for batch, length in SHAPES:
         rows += rows_of(batch, length, make(batch, length, HEADS), options.rounds)
+    rows += norm_rows(options.device)
     settings = {"H": HEADS, "K": WIDTH, "V": WIDTH, "dtype": "bfloat16", "per tokens": TOKENS}
     report("kernels", settings, rows, options.device, options.out)
     return 0

@@ -121,9 +121,13 @@ def test_a_chip_with_kernels_of_its_own_gets_them(monkeypatch):
     monkeypatch.setattr(backends, "_device_problem", lambda index: None)
     for wanted in ("auto", "cuda"):
         assert resolve_backend(wanted, CUDA, torch.bfloat16, 128, 128) == "cuda"
-    # they need one of Triton's
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", "Triton is not installed")
-    assert "Triton is not installed" in refused("cuda", CUDA, torch.bfloat16, 128, 128)
+    for wanted in ("auto", "cuda"):
+        assert resolve_backend(wanted, CUDA, torch.bfloat16, 128, 128) == "cuda"
+    # the backward pass of float16 is Triton's
+    assert "Triton is not installed" in refused("cuda", CUDA, torch.float16, 128, 128)
+    with pytest.warns(RuntimeWarning, match="Triton is not installed"):
+        assert resolve_backend("auto", CUDA, torch.float16, 128, 128) == "chunked"
 
 
 def test_operators_pass_the_reason_on():

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hgrn2.nn.autocast import autocast_dtype
+
 IGNORE = -100
 # rows of logits that exist at a time
 ROWS = 1024
@@ -74,7 +76,6 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Returns:
         A scalar in nats, float32 (float64 for float64).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x) or x.dtype)
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _loss_and_gradients(x, weight, targets, needs_gradient)[0]

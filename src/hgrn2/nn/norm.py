@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hgrn2.nn.autocast import autocast_dtype
+from hgrn2.ops.norm import rms_norm
+
 NORMS = ("rmsnorm", "layernorm")
 
 
@@ -26,12 +29,12 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(size)) if affine and kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises x [..., size]; computed, and returned, in the weight's dtype where the two differ."""
-        if self.weight is not None and x.dtype != self.weight.dtype:
-            x = x.to(self.weight.dtype)
+        """Normalises x [..., size]; the result has autocast's dtype or, without it, the weight's."""
+        computed = x.dtype if self.weight is None else self.weight.dtype
+        dtype = autocast_dtype(x) or computed
         if self.kind == "rmsnorm":
-            return functional.rms_norm(x, (self.size,), self.weight, self.eps)
-        return functional.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+            return rms_norm(x, self.weight, self.eps, dtype)
+        return functional.layer_norm(x.to(computed), (self.size,), self.weight, self.bias, self.eps).to(dtype)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -47,6 +47,11 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}")
 
 
+def triton_runs(dtype: torch.dtype) -> bool:
+    """Whether Triton kernels can be had for tensors of a dtype on a GPU."""
+    return _TRITON_PROBLEM is None and dtype in TRITON_DTYPES
+
+
 def resolve_backend(
     backend: str, device: torch.device, dtype: torch.dtype, k_width: int, v_width: int, plain: bool = True
 ) -> str:
@@ -73,8 +78,10 @@ def resolve_backend(
     if backend == "auto" and device.type != "cuda":
         return "chunked"
     unsuitable = _unsuitable(device, dtype, k_width, v_width) or _TRITON_PROBLEM
-    # the CUDA kernels carry states with one of Triton's
-    too_special = unsuitable or _unsuitable_for_cuda(device, dtype, k_width, v_width, plain)
+    too_special = _unsuitable_for_cuda(device, dtype, k_width, v_width, plain)
+    # the backward pass of float16 is Triton's
+    if dtype == torch.float16:
+        too_special = too_special or _TRITON_PROBLEM
     if (backend == "triton" and unsuitable) or (backend == "cuda" and too_special):
         reason = unsuitable if backend == "triton" else too_special
         raise ValueError(f"backend {backend!r} cannot run: {reason}; use 'auto' or 'chunked'")

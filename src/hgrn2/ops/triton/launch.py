@@ -210,7 +210,7 @@ class Launcher:
         return self.chunks.first, self.chunks.sequence, self.scan.cu_seqlens
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Makes a device the current one, which is where kernels are launched."""
     if device.type == "cpu":
         # only the interpreter gets here
@@ -244,7 +244,7 @@ def forward(scan: Scan) -> tuple[Tensor, Tensor]:
     final = _initial(scan, run)
     if run.is_empty():
         return y, final
-    with _on(scan.q.device):
+    with on_device(scan.q.device):
         for group in run.groups():
             states, decays = run.new_states(group[1]), _new_decays(run, group[1])
             run.updates(run.scan.v, states, decays, group, of_queries=False)
@@ -274,7 +274,7 @@ def backward(
     d_initial = d_final.clone()
     if run.is_empty():
         return dq, df, dk, dv, None if d_bound is None else d_bound.sum(0), d_initial
-    with _on(scan.q.device):
+    with on_device(scan.q.device):
         for group in run.groups():
             states, d_states = run.new_states(group[1]), run.new_states(group[1])
             decays = _new_decays(run, group[1])
@@ -310,7 +310,7 @@ def step(
     y = torch.empty((batch, heads, v_width), dtype=q.dtype, device=q.device)
     if y.numel():
         block_v = step_block(batch * heads, v_width)
-        with _on(q.device):
+        with on_device(q.device):
             step_kernel[(batch * heads, _blocks(v_width, block_v))](
                 q, f, v, state, None if bound is None else bound.contiguous(), y, new_state,
                 q.stride(0), q.stride(1), f.stride(0), f.stride(1), v.stride(0), v.stride(1),
