@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from hgrn2.nn.norm import Norm
-from hgrn2.ops.norm import WIDEST, rms_norm
+from hgrn2.ops.norm import LARGE, WIDEST, rms_norm
 from tests.numerics import relative_error
 
 pytestmark = [
@@ -55,6 +55,21 @@ def test_a_wider_row_is_torchs():
     torch.testing.assert_close(y, functional.rms_norm(x.float(), x.shape[1:], None, 1e-5))
 
 
+def test_where_it_pays(monkeypatch):
+    taken = []
+    monkeypatch.setattr("hgrn2.ops.norm._RMSNorm.apply", lambda rows, *rest: taken.append(rows.dtype) or rows)
+    weight = torch.ones(1024, device="cuda")
+    large = torch.ones(LARGE // 1024, 1024, device="cuda").bfloat16()
+    rms_norm(large, weight.bfloat16(), 1e-5, torch.bfloat16)
+    rms_norm(large[1:].requires_grad_(), weight.bfloat16(), 1e-5, torch.bfloat16)
+    rms_norm(large.double(), weight, 1e-5, torch.float32)
+    assert not taken
+    rms_norm(large.requires_grad_(), weight.bfloat16(), 1e-5, torch.bfloat16)
+    rms_norm(large[:1].detach(), weight, 1e-5, torch.bfloat16)
+    assert len(taken) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 def test_under_autocast(stream, monkeypatch):
     module = Norm("rmsnorm", 512, 1e-5, affine=True).cuda()
