@@ -52,4 +52,5 @@ def test_the_guide(tmp_path, monkeypatch, capsys):
     own, own_tokenizer = load_model(tmp_path / "tuned", "latest", "cpu")
     writer = Writer(own, own_tokenizer, Sampling(temperature=0))
     assert isinstance("".join(writer.write("Once", 5)), str)
-    assert main(["generate", "tuned", "--max-tokens", "3"]) == 0
+    for folder in ("tuned", "merged"):
+        assert main(["generate", folder, "--max-tokens", "3"]) == 0

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hgrn2.errors import UserError
 from hgrn2.layouts.files import fsync_directory, sha256_of, write_safetensors, write_text
+from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.reading import find_weights
 
 CONFIG_NAME = "config.json"
@@ -224,6 +225,7 @@ def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
 
 
 def _model_folder(path: Path, which: str) -> Path:
+    check_place(path)
     if find_weights(path) is not None:
         return path
     found = checkpoints_of(path)
@@ -309,6 +311,7 @@ def resume_point(path: Path) -> tuple[Path, Path | None]:
     Raises:
         UserError: it is neither.
     """
+    check_place(path)
     path = Path(os.path.abspath(path))
     if path.parent.name == FOLDER_NAME and path.is_dir():
         return path.parent.parent, path
