@@ -1,5 +1,6 @@
 """Folders and files that are no language model, named where one is wanted."""
 
+import json
 import os
 import re
 import shutil
@@ -59,9 +60,7 @@ def recipe(capsys, name):
 # of PEFT and transformers, in some versions of both
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 @torch.no_grad()
-def test_an_adapter(here, capsys, monkeypatch):
-    # PEFT would look on the Hub for a tokenizer of the adapter's name
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_an_adapter(here, capsys):
     base = transformers.AutoModelForCausalLM.from_pretrained("whole")
     tuned = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))
     for name, x in tuned.named_parameters():
@@ -76,11 +75,14 @@ def test_an_adapter(here, capsys, monkeypatch):
     shutil.copytree("whole", "both")
     shutil.copy("adapter/adapter_config.json", "both")
     refused_everywhere(capsys, "both", "both: holds an adapter of PEFT")
-    exec(recipe(capsys, "adapter"), {"peft": peft})
+    exec(recipe(capsys, "adapter"), {"peft": peft, "transformers": transformers})
     ids = torch.arange(9)[None]
     own = open_folder(Path("OUT")).load(torch.device("cpu"))
     torch.testing.assert_close(own(ids)[0], tuned.eval()(ids).logits)
     assert not torch.allclose(own(ids)[0], here(ids).logits)
+    settings = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    assert "AutoModelForCausalLM.from_pretrained('BASE')" in recipe(capsys, "adapter")
 
 
 @pytest.mark.parametrize("tied", [False, True])

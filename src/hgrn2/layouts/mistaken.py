@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from hgrn2.errors import UserError
-from hgrn2.layouts.reading import find_weights
+from hgrn2.layouts.reading import find_weights, read_json
 from hgrn2.layouts.tables import HEAD
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -24,9 +24,10 @@ def check_place(path: Path) -> None:
         UserError: it is one of them.
     """
     if (path / _ADAPTER_CONFIG).is_file():
-        merge = (
-            f"peft.AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained('OUT')"
-        )
+        # where it was tuned there may have been no folder of the model
+        base = read_json(path / _ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+        model = f"transformers.AutoModelForCausalLM.from_pretrained({base!r})"
+        merge = f"peft.PeftModel.from_pretrained({model}, {str(path)!r}).merge_and_unload().save_pretrained('OUT')"
         raise UserError(
             f"{path}: holds an adapter of PEFT, which is no model; merge it in Python, after import hgrn2.hf: {merge}, "
             "and copy the tokenizer's files into OUT"
