@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,15 @@ def refused(capsys, args, message):
     assert re.search(message, error), found.err
 
 
-def process(*args, **settings):
-    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+def process(*args, path=(), ctrl_c=signal.default_int_handler, **settings):
+    """The command as its installed script starts it; modules are looked for in path first."""
+    path = os.pathsep.join(map(str, [*path, Path(cli.__file__).parents[1]]))
     return subprocess.Popen(
-        [sys.executable, "-m", "hgrn2.cli", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=env,
+        [sys.executable, "-c", "import sys, hgrn2_command; sys.exit(hgrn2_command.main())", *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         # a shell's background jobs ignore Ctrl-C, and a child inherits that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c),
         **settings,
     )  # fmt: skip
 
@@ -474,6 +477,28 @@ def test_ctrl_c(run, tmp_path):
         writing.kill()
         writing.communicate()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("ctrl_c", "status"), [(signal.default_int_handler, -signal.SIGINT), (signal.SIG_IGN, 7)])
+def test_ctrl_c_while_it_still_imports(ctrl_c, status, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        # until the end of its input
+        "import sys\nprint('importing', flush=True)\nsys.stdin.read()\nsys.exit(7)\n"
+    )
+    starting = process("info", "tiny", path=[tmp_path], ctrl_c=ctrl_c, stdin=subprocess.PIPE)
+    assert starting.stdout.readline() == "importing\n"
+    starting.send_signal(signal.SIGINT)
+    try:
+        # a job of a shell's that ignores Ctrl-C goes on ignoring it
+        assert starting.communicate(timeout=60) == ("", "")
+        assert starting.returncode == status
+    finally:
+        starting.kill()
+
+
+def test_the_installed_command_is_the_one_tested_here():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["scripts"] == {"hgrn2": "hgrn2_command:main"}
 
 
 def test_an_error_as_a_process():

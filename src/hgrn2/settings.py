@@ -18,6 +18,7 @@ from hgrn2.data.prepare import PreparedData, is_prepared, prepare
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.layouts.convert import Source, Written, convert, parse_size
+from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.opening import ModelFolder, open_folder, read_folder_config
 from hgrn2.layouts.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
@@ -140,6 +141,7 @@ def model_config(
             keys = {"vocab_size": vocab_size} | keys
         return presets.preset(model, **keys)
     path = Path(model)
+    check_place(path)
     if path.is_dir():
         found = read_folder_config(path)[2].to_dict()
     elif path.is_file():

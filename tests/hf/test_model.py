@@ -229,6 +229,8 @@ def test_loss_and_gradients(name):
     assert_same(out.loss, summed / count)
     assert_same(model(ids, labels=labels, num_items_in_batch=torch.tensor(5)).loss, summed / 5)
     assert_same(model(ids, shift_labels=targets, num_items_in_batch=5).loss, summed / 5)
+    # the Trainer gives both where it spreads a sequence over devices
+    assert_same(model(ids, labels=ids, shift_labels=targets).loss, out.loss)
     out.loss.backward()
     (summed / count).backward()
     wanted_gradients = dict(own.named_parameters())
@@ -352,6 +354,28 @@ def test_classifier_reads_the_last_token(name):
     filled = torch.where(right_mask.bool(), right.clamp_max(27), 28)
     found = model(filled).logits
     assert_same(found, model(filled, attention_mask=right_mask).logits)
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"), [({}, 2), ({"num_labels": 1}, 1), ({"id2label": {0: "a", 1: "b", 2: "c"}}, 3)]
+)
+def test_classifier_s_classes(keys, count):
+    model = HGRN2ForSequenceClassification(hf_config("fla", **keys)).double()
+    ids, mask = left_padded([5, 3])
+    targets = torch.tensor([1.0, 0.5], dtype=torch.float64) if count == 1 else torch.tensor([1, 0])
+    out = model(ids, attention_mask=mask, labels=targets)
+    assert out.logits.shape == (2, count)
+    # of one class: a number
+    loss = (
+        functional.mse_loss(out.logits[:, 0], targets) if count == 1 else functional.cross_entropy(out.logits, targets)
+    )
+    assert_same(out.loss, loss)
+
+
+@pytest.mark.parametrize("keys", [{"num_labels": 0}, {"id2label": {}}])
+def test_a_classifier_without_classes(keys):
+    with pytest.raises(UserError, match=r"num_labels is 0; wanted at least 1"):
+        HGRN2ForSequenceClassification(hf_config("fla", **keys))
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,34 @@ def test_a_run_in_every_layout_writes_the_same(run, capsys, tokenizer):
     assert_same_bits(saved.tensors, load_saved_model(run).tensors)
 
 
+def test_a_run_as_one_folder_to_hand_on(tmp_path, capsys):
+    config = presets.variant(
+        "fla", vocab_size=260, hidden_size=16, num_hidden_layers=1, expand_ratio=4, intermediate_size=24
+    )
+    kept = {"model": config.to_dict(), "train": {"max_steps": 3}, "data": {"data": ["a/private/place"]}}
+    create_run(tmp_path / "run", kept, ByteTokenizer())
+    store, models = CheckpointStore(tmp_path / "run", 2), [make_model(config, torch.float32, seed=i) for i in range(2)]
+    for step, model in enumerate(models, 1):
+        store.save(
+            model=model_tensors(model), optimizer={}, task={}, state={"step": step, "best": {"step": 1}}, config=kept,
+            best_step=1,
+        )  # fmt: skip
+    for which, model in zip(("best", "latest"), models, strict=True):
+        run_cli(capsys, "convert", "run", which, "--to", "native", "--checkpoint", which)
+        assert_same_bits(tensors_of(tmp_path / which), dict(model.named_parameters()))
+    assert sorted(os.listdir("best")) == [
+        "bytes_tokenizer.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    ids = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+    further = {"model_type": "hgrn2", "architectures": ["HGRN2ForCausalLM"], "dtype": "float32"}
+    # how it was trained stays, where the data lies does not
+    assert settings(tmp_path / "best") == {key: kept[key] for key in ("model", "train")} | ids | further
+    # three tokens of the model's the tokenizer does not know
+    found = json.loads((tmp_path / "best" / "generation_config.json").read_text())
+    assert found == ids | {"suppress_tokens": [257, 258, 259]}
+
+
 def test_the_tokenizer_s_files_are_taken_along(tmp_path, capsys, tokenizer):
     fla = write(tmp_path / "fla", FLA_CONFIG, draw(fla_shapes()))
     tokenizer.save(fla)

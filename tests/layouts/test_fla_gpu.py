@@ -4,7 +4,6 @@ Weights are far from their initial values, lower bounds far from uniform.
 """
 
 import os
-import warnings
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional
 
 from hgrn2.layouts.opening import open_folder
 from hgrn2.models import HGRN2LM
+from tests.layouts.installed_fla import import_fla
 from tests.numerics import relative_error
 
 pytestmark = [
@@ -21,13 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-
-pytest.importorskip("transformers")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    pytest.importorskip("fla")
-    from fla.layers import attn  # pyright: ignore[reportMissingImports]
-    from fla.models.hgrn2 import HGRN2Config, HGRN2ForCausalLM  # pyright: ignore[reportMissingImports]
 
 # fla's float32 products are of ten bits by default; read when Triton compiles
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -60,13 +53,14 @@ def windowed_attention(q, k, v, causal=True, window_size=(-1, -1), **_):
 @pytest.fixture
 def saved(request, tmp_path, monkeypatch):
     """fla's model with random weights, float32, and where it is saved."""
-    monkeypatch.setattr(attn, "flash_attn_func", windowed_attention)
+    fla = import_fla()
+    monkeypatch.setattr(fla.attn, "flash_attn_func", windowed_attention)
     torch.manual_seed(0)
-    config = HGRN2Config(
+    config = fla.Config(
         hidden_size=256, num_hidden_layers=3, expand_ratio=64, vocab_size=300, intermediate_size=512, norm_eps=0.01,
         **KINDS[request.param],
     )  # fmt: skip
-    theirs = HGRN2ForCausalLM(config).cuda().eval()
+    theirs = fla.ForCausalLM(config).cuda().eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             noise = torch.randn_like(parameter)

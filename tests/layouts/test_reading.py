@@ -118,6 +118,7 @@ def test_a_layout_is_told_by_keys(tmp_path):
         ),
         (FLA_CONFIG | {"model": {}}, "keys of more than one layout, model of a run and attn_mode of fla"),
         ({"model": {"hidden_size": 16}, "hidden_size": 16}, "hidden_size beside the table 'model'"),
+        ({"model": {"hidden_size": 16}, "trian": {}}, "config of a run: unknown key 'trian'; did you mean 'train'"),
         ({"model": 3}, "found int; wanted a table of settings"),
         ({"mixer_norm": "rmsnorm", "hidden_sise": 16}, "unknown key 'hidden_sise'; did you mean 'hidden_size'"),
         (FLA_CONFIG | {"num_heads": 2}, "num_heads = 2 contradicts hidden_size / expand_ratio = 4"),

@@ -101,6 +101,11 @@ def _load_directory(path: Path) -> Tokenizer:
 def _load_file(path: Path) -> Tokenizer:
     if path.suffix == ".model":
         raise UserError(_sentencepiece_message(path))
+    if path.suffix == ".gguf":
+        write = f"AutoTokenizer.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained('OUT')"
+        raise UserError(
+            f"tokenizer {str(path)!r} is a GGUF file; write a folder of it in Python, by transformers: {write}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)

@@ -140,14 +140,6 @@ class StateLayer(CacheLayerMixin):
         for x in self.state.values():
             x.zero_()
 
-    def offload(self) -> None:
-        """Moves the state to the CPU."""
-        self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Moves the state back."""
-        self._map(lambda x: x.to(self.num_tokens.device, non_blocking=True))
-
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused.
 
@@ -160,12 +152,16 @@ class StateLayer(CacheLayerMixin):
         )
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not for this kind of layer."""
-        raise NotImplementedError("a StateLayer is filled by replace")
+        """Refused, see `update`."""
+        self.update()
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not for this kind of layer."""
-        raise NotImplementedError("a StateLayer is filled by replace")
+        """Refused: this is how other models fill a cache.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("cache is of an HGRN2 model, whose states another model cannot use; give that one a new cache")
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.state = {name: function(x) for name, x in self.state.items()}

@@ -20,14 +20,20 @@ class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
     """The model and a linear layer that reads its last token.
 
     Args:
-        config: the model's configuration; `num_labels` or `id2label` say how many classes there are, and
-            `problem_type` which loss is meant (by default it follows from the labels).
+        config: the model's configuration; `num_labels` or `id2label` say how many classes there are (by default 2;
+            with 1 the model predicts a number), and `problem_type` which loss is meant (by default it follows from the
+            labels).
+
+    Raises:
+        UserError: there are none.
     """
 
     def __init__(self, config: HGRN2Config) -> None:
         super().__init__(config)
+        if not config.num_labels:
+            raise UserError(f"num_labels is {config.num_labels}; wanted at least 1, or names of classes as id2label")
         # the library's loss asks for it by this name
-        self.num_labels = config.num_labels or 2
+        self.num_labels: int = config.num_labels
         self.model = HGRN2Model(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()

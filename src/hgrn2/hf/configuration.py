@@ -7,14 +7,12 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.errors import UserError
 from hgrn2.layouts.keys import TRANSFORMERS_KEYS
 from hgrn2.layouts.layout import LAYOUTS, recognise
 from hgrn2.models import config as own
 
 _FIELDS = [field.name for field in dataclasses.fields(own.HGRN2Config)]
-# of the config.json of `hgrn2 train`: the model's settings, how it was trained, and on what
-_TABLES = ("model", "train", "data")
 # what may stand beside the model's settings: in files, and as arguments of PreTrainedConfig
 _LIBRARY_KEYS = TRANSFORMERS_KEYS | {
     "attn_implementation", "experts_implementation", "name_or_path", "per_layer_config", "quantization_config",
@@ -121,7 +119,4 @@ def _read(values: dict[str, Any]) -> tuple[own.HGRN2Config, dict[str, Any]]:
     layout = recognise(settings) if told else LAYOUTS["hf"]
     if layout.name == "official":
         raise UserError("a config.json of hgru2-pytorch, whose tensors have other names; use hgrn2 convert first")
-    if layout.name == "native":
-        for key in settings.keys() - {*_FIELDS, *_TABLES}:
-            raise UserError(unknown_key_message("config of a run", key, _TABLES))
     return layout.read_config(settings), kept

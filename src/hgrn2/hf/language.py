@@ -102,7 +102,8 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
             num_items_in_batch: what the summed loss is divided by, instead of the number of labels that count.
             cu_seq_lens_q: see input_ids; a sequence's first token is not a label of the one before.
             past_key_values: see input_ids.
-            **kwargs: see input_ids; and shift_labels [B, T], labels that are shifted already, instead of labels.
+            **kwargs: see input_ids; and shift_labels [B, T], labels that are shifted already. They go before labels,
+                which the Trainer gives beside them where it spreads a sequence over devices.
 
         Returns:
             The loss or None, logits [B, kept, vocab_size], and what `HGRN2Model.forward` returns.

@@ -18,6 +18,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from hgrn2.errors import UserError
 from hgrn2.hf.cache import CACHE_NAME, StateLayer, state_layers
 from hgrn2.hf.configuration import HGRN2Config
+from hgrn2.hf.loading import check_loaded
 from hgrn2.models.language import build_block
 from hgrn2.nn.block import Block
 from hgrn2.nn.gates import lower_bounds
@@ -46,6 +47,47 @@ class HGRN2PreTrainedModel(PreTrainedModel):
     # assisted decoding would have to take tokens back
     _is_stateful = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """A model from a folder or the Hub, as the library opens it, but never one of which a part is random numbers.
+
+        Args:
+            pretrained_model_name_or_path: see `transformers.PreTrainedModel.from_pretrained`, likewise args and kwargs.
+            *args: see pretrained_model_name_or_path.
+            output_loading_info: whether to return (the model, what was missing, unexpected and misshapen); whoever asks
+                for it may have anything missing drawn anew.
+            ignore_mismatched_sizes: whether tensors of other shapes than the model's may be drawn anew.
+            **kwargs: see pretrained_model_name_or_path.
+
+        Raises:
+            CheckpointError: tensors are missing or misshapen, see `hgrn2.hf.loading.check_loaded`.
+            UserError: as for `HGRN2Config`.
+        """
+        name = pretrained_model_name_or_path
+        # the library would stop at a shape without saying what to do
+        pair: Any = super().from_pretrained(
+            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        model, found = pair
+        body = "" if model.base_model is model else f"{cls.base_model_prefix}."
+        check_loaded(
+            "state_dict" if name is None else name,
+            found,
+            opened_by=cls.__name__,
+            written_by=model.config.architectures,
+            body=body,
+            any_missing=output_loading_info or name is None,
+            any_size=ignore_mismatched_sizes,
+        )
+        return (model, found) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

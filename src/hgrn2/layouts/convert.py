@@ -18,6 +18,7 @@ from hgrn2.data import load_tokenizer
 from hgrn2.data.staging import staged_directory
 from hgrn2.data.transformers_files import write_generation_config, write_transformers_files
 from hgrn2.errors import UserError
+from hgrn2.layouts import native
 from hgrn2.layouts.files import write_safetensors, write_text
 from hgrn2.layouts.layout import LAYOUTS
 from hgrn2.layouts.opening import FiniteCheck
@@ -113,6 +114,9 @@ def convert(
     layout = LAYOUTS[to]
     _check_new(out)
     settings = {"architectures": [layout.architecture], **layout.write_config(source.config)}
+    if to == "native" and native.TRAIN_TABLE in source.settings:
+        # how a run was trained stays with its model; where its data lies is nobody else's business
+        settings[native.TRAIN_TABLE] = source.settings[native.TRAIN_TABLE]
     table = layout.tables(source.config, source.names)[0]
     specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}
     if dtype is not None:

@@ -18,8 +18,10 @@ SIGNATURE = (
     "glu_activation", "lower_bound", "q_activation", "v_activation", "scale", "mixer_norm", "mixer_norm_eps",
     "mixer_norm_affine", "block_norm", "use_bias", "scale_embedding", "min_log_decay", "dropout",
 )  # fmt: skip
-# the table of a run's config.json that holds the model's settings
+# the tables of a run's config.json: the model's settings, how it was trained, and on what
 TABLE = "model"
+TRAIN_TABLE = "train"
+_TABLES = (TABLE, TRAIN_TABLE, "data")
 
 
 def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
@@ -31,7 +33,7 @@ def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
     mixed = [key for key in _KEYS if key in values]
     if mixed:
         raise UserError(f"{', '.join(mixed)} beside the table {TABLE!r}; put all settings of the model into the table")
-    return HGRN2Config.from_dict(values[TABLE])
+    return HGRN2Config.from_dict(check_keys(values, "config of a run", _TABLES)[TABLE])
 
 
 def read_config(values: Mapping[str, Any]) -> HGRN2Config:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hgrn2.errors import UserError
 from hgrn2.layouts.layout import Layout, recognise
+from hgrn2.layouts.mistaken import other_head
 from hgrn2.layouts.reading import CONFIG_NAME, Weights, name_some, read_json
 from hgrn2.layouts.tables import EMBEDDINGS, Rows, Table, misfits, model_shapes, rows_of, with_tied_head
 from hgrn2.models import HGRN2LM, HGRN2Config
@@ -147,6 +148,9 @@ def open_folder(path: Path) -> ModelFolder:
     tried = [(misfits(table, shapes, found), table) for table in tables]
     wrong, table = min(tried, key=lambda pair: pair[0].count)
     if wrong.count:
+        for table in tables:
+            if other := other_head(path, found, table):
+                raise UserError(f"{path}: {other}")
         raise UserError(f"{path}: not the tensors that its {CONFIG_NAME} (layout of {layout.title}) asks for: {wrong}")
     others = [f"{name} ({spec.dtype!s})" for name, spec in found.items() if spec.dtype not in _FLOATS]
     if others:

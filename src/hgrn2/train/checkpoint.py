@@ -21,12 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hgrn2.data.find_tokenizer import load_tokenizer
-from hgrn2.data.transformers_files import write_generation_config, write_transformers_files
 from hgrn2.errors import UserError
 from hgrn2.layouts.files import fsync_directory, sha256_of, write_safetensors, write_text
+from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.reading import find_weights
-from hgrn2.models.config import MODEL_TYPE, HGRN2Config
 
 CONFIG_NAME = "config.json"
 MODEL_NAME = "model.safetensors"
@@ -227,6 +225,7 @@ def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
 
 
 def _model_folder(path: Path, which: str) -> Path:
+    check_place(path)
     if find_weights(path) is not None:
         return path
     found = checkpoints_of(path)
@@ -248,49 +247,6 @@ def _model_folder(path: Path, which: str) -> Path:
                 f"use the latest instead, or name one of {path / FOLDER_NAME}"
             )
     return found[-1]
-
-
-def export_model(path: Path, out_dir: Path, which: str = "latest") -> Path:
-    """Copy weights, settings and tokenizer of a run into one folder that can be handed on.
-
-    `hgrn2 generate` and transformers (after `import hgrn2.hf`) open the same folder: its config.json has the run's
-    tables and beside them what transformers looks for, and its tokenizer is there in both forms.
-
-    Args:
-        path: as for load_saved_model.
-        out_dir: a folder that does not exist yet.
-        which: as for load_saved_model.
-
-    Raises:
-        UserError: out_dir exists, or the model cannot be read.
-    """
-    if out_dir.exists():
-        raise UserError(f"{out_dir}: exists already; name a new folder")
-    saved = load_saved_model(path, which)
-    temporary = out_dir.with_name(f"{_TEMPORARY}{out_dir.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        shutil.copyfile(saved.path / MODEL_NAME, temporary / MODEL_NAME)
-        # where the data lies is nobody else's business
-        config = {key: value for key, value in saved.config.items() if key != "data"}
-        for file in saved.tokenizer_dir.glob("*tokenizer*.json"):
-            shutil.copyfile(file, temporary / file.name)
-        if any(temporary.glob("*tokenizer*.json")) and "model" in config:
-            tokenizer = load_tokenizer(temporary)
-            write_transformers_files(tokenizer, temporary)
-            config |= write_generation_config(tokenizer, HGRN2Config.from_dict(config["model"]).vocab_size, temporary)
-            config |= {"model_type": MODEL_TYPE, "architectures": ["HGRN2ForCausalLM"]}
-        write_text(temporary / CONFIG_NAME, json.dumps(config, indent=1))
-        temporary.rename(out_dir)
-    except OSError as error:
-        raise UserError(
-            f"{out_dir}: cannot write the model ({error.strerror}); free some space or name another folder"
-        ) from None
-    finally:
-        # gone already if all went well
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out_dir
 
 
 def check_new_run(run_dir: Path) -> None:
@@ -329,7 +285,7 @@ def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Settings of a run folder, a checkpoint or an exported model.
+    """Settings of a run folder, a checkpoint or a folder that `hgrn2 convert` wrote.
 
     Raises:
         UserError: no config.json there, or it is no JSON object.
@@ -355,6 +311,7 @@ def resume_point(path: Path) -> tuple[Path, Path | None]:
     Raises:
         UserError: it is neither.
     """
+    check_place(path)
     path = Path(os.path.abspath(path))
     if path.parent.name == FOLDER_NAME and path.is_dir():
         return path.parent.parent, path

@@ -1,4 +1,4 @@
-"""One folder for `hgrn2 generate` and for transformers."""
+"""One folder of `hgrn2 convert` for `hgrn2 generate` and for transformers."""
 
 import json
 
@@ -11,7 +11,7 @@ from hgrn2.data.prepare import prepare
 from hgrn2.generate import Sampling, Writer
 from hgrn2.hf import HGRN2ForCausalLM
 from hgrn2.models import HGRN2Config
-from hgrn2.settings import load_model
+from hgrn2.settings import convert_model, load_model
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.run import start_language_run
@@ -21,8 +21,8 @@ PROMPT = "document 3: é"
 
 @pytest.fixture(scope="module", params=["bytes", "bpe:300"])
 def folders(request, tmp_path_factory):
-    """A run, and what is exported of it."""
-    root = tmp_path_factory.mktemp("exported")
+    """A run, and what `hgrn2 convert --to native` makes of it."""
+    root = tmp_path_factory.mktemp("folders")
     (root / "texts").mkdir()
     for index in range(30):
         words = " ".join(f"é{index * k % 13}" for k in range(5 + index))
@@ -38,7 +38,8 @@ def folders(request, tmp_path_factory):
         max_steps=30, batch_size=4, seq_len=48, learning_rate=1e-2, validation_tokens=500, device="cpu"
     )
     start_language_run(root / "run", config, settings, data, data_settings={})
-    return root / "run", checkpoint.export_model(root / "run", root / "export")
+    convert_model(root / "run", root / "converted", "native", "same", "5GB", "latest")
+    return root / "run", root / "converted"
 
 
 def written(folder, prompt, count):
@@ -62,29 +63,29 @@ def written(folder, prompt, count):
 
 @pytest.mark.parametrize("prompt", [PROMPT, "", "7", "a text\n\n of more ﬀ lines"])
 def test_the_same_tokens(folders, prompt):
-    run, export = folders
-    tokenizer = AutoTokenizer.from_pretrained(export)
-    model = AutoModelForCausalLM.from_pretrained(export)
+    run, converted = folders
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    model = AutoModelForCausalLM.from_pretrained(converted)
     inputs = tokenizer(prompt, return_tensors="pt")
     found = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0].tolist()
-    assert found == written(export, prompt, 24) == written(run, prompt, 24)
+    assert found == written(converted, prompt, 24) == written(run, prompt, 24)
     if not prompt:
         # nothing at all is a text, too: it begins with its first token
         assert model.generate(max_new_tokens=24, do_sample=False)[0].tolist() == found
 
 
 def test_the_same_text_at_the_command_line(folders, capsys):
-    _, export = folders
-    main(["generate", str(export), "--prompt", PROMPT, "--temperature", "0", "--max-tokens", "24"])
+    _, converted = folders
+    main(["generate", str(converted), "--prompt", PROMPT, "--temperature", "0", "--max-tokens", "24"])
     shown = capsys.readouterr().out
-    write = pipeline("text-generation", model=str(export))
+    write = pipeline("text-generation", model=str(converted))
     text = write(PROMPT, max_new_tokens=24, do_sample=False)[0]["generated_text"]
     assert shown.rstrip("\n") == text.rstrip("\n")
 
 
 def test_texts_of_different_lengths(folders):
-    _, export = folders
-    write = pipeline("text-generation", model=str(export), batch_size=3)
+    _, converted = folders
+    write = pipeline("text-generation", model=str(converted), batch_size=3)
     prompts = [PROMPT, "d", "document 11: é5 é0"]
     together = [x[0]["generated_text"] for x in write(prompts, max_new_tokens=12, do_sample=False)]
     alone = [write(x, max_new_tokens=12, do_sample=False)[0]["generated_text"] for x in prompts]
@@ -92,10 +93,10 @@ def test_texts_of_different_lengths(folders):
 
 
 def test_its_settings(folders):
-    _, export = folders
-    model = AutoModelForCausalLM.from_pretrained(export)
-    tokenizer = AutoTokenizer.from_pretrained(export)
-    own = load_model(export, "latest", "cpu")[1]
+    _, converted = folders
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    own = load_model(converted, "latest", "cpu")[1]
     ids = {own.eot_id}
     for settings in (model.config, model.generation_config, tokenizer):
         assert {settings.bos_token_id, settings.eos_token_id, settings.pad_token_id} == ids
@@ -108,13 +109,13 @@ def test_its_settings(folders):
     assert tokenizer(text).input_ids == [own.eot_id, *own.encode("A text: x\n"), own.eot_id]
 
 
-def test_older_exports_and_checkpoints_open_by_their_class(folders, tmp_path):
-    run, export = folders
-    wanted = AutoModelForCausalLM.from_pretrained(export).state_dict()
-    config = json.loads((export / "config.json").read_text())
+def test_older_folders_and_checkpoints_open_by_their_class(folders, tmp_path):
+    run, converted = folders
+    wanted = AutoModelForCausalLM.from_pretrained(converted).state_dict()
+    config = json.loads((converted / "config.json").read_text())
     # as it was before transformers was thought of
     (tmp_path / "config.json").write_text(json.dumps({"data": {}, **{key: config[key] for key in ("model", "train")}}))
-    (tmp_path / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((converted / "model.safetensors").read_bytes())
     for folder in (tmp_path, checkpoint.checkpoints_of(run)[-1]):
         found = HGRN2ForCausalLM.from_pretrained(folder).state_dict()
         assert all(torch.equal(found[name], x) for name, x in wanted.items())
@@ -123,17 +124,17 @@ def test_older_exports_and_checkpoints_open_by_their_class(folders, tmp_path):
 
 
 def test_what_transformers_saves_opens_with_our_command_line(folders, tmp_path):
-    run, export = folders
-    AutoModelForCausalLM.from_pretrained(export).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(export).save_pretrained(tmp_path)
+    run, converted = folders
+    AutoModelForCausalLM.from_pretrained(converted).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(converted).save_pretrained(tmp_path)
     assert written(tmp_path, PROMPT, 24) == written(run, PROMPT, 24)
 
 
 def test_classification_pipeline(folders, tmp_path):
-    _, export = folders
+    _, converted = folders
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(export, id2label={0: "prose", 1: "verse"})
-    tokenizer = AutoTokenizer.from_pretrained(export)
+    model = AutoModelForSequenceClassification.from_pretrained(converted, id2label={0: "prose", 1: "verse"})
+    tokenizer = AutoTokenizer.from_pretrained(converted)
     classify = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
     texts = ["a", "document 5: é1 é2", ""]
     together = classify(texts, batch_size=3)
@@ -144,12 +145,12 @@ def test_classification_pipeline(folders, tmp_path):
         assert {x["label"]: x["score"] for x in found} == pytest.approx(wanted, abs=1e-5)
 
 
-def test_state_files_go_from_the_run_to_its_export(folders, tmp_path, capsys):
-    run, export = folders
+def test_state_files_go_from_the_run_to_what_is_converted(folders, tmp_path, capsys):
+    run, converted = folders
     flags, state = ["--temperature", "0", "--max-tokens", "8"], str(tmp_path / "state")
     main(["generate", str(run), "--prompt", PROMPT, *flags, "--state-out", state])
     capsys.readouterr()
-    main(["generate", str(export), *flags, "--state-in", state])
+    main(["generate", str(converted), *flags, "--state-in", state])
     own, tokenizer = load_model(run, "latest", "cpu")
     text = "".join(Writer(own, tokenizer, Sampling(temperature=0)).write(PROMPT, 16))
     shown = capsys.readouterr().out.rstrip("\n")

@@ -1,0 +1,59 @@
+"""What a checkpoint may lack when transformers opens it: a head that another class had no use for, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hgrn2.errors import UserError
+from hgrn2.layouts.reading import CONFIG_NAME
+from hgrn2.layouts.tables import Misfits
+
+# the class of a config.json that names none, as those of runs
+_LANGUAGE_MODEL = "HGRN2ForCausalLM"
+_INNER = ".mlp.gate_proj.weight"
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint does not hold the model's tensors; of wrong shapes the library says so by a RuntimeError."""
+
+
+def check_loaded(
+    where: Any, found: Mapping[str, Iterable[Any]], *, opened_by: str, written_by: Sequence[str] | None, body: str,
+    any_missing: bool, any_size: bool,
+) -> None:  # fmt: skip
+    """Refuses a checkpoint of which a part would be random numbers.
+
+    A head is new, with the library's warning, where another class wrote the file: a classifier's on a language model, a
+    language model's on the model without a head.
+
+    Args:
+        where: the folder or name, for messages.
+        found: the library's report: "missing_keys" by name, "mismatched_keys" with the file's shape and the model's.
+        opened_by: name of the class.
+        written_by: names of classes in its config.json; None if it has none.
+        body: what the names of tensors below the head begin with; empty for the model without a head.
+        any_missing: whether anything may be drawn anew, for the caller sees the report or has no file.
+        any_size: whether tensors of other shapes may be.
+
+    Raises:
+        CheckpointError: tensors are missing, or of other shapes; they are listed, with what to do.
+    """
+    head_is_new = opened_by not in (written_by or [_LANGUAGE_MODEL])
+    missing = sorted(name for name in found["missing_keys"] if name.startswith(body) or not head_is_new)
+    missing = [] if any_missing else missing
+    misshapen = [] if any_size else sorted(found["mismatched_keys"])
+    if not missing and not misshapen:
+        return
+    shapes = [f"{name} {list(shape)}, wanted {list(wanted)}" for name, shape, wanted in misshapen]
+    if any(name.endswith(_INNER) and shape[0] == 2 * wanted[0] for name, shape, wanted in misshapen):
+        hint = (
+            "a file of fla from before February 2025, which holds gate_proj and up_proj in one: bring it into today's "
+            f"form with `hgrn2 convert {where} OUT --to hf`"
+        )
+    else:
+        ask = "output_loading_info=True, and read what it returns" if missing else "ignore_mismatched_sizes=True"
+        hint = f"use the files of one model, whole; to have them drawn anew on purpose, give {ask}"
+    raise CheckpointError(
+        f"{where}: not the tensors that its {CONFIG_NAME} asks for: {Misfits(missing, [], shapes)}; {hint}"
+    )

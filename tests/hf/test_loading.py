@@ -1,0 +1,116 @@
+"""No model opens with a part of it random, unless that part is a head that another class had no use for."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hgrn2.errors import UserError
+from hgrn2.hf import HGRN2ForCausalLM, HGRN2ForSequenceClassification
+from hgrn2.layouts.convert import convert
+from hgrn2.layouts.opening import open_folder
+from tests.hf.cases import both, hf_config, tokens
+from tests.layouts.published import FLA_CONFIG, draw, fla_shapes, merged, write
+
+AUTO = {"base": AutoModel, "language": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
+LOST = "model.layers.1.attn.q_proj.weight"
+
+
+def without(folder, *names):
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if name not in names}
+    assert len(kept) == len(tensors) - len(names)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return kept
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The same model with each head, and with none."""
+    _, language = both("fla", torch.float32)
+    language.save_pretrained(tmp_path / "language")
+    language.model.save_pretrained(tmp_path / "base")
+    HGRN2ForSequenceClassification(hf_config("fla")).save_pretrained(tmp_path / "classifier")
+    return tmp_path
+
+
+@pytest.mark.parametrize("opened", AUTO)
+@pytest.mark.parametrize("written", AUTO)
+def test_a_tensor_below_the_head_is_never_drawn(saved, written, opened):
+    without(saved / written, LOST.removeprefix("model.") if written == "base" else LOST)
+    with pytest.raises(UserError, match=r"1 missing: (model\.)?layers\.1\.attn\.q_proj\.weight; use the files of one"):
+        AUTO[opened].from_pretrained(saved / written)
+
+
+@pytest.mark.parametrize("opened", AUTO)
+@pytest.mark.parametrize("written", AUTO)
+def test_a_head_is_new_where_another_class_wrote_the_file(saved, written, opened):
+    # not refused, and drawn
+    for x in AUTO[opened].from_pretrained(saved / written).parameters():
+        assert x.isfinite().all()
+    _, info = AUTO[opened].from_pretrained(saved / written, output_loading_info=True)
+    head = {"base": set(), "language": {"lm_head.weight"}, "classifier": {"score.weight"}}
+    assert info["missing_keys"] == (set() if opened == written else head[opened])
+
+
+@pytest.mark.parametrize(("kind", "head"), [("language", "lm_head.weight"), ("classifier", "score.weight")])
+def test_a_head_is_not_new_where_its_own_class_wrote_the_file(saved, kind, head):
+    without(saved / kind, head)
+    with pytest.raises(UserError, match=f"1 missing: {head}"):
+        AUTO[kind].from_pretrained(saved / kind)
+
+
+def test_a_run_says_no_class_and_is_a_language_model(saved):
+    folder = saved / "language"
+    (folder / "config.json").write_text(json.dumps({"model": open_folder(folder).config.to_dict()}))
+    without(folder, "lm_head.weight")
+    with pytest.raises(UserError, match=r"1 missing: lm_head\.weight"):
+        HGRN2ForCausalLM.from_pretrained(folder)
+    assert HGRN2ForSequenceClassification.from_pretrained(folder).score.weight.isfinite().all()
+
+
+def test_an_index_that_omits_tensors(tmp_path):
+    _, model = both("fla", torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    shard = index["weight_map"][LOST]
+    gone = {name for name, place in index["weight_map"].items() if place == shard}
+    index["weight_map"] = {name: place for name, place in index["weight_map"].items() if place != shard}
+    file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"{len(gone)} missing: .*{LOST}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_whoever_asks_for_the_report_gets_the_model(saved):
+    folder = saved / "language"
+    kept = without(folder, LOST)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] == {LOST}
+    assert all(torch.equal(x, kept[name]) for name, x in model.named_parameters() if name != LOST)
+
+
+def test_tensors_given_by_hand_may_be_few(saved):
+    kept, config = without(saved / "language", LOST), AutoConfig.from_pretrained(saved / "language")
+    model = HGRN2ForCausalLM.from_pretrained(None, config=config, state_dict=kept)
+    assert all(torch.equal(x, kept[name]) for name, x in model.named_parameters() if name != LOST)
+    kept["lm_head.weight"] = kept["lm_head.weight"][:3]
+    with pytest.raises(UserError, match=r"state_dict: .* 1 misshapen: lm_head\.weight .* ignore_mismatched_sizes=True"):
+        HGRN2ForCausalLM.from_pretrained(None, config=config, state_dict=kept)
+
+
+@torch.no_grad()
+def test_merged_files_of_fla(tmp_path):
+    source = write(tmp_path / "old", FLA_CONFIG, merged(draw(fla_shapes())))
+    wanted = r"3 missing: .*up_proj.*; 3 misshapen: .*gate_proj\.weight \[48, 16\], wanted \[24, 16\].* from before Feb"
+    for keys in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(UserError, match=r"3 missing: .*up_proj" if keys else wanted):
+            AutoModelForCausalLM.from_pretrained(source, **keys)
+    # what the message says to do
+    opened = open_folder(source)
+    convert(opened, tmp_path / "new", "hf", tokenizer_dir=source)
+    ids = tokens(1, 5)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()(ids).logits
+    torch.testing.assert_close(found, opened.load(torch.device("cpu"))(ids)[0])
