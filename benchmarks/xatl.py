@@ -30,11 +30,13 @@ from hgrn2.layouts.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2Config
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.language import LanguageTask
-from hgrn2.train.metrics import read_metrics
+from hgrn2.train.metrics import METRICS_NAME, read_metrics
 from hgrn2.train.run import choose_device, start_language_run
 
 # of a piece of held-out text, for each token of a sequence
 CHARACTERS = 4
+# from one call to the next for the same runs
+MAY_CHANGE = ("kinds", "distill", "out", "picture", "rounds")
 SCRATCH, START = "from scratch", "from the Transformer"
 Curve = list[tuple[int, float]]
 
@@ -57,14 +59,19 @@ def cut(sources: Sequence[str], size: int, out: Path) -> Path:
 
 
 def train(run: Path, config: HGRN2Config, settings: Mapping[str, Any], data: PreparedData, start: Path | None) -> Curve:
-    """One run; its validation losses by tokens, and before that the loss of the first weights at 0."""
+    """One run, unless it is there and finished; its validation losses by tokens, and before that the first at 0."""
     train_config = TrainConfig.from_dict(dict(settings))
-    opened = None if start is None else open_folder(start)
-    start_language_run(run, config, train_config, data, data_settings={"prepared": str(data.directory)}, start=opened)
+    if not (run / METRICS_NAME).exists():
+        opened = None if start is None else open_folder(start)
+        prepared = {"prepared": str(data.directory)}
+        start_language_run(run, config, train_config, data, data_settings=prepared, start=opened)
     records = read_metrics(run)
     first = next(r["loss"] for r in records if r["kind"] == "train")
     # the loss of the first batch, before its step; close to the validation loss, and free
-    return [(0, first)] + [(r["tokens"], r["val_loss"]) for r in records if r["kind"] == "validation"]
+    curve = [(0, first)] + [(r["tokens"], r["val_loss"]) for r in records if r["kind"] == "validation"]
+    if train_config.max_tokens is None or curve[-1][0] + train_config.tokens_per_step <= train_config.max_tokens:
+        raise SystemExit(f"{run}: ends after {curve[-1][0]:,} tokens; remove it")
+    return curve
 
 
 def loss_of(model: Path, settings: Mapping[str, Any], data: PreparedData) -> float:
@@ -114,7 +121,12 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="folder of the Transformer")
     parser.add_argument("--data", nargs="+", required=True, help="text to train on")
     parser.add_argument("--validation", nargs="*", default=[], help="held-out text; unset: a part of the other, whole")
-    parser.add_argument("--work", type=Path, default=Path("runs/xatl"), help="a new folder for data and runs")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/xatl"),
+        help="folder for data and runs; what is finished there is not repeated",
+    )
     parser.add_argument("--prepared", type=Path, help="keep the tokens here, for further runs; unset: in --work")
     parser.add_argument("--max-tokens", type=int, default=100_000, help="of each run")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -130,16 +142,20 @@ def main() -> int:
     parser.add_argument("--unfreeze-threshold", type=float, default=0.1)
     parser.add_argument("--unfrozen-lr-fraction", type=float, default=0.1)
     parser.add_argument(
-        "--distill", action="store_true", help="a third run of each kind, which the Transformer teaches"
+        "--distill", nargs="*", default=[], help="kinds with a third run, which the Transformer teaches"
     )
     parser.add_argument("--no-copy-qv", action="store_true", help="new q and i projections as well")
     parser.add_argument("--picture", type=Path, help="draw the curves here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.work.exists():
-        parser.error(f"{options.work} exists already; name a new folder with --work")
     source = open_folder(options.model)
-    options.work.mkdir(parents=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    # of all runs in the folder
+    told = {name: str(value) for name, value in vars(options).items() if name not in MAY_CHANGE}
+    noted = options.work / "settings.json"
+    if noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != told:
+        parser.error(f"{options.work} has runs of other settings; name a new folder with --work")
+    noted.write_text(json.dumps(told), encoding="utf-8")
     prepared = options.prepared or options.work / "prepared"
     held_out = options.validation
     if held_out:
@@ -167,11 +183,12 @@ def main() -> int:
         kind = f"{len(layers)} of {source.config.num_hidden_layers} layers attend" if layers else "all linear"
         name = kept.replace(":", "-").replace(",", "-")
         folder = options.work / f"start-{name}"
-        convert(start, folder, "hf", tokenizer_dir=options.model)
+        if not folder.exists():
+            convert(start, folder, "hf", tokenizer_dir=options.model)
         ways: dict[str, tuple[dict[str, Any], Path | None]] = {
             SCRATCH: ({"learning_rate": scratch_rate}, None), START: (staged, folder)
         }  # fmt: skip
-        if options.distill:
+        if kept in options.distill:
             ways[f"{START}, which teaches"] = (staged | {"teacher": str(options.model)}, folder)
         curves[kind] = {
             way: train(options.work / f"{name}-{i}", start.config, common | further, data, first)

@@ -47,21 +47,27 @@ def test_rows(modules):
     assert (last.value, last.note) == (None, "not reached")
 
 
-def test_from_end_to_end(modules, tmp_path, monkeypatch, capsys):
-    text = tmp_path / "text"
+def make_text_and_model(folder):
+    text = folder / "text"
     text.mkdir()
     for i in range(30):
         (text / f"{i}.txt").write_text(f"text {i}: " + " ".join(f"word{i * k % 11}" for k in range(20)))
+    llama = write(folder / "llama", LLAMA, TENSORS)
+    train_bpe([file.read_text() for file in text.iterdir()], 260).save(llama)
+    return text, llama
+
+
+def test_from_end_to_end(modules, tmp_path, monkeypatch, capsys):
+    text, llama = make_text_and_model(tmp_path)
     held_out = tmp_path / "held-out.txt"
     held_out.write_text(" ".join(f"word{i % 7}" for i in range(100)))
-    llama = write(tmp_path / "llama", LLAMA, TENSORS)
-    train_bpe([file.read_text() for file in text.iterdir()], 260).save(llama)
     work, out, picture = (tmp_path / name for name in ("work", "out.json", "curves.png"))
     words = [
         "xatl", llama, "--data", text, "--validation", held_out, "--work", work,
         "--max-tokens", 288, "--batch-size", 2, "--seq-len", 24,
         "--validations", 3, "--validation-tokens", 100, "--threads", 1, "--unfreeze-every", 1,
-        "--unfreeze-threshold", 100, "--distill", "--scratch-learning-rate", 0.002, "--out", out, "--picture", picture,
+        "--unfreeze-threshold", 100, "--distill", "none", "every:4", "--scratch-learning-rate", 0.002,
+        "--out", out, "--picture", picture,
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     # six runs' own pictures would take most of the time
@@ -92,6 +98,30 @@ def test_from_end_to_end(modules, tmp_path, monkeypatch, capsys):
         # the same batches: what decides about them is the same
         assert configs[0]["data"] == configs[1]["data"] == configs[2]["data"]
         assert len({tuple(c["train"][key] for key in ("seed", "batch_size", "seq_len")) for c in configs}) == 1
+
+
+def test_what_is_finished_is_not_repeated(modules, tmp_path, monkeypatch, capsys):
+    text, llama = make_text_and_model(tmp_path)
+    work, out = tmp_path / "work", tmp_path / "out.json"
+    words = ["xatl", llama, "--data", text, "--work", work, "--max-tokens", 100, "--batch-size", 2, "--seq-len", 24]
+    words += ["--validations", 1, "--threads", 1, "--kinds", "none", "--out", out]
+    monkeypatch.setattr(plots, "plot_run", lambda run: [])
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    assert modules["xatl"].main() == 0
+    first = json.loads(out.read_text())["curves"]
+    monkeypatch.setattr(modules["xatl"], "start_language_run", None)
+    assert modules["xatl"].main() == 0
+    assert json.loads(out.read_text())["curves"] == first
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seq-len", "12"])
+    with pytest.raises(SystemExit):
+        modules["xatl"].main()
+    assert "runs of other settings" in capsys.readouterr().err
+    metrics = work / "none-1" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if '"validation"' not in line))
+    monkeypatch.setattr(sys, "argv", sys.argv[:-2])
+    with pytest.raises(SystemExit, match="none-1: ends after 0 tokens; remove it"):
+        modules["xatl"].main()
 
 
 def test_a_checkpoint_of_llama2c(modules):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,18 @@ AttentionState = dict[str, Tensor]
 
 # queries that look into a window are taken this many at a time, or a window if that is more
 WINDOW_BLOCK = 256
+
+
+def _find_flash_ragged() -> Any:
+    """Torch's kernel for packed sequences of several lengths; None in versions without it, or without windows in it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+_flash_ragged = _find_flash_ragged()
 
 
 class Attention(nn.Module):
@@ -57,6 +71,8 @@ class Attention(nn.Module):
             q, k = self._rotate(q, position), self._rotate(k, position)
         if cu_seqlens is None:
             y, new_state = self._attend(q, k, v, state, mask, keep_state)
+        elif state is None and not keep_state and _flash_takes(q):
+            y, new_state = self._attend_ragged(q, k, v, cu_seqlens), {}
         else:
             y, new_state = self._attend_packed(q, k, v, state, cu_seqlens, keep_state)  # pyright: ignore[reportCallIssue]
         return self.o_proj(y), new_state
@@ -96,6 +112,17 @@ class Attention(nn.Module):
             k, v, valid = _close_gaps(k, v, valid)
         first = self._first_kept(k.shape[1])
         return y, {"key": k[:, first:], "value": v[:, first:], "valid": valid[:, first:], "position": count}
+
+    def _attend_ragged(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Packed sequences in one kernel, which reads their bounds on the device; [1, T, D]."""
+        group = self.num_heads // self.num_kv_heads
+        if group > 1:
+            # not every version takes fewer heads of keys
+            k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        bounds, longest = cu_seqlens.int(), q.shape[1]
+        window = -1 if self.window_size is None else self.window_size - 1
+        y = _flash_ragged(q[0], k[0], v[0], bounds, bounds, longest, longest, window_size=(window, 0))
+        return y.flatten(1).unsqueeze(0)
 
     # bounds are values, over which a trace cannot loop: here it is broken
     @torch.compiler.disable
@@ -187,6 +214,12 @@ class Attention(nn.Module):
         cos, sin = angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
         a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def _flash_takes(q: Tensor) -> bool:
+    """Whether torch's kernel for sequences of several lengths takes queries [1, T, heads, size]."""
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return _flash_ragged is not None and q.is_cuda and fits and q.numel() > 0
 
 
 def _positions(x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
