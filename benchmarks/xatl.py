@@ -100,6 +100,7 @@ def rows_of(kind: str, curves: Mapping[str, Curve]) -> list[Row]:
 def draw(curves: Mapping[str, Mapping[str, Curve]], original: float, title: str, out: Path) -> None:
     """One panel a kind, the Transformer's own loss as a line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (kind, ways) in zip(figure.subplots(1, len(curves), sharey=True, squeeze=False)[0], curves.items()):  # noqa: B905
@@ -107,6 +108,7 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], original: float, title: str,
             # the first point is of a training batch
             axes.plot(*zip(*curve[1:], strict=True), color=colour, marker=".", label=way)
         axes.axhline(original, color="#c05621", linestyle="--", label="the Transformer itself")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.set(title=kind, xlabel="training tokens", ylabel="validation loss, nats a token")
         axes.grid(color="#e4e4e4")
         axes.legend(frameon=False)
