@@ -12,7 +12,7 @@ from hgrn2.data import ByteTokenizer, load_tokenizer
 from hgrn2.errors import UserError
 from hgrn2.layouts.files import write_safetensors
 from hgrn2.train import checkpoint
-from tests.train.tiny_run import TinyModel
+from tests.train.tiny_run import TinyModel, saved_tensors
 
 CONFIG = {"model": {"hidden_size": 8}, "train": {"max_steps": 3}}
 
@@ -178,17 +178,14 @@ def test_saved_model_from_run_checkpoint_and_folder(store, run_dir, tmp_path):
     for file in (best / "model.safetensors", best / "config.json", *run_dir.glob("*tokenizer*.json")):
         shutil.copy(file, out)
     for source, which in ((best, "latest"), (run_dir, "best"), (out, "latest")):
-        saved = checkpoint.load_saved_model(source, which)
+        folder, tokenizer_dir = checkpoint.locate_model(source, which)
         torch.manual_seed(1)
-        assert torch.equal(saved.tensors["head.weight"], TinyModel().head.weight)
-        assert saved.config == CONFIG
-        assert load_tokenizer(saved.tokenizer_dir).name == "bytes"
-    assert checkpoint.load_saved_model(run_dir).path.name == "step-00000003"
+        assert torch.equal(saved_tensors(source, which)["head.weight"], TinyModel().head.weight)
+        assert checkpoint.read_config(folder) == CONFIG
+        assert load_tokenizer(tokenizer_dir).name == "bytes"
+    assert checkpoint.locate_model(run_dir)[0].name == "step-00000003"
     with pytest.raises(UserError, match="no model there"):
-        checkpoint.load_saved_model(tmp_path)
-    (out / "model.safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(UserError, match="restore the folder from a copy"):
-        checkpoint.load_saved_model(out)
+        checkpoint.locate_model(tmp_path)
 
 
 def test_tied_weights_are_written_once_and_both_come_back(store):
@@ -221,7 +218,7 @@ def test_folders_that_only_look_like_checkpoints_are_ignored(store, run_dir):
     for name in ("step-²", "step-", "step-٣", "step-1x"):
         (run_dir / "checkpoints" / name).mkdir()
     assert checkpoint.checkpoints_of(run_dir) == [path]
-    assert checkpoint.load_saved_model(run_dir).path == path
+    assert checkpoint.locate_model(run_dir)[0] == path
     with pytest.raises(UserError, match="restore the folder from a copy"):
         checkpoint.load_checkpoint(run_dir / "checkpoints" / "step-²")
 
@@ -229,18 +226,18 @@ def test_folders_that_only_look_like_checkpoints_are_ignored(store, run_dir):
 def test_the_best_checkpoint_is_gone(store, run_dir):
     best = save(store, 1, 1)
     newest = save(store, 2, 1)
-    assert checkpoint.load_saved_model(run_dir, "best").path == best
+    assert checkpoint.locate_model(run_dir, "best")[0] == best
     shutil.rmtree(best)
     with pytest.raises(UserError, match="the best checkpoint, of step 1, is gone; use the latest"):
-        checkpoint.load_saved_model(run_dir, "best")
-    assert checkpoint.load_saved_model(run_dir).path == newest
+        checkpoint.locate_model(run_dir, "best")
+    assert checkpoint.locate_model(run_dir)[0] == newest
 
 
 def test_an_empty_checkpoint_is_named_once(store, run_dir):
     good = save(store, 1)
     empty = run_dir / "checkpoints" / "step-99999999"
     empty.mkdir()
-    for load in (lambda: checkpoint.load_saved_model(run_dir), lambda: checkpoint.load_checkpoint(empty)):
+    for load in (lambda: checkpoint.locate_model(run_dir), lambda: checkpoint.load_checkpoint(empty)):
         with pytest.raises(UserError) as caught:
             load()
         assert str(caught.value).count(str(empty)) == 1

@@ -14,10 +14,11 @@ import torch
 from hgrn2 import cli
 from hgrn2.data import prepare, train_bpe
 from hgrn2.layouts.opening import open_folder
-from hgrn2.train import checkpoint, plots
+from hgrn2.train import plots
 from hgrn2.train.metrics import read_metrics
 from tests.layouts.published import FLA_CONFIG, draw, fla_shapes, write
 from tests.layouts.test_start import LLAMA, TENSORS
+from tests.train.tiny_run import saved_tensors
 
 FLAGS = [
     "--data", "text", "--batch-size", "2", "--seq-len", "24", "--max-steps", "6", "--validation-every", "3",
@@ -77,12 +78,12 @@ def figures(run):
 
 def test_the_first_step_is_of_the_model_s_weights(here, capsys):
     assert train("--from", "start", "--learning-rate", "1e-12", "--weight-decay", "0") == 0
-    saved = checkpoint.load_saved_model(here / "run")
+    saved = saved_tensors(here / "run")
     start = open_folder(here / "start")
-    assert saved.tensors.keys() == set(start.names)
+    assert saved.keys() == set(start.names)
     for name in start.names:
         # a step may not be smaller than the last bit, but the weights are these
-        torch.testing.assert_close(saved.tensors[name], start.read(name), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(saved[name], start.read(name), rtol=1e-6, atol=1e-9)
     # settings and tokens came with it
     config = json.loads((here / "run" / "config.json").read_text())
     assert config["model"] == start.config.to_dict() | {"attn": config["model"]["attn"]}
@@ -115,8 +116,8 @@ def test_staged_and_taught_and_resumed(here):
     own = {"model.lower_bounds"}
     own |= {f"model.layers.{i}.attn.{x}.weight" for i in range(3) for x in ("q_proj", "f_proj", "i_proj", "g_norm")}
     for step, moved in ((2, own), (4, own), (6, set(start.names))):
-        saved = checkpoint.load_saved_model(here / "run" / "checkpoints" / f"step-{step:08d}")
-        assert {name for name, x in saved.tensors.items() if not torch.equal(x, start.read(name))} == moved
+        saved = saved_tensors(here / "run" / "checkpoints" / f"step-{step:08d}")
+        assert {name for name, x in saved.items() if not torch.equal(x, start.read(name))} == moved
     # the teacher is found from elsewhere, too
     Path("elsewhere").mkdir()
     for step in (2, 4):

@@ -16,6 +16,7 @@ from hgrn2.train.language import LanguageTask, carried_loss, text_figures
 from hgrn2.train.lock import run_lock
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.run import choose_device, resume_language_run, start_language_run
+from tests.train.tiny_run import saved_tensors
 
 SETTINGS = {
     "max_steps": 12,
@@ -161,9 +162,8 @@ def test_a_run_and_its_resumption(data, tmp_path, changes):
         resume_language_run(path, data, sampler=sampler)
         assert losses(run_dir) == wanted
 
-    saved = checkpoint.load_saved_model(run_dir)
-    again = HGRN2LM(HGRN2Config.from_dict(saved.config["model"]))
-    checkpoint.load_model_tensors(again, saved.tensors, saved.path)
+    again = HGRN2LM(HGRN2Config.from_dict(checkpoint.read_config(run_dir)["model"]))
+    checkpoint.load_model_tensors(again, saved_tensors(run_dir), run_dir)
     for (name, one), (_, two) in zip(again.named_parameters(), done.model.named_parameters(), strict=True):
         assert torch.equal(one, two), name
 

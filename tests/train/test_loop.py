@@ -8,7 +8,7 @@ from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
-from tests.train.tiny_run import ROLES, TinyModel, TinyTask, losses, run
+from tests.train.tiny_run import ROLES, TinyModel, TinyTask, losses, run, saved_tensors
 
 SETTINGS = {
     "max_steps": 30,
@@ -142,7 +142,7 @@ def test_too_many_nonfinite_steps_in_a_row_stop_the_run(tmp_path):
     assert f"last good checkpoint: {tmp_path / 'run' / 'checkpoints' / 'step-00000010'}" in message
     assert "\n" not in message
     assert all(
-        t.isfinite().all() for t in checkpoint.load_saved_model(tmp_path / "run").tensors.values()
+        t.isfinite().all() for t in saved_tensors(tmp_path / "run").values()
     )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     result = Trainer(TinyModel(), Worsening(config), ROLES, config, tmp_path / "run", {}, display=Listener()).run()
     assert result.counters.best == {"step": 16, "val_loss": 1.0}
     assert [p.name for p in checkpoint.checkpoints_of(result.run_dir)] == ["step-00000016", "step-00000030"]
-    assert checkpoint.load_saved_model(result.run_dir, "best").path.name == "step-00000016"
+    assert checkpoint.locate_model(result.run_dir, "best")[0].name == "step-00000016"
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_bfloat16_follows_float32(tmp_path):
     full, half = (kinds(tmp_path / p, "train") for p in ("float32", "bfloat16"))
     assert [r["loss"] for r in full] != [r["loss"] for r in half]
     assert half[-1]["loss"] == pytest.approx(full[-1]["loss"], rel=0.02)
-    saved = checkpoint.load_saved_model(tmp_path / "bfloat16")
-    assert {t.dtype for t in saved.tensors.values()} == {torch.float32}
+    saved = saved_tensors(tmp_path / "bfloat16")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
 
 
 def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):

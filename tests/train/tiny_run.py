@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,6 +29,12 @@ ROLES = {
     "lower_bounds": "lower_bounds",
     "head.weight": "head",
 }
+
+
+def saved_tensors(path: Path, which: str = "latest") -> dict[str, torch.Tensor]:
+    """The weights of a run, a checkpoint, or another folder with a model."""
+    folder, _ = checkpoint.locate_model(path, which)
+    return load_file(folder / checkpoint.MODEL_NAME)
 
 
 class TinyModel(nn.Module):

@@ -55,16 +55,6 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class SavedModel:
-    """What using a trained model needs: its settings, its weights, and where its tokenizer lies."""
-
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    tokenizer_dir: Path
-
-
 class CheckpointStore:
     """The checkpoints of one run: writes, keeps the newest few and the best, removes the rest.
 
@@ -181,26 +171,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"checkpoint {path}: {error}; {_way_out(path)}") from None
-
-
-def load_saved_model(path: Path, which: str = "latest") -> SavedModel:
-    """Read a model for use: the weights alone, without optimizer and data position.
-
-    Args:
-        path: a run folder, one checkpoint in it, or any folder with model.safetensors and config.json.
-        which: "latest" or "best", for a run folder.
-
-    Raises:
-        UserError: there is no model there, the best one is gone, or a file is truncated or changed.
-    """
-    folder, tokenizer_dir = locate_model(path, which)
-    try:
-        return SavedModel(folder, read_config(folder), load_file(folder / MODEL_NAME), tokenizer_dir)
-    except UserError:
-        # names the file already
-        raise
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"model {folder}: {error}; {_way_out(folder)}") from None
 
 
 def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
