@@ -1,8 +1,9 @@
 r"""A start from a Transformer against one from scratch: the same model and batches, validation loss against tokens.
 
     python benchmarks/xatl.py stories15m --data text/ --max-tokens 100000 --threads 1
-    python benchmarks/xatl.py smollm2-135m --data wiki/*.txt --validation valid.txt --device cuda \
-        --precision bfloat16 --max-tokens 200000000 --batch-size 64 --seq-len 1024
+    python benchmarks/xatl.py smollm2-135m --data train.jsonl --validation valid.jsonl --device cuda \
+        --precision bfloat16 --max-tokens 16384000 --batch-size 16 --seq-len 1024 --validations 25 \
+        --validation-tokens 131072 --learning-rate 3e-3 --scratch-learning-rate 1e-3 --unfreeze-every 25
 
 The model is a folder as `pretrained.py` makes it. For each kind, all linear and a hybrid that keeps some attention,
 two runs of `hgrn2 train` read the same batches in the same order: one from random weights, one from what
