@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from hgrn2.hf import HGRN2Config, HGRN2ForCausalLM
 from hgrn2.models import HGRN2LM
+from hgrn2.ops import resolve_backend
 from tests.hf.cases import KINDS, both, continued, left_padded, tokens
 
 pytestmark = [
@@ -59,6 +60,7 @@ def test_static_caches_are_compiled_there(name):
 @torch.no_grad()
 def test_wide_heads_take_the_kernels(dtype):
     own, model = wide_pair(dtype)
+    assert resolve_backend("auto", torch.device("cuda", 0), dtype, 128, 128) in ("triton", "cuda")
     ids = torch.randint(300, (2, 200), device="cuda")
     wanted, state = own(ids)
     out = model(ids, use_cache=True)

@@ -1,5 +1,7 @@
 """RMSNorm between dtypes against float64: torch's way, and the kernels in Triton's interpreter."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -56,6 +58,55 @@ def test_extreme_rows(backend):
     y = rms_norm(x, None, 1e-12, torch.float32, backend)
     expected = torch.tensor([[0.0, 0.0], [1e-9, -1e-9], [1.0, 1.0], [float("nan")] * 2, [0.4**0.5, 1.6**0.5]])
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-6, atol=0)
+
+
+@backends
+def test_a_gradient_of_any_strides_and_a_weight_of_any_strides(backend):
+    generator = torch.Generator().manual_seed(2)
+    x, dy = torch.randn(2, 20, 6, generator=generator)
+    pair = torch.randn(20, 2, generator=generator)
+    for weight in (pair[:, 0], torch.tensor(2.0).expand(20)):
+        results = []
+        for dtype, call in ((torch.float32, ours), (torch.float64, exact_norm)):
+            leaf = x.T.to(dtype).requires_grad_()
+            keys = {"backend": backend} if call is ours else {}
+            (y,) = call(leaf, 1e-5, weight=weight.to(dtype) if call is exact_norm else weight, **keys)
+            (grad,) = torch.autograd.grad(y, leaf, dy.T.to(dtype))
+            results.append({"y": y.detach(), "d_x": grad})
+        assert_close(*results, TINY)
+
+
+@backends
+def test_frozen_weights(backend):
+    given = inputs((9, 20))
+    weight = given["weight"]
+    found = run(partial(ours, weight=weight), {"x": given["x"]}, outputs=("y",), eps=1e-5, backend=backend)
+    exact = run(
+        partial(exact_norm, weight=weight.double()), {"x": given["x"]}, outputs=("y",), dtype=torch.float64, eps=1e-5
+    )
+    assert_close(found, exact, TINY)
+
+
+def test_bad_calls():
+    x = torch.randn(3, 8)
+    with pytest.raises(ValueError, match=r"weight has shape \[7\]; wanted \[W\] with W=8"):
+        rms_norm(x, torch.ones(7), 1e-5, torch.float32)
+    with pytest.raises(ValueError, match="backend is 'tirton'; wanted one of 'auto', 'torch', 'triton'"):
+        rms_norm(x, None, 1e-5, torch.float32, backend="tirton")
+    for dtypes in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        with pytest.raises(ValueError, match=r"float64; Triton's kernel needs|float64, .*; Triton's kernel needs"):
+            rms_norm(x.to(dtypes[0]), None, 1e-5, dtypes[1], backend="triton")
+    with pytest.raises(ValueError, match="up to 16384 columns"):
+        rms_norm(torch.ones(1, norm.WIDEST + 1), None, 1e-5, torch.float32, backend="triton")
+
+
+def test_float64_stays_exact():
+    x, weight = (t.double() for t in inputs((5, 9)).values())
+    for a, w in ((x, weight), (x.float(), weight)):
+        y = rms_norm(a, w, 1e-5, torch.float64)
+        assert relative_error(y, exact_norm(a.double(), 1e-5, weight)[0]).rms < 1e-15
+    y = rms_norm(x.float(), None, 1e-5, torch.float64)
+    assert relative_error(y, exact_norm(x.float().double(), 1e-5)[0]).rms < 1e-15
 
 
 def test_written_in_another_dtype():

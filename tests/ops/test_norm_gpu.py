@@ -49,7 +49,8 @@ def test_rows_beyond_two_to_the_31_elements():
     torch.testing.assert_close(y[-1], expected)
 
 
-def test_a_wider_row_is_torchs():
+def test_a_wider_row_is_torchs(monkeypatch):
+    monkeypatch.setattr("hgrn2.ops.norm._RMSNorm.apply", None)
     x = torch.randn(2, WIDEST + 1, device="cuda").bfloat16()
     y = rms_norm(x, None, 1e-5, torch.float32)
     torch.testing.assert_close(y, functional.rms_norm(x.float(), x.shape[1:], None, 1e-5))

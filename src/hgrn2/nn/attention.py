@@ -114,11 +114,15 @@ class Attention(nn.Module):
         return y, {"key": k[:, first:], "value": v[:, first:], "valid": valid[:, first:], "position": count}
 
     def _attend_ragged(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Packed sequences in one kernel, which reads their bounds on the device; [1, T, D]."""
+        """Packed sequences in one kernel, which reads their bounds on the device; [1, T, D].
+
+        Rows after the last bound are nobody's, and not written.
+        """
         group = self.num_heads // self.num_kv_heads
         if group > 1:
             # not every version takes fewer heads of keys
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        # the longest sequence is not known here: blocks beyond a sequence's end stop at once
         bounds, longest = cu_seqlens.int(), q.shape[1]
         window = -1 if self.window_size is None else self.window_size - 1
         y = _flash_ragged(q[0], k[0], v[0], bounds, bounds, longest, longest, window_size=(window, 0))
@@ -219,7 +223,13 @@ class Attention(nn.Module):
 def _flash_takes(q: Tensor) -> bool:
     """Whether torch's kernel for sequences of several lengths takes queries [1, T, heads, size]."""
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return _flash_ragged is not None and q.is_cuda and fits and q.numel() > 0
+    return _flash_ragged is not None and q.is_cuda and fits and q.numel() > 0 and _has_flash(q.device)
+
+
+@torch.compiler.assume_constant_result
+def _has_flash(device: torch.device) -> bool:
+    # FlashAttention is for Ampere and later
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _positions(x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -47,9 +47,9 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}")
 
 
-def triton_runs(dtype: torch.dtype) -> bool:
-    """Whether Triton kernels can be had for tensors of a dtype on a GPU."""
-    return _TRITON_PROBLEM is None and dtype in TRITON_DTYPES
+def triton_runs(*dtypes: torch.dtype) -> bool:
+    """Whether Triton is there, and its kernels take these dtypes, if any."""
+    return _TRITON_PROBLEM is None and all(dtype in TRITON_DTYPES for dtype in dtypes)
 
 
 def resolve_backend(
@@ -90,7 +90,9 @@ def resolve_backend(
     if not too_special:
         return "cuda"
     if unsuitable and unsuitable == _TRITON_PROBLEM:
-        _warn_once(f"{_TRITON_PROBLEM}: the operators run as plain torch, which is several times slower on a GPU")
+        _warn_once(
+            f"{_TRITON_PROBLEM}: what has no other kernel runs as plain torch, which is several times slower on a GPU"
+        )
     return "chunked" if unsuitable else "triton"
 
 

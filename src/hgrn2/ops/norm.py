@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from hgrn2.ops.backends import triton_runs
+from hgrn2.shapes import require_shape
 
+BACKENDS = ("auto", "torch", "triton")
 # a row must fit the registers of one program
 WIDEST = 1 << 14
 # elements from which on the time of the kernels is more than that of launching them
@@ -25,30 +27,46 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, b
         weight: [W] or None.
         eps: added to the mean square.
         dtype: of the result.
-        backend: "triton", one kernel that reads x in its dtype, computes in float32 and writes `dtype`; "torch", which
-            computes in the weight's dtype and converts; "auto" for the first on a GPU where dtypes differ, or where x
-            is large and its gradient is recorded, but not under torch.compile, which fuses by itself.
+        backend: "triton", one kernel that reads x in its dtype, computes in float32 and writes `dtype`, without a
+            second derivative. "torch", which computes in the weight's dtype and converts. "auto" is the first on a GPU where
+            dtypes differ, or where x is large and its gradient is recorded; not under torch.compile, which fuses by
+            itself, nor under transforms of torch.func and for tensors that only have a shape.
 
     Returns:
         [..., W].
+
+    Raises:
+        ValueError: a weight of another shape, an unknown backend, or dtypes that the kernel does not take.
     """
-    width = x.shape[-1]
+    if weight is not None:
+        require_shape("weight", weight, "W", x.shape[-1:])
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}")
+    dtypes = (x.dtype, dtype) if weight is None else (x.dtype, dtype, weight.dtype)
+    taken = 0 < x.shape[-1] <= WIDEST and triton_runs(*dtypes)
+    if backend == "triton" and not taken:
+        raise ValueError(
+            f"x is [..., {x.shape[-1]}], dtypes are {', '.join(map(str, dtypes))}; Triton's kernel needs Triton, up to "
+            f"{WIDEST} columns, and float32, bfloat16 or float16; use 'auto' or 'torch'"
+        )
     if backend == "auto":
-        backend = "triton" if not torch.compiler.is_compiling() and _pays(x, weight, dtype) else "torch"
+        backend = "triton" if taken and not torch.compiler.is_compiling() and _pays(x, dtypes) else "torch"
     if backend == "triton" and x.numel():
-        rows = x.reshape(-1, width).contiguous()
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        weight = None if weight is None else weight.contiguous()
         return _RMSNorm.apply(rows, weight, eps, dtype).view(x.shape)  # pyright: ignore[reportOptionalMemberAccess]
     computed = torch.promote_types(x.dtype, dtype) if weight is None else weight.dtype
-    return functional.rms_norm(x.to(computed), (width,), weight, eps).to(dtype)
+    return functional.rms_norm(x.to(computed), x.shape[-1:], weight, eps).to(dtype)
 
 
-def _pays(x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the kernels can and should be taken."""
-    if x.device.type != "cuda" or not 0 < x.shape[-1] <= WIDEST or not triton_runs(x.dtype):
+def _pays(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the kernel is faster here, and sees a plain tensor on a GPU."""
+    if x.device.type != "cuda" or type(x) not in (Tensor, nn.Parameter):
         return False
-    mixed = x.dtype != dtype or (weight is not None and weight.dtype != dtype)
+    if torch._C._are_functorch_transforms_active():
+        return False
     # torch's kernels for one dtype start sooner, and take longer in the backward pass
-    return mixed or (x.numel() >= LARGE and x.requires_grad and torch.is_grad_enabled())
+    return len(set(dtypes)) > 1 or (x.numel() >= LARGE and x.requires_grad and torch.is_grad_enabled())
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -65,4 +83,5 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         from hgrn2.ops.triton import norm
 
-        return *norm.backward(dy.contiguous(), *ctx.saved_tensors), None, None
+        x, weight, factor = ctx.saved_tensors
+        return *norm.backward(dy.contiguous(), x, weight, factor, ctx.needs_input_grad[1]), None, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import reference
-from hgrn2.ops.backends import resolve_backend
+from hgrn2.ops.backends import resolve_backend, triton_runs
 from hgrn2.ops.cuda.plan import coarse_chunks
 from hgrn2.ops.gates import activate
 from hgrn2.ops.registration import (
@@ -221,7 +221,7 @@ def hgrn2_step(
         q_activation: as in `hgrn2_scan`.
         v_activation: as in `hgrn2_scan`.
         inplace: write the new state over `state`, which saves its memory and, in a captured graph, its address.
-        backend: as in `hgrn2_scan`; "cuda" and "triton" are one kernel, and without it all run the same few
+        backend: as in `hgrn2_scan`; "cuda" and "triton" are one kernel, Triton's. Without it all run the same few
             element-wise operations.
         debug: as in `hgrn2_scan`.
 
@@ -251,8 +251,10 @@ def hgrn2_step(
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     dtype = _state_dtype(q)
-    # a step is the same kernel whichever the scan's are
-    backend = _resolve("triton" if backend == "cuda" else backend, q, v, plain=False)
+    if backend == "cuda":
+        # a step is Triton's kernel whichever the scan's are; without Triton, a few operations of torch
+        backend = "chunked" if q.is_cuda and not triton_runs() else "triton"
+    backend = _resolve(backend, q, v, plain=False)
     if inplace and state.dtype != dtype:
         raise ValueError(f"state has dtype {state.dtype}; to be changed in place it must be {dtype}")
     if inplace and _needs_gradient(q, f, v, state, lower_bound):

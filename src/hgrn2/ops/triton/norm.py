@@ -42,7 +42,9 @@ def forward(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) ->
     return y, factor
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, factor: Tensor, weight_learns: bool
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of the weight, in their dtypes; two runs give the same bits.
 
     Args:
@@ -50,17 +52,19 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor | None, factor: Tensor) -> tu
         x: [M, W], contiguous.
         weight: [W] or None.
         factor: [M], from `forward`.
+        weight_learns: whether the weight's gradient is wanted.
     """
     rows, width = x.shape
     block_rows, block_width, warps = _block(width)
     blocks = triton.cdiv(rows, block_rows)
     programs = min(blocks, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(x.device))
     dx = torch.empty_like(x)
-    sums = None if weight is None else x.new_empty((programs, width), dtype=torch.float32)
+    sums = x.new_empty((programs, width), dtype=torch.float32) if weight is not None and weight_learns else None
     with on_device(x.device):
         norm_backward_kernel[(programs,)](
             dy, x, weight, factor, dx, sums, rows, width, blocks, programs,
-            BR=block_rows, BW=block_width, HAS_WEIGHT=weight is not None, num_warps=warps,
+            BR=block_rows, BW=block_width, HAS_WEIGHT=weight is not None, WEIGHT_LEARNS=sums is not None,
+            num_warps=warps,
         )  # fmt: skip
     return dx, None if sums is None or weight is None else sums.sum(0).to(weight.dtype)
 

@@ -25,7 +25,7 @@ def norm_forward_kernel(
 @triton.jit
 def norm_backward_kernel(
     dy_p, x_p, weight_p, factor_p, dx_p, d_weight_p, ROWS, WIDTH, BLOCKS, PROGRAMS, BR: tl.constexpr, BW: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, WEIGHT_LEARNS: tl.constexpr,
 ):  # fmt: skip
     """With n = x factor and g = dy weight: dx = (g - n mean(g n)) factor, and d weight, the sum of dy n.
 
@@ -46,11 +46,12 @@ def norm_backward_kernel(
         grad = tl.load(dy_p + places, mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(factor_p + rows, mask=row_inside, other=0.0)[:, None]
         normed = x * factor
-        if HAS_WEIGHT:
+        if WEIGHT_LEARNS:
             d_weight += tl.sum(grad * normed, axis=0)
+        if HAS_WEIGHT:
             grad = grad * weight[None, :]
         share = tl.sum(grad * normed, axis=1) / WIDTH
         dx = (grad - normed * share[:, None]) * factor
         tl.store(dx_p + places, dx.to(dx_p.dtype.element_ty), mask=inside)
-    if HAS_WEIGHT:
+    if WEIGHT_LEARNS:
         tl.store(d_weight_p + i_program.to(tl.int64) * WIDTH + columns, d_weight, mask=column_inside)
