@@ -9,12 +9,15 @@ The model is a folder as `pretrained.py` makes it. For each kind, all linear and
 two runs of `hgrn2 train` read the same batches in the same order: one from random weights, one from what
 `hgrn2 convert --from-transformer` writes, with the copied weights frozen at first. "tokens to reach" is where the
 second run's validation loss is first at or below the last one of the first run, as it was measured, not interpolated.
-Held-out texts are cut into pieces of about a training sequence, so that no attention sees places it has not learnt.
+Held-out texts are cut into pieces of four characters a token of a training sequence, so that attention sees hardly a
+place it has not learnt. Runs that are finished in --work are not repeated.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,10 +28,13 @@ from report import Row, arguments, report
 
 from hgrn2.data.prepare import PreparedData, prepare
 from hgrn2.data.sources import open_corpus
+from hgrn2.data.tokens import MANIFEST_FILE
+from hgrn2.errors import UserError
 from hgrn2.layouts.convert import convert
 from hgrn2.layouts.opening import open_folder
 from hgrn2.layouts.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2Config
+from hgrn2.train.checkpoint import read_config
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.language import LanguageTask
 from hgrn2.train.metrics import METRICS_NAME, read_metrics
@@ -36,8 +42,6 @@ from hgrn2.train.run import choose_device, start_language_run
 
 # of a piece of held-out text, for each token of a sequence
 CHARACTERS = 4
-# from one call to the next for the same runs
-MAY_CHANGE = ("kinds", "distill", "out", "picture", "rounds")
 SCRATCH, START = "from scratch", "from the Transformer"
 Curve = list[tuple[int, float]]
 
@@ -59,19 +63,39 @@ def cut(sources: Sequence[str], size: int, out: Path) -> Path:
     return out
 
 
+def is_there(run: Path, config: HGRN2Config, train_config: TrainConfig, data: PreparedData) -> bool:
+    """Whether a run is there already, with these settings and this text.
+
+    Raises:
+        UserError: it is there with others, or is older than the text's tokens.
+    """
+    if not run.exists():
+        return False
+    found = read_config(run)
+    teacher = None if train_config.teacher is None else os.path.abspath(train_config.teacher)
+    wanted = json.loads(json.dumps({"model": config.to_dict(), "train": train_config.to_dict() | {"teacher": teacher}}))
+    changed = [key for table in wanted for key, value in wanted[table].items() if found[table].get(key) != value]
+    if changed:
+        raise UserError(f"{run}: a run with other settings ({', '.join(changed)}); remove it, or name a new --work")
+    if (run / METRICS_NAME).stat().st_mtime < (data.directory / MANIFEST_FILE).stat().st_mtime:
+        raise UserError(f"{run}: older than the tokens in {data.directory}; remove it, or name a new --work")
+    return True
+
+
 def train(run: Path, config: HGRN2Config, settings: Mapping[str, Any], data: PreparedData, start: Path | None) -> Curve:
-    """One run, unless it is there and finished; its validation losses by tokens, and before that the first at 0."""
+    """One run, unless it is there; its validation losses by tokens, and before that the first batch's at 0."""
     train_config = TrainConfig.from_dict(dict(settings))
-    if not (run / METRICS_NAME).exists():
+    if not is_there(run, config, train_config, data):
         opened = None if start is None else open_folder(start)
         prepared = {"prepared": str(data.directory)}
         start_language_run(run, config, train_config, data, data_settings=prepared, start=opened)
     records = read_metrics(run)
-    first = next(r["loss"] for r in records if r["kind"] == "train")
     # the loss of the first batch, before its step; close to the validation loss, and free
-    curve = [(0, first)] + [(r["tokens"], r["val_loss"]) for r in records if r["kind"] == "validation"]
-    if train_config.max_tokens is None or curve[-1][0] + train_config.tokens_per_step <= train_config.max_tokens:
-        raise SystemExit(f"{run}: ends after {curve[-1][0]:,} tokens; remove it")
+    curve = [(0, r["loss"]) for r in records if r["kind"] == "train"][:1]
+    curve += [(r["tokens"], r["val_loss"]) for r in records if r["kind"] == "validation"]
+    tokens, wanted = curve[-1][0] if curve else 0, train_config.max_tokens or 0
+    if tokens + train_config.tokens_per_step <= wanted:
+        raise UserError(f"{run}: ends after {tokens:,} of {wanted:,} tokens; remove it")
     return curve
 
 
@@ -151,18 +175,24 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, help="draw the curves here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if further := set(options.distill) - set(options.kinds):
+        parser.error(f"--distill {' '.join(sorted(further))}: not among --kinds {' '.join(options.kinds)}")
+    try:
+        return measure(options)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def measure(options: argparse.Namespace) -> int:
+    """All runs of all kinds, the table, the picture."""
     source = open_folder(options.model)
     options.work.mkdir(parents=True, exist_ok=True)
-    # of all runs in the folder
-    told = {name: str(value) for name, value in vars(options).items() if name not in MAY_CHANGE}
-    noted = options.work / "settings.json"
-    if noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != told:
-        parser.error(f"{options.work} has runs of other settings; name a new folder with --work")
-    noted.write_text(json.dumps(told), encoding="utf-8")
     prepared = options.prepared or options.work / "prepared"
     held_out = options.validation
     if held_out:
-        held_out = [cut(held_out, CHARACTERS * options.seq_len, prepared.with_name("held-out.jsonl"))]
+        prepared.parent.mkdir(parents=True, exist_ok=True)
+        pieces = prepared.with_name(f"{prepared.name}-held-out.jsonl")
+        held_out = [cut(held_out, CHARACTERS * options.seq_len, pieces)]
     data = prepare(options.data, str(options.model), prepared, validation=held_out, progress=False)
     steps = options.max_tokens // (options.batch_size * options.seq_len)
     common = {
@@ -204,8 +234,10 @@ def main() -> int:
         "sequence": options.seq_len, "learning rate": options.learning_rate,
         "learning rate from scratch": scratch_rate, "q and v copied": not options.no_copy_qv,
         "unfreeze every": options.unfreeze_every, "unfreeze threshold": options.unfreeze_threshold,
-        "learning rate of copied weights": options.learning_rate * options.unfrozen_lr_fraction,
+        "learning rate of copied weights": float(f"{options.learning_rate * options.unfrozen_lr_fraction:.4g}"),
+        "precision": options.precision,
         "held-out tokens": options.validation_tokens, "data": " ".join(Path(name).name for name in options.data),
+        "held-out data": " ".join(Path(name).name for name in options.validation) or "a part of the data",
     }  # fmt: skip
     report("xatl", settings, rows, options.device, options.out, {"curves": curves})
     if options.picture is not None:

@@ -76,8 +76,8 @@ def test_from_end_to_end(modules, tmp_path, monkeypatch, capsys):
     record = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
     assert picture.stat().st_size > 10_000
-    # no text is longer than what is trained on
-    pieces = [json.loads(line)["text"] for line in (work / "held-out.jsonl").read_text().splitlines()]
+    # four characters a token
+    pieces = [json.loads(line)["text"] for line in (work / "prepared-held-out.jsonl").read_text().splitlines()]
     assert "".join(pieces) == held_out.read_text()
     assert {len(piece) for piece in pieces[:-1]} == {4 * 24}
     ways = {"from scratch", "from the Transformer", "from the Transformer, which teaches"}
@@ -115,13 +115,23 @@ def test_what_is_finished_is_not_repeated(modules, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seq-len", "12"])
     with pytest.raises(SystemExit):
         modules["xatl"].main()
-    assert "runs of other settings" in capsys.readouterr().err
+    assert "none-0: a run with other settings (seq_len, validation_every); remove it" in capsys.readouterr().err
     metrics = work / "none-1" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if '"validation"' not in line))
     monkeypatch.setattr(sys, "argv", sys.argv[:-2])
-    with pytest.raises(SystemExit, match="none-1: ends after 0 tokens; remove it"):
+    with pytest.raises(SystemExit):
         modules["xatl"].main()
+    assert "none-1: ends after 0 of 100 tokens; remove it" in capsys.readouterr().err
+    # the text has changed, and was prepared again
+    (text / "0.txt").write_text("another text")
+    with pytest.raises(SystemExit):
+        modules["xatl"].main()
+    assert "none-0: older than the tokens in " in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--distill", "evry:4"])
+    with pytest.raises(SystemExit):
+        modules["xatl"].main()
+    assert "--distill evry:4: not among --kinds none" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_llama2c(modules):

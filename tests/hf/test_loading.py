@@ -114,3 +114,34 @@ def test_merged_files_of_fla(tmp_path):
     ids = tokens(1, 5)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()(ids).logits
     torch.testing.assert_close(found, opened.load(torch.device("cpu"))(ids)[0])
+
+
+def test_who_wrote_a_file_is_said_by_the_file(saved):
+    plain = AutoConfig.from_pretrained(saved / "classifier")
+    # with a configuration given, the head of another class is new all the same
+    model = HGRN2ForSequenceClassification.from_pretrained(saved / "language", config=plain)
+    assert model.score.weight.isfinite().all()
+    # and that of its own is not
+    without(saved / "language", "lm_head.weight")
+    with pytest.raises(UserError, match=r"1 missing: lm_head\.weight"):
+        HGRN2ForCausalLM.from_pretrained(saved / "language", config=plain)
+
+
+def test_a_class_of_the_users_is_no_other_class(saved):
+    class Mine(HGRN2ForCausalLM):
+        pass
+
+    assert Mine.from_pretrained(saved / "language").lm_head.weight.isfinite().all()
+    without(saved / "language", "lm_head.weight")
+    with pytest.raises(UserError, match=r"1 missing: lm_head\.weight"):
+        Mine.from_pretrained(saved / "language")
+
+
+def test_an_ordinary_tensor_of_another_shape(saved):
+    folder = saved / "language"
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj.weight"
+    tensors[name] = tensors[name][1:].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 misshapen: .*gate_proj.*; use the files of one model"):
+        HGRN2ForCausalLM.from_pretrained(folder)

@@ -202,7 +202,8 @@ def test_a_run_as_one_folder_to_hand_on(tmp_path, capsys):
     config = presets.variant(
         "fla", vocab_size=260, hidden_size=16, num_hidden_layers=1, expand_ratio=4, intermediate_size=24
     )
-    kept = {"model": config.to_dict(), "train": {"max_steps": 3}, "data": {"data": ["a/private/place"]}}
+    train = {"max_steps": 3, "teacher": "/a/place/big"}
+    kept = {"model": config.to_dict(), "train": train, "data": {"data": ["a/private/place"]}}
     create_run(tmp_path / "run", kept, ByteTokenizer())
     store, models = CheckpointStore(tmp_path / "run", 2), [make_model(config, torch.float32, seed=i) for i in range(2)]
     for step, model in enumerate(models, 1):
@@ -219,8 +220,9 @@ def test_a_run_as_one_folder_to_hand_on(tmp_path, capsys):
     ]  # fmt: skip
     ids = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
     further = {"model_type": "hgrn2", "architectures": ["HGRN2ForCausalLM"], "dtype": "float32"}
-    # how it was trained stays, where the data lies does not
-    assert settings(tmp_path / "best") == {key: kept[key] for key in ("model", "train")} | ids | further
+    # how it was trained stays, where the data and the teacher lie does not
+    there = {"model": kept["model"], "train": train | {"teacher": "big"}}
+    assert settings(tmp_path / "best") == there | ids | further
     # three tokens of the model's the tokenizer does not know
     found = json.loads((tmp_path / "best" / "generation_config.json").read_text())
     assert found == ids | {"suppress_tokens": [257, 258, 259]}

@@ -18,6 +18,7 @@ import transformers
 from hgrn2 import cli
 from hgrn2.data import ByteTokenizer
 from hgrn2.hf import HGRN2Config, HGRN2ForCausalLM, HGRN2ForSequenceClassification
+from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.opening import open_folder
 from tests.layouts.command_line import refused, run_cli
 from tests.layouts.published import FLA_CONFIG, draw, fla_shapes, merged, write
@@ -136,6 +137,20 @@ def test_gguf_files(name, here, capsys):
     commands = [*COMMANDS, "info", "train --resume", "train --device cpu --data text.txt --model"]
     refused_everywhere(capsys, name, message, commands)
     refused_everywhere(capsys, name, f"from_pretrained({place!r}, gguf_file={found!r}, quantization_config=", commands)
+
+
+def test_a_gguf_file_beside_a_model_is_passed_over(here, capsys):
+    write(Path("model"), FLA_CONFIG, draw(fla_shapes()))
+    for folder in ("model", "run"):
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{folder}/export.gguf", "wb") as out:
+            out.write(b"GGUF\3\0\0\0")
+    with open("run/config.json", "w") as out:
+        out.write("{}")
+    assert cli.main(["info", "model"]) == 0
+    check_place(Path("model"))
+    # as a run is told
+    check_place(Path("run"))
 
 
 def test_a_gguf_file_as_a_tokenizer(here, capsys):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from hgrn2.errors import UserError
 from hgrn2.layouts.reading import CONFIG_NAME
@@ -11,6 +15,7 @@ from hgrn2.layouts.tables import Misfits
 
 # the class of a config.json that names none, as those of runs
 _LANGUAGE_MODEL = "HGRN2ForCausalLM"
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _INNER = ".mlp.gate_proj.weight"
 
 
@@ -18,9 +23,26 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint does not hold the model's tensors; of wrong shapes the library says so by a RuntimeError."""
 
 
+def classes_named_by(name: Any, settings: Mapping[str, Any]) -> list[str] | None:
+    """The classes that the config.json of a folder or a repository names; a configuration given beside it may not.
+
+    Args:
+        name: as in `from_pretrained`.
+        settings: further arguments of it, of which those about the Hub are read.
+    """
+    if name is None:
+        return None
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(name, **{key: settings[key] for key in _HUB if key in settings})
+    except OSError:
+        # tensors alone, beside a configuration that was given
+        return None
+    return found.get("architectures")
+
+
 def check_loaded(
-    where: Any, found: Mapping[str, Iterable[Any]], *, opened_by: str, written_by: Sequence[str] | None, body: str,
-    any_missing: bool, any_size: bool,
+    where: Any, found: Mapping[str, Iterable[Any]], *, opened_by: Sequence[str], written_by: Sequence[str] | None,
+    body: str, any_missing: bool, any_size: bool,
 ) -> None:  # fmt: skip
     """Refuses a checkpoint of which a part would be random numbers.
 
@@ -30,7 +52,7 @@ def check_loaded(
     Args:
         where: the folder or name, for messages.
         found: the library's report: "missing_keys" by name, "mismatched_keys" with the file's shape and the model's.
-        opened_by: name of the class.
+        opened_by: names of the class and of those it derives from.
         written_by: names of classes in its config.json; None if it has none.
         body: what the names of tensors below the head begin with; empty for the model without a head.
         any_missing: whether anything may be drawn anew, for the caller sees the report or has no file.
@@ -39,7 +61,7 @@ def check_loaded(
     Raises:
         CheckpointError: tensors are missing, or of other shapes; they are listed, with what to do.
     """
-    head_is_new = opened_by not in (written_by or [_LANGUAGE_MODEL])
+    head_is_new = set(opened_by).isdisjoint(written_by or [_LANGUAGE_MODEL])
     missing = sorted(name for name in found["missing_keys"] if name.startswith(body) or not head_is_new)
     missing = [] if any_missing else missing
     misshapen = [] if any_size else sorted(found["mismatched_keys"])
@@ -47,9 +69,11 @@ def check_loaded(
         return
     shapes = [f"{name} {list(shape)}, wanted {list(wanted)}" for name, shape, wanted in misshapen]
     if any(name.endswith(_INNER) and shape[0] == 2 * wanted[0] for name, shape, wanted in misshapen):
+        # what is on the Hub has to be fetched first
+        folder = shlex.quote(str(where)) if Path(str(where)).is_dir() else "FOLDER"
         hint = (
             "a file of fla from before February 2025, which holds gate_proj and up_proj in one: bring it into today's "
-            f"form with `hgrn2 convert {where} OUT --to hf`"
+            f"form with `hgrn2 convert {folder} OUT --to hf`"
         )
     else:
         ask = "output_loading_info=True, and read what it returns" if missing else "ignore_mismatched_sizes=True"

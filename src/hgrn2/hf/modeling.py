@@ -18,7 +18,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from hgrn2.errors import UserError
 from hgrn2.hf.cache import CACHE_NAME, StateLayer, state_layers
 from hgrn2.hf.configuration import HGRN2Config
-from hgrn2.hf.loading import check_loaded
+from hgrn2.hf.loading import check_loaded, classes_named_by
 from hgrn2.models.language import build_block
 from hgrn2.nn.block import Block
 from hgrn2.nn.gates import lower_bounds
@@ -81,8 +81,8 @@ class HGRN2PreTrainedModel(PreTrainedModel):
         check_loaded(
             "state_dict" if name is None else name,
             found,
-            opened_by=cls.__name__,
-            written_by=model.config.architectures,
+            opened_by=[base.__name__ for base in cls.__mro__],
+            written_by=classes_named_by(name, kwargs),
             body=body,
             any_missing=output_loading_info or name is None,
             any_size=ignore_mismatched_sizes,

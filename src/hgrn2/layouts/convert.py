@@ -115,8 +115,11 @@ def convert(
     _check_new(out)
     settings = {"architectures": [layout.architecture], **layout.write_config(source.config)}
     if to == "native" and native.TRAIN_TABLE in source.settings:
-        # how a run was trained stays with its model; where its data lies is nobody else's business
-        settings[native.TRAIN_TABLE] = source.settings[native.TRAIN_TABLE]
+        # how a run was trained stays with its model; where its data and its teacher lie is nobody else's business
+        train = dict(source.settings[native.TRAIN_TABLE])
+        if train.get("teacher") is not None:
+            train["teacher"] = Path(train["teacher"]).name
+        settings[native.TRAIN_TABLE] = train
     table = layout.tables(source.config, source.names)[0]
     specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}
     if dtype is not None:

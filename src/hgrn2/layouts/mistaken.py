@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from hgrn2.errors import UserError
-from hgrn2.layouts.reading import find_weights, read_json
+from hgrn2.layouts.reading import CONFIG_NAME, find_weights, read_json
 from hgrn2.layouts.tables import HEAD
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -15,7 +15,7 @@ _BODY = "model."
 
 
 def check_place(path: Path) -> None:
-    """Refuses adapters of PEFT and GGUF files; of everything else this says nothing.
+    """Refuses adapters of PEFT and GGUF files; what else is wrong with a place is for whoever reads it.
 
     Args:
         path: what was named as a model: a folder or a file.
@@ -46,7 +46,9 @@ def check_place(path: Path) -> None:
 
 def _gguf(path: Path) -> Path | None:
     if path.is_dir():
-        return next(iter(sorted(path.glob("*.gguf"))), None) if find_weights(path) is None else None
+        # beside settings, as in a run, it is one that somebody made of the model
+        other = (path / CONFIG_NAME).exists() or find_weights(path) is not None
+        return None if other else next(iter(sorted(path.glob("*.gguf"))), None)
     if not path.is_file():
         return None
     try:

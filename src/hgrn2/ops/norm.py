@@ -28,9 +28,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, b
         eps: added to the mean square.
         dtype: of the result.
         backend: "triton", one kernel that reads x in its dtype, computes in float32 and writes `dtype`, without a
-            second derivative. "torch", which computes in the weight's dtype and converts. "auto" is the first on a GPU where
-            dtypes differ, or where x is large and its gradient is recorded; not under torch.compile, which fuses by
-            itself, nor under transforms of torch.func and for tensors that only have a shape.
+            second derivative; "torch", which computes in the weight's dtype and converts. "auto" is the first on a GPU
+            where dtypes differ, or where x is large and its gradient is recorded; not under torch.compile, which fuses
+            by itself, nor under transforms of torch.func and for tensors that only have a shape.
 
     Returns:
         [..., W].

@@ -111,6 +111,8 @@ def resume_language_run(
         for key in ("model", "train", "data"):
             if not isinstance(config.get(key), dict):
                 raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
+        if further := config.keys() - {"model", "train", "data"}:
+            raise UserError(f"{run_dir}/config.json: unknown keys {sorted(further)}; remove them")
         train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
         parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
         config["train"] = _kept(train_config)
