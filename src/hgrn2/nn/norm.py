@@ -29,7 +29,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(size)) if affine and kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises x [..., size]; the result has autocast's dtype or, without it, the weight's."""
+        """Normalises x [..., size]; the result has autocast's dtype, or else the weight's, or that of x."""
         computed = x.dtype if self.weight is None else self.weight.dtype
         dtype = autocast_dtype(x) or computed
         if self.kind == "rmsnorm":
