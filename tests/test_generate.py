@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hgrn2.data import ByteTokenizer, train_bpe
@@ -345,11 +346,15 @@ def test_states_that_do_not_fit(model, tmp_path):
     refused(good, "another model", hidden_size=32)
     refused(good, "another model", num_hidden_layers=3)
     refused(good, "another model", use_short_conv=True)
+    # of the same sizes, but with other weights or another meaning
+    refused(good, "another model", seed=1)
+    refused(good, "another model", scale=2.0)
     tokenizer = train_bpe(["abc"], 257)
     with pytest.raises(UserError, match="made with another tokenizer"):
         writer(model, tokenizer).load_state(good)
     tensors = load_file(good)
-    about = {"format": "hgrn2-state-1", "pending": [97], "tokenizer": BYTES.fingerprint()}
+    with safe_open(good, "pt") as file:
+        about = json.loads(file.metadata()["hgrn2"])
     for name, changed, keys in [
         ("no-seen", {k: v for k, v in tensors.items() if k != "seen"}, about),
         ("small-seen", tensors | {"seen": torch.zeros(1, 3, dtype=torch.bool)}, about),

@@ -38,6 +38,7 @@ from hgrn2.settings import (
     read_toml,
 )
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.freezing import COPIED
 
 _BUDGETS = {"max_steps", "max_tokens", "max_time_s"}
 _DEFAULT_BUDGET = {"max_steps": 1000}
@@ -118,6 +119,8 @@ def train(
         if not train_settings.keys() & _BUDGETS:
             train_settings |= _DEFAULT_BUDGET
         train_config = TrainConfig.from_dict(train_settings)
+        if train_config.freeze == COPIED and start is None:
+            raise UserError("--freeze copied: nothing is copied without --from; name a folder with it")
         # mistakes show before the work of preparing
         choose_device(train_config.device)
         check_folder_place(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,9 @@ from hgrn2.models import HGRN2LM, ModelState
 
 # tokens of a prompt read at a time: bounds the memory, not the prompt
 PREFILL_TOKENS = 2048
-_STATE_FORMAT = "hgrn2-state-1"
+_STATE_FORMAT = "hgrn2-state-2"
+# numbers of each tensor by which models are told apart
+_SAMPLED = 64
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,16 @@ def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: t
 def _first(texts: Sequence[str], where: str) -> int | None:
     """Where the first of some texts begins, or None."""
     return min((at for text in texts if (at := where.find(text)) >= 0), default=None)
+
+
+def _fingerprint(model: HGRN2LM) -> str:
+    """Tells models apart by their settings and the first numbers of each tensor, which training changes."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, x in model.named_parameters():
+        # in one dtype, as a state goes from one to another
+        some = x.detach().flatten()[:_SAMPLED].to("cpu", torch.bfloat16)
+        digest.update(name.encode() + bytes(some.view(torch.uint8).tolist()))
+    return digest.hexdigest()
 
 
 class Writer:
@@ -176,7 +189,10 @@ class Writer:
 
     def save_state(self, path: Path) -> None:
         """Writes the state, so that `load_state` goes on where this left off; whole or not at all."""
-        about = {"format": _STATE_FORMAT, "pending": self.pending, "tokenizer": self.tokenizer.fingerprint()}
+        about = {
+            "format": _STATE_FORMAT, "pending": self.pending, "tokenizer": self.tokenizer.fingerprint(),
+            "model": _fingerprint(self.model),
+        }  # fmt: skip
         tensors = self.state.tensors() | {"seen": self.seen, "generator": self.generator.get_state()}
         check_file_place(path)
         try:
@@ -205,6 +221,8 @@ class Writer:
             raise UserError(f"{path}: not a state of this version; name a file made with --state-out")
         if about.get("tokenizer") != self.tokenizer.fingerprint():
             raise UserError(f"{path}: made with another tokenizer; name the model it was made with")
+        if about.get("model") != _fingerprint(self.model):
+            raise UserError(f"{path}: made with another model; name the model it was made with")
         try:
             seen, generator = tensors.pop("seen"), tensors.pop("generator")
             pending = [int(token) for token in about["pending"]]

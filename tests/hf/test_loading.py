@@ -71,6 +71,16 @@ def test_a_run_says_no_class_and_is_a_language_model(saved):
     assert HGRN2ForSequenceClassification.from_pretrained(folder).score.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("named", [["foo"], [3], [], ["Hgrn2ForCausalLM"]])
+def test_a_class_that_nobody_knows_is_no_reason_for_a_new_head(saved, named):
+    folder = saved / "language"
+    without(folder, "lm_head.weight")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    with pytest.raises(UserError, match=r"1 missing: lm_head\.weight"):
+        HGRN2ForCausalLM.from_pretrained(folder)
+
+
 def test_an_index_that_omits_tensors(tmp_path):
     _, model = both("fla", torch.float32)
     model.save_pretrained(tmp_path, max_shard_size="4KB")

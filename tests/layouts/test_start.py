@@ -275,6 +275,8 @@ def test_layers_as_people_name_them():
     assert parse_layers(" 7, 3,3", 8) == (3, 7)
     assert parse_layers("all", 3) == (0, 1, 2)
     assert parse_layers("none", 3) == ()
+    with pytest.raises(UserError, match="layers 'every:4': keeps none of 3"):
+        parse_layers("every:4", 3)
 
 
 def test_a_model_of_ours_is_no_transformer(tmp_path):

@@ -47,6 +47,13 @@ MODELS = {
         ),
     ),
     "mistral": (MistralForCausalLM, MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=7)),
+    "mistral, a key of others": (
+        MistralForCausalLM, MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=3, use_sliding_window=False),
+    ),
+    "llama, keys of others": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZE, sliding_window=3, use_sliding_window=True, layer_types=["sliding_attention"] * 3),
+    ),
     "mistral, no window": (MistralForCausalLM, MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=None)),
 }  # fmt: skip
 
@@ -181,7 +188,7 @@ def test_old_files_with_frequencies_among_their_tensors(tmp_path):
         ({"num_experts": 4}, "unknown key 'num_experts'"),
         ({"model_type": "qwen3"}, "model_type is 'qwen3', which has a norm on queries and keys"),
         ({"model_type": "qwen2"}, "9 missing: model.layers.0.self_attn.q_proj.bias"),
-        ({"model_type": "gpt2"}, "wanted 'hgrn2', or of a Transformer one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "wanted 'hgrn2', or of a Transformer one of llama, mistral, qwen2"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
             "wanted one kind for all 3 layers",
@@ -190,7 +197,7 @@ def test_old_files_with_frequencies_among_their_tensors(tmp_path):
         ({"hidden_act": ["silu"]}, "hidden_act is ['silu']"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"rope_theta": "much"}, "attn.rope_theta is 'much'"),
-        ({"layer_types": ["sliding_attention"] * 3}, "no sliding_window is in use"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "no sliding_window is in use"),
         ({"model_type": "mistral", "sliding_window": "all"}, "attn.window_size is 'all'"),
         ({"hidden_size": "32"}, "hidden_size = '32'"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),

@@ -96,6 +96,11 @@ def test_the_first_step_is_of_the_model_s_weights(here, capsys):
     assert "drop --from" in capsys.readouterr().err
 
 
+def test_nothing_is_copied_without_a_start(here, capsys):
+    refused(capsys, ["--data", "text", "--freeze", "copied"], "--freeze copied: nothing is copied without --from")
+    assert not Path("run").exists()
+
+
 def test_a_run_goes_on_in_a_new_one(here):
     assert train("--from", "start") == 0
     assert train("--from", "run", "--set", "dropout=0.2", out="second") == 0

@@ -15,6 +15,7 @@ from hgrn2.layouts.tables import Misfits
 
 # the class of a config.json that names none, as those of runs
 _LANGUAGE_MODEL = "HGRN2ForCausalLM"
+_CLASSES = ("HGRN2Model", _LANGUAGE_MODEL, "HGRN2ForSequenceClassification")
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _INNER = ".mlp.gate_proj.weight"
 
@@ -61,7 +62,9 @@ def check_loaded(
     Raises:
         CheckpointError: tensors are missing, or of other shapes; they are listed, with what to do.
     """
-    head_is_new = set(opened_by).isdisjoint(written_by or [_LANGUAGE_MODEL])
+    # a name that is none of ours says nothing
+    ours = [name for name in written_by or () if name in _CLASSES] or [_LANGUAGE_MODEL]
+    head_is_new = set(opened_by).isdisjoint(ours)
     missing = sorted(name for name in found["missing_keys"] if name.startswith(body) or not head_is_new)
     missing = [] if any_missing else missing
     misshapen = [] if any_size else sorted(found["mismatched_keys"])

@@ -82,7 +82,7 @@ def recognise(values: Mapping[str, Any]) -> Layout:
     if found in transformer.MODEL_TYPES:
         return TRANSFORMER
     if found != MODEL_TYPE:
-        others = ", ".join(transformer.MODEL_TYPES)
+        others = ", ".join(transformer.READ)
         raise UserError(f"model_type is {found!r}; wanted {MODEL_TYPE!r}, or of a Transformer one of {others}")
     told = {name: [key for key in layout.signature if key in values] for name, layout in LAYOUTS.items()}
     told = {name: keys for name, keys in told.items() if keys}

@@ -17,6 +17,7 @@ from hgrn2.layouts.reading import CONFIG_NAME, Weights, name_some, read_json
 from hgrn2.layouts.tables import EMBEDDINGS, Rows, Table, misfits, model_shapes, rows_of, with_tied_head
 from hgrn2.models import HGRN2LM, HGRN2Config
 
+_REPAIR = "take config.json and weights from the same model, whole"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -138,7 +139,7 @@ def open_folder(path: Path) -> ModelFolder:
         # every layer has tensors; a model of millions of layers would take hours to lay out
         raise UserError(
             f"{path}: {CONFIG_NAME} asks for {config.num_hidden_layers} layers; "
-            f"the files hold {len(weights.specs)} tensors"
+            f"the files hold {len(weights.specs)} tensors; {_REPAIR}"
         )
     shapes = model_shapes(config)
     tables = layout.tables(config, list(shapes))
@@ -151,10 +152,12 @@ def open_folder(path: Path) -> ModelFolder:
         for table in tables:
             if other := other_head(path, found, table):
                 raise UserError(f"{path}: {other}")
-        raise UserError(f"{path}: not the tensors that its {CONFIG_NAME} (layout of {layout.title}) asks for: {wrong}")
+        raise UserError(
+            f"{path}: not the tensors that its {CONFIG_NAME} (layout of {layout.title}) asks for: {wrong}; {_REPAIR}"
+        )
     others = [f"{name} ({spec.dtype!s})" for name, spec in found.items() if spec.dtype not in _FLOATS]
     if others:
-        raise UserError(f"{path}: tensors that are no floating-point numbers: {name_some(others)}")
+        raise UserError(f"{path}: tensors that are no floating-point numbers: {name_some(others)}; save them as floats")
     _check_tied(table, weights)
     places = rows_of(table, shapes)
     return ModelFolder(path, layout, settings, config, weights, {name: places[name] for name in shapes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import re
@@ -210,8 +211,11 @@ class _Pickle:
                 f"{file}: holds code ({_printable(code[1])}), which is not run; "
                 "save the tensors alone, best as safetensors"
             ) from None
-        except OSError:
-            raise
+        except OSError as error:
+            # a damaged file may name places that cannot be sought
+            if error.errno != errno.EINVAL:
+                raise
+            raise UserError(f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}") from None
         except Exception:
             # of every kind, depending on where a damaged file goes wrong
             raise UserError(f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}") from None

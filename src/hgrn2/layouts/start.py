@@ -192,7 +192,10 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
         return tuple(range(num_layers)) if text == "all" else ()
     every = re.fullmatch(r"every:([1-9]\d{0,5})", text)
     if every:
-        return tuple(range(int(every[1]) - 1, num_layers, int(every[1])))
+        found = tuple(range(int(every[1]) - 1, num_layers, int(every[1])))
+        if not found:
+            raise UserError(f"layers {text!r}: keeps none of {num_layers}; name a smaller step, or none")
+        return found
     if not re.fullmatch(r"\d{1,6}(, ?\d{1,6})*", text):
         raise UserError(f"layers {text!r}: wanted numbers such as 3,7,11, or every:4, all or none")
     return tuple(sorted({int(part) for part in text.split(",")}))

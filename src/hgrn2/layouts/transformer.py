@@ -15,7 +15,8 @@ NAME = "transformer"
 _WINDOWS = {"llama": None, "mistral": 4096, "qwen2": 4096}
 # told apart to be refused by what they have
 _BEYOND = {"qwen3": "a norm on queries and keys (q_norm, k_norm)"}
-MODEL_TYPES = (*_WINDOWS, *_BEYOND)
+READ = tuple(_WINDOWS)
+MODEL_TYPES = (*READ, *_BEYOND)
 # tensors that older files hold, although they follow from the settings
 DERIVED = (".self_attn.rotary_emb.inv_freq",)
 
@@ -134,12 +135,15 @@ def _rope_theta(what: str, known: Mapping[str, Any]) -> float:
 def _window(what: str, kind: str, known: Mapping[str, Any], num_layers: int) -> int | None:
     """The sliding window of every layer; one kind of attention is what our model has."""
     window = known.get("sliding_window", _WINDOWS[kind])
-    if not known.get("use_sliding_window", kind == "mistral"):
+    # as transformers computes them: a llama never slides, a mistral always does, whatever their further keys say
+    if kind != "qwen2":
+        return None if kind == "llama" else window
+    if not known.get("use_sliding_window", False):
         window = None
     kinds = known.get("layer_types")
     if kinds is None:
-        # a qwen2 slides above the layers that it names the number of
-        first = known.get("max_window_layers", 28) if kind == "qwen2" else 0
+        # it slides above the layers that it names the number of
+        first = known.get("max_window_layers", 28)
         if type(first) is not int:
             raise UserError(f"{what}: max_window_layers is {first!r}; wanted a whole number")
         kinds = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(num_layers)]
