@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+from types import FrameType
 
 
 def main() -> int:
@@ -17,8 +19,18 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from hgrn2 import cli
 
+    # unless somebody has other plans for them, these too end a command so that it tidies up
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
     try:
         signal.signal(signal.SIGINT, waiting)
         return cli.main()
     except KeyboardInterrupt:
         return 130
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    del frame
+    sys.exit(128 + number)

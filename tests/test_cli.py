@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import hgrn2_command
 from hgrn2 import cli
+from hgrn2.data.staging import staged_directory
 from hgrn2.models import HGRN2Config
 from hgrn2.train.checkpoint import checkpoints_of
 from hgrn2.train.metrics import read_metrics
@@ -477,6 +479,29 @@ def test_ctrl_c(run, tmp_path):
         writing.kill()
         writing.communicate()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_tidy_up_as_well(number, tmp_path, monkeypatch):
+    def killed():
+        with staged_directory(tmp_path / "out") as stage:
+            (stage / "half").touch()
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(cli, "main", killed)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            hgrn2_command.main()
+        assert ended.value.code == 128 + number
+        assert not list(tmp_path.iterdir())
+        # one that is ignored, as by nohup, stays so
+        signal.signal(number, signal.SIG_IGN)
+        monkeypatch.setattr(cli, "main", lambda: 7)
+        assert hgrn2_command.main() == 7
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(("ctrl_c", "status"), [(signal.default_int_handler, -signal.SIGINT), (signal.SIG_IGN, 7)])

@@ -228,12 +228,20 @@ def test_a_run_as_one_folder_to_hand_on(tmp_path, capsys):
     assert found == ids | {"suppress_tokens": [257, 258, 259]}
 
 
+@pytest.mark.parametrize("text", ["{", "", "[]", "\x00"])
+def test_a_damaged_tokenizer_is_not_handed_on(tmp_path, capsys, text):
+    fla = write(tmp_path / "fla", FLA_CONFIG, draw(fla_shapes()))
+    (fla / "tokenizer.json").write_text(text)
+    refused(capsys, ["convert", fla, tmp_path / "out", "--to", "hf"], "tokenizer.json: ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_tokenizer_s_files_are_taken_along(tmp_path, capsys, tokenizer):
     fla = write(tmp_path / "fla", FLA_CONFIG, draw(fla_shapes()))
     tokenizer.save(fla)
     named = ["chat_template.jinja", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"]
     for name in [*named, "notes.txt"]:
-        (fla / name).write_text(name)
+        (fla / name).write_text(json.dumps({"this": name}))
     (fla / "chat_templates").mkdir()
     run_cli(capsys, "convert", fla, "out", "--to", "hf")
     assert sorted(os.listdir("out")) == sorted([*named, "config.json", "model.safetensors", "tokenizer.json"])

@@ -22,7 +22,7 @@ from hgrn2.layouts import native
 from hgrn2.layouts.files import write_safetensors, write_text
 from hgrn2.layouts.layout import LAYOUTS
 from hgrn2.layouts.opening import FiniteCheck
-from hgrn2.layouts.reading import CONFIG_NAME, SAFETENSORS_NAME
+from hgrn2.layouts.reading import CONFIG_NAME, SAFETENSORS_NAME, read_json
 from hgrn2.layouts.tables import Table, stack
 from hgrn2.models import HGRN2Config
 
@@ -163,6 +163,9 @@ def _take_tokenizer(source: Source, tokenizer_dir: Path, stage: Path) -> dict[st
     """Copies the tokenizer's files; returns which tokens begin, end and fill a text, for config.json."""
     for pattern in _TOKENIZER_FILES:
         for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
+            if file.suffix == ".json":
+                # one that is damaged would be noticed only by whoever wants to read a text
+                read_json(file)
             shutil.copyfile(file, stage / file.name)
     known = {key: source.settings[key] for key in _TOKEN_IDS if key in source.settings}
     if known:
