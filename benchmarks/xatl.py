@@ -3,7 +3,8 @@ r"""A start from a Transformer against one from scratch: the same model and batc
     python benchmarks/xatl.py stories15m --data text/ --max-tokens 100000 --threads 1
     python benchmarks/xatl.py smollm2-135m --data train.jsonl --validation valid.jsonl --device cuda \
         --precision bfloat16 --max-tokens 16384000 --batch-size 16 --seq-len 1024 --validations 25 \
-        --validation-tokens 131072 --learning-rate 3e-3 --scratch-learning-rate 1e-3 --unfreeze-every 25
+        --validation-tokens 131072 --learning-rate 3e-3 --scratch-learning-rate 1e-3 --unfreeze-every 25 \
+        --distill none
 
 The model is a folder as `pretrained.py` makes it. For each kind, all linear and a hybrid that keeps some attention,
 two runs of `hgrn2 train` read the same batches in the same order: one from random weights, one from what

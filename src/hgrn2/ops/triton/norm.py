@@ -78,5 +78,5 @@ def _block(width: int) -> tuple[int, int, int]:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    # the interpreter has none; two programs show whether their sums meet
+    # the interpreter has none
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
