@@ -348,6 +348,36 @@ def test_staging_replaces_as_a_whole(tmp_path):
     assert os.listdir(tmp_path) == ["t"]
 
 
+def test_staging_where_another_process_moves_the_same_folder(tmp_path, monkeypatch):
+    target = tmp_path / "new" / "t"
+    stage = tmp_path / "new" / ".t.partial"
+    stage.mkdir(parents=True)
+    mkdir = os.mkdir
+    # it takes its finished folder to the target, then fails at the next one and takes the parents with it
+    events = [lambda: shutil.rmtree(stage.parent), lambda: stage.rename(target)]
+
+    def mkdir_in_a_race(path, *args):
+        if path == stage and events:
+            events.pop()()
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        mkdir(path, *args)
+
+    monkeypatch.setattr(os, "mkdir", mkdir_in_a_race)
+    with staged_directory(target) as folder:
+        (folder / "mine").write_text("")
+    assert not events
+    assert os.listdir(tmp_path / "new") == ["t"]
+    assert os.listdir(target) == ["mine"]
+
+
+def test_staging_where_no_folder_can_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for parent in ("file", "link"):
+        with pytest.raises(UserError, match="cannot be written"), staged_directory(tmp_path / parent / "t"):
+            pass
+
+
 def test_progress(corpus_dir, tmp_path, capsys):
     prepare(corpus_dir, "bytes", tmp_path / "one", progress=True)
     assert "preparing" in capsys.readouterr().err

@@ -17,6 +17,9 @@ try:
 except ImportError:  # not on Windows, where two processes must not prepare the same directory at once
     fcntl = None
 
+# each one lost means that another process got further, so a handful would do
+_ATTEMPTS = 100
+
 
 class Discard(Exception):
     """Raised inside `staged_directory` to drop the new directory and keep the target, without an error."""
@@ -41,7 +44,6 @@ def staged_directory(target: Path, replace: bool = True) -> Iterator[Path]:
     new_parents: list[Path] = []
     try:
         new_parents = [folder for folder in target.parents if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock_directory(stage)
         try:
             _clear(stage)
@@ -142,8 +144,7 @@ def _partial(path: Path) -> Path:
 def _lock_directory(stage: Path) -> int | None:
     """Create the directory and hold an exclusive lock on it, which ends with the process."""
     while True:
-        # the process we waited for may have failed and taken the parents with it
-        stage.mkdir(parents=True, exist_ok=True)
+        _make_directory(stage)
         if fcntl is None:
             return None
         try:
@@ -160,6 +161,16 @@ def _lock_directory(stage: Path) -> int | None:
             if os.path.samestat(os.fstat(lock), os.stat(stage)):
                 return lock
         os.close(lock)
+
+
+def _make_directory(path: Path) -> None:
+    """Make it and its parents, where other processes may rename or remove the same ones at the same moment."""
+    for _ in range(_ATTEMPTS - 1):
+        # what mkdir found there, or put its directory into, may be gone when it looks again
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            path.mkdir(parents=True, exist_ok=True)
+            return
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def _clear(stage: Path) -> None:
