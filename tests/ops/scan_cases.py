@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hgrn2.ops import gated_scan, hgrn2_scan
+from tests.numerics import run
+
+BY_TOKEN = ("q", "f", "k", "v", "log_f")
 LENGTHS = (0, 1, 2, 15, 16, 17, 63, 64, 65, 128, 200)
 
 
@@ -144,3 +150,29 @@ def honest_gated_scan(
         state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t, :, None] @ state.to(low)).squeeze(-2))
     return torch.stack(outputs, 1), state
+
+
+def honest(op: Callable[..., Any], inputs: Mapping[str, Any], reverse: bool = False) -> dict[str, Tensor]:
+    """What `run` gives with honest torch in the dtype of the inputs, sequence by sequence, in either direction."""
+    scan = {hgrn2_scan: honest_scan, gated_scan: honest_gated_scan}[op]
+
+    def whole(**inputs):
+        if reverse:
+            inputs = {name: x.flip(1) if name in BY_TOKEN else x for name, x in inputs.items()}
+        y, state = scan(**inputs)
+        return (y.flip(1) if reverse else y), state
+
+    def packed(cu_seqlens, initial_state, **inputs):
+        if cu_seqlens is None:
+            return whole(cu_seqlens=None, initial_state=initial_state, **inputs)
+        outputs, states = [], []
+        for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+            state = initial_state[n : n + 1]
+            if start < stop:
+                part = {name: x[:, start:stop] if name in BY_TOKEN else x for name, x in inputs.items()}
+                y, state = whole(cu_seqlens=None, initial_state=state, **part)
+                outputs.append(y)
+            states.append(state)
+        return torch.cat(outputs, 1), torch.cat(states)
+
+    return run(packed, inputs)

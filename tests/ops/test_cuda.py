@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hgrn2.ops import hgrn2_scan
-from hgrn2.ops import scan as scan_module
 from hgrn2.ops.cuda import compiler, launch, plan
-from hgrn2.ops.tiles import chunks_per_tile
-from tests.numerics import assert_equal, run
-from tests.ops.scan_cases import tied_inputs
 
 SOURCES = Path(launch.__file__).parent
 # C's names of ctypes' types; a pointer is one whatever it points to
@@ -109,65 +104,3 @@ def test_inputs_at_any_address_can_be_read_16_bytes_at_a_time():
         found = launch._aligned(x)
         assert found.data_ptr() % 16 == 0
         assert torch.equal(found, x)
-
-
-@pytest.fixture
-def kernels_by_hand(monkeypatch):
-    """The kernels' place taken by the chunked form, so that what surrounds them can be tested anywhere."""
-    coarse_seen = []
-
-    def operands(scan):
-        tile_chunks = chunks_per_tile(scan.q.shape[2], scan.q.shape[3], scan.q.dtype, scan.q.device)
-        tensors = (scan.q, scan.f, scan.v, scan.bound, scan.initial_state, scan.cu_seqlens)
-        return tensors, (scan.reverse, scan.scale, scan.q_activation, "none", tile_chunks)
-
-    def forward(scan, coarse):
-        tensors, settings = operands(scan)
-        y, final, _ = torch.ops.hgrn2.chunked_scan(*tensors, *settings, False)
-        return y, final, torch.zeros(launch.Plan(scan, coarse).coarse_shape())
-
-    def backward(scan, dy, d_final, states, coarse):
-        coarse_seen.append((coarse, tuple(states.shape)))
-        tensors, settings = operands(scan)
-        _, final, kept = torch.ops.hgrn2.chunked_scan(*tensors, *settings, True)
-        d_final = torch.zeros_like(final) if d_final is None else d_final
-        *grads, d_bound, d_initial = torch.ops.hgrn2.chunked_scan_backward(dy, d_final, *tensors, kept, *settings)
-        d_bound = None if scan.bound is None else d_bound
-        return *grads, d_bound, None if scan.initial_state is None else d_initial
-
-    monkeypatch.setattr(launch, "forward", forward)
-    monkeypatch.setattr(launch, "backward", backward)
-    monkeypatch.setattr(scan_module, "_resolve", lambda backend, *_: "cuda" if backend == "auto" else backend)
-    return coarse_seen
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("state", [False, True])
-@pytest.mark.parametrize("bound", [None, 0.9])
-def test_gradients_reach_every_input(kernels_by_hand, bound, state, packed, compiled):
-    cu_seqlens = [0, 0, 70, 200] if packed else None
-    inputs = tied_inputs(1, 200, 2, 128, 128, dtype=torch.bfloat16, bound=bound, state=state, cu_seqlens=cu_seqlens)
-    torch.compiler.reset()
-    op = torch.compile(hgrn2_scan, fullgraph=True, backend="aot_eager") if compiled else hgrn2_scan
-    wanted = run(hgrn2_scan, inputs, backend="chunked", reverse=True, scale=0.7)
-    assert_equal(run(op, inputs, reverse=True, scale=0.7), wanted)
-    num_packed = 3 if packed else 0
-    coarse = plan.coarse_chunks(1, 200, 2, num_packed)
-    assert kernels_by_hand == [(coarse, launch.coarse_shape(1, 200, 2, coarse, num_packed))]
-    # only the final state is used, or only the outputs
-    for i in range(2):
-        q = inputs["q"].clone().requires_grad_()
-        f = inputs["f"].clone().requires_grad_()
-        hgrn2_scan(**inputs | {"q": q, "f": f})[i].float().sum().backward()
-        assert f.grad is not None
-        assert f.grad.isfinite().all()
-
-
-def test_no_coarse_states_without_a_gradient(kernels_by_hand):
-    inputs = tied_inputs(1, 200, 2, 128, 128, dtype=torch.bfloat16)
-    y, state = hgrn2_scan(**inputs)
-    wanted, wanted_state = hgrn2_scan(**inputs, backend="chunked")
-    assert torch.equal(y, wanted)
-    assert torch.equal(state, wanted_state)
-    assert not kernels_by_hand

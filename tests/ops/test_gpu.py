@@ -27,15 +27,7 @@ from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, resolve_backend
 from hgrn2.ops.cuda import launch
 from hgrn2.ops.cuda.plan import CHUNK
 from tests.numerics import EXTREME_RMS, assert_close, assert_equal, assert_no_worse, relative_error, run
-from tests.ops.scan_cases import (
-    decays,
-    free_inputs,
-    honest_gated_scan,
-    honest_scan,
-    slow,
-    spread,
-    tied_inputs,
-)
+from tests.ops.scan_cases import BY_TOKEN, decays, free_inputs, honest, slow, spread, tied_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,7 +43,6 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT /
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 INPUTS = {hgrn2_scan: tied_inputs, gated_scan: free_inputs}
-HONEST = {hgrn2_scan: honest_scan, gated_scan: honest_gated_scan}
 OPERATORS = tuple(INPUTS)
 both_operators = pytest.mark.parametrize("op", OPERATORS, ids=lambda op: op.__name__)
 # float32 products of three TF32 ones, summed in another order than on a CPU
@@ -59,7 +50,6 @@ ORDINARY_RMS = 5e-6
 # other strides may be other code, which adds up in another order
 SAME_RMS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 LOW = (torch.bfloat16, torch.float16)
-BY_TOKEN = ("q", "f", "k", "v", "log_f")
 # empty ones first, in a row and last; single tokens, whole chunks, more than a chunk
 CU_SEQLENS = (0, 0, 1, 65, 65, 65, 129, 135, 1000, 1000)
 
@@ -159,31 +149,6 @@ def exact(op, inputs, backend="reference", **settings):
 def exact_in_chunks(op, inputs, **settings):
     """For long sequences; in float64 the chunked form has the recurrence's digits (`test_agreement.py`)."""
     return exact(op, inputs, "chunked", **settings)
-
-
-def honest(op, inputs, reverse: bool):
-    """Honest torch in the dtype of the inputs, sequence by sequence, in either direction of time."""
-
-    def whole(**inputs):
-        if reverse:
-            inputs = {name: x.flip(1) if name in BY_TOKEN else x for name, x in inputs.items()}
-        y, state = HONEST[op](**inputs)
-        return (y.flip(1) if reverse else y), state
-
-    def packed(cu_seqlens, initial_state, **inputs):
-        if cu_seqlens is None:
-            return whole(cu_seqlens=None, initial_state=initial_state, **inputs)
-        outputs, states = [], []
-        for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
-            state = initial_state[n : n + 1]
-            if start < stop:
-                part = {name: x[:, start:stop] if name in BY_TOKEN else x for name, x in inputs.items()}
-                y, state = whole(cu_seqlens=None, initial_state=state, **part)
-                outputs.append(y)
-            states.append(state)
-        return torch.cat(outputs, 1), torch.cat(states)
-
-    return run(packed, inputs)
 
 
 @pytest.fixture(scope="module", autouse=True)

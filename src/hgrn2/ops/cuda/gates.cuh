@@ -20,8 +20,7 @@ struct Place {
 
 // Asked anew by every stage of the work: few registers are left over to keep it in
 __device__ __forceinline__ Place place_of_thread() {
-    u32 thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    u32 thread = thread_index();
     Place at;
     at.warp = thread >> 5, at.lane = thread & 31;
     at.g = at.lane >> 2, at.c = at.lane & 3, at.block = at.warp & 3, at.half = at.warp >> 2;

@@ -18,10 +18,10 @@ THREADS, GRADIENT_THREADS, CARRY_THREADS, PACKED_THREADS = 512, 256, 128, 1024
 # what each file of kernels is compiled with, in the order in which one needs the other
 SOURCES = {
     "walk.cu": (
-        "chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh", "carry.cuh",
-        "packed.cuh", "walk.cu",
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh",
+        "carry.cuh", "packed.cuh", "walk.cu",
     ),
-    "gradient.cu": ("chunk.cuh", "gradient.cuh", "gradient_joins.cuh", "gradient.cu"),
+    "gradient.cu": ("instructions.cuh", "chunk.cuh", "gradient.cuh", "gradient_joins.cuh", "gradient.cu"),
 }  # fmt: skip
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
@@ -442,10 +442,14 @@ def _compiled(
         f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
         f"-DPACKED={int(packed)}",
     )
+    return compiler.load(_source(file), options, name, *_resources(file, name))
+
+
+def _resources(file: str, name: str) -> tuple[int, int]:
+    """Bytes of dynamic shared memory, and threads, of a program."""
     walk, gradient = (_WALK_SHARED, THREADS), (_GRADIENT_SHARED, GRADIENT_THREADS)
     special = {"carry_states": (0, CARRY_THREADS), "cut_sequences": (0, PACKED_THREADS)}
-    shared_bytes, threads = special.get(name, walk if file == "walk.cu" else gradient)
-    return compiler.load(_source(file), options, name, shared_bytes, threads)
+    return special.get(name, walk if file == "walk.cu" else gradient)
 
 
 @functools.cache

@@ -50,10 +50,8 @@ __device__ __forceinline__ int remove_bad(u32 panel, int column) {
 #pragma unroll 1
     for (int token = 0; token < CHUNK; token++) {
         u32 place = panel + panel_place(token, column >> 3) + 2 * (column & 7);
-        unsigned short x;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(place) : "memory");
-        if ((x & EXPONENT) != EXPONENT) continue;
-        asm volatile("st.shared.u16 [%0], %1;" ::"r"(place), "h"((unsigned short)0) : "memory");
+        if ((load_shared_number(place) & EXPONENT) != EXPONENT) continue;
+        store_shared_number(place, 0);
         if (BACK || found == CHUNK) found = token;
     }
     return found;

@@ -161,11 +161,11 @@ __device__ __forceinline__ void walk(const WalkArguments& a) {
         for (int i = threadIdx.x; i < 4 * SCORE_BYTES / 4; i += THREADS) store_shared(m.scores(0, 0) + 4 * i, 0u);
     __syncthreads();
     if (threadIdx.x < GATE_THREADS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GATE_REGISTERS));
+        give_registers<GATE_REGISTERS>();
         if constexpr (SUMMARY) summarize_gates<BACK>(a, m, first, end, row);
         else work_on_gates<OUTPUT, BACK>(a, m, first, end, row);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(STATE_REGISTERS));
+        take_registers<STATE_REGISTERS>();
         if constexpr (SUMMARY) summarize_state<BACK>(a, m, first, end);
         else work_on_state<OUTPUT, BACK, KEEP>(a, m, first, end, row);
     }

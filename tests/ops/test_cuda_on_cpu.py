@@ -1,0 +1,245 @@
+"""The CUDA kernels' own code without a GPU, thread by thread, against the float64 recurrence. See `cuda_emulator.h`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from hgrn2.ops import hgrn2_scan
+from hgrn2.ops import scan as scan_module
+from hgrn2.ops.cuda import compiler, launch, plan
+from tests.numerics import assert_close, assert_equal, assert_no_worse, run
+from tests.ops.cuda_emulator import Emulator
+from tests.ops.scan_cases import honest, spread, tied_inputs
+
+pytestmark = pytest.mark.skipif(
+    platform.system() != "Linux" or not shutil.which("g++"), reason="the kernels are emulated with Linux and g++"
+)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    return Emulator(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def kernels(emulator, monkeypatch):
+    """Tensors of the CPU go to the CUDA kernels."""
+    monkeypatch.setattr(launch, "_compiled", emulator.compiled)
+    monkeypatch.setattr(compiler, "current_stream", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(scan_module, "_resolve", lambda backend, *_: "cuda" if backend == "auto" else backend)
+    monkeypatch.setattr(emulator, "seed", 0)
+    emulator.launched.clear()
+    return emulator
+
+
+def exact(inputs, **settings):
+    return run(hgrn2_scan, inputs, dtype=torch.float64, backend="reference", **settings)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call. `shift` is added to the gates: far below 0 they are too near to 0 for dense products."""
+
+    length: int = 130
+    batch: int = 1
+    heads: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    shift: float | str = 0.0
+    reverse: bool = False
+    bound: float | None = 0.9
+    cu_seqlens: tuple[int, ...] | None = None
+
+    def inputs(self) -> dict[str, Any]:
+        cu_seqlens = None if self.cu_seqlens is None else list(self.cu_seqlens)
+        shape = (self.batch, self.length, self.heads, 128, 128)
+        inputs = tied_inputs(*shape, dtype=self.dtype, bound=self.bound, cu_seqlens=cu_seqlens)
+        shift = spread(inputs["f"].shape, (-30.0, 0.0, 8.0)) if self.shift == "wild" else self.shift
+        return inputs | {"f": (inputs["f"] + shift).to(self.dtype)}
+
+
+PACKED = (0, 0, 1, 65, 65, 65, 129, 190, 190)
+CASES = [
+    *(Case(length, batch=2, reverse=length % 2 == 1) for length in (1, 15, 63, 64, 65, 130, 200)),
+    *(Case(shift=s, bound=b, reverse=True) for s in (-2.0, -6.0, -20.0, 6.0, "wild") for b in (None, 0.9)),
+    *(Case(190, shift=shift, reverse=r, cu_seqlens=PACKED) for shift in (0.0, -6.0, "wild") for r in (False, True)),
+    *(Case(190, dtype=torch.float16, shift=shift, bound=None) for shift in (0.0, -6.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(kernels, case):
+    inputs = case.inputs()
+    # gradients in float16 are the Triton kernels'
+    settings: dict[str, Any] = {"gradients": case.dtype == torch.bfloat16, "reverse": case.reverse}
+    wanted = exact(inputs, **settings)
+    rival = {name: x for name, x in honest(hgrn2_scan, inputs, case.reverse).items() if name in wanted}
+    assert_no_worse(run(hgrn2_scan, inputs, **settings), rival, wanted)
+
+
+# multiprocessors, states kept at a time, shortest walk; the launches that tell which way was gone
+CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132, 2048, 8, {"carry_states"})]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=["whole", "parts", "segments and parts", "segments"])
+@pytest.mark.parametrize("shift", [0.0, "wild"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_however_the_work_is_cut(kernels, monkeypatch, cut, shift, packed):
+    for name, number in zip(("MULTIPROCESSORS", "STATES", "SHORTEST_WALK"), cut, strict=False):
+        monkeypatch.setattr(plan, name, number)
+    case = Case(300, heads=2, shift=shift, cu_seqlens=(0, 70, 70, 300) if packed else None)
+    inputs = case.inputs()
+    assert_close(run(hgrn2_scan, inputs), exact(inputs), 5e-3)
+    assert kernels.launched & {"carry_states"} == cut[-1]
+
+
+@pytest.mark.parametrize("shift", [0.0, "wild"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_same_bits_whoever_is_first(kernels, packed, shift):
+    inputs = Case(190, shift=shift, cu_seqlens=PACKED if packed else None).inputs()
+    first = run(hgrn2_scan, inputs)
+    for seed in range(1, 5):
+        kernels.seed = seed
+        assert_equal(run(hgrn2_scan, inputs), first)
+
+
+@pytest.mark.parametrize("shift", [0.0, -6.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_values_stay_where_they_belong(kernels, bad, shift):
+    inputs = Case(200, shift=shift).inputs()
+    y, state = hgrn2_scan(**inputs)
+    inputs["v"][0, 100, 0, 3] = bad
+    found, found_state = hgrn2_scan(**inputs)
+    touched = torch.zeros_like(y, dtype=torch.bool)
+    touched[:, 100:, :, 3] = True
+    assert torch.equal(found[~touched], y[~touched])
+    assert not found[0, 100, 0, 3].isfinite()
+    others = torch.arange(128) != 3
+    assert torch.equal(found_state[..., others], state[..., others])
+    assert not found_state[..., 3].isfinite().any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("bound", [None, 0.9])
+def test_gradients_reach_every_input(kernels, bound, state, packed, compiled):
+    cu_seqlens = [0, 0, 70, 130] if packed else None
+    inputs = tied_inputs(1, 130, 1, 128, 128, dtype=torch.bfloat16, bound=bound, state=state, cu_seqlens=cu_seqlens)
+    torch.compiler.reset()
+    op = torch.compile(hgrn2_scan, fullgraph=True, backend="aot_eager") if compiled else hgrn2_scan
+    assert_close(run(op, inputs, reverse=True, scale=0.7), exact(inputs, reverse=True, scale=0.7), 5e-3)
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["outputs", "final state"])
+def test_gradients_of_one_output(kernels, used):
+    def one(**inputs):
+        return hgrn2_scan(**inputs)[used : used + 1]
+
+    def exact_one(**inputs):
+        return hgrn2_scan(**inputs, backend="reference")[used : used + 1]
+
+    inputs = Case().inputs()
+    found = run(one, inputs, outputs=("y",))
+    wanted = run(exact_one, inputs, outputs=("y",), dtype=torch.float64)
+    if used == 1:
+        # the final state has no query in it
+        assert found.pop("d_q").count_nonzero() == wanted.pop("d_q").count_nonzero() == 0
+    assert_close(found, wanted, 5e-3)
+
+
+@pytest.mark.parametrize("activation", ["none", "sigmoid"])
+def test_activations(kernels, activation):
+    inputs = Case(70).inputs()
+    found, wanted = run(hgrn2_scan, inputs, q_activation=activation), exact(inputs, q_activation=activation)
+    assert_close(found, wanted, 5e-3)
+
+
+def test_strided_inputs(kernels):
+    # slices of one projection, whose rows begin at multiples of 16 bytes, and at none
+    for shift in (0, 1):
+        projection = torch.randn(2, 100, 3 * 256 + shift).bfloat16()[..., shift:]
+        parts = [x.unflatten(-1, (2, 128)) for x in projection.chunk(3, -1)]
+        inputs = dict(zip("qfv", parts, strict=True)) | {"lower_bound": torch.full((2, 128), 0.5)}
+        whole = {name: x.contiguous() for name, x in inputs.items()}
+        assert_equal(run(hgrn2_scan, inputs), run(hgrn2_scan, whole))
+
+
+def test_no_coarse_states_without_a_gradient(kernels):
+    hgrn2_scan(**Case().inputs())
+    assert "forward_outputs" in kernels.launched
+    assert not any(name.startswith("backward") for name in kernels.launched)
+
+
+# a program of 64 threads: what it does, what of that makes it right, and which thread's number each one gets
+WAITS = [
+    ("own[thread] = thread; {} a.numbers[thread] = own[thread ^ 32];", "__syncthreads();", 32),
+    ("own[thread] = thread; {} a.numbers[thread] = own[thread ^ 32];", "barrier_wait(1, 64);", 32),
+    ("own[thread] = thread; {} a.numbers[thread] = own[thread ^ 1];", "__syncwarp();", 1),
+    ("copy_async(base + 16 * thread, a.numbers + 4 * thread, true); copy_commit(); {} __syncthreads();"
+     "a.numbers[thread] = own[thread ^ 32];", "copy_wait();", 32),
+]  # fmt: skip
+# what it does, and what is said of it
+MISTAKES = [
+    ("barrier_wait(1, 96);", "threads wait for nobody.* barrier 1 has 64 of 96"),
+    ("if (thread < 32) barrier_wait(1, 64); else barrier_wait(1, 96);", "two numbers of threads"),
+    ("store_shared(base + 1024, 0);", "no 4 bytes of shared memory at 1024"),
+    ("u32 r[4]; load_fragment(r, base + 8);", "no 16 bytes of shared memory at 8"),
+    ("copy_async(base, a.numbers + 1, true);", "no multiple of 16"),
+    ("if (thread & 1) __syncwarp(); else thread = __shfl_sync(~0u, thread, 0);", "lanes part"),
+    ("float d[4][4] = {}; for (int i = 0; i < 9; i++) multiply_straight(d, 64, 64, true); products_commit();",
+     "products it did not wait for"),
+]  # fmt: skip
+BODIES = [
+    *(body.format(wait) for body, needed, _ in WAITS for wait in (needed, "")),
+    *(body for body, _ in MISTAKES),
+]  # fmt: skip
+SOURCE = "struct Numbers { int* numbers; };" + "".join(
+    f"""
+extern "C" __global__ void kernel_{i}(const __grid_constant__ Numbers a) {{
+    extern __shared__ __align__(1024) char shared[];
+    int thread = threadIdx.x, *own = (int*)shared;
+    u32 base = shared_address(shared);
+    {body}
+}}"""
+    for i, body in enumerate(BODIES)
+)
+
+
+class Numbers(ctypes.Structure):
+    """Argument of the programs above."""
+
+    _fields_ = (("numbers", ctypes.c_void_p),)
+
+
+def emulate(emulator, body: str) -> list[list[int]]:
+    """What the threads leave behind, each time with another order of things."""
+    names, which = tuple(f"kernel_{i}" for i in range(len(BODIES))), BODIES.index(body)
+    kernel = emulator.kernel("\n" + SOURCE + "\n", names, names[which], {"BFLOAT16": 1}, 1024, 64)
+    found = []
+    for emulator.seed in range(4):
+        numbers = torch.arange(256, dtype=torch.int32)
+        kernel.launch((1, 1, 1), Numbers(numbers.data_ptr()))
+        found.append(numbers[:64].tolist())
+    return found
+
+
+@pytest.mark.parametrize(("body", "wait", "other"), WAITS)
+def test_what_a_missing_wait_does(emulator, body, wait, other):
+    wanted = [i ^ other for i in range(64)]
+    assert all(found == wanted for found in emulate(emulator, body.format(wait)))
+    assert any(found != wanted for found in emulate(emulator, body.format("")))
+
+
+@pytest.mark.parametrize(("body", "problem"), MISTAKES)
+def test_what_is_wrong_on_any_gpu_is_told(emulator, body, problem):
+    with pytest.raises(RuntimeError, match=problem):
+        emulate(emulator, body)
