@@ -52,7 +52,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hgrn2.ops import hgrn2_step
 
-SHAPES = ((16, 2048), (4, 8192), (1, 32_768), (1, 131_072))
+SHAPES = ((16, 2048), (4, 8192), (1, 32_768), (1, 131_072), (32, 1024))
 HEADS, WIDTH = 16, 128
 DECODING_BATCHES = (1, 64, 256)
 STEPS = 10

@@ -70,6 +70,13 @@ def test_what_the_kernels_cannot_take(device, dtype, k_width, v_width, reason):
         assert resolve_backend("auto", device, dtype, k_width, v_width) == "chunked"
 
 
+def test_gpus_of_others_get_plain_torch(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert resolve_backend("auto", CUDA, torch.bfloat16, 128, 128) == "chunked"
+    assert "GPUs of NVIDIA" in refused("triton", CUDA, torch.bfloat16, 128, 128)
+
+
 def test_a_missing_triton_is_warned_of_once(monkeypatch):
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", "Triton is not installed")
     arguments = ("auto", CUDA, torch.float32, 64, 64)

@@ -104,3 +104,55 @@ def test_inputs_at_any_address_can_be_read_16_bytes_at_a_time():
         found = launch._aligned(x)
         assert found.data_ptr() % 16 == 0
         assert torch.equal(found, x)
+
+
+class Driver:
+    """One that takes what was compiled and nothing else."""
+
+    def __init__(self):
+        self.loaded = []
+
+    def cuModuleLoadData(self, module, binary):
+        self.loaded.append(binary)
+        return 0 if binary == b"kernels" else 200
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    driver = Driver()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler, "_driver", lambda: driver)
+    monkeypatch.setattr(compiler, "_compile", lambda source, options: b"kernels")
+    monkeypatch.setattr(compiler._compiler(), "nvrtcVersion", lambda *_: 0, raising=False)
+    compiler._module.cache_clear()
+    yield driver
+    compiler._module.cache_clear()
+
+
+@needs_compiler
+def test_what_was_compiled_is_kept(driver, tmp_path):
+    for device in range(2):
+        compiler._module("source", (), device)
+    (kept,) = (tmp_path / "cache").rglob("*.cubin")
+    assert kept.read_bytes() == b"kernels"
+    assert driver.loaded == [b"kernels"] * 2
+    # what a crash left behind is made anew
+    kept.write_bytes(b"")
+    compiler._module("source", (), 2)
+    assert driver.loaded[2:] == [b"", b"kernels"]
+    assert kept.read_bytes() == b"kernels"
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+@needs_compiler
+def test_no_folder_to_keep_it_in(driver, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("")
+    compiler._module("source", (), 0)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(compiler.Path, "home", no_home)
+    compiler._module("source", (), 1)
+    assert driver.loaded == [b"kernels"] * 2

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgrn2.ops import hgrn2_scan
 from hgrn2.ops import scan as scan_module
@@ -95,6 +96,8 @@ CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132
 def test_however_the_work_is_cut(kernels, monkeypatch, cut, shift, packed):
     for name, number in zip(("MULTIPROCESSORS", "STATES", "SHORTEST_WALK"), cut, strict=False):
         monkeypatch.setattr(plan, name, number)
+    # programs of the exact gradients then have several chunks each
+    monkeypatch.setattr(launch, "MULTIPROCESSORS", cut[0])
     case = Case(300, heads=2, shift=shift, cu_seqlens=(0, 70, 70, 300) if packed else None)
     inputs = case.inputs()
     assert_close(run(hgrn2_scan, inputs), exact(inputs), 5e-3)
@@ -171,6 +174,85 @@ def test_strided_inputs(kernels):
         inputs = dict(zip("qfv", parts, strict=True)) | {"lower_bound": torch.full((2, 128), 0.5)}
         whole = {name: x.contiguous() for name, x in inputs.items()}
         assert_equal(run(hgrn2_scan, inputs), run(hgrn2_scan, whole))
+
+
+@pytest.mark.parametrize("kind", ["expanded", "slice", "layer", "turned"])
+def test_a_bound_of_any_strides(kernels, kind):
+    inputs = Case(70, heads=2).inputs()
+    bound = inputs["lower_bound"]
+    inputs["lower_bound"] = {
+        "expanded": bound[:1].expand(2, 128),
+        "slice": torch.cat((bound, bound + 0.1), 1)[:, :128],
+        "layer": torch.stack((bound, bound), 1)[:, 1],
+        "turned": bound.T.contiguous().T,
+    }[kind]
+    assert_close(run(hgrn2_scan, inputs), exact(inputs), 5e-3)
+
+
+@pytest.mark.parametrize("bounds", [[0, 200, 0, 200], [0, 1000], [-100, 200], [0, 300, 100], [200, 0]])
+def test_boundaries_that_do_not_fit_touch_no_other_memory(kernels, monkeypatch, bounds):
+    inputs = Case(200, cu_seqlens=tuple(bounds)).inputs()
+    made = []
+
+    def guarded(shape, *args, empty=torch.empty, **kwargs):
+        """Room within more room, which holds a number that nobody writes."""
+        shape = torch.Size((shape,) if isinstance(shape, int) else shape)
+        size = shape.numel()
+        whole = empty(size + 2**15, *args, **kwargs).fill_(12345)
+        made.append((whole, size))
+        return whole[:size].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    # on a GPU nobody waits to look at values
+    monkeypatch.setattr(scan_module, "_values_are_at_hand", lambda *_: False)
+    found = run(hgrn2_scan, inputs)
+    assert made
+    assert all((whole[size:] == whole.new_tensor(12345)).all() for whole, size in made)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+class Watched(TorchDispatchMode):
+    """Sees operators, which some other modes need to."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen.add(str(func))
+        return func(*args, **kwargs or {})
+
+
+seen: set[str] = set()
+
+
+def test_whoever_looks_on_sees_the_operators(kernels):
+    inputs = Case().inputs()
+    wanted = run(hgrn2_scan, inputs)
+    with Watched():
+        assert_equal(run(hgrn2_scan, inputs), wanted)
+    assert seen >= {"hgrn2.cuda_scan.default", "hgrn2.cuda_scan_backward.default"}
+
+
+def test_a_second_derivative_is_refused(kernels):
+    inputs = Case(70).inputs()
+    q = inputs["q"].requires_grad_()
+    (grad,) = torch.autograd.grad(hgrn2_scan(**inputs)[0].float().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.float().sum().backward()
+
+
+def test_sequences_beside_each_other_change_no_bit(kernels, monkeypatch):
+    # one walk over both; rounding that one owes is not the other's
+    monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
+    inputs = Case(400, shift=6.0, cu_seqlens=(0, 200, 400)).inputs()
+    wanted = run(hgrn2_scan, inputs)
+    changed = inputs | {"f": inputs["f"].clone()}
+    changed["f"][:, :200] -= 1.0
+    found = run(hgrn2_scan, changed)
+    assert torch.equal(found["y"][:, 200:], wanted["y"][:, 200:])
+    assert torch.equal(found["final_state"][1], wanted["final_state"][1])
+    changed = inputs | {"f": inputs["f"].clone()}
+    changed["f"][:, 200:] -= 1.0
+    found = run(hgrn2_scan, changed)
+    assert torch.equal(found["d_v"][:, :200], wanted["d_v"][:, :200])
+    assert torch.equal(found["d_initial_state"][0], wanted["d_initial_state"][0])
 
 
 def test_no_coarse_states_without_a_gradient(kernels):

@@ -44,6 +44,27 @@ def test_rows_and_gradients(shape, weighted, backend):
 
 
 @backends
+@pytest.mark.parametrize("weighted", [True, False])
+def test_second_derivatives(backend, weighted):
+    given = inputs((3, 7), weighted)
+
+    def penalty(x, norm, weight=None):
+        # the gradient of a sum alone: nothing that comes in from above is differentiable
+        wanted = [x] if weight is None else [x, weight]
+        grads = torch.autograd.grad(norm(x, weight=weight).sum(), wanted, create_graph=True)
+        return (sum(grad.square().sum() for grad in grads),)
+
+    found = run(partial(penalty, norm=lambda x, weight: ours(x, 0.3, backend, weight=weight)[0]), given, outputs=("y",))
+    wanted = run(
+        partial(penalty, norm=lambda x, weight: exact_norm(x, 0.3, weight)[0]),
+        given,
+        outputs=("y",),
+        dtype=torch.float64,
+    )
+    assert_close(found, wanted, 1e-5)
+
+
+@backends
 def test_any_strides_and_no_rows(backend):
     whole = torch.randn(6, 4, 20, generator=torch.Generator().manual_seed(1))
     for x in (whole[:, 1], whole.transpose(0, 1), whole[..., ::2], whole[:0]):

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from hgrn2.ops import gated_scan, hgrn2_scan
+from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step
 from tests.numerics import (
     EXTREME_RMS,
     FLOAT64_RMS,
@@ -202,6 +203,36 @@ def test_only_what_needs_a_gradient_gets_one(op):
     assert all(x is None or x.grad is None for name, x in inputs.items() if name != "v")
     with torch.no_grad():
         assert not op(**inputs)[0].requires_grad
+
+
+# torch's own derivatives in forward mode are written in what it no longer recommends
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@both_operators
+@pytest.mark.parametrize("name", ["q", "v", "initial_state"])
+def test_forward_mode_is_the_reference_s(op, name):
+    inputs = INPUTS[op](1, 5, 1)
+    others = {key: x for key, x in inputs.items() if key != name}
+
+    def outputs(x, backend):
+        return op(**others, **{name: x}, backend=backend)
+
+    x, tangent = inputs[name], torch.ones_like(inputs[name])
+    _, (dy, _) = torch.func.jvp(lambda x: outputs(x, "reference"), (x,), (tangent,))
+    assert dy.abs().max() > 0
+    # torch would say zero
+    with pytest.raises(NotImplementedError, match=r"'chunked' has no derivative in forward mode.*reference"):
+        torch.func.jvp(lambda x: outputs(x, "auto"), (x,), (tangent,))
+    with forward_ad.dual_level():
+        outputs(x, "auto")
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            outputs(forward_ad.make_dual(x, tangent), "auto")
+
+
+def test_a_step_of_shapes_alone():
+    q = torch.empty(2, 3, 16, device="meta")
+    y, state = hgrn2_step(q, q, q, torch.empty(2, 3, 16, 16, device="meta"))
+    assert y.shape == (2, 3, 16)
+    assert state.shape == (2, 3, 16, 16)
 
 
 @both_operators

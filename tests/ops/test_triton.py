@@ -131,6 +131,18 @@ def test_no_packed_sequence(op):
     assert found["final_state"].shape == (0, 2, 16, 20)
 
 
+@both_operators
+@pytest.mark.parametrize("bounds", [[-100, 40], [0, 1000], [0, 100, 20], [40, 0]])
+def test_boundaries_that_do_not_fit_give_numbers(op, bounds):
+    inputs = INPUTS[op](1, 40, 1, cu_seqlens=[0, 40] if len(bounds) == 2 else [0, 20, 40])
+    # traced tensors have no values to be checked, as on a GPU
+    wrong = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hgrn2.ops.scan._values_are_at_hand", lambda *_: False)
+        found = run(op, inputs | {"cu_seqlens": wrong}, backend="triton")
+    assert all(x.isfinite().all() for x in found.values())
+
+
 def test_packed_bounds_of_any_stride():
     inputs = tied_inputs(1, 40, 1, cu_seqlens=[0, 10, 20, 40])
     strided = torch.stack((inputs["cu_seqlens"], torch.zeros(4, dtype=torch.int32)), 1)[:, 0]

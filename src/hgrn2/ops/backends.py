@@ -100,6 +100,8 @@ def _unsuitable(device: torch.device, dtype: torch.dtype, k_width: int, v_width:
     """Why the kernels cannot take such inputs."""
     if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
         return f"the inputs are on {device}, and its kernels need a GPU"
+    if torch.version.hip:
+        return "its kernels are for GPUs of NVIDIA"
     if dtype not in TRITON_DTYPES:
         return f"its kernels do not take {dtype}"
     if min(k_width, v_width) < NARROWEST or max(k_width, v_width) > WIDEST:

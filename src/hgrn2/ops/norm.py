@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from hgrn2.ops.backends import triton_runs
@@ -27,10 +26,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, b
         weight: [W] or None.
         eps: added to the mean square.
         dtype: of the result.
-        backend: "triton", one kernel that reads x in its dtype, computes in float32 and writes `dtype`, without a
-            second derivative; "torch", which computes in the weight's dtype and converts. "auto" is the first on a GPU
-            where dtypes differ, or where x is large and its gradient is recorded; not under torch.compile, which fuses
-            by itself, nor under transforms of torch.func and for tensors that only have a shape.
+        backend: "triton", one kernel that reads x in its dtype, computes in float32 and writes `dtype`; "torch", which
+            computes in the weight's dtype and converts. "auto" is the first on a GPU where dtypes differ, or where x is
+            large and its gradient is recorded; not under torch.compile, which fuses by itself, nor under transforms of
+            torch.func and for tensors that only have a shape.
 
     Returns:
         [..., W].
@@ -55,6 +54,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, b
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         weight = None if weight is None else weight.contiguous()
         return _RMSNorm.apply(rows, weight, eps, dtype).view(x.shape)  # pyright: ignore[reportOptionalMemberAccess]
+    return _in_torch(x, weight, eps, dtype)
+
+
+def _in_torch(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     computed = torch.promote_types(x.dtype, dtype) if weight is None else weight.dtype
     return functional.rms_norm(x.to(computed), x.shape[-1:], weight, eps).to(dtype)
 
@@ -76,12 +79,18 @@ class _RMSNorm(torch.autograd.Function):
 
         y, factor = norm.forward(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, factor)
+        ctx.settings = eps, dtype
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         from hgrn2.ops.triton import norm
 
         x, weight, factor = ctx.saved_tensors
-        return *norm.backward(dy.contiguous(), x, weight, factor, ctx.needs_input_grad[1]), None, None
+        if not torch.is_grad_enabled():
+            return *norm.backward(dy.contiguous(), x, weight, factor, ctx.needs_input_grad[1]), None, None
+        # the gradients' own gradients are torch's
+        wanted = [t for t, needed in zip((x, weight), ctx.needs_input_grad[:2], strict=True) if needed]
+        found = iter(torch.autograd.grad(_in_torch(x, weight, *ctx.settings), wanted, dy, create_graph=True))
+        dx, d_weight = (next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+        return dx, d_weight, None, None

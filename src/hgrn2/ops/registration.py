@@ -1,12 +1,64 @@
-"""The backends as torch operators: opaque to torch.compile, with shapes and gradients it can reason about."""
+"""The backends as torch operators: opaque to torch.compile, with shapes and gradients it can reason about.
+
+The dispatcher's way to an operator written in Python costs more time than the launches of a GPU's kernels. So where
+nobody looks on (no compiler, transform, tensor of another type or mode that sees operators) autograd alone is told.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hgrn2.ops import chunked
 from hgrn2.ops.gates import FreeGate, TiedGate
+
+
+def _with_a_direct_way(
+    operator: Callable[..., Any],
+    forward: Callable[..., Any],
+    setup: Callable[..., None],
+    backward: Callable[..., Any],
+    gradients: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The operator, or the functions it is made of where only autograd need know of the call.
+
+    Args:
+        operator: as registered.
+        forward: what it does.
+        setup: saves for the backward pass what it needs, as torch.library's setup_context.
+        backward: as for register_autograd, with the function that finds the gradients as a last argument.
+        gradients: that function, not the operator of it.
+    """
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            # the operator refuses a second derivative, if somebody asks for one
+            return backward(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads, gradients)
+
+    def call(*inputs: Any) -> Any:
+        return Direct.apply(*inputs) if _nobody_looks_on(inputs) else operator(*inputs)
+
+    return call
+
+
+def _nobody_looks_on(inputs: tuple[Any, ...]) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs if isinstance(x, Tensor))
+        and not torch._C._are_functorch_transforms_active()
+        and _get_current_dispatch_mode() is None
+    )
 
 
 @torch.library.custom_op("hgrn2::chunked_scan", mutates_args=())
@@ -154,8 +206,7 @@ def _gated_backward(ctx, dy, d_final_state, _):
 chunked_gated_scan.register_autograd(_gated_backward, setup_context=_gated_setup)
 
 
-@torch.library.custom_op("hgrn2::triton_scan", mutates_args=())
-def triton_scan(
+def _triton_forward(
     q: Tensor, f: Tensor, k: Tensor | None, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, v_activation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -167,15 +218,17 @@ def triton_scan(
     )
 
 
-@triton_scan.register_fake
+_triton_op = torch.library.custom_op("hgrn2::triton_scan", _triton_forward, mutates_args=())
+
+
+@_triton_op.register_fake
 def _(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation):
     num_states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_state = q.new_empty((num_states, *q.shape[2:], v.shape[-1]), dtype=torch.float32)
     return q.new_empty(v.shape), final_state
 
 
-@torch.library.custom_op("hgrn2::triton_scan_backward", mutates_args=())
-def _triton_backward_op(
+def _triton_gradients(
     dy: Tensor, d_final_state: Tensor, q: Tensor, f: Tensor, k: Tensor | None, v: Tensor, lower_bound: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str,
     v_activation: str,
@@ -189,7 +242,10 @@ def _triton_backward_op(
     return dq, df, dk, dv, d_bound, d_initial
 
 
-@_triton_backward_op.register_fake
+_triton_gradients_op = torch.library.custom_op("hgrn2::triton_scan_backward", _triton_gradients, mutates_args=())
+
+
+@_triton_gradients_op.register_fake
 def _(
     dy,
     d_final_state,
@@ -214,23 +270,21 @@ def _triton_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _triton_backward(ctx, dy, d_final_state):
+def _triton_backward(ctx, dy, d_final_state, gradients=_triton_gradients_op):
     tensors = ctx.saved_tensors
     _, _, k, _, lower_bound, initial_state, _ = tensors
-    dq, df, dk, dv, d_bound, d_initial = torch.ops.hgrn2.triton_scan_backward(
-        dy, d_final_state, *tensors, *ctx.settings
-    )
+    dq, df, dk, dv, d_bound, d_initial = gradients(dy, d_final_state, *tensors, *ctx.settings)
     dk = None if k is None else dk
     d_bound = None if lower_bound is None else d_bound
     d_initial = None if initial_state is None else d_initial
     return dq, df, dk, dv, d_bound, d_initial, None, None, None, None, None
 
 
-triton_scan.register_autograd(_triton_backward, setup_context=_triton_setup)
+_triton_op.register_autograd(_triton_backward, setup_context=_triton_setup)
+triton_scan = _with_a_direct_way(_triton_op, _triton_forward, _triton_setup, _triton_backward, _triton_gradients)
 
 
-@torch.library.custom_op("hgrn2::cuda_scan", mutates_args=())
-def cuda_scan(
+def _cuda_forward(
     q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, coarse: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -241,7 +295,10 @@ def cuda_scan(
     return launch.forward(scan, coarse)
 
 
-@cuda_scan.register_fake
+_cuda_op = torch.library.custom_op("hgrn2::cuda_scan", _cuda_forward, mutates_args=())
+
+
+@_cuda_op.register_fake
 def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, coarse):
     from hgrn2.ops.cuda.launch import coarse_shape
 
@@ -253,8 +310,7 @@ def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activat
     return q.new_empty(v.shape), final_state, final_state.new_empty(kept)
 
 
-@torch.library.custom_op("hgrn2::cuda_scan_backward", mutates_args=())
-def _cuda_backward_op(
+def _cuda_gradients(
     dy: Tensor, d_final_state: Tensor | None, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, states: Tensor, reverse: bool, scale: float,
     q_activation: str, coarse: int,
@@ -280,7 +336,10 @@ def _cuda_backward_op(
     return dq, df, dv, d_bound, d_initial
 
 
-@_cuda_backward_op.register_fake
+_cuda_gradients_op = torch.library.custom_op("hgrn2::cuda_scan_backward", _cuda_gradients, mutates_args=())
+
+
+@_cuda_gradients_op.register_fake
 def _(dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, reverse, scale, q_activation, coarse):
     inputs = (q, f, v, lower_bound, initial_state)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
@@ -293,17 +352,18 @@ def _cuda_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _cuda_backward(ctx, dy, d_final_state, _):
+def _cuda_backward(ctx, dy, d_final_state, _, gradients=_cuda_gradients_op):
     if dy is None:
         dy = torch.zeros_like(ctx.saved_tensors[2])
     *_, lower_bound, initial_state, _, _ = tensors = ctx.saved_tensors
-    dq, df, dv, d_bound, d_initial = torch.ops.hgrn2.cuda_scan_backward(dy, d_final_state, *tensors, *ctx.settings)
+    dq, df, dv, d_bound, d_initial = gradients(dy, d_final_state, *tensors, *ctx.settings)
     d_bound = None if lower_bound is None else d_bound
     d_initial = None if initial_state is None else d_initial
     return dq, df, dv, d_bound, d_initial, None, None, None, None, None
 
 
-cuda_scan.register_autograd(_cuda_backward, setup_context=_cuda_setup)
+_cuda_op.register_autograd(_cuda_backward, setup_context=_cuda_setup)
+cuda_scan = _with_a_direct_way(_cuda_op, _cuda_forward, _cuda_setup, _cuda_backward, _cuda_gradients)
 
 
 @torch.library.custom_op("hgrn2::triton_step", mutates_args=())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hgrn2.ops import reference
 from hgrn2.ops.backends import resolve_backend, triton_runs
@@ -63,8 +65,8 @@ def hgrn2_scan(
         q_activation: "silu", "sigmoid" or "none", applied to q.
         v_activation: "none" or "silu", applied to v.
         backend: "auto", "cuda" (kernels for Hopper GPUs: bfloat16 or float16, K = V = 128, v_activation "none"),
-            "triton" (kernels for any GPU), "chunked" (plain torch on any device) or "reference" (step by step). All are
-            exact for any gate.
+            "triton" (kernels for any GPU of NVIDIA), "chunked" (plain torch on any device) or "reference" (step by
+            step). All are exact for any gate.
         debug: check values on an accelerator too, which waits for it; on a CPU they always are. Without it cu_seqlens
             that do not rise from 0 to T give rows of zeros, or rows that belong to another sequence.
 
@@ -74,6 +76,7 @@ def hgrn2_scan(
     Raises:
         ValueError: shapes, dtypes, devices, values of cu_seqlens or of the lower bound that do not fit; values are
             checked where that needs no wait for an accelerator.
+        NotImplementedError: a derivative in forward mode, which only "reference" has, like second derivatives.
 
     Example:
         >>> import torch, hgrn2
@@ -91,6 +94,7 @@ def hgrn2_scan(
     # a launch takes no larger batch
     plain = v_activation == "none" and q.shape[0] < 1 << 16
     backend = _resolve(backend, q, v, plain)
+    _check_tangents(backend, q, f, v, lower_bound, initial_state)
     if backend == "cuda":
         keep = _needs_gradient(q, f, v, lower_bound, initial_state) and q.dtype == torch.bfloat16
         num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -179,6 +183,7 @@ def gated_scan(
         raise ValueError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
     log_f, initial_state = log_f.to(_state_dtype(q)), _as_state(initial_state, q)
     backend = _resolve(backend, q, v, plain=False)
+    _check_tangents(backend, q, k, v, log_f, initial_state)
     if backend == "triton":
         return triton_scan(q, log_f, k, v, None, initial_state, cu_seqlens, reverse, float(scale), "none", "none")
     if backend == "reference":
@@ -262,6 +267,7 @@ def hgrn2_step(
     new_state = state
     state, lower_bound = state.to(dtype), _as_state(lower_bound, q)
     if backend == "triton":
+        _check_tangents(backend, q, f, v, state, lower_bound)
         if _needs_gradient(q, f, v, state, lower_bound):
             y, state = triton_scan(
                 *(x.unsqueeze(1) for x in (q, f)), None, v.unsqueeze(1), lower_bound, state, None, False, float(scale),
@@ -274,7 +280,8 @@ def hgrn2_step(
     value = activate(v.to(dtype), v_activation)
     query = activate(q.to(dtype), q_activation)
     state = torch.addcmul(key.unsqueeze(-1) * value.unsqueeze(-2), gate.unsqueeze(-1), state)
-    with torch.autocast(q.device.type, enabled=False):
+    # tensors that only have a shape know no autocast
+    with contextlib.nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
         y = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)
     if inplace:
         state = new_state.copy_(state)
@@ -308,6 +315,14 @@ def _values_are_at_hand(x: Tensor, debug: bool) -> bool:
 
 def _needs_gradient(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _check_tangents(backend: str, *inputs: Tensor | None) -> None:
+    """Torch would take the derivative of an operator that has none in forward mode for zero."""
+    if backend == "reference" or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(f"backend {backend!r} has no derivative in forward mode; use backend='reference'")
 
 
 def _check_choice(name: str, found: str, known: tuple[str, ...]) -> None:

@@ -72,35 +72,46 @@ def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, th
     Raises:
         RuntimeError: the compiler or the driver refuses; with what it says.
     """
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    binary = _compiled(source, options)
     _make_context_current()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), binary), "cuModuleLoadData")
+    module, function = _module(source, options, torch.cuda.current_device()), ctypes.c_void_p()
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
     return Kernel(function, shared_bytes, threads)
 
 
 @functools.cache
-def _compiled(source: str, options: tuple[str, ...]) -> bytes:
+def _module(source: str, options: tuple[str, ...], device: int) -> ctypes.c_void_p:
+    module = ctypes.c_void_p()
+    code = _driver().cuModuleLoadData(ctypes.byref(module), _compiled(source, options))
+    if code:
+        # what a crash left in the folder need not be whole
+        binary = _compiled(source, options, anew=True)
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), binary), "cuModuleLoadData")
+    return module
+
+
+def _compiled(source: str, options: tuple[str, ...], anew: bool = False) -> bytes:
     major, minor = ctypes.c_int(), ctypes.c_int()
     _compiler().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     key = repr((source, options, major.value, minor.value)).encode()
-    path = _cache_folder() / f"{hashlib.sha256(key).hexdigest()}.cubin"
-    with contextlib.suppress(OSError):
-        return path.read_bytes()
+    # a folder that cannot be found, read or written costs a compilation a process, nothing else
+    no_folder = contextlib.suppress(OSError, RuntimeError)
+    if not anew:
+        with no_folder:
+            return _cached(key).read_bytes()
     binary = _compile(source, options)
-    # a folder that cannot be written costs a compilation a process, nothing else
-    with contextlib.suppress(OSError):
+    with no_folder:
+        path = _cached(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(binary)
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            Path(folder, path.name).write_bytes(binary)
+            Path(folder, path.name).replace(path)
     return binary
 
 
-def _cache_folder() -> Path:
+def _cached(key: bytes) -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hgrn2" / "cubin"
+    folder = (Path(base) if base else Path.home() / ".cache") / "hgrn2" / "cubin"
+    return folder / f"{hashlib.sha256(key).hexdigest()}.cubin"
 
 
 def _compile(source: str, options: tuple[str, ...]) -> bytes:

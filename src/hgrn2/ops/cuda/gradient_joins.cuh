@@ -44,7 +44,7 @@ __device__ __forceinline__ float2 decay_of(const float* groups, int first, int l
     return product;
 }
 
-// Adds to the gradients of the decays' logarithms what is summed in later (LATE) or earlier eights
+// Adds to the gradients of the decays' logarithms what is summed in other eights
 __device__ __forceinline__ void add_totals(const float* totals, int first, int last, Eight& d_log) {
     float2 sum = make_float2(0.0f, 0.0f);
     for (int j = first; j < last; j++) {

@@ -28,6 +28,7 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
     int chunk = (int)(BACK ? end - 1 : first);
     Span span = span_of(a.spans, chunk, a.length, a.reverse);
     int left = span.left;
+    bool begins = BACK ? span.last : span.first;
     fetch<OUTPUT>(a, m, 0, span, from);
     // read long before it is needed
     if (count > 1) span = span_of(a.spans, chunk + STEP, a.length, a.reverse);
@@ -39,7 +40,10 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         // the slot, and the stage the next chunk goes to, were last used two chunks ago
         if (i >= 2) barrier_wait(EMPTIED + slot, THREADS);
         else if (i == 1) barrier_wait(GATES, GATE_THREADS);  // what the blocks lost is still read
+        // nothing is owed to another sequence
+        if (begins) owed = make_float2(0.0f, 0.0f);
         int next_left = span.left;
+        begins = BACK ? span.last : span.first;
         if (i + 1 < count) {
             fetch<OUTPUT>(a, m, next, span, from);
             if (i + 2 < count) span = span_of(a.spans, chunk + 2 * STEP, a.length, a.reverse);
@@ -127,7 +131,7 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
                 if (a.final) to = a.final + ((i64)now.sequence * a.heads + a.first_head + local) * STATE;
             } else if (BACK) {
                 if (a.after && segment == 0 && i + 1 == count) to = a.after + ((i64)batch * group + local) * STATE;
-            } else if (a.coarse && until_coarse == 1) {
+            } else if (a.coarse && until_coarse == 1 && chunk + 1 < a.end_chunk) {
                 i64 known = (i64)batch * a.pieces + (chunk + 1) / a.coarse_chunks - 1;
                 to = a.coarse + (known * a.heads + a.first_head + local) * STATE;
             }

@@ -20,22 +20,25 @@ from hgrn2.ops.triton.chunks import (
 
 
 @triton.jit
-def _chunk_gradient(
-    i_kept, i_chunk, i_local, i_k, place,
+def chunk_gradient_kernel(
     q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p,
+    first_chunk_p, sequence_p, cu_seqlens_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dy_batch, dy_row, dy_head, T, head, HEADS, ALL_HEADS, K, V, scale,
+    dy_batch, dy_row, dy_head, T, NT, head, HEADS, ALL_HEADS, K, V, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr, HAS_BOUND: tl.constexpr,
-    Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-    LEFT_OVER: tl.constexpr,
+    Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, of the key and of the decay, of one chunk, head and BK channels.
+    """Gradients of q, of the key and of the decay. Programs: (chunks, HEADS, blocks of K).
 
     Every product of decays takes part in X, the query or key times it. The gradient of a decay's logarithm is the sum
     of X dX over the X that hold the decay: terms of one kind added up, none taken away. Gradients are contiguous,
-    [B, T, ALL_HEADS, K]. `place` is what `chunk_place` returned of i_chunk; i_kept is its place among the kept states.
+    [B, T, ALL_HEADS, K].
     """
-    i_batch, start, length, begin = place
+    i_chunk, i_local, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_batch, start, length, begin = chunk_place(i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C, PACKED)
+    if begin >= length:
+        return
     first_k = i_k * BK
     i_head = (head + i_local).to(tl.int64)
     k_columns = first_k + tl.arange(0, BK)
@@ -44,7 +47,7 @@ def _chunk_gradient(
     low = v_p.dtype.element_ty
     # sums of products: bfloat16 has the range for them, float16 not
     wide = tl.bfloat16 if low == tl.bfloat16 else tl.float32
-    at = (i_kept.to(tl.int64) * HEADS + i_local) * K
+    at = (i_chunk.to(tl.int64) * HEADS + i_local) * K
 
     # from the values: gradients of the scores, and of what meets the states
     v_p += i_batch * v_batch + i_head * v_head
@@ -62,12 +65,7 @@ def _chunk_gradient(
         d_scores_t += tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         v_columns = first_v + tl.arange(0, BV)
         inside = (k_columns < K)[None, :] & (v_columns < V)[:, None]
-        if LEFT_OVER:
-            # of each half of K, channel 8 i + 2 c + e is at 16 c + 2 i + e
-            order = k_columns // 64 * 64 + k_columns % 8 // 2 * 16 + k_columns % 64 // 8 * 2 + k_columns % 2
-            places = at * V + v_columns[:, None] * K + order[None, :]
-        else:
-            places = at * V + k_columns[None, :] * V + v_columns[:, None]
+        places = at * V + k_columns[None, :] * V + v_columns[:, None]
         state = tl.load(state_p + places, mask=inside, other=0.0)
         d_state = tl.load(d_state_p + places, mask=inside, other=0.0)
         dq += tl.dot(dy, state.to(low), input_precision=PRECISION)
@@ -114,8 +112,8 @@ def _chunk_gradient(
     d_log += tl.dot((i[:, None] <= i[None, :]).to(wide), w, input_precision=PRECISION)
     w = (k * dk).to(wide)
     d_log += tl.dot((i[:, None] > i[None, :]).to(wide), w, input_precision=PRECISION)
-    # where decays stand alone and where each is followed by 1 minus it
-    decay_p += at if LEFT_OVER else 2 * at
+    # each is followed by 1 minus it
+    decay_p += 2 * at
     whole = tl.load(decay_p + k_columns, mask=k_columns < K, other=0.0)
     d_log += (d_decay * whole)[None, :]
     dq += dq_new
@@ -140,61 +138,3 @@ def _chunk_gradient(
     else:
         store_rows(df_p + out, d_log, rows, exists, out_row, first_k, K, BK)
         store_rows(dk_p + out, dk, rows, exists, out_row, first_k, K, BK)
-
-
-@triton.jit
-def chunk_gradient_kernel(
-    q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p,
-    first_chunk_p, sequence_p, cu_seqlens_p,
-    q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dy_batch, dy_row, dy_head, T, NT, head, HEADS, ALL_HEADS, K, V, scale,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr, HAS_BOUND: tl.constexpr,
-    Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of q, key and decay. Programs: (chunks, HEADS, blocks of K)."""
-    i_chunk = tl.program_id(0)
-    place = chunk_place(i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C, PACKED)
-    if place[3] >= place[2]:
-        return
-    _chunk_gradient(
-        i_chunk, i_chunk, tl.program_id(1), tl.program_id(2), place,
-        q_p, f_p, k_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, dk_p, d_bound_p,
-        q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-        dy_batch, dy_row, dy_head, T, head, HEADS, ALL_HEADS, K, V, scale,
-        C, BK, BV, TIED, HAS_BOUND, Q_ACTIVATION, V_ACTIVATION, REVERSE, PRECISION, False,
-    )  # fmt: skip
-
-
-# a kernel each for numbers that are 1, or multiples of 16, would be compiled in the middle of a run
-@triton.jit(do_not_specialize=("pieces", "T", "NT", "part_chunk", "PART_CHUNKS", "head", "HEADS", "ALL_HEADS"))
-def left_over_gradient_kernel(
-    left_over_p, pieces, q_p, f_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, d_bound_p,
-    first_chunk_p, sequence_p, cu_seqlens_p,
-    q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head,
-    dy_batch, dy_row, dy_head, T, NT, part_chunk, PART_CHUNKS, head, HEADS, ALL_HEADS, K, V, scale,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_BOUND: tl.constexpr, Q_ACTIVATION: tl.constexpr,
-    PACKED: tl.constexpr, REVERSE: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    """The same for what the kernel of ops/cuda left over, with its layout of states and decays.
-
-    Of each batch row PART_CHUNKS chunks from part_chunk on are looked at. left_over_p [batch * PART_CHUNKS, HEADS,
-    K / BK] int32 is not 0 where there is work. Programs: blocks of PIECES flags.
-    """
-    first = tl.program_id(0) * PIECES
-    i = first + tl.arange(0, PIECES)
-    if tl.max(tl.load(left_over_p + i, mask=i < pieces, other=0), axis=0) == 0:
-        return
-    halves = K // BK
-    for piece in range(first, tl.minimum(first + PIECES, pieces)):
-        if tl.load(left_over_p + piece) != 0:
-            i_kept = piece // (halves * HEADS)
-            i_chunk = i_kept // PART_CHUNKS * NT + part_chunk + i_kept % PART_CHUNKS
-            place = chunk_place(i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C, PACKED)
-            _chunk_gradient(
-                i_kept, i_chunk, piece // halves % HEADS, piece % halves, place,
-                q_p, f_p, q_p, v_p, dy_p, bound_p, state_p, d_state_p, decay_p, dq_p, df_p, None, d_bound_p,
-                q_batch, q_row, q_head, f_batch, f_row, f_head, q_batch, q_row, q_head, v_batch, v_row, v_head,
-                dy_batch, dy_row, dy_head, T, head, HEADS, ALL_HEADS, K, V, scale,
-                C, BK, BV, True, HAS_BOUND, Q_ACTIVATION, "none", REVERSE, "tf32", True,
-            )  # fmt: skip

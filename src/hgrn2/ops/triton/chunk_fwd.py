@@ -106,9 +106,7 @@ def _carry(state, update, decay, complement, place, valid):
     """Writes the state before a chunk in place of its update; returns the state after it."""
     tl.store(place, state.to(place.dtype.element_ty), mask=valid)
     # small numbers first: a state that hardly decays is not rounded in a product with a number near 1
-    kept = tl.where(complement < 0.5, state - complement * state, decay * state)
-    # a complement of 2 says that another sequence begins there
-    return tl.where(complement > 1.5, 0.0, kept) + update
+    return tl.where(complement < 0.5, state - complement * state, decay * state) + update
 
 
 @triton.jit

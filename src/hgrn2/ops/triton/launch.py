@@ -97,7 +97,8 @@ def cut(batch: int, length: int, cu_seqlens: Tensor | None, size: int) -> Chunks
     if cu_seqlens is None:
         return Chunks(size, each, batch * each, batch, None, None)
     sequences = cu_seqlens.shape[0] - 1
-    counts = ((cu_seqlens.diff() + size - 1) // size).clamp_(min=0)
+    # whatever the boundaries say, no row beyond the inputs is touched
+    counts = ((cu_seqlens.clamp(0, length).diff() + size - 1) // size).clamp_(min=0)
     total = each + sequences
     # boundaries that go back would make more chunks than there is room for
     first = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).clamp_(max=total).int()
@@ -131,8 +132,8 @@ class Launcher:
         }
 
     def is_empty(self) -> bool:
-        """Whether there is no token, so that nothing is launched."""
-        return self.batch == 0 or self.length == 0
+        """Whether there is no token of any sequence, so that nothing is launched."""
+        return self.batch == 0 or self.length == 0 or self.chunks.sequences == 0
 
     def groups(self) -> list[tuple[int, int]]:
         """First head and number of heads of each group."""
