@@ -47,10 +47,10 @@ def test_the_guide(tmp_path, monkeypatch, capsys):
     # what the blocks leave is what the text says
     assert (names["second"][:, : names["first"].sequences.shape[1]] == names["first"].sequences).all()
     assert type(names["whole"]).__name__ == "HGRN2ForCausalLM"
-    assert names["loss"] > 0
+    assert 0 < names["loss"] < 10
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     own, own_tokenizer = load_model(tmp_path / "tuned", "latest", "cpu")
     writer = Writer(own, own_tokenizer, Sampling(temperature=0))
-    assert isinstance("".join(writer.write("Once", 5)), str)
+    assert "".join(writer.write("Once", 5))
     for folder in ("tuned", "merged"):
         assert main(["generate", folder, "--max-tokens", "3"]) == 0

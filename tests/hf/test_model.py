@@ -347,8 +347,10 @@ def test_classifier_reads_the_last_token(name):
     right = torch.stack([row.roll(n) for row, n in zip(ids, lengths, strict=True)])
     right_mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
     assert_same(model(right, attention_mask=right_mask).logits, wanted)
-    with pytest.raises(UserError, match="several texts without an attention_mask"):
+    with pytest.raises(UserError, match=r"several texts without an attention_mask.*set pad_token_id"):
         model(ids)
+    with pytest.raises(UserError, match=r"several texts without an attention_mask.*give one$"):
+        model(inputs_embeds=model.model.embeddings(ids))
     # padding known by its token alone: what follows the last other token is not looked at
     model.config.pad_token_id = 28
     filled = torch.where(right_mask.bool(), right.clamp_max(27), 28)

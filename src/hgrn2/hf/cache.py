@@ -80,6 +80,20 @@ class StateLayer(CacheLayerMixin):
             if count > self.size:
                 raise UserError(f"cache has {self.size} places, and {count} are to be read; make it larger")
 
+    def before(self) -> dict[str, Tensor]:
+        """The tensors as they are, for a mixer to read, in a dictionary of its own: gradients may still need them.
+
+        What was made in inference mode is copied where it is read outside, where it cannot be changed or recorded.
+        """
+        if (
+            not torch.compiler.is_compiling()
+            and self.num_tokens.is_inference()
+            and not torch.is_inference_mode_enabled()
+        ):
+            self._map(torch.clone)
+            self.num_tokens = self.num_tokens.clone()
+        return dict(self.state)
+
     def replace(self, state: dict[str, Tensor], num_tokens: int) -> None:
         """Takes a new state up.
 

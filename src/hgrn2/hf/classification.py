@@ -108,5 +108,6 @@ def _last_places(input_ids: Tensor | None, mask: Tensor | None, pad: int | None,
     elif batch == 1:
         tokens = torch.ones((1, length), dtype=torch.bool, device=x.device)
     else:
-        raise UserError("several texts without an attention_mask, and no pad_token_id in the configuration; give one")
+        asked = "give one" if input_ids is None else "give one, or set pad_token_id in the configuration"
+        raise UserError(f"several texts without an attention_mask, so that nothing says where each ends; {asked}")
     return (tokens * torch.arange(length, device=x.device)).argmax(-1)

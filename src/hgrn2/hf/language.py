@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from hgrn2.errors import UserError
 from hgrn2.hf.cache import CACHE_NAME, state_layers
 from hgrn2.hf.configuration import HGRN2Config
-from hgrn2.hf.modeling import HGRN2Model, HGRN2PreTrainedModel
+from hgrn2.hf.modeling import HGRN2Model, HGRN2PreTrainedModel, places_read
 from hgrn2.nn.loss import IGNORE, linear_cross_entropy
 
 
@@ -69,6 +70,37 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         if model_kwargs.get(CACHE_NAME) is not None:
             state_layers(model_kwargs[CACHE_NAME], self.config.layer_types)
         return made
+
+    # the library reads the names of its arguments
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of a step, as the library makes them."""
+        # there for strings that end a text, it is no argument of the model
+        kwargs.pop("tokenizer", None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # the library slices by these numbers, and gives a step whatever comes out. A mask of ones is a number to it
+        read = places_read(model_kwargs.get(CACHE_NAME))
+        mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+        width = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        given = (input_ids if embeds is None else embeds).shape[1]
+        new_alone = embeds is None and width > given
+        if read and (width != read + given if new_alone else given <= read):
+            raise UserError(
+                f"the cache has read {read} places, and {given} are given"
+                + (f", with an attention_mask of {width}" if new_alone else "")
+                + "; give the whole text, what was read included, or what is new alone with an attention_mask of "
+                f"{read} + {given} places (generation does not read the last token that it writes)"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     @can_return_tuple
     def forward(

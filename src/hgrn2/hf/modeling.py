@@ -46,6 +46,8 @@ class HGRN2PreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embeddings"
     # assisted decoding would have to take tokens back
     _is_stateful = True
+    # attention layers, where there are any, always do; nothing else is to be had
+    _supports_sdpa = True
     _can_compile_fullgraph = True
 
     @classmethod
@@ -191,8 +193,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
         for i, (layer, bound) in enumerate(zip(self.layers, self._bounds(), strict=True)):
             if keep_hidden:
                 hidden += (x,)
-            # a copy: the layer of the cache is changed while the backward pass may still need what was
-            before = dict(states[i].state) if states is not None else None
+            before = states[i].before() if states is not None else None
             x, after = layer(x, bound, before or None, cu_seq_lens_q, mask, states is not None)
             if states is not None:
                 states[i].replace(after, x.shape[1])
@@ -226,11 +227,11 @@ def _padding(attention_mask: Tensor | None, x: Tensor, cache: Cache | None) -> T
     width = attention_mask.shape[1]
     good = attention_mask.shape[0] == batch and width >= length
     if good and width > length and not torch.compiler.is_compiling():
-        good = width == length + _places_read(cache)
+        good = width == length + places_read(cache)
     if not good:
         raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}; wanted [{batch}, {length}], or "
-            f"[{batch}, {_places_read(cache)} + {length}] with the places that the cache has read (generation does not "
+            f"[{batch}, {places_read(cache)} + {length}] with the places that the cache has read (generation does not "
             "read the last token that it writes)"
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(x.device).bool()
@@ -238,7 +239,7 @@ def _padding(attention_mask: Tensor | None, x: Tensor, cache: Cache | None) -> T
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
 
-def _places_read(cache: Cache | None) -> int:
+def places_read(cache: Cache | None) -> int:
     """How many places a cache holds that this model filled."""
     first = cache.layers[0] if cache is not None and cache.layers else None
     return first.get_seq_length() if isinstance(first, StateLayer) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto import modeling_auto
 
 from hgrn2.hf.classification import HGRN2ForSequenceClassification
 from hgrn2.hf.configuration import HGRN2Config
@@ -20,3 +21,11 @@ def register() -> None:
     AutoModel.register(HGRN2Config, HGRN2Model, exist_ok=True)
     AutoModelForCausalLM.register(HGRN2Config, HGRN2ForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(HGRN2Config, HGRN2ForSequenceClassification, exist_ok=True)
+    # the Trainer looks in the library's own tables for what a class is: whose labels are to be shifted where it smooths
+    # them, for one. They are not among what `register` changes
+    for names, cls in (
+        (modeling_auto.MODEL_MAPPING_NAMES, HGRN2Model),
+        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, HGRN2ForCausalLM),
+        (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, HGRN2ForSequenceClassification),
+    ):
+        names[HGRN2Config.model_type] = cls.__name__
