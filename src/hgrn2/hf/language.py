@@ -72,12 +72,12 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         return made
 
     # the library reads the names of its arguments
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments of a step, as the library makes them."""
         # there for strings that end a text, it is no argument of the model
         kwargs.pop("tokenizer", None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prefill(
         self,
@@ -100,7 +100,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
                 + "; give the whole text, what was read included, or what is new alone with an attention_mask of "
                 f"{read} + {given} places (generation does not read the last token that it writes)"
             )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
 
     @can_return_tuple
     def forward(
