@@ -130,6 +130,27 @@ def test_bad_values_stay_where_they_belong(kernels, bad, shift):
     assert not found_state[..., 3].isfinite().any()
 
 
+@pytest.mark.parametrize("shift", [0.0, -6.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_gradients_stay_where_they_belong(kernels, monkeypatch, bad, shift):
+    # one walk
+    monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
+    inputs = Case(200, shift=shift).inputs()
+    v, initial = (inputs[name].requires_grad_() for name in ("v", "initial_state"))
+    y, _ = hgrn2_scan(**inputs)
+    dy = torch.randn_like(y)
+    dv, d_initial = torch.autograd.grad(y, (v, initial), dy, retain_graph=True)
+    dy[0, 100, 0, 3] = bad
+    found, found_initial = torch.autograd.grad(y, (v, initial), dy)
+    touched = torch.zeros_like(y, dtype=torch.bool)
+    touched[:, :101, :, 3] = True
+    assert torch.equal(found[~touched], dv[~touched])
+    assert not found[touched].isfinite().any()
+    others = torch.arange(128) != 3
+    assert torch.equal(found_initial[..., others], d_initial[..., others])
+    assert not found_initial[..., 3].isfinite().any()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("state", [False, True])
