@@ -52,13 +52,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hgrn2.ops import hgrn2_step
 
-SHAPES = ((16, 2048), (4, 8192), (1, 32_768), (1, 131_072), (32, 1024))
+SHAPES = ((16, 2048), (32, 1024), (4, 8192), (1, 32_768), (1, 131_072))
 HEADS, WIDTH = 16, 128
 DECODING_BATCHES = (1, 64, 256)
 STEPS = 10
 SETS = 2
 CHECKED_TOKENS, CHECKED_HEADS = 2048, 2
-RIVAL_LIMIT = 3e-2
+# more than fla's largest in bfloat16, 3.8e-3, is wrong
+LIMIT, RIVAL_LIMIT = 4e-3, 3e-2
 # errors that differ by less are the same
 NO_WORSE = 1.05
 ERROR_UNIT = "relative RMS"
@@ -116,7 +117,7 @@ class Case(NamedTuple):
     functions: Functions
     truth: Callable[..., Tensor] = loop
     tokens: int = CHECKED_TOKENS
-    limit: float = LIMITS[torch.bfloat16]
+    limit: float = LIMIT
 
 
 def required_cases(shapes: Sequence[Shape], functions: Functions, device: str) -> list[Case]:
@@ -575,9 +576,8 @@ def benchmark(device: str, rounds: int, out: Path | None) -> int:
     faults = [(case.name, fault(case, OURS, found[case.name][OURS])) for case in cases]
     wrong = [f"{name}: {reason}" for name, reason in faults if reason is not None]
     worst_step = step_error(device)
-    limit = LIMITS[torch.bfloat16]
-    if not worst_step <= limit:
-        wrong.append(f"hgrn2_step: relative error {worst_step:.1e}, allowed {limit:.0e}")
+    if not worst_step <= LIMIT:
+        wrong.append(f"hgrn2_step: relative error {worst_step:.1e}, allowed {LIMIT:.0e}")
     if wrong:
         print(*wrong, "error: the operator is wrong; nothing was timed", sep="\n", file=sys.stderr)
         return 1
