@@ -282,7 +282,8 @@ def convert_model(
     """
     max_shard_bytes = parse_size(max_shard_size)
     folder, tokenizer_dir = locate_model(source, which)
-    opened = open_folder(folder)
+    # layers that are kept have their positions read when it is known which they are
+    opened = open_folder(folder, attends=start is None)
     model: Source = opened
     if start is not None:
         model = start_from_transformer(

@@ -239,14 +239,40 @@ def test_a_damaged_tokenizer_is_not_handed_on(tmp_path, capsys, text):
 def test_the_tokenizer_s_files_are_taken_along(tmp_path, capsys, tokenizer):
     fla = write(tmp_path / "fla", FLA_CONFIG, draw(fla_shapes()))
     tokenizer.save(fla)
-    named = ["chat_template.jinja", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"]
+    named = [
+        "chat_template.jinja", "generation_config.json", "special_tokens_map.json", "tekken.json", "tokenizer.model",
+        "tokenizer.model.v3", "tokenizer_config.json",
+    ]  # fmt: skip
     for name in [*named, "notes.txt"]:
         (fla / name).write_text(json.dumps({"this": name}))
     (fla / "chat_templates").mkdir()
+    # where transformers puts every template but the first
+    templates = "additional_chat_templates"
+    (fla / templates).mkdir()
+    for name in ("rag.jinja", "tool_use.jinja"):
+        (fla / templates / name).write_text(name)
     run_cli(capsys, "convert", fla, "out", "--to", "hf")
-    assert sorted(os.listdir("out")) == sorted([*named, "config.json", "model.safetensors", "tokenizer.json"])
-    for name in [*named, "tokenizer.json"]:
+    there = sorted([*named, templates, "config.json", "model.safetensors", "tokenizer.json"])
+    assert sorted(os.listdir("out")) == there
+    assert sorted(os.listdir(f"out/{templates}")) == ["rag.jinja", "tool_use.jinja"]
+    for name in [*named, "tokenizer.json", f"{templates}/rag.jinja", f"{templates}/tool_use.jinja"]:
         assert (tmp_path / "out" / name).read_bytes() == (fla / name).read_bytes()
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, "2", 2.0, True, [1, None], [[1]], [False]], ids=str)
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_token_ids_that_are_none(key, value, tmp_path, capsys):
+    write(tmp_path / "fla", FLA_CONFIG | {key: value}, draw(fla_shapes()))
+    message = f"{key} is {value!r}; wanted a whole number, a list of them, or null"
+    refused(capsys, ["convert", "fla", "out", "--to", "hf"], message)
+
+
+# -1 is what the first Llamas have where there is no token to fill with
+@pytest.mark.parametrize("value", [2, -1, [1, 2], [], None], ids=str)
+def test_token_ids_are_passed_on(value, tmp_path):
+    fla = write(tmp_path / "fla", FLA_CONFIG | {"eos_token_id": value, "pad_token_id": value}, draw(fla_shapes()))
+    found = settings(to("hf", fla, tmp_path / "out"))
+    assert (found["eos_token_id"], found["pad_token_id"]) == (value, value)
 
 
 def test_a_run_s_tokenizer_gets_the_form_of_transformers_too(run, capsys):

@@ -13,7 +13,16 @@ from hgrn2.layouts.opening import open_folder
 from hgrn2.layouts.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2LM, presets
 from tests.layouts.command_line import refused, run_cli
-from tests.layouts.published import FLA_CONFIG, assert_same_bits, draw, fla_shapes, tensors_of, write, write_shards
+from tests.layouts.published import (
+    FLA_CONFIG,
+    LLAMA_3_ROPE,
+    assert_same_bits,
+    draw,
+    fla_shapes,
+    tensors_of,
+    write,
+    write_shards,
+)
 
 D, L, FF, VOCAB = 16, 4, 24, 260
 LLAMA = {
@@ -135,6 +144,47 @@ def test_attention_that_is_kept_computes_the_same(llama):
                 model.model.layers[i].attn.o_proj.weight.zero_()  # pyright: ignore
         ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
         assert torch.equal(hybrid(ids)[0], whole(ids)[0])
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        LLAMA_3_ROPE,
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+        {"model_type": "mistral", "sliding_window": "all"},
+        {"partial_rotary_factor": 0.5},
+    ],
+    ids=str,
+)
+def test_positions_matter_to_attention_alone(positions, llama, capsys):
+    run_cli(capsys, "convert", "--from-transformer", "llama", "plain", "--copy-qv")
+    write(llama.parent / "other", LLAMA | positions, TENSORS)
+    (llama / "tokenizer.json").rename(llama.parent / "other" / "tokenizer.json")
+    run_cli(capsys, "convert", "--from-transformer", "other", "out", "--copy-qv", "--keep-attention", "none")
+    assert_same_bits(tensors_of(llama.parent / "out"), tensors_of(llama.parent / "plain"))
+    assert (llama.parent / "out" / "config.json").read_text() == (llama.parent / "plain" / "config.json").read_text()
+
+
+def test_positions_of_layers_that_are_kept(llama, capsys):
+    write(llama.parent / "llama3", LLAMA | LLAMA_3_ROPE, TENSORS)
+    wanted = "config.json: llama config: rope_scaling of type 'llama3'; wanted none"
+    for kept in ("every:4", "all"):
+        flags = ["--from-transformer", "llama3", "out", "--keep-attention", kept]
+        refused(capsys, ["convert", *flags], wanted)
+    # nor as it is
+    refused(capsys, ["convert", "llama3", "out", "--to", "hf"], wanted)
+    # nor are windows at some layers only
+    some = LLAMA | {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"] * 2}
+    source = open_folder(write(llama.parent / "qwen2", some, draw(shapes(biases=True))), attends=False)
+    assert start_from_transformer(source).config.attn is None
+    with pytest.raises(UserError, match=r"layer_types is .*; wanted one kind for all 4 layers"):
+        start_from_transformer(source, keep_attention=[1])
+    # those that our attention has are kept, however the source was opened
+    write(llama.parent / "base", LLAMA | {"model_type": "mistral", "sliding_window": 5, "rope_theta": 300.0}, TENSORS)
+    start = start_from_transformer(open_folder(llama.parent / "base", attends=False), keep_attention=[1])
+    attn = start.config.attn
+    assert attn is not None
+    assert (attn.layers, attn.window_size, attn.rope_theta) == ((1,), 5, 300.0)
 
 
 def test_all_layers_kept_is_the_transformer(llama, capsys):

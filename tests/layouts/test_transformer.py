@@ -19,9 +19,21 @@ from transformers import (
 
 from hgrn2.errors import UserError
 from hgrn2.layouts.convert import convert
+from hgrn2.layouts.layout import recognise
 from hgrn2.layouts.opening import open_folder
 from hgrn2.models import HGRN2LM
-from tests.layouts.published import draw, tensors_of, write
+from tests.layouts.published import (
+    LLAMA_1,
+    LLAMA_2,
+    LLAMA_3_ROPE,
+    MISTRAL_01,
+    MISTRAL_03,
+    QWEN_2,
+    QWEN_25,
+    draw,
+    tensors_of,
+    write,
+)
 
 SIZE = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -136,6 +148,29 @@ def test_a_whole_transformer_in_another_layout(to, tmp_path):
         assert torch.equal(written, theirs.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 
+@pytest.mark.parametrize(
+    ("published", "heads", "window", "theta", "eps"),
+    [
+        (LLAMA_1, (32, 32), None, 1e4, 1e-6),
+        (LLAMA_2, (32, 32), None, 1e4, 1e-5),
+        (MISTRAL_01, (32, 8), 4096, 1e4, 1e-5),
+        (MISTRAL_03, (32, 8), None, 1e6, 1e-5),
+        (QWEN_2, (14, 2), None, 1e6, 1e-6),
+        (QWEN_25, (14, 2), None, 1e6, 1e-6),
+    ],
+)
+def test_published_settings(published, heads, window, theta, eps):
+    config = recognise(published).read_config(published)
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings"):
+        assert getattr(config, key) == published[key]
+    assert config.norm_eps == eps
+    attn = config.attn
+    assert attn.layers == tuple(range(published["num_hidden_layers"]))
+    assert (attn.num_heads, attn.num_kv_heads) == heads
+    assert (attn.window_size, attn.rope_theta) == (window, theta)
+    assert attn.qkv_bias == (published["model_type"] == "qwen2")
+
+
 def llama_config(**changes):
     """As the first Llamas had it: no table of rotary positions, no head_dim."""
     return SIZE | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_scaling": None} | changes
@@ -174,8 +209,13 @@ def test_old_files_with_frequencies_among_their_tensors(tmp_path):
         ({"mlp_bias": True}, "mlp_bias is True; wanted False"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; wanted 'silu' or 'swish' or 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type is 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
+        # the type says more than the numbers that stand before it
+        (LLAMA_3_ROPE, "rope_scaling of type 'llama3'; wanted none"),
+        ({"rope_parameters": {"factor": 4.0, "rope_type": "yarn"}}, "rope_parameters of type 'yarn'"),
+        ({"rope_scaling": {"factor": 4.0, "type": "default", "rope_type": "yarn"}}, "rope_scaling of type 'yarn'"),
+        ({"rope_scaling": {"factor": 4.0, "type": "yarn", "rope_type": "default"}}, "rope_scaling of type 'yarn'"),
+        ({"model_type": "qwen2", "use_mrope": True}, "use_mrope is True; wanted False"),
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, "rope_parameters.factor is 4.0"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": 7}, "rope_parameters is 7; wanted a table"),

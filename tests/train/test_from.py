@@ -134,6 +134,21 @@ def test_staged_and_taught_and_resumed(here):
         assert figures(f"again-{step}") == wanted
 
 
+def test_a_teacher_that_has_moved(here, capsys):
+    assert train("--from", "start", *STAGED) == 0
+    wanted = figures("run")
+    shutil.copytree("run", "again")
+    Path("llama").rename("moved")
+    resume = ["train", "--resume", "again/checkpoints/step-00000002"]
+    capsys.readouterr()
+    assert cli.main(resume) == 2
+    said = capsys.readouterr().err
+    assert f"teacher {here / 'llama'}: no model there" in said
+    assert "if the teacher has moved, name its new place: --teacher NEW" in said
+    assert cli.main([*resume, "--teacher", "moved"]) == 0
+    assert figures("again") == wanted
+
+
 def test_a_teacher_pulls(here):
     """What the teacher alone says brings the model's predictions nearer to the teacher's."""
     flags = ["--from", "start", "--teacher", "llama", "--distill-weight", "1", "--learning-rate", "1e-2"]
@@ -182,7 +197,7 @@ def test_commands_of_the_guide(here, capsys):
         (["--from", "start", "--tokenizer", "bytes"], "knows other tokens than those of the data ('bytes')"),
         (["--from", "start", "--freeze", "*.mpl.*"], "no parameter fits '*.mpl.*'"),
         (["--from", "llama", "--freeze", "copied"], "leaves no weight to learn"),
-        (["--from", "start", "--teacher", "nowhere"], "nowhere: no model there"),
+        (["--from", "start", "--teacher", "nowhere"], "teacher nowhere: no model there"),
         (["--from", "start", "--teacher", "llama", "--stream"], "a teacher reads packed documents"),
         (["--model", "tiny", "--teacher", "llama"], "has a vocabulary of 260, the model one of 291"),
         (["--set", "vocab_size=260", "--tokenizer", "bytes", "--teacher", "llama"], "llama: knows other tokens"),

@@ -31,8 +31,9 @@ MAX_SHARD_BYTES = 5_000_000_000
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # what a tokenizer may consist of, and how to write with the model
 _TOKENIZER_FILES = (
-    "*tokenizer*.json", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "chat_template*", "generation_config.json",
+    "*tokenizer*.json", "*.model", "tokenizer.model.*", "tekken.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "additional_chat_templates/*.jinja",
+    "generation_config.json",
 )  # fmt: skip
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -109,7 +110,8 @@ def convert(
             as runs are read.
 
     Raises:
-        UserError: out exists or cannot be written, or the layout cannot say what the model computes.
+        UserError: out exists or cannot be written, the layout cannot say what the model computes, or what the source
+            names as tokens that begin, end or fill a text is none.
     """
     layout = LAYOUTS[to]
     _check_new(out)
@@ -120,6 +122,7 @@ def convert(
         if train.get("teacher") is not None:
             train["teacher"] = Path(train["teacher"]).name
         settings[native.TRAIN_TABLE] = train
+    token_ids = _token_ids(source)
     table = layout.tables(source.config, source.names)[0]
     specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}
     if dtype is not None:
@@ -132,7 +135,7 @@ def convert(
         # another process may have made it while this one waited
         _check_new(out)
         _write_weights(source, stage, table, specs, shards)
-        settings |= _take_tokenizer(source, tokenizer_dir, stage)
+        settings |= _take_tokenizer(source, token_ids, tokenizer_dir, stage)
         write_text(stage / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
     return Written(out, len(specs), sum(map(_bytes, specs.values())), len(shards))
 
@@ -159,17 +162,30 @@ def _check_new(out: Path) -> None:
         raise UserError(f"{out}: exists already; name a new folder")
 
 
-def _take_tokenizer(source: Source, tokenizer_dir: Path, stage: Path) -> dict[str, Any]:
+def _token_ids(source: Source) -> dict[str, Any]:
+    """Which tokens begin, end and fill a text, as far as the source's settings say it."""
+    known = {key: source.settings[key] for key in _TOKEN_IDS if key in source.settings}
+    for key, value in known.items():
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(token) is int for token in ids):
+            raise UserError(
+                f"{source.path / CONFIG_NAME}: {key} is {value!r}; wanted a whole number, a list of them, or null"
+            )
+    return known
+
+
+def _take_tokenizer(source: Source, token_ids: dict[str, Any], tokenizer_dir: Path, stage: Path) -> dict[str, Any]:
     """Copies the tokenizer's files; returns which tokens begin, end and fill a text, for config.json."""
     for pattern in _TOKENIZER_FILES:
         for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
             if file.suffix == ".json":
                 # one that is damaged would be noticed only by whoever wants to read a text
                 read_json(file)
-            shutil.copyfile(file, stage / file.name)
-    known = {key: source.settings[key] for key in _TOKEN_IDS if key in source.settings}
-    if known:
-        return known
+            copy = stage / file.relative_to(tokenizer_dir)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+    if token_ids:
+        return token_ids
     # a run says nothing of them in its settings; they are our tokenizer's, which transformers opens in another form
     try:
         tokenizer = load_tokenizer(stage)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hgrn2.errors import UserError
-from hgrn2.layouts.keys import check_keys, require, warn_of_training_keys
+from hgrn2.layouts.keys import check_keys, refuse, require, warn_of_training_keys
 from hgrn2.layouts.tables import Table
 from hgrn2.models import AttentionConfig, HGRN2Config
 from hgrn2.models.config import MODEL_TYPE
@@ -59,13 +59,17 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
     values = check_keys(values, _WHAT, _KNOWN, _INERT)
     keys = {key: values[key] for key in _SHARED if key in values}
     if values.get("attn_mode", "chunk") not in _ATTN_MODES:
-        _refuse("attn_mode", values["attn_mode"], f"one of {', '.join(_ATTN_MODES)}")
+        refuse(_WHAT, "attn_mode", values["attn_mode"], f"one of {', '.join(_ATTN_MODES)}")
     if values.get("hidden_act", "swish") not in ("swish", "silu"):
-        _refuse("hidden_act", values["hidden_act"], "'swish'")
+        refuse(_WHAT, "hidden_act", values["hidden_act"], "'swish'")
     if values.get("attnres_block_size") is not None:
-        _refuse("attnres_block_size", values["attnres_block_size"], "null (attention over residuals is not there)")
+        refuse(
+            _WHAT, "attnres_block_size", values["attnres_block_size"], "null (attention over residuals is not there)"
+        )
     if values.get("share_conv_kernel") and values.get("use_short_conv"):
-        _refuse("share_conv_kernel", values["share_conv_kernel"], "false (each projection has its own convolution)")
+        refuse(
+            _WHAT, "share_conv_kernel", values["share_conv_kernel"], "false (each projection has its own convolution)"
+        )
     if values.get("hidden_ratio") is not None:
         keys["hidden_ratio"] = values["hidden_ratio"]
     keys["expand_ratio"] = _expand_ratio(values)
@@ -74,10 +78,6 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
     keys["mixer_norm_affine"] = False if affine is None else affine
     keys["attn"] = _read_attention(values.get("attn"))
     return HGRN2Config.from_dict({**keys, "mixer_norm_eps": MIXER_NORM_EPS})
-
-
-def _refuse(key: str, found: Any, wanted: str) -> None:
-    raise UserError(f"{_WHAT}: {key} is {found!r}; wanted {wanted}, for our model computes nothing else")
 
 
 def _expand_ratio(values: Mapping[str, Any]) -> Any:
@@ -132,10 +132,10 @@ def _read_attention_table(table: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(table["layers"], list | tuple):
         raise UserError(f"{_WHAT}: attn.layers is {table['layers']!r}; wanted a list")
     if table.get("qk_norm"):
-        _refuse("attn.qk_norm", table["qk_norm"], "false (fla's HGRN2 hybrids have none)")
+        refuse(_WHAT, "attn.qk_norm", table["qk_norm"], "false (fla's HGRN2 hybrids have none)")
     theta = table.get("rope_theta", 10000.0)
     if theta is None:
-        _refuse("attn.rope_theta", theta, "a base above 0 (fla always rotates)")
+        refuse(_WHAT, "attn.rope_theta", theta, "a base above 0 (fla always rotates)")
     kv_heads = table.get("num_kv_heads")
     return {
         "layers": list(table["layers"]),

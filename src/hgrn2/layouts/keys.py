@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.models.config import MODEL_TYPE, HGRN2Config
@@ -52,6 +52,21 @@ def check_keys(values: Any, what: str, known: Iterable[str], inert: Iterable[str
                 "so take it out only if it does not"
             )
     return {key: value for key, value in values.items() if key in known}
+
+
+def refuse(what: str, key: str, found: Any, wanted: str) -> NoReturn:
+    """Refuses a setting whose computation our model does not have.
+
+    Args:
+        what: the layout, for the message.
+        key: the file's.
+        found: its value.
+        wanted: the values that our model computes.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(f"{what}: {key} is {found!r}; wanted {wanted}, for our model computes nothing else")
 
 
 def require(config: HGRN2Config, layout: str, wanted: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ class Layout:
         write_config: the inverse.
         tables: from our configuration and the names of our tensors to which of them each tensor of a file holds; the
             first table is the one that is written.
-        architecture: the class that transformers opens it with.
+        architecture: the class that transformers opens it with; None for a layout that is not written.
         derived: ends of the names of tensors that follow from the settings, which a file may hold or not.
     """
 
@@ -35,7 +35,7 @@ class Layout:
     read_config: Callable[[Mapping[str, Any]], HGRN2Config]
     write_config: Callable[[HGRN2Config], dict[str, Any]]
     tables: Callable[[HGRN2Config, Sequence[str]], tuple[Table, ...]]
-    architecture: str
+    architecture: str | None = None
     derived: tuple[str, ...] = ()
 
 
@@ -68,7 +68,7 @@ def _cannot_write(config: HGRN2Config) -> dict[str, Any]:
 # read, and told by the model type; never written
 TRANSFORMER = Layout(
     transformer.NAME, "a Transformer", (), transformer.read_config, _cannot_write, transformer.tables,
-    "LlamaForCausalLM", transformer.DERIVED,
+    derived=transformer.DERIVED,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.errors import UserError
+from hgrn2.layouts import transformer
 from hgrn2.layouts.layout import Layout, recognise
 from hgrn2.layouts.mistaken import other_head
 from hgrn2.layouts.reading import CONFIG_NAME, Weights, name_some, read_json
@@ -109,8 +110,12 @@ class FiniteCheck:
             warnings.warn(f"{where}: values that are not finite in {name_some(self._found)}", UserWarning, stacklevel=3)
 
 
-def read_folder_config(path: Path) -> tuple[Layout, dict[str, Any], HGRN2Config]:
+def read_folder_config(path: Path, *, attends: bool = True) -> tuple[Layout, dict[str, Any], HGRN2Config]:
     """The layout of a folder's config.json, what is in it, and our configuration.
+
+    Args:
+        path: the folder.
+        attends: see `open_folder`.
 
     Raises:
         UserError: no config.json there, or one that is not of a model of ours.
@@ -118,22 +123,25 @@ def read_folder_config(path: Path) -> tuple[Layout, dict[str, Any], HGRN2Config]
     settings = read_json(path / CONFIG_NAME)
     try:
         layout = recognise(settings)
-        return layout, settings, layout.read_config(settings)
+        used = settings if attends or layout.name != transformer.NAME else transformer.without_positions(settings)
+        return layout, settings, layout.read_config(used)
     except UserError as error:
         raise UserError(f"{path / CONFIG_NAME}: {error}") from None
 
 
-def open_folder(path: Path) -> ModelFolder:
+def open_folder(path: Path, *, attends: bool = True) -> ModelFolder:
     """Opens a checkpoint of any layout.
 
     Args:
         path: a folder with config.json and weights (see `Weights`).
+        attends: False if a Transformer's attention is not to be computed: its positions and windows are not read then,
+            may be any, and are the defaults in the configuration.
 
     Raises:
         UserError: its layout cannot be told, its settings are not those of a model of ours, or its tensors are not
             those that the settings ask for; what is missing, unexpected or misshapen is listed.
     """
-    layout, settings, config = read_folder_config(path)
+    layout, settings, config = read_folder_config(path, attends=attends)
     weights = Weights(path)
     if config.num_hidden_layers > len(weights.specs):
         # every layer has tensors; a model of millions of layers would take hours to lay out

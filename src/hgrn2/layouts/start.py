@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hgrn2.errors import UserError
 from hgrn2.layouts import transformer
-from hgrn2.layouts.opening import ModelFolder
+from hgrn2.layouts.opening import ModelFolder, read_folder_config
 from hgrn2.layouts.tables import EMBEDDINGS, model_shapes
 from hgrn2.models import HGRN2Config
 
 # attention averages values of several tokens, which makes them smaller; measured in docs/log.md
-VALUE_FRACTION = 0.25
+_VALUE_FRACTION = 0.25
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.attn\.(.+)")
 
@@ -47,14 +47,12 @@ class TransformerStart:
         config: ours, with recurrent layers.
         copy_qv: whether q and i come from the attention as well.
         seed: of the new tensors.
-        value_fraction: the size of a new mixer's outputs, as a part of that of the values.
     """
 
     source: ModelFolder
     config: HGRN2Config
     copy_qv: bool = False
     seed: int = 0
-    value_fraction: float = VALUE_FRACTION
 
     @property
     def path(self) -> Path:
@@ -96,7 +94,7 @@ class TransformerStart:
             heads = found.unflatten(0, (attn.num_kv_heads, -1))
             return heads.repeat_interleave(attn.num_heads // attn.num_kv_heads, 0).flatten(0, 1)
         if name.endswith("g_norm.weight"):
-            return torch.full(spec.shape, self.value_fraction * self._value_size(name), dtype=spec.dtype)
+            return torch.full(spec.shape, _VALUE_FRACTION * self._value_size(name), dtype=spec.dtype)
         if name == "model.lower_bounds":
             return torch.zeros(spec.shape, dtype=spec.dtype)
         # each tensor has a stream of its own, so that it does not matter which are read and in what order
@@ -146,14 +144,15 @@ def start_from_transformer(
     """A model with recurrent layers in place of a Transformer's attention.
 
     Args:
-        source: a Transformer, from `open_folder`.
+        source: a Transformer, from `open_folder`, `attends` or not.
         keep_attention: layers that stay as they are; in them, the model computes what the Transformer does.
         expand_ratio: width of a head of the recurrent layers; None for that of the Transformer's heads.
         copy_qv: start q_proj from the attention's q and i_proj from its v.
         seed: of the new tensors.
 
     Raises:
-        UserError: the source is no Transformer, or the layers or the width do not go with it.
+        UserError: the source is no Transformer, the layers or the width do not go with it, or a layer is to be kept
+            whose positions our attention does not have.
     """
     config = source.config
     if source.layout.name != transformer.NAME:
@@ -165,6 +164,10 @@ def start_from_transformer(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; wanted 0 to 2^32 - 1")
     kept = sorted(set(keep_attention))
+    if kept:
+        # the source may have been opened without its positions
+        config = read_folder_config(source.path)[2]
+        assert config.attn is not None
     if copy_qv and config.attn.qkv_bias and len(kept) < config.num_hidden_layers:
         warnings.warn(
             f"{source.path}: the biases of q and v are left out where layers recur", UserWarning, stacklevel=2

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hgrn2.errors import UserError
-from hgrn2.layouts.keys import check_keys
+from hgrn2.layouts.keys import check_keys, refuse
 from hgrn2.layouts.tables import EMBEDDINGS, Table
 from hgrn2.models import AttentionConfig, HGRN2Config
 
@@ -21,21 +21,25 @@ MODEL_TYPES = (*READ, *_BEYOND)
 DERIVED = (".self_attn.rotary_emb.inv_freq",)
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# where a layer looks and how it tells positions apart: nothing that a weight's shape or place depends on
+_POSITIONS = (
+    "rope_theta", "rope_scaling", "rope_parameters", "rope_interleaved", "partial_rotary_factor", "use_mrope",
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+)  # fmt: skip
 _KNOWN = (
-    *_REQUIRED, "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "initializer_range",
-    "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_theta", "rope_scaling", "rope_parameters",
-    "rope_interleaved", "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers",
-    "layer_types", "quantization_config",
+    *_REQUIRED, *_POSITIONS, "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "initializer_range",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "quantization_config",
 )  # fmt: skip
 # about training, or about other programs
 _INERT = (
     "attention_dropout", "is_llama_config", "transformers.js_config", "_model_name_or_path", "unk_token_id",
+    "max_sequence_length",
 )  # fmt: skip
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu"}
 # what our model always has; anything else computes something that it does not
 _ALWAYS = {
     "attention_bias": (False,), "mlp_bias": (False,), "rope_interleaved": (False,), "partial_rotary_factor": (1, 1.0),
-    "quantization_config": (None,),
+    "use_mrope": (False,), "quantization_config": (None,),
 }  # fmt: skip
 
 
@@ -64,10 +68,10 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
         raise UserError(f"{what}: no {', '.join(missing)}; use the config.json of the model")
     for key, wanted in _ALWAYS.items():
         if known.get(key, wanted[0]) not in wanted:
-            _refuse(what, key, known[key], repr(wanted[0]))
+            refuse(what, key, known[key], repr(wanted[0]))
     activation = known.get("hidden_act", "silu")
     if activation not in tuple(_ACTIVATIONS):
-        _refuse(what, "hidden_act", activation, " or ".join(map(repr, _ACTIVATIONS)))
+        refuse(what, "hidden_act", activation, " or ".join(map(repr, _ACTIVATIONS)))
     head_size = _head_size(what, known)
     layers = known["num_hidden_layers"]
     keys = {key: known[key] for key in ("initializer_range", "tie_word_embeddings") if key in known}
@@ -91,8 +95,13 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
     return config.replace(attn=attn)
 
 
-def _refuse(what: str, key: str, found: Any, wanted: str) -> None:
-    raise UserError(f"{what}: {key} is {found!r}; wanted {wanted}, for our model computes nothing else")
+def without_positions(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without the settings that attention alone reads, for a model that puts other layers in its place.
+
+    Args:
+        values: the file's keys.
+    """
+    return {key: value for key, value in values.items() if key not in _POSITIONS}
 
 
 def _head_size(what: str, known: Mapping[str, Any]) -> int:
@@ -104,7 +113,7 @@ def _head_size(what: str, known: Mapping[str, Any]) -> int:
         )
     head_size = hidden_size // heads
     if known.get("head_dim") not in (None, head_size):
-        _refuse(what, "head_dim", known["head_dim"], f"hidden_size / num_attention_heads = {head_size}")
+        refuse(what, "head_dim", known["head_dim"], f"hidden_size / num_attention_heads = {head_size}")
     return head_size
 
 
@@ -116,16 +125,22 @@ def _rope_theta(what: str, known: Mapping[str, Any]) -> float:
     scaling = {} if scaling is None else scaling
     for name, settings in (("rope_parameters", table), ("rope_scaling", scaling)):
         if not isinstance(settings, Mapping):
-            _refuse(what, name, settings, "a table or null")
+            refuse(what, name, settings, "a table or null")
+        # said before the numbers that go with it
+        for kind in (settings.get("rope_type"), settings.get("type")):
+            if kind not in (None, "default"):
+                raise UserError(
+                    f"{what}: {name} of type {kind!r}; wanted none, for our attention scales no positions. A start by "
+                    "hgrn2 convert --from-transformer that keeps no attention does without them"
+                )
         for key, value in settings.items():
             if key in ("rope_type", "type"):
-                if value not in (None, "default"):
-                    _refuse(what, f"{name}.{key}", value, "'default' (positions that are not scaled)")
-            elif key == "partial_rotary_factor":
+                continue
+            if key == "partial_rotary_factor":
                 if value not in (None, 1, 1.0):
-                    _refuse(what, f"{name}.{key}", value, "1")
+                    refuse(what, f"{name}.{key}", value, "1")
             elif key != "rope_theta":
-                _refuse(what, f"{name}.{key}", value, "no such key (positions that are not scaled)")
+                refuse(what, f"{name}.{key}", value, "no such key (positions that are not scaled)")
     found = [x for x in (table.get("rope_theta"), known.get("rope_theta"), scaling.get("rope_theta")) if x is not None]
     if any(x != found[0] for x in found):
         raise UserError(f"{what}: rope_theta is {' and '.join(map(repr, found))}; leave one of them out")
@@ -147,13 +162,12 @@ def _window(what: str, kind: str, known: Mapping[str, Any], num_layers: int) -> 
         if type(first) is not int:
             raise UserError(f"{what}: max_window_layers is {first!r}; wanted a whole number")
         kinds = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(num_layers)]
-    if kinds == ["full_attention"] * num_layers:
-        return None
     if kinds == ["sliding_attention"] * num_layers:
         if window is None:
             raise UserError(f"{what}: layer_types are all sliding_attention, but no sliding_window is in use")
         return window
-    _refuse(what, "layer_types", kinds, f"one kind for all {num_layers} layers, full_attention or sliding_attention")
+    if kinds != ["full_attention"] * num_layers:
+        refuse(what, "layer_types", kinds, f"one kind for all {num_layers} layers, full_attention or sliding_attention")
     return None
 
 

@@ -190,8 +190,12 @@ class _Parts:
 
 def _open_teacher(config: TrainConfig, student: HGRN2Config, tokenizer: Tokenizer, device: torch.device) -> Teacher:
     assert config.teacher is not None
-    folder, tokenizer_dir = locate_model(Path(config.teacher))
-    opened = open_folder(folder)
+    try:
+        folder, tokenizer_dir = locate_model(Path(config.teacher))
+        opened = open_folder(folder)
+    except UserError as error:
+        # a run that is resumed remembers where its teacher was
+        raise UserError(f"teacher {error}; if the teacher has moved, name its new place: --teacher NEW") from None
     if opened.config.vocab_size != student.vocab_size:
         raise UserError(
             f"teacher {folder}: has a vocabulary of {opened.config.vocab_size}, the model one of "
