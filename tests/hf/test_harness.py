@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def _alone(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "hub_reachable", lambda: False)
 
 
-def make_run(folder, variant, tokenizer):
+def make_run(folder, variant, tokenizer, change=lambda lm: None):
     config = presets.variant(
         variant, vocab_size=tokenizer.vocab_size + 7, hidden_size=16, num_hidden_layers=2, expand_ratio=4,
         intermediate_size=24, initializer_range=0.5,
@@ -83,8 +84,10 @@ def make_run(folder, variant, tokenizer):
     torch.manual_seed(0)
     settings = {"model": config.to_dict(), "train": {}, "data": {}}
     create_run(folder, settings, tokenizer)
+    lm = HGRN2LM(config)
+    change(lm)
     CheckpointStore(folder, 1).save(
-        model=model_tensors(HGRN2LM(config)), optimizer={}, task={}, state={"step": 1}, config=settings, best_step=None
+        model=model_tensors(lm), optimizer={}, task={}, state={"step": 1}, config=settings, best_step=None
     )
     return folder
 
@@ -222,6 +225,45 @@ def test_models_from_elsewhere_begin_with_their_own_token(one_run, tmp_path):
     assert found == pytest.approx(nats(own, ids, len(ids) - 1), rel=1e-9)
 
 
+def test_nothing_before_a_text(one_run, tmp_path, monkeypatch):
+    """A tokenizer that adds nothing: what has no tokens is read as the token that texts begin with."""
+    saved = open_folder(next((one_run / "checkpoints").iterdir()))
+    folder = convert(saved, tmp_path / "fla", "fla", tokenizer_dir=one_run).path
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
+    # another one than rows are filled up with
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "A"}))
+    own, tokenizer, lm = open_run(folder)
+    (begin,) = tokenizer.encode("A")
+    assert lm.tok_encode("One and") == tokenizer.encode("One and")
+    assert lm.tok_encode("") == []
+    contexts = {"\n": 0, " ": 0, "": 0, "One and": len(tokenizer.encode("One and"))}
+    found = lm.loglikelihood(requests("loglikelihood", *((text, " two") for text in contexts)), disable_tqdm=True)
+    for (text, length), (log_p, _) in zip(contexts.items(), found, strict=True):
+        ids = [*([] if length else [begin]), *tokenizer.encode(text + " two")]
+        count = len(tokenizer.encode(text + " two")) - length
+        assert log_p == pytest.approx(nats(own, ids, count), rel=1e-9)
+    settings = {"until": ["\n\n"], "max_gen_toks": 6}
+    (wanted,) = lm.generate_until(requests("generate_until", ("A", settings)), disable_tqdm=True)
+    assert wanted
+    for prompts in ([""], ["", ""], ["", "One and"]):
+        for size in (3, "auto"):
+            _, _, lm = open_run(folder, batch_size=size)
+            found = lm.generate_until(requests("generate_until", *((x, settings) for x in prompts)), disable_tqdm=True)
+            assert found[0] == wanted
+    # attention keeps something of every token, and nothing of none
+    longest = []
+    monkeypatch.setattr(harness, "affordable_rows", lambda model, tokens: longest.append(tokens) or 1)
+    lm.generate_until(requests("generate_until", ("", settings)), disable_tqdm=True)
+    assert longest == [1]
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_no_requests(kind, one_run):
+    assert getattr(open_run(one_run)[2], kind)([], disable_tqdm=True) == []
+
+
 # the command
 
 
@@ -269,6 +311,54 @@ def test_batches_examples_and_limits(one_run, tmp_path, capsys):
     assert both[0]["n-samples"]["choices"] == {"original": 2, "effective": 1}
     assert both[0]["config"]["batch_sizes"] == [64]
     assert both[1]["config"]["batch_size"] == 1
+
+
+OWN_FUNCTIONS = """
+def by_words(row, results):
+    (nats,) = results
+    return {"word_perplexity": (nats, len(row["query"].split())), "byte_perplexity": (nats, len(row["query"].encode()))}
+
+
+def by_choice(row, results):
+    nats = [one for one, _ in results]
+    right = nats.index(max(nats)) == row["gold"]
+    return {"acc": float(right), "share_wrong": float(not right)}
+
+
+def failing(row, results):
+    raise RuntimeError("no table of synonyms")
+"""
+
+
+def write_own(folder, base, function, metric_list):
+    task = yaml.safe_load((folder / f"{base}.yaml").read_text())
+    task |= {"task": function, "metric_list": metric_list}
+    (folder / "own.py").write_text(OWN_FUNCTIONS)
+    (folder / f"{function}.yaml").write_text(f"{yaml.safe_dump(task)}process_results: !function own.{function}\n")
+
+
+def test_tasks_that_compute_their_own_metrics(one_run, tmp_path, capsys):
+    """As wikitext does, and as those do whose metrics have names that the harness does not know."""
+    rows = [row for row in CHOICES if row["query"]]
+    folder = write_tasks(tmp_path / "tasks", rows=rows)
+    # without an aggregation they get the one that the harness has for the name
+    write_own(folder, "documents", "by_words", [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}])
+    share = {"metric": "share_wrong", "aggregation": "mean", "higher_is_better": False}
+    write_own(folder, "choices", "by_choice", [*TASKS["choices"]["metric_list"], share])
+    args = ["eval", str(one_run), "--tasks", "by_words,by_choice,choices", "--tasks-dir", str(folder)]
+    assert cli.main([*args, "--json-out", "out.json", "--device", "cpu"]) == 0
+    assert "word_perplexity" in capsys.readouterr().out
+    found = json.loads(Path("out.json").read_text())["results"]
+    own, tokenizer, _ = open_run(one_run, torch.float32)
+    texts = [row["query"] for row in rows]
+    ids = [tokenizer.encode(text) for text in texts]
+    total = sum(nats(own, [tokenizer.eot_id, *x], len(x)) for x in ids)
+    words, num_bytes = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
+    assert found["by_words"]["word_perplexity,none"] == pytest.approx(math.exp(-total / words), rel=1e-3)
+    assert found["by_words"]["byte_perplexity,none"] == pytest.approx(math.exp(-total / num_bytes), rel=1e-3)
+    acc = found["choices"]["acc,none"]
+    assert found["by_choice"]["acc,none"] == acc
+    assert found["by_choice"]["share_wrong,none"] == pytest.approx(1 - acc)
 
 
 def test_groups_of_local_tasks(one_run, tmp_path, monkeypatch, capsys):
@@ -447,6 +537,39 @@ def test_a_field_that_the_data_lacks(one_run, tmp_path, capsys):
     rows = [*CHOICES, {"query": "One and", "choices": [], "gold": 3}]
     folder = write_tasks(tmp_path / "tasks", rows=rows)
     refused(capsys, [one_run, "--tasks", folder / "choices.yaml"], "tasks cannot be run: ")
+
+
+def test_functions_of_a_task_that_fail(one_run, tmp_path, capsys, monkeypatch):
+    folder = write_tasks(tmp_path / "tasks")
+    write_own(folder, "choices", "failing", TASKS["choices"]["metric_list"])
+    args = [one_run, "--tasks", "failing", "--tasks-dir", folder]
+    refused(capsys, args, "tasks cannot be run: RuntimeError: no table of synonyms")
+    # that there is no memory is nothing that a task says
+    lm = open_run(one_run)[2]
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")):
+        monkeypatch.setattr(harness, "_evaluate", Mock(side_effect=error))
+        with pytest.raises(RuntimeError, match=str(error)):
+            harness.evaluate_tasks(lm, [])
+
+
+@pytest.mark.filterwarnings("ignore:.*values that are not finite:UserWarning")
+def test_outputs_that_are_not_finite(tmp_path, capsys):
+    """Greedy, the first token would be the answer; a sample is an error of torch's."""
+
+    @torch.no_grad()
+    def spoil(lm):
+        lm.model.norm.weight[0] = math.nan
+
+    run = make_run(tmp_path / "run", "fla", ByteTokenizer(), spoil)
+    folder = write_tasks(tmp_path / "tasks")
+    message = "the model's outputs are not finite; use another checkpoint"
+    for name in ("choices", "documents", "writing"):
+        refused(capsys, [run, "--tasks", name, "--tasks-dir", folder, "--device", "cpu"], message)
+    lm = open_run(run)[2]
+    for more in ({}, {"do_sample": True, "temperature": 0.7}):
+        settings = {"until": ["\n"], "max_gen_toks": 4} | more
+        with pytest.raises(UserError, match=message):
+            lm.generate_until(requests("generate_until", ("One", settings)), disable_tqdm=True)
 
 
 def test_continuations_without_a_token_of_their_own(tmp_path):

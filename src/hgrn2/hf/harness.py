@@ -25,7 +25,7 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, make_table
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from hgrn2.data.hub import hub_reachable
 from hgrn2.data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ from hgrn2.data.transformers_files import TOKENIZER_CONFIG_FILE, write_transform
 from hgrn2.errors import UserError
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.hf.language import HGRN2ForCausalLM
-from hgrn2.hf.scoring import PIECE_TOKENS, Pair, Scored, affordable_rows, score_pairs
+from hgrn2.hf.scoring import NOT_FINITE, PIECE_TOKENS, Pair, Scored, affordable_rows, score_pairs
 from hgrn2.models import HGRN2LM
 
 AUTO = "auto"
@@ -51,7 +51,8 @@ class HGRN2Harness(_HFLM):
 
     Args:
         model: in evaluation mode.
-        tokenizer: its tokenizer; what it puts before a text stands before a context and, once, before a document.
+        tokenizer: its tokenizer; what it puts before a text stands before a context and, once, before a document. A
+            context or prompt of no tokens becomes `prefix_token_id`, something that the first token can follow.
         batch_size: rows read at a time, or "auto" (see `hgrn2.hf.scoring.affordable_rows`).
 
     Example:
@@ -97,7 +98,9 @@ class HGRN2Harness(_HFLM):
                     f"continuation {texts[1]!r} adds no token of its own to its context {texts[0][-20:]!r}; begin it "
                     "with a space, which target_delimiter of a task is for"
                 )
-        found = self._score([(context, rest) for _, context, rest in requests], "continuations", disable_tqdm)
+        # white space at the end of a context counts as the continuation's, which may leave nothing
+        pairs: list[Pair] = [(context or (self.prefix_token_id,), rest) for _, context, rest in requests]
+        found = self._score(pairs, "continuations", disable_tqdm)
         for (texts, *_), scored in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, (scored.nats, scored.is_greedy))
         return [(scored.nats, scored.is_greedy) for scored in found]
@@ -117,17 +120,40 @@ class HGRN2Harness(_HFLM):
         return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Writes after prompts, whose whole length is read."""
+        """Writes after prompts, whose whole length is read.
+
+        Raises:
+            UserError: the model's outputs are not finite.
+        """
+        if not requests:
+            return []
         asked = self.batch_size_per_gpu
-        self.batch_size_per_gpu = self._rows(max(len(self.tok_encode(request.args[0])) for request in requests))
+        self.batch_size_per_gpu = self._rows(max(len(self.tok_encode(request.args[0])) or 1 for request in requests))
         try:
-            return super().generate_until(requests, disable_tqdm)
+            # the harness's own bar would stay open, and an error's line begin behind it
+            with tqdm(total=len(requests), desc="Writing", disable=disable_tqdm) as self._written:
+                return super().generate_until(requests, disable_tqdm=True)
         finally:
             self.batch_size_per_gpu = asked
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         piece = max(1, PIECE_TOKENS // context.shape[0])
-        return super()._model_generate(context, max_length, stop, prefill_chunk_size=piece, **settings)
+        settings |= {"prefill_chunk_size": piece, "logits_processor": LogitsProcessorList([_Finite()])}
+        found = super()._model_generate(context, max_length, stop, **settings)
+        self._written.update(len(found))
+        return found
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of prompts [R, T] and which are real [R, T], int64; those of no tokens are the prefix token."""
+        ids, mask = super().tok_batch_encode(strings, *args, **settings)
+        if ids.shape[1] == 0:
+            # torch takes what is empty for float
+            ids, mask = (torch.zeros(len(strings), 1, dtype=torch.long) for _ in range(2))
+        # the harness fills rows up on the left
+        empty = mask.sum(1) == 0
+        ids[empty, -1] = self.prefix_token_id
+        mask[empty, -1] = 1
+        return ids, mask
 
     def _rows(self, longest: int) -> int:
         if self.batch_size_per_gpu != AUTO:
@@ -136,6 +162,16 @@ class HGRN2Harness(_HFLM):
         # the harness notes the sizes it found beside its results
         self.batch_sizes[len(self.batch_sizes)] = rows
         return rows
+
+
+class _Finite(LogitsProcessor):
+    """Refuses logits that are no numbers: the greedy choice among them would pass for an answer."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # -inf is what tokens that are never written get
+        if not bool(scores.logsumexp(-1).isfinite().all()):
+            raise UserError(NOT_FINITE)
+        return scores
 
 
 def open_for_transformers(
@@ -197,7 +233,7 @@ def evaluate_tasks(lm: HGRN2Harness, tasks: Sequence[Task | Group], **settings: 
         The harness's results, without the single samples unless log_samples=True.
 
     Raises:
-        UserError: a task does not fit its data, or wants what is not to be had.
+        UserError: a task does not fit its data, or wants what is not to be had; one of its functions fails.
     """
     settings = {"log_samples": False, "batch_size": lm.batch_size, "device": str(lm.device)} | settings
     # the tasks are there; without one it would look through its own again
@@ -206,10 +242,12 @@ def evaluate_tasks(lm: HGRN2Harness, tasks: Sequence[Task | Group], **settings: 
         # it prints on its way, among what is asked for
         with _errors_only("lm_eval"), redirect_stdout(sys.stderr):
             found = _evaluate(lm, tasks=list(tasks), **settings)
-    except (UserError, RuntimeError, MemoryError):
-        # the model's; everything else comes from what a task says
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        # how torch says on a CPU that there is no memory
+        if "DefaultCPUAllocator" in str(error):
+            raise
         raise UserError(f"tasks cannot be run: {_reason(error)}") from error
     assert found is not None, "the first process gets results"
     return found
@@ -286,6 +324,9 @@ def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
 
 def _check_metrics(name: str, task: Task) -> None:
     """Refuses metrics that the harness did not find; it would leave them out of the results."""
+    if getattr(getattr(task, "config", None), "process_results", None) is not None:
+        # the task computes them itself under names of its own; the harness looks for none of them
+        return
     functions = getattr(task, "_metric_fn_list", None) or {}
     if unknown := [metric for metric, function in functions.items() if function is None]:
         raise UserError(

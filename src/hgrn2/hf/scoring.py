@@ -22,6 +22,8 @@ PIECE_LOGITS = 2**24
 # rows that are chosen when none are asked for, and the memory that their states may take where it is not known
 MOST_ROWS = 64
 STATE_BYTES = 2**30
+# what a model is refused with, here and where it writes
+NOT_FINITE = "the model's outputs are not finite; use another checkpoint"
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -67,7 +69,7 @@ def score_pairs(
         batch = sorted(order[start : start + num_rows], key=lambda i: -len(pairs[i][1]))
         nats, is_greedy = _score_batch(model, [pairs[i] for i in batch], piece_tokens)
         if not bool(nats.isfinite().all()):
-            raise UserError("the model's outputs are not finite; use another checkpoint")
+            raise UserError(NOT_FINITE)
         yield [(i, Scored(*found)) for i, *found in zip(batch, nats.tolist(), is_greedy.tolist(), strict=True)]
 
 
