@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any, Protocol
@@ -86,8 +87,9 @@ class PlainDisplay:
         self.note(f"step {record['step']}  sample:\n{'-' * 40}\n{visible(record['text'])}\n{'-' * 40}")
 
     def note(self, text: str) -> None:
-        """The line."""
-        print(text, file=sys.stderr, flush=True)
+        """The line; a reader or a terminal that has gone ends no run."""
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 class LiveDisplay:
@@ -114,8 +116,10 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.update(self._panel(), refresh=True)
-        self._live.stop()
+        # the terminal may have gone
+        with contextlib.suppress(OSError):
+            self._live.update(self._panel(), refresh=True)
+            self._live.stop()
 
     def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
         """Move the bar and the figures."""
@@ -135,7 +139,8 @@ class LiveDisplay:
 
     def note(self, text: str) -> None:
         """A line above the panel."""
-        self._console.print(Text(text))
+        with contextlib.suppress(OSError):
+            self._console.print(Text(text))
 
     def _panel(self) -> Group:
         figures = Table.grid(padding=(0, 3))
