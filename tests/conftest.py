@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # helpers of the tests are imported as tests.<name>, from wherever pytest was called
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -13,6 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 # without a GPU Triton's interpreter runs the kernels; this is read when Triton and the operators are first imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# an example that takes long on a busy machine is no fault
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,7 +1,8 @@
-"""The command line: parse, build a configuration, call. No work is done here."""
+"""The commands: their flags, what they refuse, what they call, and what they show of it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -20,7 +21,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: the command line needs {missing.name}: pip install 'hgrn2[train]'") from None
 
-from hgrn2.data.staging import check_file_place, check_folder_place, write_text_whole
+from hgrn2.data.staging import check_file_place, check_folder_place, staged_directory, write_text_whole
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.parsing import command, parse
@@ -196,11 +197,16 @@ def generate(
     writer = Writer(lm, tokenizer, sampling)
     if state_in is not None:
         writer.load_state(state_in)
-    sys.stdout.write(prompt)
-    for text in writer.write(prompt, max_tokens, tuple(s.replace("\\n", "\n") for s in stop)):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    try:
+        print(prompt, end="")
+        for text in writer.write(prompt, max_tokens, tuple(s.replace("\\n", "\n") for s in stop)):
+            print(text, end="", flush=True)
+        print(flush=True)
+    except OSError:
+        # the reader of the text has gone, perhaps; the state is asked for all the same
+        if state_out is not None:
+            writer.save_state(state_out)
+        raise
     if state_out is not None:
         writer.save_state(state_out)
 
@@ -254,18 +260,23 @@ def evaluate(
             run, tasks, tasks_dir=tasks_dir, batch_size=batch_size, num_fewshot=num_fewshot, limit=limit,
             which=checkpoint, device=device,
         )  # fmt: skip
-        print(table)
+        show = functools.partial(print, table)
     else:
-        result = _evaluate_texts(run, files, text_field, window, checkpoint, device)
+        table, result = _evaluate_texts(run, files, text_field, window, checkpoint, device)
+        show = functools.partial(_show, table)
+    # first, for nobody may be there any more to look at the table
     if json_out is not None:
         try:
             write_text_whole(json_out, result)
         except OSError as error:
             raise UserError(f"{json_out}: cannot be written ({error.strerror}); name another file") from None
+    show()
 
 
-def _evaluate_texts(run: Path, files: Sequence[str], text_field: str, window: int, checkpoint: str, device: str) -> str:
-    from rich.console import Console
+def _evaluate_texts(
+    run: Path, files: Sequence[str], text_field: str, window: int, checkpoint: str, device: str
+) -> tuple[Any, str]:
+    """A table for people, and JSON."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -286,9 +297,18 @@ def _evaluate_texts(run: Path, files: Sequence[str], text_field: str, window: in
         table.add_row(
             escape(s.name), f"{s.num_bytes:,}", f"{s.num_tokens:,}", f"{s.perplexity:,.3f}", f"{s.bits_per_byte:.4f}"
         )
-    Console().print(table)
     rows = [dataclasses.asdict(s) | {"perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte} for s in shown]
-    return json.dumps(rows, indent=1) + "\n"
+    return table, json.dumps(rows, indent=1) + "\n"
+
+
+def _show(table: Any) -> None:
+    from rich.console import Console
+
+    # rich itself would end the process with status 1 where the reader has gone
+    console = Console()
+    with console.capture() as shown:
+        console.print(table)
+    print(shown.get(), end="")
 
 
 @command("info")
@@ -300,7 +320,6 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
         seq_len: Tokens of a training sequence.
         set: Model settings as KEY=VALUE.
     """
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -349,7 +368,7 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
     ]
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    _show(table)
 
 
 @command("convert")
@@ -417,7 +436,7 @@ def tokenizer_command(
     """Train a byte-level BPE tokenizer.
 
     Args:
-        out: Folder that gets tokenizer.json.
+        out: A new folder for tokenizer.json.
         data: Text files, folders, globs, .jsonl(.zst), .parquet, hf:NAME datasets, or stdlib.
         vocab_size: Tokens of the vocabulary, the 256 bytes and the end of text included.
         text_field: Key or column of the text in .jsonl, .parquet and datasets.
@@ -425,16 +444,13 @@ def tokenizer_command(
     from hgrn2.data import open_corpus, train_bpe
 
     check_folder_place(out)
-    if (out / "tokenizer.json").exists():
-        raise UserError(f"{out}/tokenizer.json: exists already; name another folder")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: exists already; name another folder")
     pieces = (piece for document in open_corpus(data, text_field).documents() for piece in document.pieces)
     made = train_bpe(pieces, vocab_size)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        path = made.save(out)
-    except OSError as error:
-        raise UserError(f"{out}: the tokenizer cannot be written ({error.strerror}); name another folder") from None
-    print(f"{path}: {made.vocab_size:,} tokens")
+    with staged_directory(out, replace=False) as stage:
+        name = made.save(stage).name
+    print(f"{out / name}: {made.vocab_size:,} tokens")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -445,30 +461,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         sys.argv[1:] = list(argv)
-    warnings.showwarning = lambda message, *_args, **_kwargs: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_args, **_kwargs: _tell(f"warning: {message}")
+    # closed by >&- or 2>&-
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # what a terminal's encoding lacks is replaced, not a reason to stop
         sys.stdout.reconfigure(errors="replace")
+    call = status = None
     try:
-        status = parse()()
+        try:
+            call = parse()
+            status = call() or 0
+        except SystemExit:
+            # help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
-        return status or 0
+        return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # the reader has gone, as in `hgrn2 generate ... | head`; what is left is flushed to nowhere at exit
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return 0
     except OSError as error:
-        # a place that cannot be read or written, wherever it was met
-        if error.filename is None:
+        if isinstance(error, BrokenPipeError) and (status is not None or getattr(call, "func", None) is not train):
+            # the reader has gone, as in `hgrn2 generate ... | head`; a run is not done for that, unless it has ended
+            _let_go_of_output()
+            return status or 0
+        if error.filename is not None:
+            # a place that cannot be read or written, wherever it was met
+            return _refuse(f"{error.filename}: {error.strerror}; name another place, or mend this one")
+        if error.strerror is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; name another place, or mend this one", file=sys.stderr)
-        return 2
+        return _refuse(f"{error.strerror}; look to the disk, or to where the output goes")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = f" ({first[0].strip()})" if (first := str(error).splitlines()) else ""
+        return _refuse(f"out of memory{reason}; lower batch_size or seq_len, or take a smaller model")
+
+
+def _tell(line: str) -> None:
+    # a closed standard error is no reason to stop
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _refuse(line: str) -> int:
+    _tell(f"error: {line}")
+    _let_go_of_output()
+    return 2
+
+
+def _let_go_of_output() -> None:
+    """What a closed or full output does not take goes nowhere, or Python would complain of it at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has no type of its own for the CPU, and several texts for a GPU
+    words = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _make_sampler(tokenizer: Any) -> Any:

@@ -50,7 +50,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         wanted = {
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
             "temperature": (0 <= self.temperature < math.inf, "at least 0"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -83,8 +83,9 @@ def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: t
     # from the largest down, and no further: the smallest temperatures would give inf - inf
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
     if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, -1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        # by place, for equal logits may be more than top_k
+        kept = logits.topk(sampling.top_k, -1).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     if sampling.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         p = ordered.softmax(-1)

@@ -68,6 +68,9 @@ def _plain_type(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] |
     def convert(words: list[str]) -> Any:
         if optional and words == ["None"]:
             return None
+        # Path("") is the current folder, which nobody means by it
+        if kind is Path and not words[0]:
+            raise ValueError("'' is not a path")
         try:
             return kind(words[0])
         except ValueError:
@@ -95,7 +98,8 @@ def parse() -> Callable[[], int | None]:
                 prog="hgrn2", description="Gated linear RNN language models with state expansion.", registry=_types
             )
     except SystemExit as stop:
-        if not stop.code:
+        # help, or a signal
+        if stop.code != 2:
             raise
     # the parser prints a title and what is wrong, then a rule and hints; in a box where the terminal can show one
     _, *rows = (row.strip("│ ") for row in printed.getvalue().splitlines())

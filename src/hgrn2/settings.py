@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -43,7 +45,8 @@ def read_toml(path: Path | None) -> dict[str, dict[str, Any]]:
             found = tomllib.load(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # not TOML, not UTF-8, a number of thousands of digits, or tables nested as deep
         raise UserError(f"{path}: not TOML ({error}); see docs/guide/training.md") from None
     for key, value in found.items():
         if key not in tables:
@@ -72,7 +75,12 @@ def data_settings(file: dict[str, Any], **flags: Any) -> dict[str, Any]:
         if not all(isinstance(name, str) for name in names):
             raise UserError(f"data config: {key} is {value!r}; wanted a text{' or a list of texts' if several else ''}")
         file = file | {key: names if several else value}
-    return _DATA_KEYS | file | {key: value for key, value in flags.items() if value not in (None, [])}
+    found = _DATA_KEYS | file | {key: value for key, value in flags.items() if value not in (None, [])}
+    for key, value in found.items():
+        # an empty path would mean the current folder, and no path has a null character
+        if any(not name or "\0" in name for name in (value if isinstance(value, list) else [value or "x"])):
+            raise UserError(f"data config: {key} is {value!r}; wanted a text that is not empty, without null characters")
+    return found
 
 
 def prepare_data(
@@ -91,7 +99,8 @@ def prepare_data(
         for key in ("validation", "text_field", "tokenizer", "prepared"):
             if sources[key] != _DATA_KEYS[key]:
                 raise UserError(f"data {names[0]!r} is prepared already; drop {key}, or name what it was prepared from")
-        prepared = PreparedData.open(names[0])
+        # the run may be resumed from another folder
+        prepared = PreparedData.open(os.path.abspath(names[0]))
         return prepared, {"prepared": str(prepared.directory)}
     target = sources["prepared"]
     if target is None:
@@ -102,10 +111,12 @@ def prepare_data(
         names, sources["tokenizer"], target, validation=sources["validation"], text_field=sources["text_field"],
         rebuild=rebuild, check_tokenizer=check_tokenizer,
     )  # fmt: skip
-    print(
-        f"{'reusing' if prepared.reused else 'prepared'} {prepared.directory}: {prepared.summary()}",
-        file=sys.stderr,
-    )
+    # a closed standard error is no reason to stop
+    with contextlib.suppress(OSError):
+        print(
+            f"{'reusing' if prepared.reused else 'prepared'} {prepared.directory}: {prepared.summary()}",
+            file=sys.stderr,
+        )
     return prepared, {
         "prepared": str(prepared.directory),
         **{k: v for k, v in sources.items() if k != "prepared"},
@@ -136,6 +147,10 @@ def model_config(
             keys[key] = json.loads(value)
         except ValueError:
             keys[key] = value
+        except RecursionError:
+            raise UserError(f"--set {key}: the value is nested too deep; wanted a setting of a model") from None
+    if not model:
+        raise UserError("model '': names nothing; name a preset, a file or a folder")
     if model in presets.PRESETS:
         if vocab_size is not None:
             keys = {"vocab_size": vocab_size} | keys
@@ -199,8 +214,9 @@ def evaluate_tasks(
     """
     words = [name if Path(name).exists() else name.split(",") for name in names]
     names = [name.strip() for word in words for name in ([word] if isinstance(word, str) else word) if name.strip()]
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
-        raise UserError(f"--batch-size is {batch_size}; wanted a number of at least 1, or auto")
+    # nine digits are more than any memory holds, and int() refuses thousands
+    if batch_size != "auto" and not (batch_size.isdecimal() and len(batch_size) < 10 and int(batch_size) > 0):
+        raise UserError(f"--batch-size is {batch_size}; wanted a number from 1 to 999999999, or auto")
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num-fewshot is {num_fewshot}; wanted at least 0")
     if limit is not None and limit < 1:

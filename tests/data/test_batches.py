@@ -34,7 +34,7 @@ def circle(dataset):
 document_lengths = st.lists(st.integers(1, 12), min_size=1, max_size=8).map(lambda lengths: [8, *lengths])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(lengths=document_lengths, seq_len=st.integers(1, 9), seed=st.integers(0, 3), plain=st.booleans())
 def test_every_token_is_a_target_once_an_epoch(make_dataset, lengths, seq_len, seed, plain):
     dataset = numbered(make_dataset, lengths)
@@ -51,7 +51,7 @@ def test_every_token_is_a_target_once_an_epoch(make_dataset, lengths, seq_len, s
     assert batches.epoch == 2.0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=document_lengths,
     seq_len=st.integers(1, 9),
@@ -82,7 +82,7 @@ def test_packed_batches_are_cut_at_windows_and_documents(make_dataset, lengths, 
         assert found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(lengths=document_lengths, seq_len=st.integers(1, 9), world_size=st.sampled_from([1, 2, 3, 6]))
 @pytest.mark.parametrize("kind", [PackedBatches, StreamBatches])
 def test_global_batches_do_not_depend_on_the_number_of_ranks(make_dataset, kind, lengths, seq_len, world_size):
@@ -137,7 +137,7 @@ def test_epochs_and_seeds_differ(make_dataset):
     assert not same(PackedBatches(dataset, 8, 8, seed=1).batch_at(0), PackedBatches(dataset, 8, 8).batch_at(0))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 25), min_size=1, max_size=7),
     seq_len=st.integers(1, 9),

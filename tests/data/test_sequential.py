@@ -39,7 +39,7 @@ def expected(documents):
     return pairs
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     documents=st.lists(st.text(alphabet="abcé", min_size=1, max_size=30), min_size=1, max_size=8),
     seq_len=st.integers(1, 20),
@@ -55,7 +55,7 @@ def test_every_token_once_with_its_whole_context(make_dataset, documents, seq_le
     assert len(windows) == len(list(windows))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     documents=st.lists(
         st.lists(st.text(alphabet="abcé", min_size=1, max_size=12), min_size=1, max_size=5),

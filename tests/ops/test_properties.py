@@ -13,10 +13,9 @@ from tests.ops.scan_cases import free_inputs, spread, tied_inputs
 
 quick = settings(
     max_examples=40,
-    deadline=None,
     derandomize=True,
     # the fixture that fills fresh memory may stay for all examples
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 140), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
 

@@ -20,13 +20,20 @@ from hgrn2.data.tokenizer import (
 from hgrn2.errors import UserError
 
 _BPE_REQUEST = re.compile(r"bpe:(\d+)")
+# as of a model; the library ends the process for some that are larger
+_MOST_TOKENS = 2**24
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def bpe_request(spec: object) -> int | None:
     """The vocabulary size in "bpe:4096", a tokenizer still to be trained; None for anything else."""
     match = _BPE_REQUEST.fullmatch(spec) if isinstance(spec, str) else None
-    return int(match.group(1)) if match else None
+    if match is None:
+        return None
+    # int() refuses thousands of digits
+    if len(match.group(1)) > 20:
+        raise UserError(f"tokenizer {spec!r}: wanted a number of at most {_MOST_TOKENS}")
+    return int(match.group(1))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
@@ -38,13 +45,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
             may give fewer.
 
     Raises:
-        UserError: vocab_size is below 257 (the bytes and the end of text).
+        UserError: vocab_size is below 257 (the bytes and the end of text) or above 2^24.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
         raise UserError(f"vocab_size {vocab_size} is too small for a byte-level BPE; wanted at least 257")
+    if vocab_size > _MOST_TOKENS:
+        raise UserError(f"vocab_size {vocab_size} is too large for a byte-level BPE; wanted at most {_MOST_TOKENS}")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -72,6 +81,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         >>> load_tokenizer("bytes").vocab_size
         257
     """
+    if not str(spec) or "\0" in str(spec):
+        raise UserError(f"tokenizer {str(spec)!r}: names nothing; name a tokenizer.json, a folder with one, or 'bytes'")
     if spec == "bytes":
         return ByteTokenizer()
     if bpe_request(spec) is not None:

@@ -167,7 +167,8 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     inputs = _describe_inputs(corpus, held_out)
-    target = Path(os.path.abspath(Path(out_dir).expanduser()))
+    # of a link, the folder it leads to is the one to replace
+    target = Path(os.path.realpath(Path(out_dir).expanduser()))
     if not rebuild and _is_current(target, inputs, settings):
         return PreparedData.open(target)
     _check_replaceable(target)

@@ -46,6 +46,8 @@ def staged_directory(target: Path, replace: bool = True) -> Iterator[Path]:
         new_parents = [folder for folder in target.parents if not folder.exists()]
         lock = _lock_directory(stage)
         try:
+            if replace:
+                _recover(target)
             _clear(stage)
             yield stage
             _sync_tree(stage)
@@ -55,6 +57,8 @@ def staged_directory(target: Path, replace: bool = True) -> Iterator[Path]:
                 _put_beside(stage, target)
         except BaseException as error:
             shutil.rmtree(stage, ignore_errors=True)
+            if replace:
+                _recover(target)
             if not isinstance(error, Discard):
                 raise
     except OSError as error:
@@ -208,9 +212,21 @@ def _put_beside(stage: Path, target: Path) -> None:
     _sync(target.parent)
 
 
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _recover(target: Path) -> None:
+    """Finish, or take back, what a process left that was stopped between the two renames of `_put_in_place`."""
+    old = _old(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(target)
+
+
 def _put_in_place(stage: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _old(target)
     if target.exists():
         target.rename(old)
     stage.rename(target)

@@ -14,6 +14,8 @@ from hgrn2.nn.norm import NORMS
 MODEL_TYPE = "hgrn2"
 # of any width or count; the bytes of a matrix of two such sizes can still be counted
 _LARGEST = 2**24
+# every layer is an object, even where nothing is computed
+_MOST_LAYERS = 4096
 
 
 def _check(condition: bool, message: str) -> None:
@@ -140,6 +142,8 @@ class HGRN2Config:
         for name in (*sizes, "conv_size", "intermediate_size"):
             size = getattr(self, name) or 0
             _check(size <= _LARGEST, f"{name} is {size}; wanted at most {_LARGEST}")
+        layers = self.num_hidden_layers
+        _check(layers <= _MOST_LAYERS, f"num_hidden_layers is {layers}; wanted at most {_MOST_LAYERS}")
         _check(
             self.hidden_size % self.expand_ratio == 0,
             f"hidden_size = {self.hidden_size} is not a multiple of expand_ratio = {self.expand_ratio}",

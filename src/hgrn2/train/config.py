@@ -38,6 +38,10 @@ _NOT_NEGATIVE = [
 ]
 # more than any machine has; far beyond, torch cannot even be told
 _MOST_THREADS = 4096
+# of one step, whose batches are in memory at once
+_MOST_TOKENS = 2**26
+# Muon's updates are of one size, and beyond float32 torch cannot be told
+_LARGEST_MUON_RATE = 1e6
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,19 @@ class TrainConfig:
             raise UserError(f"train config: seed is {self.seed}; wanted less than 2^64")
         if self.num_threads is not None and self.num_threads > _MOST_THREADS:
             raise UserError(f"train config: num_threads is {self.num_threads}; wanted at most {_MOST_THREADS}")
+        if self.tokens_per_step > _MOST_TOKENS:
+            raise UserError(
+                f"train config: batch_size * seq_len * grad_accumulation is {self.tokens_per_step}; wanted at most "
+                f"{_MOST_TOKENS} tokens a step"
+            )
+        if self.teacher is not None and (not self.teacher or "\0" in self.teacher):
+            raise UserError(f"train config: teacher is {self.teacher!r}; wanted a run, or a folder with a model")
+        temperature = self.distill_temperature
+        if temperature is not None and not 0.01 <= temperature <= 1000:
+            raise UserError(f"train config: distill_temperature is {temperature}; wanted 0.01 to 1000")
+        muon_rate = self.muon_learning_rate or self.learning_rate
+        if self.optimizer == "muon" and muon_rate > _LARGEST_MUON_RATE:
+            raise UserError(f"train config: Muon's learning rate is {muon_rate}; wanted at most {_LARGEST_MUON_RATE:g}")
         try:
             self.sample_prompt.encode("utf-8")
         except UnicodeEncodeError:

@@ -250,6 +250,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            raise RuntimeError("it computes nothing" if device.type == "meta" else "there is one CPU")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
