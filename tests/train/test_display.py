@@ -1,8 +1,5 @@
-import errno
 import io
-import sys
 
-import pytest
 from rich.console import Console
 
 from hgrn2.train.display import LiveDisplay, PlainDisplay, duration, make_display, size
@@ -78,25 +75,3 @@ def test_the_terminal_decides():
 def test_units():
     assert [duration(s) for s in (None, 0, 65, 3723)] == ["?", "0:00", "1:05", "1:02:03"]
     assert [size(n) for n in (5 * 2**20, 2**30)] == ["5 MiB", "1.0 GiB"]
-
-
-class Gone(io.StringIO):
-    """A terminal, or the reader of a pipe, that is there no more."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-
-    def write(self, text):
-        raise OSError(self.number, "gone")
-
-
-@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
-def test_plain_lines_that_nobody_reads(number, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Gone(number))
-    show(PlainDisplay())
-
-
-def test_a_line_on_a_terminal_that_has_gone():
-    # what the panel is drawn with is rich's, in a thread of its own
-    LiveDisplay(Console(file=Gone(errno.EIO), force_terminal=True)).note("a line")

@@ -2,7 +2,6 @@ import contextlib
 import itertools
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
-from hgrn2.train.display import PlainDisplay
 from hgrn2.train.language import LanguageTask, carried_loss, text_figures
 from hgrn2.train.lock import run_lock
 from hgrn2.train.metrics import read_metrics
@@ -266,9 +264,9 @@ def test_resuming_goes_on_from_what_is_there_once_the_lock_is_held(data, tmp_pat
 
     @contextlib.contextmanager
     def held_after_another_process_went_back(run_dir):
-        with run_lock(run_dir) as check_folder:
+        with run_lock(run_dir):
             checkpoint.CheckpointStore(run_dir, 10).remove_after(8)
-            yield check_folder
+            yield
 
     monkeypatch.setattr("hgrn2.train.run.run_lock", held_after_another_process_went_back)
     result = resume_language_run(tmp_path / "run", data).result
@@ -294,66 +292,3 @@ def test_a_folder_that_cannot_be_locked(data, tmp_path):
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot write in the run folder .*; name another folder"):
         start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
-
-
-def test_a_folder_that_another_process_begins_anew_is_left_alone(data, tmp_path):
-    run_dir = tmp_path / "run"
-
-    class Rival(PlainDisplay):
-        """Removes the run after its sixth step and begins another in its place."""
-
-        def train(self, record, progress, eta_s):
-            if record["step"] == 6:
-                shutil.rmtree(run_dir)
-                start_language_run(run_dir, model_config(), TrainConfig(**SETTINGS), data, data_settings={})
-
-    with pytest.raises(UserError, match="was removed or moved while this process trained in it"):
-        start_language_run(
-            run_dir, model_config(), TrainConfig(**SETTINGS | {"seed": 7}), data, data_settings={}, display=Rival()
-        )
-    assert checkpoint.read_config(run_dir)["train"]["seed"] != 7
-    assert [path.name for path in checkpoint.checkpoints_of(run_dir)] == [f"step-{n:08}" for n in (4, 6, 8, 12)]
-
-
-def test_a_run_that_wrote_no_checkpoint_can_be_begun_anew(data, tmp_path):
-    run_dir = tmp_path / "run"
-    settings = {"model": model_config().to_dict(), "train": TrainConfig(**SETTINGS).to_dict(), "data": {}}
-    with run_lock(run_dir):
-        checkpoint.create_run(run_dir, settings, data.tokenizer)
-    start_language_run(run_dir, model_config(), TrainConfig(**SETTINGS), data, data_settings={})
-    # a model is none, whatever its settings
-    model = tmp_path / "model"
-    model.mkdir()
-    checkpoint.write_config(model, settings)
-    (model / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="holds a run already"):
-        checkpoint.check_new_run(model)
-
-
-def test_weights_that_are_held_back_are_settled_when_a_run_begins(data, tmp_path):
-    start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
-    with pytest.raises(UserError, match=r"freeze is '' in this run, and '\*.mlp.\*' is asked for.*leave it out"):
-        resume_language_run(tmp_path / "run", data, changes={"freeze": "*.mlp.*", "max_steps": 20})
-    assert checkpoint.read_config(tmp_path / "run")["train"]["freeze"] == ""
-    resume_language_run(tmp_path / "run", data, changes={"freeze": "", "max_steps": 13})
-
-
-def test_no_pictures_without_a_step_that_learnt(data, tmp_path):
-    run = start_language_run(
-        tmp_path / "run", model_config(), TrainConfig(**SETTINGS | {"max_steps": None, "max_time_s": 1e-300}), data,
-        data_settings={},
-    )  # fmt: skip
-    assert run.pictures == []
-    assert run.result.counters.step == 0
-
-
-def test_a_model_that_cannot_write_goes_on_learning(data, tmp_path, capsys):
-    def refuse(model, prompt):
-        raise UserError("generate: the model's outputs are not finite; use another checkpoint")
-
-    settings = SETTINGS | {"sample_every": 6}
-    run = start_language_run(
-        tmp_path / "run", model_config(), TrainConfig(**settings), data, data_settings={}, sampler=refuse
-    )
-    assert run.result.counters.step == 12
-    assert capsys.readouterr().err.count("no sample: generate: the model's outputs are not finite") == 2

@@ -146,35 +146,6 @@ def test_too_many_nonfinite_steps_in_a_row_stop_the_run(tmp_path):
     )  # fmt: skip
 
 
-def test_no_checkpoint_is_due_while_steps_are_skipped(tmp_path):
-    settings = SETTINGS | {"max_nonfinite": 10, "checkpoint_every": 1, "validation_every": 0, "keep_last": 1}
-    bad = {"bad_batches": tuple(range(12, 30))}
-    with pytest.raises(UserError, match=r"last good checkpoint: [^;]*step-00000012;"):
-        run(tmp_path / "run", settings, task_settings=bad, display=Listener())
-    assert [path.name for path in checkpoint.checkpoints_of(tmp_path / "run")] == ["step-00000012"]
-
-
-def test_a_refused_return_to_an_earlier_checkpoint_removes_nothing(tmp_path):
-    run(tmp_path / "run", SETTINGS | {"keep_last": 100}, display=Listener())
-    checkpoints = checkpoint.checkpoints_of(tmp_path / "run")
-    path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text(path.read_text() + "nonsense\n")
-    config = TrainConfig.from_dict(SETTINGS)
-    trainer = Trainer(
-        TinyModel(),
-        TinyTask(config),
-        ROLES,
-        config,
-        tmp_path / "run",
-        {},
-        resume_from=checkpoints[0],
-        display=Listener(),
-    )
-    with pytest.raises(UserError, match="not JSON"):
-        trainer.run()
-    assert checkpoint.checkpoints_of(tmp_path / "run") == checkpoints
-
-
 def test_a_nonfinite_gradient_of_a_finite_loss_is_skipped(tmp_path):
     class Infinite(TinyTask):
         def loss(self, model, batch):

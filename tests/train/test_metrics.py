@@ -83,32 +83,6 @@ def test_tensorboard_not_installed(tmp_path, monkeypatch):
         MetricsWriter(tmp_path, tensorboard=True)
 
 
-def test_nothing_is_dropped_before_everything_is_checked(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(tmp_path) as metrics:
-        for step in (1, 2, 3):
-            metrics.write({"kind": "start", "step": step})
-    whole = path.read_text()
-    seen = []
-    with MetricsWriter(tmp_path, resume_step=1, before_dropping=lambda: seen.append(path.read_text())):
-        assert seen == [whole]
-        assert [record["step"] for record in read_metrics(tmp_path)] == [1]
-    path.write_text(whole + "nonsense\n")
-    with pytest.raises(UserError, match="not JSON"):
-        MetricsWriter(tmp_path, resume_step=1, before_dropping=lambda: seen.append(""))
-    assert len(seen) == 1
-
-
-def test_a_run_begun_anew_hides_the_events_of_the_one_before(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for loss in (1.0, 2.0):
-        with MetricsWriter(tmp_path, tensorboard=True) as metrics:
-            for step in (1, 2):
-                metrics.write({"kind": "train", "step": step, "loss": loss})
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 2.0), (2, 2.0)]
-
-
 def test_tensorboard_takes_the_numbers(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with MetricsWriter(tmp_path, tensorboard=True) as metrics:

@@ -220,19 +220,9 @@ def _model_folder(path: Path, which: str) -> Path:
 
 
 def check_new_run(run_dir: Path) -> None:
-    """Raises UserError if the folder holds a run already, or a model; one that never wrote a checkpoint is none."""
-    if checkpoints_of(run_dir) or ((run_dir / CONFIG_NAME).exists() and not _is_empty_run(run_dir)):
+    """Raises UserError if the folder holds a run already."""
+    if (run_dir / CONFIG_NAME).exists() or checkpoints_of(run_dir):
         raise UserError(f"{run_dir}: holds a run already; continue it with --resume {run_dir}, or name another folder")
-
-
-def _is_empty_run(run_dir: Path) -> bool:
-    """Whether a run was begun here that left nothing to go on from: it ran out of memory, or was killed at once."""
-    try:
-        settings = read_config(run_dir)
-    except UserError:
-        return False
-    weights = [path for path in run_dir.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf")]
-    return settings.keys() == {"model", "train", "data"} and not weights
 
 
 def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from typing import Any, Protocol
@@ -87,9 +86,8 @@ class PlainDisplay:
         self.note(f"step {record['step']}  sample:\n{'-' * 40}\n{visible(record['text'])}\n{'-' * 40}")
 
     def note(self, text: str) -> None:
-        """The line; a reader or a terminal that has gone ends no run."""
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+        """The line."""
+        print(text, file=sys.stderr, flush=True)
 
 
 class LiveDisplay:
@@ -116,10 +114,8 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # the terminal may have gone
-        with contextlib.suppress(OSError):
-            self._live.update(self._panel(), refresh=True)
-            self._live.stop()
+        self._live.update(self._panel(), refresh=True)
+        self._live.stop()
 
     def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
         """Move the bar and the figures."""
@@ -139,8 +135,7 @@ class LiveDisplay:
 
     def note(self, text: str) -> None:
         """A line above the panel."""
-        with contextlib.suppress(OSError):
-            self._console.print(Text(text))
+        self._console.print(Text(text))
 
     def _panel(self) -> Group:
         figures = Table.grid(padding=(0, 3))

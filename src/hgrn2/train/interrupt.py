@@ -9,9 +9,7 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP sets `signal_name`; the second interrupts at once.
-
-    A SIGHUP that is ignored, as under nohup, stays so.
+    """While entered, the first SIGINT or SIGTERM sets `signal_name`; the second interrupts at once.
 
     Outside of the main thread, where Python takes no signals, it does nothing.
     """
@@ -22,10 +20,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +12,10 @@ LOCK_NAME = ".lock"
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[Callable[[], None]]:
+def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold the run folder, made if it is not there; the system lets go of it however the process ends.
 
     Whatever is decided by what lies in the folder is decided while it is held. No lock where there is no fcntl.
-
-    Yields:
-        A function to call before the folder is changed: it raises a UserError if the folder that is held has been
-        removed or moved, so that another process's may be in its place.
 
     Raises:
         UserError: another process holds it, or it cannot be written.
@@ -43,13 +38,4 @@ def run_lock(run_dir: Path) -> Iterator[Callable[[], None]]:
         except (ImportError, OSError):
             # a system without fcntl, or a file system without locks, such as some network mounts
             pass
-
-        def check() -> None:
-            try:
-                same = os.path.samestat(os.fstat(file.fileno()), os.stat(run_dir / LOCK_NAME))
-            except FileNotFoundError:
-                same = False
-            if not same:
-                raise UserError(f"{run_dir}: was removed or moved while this process trained in it; nothing is written")
-
-        yield check
+        yield

@@ -6,7 +6,7 @@ import errno
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,7 +93,6 @@ class Trainer:
             into every checkpoint.
         resume_from: a checkpoint folder to go on from; later checkpoints and records of the run are removed.
             None starts at the beginning, and removes whatever an earlier attempt left.
-        check_folder: from the `run_lock`.
         display: where progress is shown; by default on standard error.
     """
 
@@ -105,7 +104,6 @@ class Trainer:
     run_config: Mapping[str, Any]
     resume_from: Path | None = None
     frozen: Collection[str] = ()
-    check_folder: Callable[[], None] = lambda: None
     display: Display = field(default_factory=make_display)
 
     def __post_init__(self) -> None:
@@ -125,15 +123,11 @@ class Trainer:
         """
         try:
             self._store.remove_leftovers()
-            last_kept = self._restore()
+            self._restore()
             with (
                 StopRequest() as stop,
                 MetricsWriter(
-                    self.run_dir,
-                    resume_step=self._counters.step,
-                    tensorboard=self.config.tensorboard,
-                    # a kill between the two would leave checkpoints without their records
-                    before_dropping=lambda: self._store.remove_after(last_kept),
+                    self.run_dir, resume_step=self._counters.step, tensorboard=self.config.tensorboard
                 ) as metrics,
                 self.display,
             ):
@@ -173,9 +167,7 @@ class Trainer:
             if finished or _due(counters.step, config.sample_every):
                 self._sample(metrics)
             stopping = finished or stop.signal_name is not None
-            # while steps are skipped the weights may be ruined, and good checkpoints would give way to them
-            due = _due(counters.step, config.checkpoint_every) and not counters.skipped_in_a_row
-            if stopping or new_best or due:
+            if stopping or new_best or _due(counters.step, config.checkpoint_every):
                 self._save(metrics)
         # a run that was resumed with nothing left to do, or stopped before its first step
         if finished and counters.validated_step != counters.step:
@@ -283,13 +275,8 @@ class Trainer:
         return better
 
     def _sample(self, metrics: MetricsWriter) -> None:
-        try:
-            with self._aside():
-                text = self.task.sample(self.model)
-        except UserError as error:
-            # a model that cannot write may still learn to
-            self.display.note(f"step {self._counters.step}: no sample: {error}")
-            return
+        with self._aside():
+            text = self.task.sample(self.model)
         if text is not None:
             record = {
                 "kind": "sample",
@@ -302,7 +289,6 @@ class Trainer:
 
     def _save(self, metrics: MetricsWriter) -> None:
         counters = self._counters
-        self.check_folder()
         # the records up to this step must be on the disk before the checkpoint that relies on them
         metrics.sync()
         counters.elapsed_s = time.monotonic() - self._started_s
@@ -321,11 +307,11 @@ class Trainer:
             best_step=counters.best["step"] if counters.best else None,
         )
 
-    def _restore(self) -> int:
-        """Puts everything back as it was; returns the last step whose checkpoint is to stay."""
+    def _restore(self) -> None:
         if self.resume_from is None:
+            self._store.remove_after(-1)
             seed_everything(self.config.seed)
-            return -1
+            return
         saved = ckpt.load_checkpoint(self.resume_from)
         state = saved.state
         ckpt.load_model_tensors(self.model, saved.model, saved.path)
@@ -335,11 +321,11 @@ class Trainer:
         if "freezing" in state:
             self._freezing.load_state_dict(state["freezing"])
         self._counters = Counters(**{name: state[name] for name in asdict(self._counters)})
+        self._store.remove_after(self._counters.step)
         set_rng_state(state["rng"])
         before, now = state["environment"], self._environment()
         if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
             self.display.note(f"resuming elsewhere ({', '.join(changed)}): losses may differ in the last bits")
-        return self._counters.step
 
     def _progress(self) -> float:
         """Used fraction of the budget."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,29 +77,22 @@ class MetricsWriter:
         run_dir: the run folder.
         resume_step: records of later steps, and a torn last line, are dropped first; 0 drops everything.
         tensorboard: also write event files under run_dir / "tensorboard".
-        before_dropping: called when nothing can be refused any more, and nothing is dropped yet.
 
     Raises:
-        UserError: TensorBoard is asked for and not installed, or the file is not of a run.
+        UserError: TensorBoard is asked for and not installed.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        resume_step: int = 0,
-        tensorboard: bool = False,
-        before_dropping: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, run_dir: Path, *, resume_step: int = 0, tensorboard: bool = False) -> None:
         self._board = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
         path = run_dir / METRICS_NAME
-        kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() and resume_step else []
+        kept = (
+            [r for r in read_metrics(path) if r.get("step", 0) <= resume_step] if path.exists() and resume_step else []
+        )
         temporary = path.with_name(f".tmp-{METRICS_NAME}")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(_line(record) for record in kept)
             file.flush()
             os.fsync(file.fileno())
-        before_dropping()
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -142,4 +134,4 @@ def _tensorboard_writer(directory: Path, resume_step: int) -> Any:
             "tensorboard: not installed; pip install 'hgrn2[tensorboard]', or leave the flag away"
         ) from None
     # purge_step hides the events of the steps that are about to be trained again
-    return SummaryWriter(str(directory), purge_step=resume_step + 1)
+    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class LanguageRun:
     Attributes:
         model: as it is after the last step.
         result: how the run ended.
-        pictures: paths of the PNG files; empty if a signal stopped the run, or no step had a loss.
+        pictures: paths of the PNG files; empty if a signal stopped the run.
     """
 
     model: HGRN2LM
@@ -77,9 +77,9 @@ def start_language_run(
     if start is not None:
         start.load_into(parts.model)
     config = {"model": model_config.to_dict(), "train": _kept(train_config), "data": dict(data_settings)}
-    with run_lock(run_dir) as check_folder:
+    with run_lock(run_dir):
         create_run(run_dir, config, data.tokenizer)
-        return parts.run(run_dir, config, None, check_folder, display)
+        return parts.run(run_dir, config, None, display)
 
 
 def resume_language_run(
@@ -104,7 +104,7 @@ def resume_language_run(
         UserError: there is no run, its checkpoint is damaged, the data is another, or as Trainer.run.
     """
     run_dir, _ = resume_point(path)
-    with run_lock(run_dir) as check_folder:
+    with run_lock(run_dir):
         # again: until now another process may have written and removed checkpoints
         _, checkpoint = resume_point(path)
         config = read_config(run_dir)
@@ -114,15 +114,9 @@ def resume_language_run(
         if further := config.keys() - {"model", "train", "data"}:
             raise UserError(f"{run_dir}/config.json: unknown keys {sorted(further)}; remove them")
         train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
-        before = TrainConfig.from_dict(config["train"]).freeze
-        if train_config.freeze != before:
-            raise UserError(
-                f"{run_dir}: freeze is {before!r} in this run, and {train_config.freeze!r} is asked for; "
-                "which weights learn is settled when a run begins, so leave it out"
-            )
         parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
         config["train"] = _kept(train_config)
-        return parts.run(run_dir, config, checkpoint, check_folder, display)
+        return parts.run(run_dir, config, checkpoint, display)
 
 
 def _kept(config: TrainConfig) -> dict[str, Any]:
@@ -156,12 +150,7 @@ class _Parts:
         return cls(model, task, config, data, frozen_names(model, config.freeze))
 
     def run(
-        self,
-        run_dir: Path,
-        run_config: Mapping[str, Any],
-        resume_from: Path | None,
-        check_folder: Callable[[], None],
-        display: Display | None,
+        self, run_dir: Path, run_config: Mapping[str, Any], resume_from: Path | None, display: Display | None
     ) -> LanguageRun:
         trainer = Trainer(
             model=self.model,
@@ -172,12 +161,10 @@ class _Parts:
             run_config=run_config,
             resume_from=resume_from,
             frozen=self.frozen,
-            check_folder=check_folder,
             display=display or make_display(),
         )
         result = trainer.run()
-        learnt = result.counters.step > result.counters.skipped_steps
-        pictures = self._pictures(run_dir) if learnt and not result.stopped_by else []
+        pictures = [] if result.stopped_by else self._pictures(run_dir)
         return LanguageRun(self.model, result, pictures)
 
     def _pictures(self, run_dir: Path) -> list[Path]:
