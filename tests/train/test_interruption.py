@@ -104,7 +104,6 @@ def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
     seed = random.randrange(2**32)
     print(f"moments drawn with seed {seed}")
     generator = random.Random(seed)
-    num_killed = 0
     for moment in range(3 if stream else 10):
         process = start(processes, run_dir, settings, data_dir, target=run_language)
         # half of the lives end after some more steps, half anywhere: before the first record, too
@@ -115,12 +114,10 @@ def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
         time.sleep(generator.uniform(0.0, 0.1))
         process.kill()
         process.join()
-        num_killed += process.exitcode == -signal.SIGKILL
         # on a machine that has other work, more steps are done by then than were waited for: even all of them
         assert process.exitcode in (-signal.SIGKILL, 0)
         if process.exitcode == 0:
             break
-    assert num_killed > 0
     for path in checkpoint.checkpoints_of(run_dir):
         checkpoint.load_checkpoint(path)
     run_language(run_dir, settings, data_dir)
@@ -131,7 +128,13 @@ def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
 # a terminal that closes sends SIGHUP more than once
 @pytest.mark.parametrize(
     "numbers",
-    [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP], [signal.SIGHUP, signal.SIGHUP], [signal.SIGTERM, signal.SIGHUP]],
+    [
+        [signal.SIGINT],
+        [signal.SIGTERM],
+        [signal.SIGHUP],
+        [signal.SIGHUP, signal.SIGHUP],
+        [signal.SIGTERM, signal.SIGHUP],
+    ],
 )
 def test_signals_write_a_checkpoint_and_end_well(processes, uninterrupted, tmp_path, numbers):
     run_dir = tmp_path / "run"

@@ -180,9 +180,7 @@ def test_what_cannot_go_on_leaves_the_later_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = TrainConfig.from_dict(SETTINGS | {"tensorboard": True})
     with pytest.raises(UserError, match="tensorboard: not installed"):
-        Trainer(
-            TinyModel(), TinyTask(config), ROLES, config, tmp_path / "run", {}, before[0], display=Listener()
-        ).run()
+        Trainer(TinyModel(), TinyTask(config), ROLES, config, tmp_path / "run", {}, before[0], display=Listener()).run()
     assert checkpoint.checkpoints_of(tmp_path / "run") == before
 
 

@@ -7,7 +7,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-
 # Windows has none
 _SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 

@@ -65,7 +65,7 @@ class TrainResult:
         run_dir: the run folder.
         checkpoint: the newest checkpoint.
         counters: steps, tokens, seconds, skipped steps, best validation.
-        last_validation: the last validation record of metrics.jsonl.
+        last_validation: the last validation record of metrics.jsonl; None if there is none, or if it was not finite.
         stopped_by: name of the signal that stopped the run, or None when its budget is used up.
     """
 
@@ -152,11 +152,12 @@ class Trainer:
         newest = self._store.latest()
         assert newest is not None, "a run that ends has a checkpoint"
         validations = [r for r in read_metrics(self.run_dir) if r["kind"] == "validation"]
+        last = validations[-1] if validations else None
         return TrainResult(
             self.run_dir,
             newest,
             self._counters,
-            validations[-1] if validations else None,
+            None if last is None or last["val_loss"] is None else last,
             # a signal that came after the last step has stopped nothing
             None if finished else stop.signal_name,
         )
