@@ -488,7 +488,9 @@ def test_other_signals_tidy_up_as_well(number, tmp_path, monkeypatch):
             (stage / "half").touch()
             os.kill(os.getpid(), number)
 
-    before = signal.signal(number, signal.SIG_DFL)
+    # main takes both
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(each, signal.SIG_DFL) for each in numbers]
     monkeypatch.setattr(cli, "main", killed)
     try:
         with pytest.raises(SystemExit) as ended:
@@ -501,7 +503,8 @@ def test_other_signals_tidy_up_as_well(number, tmp_path, monkeypatch):
         assert hgrn2_command.main() == 7
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(number, before)
+        for each, handler in zip(numbers, before, strict=True):
+            signal.signal(each, handler)
 
 
 @pytest.mark.parametrize(("ctrl_c", "status"), [(signal.default_int_handler, -signal.SIGINT), (signal.SIG_IGN, 7)])

@@ -24,7 +24,7 @@ from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.opening import ModelFolder, open_folder, read_folder_config
 from hgrn2.layouts.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
-from hgrn2.train.checkpoint import locate_model, read_config, resume_point
+from hgrn2.train.checkpoint import locate_model, read_config, read_while_training, resume_point
 from hgrn2.train.run import check_same_tokens, choose_device, find_tokenizer
 
 
@@ -183,11 +183,15 @@ def load_model(run: Path, which: str, device: str) -> tuple[HGRN2LM, Tokenizer]:
         device: "auto", "cpu", "cuda", ...
     """
     place = choose_device(device)
-    folder, tokenizer_dir = locate_model(run, which)
-    saved = open_folder(folder)
-    tokenizer = load_tokenizer(tokenizer_dir)
-    tokenizer.check_fits(saved.config.vocab_size)
-    return saved.load(place), tokenizer
+
+    def read() -> tuple[HGRN2LM, Tokenizer]:
+        folder, tokenizer_dir = locate_model(run, which)
+        saved = open_folder(folder)
+        tokenizer = load_tokenizer(tokenizer_dir)
+        tokenizer.check_fits(saved.config.vocab_size)
+        return saved.load(place), tokenizer
+
+    return read_while_training(run, read)
 
 
 def evaluate_tasks(
@@ -225,7 +229,7 @@ def evaluate_tasks(
         from hgrn2.hf import harness
     except ModuleNotFoundError as missing:
         raise UserError(f"--tasks needs {missing.name}, which is not installed: pip install 'hgrn2[eval]'") from None
-    weights, folder = locate_model(run, which)
+    weights, folder = read_while_training(run, lambda: locate_model(run, which))
     tasks = harness.open_tasks(names, tasks_dir)
     model, tokenizer = harness.open_for_transformers(*load_model(run, which, device), folder)
     # as the results name it
@@ -252,8 +256,12 @@ class Start:
     @classmethod
     def open(cls, path: Path) -> Start:
         """From a run folder, a checkpoint, or a folder of any layout."""
-        folder, tokenizer_dir = locate_model(path)
-        return cls(open_folder(folder), find_tokenizer(tokenizer_dir), tokenizer_dir)
+
+        def read() -> Start:
+            folder, tokenizer_dir = locate_model(path)
+            return cls(open_folder(folder), find_tokenizer(tokenizer_dir), tokenizer_dir)
+
+        return read_while_training(path, read)
 
     def data_defaults(self, names: Sequence[str]) -> dict[str, Any]:
         """What `data_settings` takes unless told otherwise: data that is not prepared yet gets the model's tokens."""
@@ -297,16 +305,20 @@ def convert_model(
         start: put recurrent layers into a Transformer; None to write the model as it is.
     """
     max_shard_bytes = parse_size(max_shard_size)
-    folder, tokenizer_dir = locate_model(source, which)
-    # layers that are kept have their positions read when it is known which they are
-    opened = open_folder(folder, attends=start is None)
-    model: Source = opened
-    if start is not None:
-        model = start_from_transformer(
-            opened, keep_attention=parse_layers(start.keep_attention or "none", opened.config.num_hidden_layers),
-            expand_ratio=start.expand_ratio, copy_qv=start.copy_qv, seed=start.seed,
+
+    def read_and_write() -> Written:
+        folder, tokenizer_dir = locate_model(source, which)
+        # layers that are kept have their positions read when it is known which they are
+        opened = open_folder(folder, attends=start is None)
+        model: Source = opened
+        if start is not None:
+            model = start_from_transformer(
+                opened, keep_attention=parse_layers(start.keep_attention or "none", opened.config.num_hidden_layers),
+                expand_ratio=start.expand_ratio, copy_qv=start.copy_qv, seed=start.seed,
+            )  # fmt: skip
+        return convert(
+            model, out, to, tokenizer_dir=tokenizer_dir,
+            dtype=None if dtype == "same" else getattr(torch, dtype), max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
-    return convert(
-        model, out, to, tokenizer_dir=tokenizer_dir,
-        dtype=None if dtype == "same" else getattr(torch, dtype), max_shard_bytes=max_shard_bytes,
-    )  # fmt: skip
+
+    return read_while_training(source, read_and_write)

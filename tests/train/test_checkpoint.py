@@ -12,6 +12,7 @@ from hgrn2.data import ByteTokenizer, load_tokenizer
 from hgrn2.errors import UserError
 from hgrn2.layouts.files import write_safetensors
 from hgrn2.train import checkpoint
+from hgrn2.train.lock import run_lock
 from tests.train.tiny_run import TinyModel, saved_tensors
 
 CONFIG = {"model": {"hidden_size": 8}, "train": {"max_steps": 3}}
@@ -157,9 +158,64 @@ def test_resume_point(store, run_dir, tmp_path):
         checkpoint.resume_point(tmp_path)
 
 
-def test_a_run_is_not_overwritten(run_dir):
-    with pytest.raises(UserError, match="--resume"):
+def test_a_run_is_not_overwritten(store, run_dir):
+    save(store, 1)
+    for refuses in (checkpoint.check_new_run, lambda folder: checkpoint.create_run(folder, CONFIG)):
+        with pytest.raises(UserError, match="--resume"):
+            refuses(run_dir)
+
+
+def test_a_run_without_a_checkpoint_is_begun_anew(run_dir):
+    (run_dir / "tokenizer.json").write_text("of another tokenizer")
+    with run_lock(run_dir), pytest.raises(UserError, match="another process is training in it"):
+        checkpoint.check_new_run(run_dir)
+    checkpoint.check_new_run(run_dir)
+    checkpoint.create_run(run_dir, CONFIG | {"train": {"seed": 7}}, ByteTokenizer())
+    assert checkpoint.read_config(run_dir)["train"] == {"seed": 7}
+    assert not (run_dir / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("what", ["another config.json", "a checkpoint that was copied"])
+def test_another_model_is_not_overwritten(store, run_dir, what):
+    if what == "another config.json":
+        (run_dir / "config.json").write_text('{"model_type": "hgrn2"}')
+    else:
+        shutil.copy(save(store, 1) / "model.safetensors", run_dir)
+        shutil.rmtree(run_dir / "checkpoints")
+    before = (run_dir / "config.json").read_text()
+    with pytest.raises(UserError, match="name another folder"):
         checkpoint.create_run(run_dir, CONFIG)
+    assert (run_dir / "config.json").read_text() == before
+
+
+def test_reading_while_checkpoints_come_and_go(store, run_dir):
+    save(store, 1)
+    read = []
+
+    def gone_at_first():
+        newest = checkpoint.checkpoints_of(run_dir)[-1]
+        read.append(newest.name)
+        if len(read) < 3:
+            save(store, 2 + 2 * len(read))
+            save(store, 3 + 2 * len(read))
+        return checkpoint.load_checkpoint(newest)
+
+    found = checkpoint.read_while_training(run_dir, gone_at_first)
+    assert found.path.name == "step-00000007"
+    assert read == ["step-00000001", "step-00000005", "step-00000007"]
+
+
+def test_reading_a_damaged_checkpoint_fails_at_once(store, run_dir):
+    (save(store, 1) / "model.safetensors").write_bytes(b"")
+    read = []
+
+    def damaged():
+        read.append(1)
+        return checkpoint.load_checkpoint(checkpoint.checkpoints_of(run_dir)[-1])
+
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
+        checkpoint.read_while_training(run_dir, damaged)
+    assert len(read) == 1
 
 
 def test_broken_config(run_dir):

@@ -1,5 +1,8 @@
+import errno
 import io
+import sys
 
+import pytest
 from rich.console import Console
 
 from hgrn2.train.display import LiveDisplay, PlainDisplay, duration, make_display, size
@@ -60,6 +63,33 @@ def test_live_display_shows_everything():
     ):
         assert part in text, part
     assert "a note [with brackets]" in text
+
+
+class Gone(io.StringIO):
+    """A terminal that is gone after some writes, or a pipe whose reader is."""
+
+    def __init__(self, error, num_writes=0):
+        super().__init__()
+        self.error, self.num_left = error, num_writes
+
+    def write(self, text):
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "Input/output error")])
+def test_a_reader_that_has_gone_stops_nothing(error, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Gone(error))
+    show(PlainDisplay(every_s=0.0))
+
+
+@pytest.mark.parametrize("num_writes", [0, 1, 2])
+def test_a_terminal_that_has_gone_stops_nothing(num_writes):
+    file = Gone(OSError(errno.EIO, "Input/output error"), num_writes)
+    show(LiveDisplay(Console(file=file, force_terminal=True, width=100, color_system=None)))
+    assert file.num_left < 0
 
 
 def test_control_characters_do_not_reach_the_terminal(capsys):

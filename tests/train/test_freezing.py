@@ -246,6 +246,15 @@ def test_resuming_from_any_checkpoint(frozen_run, tmp_path, capfd):
     assert f"step {step}: the loss improves no more" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("freeze", ["", "*.bias"])
+def test_a_resumed_run_keeps_its_freezing(frozen_run, tmp_path, freeze):
+    shutil.copytree(frozen_run, tmp_path / "run")
+    changes = {} if freeze else {"unfreeze_every": None, "unfreeze_threshold": None}
+    with pytest.raises(UserError, match=f"freeze: saved with .*, now it is {freeze!r}".replace("*.b", r"\*\.b")):
+        run(tmp_path / "run", resume=True, freeze=freeze, **changes)
+    assert models(tmp_path / "run").keys() == models(frozen_run).keys()
+
+
 def test_freezing_changes_the_run(frozen_run, tmp_path):
     run(tmp_path / "run", freeze="", unfreeze_every=None, unfreeze_threshold=None)
     assert losses(tmp_path / "run")[0] != losses(frozen_run)[0]

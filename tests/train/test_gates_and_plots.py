@@ -61,6 +61,10 @@ def test_a_model_without_gates_has_no_summary():
     assert measure_gates(ConstantGates([]), torch.zeros(1, 8, dtype=torch.long)) is None
 
 
+def test_gates_that_are_not_finite_have_no_summary():
+    assert measure_gates(ConstantGates([1.0, math.nan]), torch.zeros(1, 8, dtype=torch.long)) is None
+
+
 def test_gates_survive_the_file(tmp_path):
     gates = measure_gates(ConstantGates([1.0, 10.0]), torch.zeros(1, 8, dtype=torch.long))
     gates.save(tmp_path)
@@ -88,6 +92,7 @@ def test_damaged_gates(tmp_path):
         good[:60] + bytes(byte ^ 255 for byte in good[60:middle]) + good[middle:],
         written(layer=np.array([{}, {}], dtype=object)),
         written(state_norm=np.zeros(3)),
+        written(state_norm=np.array([1.0, np.nan])),
         written(lower_bound=np.array([["a"], ["b"]])),
     ]
     np.save(path.with_suffix(".npy"), np.zeros(3))
@@ -137,6 +142,12 @@ def test_a_last_validation_that_was_not_finite_is_drawn(tmp_path):
         last = {"kind": "validation", "step": 11, "tokens": 704, "elapsed_s": 6.0, "val_loss": None}
         file.write(json.dumps(last) + "\n")
     assert plot_run(tmp_path)[0].exists()
+
+
+def test_gates_of_a_run_without_a_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "start", "step": 0}) + "\n")
+    measure_gates(ConstantGates([1.0, 10.0]), torch.zeros(1, 8, dtype=torch.long)).save(tmp_path)
+    assert [p.name for p in plot_run(tmp_path)] == ["memory.png"]
 
 
 def test_nothing_to_draw(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import hgrn2
 from hgrn2.data.prepare import prepare
 from hgrn2.train import checkpoint
-from tests.train.tiny_run import losses, run, run_language, run_with_file_limit
+from tests.train.tiny_run import losses, run, run_language, run_until_signals, run_with_file_limit
 
 # short steps and a checkpoint every few of them: a kill at random lands anywhere, within a checkpoint too
 SETTINGS = {
@@ -65,12 +65,24 @@ def start(processes, *args, target=run):
     return process
 
 
+def end_of(process):
+    """The exit status of a process that ends by itself, or of one that is stuck."""
+    try:
+        process.join(120)
+    finally:
+        process.kill()
+    process.join()
+    return process.exitcode
+
+
 def wait_for_steps(run_dir, num_lines, process):
+    """Until the run has written some lines, or has ended."""
     path = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 30
-    while not path.exists() or path.read_bytes().count(b"\n") < num_lines:
-        assert process.is_alive(), f"ended with {process.exitcode}"
-        assert time.monotonic() < deadline, "the run does not get on"
+    deadline = time.monotonic() + 120
+    while process.is_alive() and (not path.exists() or path.read_bytes().count(b"\n") < num_lines):
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail("the run does not get on")
         time.sleep(0.002)
 
 
@@ -102,7 +114,10 @@ def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
         time.sleep(generator.uniform(0.0, 0.1))
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        # on a machine that has other work, more steps are done by then than were waited for: even all of them
+        assert process.exitcode in (-signal.SIGKILL, 0)
+        if process.exitcode == 0:
+            break
     for path in checkpoint.checkpoints_of(run_dir):
         checkpoint.load_checkpoint(path)
     run_language(run_dir, settings, data_dir)
@@ -110,50 +125,51 @@ def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
     assert not list(run_dir.rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_write_a_checkpoint_and_end_well(processes, uninterrupted, tmp_path, number):
+# a terminal that closes sends SIGHUP more than once
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGINT],
+        [signal.SIGTERM],
+        [signal.SIGHUP],
+        [signal.SIGHUP, signal.SIGHUP],
+        [signal.SIGTERM, signal.SIGHUP],
+    ],
+)
+def test_signals_write_a_checkpoint_and_end_well(processes, uninterrupted, tmp_path, numbers):
     run_dir = tmp_path / "run"
-    process = start(processes, run_dir, SETTINGS)
-    wait_for_steps(run_dir, 20, process)
-    os.kill(process.pid, number)
-    process.join(30)
-    assert process.exitcode == 0
-    newest = checkpoint.load_checkpoint(checkpoint.checkpoints_of(run_dir)[-1])
-    stopped_at = losses(run_dir)[-1][0]
-    assert newest.state["step"] == stopped_at
-    assert 0 < stopped_at < SETTINGS["max_steps"]
+    process = start(processes, run_dir, SETTINGS, 23, numbers, target=run_until_signals)
+    assert end_of(process) == 0
+    assert [path.name for path in checkpoint.checkpoints_of(run_dir)][-1] == "step-00000023"
+    checkpoint.load_checkpoint(checkpoint.checkpoints_of(run_dir)[-1])
+    assert losses(run_dir)[-1][0] == 23
     run(run_dir, SETTINGS)
     assert losses(run_dir) == uninterrupted
 
 
-def test_a_second_signal_interrupts_at_once(tmp_path):
-    def two_signals(step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGTERM)
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_until_signals(tmp_path / "run", SETTINGS | {"max_steps": 5}, 3, [signal.SIGHUP])
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert losses(tmp_path / "run")[-1][0] == 5
 
-    class Impatient:
-        def __enter__(self):
-            return self
 
-        def __exit__(self, *error):
-            pass
-
-        def train(self, record, progress, eta_s):
-            two_signals(record["step"])
-
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_interrupts_at_once(tmp_path, first):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", SETTINGS, display=Impatient())
-    assert signal.getsignal(signal.SIGINT) is before
+        run_until_signals(tmp_path / "run", SETTINGS, 3, [first, signal.SIGTERM])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def test_a_disk_that_fills_up(processes, uninterrupted, tmp_path):
     """No file may grow beyond a limit, which metrics.jsonl meets in the middle of a line."""
     run_dir = tmp_path / "run"
     process = start(processes, run_dir, SETTINGS, 30_001, target=run_with_file_limit)
-    process.join(30)
-    assert process.exitcode == 0
+    assert end_of(process) == 0
     found = json.loads(run_dir.with_suffix(".error").read_text())
     assert found["errno"] is not None
     newest = checkpoint.checkpoints_of(run_dir)[-1]

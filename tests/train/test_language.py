@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ import torch
 from hgrn2.data.batches import Batch
 from hgrn2.data.prepare import prepare
 from hgrn2.errors import UserError
+from hgrn2.layouts.opening import open_folder
 from hgrn2.models import HGRN2LM, HGRN2Config
+from hgrn2.settings import Start, convert_model, load_model
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.display import PlainDisplay
 from hgrn2.train.language import LanguageTask, carried_loss, text_figures
 from hgrn2.train.lock import run_lock
 from hgrn2.train.metrics import read_metrics
@@ -264,14 +268,94 @@ def test_resuming_goes_on_from_what_is_there_once_the_lock_is_held(data, tmp_pat
 
     @contextlib.contextmanager
     def held_after_another_process_went_back(run_dir):
-        with run_lock(run_dir):
+        with run_lock(run_dir) as check_lock:
             checkpoint.CheckpointStore(run_dir, 10).remove_after(8)
-            yield
+            yield check_lock
 
     monkeypatch.setattr("hgrn2.train.run.run_lock", held_after_another_process_went_back)
     result = resume_language_run(tmp_path / "run", data).result
     assert result.counters.step == 12
     assert losses(tmp_path / "run") == wanted
+
+
+def read_by_convert(run_dir):
+    convert_model(run_dir, run_dir.parent / "converted", "native", "same", "5GB", "latest")
+    return run_dir.parent / "converted"
+
+
+@pytest.mark.parametrize(
+    "read", [lambda run_dir: load_model(run_dir, "latest", "cpu"), Start.open, read_by_convert],
+    ids=["generate", "from", "convert"],
+)  # fmt: skip
+def test_reading_the_newest_checkpoint_while_it_is_removed(data, tmp_path, monkeypatch, read):
+    start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
+    newest, opened = checkpoint.checkpoints_of(tmp_path / "run")[-1], []
+
+    def too_late(folder, **options):
+        opened.append(folder)
+        if folder == newest:
+            shutil.rmtree(folder)
+        return open_folder(folder, **options)
+
+    monkeypatch.setattr("hgrn2.settings.open_folder", too_late)
+    assert read(tmp_path / "run")
+    assert opened == [newest, checkpoint.checkpoints_of(tmp_path / "run")[-1]]
+
+
+class Meddling(PlainDisplay):
+    """Does something in the middle of a run."""
+
+    def __init__(self, step, act):
+        super().__init__()
+        self.step, self.act = step, act
+
+    def train(self, record, progress, eta_s):
+        if record["step"] == self.step:
+            self.act()
+
+
+@pytest.mark.parametrize("begun_anew", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_folder_that_is_another_by_now_is_left_alone(data, tmp_path, resumed, begun_anew):
+    run_dir = tmp_path / "run"
+
+    def start(display=None, **changes):
+        config = TrainConfig(**SETTINGS | changes)
+        start_language_run(run_dir, model_config(), config, data, data_settings={}, display=display)
+
+    def replace():
+        run_dir.rename(tmp_path / "removed")
+        if begun_anew:
+            start(max_steps=3)
+
+    def resume(display):
+        resume_language_run(run_dir, data, changes={"max_steps": 12}, display=display)
+
+    if resumed:
+        start(max_steps=4)
+    train = resume if resumed else start
+    with pytest.raises(UserError, match="removed, or replaced by another run"):
+        train(Meddling(7, replace))
+    if begun_anew:
+        assert [path.name for path in checkpoint.checkpoints_of(run_dir)] == ["step-00000003"]
+    else:
+        assert not run_dir.exists()
+
+
+def test_a_run_that_learns_nothing_ends_well(data, tmp_path):
+    """The time is up before the first step, or the first one spoils the weights."""
+    no_steps = {k: v for k, v in SETTINGS.items() if k != "max_steps"} | {"max_time_s": 1e-300}
+    result = start_language_run(tmp_path / "none", model_config(), TrainConfig(**no_steps), data, data_settings={})
+    assert [path.name for path in result.pictures] == ["memory.png"]
+    spoilt = TrainConfig(**SETTINGS | {"max_steps": 3, "learning_rate": 1e38, "warmup_steps": 0})
+    one_layer = model_config(num_hidden_layers=1)
+    result = start_language_run(tmp_path / "spoilt", one_layer, spoilt, data, data_settings={})
+    assert [path.name for path in result.pictures] == ["loss.png"]
+    # what the command line would show
+    assert result.result.last_validation is None
+    no_gates = model_config(attn={"layers": [0, 1], "num_heads": 2}, use_lower_bound=False)
+    result = start_language_run(tmp_path / "attends", no_gates, TrainConfig(**no_steps), data, data_settings={})
+    assert result.pictures == []
 
 
 def test_pictures_are_drawn_while_the_lock_is_held(data, tmp_path, monkeypatch):

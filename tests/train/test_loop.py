@@ -1,10 +1,13 @@
+import itertools
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hgrn2.errors import UserError
-from hgrn2.train import checkpoint
+from hgrn2.train import checkpoint, loop
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
@@ -146,6 +149,41 @@ def test_too_many_nonfinite_steps_in_a_row_stop_the_run(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("bad", [(5, 6), (4, 5)])
+def test_no_periodic_checkpoint_while_steps_are_skipped(tmp_path, bad):
+    """The step before the first that is skipped may have spoilt the weights: the older checkpoints are worth more."""
+    settings = SETTINGS | {"max_steps": 9, "checkpoint_every": 1, "validation_every": 0, "keep_last": 100}
+    result = run(tmp_path / "run", settings, task_settings={"bad_batches": bad}, display=Listener())
+    steps = [int(path.name[5:]) for path in checkpoint.checkpoints_of(result.run_dir)]
+    assert steps == [step for step in range(1, 10) if step - 1 not in bad]
+
+
+def test_a_sampler_that_fails_is_a_note(tmp_path):
+    class Speechless(TinyTask):
+        def sample(self, model):
+            # what was trained is on the disk already
+            saved.append(checkpoint.checkpoints_of(tmp_path / "run")[-1].name)
+            raise UserError("the model's outputs are not finite")
+
+    saved, listener = [], Listener()
+    config = TrainConfig.from_dict(SETTINGS | {"max_steps": 6})
+    checkpoint.create_run(tmp_path / "run", {})
+    Trainer(TinyModel(), Speechless(config), ROLES, config, tmp_path / "run", {}, display=listener).run()
+    assert saved == ["step-00000006"]
+    assert listener.notes == ["step 6: no sample (the model's outputs are not finite)"]
+    assert [r["step"] for r in kinds(tmp_path / "run", "validation")] == [6]
+
+
+def test_what_cannot_go_on_leaves_the_later_checkpoints(tmp_path, monkeypatch):
+    run(tmp_path / "run", SETTINGS | {"keep_last": 100}, display=Listener())
+    before = checkpoint.checkpoints_of(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = TrainConfig.from_dict(SETTINGS | {"tensorboard": True})
+    with pytest.raises(UserError, match="tensorboard: not installed"):
+        Trainer(TinyModel(), TinyTask(config), ROLES, config, tmp_path / "run", {}, before[0], display=Listener()).run()
+    assert checkpoint.checkpoints_of(tmp_path / "run") == before
+
+
 def test_a_nonfinite_gradient_of_a_finite_loss_is_skipped(tmp_path):
     class Infinite(TinyTask):
         def loss(self, model, batch):
@@ -210,14 +248,17 @@ def test_budgets(tmp_path, budget, num_steps):
     assert run(tmp_path / "run", settings, display=Listener()).counters.step == num_steps
 
 
-def test_time_budget(tmp_path):
+def test_time_budget(tmp_path, monkeypatch):
+    # a clock that goes on by itself, by so much with every look at it
+    clock = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 0.01 * next(clock)))
     settings = {k: v for k, v in SETTINGS.items() if k != "max_steps"} | {
-        "max_time_s": 0.5,
+        "max_time_s": 2.0,
         "checkpoint_every": 0,
     }
     result = run(tmp_path / "run", settings, display=Listener())
-    assert result.counters.step > 1
-    assert 0.5 <= result.counters.elapsed_s < 5
+    assert 10 < result.counters.step < 100
+    assert 2.0 <= result.counters.elapsed_s < 2.2
     last = kinds(tmp_path / "run", "train")[-1]
     assert last["learning_rate"] < 0.5 * 1e-2
 

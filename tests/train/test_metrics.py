@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 
 import pytest
 
@@ -79,8 +80,18 @@ def test_no_file(tmp_path):
 
 def test_tensorboard_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    write(tmp_path, [1, 2, 3])
     with pytest.raises(UserError, match=r"pip install 'hgrn2\[tensorboard\]'"):
-        MetricsWriter(tmp_path, tensorboard=True)
+        MetricsWriter(tmp_path, resume_step=1, tensorboard=True, before_dropping=lambda: pytest.fail("too early"))
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_checkpoints_go_before_records(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    seen = []
+    write(tmp_path, [], resume_step=1, before_dropping=lambda: seen.extend(r["step"] for r in read_metrics(tmp_path)))
+    assert seen == [1, 2, 3]
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
 
 
 def test_tensorboard_takes_the_numbers(tmp_path):
@@ -91,3 +102,16 @@ def test_tensorboard_takes_the_numbers(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5)]
     assert events.Tags()["scalars"] == ["train/loss"]
+
+
+@pytest.mark.parametrize("resume_step", [0, 1])
+def test_tensorboard_hides_steps_that_are_trained_again(tmp_path, resume_step):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write(tmp_path, [1, 2], tensorboard=True)
+    # event files are told apart by the second
+    later = time.time() + 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: later)
+        write(tmp_path, [1, 2][resume_step:], resume_step=resume_step, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -119,7 +121,7 @@ def run(run_dir: Path, settings: dict, *, task_settings: dict | None = None, dis
     config = TrainConfig.from_dict(settings)
     task = TinyTask(config, **(task_settings or {}))
     resume_from = None
-    with run_lock(run_dir):
+    with run_lock(run_dir) as check_lock:
         if (run_dir / "config.json").exists():
             run_dir, resume_from = checkpoint.resume_point(run_dir)
         else:
@@ -134,8 +136,27 @@ def run(run_dir: Path, settings: dict, *, task_settings: dict | None = None, dis
             run_config=checkpoint.read_config(run_dir),
             resume_from=resume_from,
             display=display or PlainDisplay(),
+            check_lock=check_lock,
         )
         return trainer.run()
+
+
+class SelfSignalling(PlainDisplay):
+    """Sends the own process signals when a step is done, so that nobody has to hit the moment from outside."""
+
+    def __init__(self, step: int, numbers: Sequence[int]) -> None:
+        super().__init__()
+        self._step, self._numbers = step, numbers
+
+    def train(self, record: dict, progress: float, eta_s: float | None) -> None:
+        if record["step"] == self._step:
+            for number in self._numbers:
+                os.kill(os.getpid(), number)
+
+
+def run_until_signals(run_dir: Path, settings: dict, step: int, numbers: Sequence[int]) -> None:
+    """Run, and get signals after a step."""
+    run(run_dir, settings, display=SelfSignalling(step, numbers))
 
 
 def run_with_file_limit(run_dir: Path, settings: dict, limit_bytes: int) -> None:

@@ -23,9 +23,10 @@ class Cost:
     Attributes:
         parameters: all, a tied matrix once.
         embedding_parameters: of them, those only looked up: no arithmetic is done with them.
-        flops_per_token_6nd: the usual estimate of training, 6 * (parameters - embedding_parameters).
-        flops_per_token_forward: multiplications and additions of a forward pass, products and scan counted exactly,
-            element-wise work left out.
+        flops_per_token_6nd: the usual estimate of training, 6 * (parameters - embedding_parameters); norms, biases and
+            lower bounds, which are in no product, are among them.
+        flops_per_token_forward: multiplications and additions of a forward pass: the products, and the scan in whole
+            chunks of 64 tokens, as it is computed whatever the length; element-wise work left out.
         flops_per_token_training: three times that: the backward pass takes two.
         activation_bytes_per_token: held for the backward pass in float32, without the loss's working memory.
         state_bytes: of one sequence while decoding; `attention_bytes_per_token` comes on top with every token.

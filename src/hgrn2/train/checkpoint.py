@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,6 +25,7 @@ from hgrn2.errors import UserError
 from hgrn2.layouts.files import fsync_directory, sha256_of, write_safetensors, write_text
 from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.reading import find_weights
+from hgrn2.train.lock import LOCK_NAME, run_lock
 
 CONFIG_NAME = "config.json"
 MODEL_NAME = "model.safetensors"
@@ -34,6 +35,10 @@ STATE_NAME = "state.json"
 SUMS_NAME = "SHA256SUMS"
 FOLDER_NAME = "checkpoints"
 _TEMPORARY = ".tmp-"
+# a run that always has another checkpoint by the time a reader has failed is faster than the reader
+_MOST_READS = 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -219,9 +224,38 @@ def _model_folder(path: Path, which: str) -> Path:
     return found[-1]
 
 
+def read_while_training(run: Path, read: Callable[[], T]) -> T:
+    """What a function reads from a run's newest or best checkpoint, which may be removed before it is read whole.
+
+    Args:
+        run: a run folder; anything else is read once.
+        read: called again when it has failed and the run has other checkpoints by then.
+    """
+    for _ in range(_MOST_READS):
+        before = checkpoints_of(run)
+        try:
+            return read()
+        # whatever reads files says in its own way that one is gone
+        except Exception:
+            if checkpoints_of(run) == before:
+                raise
+    return read()
+
+
 def check_new_run(run_dir: Path) -> None:
-    """Raises UserError if the folder holds a run already."""
-    if (run_dir / CONFIG_NAME).exists() or checkpoints_of(run_dir):
+    """Raises UserError if a run cannot begin in the folder: it holds one with a checkpoint, or one that goes on."""
+    _check_free(run_dir)
+    if (run_dir / LOCK_NAME).exists():
+        with run_lock(run_dir):
+            pass
+
+
+def _check_free(run_dir: Path) -> None:
+    """Raises UserError if the folder holds a run or a model; a run that got to no checkpoint is none to keep."""
+    config = run_dir / CONFIG_NAME
+    if checkpoints_of(run_dir) or (
+        config.exists() and (find_weights(run_dir) is not None or "train" not in read_config(run_dir))
+    ):
         raise UserError(f"{run_dir}: holds a run already; continue it with --resume {run_dir}, or name another folder")
 
 
@@ -229,16 +263,20 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
     """Make a run folder: the tokenizer's file, then config.json, whose presence means the folder is a run.
 
     Args:
-        run_dir: new or empty of a run.
+        run_dir: new, empty of a run, or with one that ended before its first checkpoint, which is begun anew.
         config: JSON values; "model", "train" and "data" by convention.
         tokenizer: anything with save(directory).
 
     Raises:
         UserError: the folder holds a run already, or cannot be made.
     """
-    check_new_run(run_dir)
+    _check_free(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / CONFIG_NAME).exists():
+            # first config.json, then the tokenizer, which may have another name than the new one
+            for old in (run_dir / CONFIG_NAME, *run_dir.glob("*tokenizer.json")):
+                old.unlink()
         if tokenizer is not None:
             tokenizer.save(run_dir)
         write_config(run_dir, config)

@@ -96,7 +96,7 @@ class TrainConfig:
     decay_fraction: float | None = None
     """The last part of the budget, over which wsd decays; unset: 0.2."""
     min_lr_fraction: float | None = None
-    """Learning rate at the end of cosine and wsd, as a fraction of the peak; unset: 0.1."""
+    """Learning rate that cosine and wsd go down to, as a fraction of the peak; unset: 0.1."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass; bfloat16 is autocast, with weights and optimizer in float32."""

@@ -1,9 +1,13 @@
-"""What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere.
+
+A terminal or a reader that has gone is no reason to stop training: what cannot be shown is left out.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any, Protocol
 
 from rich.console import Console, Group
@@ -87,7 +91,8 @@ class PlainDisplay:
 
     def note(self, text: str) -> None:
         """The line."""
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 class LiveDisplay:
@@ -110,12 +115,15 @@ class LiveDisplay:
         self._live = Live(self._panel(), console=console, refresh_per_second=4)
 
     def __enter__(self) -> LiveDisplay:
-        self._live.start()
+        with suppress(OSError):
+            self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.update(self._panel(), refresh=True)
-        self._live.stop()
+        self._live.update(self._panel())
+        # shows the last state
+        with suppress(OSError):
+            self._live.stop()
 
     def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
         """Move the bar and the figures."""
@@ -135,7 +143,8 @@ class LiveDisplay:
 
     def note(self, text: str) -> None:
         """A line above the panel."""
-        self._console.print(Text(text))
+        with suppress(OSError):
+            self._console.print(Text(text))
 
     def _panel(self) -> Group:
         figures = Table.grid(padding=(0, 3))

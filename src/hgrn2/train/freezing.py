@@ -38,6 +38,7 @@ class Freezing:
         self._threshold = UNFREEZE_THRESHOLD if config.unfreeze_threshold is None else config.unfreeze_threshold
         self._lr_fraction = LR_FRACTION if config.unfrozen_lr_fraction is None else config.unfrozen_lr_fraction
         self._num_warmup_steps = config.num_warmup_steps
+        self._freeze = config.freeze
         self._loss_sum, self._num_steps, self._num_free_steps = 0.0, 0, 0
         self._mean_before: float | None = None
         self._set(bool(names))
@@ -71,6 +72,7 @@ class Freezing:
     def state_dict(self) -> dict[str, Any]:
         """The stage, and where in an interval it is, as JSON values."""
         return {
+            "freeze": self._freeze,
             "frozen": self.frozen,
             "loss_sum": self._loss_sum,
             "num_steps": self._num_steps,
@@ -79,7 +81,14 @@ class Freezing:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what state_dict gave."""
+        """Puts back what state_dict gave.
+
+        Raises:
+            UserError: it was saved with another setting of freeze, which has had its effect already.
+        """
+        # none in checkpoints from before it was kept
+        if (before := state.get("freeze", self._freeze)) != self._freeze:
+            raise UserError(f"freeze: saved with {before!r}, now it is {self._freeze!r}; resume with the same setting")
         self._loss_sum, self._num_steps = state["loss_sum"], state["num_steps"]
         self._mean_before, self._num_free_steps = state["mean_before"], state["num_free_steps"]
         self._set(state["frozen"] and bool(self._parameters))

@@ -88,7 +88,7 @@ class GateSummary:
         return summary
 
     def _is_consistent(self) -> bool:
-        if any(array.dtype.kind not in "iuf" for array in vars(self).values()):
+        if any(array.dtype.kind not in "iuf" or not np.isfinite(array).all() for array in vars(self).values()):
             return False
         num_layers = self.layer.shape
         return (
@@ -114,7 +114,7 @@ def measure_gates(model: GatedModel, input_ids: Tensor, cu_seqlens: Tensor | Non
         cu_seqlens: int32 [N + 1] of a packed batch.
 
     Returns:
-        None if every layer attends and none has gates.
+        None if every layer attends and none has gates, or if they are not finite.
     """
     edges = np.linspace(0.0, 1.0, _NUM_BINS + 1)
     statistics = model.gate_statistics(input_ids, cu_seqlens=cu_seqlens)
@@ -127,7 +127,7 @@ def measure_gates(model: GatedModel, input_ids: Tensor, cu_seqlens: Tensor | Non
         bounds.append(layer["lower_bound"].detach().float().cpu().numpy())
         half_lives.append((math.log(2) / decay.mean(0).clamp(min=_LEAST_DECAY)).numpy())
         counts.append(np.histogram(gate.numpy(), bins=edges)[0])
-    return GateSummary(
+    summary = GateSummary(
         layer=np.array([layer["layer"] for layer in statistics]),
         lower_bound=np.stack(bounds),
         half_life_tokens=np.stack(half_lives),
@@ -136,3 +136,4 @@ def measure_gates(model: GatedModel, input_ids: Tensor, cu_seqlens: Tensor | Non
         state_norm=np.array([layer["state_norm"] for layer in statistics]),
         num_tokens=np.array(input_ids.numel()),
     )
+    return summary if all(np.isfinite(array).all() for array in vars(summary).values()) else None

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop after the current step."""
+"""SIGINT, SIGTERM and SIGHUP as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import threading
 from types import FrameType
 from typing import Any
 
+# Windows has none
+_SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `signal_name`; the second interrupts at once.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP sets `signal_name`; a further SIGINT or SIGTERM interrupts.
 
-    Outside of the main thread, where Python takes no signals, it does nothing.
+    A SIGHUP that is ignored, as by nohup, stays so. Outside of the main thread, where Python takes no signals, nothing
+    is done.
     """
 
     def __init__(self) -> None:
@@ -20,7 +24,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if _SIGHUP is not None and signal.getsignal(_SIGHUP) is not signal.SIG_IGN:
+                numbers.append(_SIGHUP)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -29,6 +36,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None:
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+        # a terminal that closes sends SIGHUP more than once, and nobody is in a hurry
+        elif number != _SIGHUP:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name

@@ -6,7 +6,7 @@ import errno
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,7 +65,7 @@ class TrainResult:
         run_dir: the run folder.
         checkpoint: the newest checkpoint.
         counters: steps, tokens, seconds, skipped steps, best validation.
-        last_validation: the last validation record of metrics.jsonl.
+        last_validation: the last validation record of metrics.jsonl; None if there is none, or if it was not finite.
         stopped_by: name of the signal that stopped the run, or None when its budget is used up.
     """
 
@@ -94,6 +94,7 @@ class Trainer:
         resume_from: a checkpoint folder to go on from; later checkpoints and records of the run are removed.
             None starts at the beginning, and removes whatever an earlier attempt left.
         display: where progress is shown; by default on standard error.
+        check_lock: what `run_lock` gave: raises if the folder is another by now. Called before every checkpoint.
     """
 
     model: nn.Module
@@ -105,6 +106,7 @@ class Trainer:
     resume_from: Path | None = None
     frozen: Collection[str] = ()
     display: Display = field(default_factory=make_display)
+    check_lock: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._counters = Counters()
@@ -112,6 +114,7 @@ class Trainer:
         self._freezing = Freezing(self.model, self.frozen, self.config)
         self._device = self._optimizer.parameters[0].device
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
+        self._saved_step = -1
 
     def run(self) -> TrainResult:
         """Train until the budget is used up or a signal asks to stop.
@@ -127,7 +130,11 @@ class Trainer:
             with (
                 StopRequest() as stop,
                 MetricsWriter(
-                    self.run_dir, resume_step=self._counters.step, tensorboard=self.config.tensorboard
+                    self.run_dir,
+                    resume_step=self._counters.step,
+                    tensorboard=self.config.tensorboard,
+                    # what cannot go on leaves the later checkpoints where they are
+                    before_dropping=lambda: self._store.remove_after(self._saved_step),
                 ) as metrics,
                 self.display,
             ):
@@ -145,11 +152,12 @@ class Trainer:
         newest = self._store.latest()
         assert newest is not None, "a run that ends has a checkpoint"
         validations = [r for r in read_metrics(self.run_dir) if r["kind"] == "validation"]
+        last = validations[-1] if validations else None
         return TrainResult(
             self.run_dir,
             newest,
             self._counters,
-            validations[-1] if validations else None,
+            None if last is None or last["val_loss"] is None else last,
             # a signal that came after the last step has stopped nothing
             None if finished else stop.signal_name,
         )
@@ -164,16 +172,18 @@ class Trainer:
             self._step(metrics)
             finished = self._progress() >= 1.0
             new_best = (finished or _due(counters.step, config.validation_every)) and self._validate(metrics)
+            # a step is skipped where the one before has spoilt the weights: older checkpoints are worth more
+            due = _due(counters.step, config.checkpoint_every) and not counters.skipped_in_a_row
+            if finished or new_best or due:
+                self._save(metrics)
             if finished or _due(counters.step, config.sample_every):
                 self._sample(metrics)
-            stopping = finished or stop.signal_name is not None
-            if stopping or new_best or _due(counters.step, config.checkpoint_every):
-                self._save(metrics)
-        # a run that was resumed with nothing left to do, or stopped before its first step
+        # a run that was resumed with nothing left to do
         if finished and counters.validated_step != counters.step:
             self._validate(metrics)
             self._save(metrics)
-        if self._store.latest() is None:
+        # a run that a signal has stopped
+        if self._saved_step != counters.step:
             self._save(metrics)
         if not finished:
             self.display.note(
@@ -275,8 +285,13 @@ class Trainer:
         return better
 
     def _sample(self, metrics: MetricsWriter) -> None:
-        with self._aside():
-            text = self.task.sample(self.model)
+        try:
+            with self._aside():
+                text = self.task.sample(self.model)
+        except UserError as error:
+            # weights that have gone astray: no reason to end the run here
+            self.display.note(f"step {self._counters.step}: no sample ({error})")
+            return
         if text is not None:
             record = {
                 "kind": "sample",
@@ -289,6 +304,7 @@ class Trainer:
 
     def _save(self, metrics: MetricsWriter) -> None:
         counters = self._counters
+        self.check_lock()
         # the records up to this step must be on the disk before the checkpoint that relies on them
         metrics.sync()
         counters.elapsed_s = time.monotonic() - self._started_s
@@ -306,10 +322,10 @@ class Trainer:
             config=self.run_config,
             best_step=counters.best["step"] if counters.best else None,
         )
+        self._saved_step = counters.step
 
     def _restore(self) -> None:
         if self.resume_from is None:
-            self._store.remove_after(-1)
             seed_everything(self.config.seed)
             return
         saved = ckpt.load_checkpoint(self.resume_from)
@@ -321,7 +337,7 @@ class Trainer:
         if "freezing" in state:
             self._freezing.load_state_dict(state["freezing"])
         self._counters = Counters(**{name: state[name] for name in asdict(self._counters)})
-        self._store.remove_after(self._counters.step)
+        self._saved_step = self._counters.step
         set_rng_state(state["rng"])
         before, now = state["environment"], self._environment()
         if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +78,29 @@ class MetricsWriter:
         run_dir: the run folder.
         resume_step: records of later steps, and a torn last line, are dropped first; 0 drops everything.
         tensorboard: also write event files under run_dir / "tensorboard".
+        before_dropping: called when nothing can refuse any more, before the records are dropped.
 
     Raises:
-        UserError: TensorBoard is asked for and not installed.
+        UserError: TensorBoard is asked for and not installed, or the file that is there cannot be read.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int = 0, tensorboard: bool = False) -> None:
-        self._board = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        resume_step: int = 0,
+        tensorboard: bool = False,
+        before_dropping: Callable[[], None] = lambda: None,
+    ) -> None:
         path = run_dir / METRICS_NAME
-        kept = (
-            [r for r in read_metrics(path) if r.get("step", 0) <= resume_step] if path.exists() and resume_step else []
-        )
+        kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() and resume_step else []
         temporary = path.with_name(f".tmp-{METRICS_NAME}")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(_line(record) for record in kept)
             file.flush()
             os.fsync(file.fileno())
+        self._board = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
+        before_dropping()
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -133,5 +141,5 @@ def _tensorboard_writer(directory: Path, resume_step: int) -> Any:
         raise UserError(
             "tensorboard: not installed; pip install 'hgrn2[tensorboard]', or leave the flag away"
         ) from None
-    # purge_step hides the events of the steps that are about to be trained again
-    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+    # purge_step hides the events of the steps that are about to be trained again, of a run begun anew all of them
+    return SummaryWriter(str(directory), purge_step=resume_step + 1)

@@ -47,15 +47,17 @@ def plot_run(run_dir: Path) -> list[Path]:
         The pictures, in RUN/plots.
 
     Raises:
-        UserError: the folder has no metrics, or not one training step.
+        UserError: the folder has no metrics, or neither a training step nor gates.
     """
     records = read_metrics(run_dir)
     train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
-    if not train:
-        raise UserError(f"{run_dir}: no training step is recorded; let the run do at least one")
-    pictures = {"loss": loss_figure(train, [r for r in records if r["kind"] == "validation"])}
+    pictures = {}
+    if train:
+        pictures["loss"] = loss_figure(train, [r for r in records if r["kind"] == "validation"])
     if (run_dir / GATES_NAME).exists():
         pictures["memory"] = memory_figure(GateSummary.load(run_dir))
+    if not pictures:
+        raise UserError(f"{run_dir}: no training step is recorded; let the run do at least one")
     folder = run_dir / FOLDER_NAME
     folder.mkdir(exist_ok=True)
     paths = []

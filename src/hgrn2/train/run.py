@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.distill import Teacher
 from hgrn2.train.freezing import frozen_names
-from hgrn2.train.gates import measure_gates
+from hgrn2.train.gates import GATES_NAME, measure_gates
 from hgrn2.train.language import LanguageTask, Sampler
 from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer, TrainResult
+from hgrn2.train.metrics import read_metrics
 from hgrn2.train.rng import seed_everything
 
 # tokens of held-out text that the gates are measured on: enough for a histogram, little to hold at once
@@ -77,9 +78,9 @@ def start_language_run(
     if start is not None:
         start.load_into(parts.model)
     config = {"model": model_config.to_dict(), "train": _kept(train_config), "data": dict(data_settings)}
-    with run_lock(run_dir):
+    with run_lock(run_dir) as check_lock:
         create_run(run_dir, config, data.tokenizer)
-        return parts.run(run_dir, config, None, display)
+        return parts.run(run_dir, config, None, display, check_lock)
 
 
 def resume_language_run(
@@ -104,7 +105,7 @@ def resume_language_run(
         UserError: there is no run, its checkpoint is damaged, the data is another, or as Trainer.run.
     """
     run_dir, _ = resume_point(path)
-    with run_lock(run_dir):
+    with run_lock(run_dir) as check_lock:
         # again: until now another process may have written and removed checkpoints
         _, checkpoint = resume_point(path)
         config = read_config(run_dir)
@@ -116,7 +117,7 @@ def resume_language_run(
         train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
         parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
         config["train"] = _kept(train_config)
-        return parts.run(run_dir, config, checkpoint, display)
+        return parts.run(run_dir, config, checkpoint, display, check_lock)
 
 
 def _kept(config: TrainConfig) -> dict[str, Any]:
@@ -150,7 +151,12 @@ class _Parts:
         return cls(model, task, config, data, frozen_names(model, config.freeze))
 
     def run(
-        self, run_dir: Path, run_config: Mapping[str, Any], resume_from: Path | None, display: Display | None
+        self,
+        run_dir: Path,
+        run_config: Mapping[str, Any],
+        resume_from: Path | None,
+        display: Display | None,
+        check_lock: Callable[[], None],
     ) -> LanguageRun:
         trainer = Trainer(
             model=self.model,
@@ -162,6 +168,7 @@ class _Parts:
             resume_from=resume_from,
             frozen=self.frozen,
             display=display or make_display(),
+            check_lock=check_lock,
         )
         result = trainer.run()
         pictures = [] if result.stopped_by else self._pictures(run_dir)
@@ -178,7 +185,12 @@ class _Parts:
             gates = measure_gates(self.model, batch.input_ids, batch.cu_seqlens)
             if gates is not None:
                 gates.save(run_dir)
-            return plot_run(run_dir)
+            else:
+                # of an earlier end of the run
+                (run_dir / GATES_NAME).unlink(missing_ok=True)
+            # the steps may all have been skipped, or the time have been up before the first
+            learnt = any(r["kind"] == "train" and r["loss"] is not None for r in read_metrics(run_dir))
+            return plot_run(run_dir) if learnt or gates is not None else []
         except OSError as error:
             raise UserError(
                 f"{run_dir}: trained, but the pictures cannot be written ({error.strerror}); "

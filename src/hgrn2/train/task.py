@@ -15,7 +15,7 @@ class Task(Protocol):
     """
 
     def next_batch(self) -> Any:
-        """The next batch, on the device; batches never end."""
+        """The next batch, on any device; loss moves it. Batches never end."""
         ...
 
     def num_tokens(self, batch: Any) -> int:
