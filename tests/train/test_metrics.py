@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import sys
 
 import pytest
@@ -91,3 +93,17 @@ def test_tensorboard_takes_the_numbers(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5)]
     assert events.Tags()["scalars"] == ["train/loss"]
+
+
+def test_a_full_disk_keeps_the_records_there_were(tmp_path, monkeypatch):
+    write(tmp_path, [1, 2, 3])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def fsync(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        MetricsWriter(tmp_path, resume_step=1)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hgrn2.data.staging import write_text_whole
 from hgrn2.errors import UserError
 from hgrn2.layouts.files import fsync_directory, sha256_of, write_safetensors, write_text
 from hgrn2.layouts.mistaken import check_place
@@ -72,6 +73,9 @@ class CheckpointStore:
         """Remove what a killed process left half-written; only for the process that holds the run's lock."""
         for leftover in self._folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(leftover)
+        # see staged_file
+        for leftover in self._folder.parent.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
 
     def latest(self) -> Path | None:
         """Folder of the newest checkpoint, if there is one."""
@@ -248,9 +252,7 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Replace the run's config.json in one move."""
-    temporary = run_dir / f"{_TEMPORARY}{CONFIG_NAME}"
-    write_text(temporary, json.dumps(config, indent=1))
-    temporary.replace(run_dir / CONFIG_NAME)
+    write_text_whole(run_dir / CONFIG_NAME, json.dumps(config, indent=1))
     fsync_directory(run_dir)
 
 

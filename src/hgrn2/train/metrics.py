@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hgrn2.data.staging import write_text_whole
 from hgrn2.errors import UserError
 
 METRICS_NAME = "metrics.jsonl"
@@ -88,12 +89,7 @@ class MetricsWriter:
         kept = (
             [r for r in read_metrics(path) if r.get("step", 0) <= resume_step] if path.exists() and resume_step else []
         )
-        temporary = path.with_name(f".tmp-{METRICS_NAME}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_line(record) for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_text_whole(path, "".join(_line(record) for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
