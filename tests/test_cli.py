@@ -1,5 +1,7 @@
 # pyright: reportOptionalMemberAccess=false
 
+import errno
+import hashlib
 import json
 import os
 import re
@@ -12,11 +14,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
+import hgrn2.data
 import hgrn2_command
 from hgrn2 import cli
 from hgrn2.data.staging import staged_directory
 from hgrn2.models import HGRN2Config
+from hgrn2.settings import data_settings, prepare_data
 from hgrn2.train.checkpoint import checkpoints_of
 from hgrn2.train.metrics import read_metrics
 
@@ -195,6 +200,34 @@ def test_tokenizer(corpus, tmp_path, capsys):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_tokenizer_appears_whole_or_not_at_all(corpus, tmp_path, capsys, monkeypatch):
+    args = ["tokenizer", tmp_path / "bpe", "--data", corpus, "--vocab-size", "280"]
+
+    def fsync(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        refused(capsys, args, "the disk is full")
+    assert not list(tmp_path.iterdir())
+
+    def train_bpe(texts, vocab_size):
+        made = hgrn2.data.find_tokenizer.train_bpe(texts, vocab_size)
+        (tmp_path / "bpe").mkdir()
+        (tmp_path / "bpe" / "tokenizer.json").write_text("another's")
+        return made
+
+    monkeypatch.setattr("hgrn2.data.train_bpe", train_bpe)
+    refused(capsys, args, "was made by another process meanwhile and stays")
+    assert (tmp_path / "bpe" / "tokenizer.json").read_text() == "another's"
+
+
+def test_prepared_data_is_remembered_from_wherever_it_is_named(corpus, tmp_path, monkeypatch):
+    hgrn2.data.prepare(corpus, "bytes", tmp_path / "set")
+    _, kept = prepare_data(data_settings({}, data=["set"]), tmp_path / "run", False, lambda tokenizer: None)
+    assert kept == {"prepared": str(tmp_path / "set")}
+
+
 # what cannot be: one line, status 2, nothing left behind
 
 
@@ -234,6 +267,19 @@ def test_tokenizer(corpus, tmp_path, capsys):
         (["train", "--config", "nothing.toml"], "nothing.toml: cannot be read"),
         (["train", "--data", "nothing.txt"], "nothing.txt"),
         (["train", "--tokenizer", "nothing.json"], "nothing.json"),
+        (["info", "tiny", "--set", f"hidden_size={'[' * 100_000}"], "hidden_size: the value is nested too deep"),
+        (["info", "tiny", "--set", f"hidden_size={'9' * 5000}"], "hidden_size is '9+'; wanted a whole number"),
+        (["eval", "nothing", "--tasks", "x", "--batch-size", "9" * 5000], "wanted a number from 1 to 999999999"),
+        (["tokenizer", "new", "--vocab-size", "99999999999"], "wanted at most 16777216"),
+        (["train", "--tokenizer", "bpe:99999999999"], "wanted at most 16777216"),
+        (["train", "--device", "meta"], "'meta' cannot be used"),
+        (["train", "--out", ""], "--out: '' is not a path"),
+        (["train", "--resume", ""], "--resume: '' is not a path"),
+        (["train", "--model", ""], "model '': names nothing"),
+        (["train", "--tokenizer", ""], "tokenizer is ''; wanted a text"),
+        (["info", ""], "model '': names nothing"),
+        (["tokenizer", ""], "'' is not a path"),
+        (["generate", "run", "--state-out", ""], "--state-out: '' is not a path"),
     ],
 )
 def test_refused_in_one_line(args, message, capsys, tmp_path, corpus):
@@ -314,6 +360,10 @@ def test_a_window_longer_than_the_corpus(run, capsys, tmp_path, corpus):
         ("[data]\ndata = 3\n", "data is 3; wanted a text or a list of texts"),
         ("[data]\ntokenizer = ['bytes']\n", "tokenizer is .*; wanted a text"),
         ("[model\n", "not TOML"),
+        ("[model]\nhidden_size = " + "[" * 100_000, "not TOML"),
+        ("[model]\nhidden_size = " + "9" * 5000, "not TOML"),
+        ("[data]\ntokenizer = ''\n", "tokenizer is ''; wanted a text that is not empty"),
+        ('[data]\nvalidation = "a\\u0000b"\n', "validation is .*; wanted a text .*without null characters"),
     ],
 )
 def test_settings_files(text, message, capsys, tmp_path, corpus):
@@ -382,6 +432,23 @@ def test_damaged_checkpoints(run, tmp_path, capsys):
     refused(capsys, ["generate", checkpoints_of(copy)[0]], "config.json is truncated or was changed")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"rng": {}}, {"rng": None}, {"step": "10"}, {"tokens": None}, {"best": {}}, {"best": 3}, {"task": {}},
+     {"freezing": []}],
+)  # fmt: skip
+def test_a_state_that_no_run_has_written(change, run, tmp_path, capsys):
+    copy = copy_of(run, tmp_path)
+    older = checkpoints_of(copy)[0]
+    state = json.loads((older / "state.json").read_text()) | change
+    (older / "state.json").write_text(json.dumps(state))
+    sums = {name: hashlib.sha256((older / name).read_bytes()).hexdigest() for name in os.listdir(older)}
+    (older / "SHA256SUMS").write_text("".join(f"{sums[name]}  {name}\n" for name in sums if name != "SHA256SUMS"))
+    before = checkpoints_of(copy)
+    refused(capsys, ["train", "--resume", older, "--max-steps", "20"], "state.json|data position")
+    assert checkpoints_of(copy) == before
+
+
 def test_texts_that_are_none(run, tmp_path, capsys):
     for name, data, message in [
         ("empty", b"", "the file is empty"),
@@ -410,7 +477,7 @@ def test_where_nothing_can_be_written(run, corpus, tmp_path, capsys):
     refused(capsys, ["generate", run, "--state-in", tmp_path / "file"], "no state can be read")
 
 
-@pytest.mark.parametrize("place", ["none/file", "file/file", "folder", "x" * 254, os.devnull, ""])
+@pytest.mark.parametrize("place", ["none/file", "file/file", "folder", "x" * 254, os.devnull])
 def test_where_no_file_can_be_written_is_known_before_the_work(place, run, corpus, tmp_path, capsys, monkeypatch):
     def work(*args):
         raise AssertionError("the model was loaded")
@@ -444,6 +511,98 @@ def test_help_names_types_plainly(capsys):
         out = capsys.readouterr().out
         assert wanted in out
         assert "{None}" not in out
+
+
+# outputs that take nothing, and signals
+
+
+def full_device():
+    return open("/dev/full", "w")
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_output(run, corpus, capsys, monkeypatch):
+    for args in (["info", "tiny"], ["plot", run], ["eval", run, corpus / "0.txt"], ["generate", run], ["--help"]):
+        with full_device() as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            refused(capsys, args, "No space left on device; look to the disk, or to where the output goes")
+
+
+def test_an_output_without_a_reader_keeps_the_other_results(run, corpus, tmp_path, monkeypatch, capsys):
+    for args in (
+        ["eval", run, corpus / "0.txt", "--json-out", tmp_path / "scores.json"],
+        ["generate", run, "--temperature", "0", "--state-out", tmp_path / "state"],
+    ):
+        with closed_pipe() as pipe, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", pipe)
+            assert cli.main([str(arg) for arg in args]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())
+    assert cli.main(["generate", str(run), "--max-tokens", "3", "--state-in", str(tmp_path / "state")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_is_not_done_because_a_reader_has_gone(corpus, tmp_path, monkeypatch):
+    def start(*args, **settings):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("hgrn2.train.run.start_language_run", start)
+    args = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *TRAIN]
+    with closed_pipe() as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", pipe)
+        assert cli.main(args) == 2
+    # what had been said before did not end it
+    assert (tmp_path / "prepared").is_dir()
+
+
+def test_no_outputs_at_all(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    try:
+        assert cli.main(["info", "tiny"]) == 0
+        assert cli.main(["info", "tinny"]) == 2
+        with pytest.raises(SystemExit):
+            cli.main(["--help"])
+    finally:
+        sys.stdout.close()
+        sys.stderr.close()
+
+
+def test_a_signal_while_flags_are_read(monkeypatch):
+    def ended(**settings):
+        raise SystemExit(143)
+
+    monkeypatch.setattr("hgrn2.parsing._app.cli", ended)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info", "tiny"])
+    assert stop.value.code == 143
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+     RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")],
+)  # fmt: skip
+def test_a_lack_of_memory(error, capsys, monkeypatch):
+    def load(*args):
+        raise error
+
+    monkeypatch.setattr(cli, "load_model", load)
+    refused(capsys, ["generate", "run"], "out of memory.*lower batch_size or seq_len")
+
+
+def test_a_mistake_of_ours_is_not_called_a_lack_of_memory(monkeypatch):
+    def load(*args):
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr(cli, "load_model", load)
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main(["generate", "run"])
 
 
 # as a process

@@ -121,6 +121,10 @@ def test_repetition_penalty_by_hand():
     assert greedy.tolist() == [1]
 
 
+def test_no_more_than_top_k_of_equal_logits():
+    assert sorted(distribution([1.0] * 5, temperature=1.0, top_k=2)) == [0, 0, 0, 0.5, 0.5]
+
+
 def test_rows_are_drawn_apart():
     logits = torch.tensor([LOGITS, LOGITS[::-1]])
     assert sample(logits, Sampling(temperature=0), None, None).tolist() == [0, 3]
@@ -135,7 +139,8 @@ def test_rows_are_drawn_apart():
 @pytest.mark.parametrize(
     "settings",
     [{"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -0.1},
-     {"min_p": 2}, {"repetition_penalty": 0}, {"temperature": math.inf}, {"seed": 2**64}, {"seed": -(2**64)}],
+     {"min_p": 2}, {"repetition_penalty": 0}, {"repetition_penalty": 1e-308}, {"repetition_penalty": 1e308},
+     {"temperature": math.inf}, {"seed": 2**64}, {"seed": -(2**64)}],
 )  # fmt: skip
 def test_settings_that_cannot_be(settings):
     with pytest.raises(UserError, match=rf"sampling: {next(iter(settings))} is .*; wanted"):

@@ -36,3 +36,7 @@ def test_import_needs_torch_alone():
 
 def test_public_names_exist():
     assert all(hasattr(hgrn2, name) for name in hgrn2.__all__)
+
+
+def test_a_test_that_hangs_is_ended(request):
+    assert float(request.config.getini("timeout")) > 0

@@ -39,6 +39,7 @@ from hgrn2.settings import (
     read_toml,
 )
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.display import size
 from hgrn2.train.freezing import COPIED
 
 _BUDGETS = {"max_steps", "max_tokens", "max_time_s"}
@@ -354,17 +355,17 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
         ),
         (
             "activations a training token",
-            _bytes(c.activation_bytes_per_token),
+            size(c.activation_bytes_per_token),
             "float32, held for the backward pass",
         ),
-        ("state of a sequence", _bytes(c.state_bytes), "decoding, whatever its length"),
+        ("state of a sequence", size(c.state_bytes), "decoding, whatever its length"),
         (
             "attention caches a token",
-            _bytes(c.attention_bytes_per_token),
+            size(c.attention_bytes_per_token),
             "on top, in hybrids only, up to the window",
         ),
-        ("weights", _bytes(c.weight_bytes), "float32"),
-        ("checkpoint", _bytes(c.checkpoint_bytes), "float32 weights and AdamW's state"),
+        ("weights", size(c.weight_bytes), "float32"),
+        ("checkpoint", size(c.checkpoint_bytes), "float32 weights and AdamW's state"),
     ]
     for row in rows:
         table.add_row(*row)
@@ -410,7 +411,7 @@ def convert(
         source, out, to or "hf", dtype, max_shard_size, checkpoint, start if from_transformer else None
     )
     files = "" if written.num_shards == 1 else f" in {written.num_shards} files"
-    print(f"{written.path}: {written.num_tensors} tensors, {_bytes(written.num_bytes)}{files}")
+    print(f"{written.path}: {written.num_tensors} tensors, {size(written.num_bytes)}{files}")
 
 
 @command("plot")
@@ -578,15 +579,6 @@ def _compare_compressors(data: Any, record: dict[str, Any] | None) -> None:
         print(f"  this model  {record['val_bits_per_byte']:.3f}{note}")
     for name, packed in rows.items():
         print(f"  {name:<10}  {8 * len(packed) / len(text):.3f}")
-
-
-def _bytes(n: int) -> str:
-    size, unit = float(n), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
 
 
 if __name__ == "__main__":

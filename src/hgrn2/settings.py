@@ -78,8 +78,11 @@ def data_settings(file: dict[str, Any], **flags: Any) -> dict[str, Any]:
     found = _DATA_KEYS | file | {key: value for key, value in flags.items() if value not in (None, [])}
     for key, value in found.items():
         # an empty path would mean the current folder, and no path has a null character
-        if any(not name or "\0" in name for name in (value if isinstance(value, list) else [value or "x"])):
-            raise UserError(f"data config: {key} is {value!r}; wanted a text that is not empty, without null characters")
+        names = value if isinstance(value, list) else [value]
+        if any(name is not None and (not name or "\0" in name) for name in names):
+            raise UserError(
+                f"data config: {key} is {value!r}; wanted a text that is not empty, without null characters"
+            )
     return found
 
 

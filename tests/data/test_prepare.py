@@ -7,13 +7,15 @@ import shutil
 import sys
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from hgrn2.data import ByteTokenizer, load_tokenizer, train_bpe
 from hgrn2.data.encode import encode_pieces
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
-from hgrn2.data.staging import staged_directory
+from hgrn2.data.staging import staged_directory, write_text_whole
+from hgrn2.data.tokens import TokenDataset
 from hgrn2.data.writer import TokenWriter
 from hgrn2.errors import UserError
 
@@ -346,6 +348,109 @@ def test_staging_replaces_as_a_whole(tmp_path):
     with pytest.raises(RuntimeError, match="oops"), staged_directory(target) as stage:
         raise RuntimeError("oops")
     assert os.listdir(tmp_path) == ["t"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_old_set_is_not_lost_between_the_two_renames(tmp_path, monkeypatch, killed):
+    target = tmp_path / "t"
+    with staged_directory(target) as stage:
+        (stage / "precious").touch()
+    real = Path.rename
+
+    def rename(self, to):
+        real(self, to)
+        if Path(to).name == ".t.old":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        if killed:
+            # no tidying up
+            patch.setattr("hgrn2.data.staging._recover", lambda target: None)
+        with pytest.raises(KeyboardInterrupt), staged_directory(target) as stage:
+            (stage / "new").touch()
+    if killed:
+        assert os.listdir(tmp_path) == [".t.old"]
+        with pytest.raises(RuntimeError), staged_directory(target):
+            raise RuntimeError
+    assert os.listdir(tmp_path) == ["t"]
+    assert os.listdir(target) == ["precious"]
+
+
+def test_a_link_stays_a_link(corpus_dir, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for seed in range(3):
+        prepared = prepare(corpus_dir, "bytes", tmp_path / "link", seed=seed)
+        assert prepared.directory == tmp_path / "disk"
+        assert (tmp_path / "link").is_symlink()
+    assert leftovers(tmp_path / "disk") == []
+
+
+def replace(target, another, beside):
+    """Puts a copy of another set in place of the target, as another process would."""
+    shutil.copytree(another, beside)
+    target.rename(beside.with_name("gone"))
+    beside.rename(target)
+
+
+def test_a_set_that_is_replaced_while_it_is_opened(corpus_dir, tmp_path, monkeypatch):
+    target = prepare(corpus_dir, "bytes", tmp_path / "out").directory
+    another = prepare(corpus_dir, train_bpe(["document"], 260), tmp_path / "another").directory
+    real = TokenDataset.open
+
+    def open_late(directory, verify=None):
+        opened = real(directory, verify)
+        if not (tmp_path / "gone").exists():
+            replace(target, another, tmp_path / "copy")
+        return opened
+
+    monkeypatch.setattr(TokenDataset, "open", open_late)
+    found = PreparedData.open(target)
+    assert {found.train.vocab_size, found.validation.vocab_size, found.tokenizer.vocab_size} == {260}
+
+
+def test_a_moment_without_a_set(corpus_dir, tmp_path, monkeypatch):
+    target = prepare(corpus_dir, "bytes", tmp_path / "out").directory
+    target.rename(tmp_path / "away")
+    monkeypatch.setattr("time.sleep", lambda seconds: (tmp_path / "away").rename(target))
+    assert PreparedData.open(target).train.num_tokens
+
+
+def test_a_set_of_another_process_is_not_taken_for_ours(corpus_dir, tmp_path, monkeypatch):
+    target = prepare(corpus_dir, "bytes", tmp_path / "out").directory
+    another = prepare(corpus_dir, "bytes", tmp_path / "another", seed=1).directory
+    real = PreparedData.open
+
+    def open_late(directory, *args, **options):
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+        replace(target, another, tmp_path / "copy")
+        return real(directory, *args, **options)
+
+    monkeypatch.setattr(PreparedData, "open", open_late)
+    with pytest.raises(UserError, match="another process has put other data there meanwhile"):
+        prepare(corpus_dir, "bytes", target)
+
+
+def test_threads_that_write_the_same_file(tmp_path):
+    path = tmp_path / "file"
+    errors = []
+
+    def work(letter):
+        for _ in range(20):
+            try:
+                write_text_whole(path, letter * 1000)
+            except OSError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(letter,)) for letter in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert path.read_text() in {letter * 1000 for letter in "abc"}
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_staging_where_another_process_moves_the_same_folder(tmp_path, monkeypatch):

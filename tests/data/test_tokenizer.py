@@ -205,6 +205,20 @@ def test_hub_name_online(monkeypatch, tmp_path, bpe):
     assert loaded.fingerprint() == bpe.fingerprint()
 
 
+@pytest.mark.parametrize("size", [2**24 + 1, 99_999_999_999, 10**30])
+def test_a_vocabulary_that_no_library_trains(size):
+    with pytest.raises(UserError, match="wanted at most 16777216"):
+        train_bpe(["text"], size)
+    with pytest.raises(UserError, match="wanted a number of at most 16777216"):
+        bpe_request("bpe:" + "9" * 5000)
+
+
+@pytest.mark.parametrize("spec", ["", "a\0b"])
+def test_what_names_nothing(spec):
+    with pytest.raises(UserError, match="names nothing"):
+        load_tokenizer(spec)
+
+
 def test_a_request_cannot_be_loaded():
     with pytest.raises(UserError, match="still to be trained"):
         load_tokenizer("bpe:4096")

@@ -64,6 +64,7 @@ def test_scale_of_the_heads():
         ({"hidden_size": "abc"}, r"hidden_size is 'abc'; wanted a whole number"),
         ({"hidden_size": 16.0}, r"hidden_size is 16.0; wanted a whole number"),
         ({"hidden_size": 0}, r"hidden_size is 0; wanted at least 1"),
+        ({"num_hidden_layers": 2**24}, "num_hidden_layers is 16777216; wanted at most 4096"),
         ({"hidden_size": 10**21}, r"hidden_size is 10{21}; wanted at most 16777216"),
         ({"vocab_size": 10**18}, r"vocab_size is 10{18}; wanted at most"),
         ({"hidden_ratio": 1e300}, r"hidden_ratio is 1e\+300; wanted less"),

@@ -105,6 +105,7 @@ def test_the_same_step_again_replaces(store, run_dir):
 def test_leftovers_of_a_killed_process_are_removed(store, run_dir):
     save(store, 3)
     (run_dir / "checkpoints" / ".tmp-step-00000004").mkdir()
+    (run_dir / ".config.json.1-abc.partial").touch()
     (run_dir / "checkpoints" / ".tmp-step-00000004" / "model.safetensors").write_bytes(b"half")
     assert store.latest().name == "step-00000003"
     checkpoint.CheckpointStore(run_dir, keep_last=2)

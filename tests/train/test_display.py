@@ -104,4 +104,4 @@ def test_the_terminal_decides():
 
 def test_units():
     assert [duration(s) for s in (None, 0, 65, 3723)] == ["?", "0:00", "1:05", "1:02:03"]
-    assert [size(n) for n in (5 * 2**20, 2**30)] == ["5 MiB", "1.0 GiB"]
+    assert [size(n) for n in (0, 900, 5 * 2**20, 2**30, 2**51)] == ["0 B", "900 B", "5.0 MiB", "1.0 GiB", "2,048.0 TiB"]

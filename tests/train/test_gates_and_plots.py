@@ -1,10 +1,12 @@
 import dataclasses
+import errno
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hgrn2.errors import UserError
@@ -148,6 +150,34 @@ def test_gates_of_a_run_without_a_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "start", "step": 0}) + "\n")
     measure_gates(ConstantGates([1.0, 10.0]), torch.zeros(1, 8, dtype=torch.long)).save(tmp_path)
     assert [p.name for p in plot_run(tmp_path)] == ["memory.png"]
+
+
+def test_many_draw_the_same_run_at_once(tmp_path, monkeypatch):
+    record(tmp_path)
+    savefig, waiting = Figure.savefig, [True]
+
+    def savefig_beside_another(self, *args, **options):
+        savefig(self, *args, **options)
+        if waiting and waiting.pop():
+            plot_run(tmp_path)
+
+    monkeypatch.setattr(Figure, "savefig", savefig_beside_another)
+    (path,) = plot_run(tmp_path)
+    assert not waiting
+    assert [p.name for p in path.parent.iterdir()] == ["loss.png"]
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
+    record(tmp_path)
+
+    def savefig(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with pytest.raises(OSError, match="No space left"):
+        plot_run(tmp_path)
+    assert list((tmp_path / "plots").iterdir()) == []
 
 
 def test_nothing_to_draw(tmp_path):

@@ -232,6 +232,12 @@ def test_auto_device_is_one_that_works():
     assert choose_device("auto").type in ("cpu", "cuda")
 
 
+@pytest.mark.parametrize("name", ["meta", "cpu:99"])
+def test_devices_that_compute_nothing(name):
+    with pytest.raises(UserError, match=f"device '{name}' cannot be used"):
+        choose_device(name)
+
+
 def test_packed_documents_keep_no_state(data, model):
     for stream, wanted in [(False, False), (True, True)]:
         asked = []

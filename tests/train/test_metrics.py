@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import sys
 import time
 
@@ -115,3 +117,17 @@ def test_tensorboard_hides_steps_that_are_trained_again(tmp_path, resume_step):
         write(tmp_path, [1, 2][resume_step:], resume_step=resume_step, tensorboard=True)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2]
+
+
+def test_a_full_disk_keeps_the_records_there_were(tmp_path, monkeypatch):
+    write(tmp_path, [1, 2, 3])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def fsync(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        MetricsWriter(tmp_path, resume_step=1)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -32,6 +32,13 @@ def test_unknown_key_names_the_near_one():
         ({"max_steps": 10, "schedule": "inverse-sqrt", "warmup_steps": 0}, "set warmup_steps"),
         ({"max_tokens": 100, "batch_size": 4, "seq_len": 64}, "less than one step of 256"),
         ({"max_steps": "10"}, "max_steps is '10'; wanted a whole number"),
+        ({"max_steps": 10, "batch_size": 10**11}, "is 102400000000000; wanted at most 67108864 tokens a step"),
+        ({"max_steps": 10, "grad_accumulation": 10**11}, "wanted at most 67108864 tokens a step"),
+        ({"max_steps": 10, "teacher": ""}, "teacher is ''; wanted a run"),
+        ({"max_steps": 10, "teacher": "a\0b"}, "teacher is .*; wanted a run"),
+        ({"max_steps": 10, "teacher": "x", "distill_temperature": 1e300}, "distill_temperature is .*; wanted 0.01 to"),
+        ({"max_steps": 10, "optimizer": "muon", "muon_learning_rate": 1e308}, "Muon's learning rate is 1e[+]308"),
+        ({"max_steps": 10, "optimizer": "muon", "learning_rate": 1e308}, "Muon's learning rate is 1e[+]308"),
     ],
 )
 def test_contradictions_and_bad_values(settings, message):

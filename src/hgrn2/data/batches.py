@@ -17,8 +17,7 @@ import torch
 from hgrn2.data.permutation import Permutation, keyed_integer
 from hgrn2.data.tokens import TokenDataset
 from hgrn2.errors import UserError
-
-IGNORED = -100
+from hgrn2.nn.loss import IGNORE
 
 
 @dataclass(frozen=True)
@@ -296,7 +295,7 @@ def _inputs_and_targets(windows: np.ndarray, num_targets: np.ndarray) -> tuple[n
     """Split windows [B, T + 1] into inputs and targets [B, T], a row's first num_targets of which count."""
     inputs = windows[:, :-1].copy()
     targets = windows[:, 1:].copy()
-    targets[np.arange(targets.shape[1]) >= num_targets[:, None]] = IGNORED
+    targets[np.arange(targets.shape[1]) >= num_targets[:, None]] = IGNORE
     return inputs, targets
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -30,6 +31,10 @@ BPE_SAMPLE_BYTES = 50_000_000
 
 # below this a pool of processes takes longer to start than the work takes
 _SERIAL_BELOW_BYTES = 32_000_000
+
+# of opening a set that another process may be replacing; the moment without one lasts two renames
+_ATTEMPTS = 10
+_PAUSE_S = 0.01
 
 Specs = str | Path | Sequence[str | Path]
 
@@ -67,6 +72,22 @@ class PreparedData:
             UserError: not a prepared set, or damaged.
         """
         directory = Path(directory)
+        for _ in range(_ATTEMPTS - 1):
+            before = _identity(directory)
+            try:
+                opened = cls._open(directory, verify, reused)
+            except (UserError, OSError):
+                if before is not None and _identity(directory) == before:
+                    raise
+            else:
+                if _identity(directory) == before:
+                    return opened
+            # another process is putting a new set in its place: for a moment there is none, or parts of two
+            time.sleep(_PAUSE_S)
+        return cls._open(directory, verify, reused)
+
+    @classmethod
+    def _open(cls, directory: Path, verify: bool | None, reused: bool) -> PreparedData:
         manifest = read_manifest(directory, FORMAT, FORMAT_VERSION)
         train = TokenDataset.open(directory / TRAIN, verify)
         validation = TokenDataset.open(directory / VALIDATION, verify)
@@ -86,6 +107,15 @@ class PreparedData:
         )
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in self.manifest["skipped"].items())
         return line + (f"; skipped {skipped}" if skipped else "")
+
+
+def _identity(directory: Path) -> tuple[int, int, int] | None:
+    """Another one when the folder has been replaced; None while there is none."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def is_prepared(directory: str | Path) -> bool:
@@ -170,7 +200,10 @@ def prepare(
     # of a link, the folder it leads to is the one to replace
     target = Path(os.path.realpath(Path(out_dir).expanduser()))
     if not rebuild and _is_current(target, inputs, settings):
-        return PreparedData.open(target)
+        found = PreparedData.open(target)
+        # else another process has replaced it since
+        if _fits(found.manifest, inputs, settings):
+            return found
     _check_replaceable(target)
     if num_workers is None:
         serial = isinstance(tokenizer, ByteTokenizer) or _is_small(corpus)
@@ -192,7 +225,10 @@ def prepare(
         }
         (stage / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     # what was written a moment ago needs no checksum
-    return PreparedData.open(target, verify=None if reused else False, reused=reused)
+    found = PreparedData.open(target, verify=None if reused else False, reused=reused)
+    if not _fits(found.manifest, inputs, settings):
+        raise UserError(f"{target}: another process has put other data there meanwhile; name another directory")
+    return found
 
 
 @dataclass(frozen=True)
@@ -351,6 +387,10 @@ def _is_current(target: Path, inputs: dict[str, Any], settings: dict[str, Any]) 
         manifest = read_manifest(target, FORMAT, FORMAT_VERSION)
     except UserError:
         return False
+    return _fits(manifest, inputs, settings)
+
+
+def _fits(manifest: dict[str, Any], inputs: dict[str, Any], settings: dict[str, Any]) -> bool:
     found = manifest.get("inputs", {}).get("fingerprint")
     return found == inputs["fingerprint"] and manifest.get("settings") == settings
 

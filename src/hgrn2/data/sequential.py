@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hgrn2.data.batches import IGNORED, Batch, _check_sizes, pack_streams
+from hgrn2.data.batches import Batch, _check_sizes, pack_streams
 from hgrn2.data.permutation import Permutation, keyed_integer
 from hgrn2.data.tokens import TokenDataset
+from hgrn2.nn.loss import IGNORE
 
 
 @dataclass(frozen=True, order=True)
@@ -84,7 +85,7 @@ class SequentialWindows:
                 window = self._dataset.tokens(start, min(stop + 1, span.stop))
                 if stop == span.stop:
                     # a document's end is predicted as the next one's start
-                    window = np.append(window, self._dataset.eot_id if span.whole else IGNORED)
+                    window = np.append(window, self._dataset.eot_id if span.whole else IGNORE)
                     num_text_bytes += span.num_text_bytes
                 inputs.append(window[:-1])
                 targets.append(window[1:])

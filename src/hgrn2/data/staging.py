@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def staged_file(path: Path) -> Iterator[Path]:
     partial = _partial(path)
     try:
         yield partial
-        _sync(partial)
+        sync_path(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -142,7 +143,8 @@ def check_folder_place(path: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # threads of one process, and processes of several machines with one disk, may write the same file
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
 def _lock_directory(stage: Path) -> int | None:
@@ -188,10 +190,11 @@ def _clear(stage: Path) -> None:
 def _sync_tree(root: Path) -> None:
     for folder, _, files in os.walk(root):
         for name in [*(os.path.join(folder, file) for file in files), folder]:
-            _sync(name)
+            sync_path(name)
 
 
-def _sync(path: str | Path) -> None:
+def sync_path(path: str | Path) -> None:
+    """Bring a file to the disk; of a directory, the names in it, so that renames survive a power cut."""
     if os.path.isdir(path) and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -209,7 +212,7 @@ def _put_beside(stage: Path, target: Path) -> None:
         if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
             raise
         raise UserError(f"{target}: was made by another process meanwhile and stays; name a new folder") from None
-    _sync(target.parent)
+    sync_path(target.parent)
 
 
 def _old(target: Path) -> Path:
@@ -230,5 +233,5 @@ def _put_in_place(stage: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     stage.rename(target)
-    _sync(target.parent)
+    sync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hgrn2.data.staging import sync_path
+
 # names of the safetensors format, https://huggingface.co/docs/safetensors
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -77,10 +79,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Callable[
 def write_text(path: Path, text: str) -> str:
     """Write a text file, fsync it, and return its SHA-256."""
     data = text.encode()
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
+    sync_path(path)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -88,12 +88,3 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames and new names in a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

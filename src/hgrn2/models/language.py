@@ -17,7 +17,7 @@ from hgrn2.models.state import ModelState
 from hgrn2.nn.attention import Attention
 from hgrn2.nn.block import Block
 from hgrn2.nn.gates import lower_bounds
-from hgrn2.nn.loss import linear_cross_entropy
+from hgrn2.nn.loss import IGNORE, linear_cross_entropy
 from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
 from hgrn2.nn.mlp import GatedMLP
 from hgrn2.nn.norm import Norm
@@ -270,7 +270,7 @@ class HGRN2LM(nn.Module):
         x, state = self.hidden_states(input_ids, state, cu_seqlens, keep_state=keep_state)
         targets = targets.flatten()
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets)
-        return loss, (targets != -100).sum(), state
+        return loss, (targets != IGNORE).sum(), state
 
     def step(self, token_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token of each sequence.

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hgrn2.data.staging import sync_path, write_text_whole
 from hgrn2.errors import UserError
-from hgrn2.layouts.files import fsync_directory, sha256_of, write_safetensors, write_text
+from hgrn2.layouts.files import sha256_of, write_safetensors, write_text
 from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.reading import find_weights
 from hgrn2.train.lock import LOCK_NAME, run_lock
@@ -77,6 +78,9 @@ class CheckpointStore:
         """Remove what a killed process left half-written; only for the process that holds the run's lock."""
         for leftover in self._folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(leftover)
+        # see staged_file
+        for leftover in self._folder.parent.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
 
     def latest(self) -> Path | None:
         """Folder of the newest checkpoint, if there is one."""
@@ -110,10 +114,10 @@ class CheckpointStore:
                 CONFIG_NAME: write_text(temporary / CONFIG_NAME, json.dumps(config, indent=1)),
             }
             write_text(temporary / SUMS_NAME, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-            fsync_directory(temporary)
+            sync_path(temporary)
             self._remove(final)
             temporary.rename(final)
-            fsync_directory(self._folder)
+            sync_path(self._folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -286,10 +290,8 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Replace the run's config.json in one move."""
-    temporary = run_dir / f"{_TEMPORARY}{CONFIG_NAME}"
-    write_text(temporary, json.dumps(config, indent=1))
-    temporary.replace(run_dir / CONFIG_NAME)
-    fsync_directory(run_dir)
+    write_text_whole(run_dir / CONFIG_NAME, json.dumps(config, indent=1))
+    sync_path(run_dir)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -194,5 +194,9 @@ def duration(seconds: float | None) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Such as 1.5 GiB."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+    """Such as 900 B or 1.5 GiB."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while num_bytes >= 1024 and len(units) > 1:
+        num_bytes /= 1024
+        units.pop(0)
+    return f"{num_bytes:,.0f} B" if units[0] == "B" else f"{num_bytes:,.1f} {units[0]}"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hgrn2.data.staging import staged_file
 from hgrn2.errors import UserError
 
 GATES_NAME = "gates.npz"
@@ -56,9 +57,9 @@ class GateSummary:
     def save(self, run_dir: Path) -> Path:
         """Write gates.npz into the run folder, in one move."""
         path = run_dir / GATES_NAME
-        temporary = run_dir / f".tmp-{GATES_NAME}"
-        np.savez_compressed(temporary, **asdict(self))
-        temporary.replace(path)
+        # numpy gives a name of its own to a path without .npz
+        with staged_file(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **asdict(self))
         return path
 
     @classmethod

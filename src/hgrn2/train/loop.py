@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import hgrn2
-from hgrn2.errors import UserError
+from hgrn2.errors import UserError, check_types
 from hgrn2.train import checkpoint as ckpt
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import Display, make_display
@@ -126,7 +126,8 @@ class Trainer:
         """
         try:
             self._store.remove_leftovers()
-            self._restore()
+            with _a_state_of_a_run(self.resume_from):
+                self._restore()
             with (
                 StopRequest() as stop,
                 MetricsWriter(
@@ -172,12 +173,13 @@ class Trainer:
             self._step(metrics)
             finished = self._progress() >= 1.0
             new_best = (finished or _due(counters.step, config.validation_every)) and self._validate(metrics)
+            # before the checkpoint: a run that goes on from there does not write again
+            if finished or _due(counters.step, config.sample_every):
+                self._sample(metrics)
             # a step is skipped where the one before has spoilt the weights: older checkpoints are worth more
             due = _due(counters.step, config.checkpoint_every) and not counters.skipped_in_a_row
             if finished or new_best or due:
                 self._save(metrics)
-            if finished or _due(counters.step, config.sample_every):
-                self._sample(metrics)
         # a run that was resumed with nothing left to do
         if finished and counters.validated_step != counters.step:
             self._validate(metrics)
@@ -338,6 +340,9 @@ class Trainer:
             self._freezing.load_state_dict(state["freezing"])
         self._counters = Counters(**{name: state[name] for name in asdict(self._counters)})
         self._saved_step = self._counters.step
+        check_types(self._counters, f"checkpoint {saved.path}, {ckpt.STATE_NAME}")
+        if (best := self._counters.best) is not None:
+            self._counters.best = {"step": int(best["step"]), "val_loss": float(best["val_loss"])}
         set_rng_state(state["rng"])
         before, now = state["environment"], self._environment()
         if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
@@ -385,6 +390,20 @@ class Trainer:
             "torch": str(torch.__version__),
             "hgrn2": hgrn2.__version__,
         }
+
+
+@contextmanager
+def _a_state_of_a_run(checkpoint: Path | None) -> Iterator[None]:
+    """What a state.json leads to whose checksum is right, but which a run has not written."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"checkpoint {checkpoint}: {ckpt.STATE_NAME} is not what a run writes ({reason}); name an older one"
+        ) from error
 
 
 def _due(step: int, every: int) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hgrn2.data.staging import staged_file
 from hgrn2.errors import UserError
 
 METRICS_NAME = "metrics.jsonl"
@@ -94,14 +95,10 @@ class MetricsWriter:
     ) -> None:
         path = run_dir / METRICS_NAME
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() and resume_step else []
-        temporary = path.with_name(f".tmp-{METRICS_NAME}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_line(record) for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        self._board = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
-        before_dropping()
-        temporary.replace(path)
+        with staged_file(path) as partial:
+            partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+            self._board = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
+            before_dropping()
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:

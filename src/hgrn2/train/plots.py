@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
+from hgrn2.data.staging import staged_file
 from hgrn2.errors import UserError
 from hgrn2.train.gates import GATES_NAME, GateSummary
 from hgrn2.train.metrics import read_metrics
@@ -62,9 +63,9 @@ def plot_run(run_dir: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     paths = []
     for name, figure in pictures.items():
-        temporary = folder / f".tmp-{name}.png"
-        figure.savefig(temporary, dpi=150)
-        paths.append(temporary.replace(folder / f"{name}.png"))
+        paths.append(folder / f"{name}.png")
+        with staged_file(paths[-1]) as partial:
+            figure.savefig(partial, dpi=150, format="png")
     return paths
 
 

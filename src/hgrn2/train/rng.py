@@ -33,12 +33,19 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what rng_state gave, also after a trip through JSON."""
+    """Put back what rng_state gave, also after a trip through JSON.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is something else.
+    """
     version, words, gauss_next = state["python"]
     random.setstate((version, tuple(_decode(words, np.uint32).tolist()), gauss_next))
     name, key, *rest = state["numpy"]
     np.random.set_state((name, _decode(key, np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(torch.from_numpy(_decode(state["torch"], np.uint8)))
+    try:
+        torch.set_rng_state(torch.from_numpy(_decode(state["torch"], np.uint8)))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
     # a run may go on where there are fewer GPUs, or none
     for index, encoded in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(torch.from_numpy(_decode(encoded, np.uint8)), index)
