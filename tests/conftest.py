@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 # helpers of the tests are imported as tests.<name>, from wherever pytest was called
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -15,9 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# an example that takes long on a busy machine is no fault
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")
+try:
+    from hypothesis import HealthCheck, settings
+except ModuleNotFoundError:  # tests of the kernels need nothing but pytest
+    pass
+else:
+    # an example that takes long on a busy machine is no fault
+    settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True, scope="session")
