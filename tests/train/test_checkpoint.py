@@ -112,6 +112,7 @@ def test_leftovers_of_a_killed_process_are_removed(store, run_dir):
     assert names(run_dir) == [".tmp-step-00000004", "step-00000003"]
     store.remove_leftovers()
     assert names(run_dir) == ["step-00000003"]
+    assert not list(run_dir.rglob(".*partial"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"])
