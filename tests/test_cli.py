@@ -399,7 +399,8 @@ def test_a_run_is_not_overwritten(run, corpus, capsys):
 @pytest.mark.parametrize(
     "flags",
     [["--data", "x"], ["--model", "tiny"], ["--set", "dropout=0"], ["--tokenizer", "bytes"], ["--config", "x.toml"],
-     ["--prepared", "x"], ["--text-field", "x"], ["--rebuild"], ["--out", "x"], ["--validation", "x"]],
+     ["--prepared", "x"], ["--text-field", "x"], ["--rebuild"], ["--out", "x"], ["--out", "runs/run"],
+     ["--validation", "x"]],
 )  # fmt: skip
 def test_resuming_takes_no_other_data_or_model(flags, run, capsys):
     refused(capsys, ["train", "--resume", run, *flags], f"drop {flags[0]}")

@@ -67,7 +67,7 @@ def train(
     model: str | None = None,
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
     set: _Paths = (),
-    out: Path = _RUN,
+    out: Path | None = None,
     config: Path | None = None,
     resume: Path | None = None,
     compressors: bool = False,
@@ -85,7 +85,7 @@ def train(
         model: A preset (tiny, wikitext-44m, 150m, 385m, 1.3b, 2.7b) or a JSON file (default: tiny).
         from_: Start with the weights of a model: a run folder, a checkpoint, or a folder (see convert).
         set: Model settings as KEY=VALUE, e.g. --set dropout=0.1 use_short_conv=true.
-        out: Folder of the run.
+        out: Folder of the run (default: runs/run).
         config: A TOML file with tables [model], [train] and [data]; flags win over it.
         resume: A run folder, or one of its checkpoints, to go on with; training flags change its settings.
         compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
@@ -95,10 +95,12 @@ def train(
     from hgrn2.train.run import choose_device, resume_language_run, start_language_run
 
     given = {name: getattr(settings, name) for name in given_flags(sys.argv[1:], TrainConfig)}
+    # by name the default cannot go with --resume either
+    named_out, out = out, _RUN if out is None else out
     if resume is not None:
         own = {"data": data, "validation": validation, "text-field": text_field, "tokenizer": tokenizer,
                "prepared": prepared, "rebuild": rebuild, "model": model, "from": from_, "set": set, "config": config,
-               "out": out != _RUN}  # fmt: skip
+               "out": named_out}  # fmt: skip
         if others := [f"--{name}" for name, value in own.items() if value]:
             raise UserError(f"--resume goes on with the run's own data and model; drop {' and '.join(others)}")
         prepared_data = open_prepared(resume)
@@ -342,7 +344,7 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
     table.columns[1].justify = "right"
     rows = [
         ("parameters", f"{c.parameters:,}", "a tied embedding counted once"),
-        ("training FLOPs a token, 6 N D", f"{c.flops_per_token_6nd:,}", "6 x parameters used in products"),
+        ("training FLOPs a token, 6 N D", f"{c.flops_per_token_6nd:,}", "6 x parameters, untied embeddings left out"),
         (
             "training FLOPs a token, counted",
             f"{c.flops_per_token_training:,}",
