@@ -364,6 +364,12 @@ def test_a_run_that_learns_nothing_ends_well(data, tmp_path):
     assert result.pictures == []
 
 
+def test_a_step_that_ruins_the_bounds_ends_the_run_in_words(data, tmp_path):
+    ruinous = TrainConfig(**SETTINGS | {"learning_rate": 1e38, "warmup_steps": 0})
+    with pytest.raises(UserError, match=r"after step 1, which left weights that are not finite; .*lower learning_rate"):
+        start_language_run(tmp_path / "run", model_config(), ruinous, data, data_settings={})
+
+
 def test_pictures_are_drawn_while_the_lock_is_held(data, tmp_path, monkeypatch):
     drawn = []
 

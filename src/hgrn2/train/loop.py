@@ -150,6 +150,14 @@ class Trainer:
                 f"{self.run_dir}: {error.strerror} at step {self._counters.step}; {self._last_good()}; "
                 f"free some space, then: hgrn2 train --resume {self.run_dir}"
             ) from error
+        except ValueError as error:
+            # operators refuse what such weights give before there is a loss to look at
+            if isinstance(error, UserError) or all(bool(p.isfinite().all()) for p in self._optimizer.parameters):
+                raise
+            raise UserError(
+                f"{self.run_dir}: stopped after step {self._counters.step}, which left weights that are not finite; "
+                f"{self._last_good()}; lower learning_rate or raise warmup_steps"
+            ) from error
         newest = self._store.latest()
         assert newest is not None, "a run that ends has a checkpoint"
         validations = [r for r in read_metrics(self.run_dir) if r["kind"] == "validation"]
