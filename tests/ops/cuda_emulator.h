@@ -1,9 +1,9 @@
-// What `instructions.cuh` does on a GPU, on a CPU: the CUDA kernels of hgrn2/ops/cuda, compiled as C++ behind this file.
+// What `instructions.cuh` does on a GPU, on a CPU: the CUDA kernels of hgrn2/ops/cuda are compiled as C++ behind this.
 //
-// Every thread of a program is a fiber; which goes on is drawn by lot whenever one must wait. What a GPU may do at once or
-// later (copies to shared memory, products by a warpgroup) happens at once or at the last moment, by lot as well. So code
-// that lacks a barrier or a wait gives numbers that depend on the seed, and code that waits for nobody is told. Shared
-// memory begins as numbers that are none. What is accessed through addresses of shared memory is checked for bounds.
+// Every thread of a program is a fiber; which goes on is drawn by lot whenever one must wait. What a GPU may do at once
+// or later (copies to shared memory, products by a warpgroup) happens at once or at the last moment, by lot as well. So
+// code that lacks a barrier or a wait gives numbers that depend on the seed, and code that waits for nobody is told.
+// Shared memory begins as numbers that are none. What is accessed through its addresses is checked for bounds.
 
 #include <csetjmp>
 #include <cmath>
@@ -100,8 +100,8 @@ inline u32 draw(u32 below) {
 
 [[noreturn]] inline void give_up(const std::string& why) {
     if (problem.empty())
-        problem = why + " (thread " + std::to_string(current->number) + " of program " + std::to_string(blockIdx.x) + ", " +
-                  std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ")";
+        problem = why + " (thread " + std::to_string(current->number) + " of program " + std::to_string(blockIdx.x) +
+                  ", " + std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ")";
     _longjmp(scheduler, 1);
 }
 
@@ -129,7 +129,8 @@ void together(const char* name, Arguments& own, Work work) {
 inline bool meet(int id, u32 expected, bool waits, bool vote) {
     Barrier& barrier = barriers[id];
     if (!barrier.arrived) barrier.expected = expected, barrier.all = true;
-    if (barrier.expected != (int)expected) give_up("barrier " + std::to_string(id) + " waits for two numbers of threads");
+    if (barrier.expected != (int)expected)
+        give_up("barrier " + std::to_string(id) + " waits for two numbers of threads");
     barrier.all &= vote;
     if (++barrier.arrived < barrier.expected) {
         if (!waits) return false;
@@ -184,7 +185,8 @@ inline float without_denormals(float x) { return std::fabs(x) < 1.17549435e-38f 
 
 // of a factor in shared memory that `factor` describes, laid out with rows along the depth or, `turned`, across it
 inline float element(u64 factor, bool turned, int index, int depth) {
-    u32 start = (u32)(factor & 0x3fff) << 4, leading = (u32)(factor >> 16 & 0x3fff) << 4, stride = (u32)(factor >> 32 & 0x3fff) << 4;
+    auto field = [=](int bit) { return (u32)(factor >> bit & 0x3fff) << 4; };
+    u32 start = field(0), leading = field(16), stride = field(32);
     u32 row = turned ? depth : index, column = turned ? index : depth;
     u32 address = start + row / 8 * stride + row % 8 * 128 + column % 64 * 2;
     if (turned) address += column / 64 * leading;
@@ -284,8 +286,8 @@ inline void run_program() {
             problem = "threads wait for nobody: the first is " + std::to_string(fiber.number);
             for (int i = 0; i < BARRIERS; i++)
                 if (barriers[i].arrived)
-                    problem += ", barrier " + std::to_string(i) + " has " + std::to_string(barriers[i].arrived) + " of " +
-                               std::to_string(barriers[i].expected);
+                    problem += ", barrier " + std::to_string(i) + " has " + std::to_string(barriers[i].arrived) +
+                               " of " + std::to_string(barriers[i].expected);
             return;
         }
     for (Warp& warp : warps)
@@ -293,7 +295,8 @@ inline void run_program() {
 }
 
 template <class Arguments>
-const char* run(void (*kernel)(Arguments), const void* arguments, const int* grid, int num_threads, int bytes, u64 seed) {
+const char* run(void (*kernel)(Arguments), const void* arguments, const int* grid, int num_threads, int bytes,
+                u64 seed) {
     Arguments own = *(const Arguments*)arguments;
     program = [&] { kernel(own); };
     threads = num_threads, shared_bytes = bytes, random_state = seed, problem.clear();
@@ -332,8 +335,12 @@ T exchange_lanes(const char* name, T x, From from) {
     return own.found;
 }
 template <class T> T __shfl_sync(u32, T x, int lane) { return exchange_lanes("shfl", x, [=](int) { return lane; }); }
-template <class T> T __shfl_xor_sync(u32, T x, int bit) { return exchange_lanes("shfl.xor", x, [=](int i) { return i ^ bit; }); }
-template <class T> T __shfl_up_sync(u32, T x, int by) { return exchange_lanes("shfl.up", x, [=](int i) { return i - by; }); }
+template <class T> T __shfl_xor_sync(u32, T x, int bit) {
+    return exchange_lanes("shfl.xor", x, [=](int i) { return i ^ bit; });
+}
+template <class T> T __shfl_up_sync(u32, T x, int by) {
+    return exchange_lanes("shfl.up", x, [=](int i) { return i - by; });
+}
 inline u32 __ballot_sync(u32, bool vote) {
     struct { bool vote; u32 all; } own = {vote, 0};
     machine::together("ballot", own, [](machine::Warp&, decltype(own)** all) {
