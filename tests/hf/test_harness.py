@@ -464,7 +464,10 @@ def refused(capsys, args, message):
     ("args", "message"),
     [
         (["--tasks", ","], "no task named"),
-        (["--tasks", "choices", "--batch-size", "0"], "--batch-size is 0; wanted a number of at least 1, or auto"),
+        (
+            ["--tasks", "choices", "--batch-size", "0"],
+            "--batch-size is 0; wanted a number from 1 to 999999999, or auto",
+        ),
         (["--tasks", "choices", "--batch-size", "many"], "--batch-size is many"),
         (["--tasks", "choices", "--limit", "0"], "--limit is 0; wanted at least 1"),
         (["--tasks", "choices", "--num-fewshot", "-1"], "--num-fewshot is -1; wanted at least 0"),

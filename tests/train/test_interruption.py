@@ -13,7 +13,14 @@ import pytest
 import hgrn2
 from hgrn2.data.prepare import prepare
 from hgrn2.train import checkpoint
-from tests.train.tiny_run import losses, run, run_language, run_until_signals, run_with_file_limit
+from tests.train.tiny_run import (
+    losses,
+    run,
+    run_in_a_terminal_until_signals,
+    run_language,
+    run_until_signals,
+    run_with_file_limit,
+)
 
 # short steps and a checkpoint every few of them: a kill at random lands anywhere, within a checkpoint too
 SETTINGS = {
@@ -138,7 +145,7 @@ def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
 )
 def test_signals_write_a_checkpoint_and_end_well(processes, uninterrupted, tmp_path, numbers):
     run_dir = tmp_path / "run"
-    process = start(processes, run_dir, SETTINGS, 23, numbers, target=run_until_signals)
+    process = start(processes, run_dir, SETTINGS, 23, numbers, target=run_in_a_terminal_until_signals)
     assert end_of(process) == 0
     assert [path.name for path in checkpoint.checkpoints_of(run_dir)][-1] == "step-00000023"
     checkpoint.load_checkpoint(checkpoint.checkpoints_of(run_dir)[-1])
@@ -161,7 +168,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
 def test_a_second_signal_interrupts_at_once(tmp_path, first):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(KeyboardInterrupt):
-        run_until_signals(tmp_path / "run", SETTINGS, 3, [first, signal.SIGTERM])
+        run_in_a_terminal_until_signals(tmp_path / "run", SETTINGS, 3, [first, signal.SIGTERM])
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -157,6 +158,15 @@ class SelfSignalling(PlainDisplay):
 def run_until_signals(run_dir: Path, settings: dict, step: int, numbers: Sequence[int]) -> None:
     """Run, and get signals after a step."""
     run(run_dir, settings, display=SelfSignalling(step, numbers))
+
+
+def run_in_a_terminal_until_signals(run_dir: Path, settings: dict, step: int, numbers: Sequence[int]) -> None:
+    """The same with SIGHUP as a terminal gives it, even where the tests were started under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        run_until_signals(run_dir, settings, step, numbers)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def run_with_file_limit(run_dir: Path, settings: dict, limit_bytes: int) -> None:
