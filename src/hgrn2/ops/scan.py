@@ -76,7 +76,8 @@ def hgrn2_scan(
     Raises:
         ValueError: shapes, dtypes, devices, values of cu_seqlens or of the lower bound that do not fit; values are
             checked where that needs no wait for an accelerator.
-        NotImplementedError: a derivative in forward mode, which only "reference" has, like second derivatives.
+        NotImplementedError: a derivative in forward mode is asked of another backend than "reference".
+        RuntimeError: likewise a second derivative.
 
     Example:
         >>> import torch, hgrn2
@@ -168,7 +169,7 @@ def gated_scan(
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V].
 
     Raises:
-        ValueError: as `hgrn2_scan`; and for a log_f above 0 on the CPU.
+        ValueError: as `hgrn2_scan`, like the other errors; and for a log_f above 0 on the CPU.
 
     Example:
         >>> import torch, hgrn2
