@@ -140,7 +140,7 @@ class Scan:
     q_activation: str
 
     def aligned(self) -> Scan:
-        """The same with inputs that can be read 16 bytes at a time; what the kernels know no strides of is contiguous."""
+        """The same, to be read 16 bytes at a time; what the kernels know no strides of is contiguous."""
         q, f, v = (_aligned(x) for x in (self.q, self.f, self.v))
         bound = None if self.bound is None else _aligned(self.bound.contiguous())
         state, cu_seqlens = (None if x is None else x.contiguous() for x in (self.initial_state, self.cu_seqlens))
