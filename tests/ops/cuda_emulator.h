@@ -59,7 +59,7 @@ namespace machine {
 constexpr u32 SHARED_START = 1024;
 constexpr size_t STACK_BYTES = 256 * 1024;
 
-struct Copy { u32 to; const void* from; bool exists; int group; };
+struct Copy { u32 to; const void* from; u32 bytes; bool exists; int group; };
 struct Fiber {
     uint3 index;
     int number;
@@ -150,9 +150,9 @@ inline char* at(u32 address, u32 bytes) {
 }
 
 inline void copy_now(const Copy& copy) {
-    char* to = at(copy.to, 16);
-    if (copy.exists) memcpy(to, copy.from, 16);
-    else memset(to, 0, 16);
+    char* to = at(copy.to, copy.bytes);
+    if (copy.exists) memcpy(to, copy.from, copy.bytes);
+    else memset(to, 0, copy.bytes);
 }
 inline void wait_for_copies(int left) {
     auto& copies = current->copies;
@@ -356,9 +356,9 @@ template <int LEFT> inline void give_registers() {}
 template <int WANTED> inline void take_registers() {}
 inline u32 shared_address(const void* p) { return (u32)((const char*)p - shared) + machine::SHARED_START; }
 
-inline void copy_async(u32 to, const void* from, bool exists) {
-    if (exists && (u64)from % 16) machine::give_up("a copy from an address that is no multiple of 16");
-    machine::Copy copy = {to, from, exists, machine::current->copy_group};
+inline void copy_async(u32 to, const void* from, bool exists, u32 bytes = 16) {
+    if (exists && (u64)from % bytes) machine::give_up("a copy from an address that is no multiple of its size");
+    machine::Copy copy = {to, from, bytes, exists, machine::current->copy_group};
     if (machine::draw(2)) machine::copy_now(copy);
     else machine::current->copies.push_back(copy);
 }
@@ -467,9 +467,9 @@ inline void multiply_turned(float (&d)[16][4], u64 a, u64 b) {
 inline void multiply_registers(float (&d)[8][4], const u32 (&a)[4], u64 b, bool add) {
     machine::multiply_group("wgmma.registers", d, &a, 0, b, false, false, add);
 }
-template <bool TURNED> inline void multiply_outputs(float (&d)[8][4], u64 a, u64 b) {
-    machine::multiply_group("wgmma.outputs", d, nullptr, a, b, true, TURNED, true);
+template <bool A_TURNED, bool B_TURNED> inline void multiply_narrow(float (&d)[4][4], u64 a, u64 b, bool add) {
+    machine::multiply_group("wgmma.narrow", d, nullptr, a, b, A_TURNED, B_TURNED, add);
 }
-inline void multiply_straight(float (&d)[4][4], u64 a, u64 b, bool add) {
-    machine::multiply_group("wgmma.straight", d, nullptr, a, b, false, false, add);
+template <bool A_TURNED, bool B_TURNED> inline void multiply_wide(float (&d)[8][4], u64 a, u64 b, bool add) {
+    machine::multiply_group("wgmma.wide", d, nullptr, a, b, A_TURNED, B_TURNED, add);
 }

@@ -16,10 +16,11 @@ from hgrn2.ops.cuda import launch
 
 KERNELS = {
     "walk.cu": (
-        "forward_outputs", "forward_summaries", "forward_states", "backward_values", "backward_summaries",
-        "carry_states", "cut_sequences",
+        "forward_outputs", "forward_summaries", "forward_states", "backward_summaries", "carry_states", "cut_sequences",
+        "clear_rest",
     ),
-    "gradient.cu": ("backward_gates", "backward_gates_left_over"),
+    "backward.cu": ("backward_walk", "sum_bounds"),
+    "left_over.cu": ("backward_left_over",),
 }  # fmt: skip
 # sums of products are rounded twice, as written; a variable of the thread for what a program shares
 OPTIONS = (
@@ -79,7 +80,7 @@ class Emulator:
         activation = launch.Q_ACTIVATIONS.index(q_activation)
         settings = {"BFLOAT16": int(dtype == torch.bfloat16), "Q_ACTIVATION": activation, "PACKED": int(packed)}
         self.launched.add(name)
-        return self.kernel(_source(file), KERNELS[file], name, settings, *launch._resources(file, name))
+        return self.kernel(_source(file), KERNELS[file], name, settings, *launch._resources(name))
 
     def kernel(
         self, source: str, names: tuple[str, ...], name: str, settings: dict[str, int], shared_bytes: int, threads: int

@@ -33,7 +33,8 @@ def fields_in_c(name: str, file: str) -> list[tuple[str, type]]:
         names = statement.strip().removeprefix("const ").split(None, 1)[1]
         for field in names.split(","):
             kind = ctypes.c_void_p if "*" in statement else C_TYPES[words[0]]
-            found.append((field.strip(" *"), kind))
+            name, _, count = field.strip(" *").partition("[")
+            found.append((name, kind * int(count[:-1]) if count else kind))
     return found
 
 
@@ -41,9 +42,12 @@ def fields_in_c(name: str, file: str) -> list[tuple[str, type]]:
     ("structure", "file"),
     [
         (launch.WalkArguments, "walk.cuh"),
-        (launch.GradientArguments, "gradient.cuh"),
+        (launch.BackwardArguments, "backward.cuh"),
+        (launch.LeftOverArguments, "left_over.cuh"),
+        (launch.BoundsArguments, "bounds.cuh"),
         (launch.CarryArguments, "carry.cuh"),
         (launch.PackedArguments, "packed.cuh"),
+        (launch.ClearArguments, "packed.cuh"),
     ],
 )
 def test_arguments_are_laid_out_as_in_c(structure, file):
@@ -51,7 +55,7 @@ def test_arguments_are_laid_out_as_in_c(structure, file):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["walk.cu", "gradient.cu"])
+@pytest.mark.parametrize("name", ["walk.cu", "backward.cu", "left_over.cu"])
 @pytest.mark.parametrize(("bfloat16", "q_activation", "packed"), [(1, 0, 1), (1, 1, 0), (0, 2, 1)])
 def test_the_kernels_compile(name, bfloat16, q_activation, packed):
     options = ("-arch=sm_90a", "--std=c++17", "-default-device")

@@ -113,7 +113,6 @@ __device__ __forceinline__ float without_drift(float first, float second, float 
 }
 
 // The decays of the chunk that the state is multiplied by; the warps of the first block do it.
-template <bool BACK>
 __device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, float2& owed) {
     Place at = place_of_thread();
     if (at.block != 0) return;
@@ -125,8 +124,7 @@ __device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, f
         float2 l = *(const float2*)(m.lost() + j * WIDTH + column);
         lost.x = fmaf(lost.x, d[j].x, l.x), lost.y = fmaf(lost.y, d[j].y, l.y);
     }
-    float2 early = make_float2(d[0].x * d[1].x, d[0].y * d[1].y), late = make_float2(d[2].x * d[3].x, d[2].y * d[3].y);
-    float2 first = BACK ? late : early, second = BACK ? early : late;
+    float2 first = make_float2(d[0].x * d[1].x, d[0].y * d[1].y), second = make_float2(d[2].x * d[3].x, d[2].y * d[3].y);
     if (joined) {
         second.x *= first.x, second.y *= first.y;
         first.x = first.y = 1.0f;
@@ -155,20 +153,29 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
     } else if (at.block == 3) {
         e = *(const float2*)(blocks + 2 * WIDTH);
     }
-    u32 raw[8];
+    if (QUERIES) {
+        u32 raw[8];
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        // several reads before the first write, so that none waits for it
-        if (QUERIES && i % 8 == 0)
+        for (int i = 0; i < 16; i++) {
+            // several reads before the first write, so that none waits for it
+            if (i % 8 == 0)
 #pragma unroll
-            for (int j = 0; j < 8; j++) raw[j] = load_shared(at.row(q_tile, i + j));
-        e.x *= x.decay[i][0], e.y *= x.decay[i][1];
-        if (QUERIES) {
+                for (int j = 0; j < 8; j++) raw[j] = load_shared(at.row(q_tile, i + j));
             float q0, q1;
             unpack(raw[i % 8], q0, q1);
+            e.x *= x.decay[i][0], e.y *= x.decay[i][1];
             store_shared(at.row(q_tile, i), pack(activate(q0) * a.scale * e.x, activate(q1) * a.scale * e.y));
         }
-        store_shared(at.row(f_tile, i), pack(x.k[i][0] * reciprocal(e.x), x.k[i][1] * reciprocal(e.y)));
+    } else {
+        float2 d = *(const float2*)(blocks + at.block * WIDTH);
+        e.x *= d.x, e.y *= d.y;
+    }
+    // reciprocals are dear: that of one token's e is the next one's times the next one's decay
+    e.x = reciprocal(e.x), e.y = reciprocal(e.y);
+#pragma unroll
+    for (int i = 15; i >= 0; i--) {
+        store_shared(at.row(f_tile, i), pack(x.k[i][0] * e.x, x.k[i][1] * e.y));
+        e.x *= x.decay[i][0], e.y *= x.decay[i][1];
     }
 }
 
@@ -182,7 +189,7 @@ __device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slo
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         int depth = (i >> 2) * (PANEL_BYTES >> 4) + (i & 3) * (32 >> 4);
-        multiply_straight(sums, q + depth, k + depth, i > 0);
+        multiply_narrow<false, false>(sums, q + depth, k + depth, i > 0);
     }
     products_commit();
     products_wait<0>();

@@ -222,24 +222,25 @@ __device__ __forceinline__ void multiply_registers(float (&d)[8][4], const u32 (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
 }
 
-// d += a^T b^T for a turned factor a [16, 64] and b [64, 16] or, TURNED, [16, 64]
-template <bool TURNED>
-__device__ __forceinline__ void multiply_outputs(float (&d)[8][4], u64 a, u64 b) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." NUMBER "." NUMBER " "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 1, "
-        "%35; }"
-        : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
-        : "l"(a), "l"(b), "r"(1), "n"((int)TURNED));
-}
-
-// d = a b^T, or added to d, for a [64, 16] and b [32, 16]
-__device__ __forceinline__ void multiply_straight(float (&d)[4][4], u64 a, u64 b, bool add) {
+// d = a b^T, or added to d, for a [64, 16] and b [32, 16]; turned factors are [16, 64] and [16, 32]
+template <bool A_TURNED, bool B_TURNED>
+__device__ __forceinline__ void multiply_narrow(float (&d)[4][4], u64 a, u64 b, bool add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." NUMBER "." NUMBER " "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, "
-        "1, 0, 0; }"
+        "1, %19, %20; }"
         : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3])
-        : "l"(a), "l"(b), "r"((int)add));
+        : "l"(a), "l"(b), "r"((int)add), "n"((int)A_TURNED), "n"((int)B_TURNED));
+}
+
+// the same with b [64, 16] or, turned, [16, 64]
+template <bool A_TURNED, bool B_TURNED>
+__device__ __forceinline__ void multiply_wide(float (&d)[8][4], u64 a, u64 b, bool add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." NUMBER "." NUMBER " "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %35, "
+        "%36; }"
+        : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
+        : "l"(a), "l"(b), "r"((int)add), "n"((int)A_TURNED), "n"((int)B_TURNED));
 }

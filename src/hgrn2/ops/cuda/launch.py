@@ -14,21 +14,30 @@ from torch import Tensor
 from hgrn2.ops.cuda import compiler
 from hgrn2.ops.cuda.plan import CHUNK, MULTIPROCESSORS, WIDTH, coarse_pieces, num_chunks, passes, segment_chunks
 
-THREADS, GRADIENT_THREADS, CARRY_THREADS, PACKED_THREADS = 512, 256, 128, 1024
+THREADS, LEFT_OVER_THREADS, CARRY_THREADS = 512, 256, 128
+PACKED_THREADS, CLEAR_THREADS, BOUNDS_THREADS = 1024, 256, 1024
 # what each file of kernels is compiled with, in the order in which one needs the other
 SOURCES = {
     "walk.cu": (
         "instructions.cuh", "chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh",
         "carry.cuh", "packed.cuh", "walk.cu",
     ),
-    "gradient.cu": ("instructions.cuh", "chunk.cuh", "gradient.cuh", "gradient_joins.cuh", "gradient.cu"),
+    "backward.cu": (
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "backward.cuh", "gates.cuh", "joins.cuh", "bounds.cuh",
+        "backward.cu",
+    ),
+    "left_over.cu": ("instructions.cuh", "chunk.cuh", "left_over.cuh", "left_over.cu"),
 }  # fmt: skip
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
 _WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 14 * WIDTH * 4 + 2 * 4
+# between the tokens of an input: backward.cu counts bytes across four of them in 32 bits
+MOST_ROW_BYTES = 2**29
 # elements of a state that a thread carries
 _CARRIED = 4
-_GRADIENT_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 2 + 4 + 4) * _HALF * 4
+_BACKWARD_SHARED = 12 * _TILE_BYTES + 3 * _SCORE_BYTES + (4 + 2 * 8) * WIDTH * 4
+_LEFT_OVER_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 4) * _HALF * 4
+_BOUNDS_SHARED = BOUNDS_THREADS // (WIDTH // 4) * WIDTH * 4
 
 
 class WalkArguments(ctypes.Structure):
@@ -36,7 +45,7 @@ class WalkArguments(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "f", "v", "bound", "spans", "num_spans", "y", "initial", "final")]
-        + [(name, ctypes.c_void_p) for name in ("before", "after", "update", "decay", "coarse", "kept")]
+        + [(name, ctypes.c_void_p) for name in ("before", "update", "decay", "coarse", "kept")]
         + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v") for axis in ("batch", "row", "head")]
         + [("length", ctypes.c_longlong)]
         + [(name, ctypes.c_int) for name in ("heads", "first_head", "first_chunk", "end_chunk")]
@@ -47,8 +56,8 @@ class WalkArguments(ctypes.Structure):
     )
 
 
-class GradientArguments(ctypes.Structure):
-    """Argument of the kernels of gradient.cu, field by field as in gradient.cuh."""
+class LeftOverArguments(ctypes.Structure):
+    """Argument of the kernel of left_over.cu, field by field as in left_over.cuh."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "spans", "num_spans")]
@@ -57,6 +66,23 @@ class GradientArguments(ctypes.Structure):
         + [("length", ctypes.c_longlong)]
         + [(name, ctypes.c_int) for name in ("batches", "heads", "chunks", "first_head", "group")]
         + [(name, ctypes.c_int) for name in ("first_chunk", "part_chunks", "reverse")]
+        + [("scale", ctypes.c_float)]
+    )
+
+
+class BackwardArguments(ctypes.Structure):
+    """Argument of backward_walk, field by field as in backward.cuh."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "spans", "num_spans")]
+        + [(name, ctypes.c_void_p) for name in ("states", "d_states", "dq", "df", "dv", "d_bound", "left_over")]
+        + [(name, ctypes.c_void_p) for name in ("d_final", "d_initial", "before", "after")]
+        + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v", "dy") for axis in ("batch", "row", "head")]
+        + [("length", ctypes.c_longlong)]
+        + [(name, ctypes.c_int) for name in ("heads", "chunks")]
+        + [(name, ctypes.c_int) for name in ("first_head", "first_chunk", "end_chunk", "segment_chunks")]
+        + [(f"before_{name}", ctypes.c_int) for name in ("segments", "segment", "heads", "head")]
+        + [(name, ctypes.c_int) for name in ("part_chunks", "reverse")]
         + [("scale", ctypes.c_float)]
     )
 
@@ -70,13 +96,34 @@ class CarryArguments(ctypes.Structure):
     )
 
 
+class BoundsArguments(ctypes.Structure):
+    """Argument of the kernel of bounds.cuh, field by field as there."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("parts", "sum")),
+        ("rows", ctypes.c_longlong),
+        ("heads", ctypes.c_int),
+    )
+
+
 class PackedArguments(ctypes.Structure):
-    """Argument of the kernel of packed.cuh, field by field as there."""
+    """Argument of cut_sequences of packed.cuh, field by field as there."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cu_seqlens", "spans", "num_spans")),
         ("length", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("sequences", "most", "wide", "reverse")),
+    )
+
+
+class ClearArguments(ctypes.Structure):
+    """Argument of clear_rest of packed.cuh, field by field as there."""
+
+    _fields_ = (
+        ("cu_seqlens", ctypes.c_void_p),
+        ("outputs", ctypes.c_void_p * 3),
+        ("length", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("sequences", "wide", "heads")),
     )
 
 
@@ -146,11 +193,6 @@ class Scan:
         state, cu_seqlens = (None if x is None else x.contiguous() for x in (self.initial_state, self.cu_seqlens))
         return replace(self, q=q, f=f, v=v, bound=bound, initial_state=state, cu_seqlens=cu_seqlens)
 
-    def new_rows(self, like: Tensor) -> Tensor:
-        """Room for an output; packed sequences may leave rows at the end to nobody."""
-        make = torch.empty if self.cu_seqlens is None else torch.zeros
-        return make(like.shape, dtype=like.dtype, device=like.device)
-
     def new_states(self, known: Tensor | None) -> Tensor:
         """Room for the states of all sequences; one that is packed and empty has the known one, or zeros."""
         num_states = self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
@@ -190,6 +232,17 @@ class Plan:
     def stream(self) -> int:
         """The stream of all launches; asked for once, with the call's device current."""
         return compiler.current_stream()
+
+    def clear_rest(self, *outputs: Tensor) -> None:
+        """Zeros in rows that belong to no packed sequence; at most three outputs, before they are written."""
+        scan = self.scan
+        if scan.cu_seqlens is None:
+            return
+        arguments = ClearArguments(
+            scan.cu_seqlens.data_ptr(), (ctypes.c_void_p * 3)(*(x.data_ptr() for x in outputs)), self.length,
+            self.num_packed, scan.cu_seqlens.dtype == torch.int64, self.heads,
+        )  # fmt: skip
+        _kernel("walk.cu", "clear_rest", scan).launch((MULTIPROCESSORS, 1, 1), arguments, self.stream)
 
     def coarse_shape(self) -> tuple[int, ...]:
         """Shape of the states that the forward pass keeps."""
@@ -244,12 +297,13 @@ def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     scan = scan.aligned()
     plan, device = Plan(scan, coarse), scan.q.device
-    y, final = scan.new_rows(scan.v), scan.new_states(scan.initial_state)
+    y, final = _new_like(scan.v), scan.new_states(scan.initial_state)
     states = torch.empty(plan.coarse_shape(), dtype=torch.float32, device=device)
     if not y.numel():
         return y, final, states
     group, stretch = Group(0, plan.heads), plan.whole()
     with torch.cuda.device(device):
+        plan.clear_rest(y)
         before = None
         if stretch.segments > 1:
             summaries = _Walk(plan, "forward_summaries", scan.v, scan.initial_state)
@@ -279,15 +333,16 @@ def backward(
     d_final = None if d_final is None else d_final.contiguous()
     plan, device = Plan(scan, coarse), scan.q.device
     assert coarse == plan.passes.coarse, f"states every {coarse} chunks; wanted {plan.passes.coarse}"
-    dq, df, dv = (scan.new_rows(x) for x in (scan.q, scan.f, scan.v))
-    # a row for each chunk, summed below in a fixed order
-    d_bound = None
-    if scan.bound is not None:
-        make = torch.empty if scan.cu_seqlens is None else torch.zeros
-        d_bound = make((plan.batch * plan.chunks, plan.heads, WIDTH), dtype=torch.float32, device=device)
+    dq, df, dv = (_new_like(x) for x in (scan.q, scan.f, scan.v))
+    d_bound = None if scan.bound is None else torch.empty((plan.heads, WIDTH), dtype=torch.float32, device=device)
     d_initial = None if scan.initial_state is None else scan.new_states(d_final)
     if not dq.numel():
-        return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
+        return dq, df, dv, None if d_bound is None else d_bound.zero_(), d_initial
+    # packed sequences may have fewer chunks, and leave something to nobody
+    make = torch.empty if plan.packed is None else torch.zeros
+    # of each chunk
+    shape = (plan.batch * plan.chunks, plan.heads, WIDTH)
+    d_bounds = None if d_bound is None else make(shape, dtype=torch.float32, device=device)
     # every group and part in the room of the largest
     parts, size = plan.parts(), plan.passes.heads
     shape = (plan.batch * parts[-1].chunks, size, WIDTH, WIDTH)
@@ -295,10 +350,10 @@ def backward(
     left_over = torch.zeros((len(plan.groups), len(parts), *shape[:2], 2), dtype=torch.int32, device=device)
     initial = scan.initial_state
     with torch.cuda.device(device):
+        plan.clear_rest(dq, df, dv)
         states_walk = _Walk(plan, "forward_states", scan.v, initial, kept=kept)
         summaries = _Walk(plan, "backward_summaries", dy, d_final)
-        values_walk = _Walk(plan, "backward_values", dy, d_final, y=dv, final=d_initial, kept=d_kept)
-        gradients = _Gradients(plan, dy, kept, d_kept, dq, df, d_bound)
+        gradients = _Gradients(plan, dy, kept, d_kept, dq, df, dv, d_bounds, d_final, d_initial)
         for group, flags in zip(plan.groups, left_over, strict=True):
             after = carried = None
             if parts[-1].segments > 1:
@@ -306,14 +361,16 @@ def backward(
                 after = _states_before_segments(summaries, group, every, back=True)
             elif len(parts) > 1:
                 # from part to part; a sequence's own end takes its place where one ends
-                carried = torch.zeros((plan.batch, 1, group.count, WIDTH, WIDTH), dtype=torch.float32, device=device)
+                carried = make((plan.batch, 1, group.count, WIDTH, WIDTH), dtype=torch.float32, device=device)
             for part, part_flags in zip(parts, flags, strict=True):
                 first = part.first // coarse
                 states_walk.launch(group, part, Before(states, first - 1, group.first) if states.numel() else None)
                 known = None if carried is None else Before(carried)
-                values_walk.launch(group, part, known if after is None else Before(after, first), leaving=carried)
-                gradients.launch(group, part, part_flags)
-    return dq, df, dv, None if d_bound is None else d_bound.sum(0), d_initial
+                gradients.launch(group, part, part_flags, known if after is None else Before(after, first), carried)
+        if d_bounds is not None and d_bound is not None:
+            arguments = BoundsArguments(d_bounds.data_ptr(), d_bound.data_ptr(), d_bounds.shape[0], plan.heads)
+            _kernel("backward.cu", "sum_bounds", scan).launch((plan.heads, 1, 1), arguments, plan.stream)
+    return dq, df, dv, d_bound, d_initial
 
 
 class _Walk:
@@ -323,7 +380,7 @@ class _Walk:
         plan: of the call.
         name: of the kernel.
         values: v, or dy backwards.
-        initial: [N, H, K, V], the states that sequences begin with or, for walks back, the gradients of their last.
+        initial: [N, H, K, V], the states that sequences begin with or, backwards, the gradients of their last.
         outputs: by the name of the field of `WalkArguments`; None where not wanted.
     """
 
@@ -339,7 +396,7 @@ class _Walk:
         )  # fmt: skip
 
     def launch(
-        self, group: Group, stretch: Stretch, before: Before | None = None, leaving: Tensor | None = None,
+        self, group: Group, stretch: Stretch, before: Before | None = None,
         summary: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Launches it.
@@ -347,8 +404,7 @@ class _Walk:
         Args:
             group: heads to work on.
             stretch: chunks to work on.
-            before: states before the segments (backwards, gradients of those after); None for zeros.
-            leaving: [B, 1, G, K, V], backwards: room for the gradient of the state before the stretch.
+            before: states before the segments; None for zeros.
             summary: room for what each segment adds to the state, [B, segments, G, K, V], and its decay and 1 minus it.
         """
         arguments, segments = self.arguments, stretch.segments
@@ -359,7 +415,6 @@ class _Walk:
         if before is not None:
             arguments.before_segments, arguments.before_heads = before.states.shape[1:3]
             arguments.before_segment, arguments.before_head = before.segment, before.head
-        arguments.after = _pointer(leaving)
         if summary is not None:
             arguments.update, arguments.decay = (x.data_ptr() for x in summary)
         self.kernel.launch((segments, group.count, self.plan.batch), arguments, self.plan.stream)
@@ -389,7 +444,7 @@ def _states_before_segments(summaries: _Walk, group: Group, stretch: Stretch, ba
 
 
 class _Gradients:
-    """Gradients of query and gate: a fast kernel, and an exact one for what it leaves over.
+    """Gradients: a fast kernel for all, and an exact one for those of query and gate in chunks that it leaves over.
 
     Args:
         plan: of the call.
@@ -398,32 +453,57 @@ class _Gradients:
         d_states: that of the gradients of the states after them.
         dq: room for the gradient of q.
         df: that of f.
-        d_bound: [B * chunks, H, K], that of the lower bound in each chunk, or None.
+        dv: that of v.
+        d_bounds: [B * chunks, H, K], room for that of the lower bound in each chunk, or None.
+        d_final: [N, H, K, V], gradients of the last states, or None.
+        d_initial: room for those of the first, or None.
     """
 
     def __init__(
-        self, plan: Plan, dy: Tensor, states: Tensor, d_states: Tensor, dq: Tensor, df: Tensor, d_bound: Tensor | None
-    ):
+        self, plan: Plan, dy: Tensor, states: Tensor, d_states: Tensor, dq: Tensor, df: Tensor, dv: Tensor,
+        d_bounds: Tensor | None, d_final: Tensor | None, d_initial: Tensor | None,
+    ):  # fmt: skip
         scan, packed = plan.scan, plan.packed
-        self.plan, self.dense = plan, _kernel("gradient.cu", "backward_gates", scan)
-        self.exact = _kernel("gradient.cu", "backward_gates_left_over", scan)
-        self.arguments = GradientArguments(
-            q=scan.q.data_ptr(), f=scan.f.data_ptr(), v=scan.v.data_ptr(), dy=dy.data_ptr(),
-            bound=_pointer(scan.bound), spans=None if packed is None else packed.spans.data_ptr(),
-            num_spans=None if packed is None else packed.num_spans.data_ptr(),
-            states=states.data_ptr(), d_states=d_states.data_ptr(), dq=dq.data_ptr(), df=df.data_ptr(),
-            d_bound=_pointer(d_bound), length=plan.length, batches=plan.batch, heads=plan.heads, chunks=plan.chunks,
-            reverse=scan.reverse, scale=scan.scale, **_strides(q=scan.q, f=scan.f, v=scan.v, dy=dy),
-        )  # fmt: skip
+        self.plan, self.walk = plan, _kernel("backward.cu", "backward_walk", scan)
+        self.exact = _kernel("left_over.cu", "backward_left_over", scan)
+        shared = {
+            "q": scan.q.data_ptr(), "f": scan.f.data_ptr(), "v": scan.v.data_ptr(), "dy": dy.data_ptr(),
+            "bound": _pointer(scan.bound), "spans": None if packed is None else packed.spans.data_ptr(),
+            "num_spans": None if packed is None else packed.num_spans.data_ptr(),
+            "states": states.data_ptr(), "d_states": d_states.data_ptr(), "dq": dq.data_ptr(), "df": df.data_ptr(),
+            "d_bound": _pointer(d_bounds), "length": plan.length, "heads": plan.heads, "chunks": plan.chunks,
+            "reverse": scan.reverse, "scale": scan.scale, **_strides(q=scan.q, f=scan.f, v=scan.v, dy=dy),
+        }  # fmt: skip
+        self.arguments = BackwardArguments(
+            **shared, dv=dv.data_ptr(), d_final=_pointer(d_final), d_initial=_pointer(d_initial)
+        )
+        self.rest = LeftOverArguments(**shared, batches=plan.batch)
 
-    def launch(self, group: Group, part: Stretch, left_over: Tensor) -> None:
-        """Launches both; left_over holds zeros, one for each chunk, head and half of K."""
-        plan, arguments = self.plan, self.arguments
-        arguments.first_head, arguments.group = group
-        arguments.first_chunk, arguments.part_chunks = part.first, part.chunks
-        arguments.left_over = left_over.data_ptr()
-        self.dense.launch((part.chunks, 2 * group.count, plan.batch), arguments, plan.stream)
-        self.exact.launch((MULTIPROCESSORS, 1, 1), arguments, plan.stream)
+    def launch(
+        self, group: Group, part: Stretch, left_over: Tensor, before: Before | None, leaving: Tensor | None
+    ) -> None:
+        """Launches both.
+
+        Args:
+            group: heads to work on.
+            part: chunks to work on.
+            left_over: zeros, one for each chunk, head and half of K.
+            before: gradients of the states after the part's segments; None for zeros.
+            leaving: [B, 1, G, K, V], room for the gradient of the state before the part, or None.
+        """
+        plan, arguments, rest = self.plan, self.arguments, self.rest
+        arguments.first_head = group.first
+        arguments.first_chunk, arguments.end_chunk, arguments.segment_chunks = part
+        arguments.part_chunks, arguments.left_over = part.chunks, left_over.data_ptr()
+        arguments.before = None if before is None else before.states.data_ptr()
+        if before is not None:
+            arguments.before_segments, arguments.before_heads = before.states.shape[1:3]
+            arguments.before_segment, arguments.before_head = before.segment, before.head
+        arguments.after = _pointer(leaving)
+        self.walk.launch((part.segments, group.count, plan.batch), arguments, plan.stream)
+        rest.first_head, rest.group = group
+        rest.first_chunk, rest.part_chunks, rest.left_over = part.first, part.chunks, left_over.data_ptr()
+        self.exact.launch((MULTIPROCESSORS, 1, 1), rest, plan.stream)
 
 
 def _kernel(file: str, name: str, scan: Scan) -> compiler.Kernel:
@@ -443,14 +523,18 @@ def _compiled(
         f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
         f"-DPACKED={int(packed)}",
     )
-    return compiler.load(_source(file), options, name, *_resources(file, name))
+    return compiler.load(_source(file), options, name, *_resources(name))
 
 
-def _resources(file: str, name: str) -> tuple[int, int]:
+def _resources(name: str) -> tuple[int, int]:
     """Bytes of dynamic shared memory, and threads, of a program."""
-    walk, gradient = (_WALK_SHARED, THREADS), (_GRADIENT_SHARED, GRADIENT_THREADS)
-    special = {"carry_states": (0, CARRY_THREADS), "cut_sequences": (0, PACKED_THREADS)}
-    return special.get(name, walk if file == "walk.cu" else gradient)
+    special = {
+        "carry_states": (0, CARRY_THREADS), "cut_sequences": (0, PACKED_THREADS),
+        "clear_rest": (0, CLEAR_THREADS),
+        "backward_walk": (_BACKWARD_SHARED, THREADS), "backward_left_over": (_LEFT_OVER_SHARED, LEFT_OVER_THREADS),
+        "sum_bounds": (_BOUNDS_SHARED, BOUNDS_THREADS),
+    }  # fmt: skip
+    return special.get(name, (_WALK_SHARED, THREADS))
 
 
 @functools.cache
@@ -461,9 +545,17 @@ def _source(name: str) -> str:
 
 def _aligned(x: Tensor) -> Tensor:
     """X itself if its rows can be read 16 bytes at a time, which those of a fused projection can; else a copy."""
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    steps = [s * x.element_size() for s in x.stride()[:-1]]
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(step % 16 for step in steps)
+    if x.dim() == 4:
+        fits &= steps[1] < MOST_ROW_BYTES
     # contiguous() would give back what is contiguous at a bad address
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _new_like(x: Tensor) -> Tensor:
+    """Room for a contiguous tensor."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:

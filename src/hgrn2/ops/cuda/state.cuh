@@ -42,17 +42,16 @@ __device__ __forceinline__ bool finite_values(u32 panel, const Reader& r) {
 }
 
 // Takes what is not finite out of a column of values: 0 times it would reach every token of the chunk. Returns the
-// first token it may reach in the walk's order, or one that does not exist.
-template <bool BACK>
+// first token it may reach, or one that does not exist.
 __device__ __forceinline__ int remove_bad(u32 panel, int column) {
     constexpr u32 EXPONENT = BFLOAT16 ? 0x7f80u : 0x7c00u;
-    int found = BACK ? -1 : CHUNK;
+    int found = CHUNK;
 #pragma unroll 1
     for (int token = 0; token < CHUNK; token++) {
         u32 place = panel + panel_place(token, column >> 3) + 2 * (column & 7);
         if ((load_shared_number(place) & EXPONENT) != EXPONENT) continue;
         store_shared_number(place, 0);
-        if (BACK || found == CHUNK) found = token;
+        if (found == CHUNK) found = token;
     }
     return found;
 }
@@ -66,7 +65,7 @@ __device__ __forceinline__ void add_products(const Memory& m, const Reader& r, i
 }
 
 // Outputs of a chunk and the state after it. y: the output of token g in the lane's first column, left: tokens there are
-template <bool OUTPUT, bool BACK>
+template <bool OUTPUT>
 __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int stage, int slot, char* y, int left,
                                         State& state) {
     u32 panel = m.tile(stage, 2) + r.half * PANEL_BYTES;
@@ -75,7 +74,7 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
     int column = threadIdx.x & 63;
     int* reached = m.reached() + 64 * r.half;
     if (bad) {
-        if (r.warp < 2) reached[column] = remove_bad<BACK>(panel, column);
+        if (r.warp < 2) reached[column] = remove_bad(panel, column);
         publish();
         barrier_wait(STATES + r.half, GROUP_THREADS);
     }
@@ -94,7 +93,7 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
         settle(state), settle(x);
         products_begin();
         // transposed, as the state is: columns are tokens
-        u64 q = factor(m.tile(stage, BACK ? 1 : 0)), values = factor(panel);
+        u64 q = factor(m.tile(stage, 0)), values = factor(panel);
 #pragma unroll
         for (int i = 0; i < 8; i++)
             multiply_registers(out, x[i], q + (i >> 2) * (PANEL_BYTES >> 4) + (i & 3) * (32 >> 4), i > 0);
@@ -103,12 +102,11 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
             u64 scores = factor(m.scores(slot, summand));
 #pragma unroll
             for (int s = 0; s < 4; s++) {
-                // rows of scores are queries: sums over these, going back, and else over columns
-                multiply_outputs<BACK>(out, values + s * (2048 >> 4), scores + s * ((BACK ? 2048 : 32) >> 4));
+                multiply_wide<true, false>(out, values + s * (2048 >> 4), scores + s * (32 >> 4), true);
             }
         }
         products_commit();
-        add_products(m, r, stage, BACK ? 0 : 1, state);
+        add_products(m, r, stage, 1, state);
         products_wait<1>();
         settle(out);
 #pragma unroll
@@ -123,7 +121,7 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
         if (joined) multiply_by(state, m.second(slot), r.c);
         settle(state);
         products_begin();
-        add_products(m, r, stage, BACK ? 0 : 1, state);
+        add_products(m, r, stage, 1, state);
     }
     products_wait<0>();
     settle(state);
@@ -137,13 +135,13 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
             char* own = y - r.g * r.y_step - (16 * r.warp + 2 * r.c) * 2 + 2 * column;
 #pragma unroll 1
             for (int token = 0; token < CHUNK && token < left; token++)
-                if (BACK ? token <= reached[column] : token >= reached[column])
+                if (token >= reached[column])
                     *(unsigned short*)(own + token * r.y_step) = 0x7fff;
         }
 #pragma unroll
         for (int upper = 0; upper < 2; upper++) {
             int of_row = reached[16 * r.warp + 8 * upper + r.g];
-            if (BACK ? of_row < 0 : of_row == CHUNK) continue;
+            if (of_row == CHUNK) continue;
 #pragma unroll
             for (int i = 0; i < 16; i++) state[i][2 * upper] = state[i][2 * upper + 1] = nan;
         }

@@ -1,4 +1,4 @@
-// The forward pass, and most of the backward pass, for K = V = 128: see docs/kernels.md for the picture.
+// The forward pass, and the states that the backward pass needs, for K = V = 128: see docs/kernels.md for the picture.
 //
 // A program walks along a segment of one head of one sequence, a chunk of 64 tokens at a time. Of its 16 warps 8 work on
 // gates and scores, 8 on the state, one chunk behind. The state lives in the registers of the state warps, transposed:
@@ -11,29 +11,23 @@
 // are not, the chunk goes through the joins of joins.cuh, which are exact for any gate: Q then holds the decays since
 // the chunk's start, K those to its end, and the state is multiplied by the whole between the products.
 //
-// The gradient of v is the same walk from the last chunk to the first (BACK): keys and queries exchange their roles,
-// dy is the value, and the state is the gradient of the state. Modes:
-//     OUTPUT  outputs (y or dv); without it only the state is carried
-//     BACK    backwards
-//     KEEP    the state before each chunk (BACK: the gradient of the state after it) is written down
-//     SUMMARY what a segment adds to the state, which must be known before segments can be walked side by side: the
-//             work of summary.cuh instead
+// A walk has an OUTPUT, or only carries the state and writes down the one before each chunk. What a segment adds to the
+// state must be known before segments can be walked side by side: the work of summary.cuh instead.
 
-template <bool OUTPUT, bool BACK>
+template <bool OUTPUT>
 __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
-    constexpr int STEP = BACK ? -1 : 1;
     int count = (int)(end - first), stage = 0, next = 1;
     if (count <= 0) return;
-    int chunk = (int)(BACK ? end - 1 : first);
+    int chunk = (int)first;
     Span span = span_of(a.spans, chunk, a.length, a.reverse);
     int left = span.left;
-    bool begins = BACK ? span.last : span.first;
+    bool begins = span.first;
     fetch<OUTPUT>(a, m, 0, span, from);
     // read long before it is needed
-    if (count > 1) span = span_of(a.spans, chunk + STEP, a.length, a.reverse);
+    if (count > 1) span = span_of(a.spans, chunk + 1, a.length, a.reverse);
     float2 owed = make_float2(0.0f, 0.0f);
-    for (int i = 0; i < count; i++, chunk += STEP) {
+    for (int i = 0; i < count; i++, chunk++) {
         int slot = i & 1;
         copy_wait();
         __syncwarp();
@@ -43,15 +37,15 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         // nothing is owed to another sequence
         if (begins) owed = make_float2(0.0f, 0.0f);
         int next_left = span.left;
-        begins = BACK ? span.last : span.first;
+        begins = span.first;
         if (i + 1 < count) {
             fetch<OUTPUT>(a, m, next, span, from);
-            if (i + 2 < count) span = span_of(a.spans, chunk + 2 * STEP, a.length, a.reverse);
+            if (i + 2 < count) span = span_of(a.spans, chunk + 2, a.length, a.reverse);
         }
         Gates x;
         float2 product = open_gates(m, stage, left, x);
         bool dense = barrier_all(GATES, GATE_THREADS, product.x >= SMALLEST_BLOCK && product.y >= SMALLEST_BLOCK);
-        halves<BACK>(m, slot, !dense, owed);
+        halves(m, slot, !dense, owed);
         if (threadIdx.x == 0) *m.said(slot) = dense ? 0 : JOINED;
         if (dense) {
             from_the_middle<OUTPUT>(a, m, stage, x);
@@ -69,26 +63,24 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
     }
 }
 
-template <bool OUTPUT, bool BACK, bool KEEP>
+template <bool OUTPUT>
 __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
-    constexpr int STEP = BACK ? -1 : 1;
     Reader r = reader_of_thread(a);
     int segment = blockIdx.x, local = blockIdx.y, batch = blockIdx.z, group = gridDim.y;
     constexpr i64 STATE = WIDTH * WIDTH;
     int corner = corner_of(r);
-    int chunk = (int)(BACK ? end - 1 : first);
+    int chunk = (int)first;
     int stage = 0, count = (int)(end - first);
     int until_coarse = a.coarse ? a.coarse_chunks - chunk % a.coarse_chunks : 0;
     State state;
     Span span;
     span.first = span.last = false;
     if (count > 0) span = span_of(a.spans, chunk, a.length, a.reverse);
-    for (int i = 0;; i++, chunk += STEP) {
-        bool begins = BACK ? span.last : span.first;
-        if (i == 0 || begins) {
+    for (int i = 0;; i++, chunk++) {
+        if (i == 0 || span.first) {
             const float* known = nullptr;
-            if (begins) {
+            if (span.first) {
                 if (a.initial) known = a.initial + ((i64)span.sequence * a.heads + a.first_head + local) * STATE + corner;
             } else if (a.before && count > 0) {
                 i64 own = (i64)batch * a.before_segments + a.before_segment + segment;
@@ -101,8 +93,8 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
         }
         if (i >= count) break;
         int slot = i & 1;
-        i64 at = ((i64)batch * a.kept_chunks + (chunk - a.first_chunk)) * group + local;
-        if (KEEP) {
+        if (!OUTPUT) {
+            i64 at = ((i64)batch * a.kept_chunks + (chunk - a.first_chunk)) * group + local;
             // what a lane holds of each half of K lies together
             uint4* kept = (uint4*)a.kept + (at * WIDTH + 64 * r.half + 16 * r.warp + r.g) * 16 + 2 * r.c;
 #pragma unroll
@@ -119,18 +111,16 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
         }
         Span now = span;
         span.first = span.last = false;
-        if (i + 1 < count) span = span_of(a.spans, chunk + STEP, a.length, a.reverse);
+        if (i + 1 < count) span = span_of(a.spans, chunk + 1, a.length, a.reverse);
         barrier_wait(FILLED + slot, THREADS);
         char* y = nullptr;
         if (OUTPUT)
             y = from.y + (now.row * a.heads * WIDTH + 64 * r.half + 16 * r.warp + 2 * r.c) * 2 + (i64)r.g * r.y_step;
-        advance<OUTPUT, BACK>(m, r, stage, slot, y, now.left, state);
+        advance<OUTPUT>(m, r, stage, slot, y, now.left, state);
         if (OUTPUT) {
             float* to = nullptr;
-            if (BACK ? now.first : now.last) {
+            if (now.last) {
                 if (a.final) to = a.final + ((i64)now.sequence * a.heads + a.first_head + local) * STATE;
-            } else if (BACK) {
-                if (a.after && segment == 0 && i + 1 == count) to = a.after + ((i64)batch * group + local) * STATE;
             } else if (a.coarse && until_coarse == 1 && chunk + 1 < a.end_chunk) {
                 i64 known = (i64)batch * a.pieces + (chunk + 1) / a.coarse_chunks - 1;
                 to = a.coarse + (known * a.heads + a.first_head + local) * STATE;
@@ -144,7 +134,7 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
 }
 
 // One segment of one head of one sequence.
-template <bool OUTPUT, bool BACK, bool KEEP, bool SUMMARY>
+template <bool OUTPUT, bool SUMMARY, bool BACK>
 __device__ __forceinline__ void walk(const WalkArguments& a) {
     extern __shared__ __align__(1024) char shared[];
     Memory m = {shared};
@@ -167,11 +157,11 @@ __device__ __forceinline__ void walk(const WalkArguments& a) {
     if (threadIdx.x < GATE_THREADS) {
         give_registers<GATE_REGISTERS>();
         if constexpr (SUMMARY) summarize_gates<BACK>(a, m, first, end, row);
-        else work_on_gates<OUTPUT, BACK>(a, m, first, end, row);
+        else work_on_gates<OUTPUT>(a, m, first, end, row);
     } else {
         take_registers<STATE_REGISTERS>();
         if constexpr (SUMMARY) summarize_state<BACK>(a, m, first, end);
-        else work_on_state<OUTPUT, BACK, KEEP>(a, m, first, end, row);
+        else work_on_state<OUTPUT>(a, m, first, end, row);
     }
 }
 
@@ -179,8 +169,7 @@ __device__ __forceinline__ void walk(const WalkArguments& a) {
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ WalkArguments a) { \
         walk<__VA_ARGS__>(a);                                                                                \
     }
-KERNEL(forward_outputs, true, false, false, false)
-KERNEL(forward_summaries, false, false, false, true)
-KERNEL(forward_states, false, false, true, false)
-KERNEL(backward_values, true, true, true, false)
-KERNEL(backward_summaries, false, true, false, true)
+KERNEL(forward_outputs, true, false, false)
+KERNEL(forward_summaries, false, true, false)
+KERNEL(forward_states, false, false, false)
+KERNEL(backward_summaries, false, true, true)

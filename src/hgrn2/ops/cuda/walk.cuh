@@ -8,14 +8,14 @@ struct WalkArguments {
     const void* spans;     // PACKED: of each chunk, see chunk.cuh
     const int* num_spans;  // PACKED: how many chunks there are
     void* y;               // [B, T, H, V], contiguous
-    const float* initial;  // [N, H, K, V], states that sequences begin with (BACK: end with), or null for zeros
-    float* final;          // [N, H, K, V], states after them (BACK: before them), or null
+    const float* initial;  // [N, H, K, V], states that sequences begin with, or null for zeros
+                           // BACK: gradients of those they end with
+    float* final;          // [N, H, K, V], states after them, or null
     const float* before;   // [B, before_segments, before_heads, K, V], state before each segment, or null for zeros
-    float* after;          // BACK: [B, G, K, V], state after the walk's last segment in the walk's order, or null
     float* update;         // summaries: [B, segments, G, K, V], what a segment adds to the state
     float* decay;          // summaries: [B, segments, G, 2, K], decay across a segment and 1 minus it
     float* coarse;         // [B, pieces, H, K, V]: the state every coarse_chunks, but for the first, or null
-    void* kept;            // KEEP: [B, kept_chunks, G, V, K] in the inputs' type, each half of K in the order
+    void* kept;            // states: [B, kept_chunks, G, V, K] in the inputs' type, each half of K in the order
                            // channel 8 i + 2 c + e at 16 c + 2 i + e
     i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head;
     i64 length;

@@ -1,7 +1,7 @@
-// What the two kernels for the gradients of query and gate share: their argument, what they read, and the products with
-// values. A program works on one half of the channels of one head in one chunk.
+// What left_over.cu works with: its argument, what it reads, and the products with values. A program works on one half of
+// the channels of one head in one chunk at a time.
 
-struct GradientArguments {
+struct LeftOverArguments {
     const void* q;
     const void* f;
     const void* v;
@@ -14,7 +14,7 @@ struct GradientArguments {
     void* dq;               // [B, T, H, K]
     void* df;               // [B, T, H, K]
     float* d_bound;         // [B, chunks, H, K] or null
-    int* left_over;         // [B, part_chunks, G, 2]: 1 where the dense kernel leaves the work to the exact one
+    const int* left_over;   // [B, part_chunks, G, 2]: 1 where the work was left to this kernel
     i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head, dy_batch, dy_row, dy_head;
     i64 length;
     int batches, heads, chunks;             // B, H, and chunks of a sequence
@@ -37,8 +37,7 @@ constexpr int SUMS_BYTES = CHUNK * SUM_ROW * 4;
 constexpr int AT_DQ = 0, AT_DK = SUMS_BYTES;
 constexpr int AT_Q = AT_DY + TILE_BYTES, AT_Z = AT_Q + SMALL_BYTES, AT_SCALED_Q = AT_Z + SMALL_BYTES;
 constexpr int AT_SCALED_K = AT_SCALED_Q + SMALL_BYTES, AT_SCORES = AT_SCALED_K + SMALL_BYTES;
-constexpr int AT_GROUPS = AT_SCORES + SMALL_BYTES, AT_HALVES = AT_GROUPS + GROUPS * HALF * 4;
-constexpr int AT_KEYS = AT_HALVES + 2 * HALF * 4, AT_STATES = AT_KEYS + 4 * HALF * 4;
+constexpr int AT_GROUPS = AT_SCORES + SMALL_BYTES, AT_STATES = AT_GROUPS + GROUPS * HALF * 4;
 constexpr u32 ONES = BFLOAT16 ? 0x3f803f80u : 0x3c003c00u;
 
 __device__ __forceinline__ float2 load_pair(u32 address) {
@@ -55,7 +54,7 @@ struct Piece {
 };
 
 // Reads rows of q and f, which come first, then of the states, v and dy. Of a row that does not exist nothing is read.
-__device__ __forceinline__ void fetch(const GradientArguments& a, const Piece& p, u32 base) {
+__device__ __forceinline__ void fetch(const LeftOverArguments& a, const Piece& p, u32 base) {
     int head = a.first_head + p.local, left = p.span.left;
     int row = threadIdx.x >> 3, piece = threadIdx.x & 7, sign = a.reverse ? -1 : 1;
     u32 to = base + narrow_place(row, piece);

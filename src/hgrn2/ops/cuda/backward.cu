@@ -1,0 +1,637 @@
+// Gradients of query, gate and value for K = V = 128 in one walk, from the last chunk of 64 tokens to the first.
+//
+// With e the product of decays since the middle of the chunk (before it, one over the product up to it), Q = q e and
+// K = k / e, M and N the decays across the two halves of the chunk, S the state before it, D = N dS the gradient of the
+// state after it as the keys see it, A = Q K^T the scores and dA = dY V^T their gradients where the key is not later:
+//     dV = K D + A^T dY      dQ = M (dY S^T) + dA K      dK = V D^T + dA^T Q      dS before = M (D + Q^T dY)
+//     dq = dQ e      dk = dK / e
+//     d log f_u = sum over t >= u of (Q dQ - K dK)_t + sum of (K dK from the state) + M sum_v S D
+// The difference of sums is exact to float32 rounding, because a pair of tokens enters both with the same rounded Q and
+// K. All this needs M and N to be above 2^-80; where they are not, dV goes through the joins of joins.cuh. There, and
+// beside a lower bound where a gate is below 2^-13, the gradients of query and gate are left, by a flag and the
+// gradient of the state, to left_over.cu.
+//
+// All warps do the same, one kind of work after the other; what they wait for was asked for a chunk before. In columns a
+// thread has 8 tokens of two channels; in products a warpgroup has 64 columns of V and of K of dS, which stays in its
+// registers, transposed.
+
+// Where one head of one sequence begins
+struct Inputs {
+    const char *q, *f, *v, *dy;
+};
+
+// Each warp fetches of q and f what it works on itself: two pieces of each, of this token and the fourth after it.
+struct Fetched {
+    int row, piece;
+    u32 place;
+    __device__ __forceinline__ Fetched() {
+        int thread = thread_index(), lane = thread & 31;
+        row = 8 * (thread >> 5 & 7) + (lane >> 3), piece = 8 * (thread >> 8) + (lane & 7);
+        place = panel_place(row, piece);
+    }
+    __device__ __forceinline__ u32 other() const { return (place ^ 64) + 4 * 128; }
+};
+
+__device__ __forceinline__ void fetch_pair(u32 to, const char* first, int first_row, const char* second, int second_row,
+                                           const Span& span, int sign) {
+    Fetched own;
+    int row = (int)span.row + sign * own.row;
+    first += (i64)row * first_row + own.piece * 16, second += (i64)row * second_row + own.piece * 16;
+    bool exists = own.row < span.left, other = own.row + 4 < span.left;
+    copy_async(to + own.place, first, exists);
+    copy_async(to + own.place + TILE_BYTES, second, exists);
+    copy_async(to + own.other(), first + sign * 4 * first_row, other);
+    copy_async(to + own.other() + TILE_BYTES, second + sign * 4 * second_row, other);
+}
+
+__device__ __forceinline__ void fetch_state(u32 to, const void* states, i64 at) {
+    int thread = thread_index(), row = thread >> 4, piece = thread & 15;
+    const char* from = (const char*)states + (at * WIDTH * ROW_BYTES + thread * 16);
+    to += (piece >> 3) * STATE_PANEL + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
+#pragma unroll
+    for (int i = 0; i < 4; i++) copy_async(to + i * 32 * 128, from + i * 32 * ROW_BYTES, true);
+}
+
+// What came of the gates of a chunk
+struct Opened {
+    bool fine;         // all gradients are taken by dense products
+    bool dense, good;  // as far as the thread sees: products can be dense, dy is finite
+    float2 start;      // e before the thread's first token
+};
+
+// Tokens that do not exist: they keep everything and add nothing
+__device__ __forceinline__ void close_missing(u32 tile, int left) {
+    Fetched own;
+    u32 open = pack(OPEN, OPEN);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 place = tile + (i ? own.other() : own.place);
+        if (own.row + 4 * i >= left)
+#pragma unroll
+            for (int j = 0; j < 4; j++) store_shared(place + 4 * j, open);
+    }
+}
+
+// Whether what the thread fetched of dy is finite
+__device__ __forceinline__ bool finite_outputs(u32 tile) {
+    Fetched own;
+    u32 noted[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 values[4];
+        load_shared(values, tile + (i ? own.other() : own.place));
+#pragma unroll
+        for (int e = 0; e < 4; e++) note_finite(noted[e], values[e]);
+    }
+    // not a number, whatever its sign
+    return !((noted[0] | noted[1] | noted[2] | noted[3]) & 0x7fff7fffu);
+}
+
+// Gates of a chunk: Q, K, and the decays M (second) and N (first). v, dy and the state are there afterwards.
+__device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const Memory& m, u32 raw) {
+    Opened opened;
+    Column at;
+    float f[8][2], k[8][2];
+    float2 beta = *(const float2*)(m.beta() + at.place);
+    float2 whole = make_float2(1.0f, 1.0f), lost = make_float2(0.0f, 0.0f);
+    float smallest = 1.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float2 z = load_pair(at.raw(raw + TILE_BYTES, i));
+        tied_gate(z.x, beta.x, f[i][0], k[i][0]);
+        tied_gate(z.y, beta.y, f[i][1], k[i][1]);
+        whole.x *= f[i][0], whole.y *= f[i][1];
+        lost.x = fmaf(lost.x, f[i][0], k[i][0]), lost.y = fmaf(lost.y, f[i][1], k[i][1]);
+        smallest = minimum(smallest, minimum(f[i][0], f[i][1]));
+    }
+    *(float2*)(m.groups() + at.group * WIDTH + at.spread) = whole;
+    *(float2*)(m.lost() + at.group * WIDTH + at.spread) = lost;
+    // the bound's gradient divides a difference of sums over the chunk, exact to the chunk's largest, by one decay
+    bool fine = __syncthreads_and(!a.d_bound || smallest >= SMALLEST_FOR_BOUND);
+    float2 half[2] = {make_float2(1.0f, 1.0f), make_float2(1.0f, 1.0f)};
+    // decays between the thread's tokens and the middle
+    opened.start = make_float2(1.0f, 1.0f);
+    bool later = at.group >= GROUPS / 2;
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++) {
+        float2 d = *(const float2*)(m.groups() + j * WIDTH + at.spread);
+        half[j / 4].x *= d.x, half[j / 4].y *= d.y;
+        bool between = later ? j >= 4 && j < at.group : j > at.group && j < 4;
+        if (between) opened.start.x *= d.x, opened.start.y *= d.y;
+    }
+    if (!later) {
+        opened.start.x = reciprocal(opened.start.x * whole.x), opened.start.y = reciprocal(opened.start.y * whole.y);
+    }
+    float2 e = opened.start;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float2 q = load_pair(at.raw(raw, i));
+        e.x *= f[i][0], e.y *= f[i][1];
+        store_shared(at.own(m.at(AT_Q), i), pack(activate(q.x) * a.scale * e.x, activate(q.y) * a.scale * e.y));
+    }
+    // reciprocals are dear: that of one token's e is the next one's times the next one's decay
+    e.x = reciprocal(e.x), e.y = reciprocal(e.y);
+#pragma unroll
+    for (int i = 7; i >= 0; i--) {
+        store_shared(at.own(m.at(AT_K), i), pack(k[i][0] * e.x, k[i][1] * e.y));
+        e.x *= f[i][0], e.y *= f[i][1];
+    }
+    opened.dense = half[0].x >= SMALLEST && half[0].y >= SMALLEST && half[1].x >= SMALLEST && half[1].y >= SMALLEST;
+    if (at.group == 0) {
+        lost = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int j = 0; j < GROUPS; j++) {
+            float2 d = *(const float2*)(m.groups() + j * WIDTH + at.spread);
+            float2 l = *(const float2*)(m.lost() + j * WIDTH + at.spread);
+            lost.x = fmaf(lost.x, d.x, l.x), lost.y = fmaf(lost.y, d.y, l.y);
+        }
+        // where the chunk is joined, the thread's own channels decide as all do
+        float2 first = half[1], second = half[0];
+        float2 owed = *(const float2*)(m.owed() + at.place);
+        second.x = without_drift(first.x, second.x, lost.x, owed.x);
+        second.y = without_drift(first.y, second.y, lost.y, owed.y);
+        *(float2*)(m.owed() + at.place) = owed;
+        *(float2*)(m.first() + at.spread) = first;
+        *(float2*)(m.second() + at.spread) = second;
+    }
+    copy_wait();
+    opened.good = finite_outputs(m.at(AT_DY));
+    publish();
+    opened.fine = __syncthreads_and(opened.dense && opened.good) && fine;
+    return opened;
+}
+
+typedef float Quarter[8][4];  // of 64 rows of V and 64 of K, as a product leaves its sums
+
+// Work that needs many registers, while the state is in shared memory: in the room of gates of the next chunk, which
+// nobody has asked for yet, and in that of the factor it will be. So is the chunk, lest the compiler keep it in slower
+// memory on the usual way too.
+template <class Work>
+__device__ __forceinline__ void without_state(const Memory& m, int& chunk, Quarter& state, Work work) {
+    u32 own = shared_address(m.lost()) + thread_index() * 4;
+    store_shared(own, chunk);
+    auto place = [&](int i) {
+        int room = i < 16 ? AT_RAW + (~chunk & 1) * 2 * TILE_BYTES : AT_D_STATE;
+        return m.at(room) + ((i & 15) * THREADS + thread_index()) * 4;
+    };
+#pragma unroll
+    for (int i = 0; i < 32; i++) store_shared(place(i), __float_as_uint(state[i >> 2][i & 3]));
+    work();
+    chunk = __shfl_sync(~0u, load_shared(own), 0);
+#pragma unroll
+    for (int i = 0; i < 32; i++) state[i >> 2][i & 3] = __uint_as_float(load_shared(place(i)));
+    // before the room is used again
+    __syncthreads();
+}
+
+// Q, K and scores by way of the joins, of gates that are too near to 0; and the whole decay of the chunk as `second`.
+__device__ __forceinline__ void join_chunk(const BackwardArguments& a, const Memory& m, u32 raw, int left) {
+    // tiles of what they came from, zeros above the diagonal, decays of blocks of 16 tokens
+    Column at;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        store_shared(at.own(m.at(AT_Q), i), load_shared(at.raw(raw, i)));
+        store_shared(at.own(m.at(AT_K), i), load_shared(at.raw(raw + TILE_BYTES, i)));
+    }
+    for (int i = thread_index(); i < 2 * SCORE_BYTES / 4; i += THREADS) store_shared(m.scores(0, 0) + 4 * i, 0u);
+    int channel = thread_index() & (WIDTH - 1), block = thread_index() >> 7;
+    const float* groups = m.groups() + 2 * block * WIDTH + spread(channel);
+    float decay = groups[0] * groups[WIDTH];
+    __syncthreads();
+    m.blocks()[block * WIDTH + channel] = decay;
+    if (thread_index() < WIDTH) m.second()[channel] *= m.first()[channel];
+    __syncthreads();
+    if (thread_index() < GATE_THREADS) join<true>(a, m, 0, 0, left);
+    publish();
+    __syncthreads();
+}
+
+// Sums over the lanes of a quad's rows, of sixteen values a lane; each lane returns two of them, those of channel pair
+// `pair` of 32.
+__device__ __forceinline__ float2 sum_rows(float (&x)[8][2], int& pair) {
+    int lane = thread_index() & 31;
+    pair = 0;
+#pragma unroll
+    for (int step = 0; step < 3; step++) {
+        int bit = 4 << step, count = 4 >> step;
+        bool side = lane & bit;
+#pragma unroll
+        for (int i = 0; i < count; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float own = side ? x[i + count][j] : x[i][j], other = side ? x[i][j] : x[i + count][j];
+                x[i][j] = own + __shfl_xor_sync(~0u, other, bit);
+            }
+        pair += side ? count : 0;
+    }
+    return make_float2(x[0][0], x[0][1]);
+}
+
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
+
+// Takes what is not finite out of dy: 0 times it would reach every token of the chunk. For each column, the last token
+// it may reach in time, or one that does not exist.
+__device__ __forceinline__ void remove_bad(const Memory& m) {
+    constexpr u32 EXPONENT = BFLOAT16 ? 0x7f80u : 0x7c00u;
+    int column = thread_index(), found = -1;
+    if (column < WIDTH) {
+#pragma unroll 1
+        for (int token = 0; token < CHUNK; token++) {
+            u32 place = m.at(AT_DY) + panel_place(token, column >> 3) + 2 * (column & 7);
+            if ((load_shared_number(place) & EXPONENT) != EXPONENT) continue;
+            store_shared_number(place, 0);
+            found = token;
+        }
+        m.reached()[column] = found;
+    }
+    publish();
+    __syncthreads();
+}
+
+// Scores A, by two warpgroups, and their gradients dA by the others: begun here, and written by write_scores.
+__device__ __forceinline__ void begin_scores(const Memory& m, const Product& p, float (&sums)[4][4]) {
+    bool gradients = p.group >> 1;
+    u64 left = factor(m.at(gradients ? AT_DY : AT_Q));
+    u64 right = factor(m.at(gradients ? AT_V : AT_K) + 32 * (p.group & 1) * 128);
+    products_begin();
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int depth = (i >> 2) * (PANEL_BYTES >> 4) + (i & 3) * (32 >> 4);
+        multiply_narrow<false, false>(sums, left + depth, right + depth, i > 0);
+    }
+    products_commit();
+}
+
+// Zeros where the key is later.
+__device__ __forceinline__ void write_scores(const Memory& m, const Product& p, float (&sums)[4][4]) {
+    bool gradients = p.group >> 1;
+    int side = p.group & 1, g = Product::g(), c = Product::c();
+    u32 row = m.scores(0, gradients ? 2 : 0) + (16 * p.warp + g) * 128 + 4 * c;
+    // how far a query is behind a key, for the first of the lane's
+    int distance = g - 2 * c + 16 * p.warp - 32 * side;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int behind = distance + 8 * i - 8 * n;
+            float x = behind < 0 ? 0.0f : sums[n][2 * i], y = behind < 1 ? 0.0f : sums[n][2 * i + 1];
+            u32 high = pack(x, y), to = row + 8 * i * 128 + (((4 * side + n) ^ g) << 4);
+            store_shared(to, high);
+            if (!gradients) {
+                float x_high, y_high;
+                unpack(high, x_high, y_high);
+                store_shared(to + SCORE_BYTES, pack(x - x_high, y - y_high));
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void multiply_by(Quarter& x, const float* decays) {
+    decays += 2 * Product::c();
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        float2 d = *(const float2*)(decays + 8 * spread_piece(n));
+        x[n][0] *= d.x, x[n][1] *= d.y, x[n][2] *= d.x, x[n][3] *= d.y;
+    }
+}
+
+// The gradient of the state, rounded, to where products find it
+__device__ __forceinline__ void write_factor(const Memory& m, const Product& p, const Quarter& state) {
+    u32 to = m.at(AT_D_STATE) + p.panel();
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+            store_shared(to + Product::panel_place(n, e), pack(state[n][2 * e], state[n][2 * e + 1]));
+}
+
+// Sums of S D over all columns of V: a warp has 8 channels, and its products of two numbers are summed by a matrix of ones
+__device__ __forceinline__ void sum_states(const Memory& m) {
+    int thread = thread_index(), warp = thread >> 5, lane = thread & 31, piece = warp & 7, half = warp >> 3;
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    u32 from = m.at(AT_STATE) + half * STATE_PANEL + lane * 128 + ((piece ^ (lane & 7)) << 4);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 s[4], d[4], ones[4] = {ONES, ONES, ONES, ONES};
+        load_fragment_transposed(s, from + 32 * i * 128);
+        load_fragment_transposed(d, from + 32 * i * 128 + STATE_BYTES);
+        multiply(sums, ones, multiply_pairs(s[0], d[0]), multiply_pairs(s[1], d[1]));
+        multiply(sums, ones, multiply_pairs(s[2], d[2]), multiply_pairs(s[3], d[3]));
+    }
+    if (lane < 4) *(float2*)(m.state_sums() + 64 * half + 8 * spread_piece(piece) + 2 * lane) = make_float2(sums[0], sums[1]);
+}
+
+// Sums of K dK over the tokens of a warp
+__device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, int channels, const Quarter& grad) {
+    float sums[8][2];
+    u32 from = m.at(AT_K) + channels * PANEL_BYTES + (16 * p.warp + Product::g()) * 128 + 4 * Product::c();
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        float2 s = load_pair(from + Product::panel_place(n, 0)), t = load_pair(from + Product::panel_place(n, 1));
+        sums[n][0] = fmaf(s.x, grad[n][0], t.x * grad[n][2]), sums[n][1] = fmaf(s.y, grad[n][1], t.y * grad[n][3]);
+    }
+    int pair;
+    float2 sum = sum_rows(sums, pair);
+    *(float2*)(m.key_sums() + p.warp * WIDTH + 64 * channels + 8 * spread_piece(pair) + 2 * Product::c()) = sum;
+}
+
+// Leaves the gradient of the state after the chunk, as forward_states writes a state, and a flag.
+__device__ __forceinline__ void leave_over(const BackwardArguments& a, const Product& p, const Quarter& state, i64 at) {
+    u32* to = (u32*)a.d_states + (at * WIDTH + 64 * p.v_half + 16 * p.warp + Product::g()) * (WIDTH / 2);
+    to += 32 * p.k_half + Product::c();
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) to[e * 8 * (WIDTH / 2) + 4 * n] = pack(state[n][2 * e], state[n][2 * e + 1]);
+    if (thread_index() < 2) a.left_over[2 * at + thread_index()] = 1;
+}
+
+// dV, of 32 columns a warpgroup. Where dy was not finite its columns are not, from the last such token on in the walk's
+// order.
+__device__ __forceinline__ void write_values(const BackwardArguments& a, const Memory& m, const Product& p, int head,
+                                             const Span& span, bool good, float (&out)[4][4]) {
+    int sign = a.reverse ? -1 : 1, token = 16 * p.warp + Product::g(), column = 32 * p.group + 2 * Product::c();
+    int step = a.heads * ROW_BYTES, row = (int)span.row + sign * token;
+    char* to = (char*)a.dv + ((i64)blockIdx.z * a.length * step + head * ROW_BYTES + (i64)row * step + 2 * column);
+    if (!good) {
+        const int* reached = m.reached() + column;
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (token + 4 * (e & 2) <= reached[8 * n + (e & 1)]) out[n][e] = not_a_number();
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+        if (token + 8 * e < span.left)
+#pragma unroll
+            for (int n = 0; n < 4; n++) *(u32*)(to + (i64)e * sign * 8 * step + 16 * n) = pack(out[n][2 * e], out[n][2 * e + 1]);
+}
+
+// Sums for dQ or dK to where `finish` finds them
+__device__ __forceinline__ void write_sums(const Memory& m, const Product& p, int of_keys, int channels, const Quarter& grad) {
+    int g = Product::g();
+    float* to = m.sums(of_keys) + (16 * p.warp + g) * WIDTH + 64 * channels;
+    int place = (2 * Product::c()) ^ ((g & 3) << 3);
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+            *(float2*)(to + 8 * e * WIDTH + (place ^ (8 * spread_piece(n)))) = make_float2(grad[n][2 * e], grad[n][2 * e + 1]);
+}
+
+// Gradients of query and gate from their sums, to memory. All have done with the chunk's tiles afterwards.
+__device__ __forceinline__ void finish(const BackwardArguments& a, const Memory& m, u32 raw, const Span& span, i64 chunk,
+                                       float2 start) {
+    Column at;
+    int head = a.first_head + blockIdx.y;
+    const float *dq_sums = m.sums(0), *dk_sums = m.sums(1);
+    float sums[8][2];
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int i = 7; i >= 0; i--) {
+        float2 x = *(const float2*)(dq_sums + at.sum(i)), y = *(const float2*)(dk_sums + at.sum(i));
+        float2 q = load_pair(at.own(m.at(AT_Q), i)), k = load_pair(at.own(m.at(AT_K), i));
+        sum.x += fmaf(q.x, x.x, -k.x * y.x), sum.y += fmaf(q.y, x.y, -k.y * y.y);
+        sums[i][0] = sum.x, sums[i][1] = sum.y;
+    }
+    *(float2*)(m.group_sums() + at.group * WIDTH + at.spread) = sum;
+    float2 d_log = *(const float2*)(m.state_sums() + at.spread), second = *(const float2*)(m.second() + at.spread);
+    d_log.x *= second.x, d_log.y *= second.y;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float2 s = *(const float2*)(m.key_sums() + j * WIDTH + at.spread);
+        d_log.x += s.x, d_log.y += s.y;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 1; j < GROUPS; j++) {
+        float2 s = *(const float2*)(m.group_sums() + j * WIDTH + at.spread);
+        if (j > at.group) d_log.x += s.x, d_log.y += s.y;
+    }
+    float2 beta = *(const float2*)(m.beta() + at.place);
+    int sign = a.reverse ? -1 : 1, step = a.heads * ROW_BYTES, row = (int)span.row + sign * 8 * at.group;
+    i64 out = (i64)blockIdx.z * a.length * step + head * ROW_BYTES + (i64)row * step + 2 * at.channel;
+    char *dq_out = (char*)a.dq + out, *df_out = (char*)a.df + out;
+    step *= sign;
+    int rows = span.left - 8 * at.group;
+    float2 d_bound = make_float2(0.0f, 0.0f), e = start, inverse = make_float2(reciprocal(e.x), reciprocal(e.y));
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float2 z = load_pair(at.raw(raw + TILE_BYTES, i)), u = load_pair(at.raw(raw, i)), f, k, closed, open;
+        tied_gate(z.x, beta.x, f.x, k.x, closed.x, open.x);
+        tied_gate(z.y, beta.y, f.y, k.y, closed.y, open.y);
+        float2 opened = make_float2(reciprocal(f.x), reciprocal(f.y));
+        e.x *= f.x, e.y *= f.y, inverse.x *= opened.x, inverse.y *= opened.y;
+        float2 x = *(const float2*)(dq_sums + at.sum(i)), y = *(const float2*)(dk_sums + at.sum(i));
+        u32 d = pack(activate_backward(x.x * e.x * a.scale, u.x), activate_backward(x.y * e.y * a.scale, u.y));
+        float g0 = closed.x * fmaf(sums[i][0] + d_log.x, opened.x, -y.x * inverse.x);
+        float g1 = closed.y * fmaf(sums[i][1] + d_log.y, opened.y, -y.y * inverse.y);
+        d_bound.x += g0, d_bound.y += g1;
+        if (i < rows) {
+            *(u32*)(dq_out + (i64)i * step) = d;
+            // open is (1 - beta) sigmoid(z)
+            *(u32*)(df_out + (i64)i * step) = pack(open.x * g0, open.y * g1);
+        }
+    }
+    float* of_groups = m.group_sums() + GROUPS * WIDTH;
+    at = Column();
+    *(float2*)(of_groups + at.group * WIDTH + at.spread) = d_bound;
+    __syncthreads();
+    if (a.d_bound && at.group == 0) {
+#pragma unroll
+        for (int j = 1; j < GROUPS; j++) {
+            float2 s = *(const float2*)(of_groups + j * WIDTH + at.spread);
+            d_bound.x += s.x, d_bound.y += s.y;
+        }
+        i64 to = (((i64)blockIdx.z * a.chunks + chunk) * a.heads + head) * WIDTH + at.channel;
+        *(float2*)(a.d_bound + to) = d_bound;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __grid_constant__ BackwardArguments a) {
+    extern __shared__ __align__(1024) char shared[];
+    Memory m = {shared};
+    constexpr i64 STATE = WIDTH * WIDTH;
+    int segment = blockIdx.x, local = blockIdx.y, group = gridDim.y, head = a.first_head + local;
+    i64 batch = blockIdx.z;
+    int first = a.first_chunk + segment * a.segment_chunks, end = first + a.segment_chunks;
+    if (end > a.end_chunk) end = a.end_chunk;
+#if PACKED
+    if (end > *a.num_spans) end = *a.num_spans;
+#endif
+    int count = end - first, sign = a.reverse ? -1 : 1;
+    Inputs from;
+    from.q = (const char*)a.q + (batch * a.q_batch + head * a.q_head) * 2;
+    from.f = (const char*)a.f + (batch * a.f_batch + head * a.f_head) * 2;
+    from.v = (const char*)a.v + (batch * a.v_batch + head * a.v_head) * 2;
+    from.dy = (const char*)a.dy + (batch * a.dy_batch + head * a.dy_head) * 2;
+    int q_row = 2 * (int)a.q_row, f_row = 2 * (int)a.f_row, v_row = 2 * (int)a.v_row, dy_row = 2 * (int)a.dy_row;
+    auto place_of = [&](int chunk) { return (batch * a.part_chunks + (chunk - a.first_chunk)) * group + local; };
+    if (threadIdx.x < WIDTH) m.beta()[place_of_channel(threadIdx.x)] = a.bound ? a.bound[head * WIDTH + threadIdx.x] : 0.0f;
+    auto span_at = [&](int chunk) { return span_of(a.spans, chunk, a.length, a.reverse); };
+    auto fetch_gates = [&](int chunk, const Span& span) {
+        fetch_pair(m.at(AT_RAW + (chunk & 1) * 2 * TILE_BYTES), from.q, q_row, from.f, f_row, span, sign);
+    };
+    auto fetch_values = [&](const Span& span) { fetch_pair(m.at(AT_V), from.v, v_row, from.dy, dy_row, span, sign); };
+    if (count <= 0) return;
+    {
+        Span span = span_at(end - 1);
+        fetch_gates(end - 1, span);
+        copy_commit();
+        fetch_values(span);
+        fetch_state(m.at(AT_STATE), a.states, place_of(end - 1));
+        copy_commit();
+    }
+    Product p;
+    Quarter state;
+    __syncthreads();
+    for (int chunk = end - 1; chunk >= first; chunk--) {
+        // found anew wherever it is needed: there are no registers to keep it in
+        Span span = span_at(chunk);
+        bool more = chunk > first;
+        if (chunk == end - 1 || span.last) {
+            const float* known = nullptr;
+            if (span.last) {
+                if (a.d_final) known = a.d_final + ((i64)span.sequence * a.heads + head) * STATE + p.corner();
+            } else if (a.before) {
+                i64 own = batch * a.before_segments + a.before_segment + segment;
+                known = a.before + (own * a.before_heads + a.before_head + local) * STATE + p.corner();
+            }
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) state[n][e] = known ? known[Product::place(n, e)] : 0.0f;
+            // nothing is owed to another sequence
+            if (thread_index() < WIDTH) m.owed()[thread_index()] = 0.0f;
+        }
+        u32 raw = m.at(AT_RAW + (chunk & 1) * 2 * TILE_BYTES);
+        // q and f
+        copy_wait_but_one();
+        if (span.left < CHUNK) close_missing(raw + TILE_BYTES, span.left);
+        __syncwarp();
+        Opened opened = open_chunk(a, m, raw);
+        // products are dense, gradients of query and gate are taken, dy is finite
+        bool dense = true, fine = true, good = true;
+        if (!opened.fine) {
+            fine = false, dense = __syncthreads_and(opened.dense), good = __syncthreads_and(opened.good);
+            if (!dense) without_state(m, chunk, state, [&] { join_chunk(a, m, raw, span_at(chunk).left); });
+            if (!good) remove_bad(m);
+            leave_over(a, p, state, place_of(chunk));
+        }
+        if (dense) {
+            multiply_by(state, m.first() + 64 * p.k_half);
+            write_factor(m, p, state);
+            float scores[4][4];
+            begin_scores(m, p, scores);
+            products_wait<0>();
+            settle(scores);
+            write_scores(m, p, scores);
+        } else {
+            write_factor(m, p, state);
+            multiply_by(state, m.second() + 64 * p.k_half);
+        }
+        publish();
+        __syncthreads();
+
+        float out[4][4];
+        Quarter grad;
+        // dQ by two warpgroups, dK by the others, each 64 channels. The warpgroup is asked for anew, and places are sums,
+        // not choices: so the compiler keeps all of it in the warp's own registers, where products want it.
+        int of_keys = __shfl_sync(~0u, thread_index() >> 8, 0), channels = __shfl_sync(~0u, thread_index() >> 7 & 1, 0);
+        if (fine) {
+            static_assert(AT_V == AT_DY - TILE_BYTES && AT_D_STATE == AT_STATE + STATE_BYTES && AT_Q == AT_K - TILE_BYTES);
+            u64 left = factor(m.at(AT_DY) - of_keys * TILE_BYTES);
+            u64 right = factor(m.at(AT_STATE) + of_keys * STATE_BYTES + channels * STATE_PANEL);
+            products_begin();
+#pragma unroll
+            for (int s = 0; s < 8; s++)
+                multiply_wide<false, true>(grad, left + (s >> 2) * (PANEL_BYTES >> 4) + (s & 3) * (32 >> 4), right + s * (2048 >> 4), s > 0);
+            products_commit();
+        }
+        settle(state);
+        products_begin();
+        {
+            u64 k = factor(m.at(AT_K)), d = factor(m.at(AT_D_STATE) + 32 * p.group * 128);
+#pragma unroll
+            for (int s = 0; s < 8; s++)
+                multiply_narrow<false, false>(out, k + (s >> 2) * (PANEL_BYTES >> 4) + (s & 3) * (32 >> 4),
+                                              d + (s >> 2) * (STATE_PANEL >> 4) + (s & 3) * (32 >> 4), s > 0);
+            u64 dy = factor(m.at(AT_DY) + (p.group >> 1) * PANEL_BYTES + (p.group & 1) * 64);
+#pragma unroll
+            for (int summand = 0; summand < 2; summand++)
+#pragma unroll
+                for (int s = 0; s < 4; s++)
+                    multiply_narrow<true, true>(out, factor(m.scores(0, summand)) + s * (2048 >> 4), dy + s * (2048 >> 4), true);
+        }
+        {
+            u64 dy = factor(m.at(AT_DY) + p.v_half * PANEL_BYTES), q = factor(m.at(AT_Q) + p.k_half * PANEL_BYTES);
+#pragma unroll
+            for (int s = 0; s < 4; s++) multiply_wide<true, true>(state, dy + s * (2048 >> 4), q + s * (2048 >> 4), true);
+        }
+        products_commit();
+        if (more) fetch_gates(chunk - 1, span_at(chunk - 1));
+        copy_commit();
+        if (fine) {
+            sum_states(m);
+            products_wait<1>();
+            settle(grad);
+            if (of_keys) sum_keys(m, p, channels, grad);
+            else multiply_by(grad, m.second() + 64 * channels);
+            settle(grad);
+            u64 gradients = factor(m.scores(0, 2)), other = factor(m.at(AT_K) - of_keys * TILE_BYTES + channels * PANEL_BYTES);
+            if (of_keys) {
+                products_begin();
+#pragma unroll
+                for (int s = 0; s < 4; s++) multiply_wide<true, true>(grad, gradients + s * (2048 >> 4), other + s * (2048 >> 4), true);
+                products_commit();
+            } else {
+                products_begin();
+#pragma unroll
+                for (int s = 0; s < 4; s++) multiply_wide<false, true>(grad, gradients + s * (32 >> 4), other + s * (2048 >> 4), true);
+                products_commit();
+            }
+            products_wait<1>();
+        } else {
+            products_wait<0>();
+        }
+        settle(out), settle(state);
+        write_values(a, m, p, head, span_at(chunk), good, out);
+        if (!good)
+#pragma unroll
+            for (int upper = 0; upper < 2; upper++)
+                if (m.reached()[64 * p.v_half + 16 * p.warp + Product::g() + 8 * upper] >= 0)
+#pragma unroll
+                    for (int n = 0; n < 8; n++) state[n][2 * upper] = state[n][2 * upper + 1] = not_a_number();
+        if (dense) multiply_by(state, m.second() + 64 * p.k_half);
+        {
+            float* to = nullptr;
+            Span span = span_at(chunk);
+            if (span.first) {
+                if (a.d_initial) to = a.d_initial + ((i64)span.sequence * a.heads + head) * STATE;
+            } else if (a.after && segment == 0 && !more) {
+                to = a.after + (batch * group + local) * STATE;
+            }
+            if (to) {
+                to += p.corner();
+#pragma unroll
+                for (int n = 0; n < 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) to[Product::place(n, e)] = state[n][e];
+            }
+        }
+        products_wait<0>();
+        settle(grad);
+        // all products are done: their factors' room is free
+        __syncthreads();
+        if (more) fetch_values(span_at(chunk - 1));
+        if (fine) {
+            write_sums(m, p, of_keys, channels, grad);
+            __syncthreads();
+            finish(a, m, raw, span_at(chunk), chunk, opened.start);
+        }
+        if (more) fetch_state(m.at(AT_STATE), a.states, place_of(chunk - 1));
+        copy_commit();
+    }
+    copy_wait();
+}

@@ -1,0 +1,131 @@
+// What the one walk of the backward pass (backward.cu) works with: its argument, shared memory, who does what.
+
+struct BackwardArguments {
+    const void* q;
+    const void* f;
+    const void* v;
+    const void* dy;
+    const float* bound;     // [H, K] or null
+    const void* spans;      // PACKED: of each chunk, see chunk.cuh
+    const int* num_spans;   // PACKED: how many chunks there are
+    const void* states;     // [B, part_chunks, G, V, K], before each chunk, K in the order of walk.cuh
+    void* d_states;         // [B, part_chunks, G, V, K], gradient of the state after it; only where it is left over
+    void* dq;               // [B, T, H, K], contiguous like the next two
+    void* df;               // [B, T, H, K]
+    void* dv;               // [B, T, H, V]
+    float* d_bound;         // [B, chunks, H, K] or null
+    int* left_over;         // [B, part_chunks, G, 2]: 1 where gradients of query and gate are left to the exact kernel
+    const float* d_final;   // [N, H, K, V], gradients of the last states, or null for zeros
+    float* d_initial;       // [N, H, K, V], those of the first, or null
+    const float* before;    // [B, before_segments, before_heads, K, V], gradient of the state after each segment, or null
+    float* after;           // [B, G, K, V], gradient of the state before the first segment, or null
+    i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head, dy_batch, dy_row, dy_head;
+    i64 length;
+    int heads, chunks;                    // H, and chunks of a sequence
+    int first_head, first_chunk, end_chunk, segment_chunks;
+    int before_segments, before_segment, before_heads, before_head;
+    int part_chunks, reverse;
+    float scale;
+};
+// joins.cuh and gates.cuh are written for the other walks' argument, of which they need what is here too
+typedef BackwardArguments WalkArguments;
+
+constexpr int THREADS = 512, GROUPS = 8;  // of 8 tokens
+constexpr int GATE_THREADS = 256, GATES = 1, PAIRS = 8;
+constexpr float SMALLEST = 8.271806125530277e-25f;     // 2^-80
+constexpr float SMALLEST_FOR_BOUND = 1.220703125e-4f;  // 2^-13
+constexpr u32 ONES = BFLOAT16 ? 0x3f803f80u : 0x3c003c00u;
+// a pre-activation of which the decay is 1 and the key nothing
+constexpr float OPEN = 300.0f;
+
+// Shared memory: q and f as they came, of two chunks; Q and K; v and dy; S and dS [128 v, 128 k], over which gradients of
+// Q and K are summed in float32; scores, as two summands, and their gradients; numbers. All but q and f as they came
+// have the channels in the order of the states: a pair of channels 4 i + c of 32 at place 8 c + i.
+// launch.py knows the size
+constexpr int AT_RAW = 0, AT_Q = 4 * TILE_BYTES, AT_K = AT_Q + TILE_BYTES, AT_V = AT_K + TILE_BYTES, AT_DY = AT_V + TILE_BYTES;
+constexpr int STATE_BYTES = 2 * TILE_BYTES, STATE_PANEL = 2 * PANEL_BYTES;
+constexpr int AT_STATE = AT_DY + TILE_BYTES, AT_D_STATE = AT_STATE + STATE_BYTES, AT_SCORES = AT_D_STATE + STATE_BYTES;
+constexpr int AT_NUMBERS = AT_SCORES + 3 * SCORE_BYTES;
+struct Memory {
+    char* start;
+    __device__ __forceinline__ u32 at(int place) const { return shared_address(start) + place; }
+    __device__ __forceinline__ u32 tile(int, int which) const { return at(AT_Q + which * TILE_BYTES); }
+    __device__ __forceinline__ u32 scores(int, int summand) const { return at(AT_SCORES + summand * SCORE_BYTES); }
+    __device__ __forceinline__ float* numbers() const { return (float*)(start + AT_NUMBERS); }
+    __device__ __forceinline__ float* beta() const { return numbers(); }
+    __device__ __forceinline__ float* first(int = 0) const { return numbers() + WIDTH; }
+    __device__ __forceinline__ float* second(int = 0) const { return numbers() + 2 * WIDTH; }
+    // spread, as all but beta: decays of groups of tokens and 1 minus them [8, 128] each; joins: decays of blocks [4, 128]
+    __device__ __forceinline__ float* groups() const { return numbers() + 3 * WIDTH; }
+    __device__ __forceinline__ float* lost() const { return groups() + GROUPS * WIDTH; }
+    __device__ __forceinline__ float* blocks() const { return groups(); }
+    // in their place later: sums of K dK over the tokens of four warps, and [128] of S D
+    __device__ __forceinline__ float* key_sums() const { return groups(); }
+    __device__ __forceinline__ float* state_sums() const { return groups() + 4 * WIDTH; }
+    // in place of sums that are not taken then: how far numbers that are not finite reach, [128]
+    __device__ __forceinline__ int* reached() const { return (int*)key_sums(); }
+    // what chunks owe to each other, see without_drift
+    __device__ __forceinline__ float* owed() const { return lost() + GROUPS * WIDTH; }
+    // in place of the scores: sums over groups of tokens, [8, 128]
+    __device__ __forceinline__ float* group_sums() const { return (float*)(start + AT_SCORES); }
+    __device__ __forceinline__ float* sums(int of_keys) const {
+        return (float*)(start + (of_keys ? AT_D_STATE : AT_STATE));
+    }
+    __device__ __forceinline__ int* said(int) const { return nullptr; }
+};
+
+// where a channel lies in the states' order
+__device__ __forceinline__ int place_of_channel(int channel) {
+    return (channel & 64) + (channel >> 1 & 3) * 16 + (channel >> 3 & 7) * 2 + (channel & 1);
+}
+
+// Numbers of channels are moved a little, so that those of half a warp's pairs of channels, which are 16 numbers apart,
+// lie in different banks: of a place, and of a piece of 8 among 64
+__device__ __forceinline__ int spread(int place) { return place ^ (place >> 2 & 8); }
+__device__ __forceinline__ int spread_piece(int n) { return n ^ (n >> 2); }
+
+// Tokens and channels of a thread in the work on columns: 8 tokens, two channels. Asked anew by every stage, like
+// Product: there are no registers to keep it in.
+struct Column {
+    int group, channel, place, spread;  // `place` of the first channel in the states' order, and `spread`
+    u32 raw_at, own_at;
+    __device__ __forceinline__ Column() {
+        int thread = thread_index(), lane = thread & 31, half = thread >> 8, pair = (lane & 3) * 8 + (lane >> 2);
+        group = thread >> 5 & 7, channel = 64 * half + 2 * lane, place = 64 * half + 2 * pair, spread = ::spread(place);
+        u32 first = half * PANEL_BYTES + 8 * group * 128;
+        raw_at = first + lane * 4, own_at = first + pair * 4;
+    }
+    // of a token in a tile as it came, and in others. Its row is i modulo 8, which is what a piece's place is XORed with
+    __device__ __forceinline__ u32 raw(u32 tile, int i) const { return tile + (raw_at ^ (i << 4)) + i * 128; }
+    __device__ __forceinline__ u32 own(u32 tile, int i) const { return tile + (own_at ^ (i << 4)) + i * 128; }
+    // of a token in a tile of sums
+    __device__ __forceinline__ int sum(int i) const { return (8 * group + i) * WIDTH + (spread ^ ((i & 3) << 3)); }
+};
+
+// and in products: a warpgroup has 64 of the columns of V and of K of the state's gradient
+struct Product {
+    int group, warp, v_half, k_half;
+    __device__ __forceinline__ Product() {
+        // asked of one lane, so that the compiler sees that all agree
+        int all = __shfl_sync(~0u, thread_index() >> 5, 0);
+        group = all >> 2, warp = all & 3, v_half = group & 1, k_half = group >> 1;
+    }
+    static __device__ __forceinline__ int g() { return (thread_index() & 31) >> 2; }
+    static __device__ __forceinline__ int c() { return thread_index() & 3; }
+    // in a state as it is in memory [K, V]: of a lane's first number, and of the others from there
+    __device__ __forceinline__ int corner() const { return (64 * k_half + 8 * c()) * WIDTH + 64 * v_half + 16 * warp + g(); }
+    static __device__ __forceinline__ int place(int n, int e) {
+        return (32 * (n & 1) + 2 * (n >> 1) + (e & 1)) * WIDTH + (e & 2 ? 8 : 0);
+    }
+    // of a lane's first number in the tile of a state, and from there
+    __device__ __forceinline__ u32 panel() const {
+        return k_half * STATE_PANEL + (64 * v_half + 16 * warp + g()) * 128 + 4 * c();
+    }
+    static __device__ __forceinline__ u32 panel_place(int n, int e) { return e * 8 * 128 + ((n ^ g()) << 4); }
+};
+
+__device__ __forceinline__ float2 load_pair(u32 address) {
+    float2 r;
+    unpack(load_shared(address), r.x, r.y);
+    return r;
+}
