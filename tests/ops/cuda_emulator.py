@@ -17,7 +17,6 @@ from hgrn2.ops.cuda import launch
 KERNELS = {
     "walk.cu": (
         "forward_outputs", "forward_summaries", "forward_states", "backward_summaries", "carry_states", "cut_sequences",
-        "clear_rest",
     ),
     "backward.cu": ("backward_walk", "sum_bounds"),
     "left_over.cu": ("backward_left_over",),

@@ -47,7 +47,6 @@ def fields_in_c(name: str, file: str) -> list[tuple[str, type]]:
         (launch.BoundsArguments, "bounds.cuh"),
         (launch.CarryArguments, "carry.cuh"),
         (launch.PackedArguments, "packed.cuh"),
-        (launch.ClearArguments, "packed.cuh"),
     ],
 )
 def test_arguments_are_laid_out_as_in_c(structure, file):

@@ -15,7 +15,7 @@ from hgrn2.ops.cuda import compiler
 from hgrn2.ops.cuda.plan import CHUNK, MULTIPROCESSORS, WIDTH, coarse_pieces, num_chunks, passes, segment_chunks
 
 THREADS, LEFT_OVER_THREADS, CARRY_THREADS = 512, 256, 128
-PACKED_THREADS, CLEAR_THREADS, BOUNDS_THREADS = 1024, 256, 1024
+PACKED_THREADS, BOUNDS_THREADS = 1024, 1024
 # what each file of kernels is compiled with, in the order in which one needs the other
 SOURCES = {
     "walk.cu": (
@@ -107,23 +107,13 @@ class BoundsArguments(ctypes.Structure):
 
 
 class PackedArguments(ctypes.Structure):
-    """Argument of cut_sequences of packed.cuh, field by field as there."""
+    """Argument of the kernel of packed.cuh, field by field as there."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cu_seqlens", "spans", "num_spans")),
-        ("length", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("sequences", "most", "wide", "reverse")),
-    )
-
-
-class ClearArguments(ctypes.Structure):
-    """Argument of clear_rest of packed.cuh, field by field as there."""
-
-    _fields_ = (
-        ("cu_seqlens", ctypes.c_void_p),
         ("outputs", ctypes.c_void_p * 3),
         ("length", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("sequences", "wide", "heads")),
+        *((name, ctypes.c_int) for name in ("sequences", "most", "heads", "wide", "reverse")),
     )
 
 
@@ -212,10 +202,11 @@ class Plan:
         passes: of the backward pass.
         groups: heads of each pass.
         coarse: chunks between the states that the forward pass keeps; 0 where it keeps none.
+        outputs: at most three, a row for each of the inputs.
     """
 
-    def __init__(self, scan: Scan, coarse: int):
-        self.scan, self.coarse = scan, coarse
+    def __init__(self, scan: Scan, coarse: int, *outputs: Tensor):
+        self.scan, self.coarse, self.outputs = scan, coarse, outputs
         self.batch, self.length, self.heads, _ = scan.q.shape
         self.num_packed = 0 if scan.cu_seqlens is None else scan.cu_seqlens.shape[0] - 1
         self.chunks = num_chunks(self.length, self.num_packed)
@@ -225,24 +216,13 @@ class Plan:
 
     @functools.cached_property
     def packed(self) -> _Packed | None:
-        """Where packed sequences and their chunks lie; found on the device."""
+        """Where packed sequences and their chunks lie; found on the device, which clears outputs of no sequence."""
         return None if self.scan.cu_seqlens is None else _Packed(self)
 
     @functools.cached_property
     def stream(self) -> int:
         """The stream of all launches; asked for once, with the call's device current."""
         return compiler.current_stream()
-
-    def clear_rest(self, *outputs: Tensor) -> None:
-        """Zeros in rows that belong to no packed sequence; at most three outputs, before they are written."""
-        scan = self.scan
-        if scan.cu_seqlens is None:
-            return
-        arguments = ClearArguments(
-            scan.cu_seqlens.data_ptr(), (ctypes.c_void_p * 3)(*(x.data_ptr() for x in outputs)), self.length,
-            self.num_packed, scan.cu_seqlens.dtype == torch.int64, self.heads,
-        )  # fmt: skip
-        _kernel("walk.cu", "clear_rest", scan).launch((MULTIPROCESSORS, 1, 1), arguments, self.stream)
 
     def coarse_shape(self) -> tuple[int, ...]:
         """Shape of the states that the forward pass keeps."""
@@ -274,8 +254,9 @@ class _Packed:
         make = functools.partial(torch.empty, dtype=torch.int32, device=scan.q.device)
         self.spans, self.num_spans = make((plan.chunks, 4)), make(1)
         arguments = PackedArguments(
-            scan.cu_seqlens.data_ptr(), self.spans.data_ptr(), self.num_spans.data_ptr(), plan.length, plan.num_packed,
-            plan.chunks, scan.cu_seqlens.dtype == torch.int64, scan.reverse,
+            scan.cu_seqlens.data_ptr(), self.spans.data_ptr(), self.num_spans.data_ptr(),
+            tuple(x.data_ptr() for x in plan.outputs), plan.length, plan.num_packed, plan.chunks, plan.heads,
+            scan.cu_seqlens.dtype == torch.int64, scan.reverse,
         )  # fmt: skip
         _kernel("walk.cu", "cut_sequences", scan).launch((1, 1, 1), arguments, plan.stream)
 
@@ -296,14 +277,13 @@ def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
         y [B, T, H, V], the final state [N, H, K, V], float32, and states on the way [B, pieces, H, K, V], float32.
     """
     scan = scan.aligned()
-    plan, device = Plan(scan, coarse), scan.q.device
     y, final = _new_like(scan.v), scan.new_states(scan.initial_state)
+    plan, device = Plan(scan, coarse, y), scan.q.device
     states = torch.empty(plan.coarse_shape(), dtype=torch.float32, device=device)
     if not y.numel():
         return y, final, states
     group, stretch = Group(0, plan.heads), plan.whole()
     with torch.cuda.device(device):
-        plan.clear_rest(y)
         before = None
         if stretch.segments > 1:
             summaries = _Walk(plan, "forward_summaries", scan.v, scan.initial_state)
@@ -331,15 +311,15 @@ def backward(
     """
     scan, dy = scan.aligned(), _aligned(dy)
     d_final = None if d_final is None else d_final.contiguous()
-    plan, device = Plan(scan, coarse), scan.q.device
-    assert coarse == plan.passes.coarse, f"states every {coarse} chunks; wanted {plan.passes.coarse}"
     dq, df, dv = (_new_like(x) for x in (scan.q, scan.f, scan.v))
+    plan, device = Plan(scan, coarse, dq, df, dv), scan.q.device
+    assert coarse == plan.passes.coarse, f"states every {coarse} chunks; wanted {plan.passes.coarse}"
     d_bound = None if scan.bound is None else torch.empty((plan.heads, WIDTH), dtype=torch.float32, device=device)
     d_initial = None if scan.initial_state is None else scan.new_states(d_final)
     if not dq.numel():
         return dq, df, dv, None if d_bound is None else d_bound.zero_(), d_initial
     # packed sequences may have fewer chunks, and leave something to nobody
-    make = torch.empty if plan.packed is None else torch.zeros
+    make = torch.empty if scan.cu_seqlens is None else torch.zeros
     # of each chunk
     shape = (plan.batch * plan.chunks, plan.heads, WIDTH)
     d_bounds = None if d_bound is None else make(shape, dtype=torch.float32, device=device)
@@ -350,7 +330,6 @@ def backward(
     left_over = torch.zeros((len(plan.groups), len(parts), *shape[:2], 2), dtype=torch.int32, device=device)
     initial = scan.initial_state
     with torch.cuda.device(device):
-        plan.clear_rest(dq, df, dv)
         states_walk = _Walk(plan, "forward_states", scan.v, initial, kept=kept)
         summaries = _Walk(plan, "backward_summaries", dy, d_final)
         gradients = _Gradients(plan, dy, kept, d_kept, dq, df, dv, d_bounds, d_final, d_initial)
@@ -530,7 +509,6 @@ def _resources(name: str) -> tuple[int, int]:
     """Bytes of dynamic shared memory, and threads, of a program."""
     special = {
         "carry_states": (0, CARRY_THREADS), "cut_sequences": (0, PACKED_THREADS),
-        "clear_rest": (0, CLEAR_THREADS),
         "backward_walk": (_BACKWARD_SHARED, THREADS), "backward_left_over": (_LEFT_OVER_SHARED, LEFT_OVER_THREADS),
         "sum_bounds": (_BOUNDS_SHARED, BOUNDS_THREADS),
     }  # fmt: skip

@@ -4,46 +4,25 @@ struct PackedArguments {
     const void* cu_seqlens;  // [N + 1], of 4 or 8 bytes
     int4* spans;             // [most], see chunk.cuh
     int* num_spans;          // how many there are
+    void* outputs[3];        // [1, length, H, 128] each, or null: rows of no sequence become zeros
     i64 length;              // rows there are
     int sequences, most;     // N, and chunks there is room for
+    int heads;               // H
     int wide, reverse;       // wide: boundaries have 8 bytes
 };
 
-struct ClearArguments {
-    const void* cu_seqlens;
-    void* outputs[3];  // each [1, length, H, 128], or null
-    i64 length;
-    int sequences, wide, heads;
-};
-
-constexpr int PACKED_THREADS = 1024, CLEAR_THREADS = 256;
-
-// Whatever the boundaries say, no row beyond the inputs is touched.
-__device__ __forceinline__ i64 boundary(const void* cu_seqlens, bool wide, i64 i, i64 length) {
-    i64 x = wide ? ((const i64*)cu_seqlens)[i] : ((const int*)cu_seqlens)[i];
-    return x < 0 ? 0 : x > length ? length : x;
-}
-
-// Zeros in rows of outputs that belong to no sequence, before the first and behind the last: none, if the boundaries are
-// right. Programs: any number.
-extern "C" __global__ void __launch_bounds__(CLEAR_THREADS) clear_rest(const __grid_constant__ ClearArguments a) {
-    i64 first = boundary(a.cu_seqlens, a.wide, 0, a.length), last = boundary(a.cu_seqlens, a.wide, a.sequences, a.length);
-    i64 row = a.heads * (ROW_BYTES / 16), step = (i64)gridDim.x * CLEAR_THREADS;
-    auto clear = [&](i64 from, i64 to) {
-#pragma unroll
-        for (int i = 0; i < 3; i++)
-            for (i64 at = from * row + blockIdx.x * CLEAR_THREADS + threadIdx.x; a.outputs[i] && at < to * row; at += step)
-                ((int4*)a.outputs[i])[at] = make_int4(0, 0, 0, 0);
-    };
-    clear(0, first), clear(last, a.length);
-}
+constexpr int PACKED_THREADS = 1024;
 
 // One program: sequences are taken as many at a time as there are threads.
 extern "C" __global__ void __launch_bounds__(PACKED_THREADS) cut_sequences(const __grid_constant__ PackedArguments a) {
     __shared__ int of_warp[32], first_of[PACKED_THREADS], tokens_of[PACKED_THREADS];
     __shared__ i64 start_of[PACKED_THREADS];
     int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, before = 0;
-    auto bound = [&](i64 i) { return boundary(a.cu_seqlens, a.wide, i, a.length); };
+    auto bound = [&](i64 i) {
+        i64 x = a.wide ? ((const i64*)a.cu_seqlens)[i] : ((const int*)a.cu_seqlens)[i];
+        // whatever the boundaries say, no row beyond the inputs is touched
+        return x < 0 ? 0 : x > a.length ? a.length : x;
+    };
     for (int tile = 0; tile < a.sequences; tile += PACKED_THREADS) {
         int sequence = tile + thread;
         i64 start = 0, tokens = 0;
@@ -81,5 +60,13 @@ extern "C" __global__ void __launch_bounds__(PACKED_THREADS) cut_sequences(const
         before = all;
         __syncthreads();
     }
+    // before the first sequence and behind the last; boundaries that are right leave none
+    auto clear = [&](i64 first, i64 end) {
+        i64 row = a.heads * (ROW_BYTES / sizeof(int4));
+        for (int i = 0; i < 3 && a.outputs[i]; i++)
+            for (i64 at = first * row + thread; at < end * row; at += PACKED_THREADS)
+                ((int4*)a.outputs[i])[at] = make_int4(0, 0, 0, 0);
+    };
+    clear(0, bound(0)), clear(bound(a.sequences), a.length);
     if (thread == 0) *a.num_spans = before < a.most ? before : a.most;
 }
