@@ -1,8 +1,9 @@
 // What `instructions.cuh` does on a GPU, on a CPU: the CUDA kernels of hgrn2/ops/cuda are compiled as C++ behind this.
 //
-// Every thread of a program is a fiber; which goes on is drawn by lot whenever one must wait. What a GPU may do at once
-// or later (copies to shared memory, products by a warpgroup) happens at once or at the last moment, by lot as well. So
-// code that lacks a barrier or a wait gives numbers that depend on the seed, and code that waits for nobody is told.
+// Every thread of a program is a fiber; which goes on is drawn by lot whenever one must wait, and in half of the programs
+// some warps go on only where few others can. What a GPU may do at once or later (copies to shared memory, products by a
+// warpgroup) happens at once or at the last moment, by lot as well: for each, or for a whole program. So code that lacks
+// a barrier or a wait gives numbers that depend on the seed, and code that waits for nobody is told.
 // Shared memory begins as numbers that are none. What is accessed through its addresses is checked for bounds.
 
 #include <csetjmp>
@@ -59,7 +60,7 @@ namespace machine {
 constexpr u32 SHARED_START = 1024;
 constexpr size_t STACK_BYTES = 256 * 1024;
 
-struct Copy { u32 to; const void* from; u32 bytes; bool exists; int group; };
+struct Copy { u32 to; const void* from; bool exists; int group; };
 struct Fiber {
     uint3 index;
     int number;
@@ -70,6 +71,7 @@ struct Fiber {
 };
 struct Product { std::function<void()> work; int group; };
 struct Warp {
+    bool slow = false;
     const char* doing = nullptr;
     int arrived = 0;
     void* arguments[LANES];
@@ -92,11 +94,15 @@ std::function<void()> program;
 std::string problem;
 u32 shared_bytes, threads;
 u64 random_state;
+// of a program: what may be done later is done at once, by lot, at the last moment
+enum { AT_ONCE, BY_LOT, LATE } habit;
 
 inline u32 draw(u32 below) {
     random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
     return (u32)(random_state >> 33) % below;
 }
+
+inline bool at_once() { return habit == AT_ONCE || (habit == BY_LOT && draw(2)); }
 
 [[noreturn]] inline void give_up(const std::string& why) {
     if (problem.empty())
@@ -150,9 +156,9 @@ inline char* at(u32 address, u32 bytes) {
 }
 
 inline void copy_now(const Copy& copy) {
-    char* to = at(copy.to, copy.bytes);
-    if (copy.exists) memcpy(to, copy.from, copy.bytes);
-    else memset(to, 0, copy.bytes);
+    char* to = at(copy.to, 16);
+    if (copy.exists) memcpy(to, copy.from, 16);
+    else memset(to, 0, 16);
 }
 inline void wait_for_copies(int left) {
     auto& copies = current->copies;
@@ -234,7 +240,7 @@ void multiply_group(const char* name, float (&d)[N][4], const u32 (*a)[4], u64 l
             }
         };
         warp.products.push_back({work, warp.product_group});
-        if (draw(2)) {
+        if (at_once()) {
             for (Product& product : warp.products) product.work();
             warp.products.clear();
         }
@@ -256,6 +262,9 @@ inline void run_program() {
     memset(shared, 0xff, sizeof shared);
     for (Barrier& barrier : barriers) barrier = Barrier();
     warps.assign((threads + LANES - 1) / LANES, Warp());
+    habit = decltype(habit)(draw(3));
+    if (draw(2))
+        for (Warp& warp : warps) warp.slow = draw(2);
     fibers.clear(), fibers.resize(threads);
     ready.clear();
     for (u32 i = 0; i < threads; i++) {
@@ -272,6 +281,7 @@ inline void run_program() {
     _setjmp(scheduler);
     while (problem.empty() && !ready.empty()) {
         u32 which = draw(ready.size());
+        for (int i = 0; i < 16 && warps[ready[which] / LANES].slow; i++) which = draw(ready.size());
         int next = ready[which];
         ready[which] = ready.back(), ready.pop_back();
         current = &fibers[next];
@@ -290,6 +300,8 @@ inline void run_program() {
                                " of " + std::to_string(barriers[i].expected);
             return;
         }
+    for (u32 i = shared_bytes; i < sizeof shared; i++)
+        if (shared[i] != (char)0xff) problem = "shared memory is written behind its end";
     for (Warp& warp : warps)
         if (!warp.products.empty()) problem = "a warp ends with products it did not wait for";
 }
@@ -356,10 +368,10 @@ template <int LEFT> inline void give_registers() {}
 template <int WANTED> inline void take_registers() {}
 inline u32 shared_address(const void* p) { return (u32)((const char*)p - shared) + machine::SHARED_START; }
 
-inline void copy_async(u32 to, const void* from, bool exists, u32 bytes = 16) {
-    if (exists && (u64)from % bytes) machine::give_up("a copy from an address that is no multiple of its size");
-    machine::Copy copy = {to, from, bytes, exists, machine::current->copy_group};
-    if (machine::draw(2)) machine::copy_now(copy);
+inline void copy_async(u32 to, const void* from, bool exists) {
+    if (exists && (u64)from % 16) machine::give_up("a copy from an address that is no multiple of 16");
+    machine::Copy copy = {to, from, exists, machine::current->copy_group};
+    if (machine::at_once()) machine::copy_now(copy);
     else machine::current->copies.push_back(copy);
 }
 inline void copy_commit() { machine::current->copy_group++; }

@@ -109,6 +109,13 @@ def test_inputs_at_any_address_can_be_read_16_bytes_at_a_time():
         assert torch.equal(found, x)
 
 
+def test_rows_too_far_apart_for_the_kernels_are_copied():
+    x = torch.zeros(1, 1, 2, 128, dtype=torch.bfloat16)
+    near, far = (x.as_strided(x.shape, (0, step, 128, 1)) for step in (2**27, 2**28))
+    assert launch._aligned(near) is near
+    assert launch._aligned(far).is_contiguous()
+
+
 class Driver:
     """One that takes what was compiled and nothing else."""
 

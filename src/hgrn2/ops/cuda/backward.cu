@@ -104,8 +104,8 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
         lost.x = fmaf(lost.x, f[i][0], k[i][0]), lost.y = fmaf(lost.y, f[i][1], k[i][1]);
         smallest = minimum(smallest, minimum(f[i][0], f[i][1]));
     }
-    *(float2*)(m.groups() + at.group * WIDTH + at.spread) = whole;
-    *(float2*)(m.lost() + at.group * WIDTH + at.spread) = lost;
+    *(float2*)(m.groups() + at.group * WIDTH + at.apart) = whole;
+    *(float2*)(m.lost() + at.group * WIDTH + at.apart) = lost;
     // the bound's gradient divides a difference of sums over the chunk, exact to the chunk's largest, by one decay
     bool fine = __syncthreads_and(!a.d_bound || smallest >= SMALLEST_FOR_BOUND);
     float2 half[2] = {make_float2(1.0f, 1.0f), make_float2(1.0f, 1.0f)};
@@ -114,7 +114,7 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
     bool later = at.group >= GROUPS / 2;
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
-        float2 d = *(const float2*)(m.groups() + j * WIDTH + at.spread);
+        float2 d = *(const float2*)(m.groups() + j * WIDTH + at.apart);
         half[j / 4].x *= d.x, half[j / 4].y *= d.y;
         bool between = later ? j >= 4 && j < at.group : j > at.group && j < 4;
         if (between) opened.start.x *= d.x, opened.start.y *= d.y;
@@ -129,7 +129,7 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
         e.x *= f[i][0], e.y *= f[i][1];
         store_shared(at.own(m.at(AT_Q), i), pack(activate(q.x) * a.scale * e.x, activate(q.y) * a.scale * e.y));
     }
-    // reciprocals are dear: that of one token's e is the next one's times the next one's decay
+    // reciprocals are dear: 1 / e of a token is that of the token after it times that token's decay
     e.x = reciprocal(e.x), e.y = reciprocal(e.y);
 #pragma unroll
     for (int i = 7; i >= 0; i--) {
@@ -141,18 +141,17 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
         lost = make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int j = 0; j < GROUPS; j++) {
-            float2 d = *(const float2*)(m.groups() + j * WIDTH + at.spread);
-            float2 l = *(const float2*)(m.lost() + j * WIDTH + at.spread);
+            float2 d = *(const float2*)(m.groups() + j * WIDTH + at.apart);
+            float2 l = *(const float2*)(m.lost() + j * WIDTH + at.apart);
             lost.x = fmaf(lost.x, d.x, l.x), lost.y = fmaf(lost.y, d.y, l.y);
         }
-        // where the chunk is joined, the thread's own channels decide as all do
         float2 first = half[1], second = half[0];
         float2 owed = *(const float2*)(m.owed() + at.place);
         second.x = without_drift(first.x, second.x, lost.x, owed.x);
         second.y = without_drift(first.y, second.y, lost.y, owed.y);
         *(float2*)(m.owed() + at.place) = owed;
-        *(float2*)(m.first() + at.spread) = first;
-        *(float2*)(m.second() + at.spread) = second;
+        *(float2*)(m.first() + at.apart) = first;
+        *(float2*)(m.second() + at.apart) = second;
     }
     copy_wait();
     opened.good = finite_outputs(m.at(AT_DY));
@@ -164,8 +163,7 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
 typedef float Quarter[8][4];  // of 64 rows of V and 64 of K, as a product leaves its sums
 
 // Work that needs many registers, while the state is in shared memory: in the room of gates of the next chunk, which
-// nobody has asked for yet, and in that of the factor it will be. So is the chunk, lest the compiler keep it in slower
-// memory on the usual way too.
+// nobody has asked for yet, and in that of the factor it will be.
 template <class Work>
 __device__ __forceinline__ void without_state(const Memory& m, int& chunk, Quarter& state, Work work) {
     u32 own = shared_address(m.lost()) + thread_index() * 4;
@@ -180,7 +178,7 @@ __device__ __forceinline__ void without_state(const Memory& m, int& chunk, Quart
     chunk = __shfl_sync(~0u, load_shared(own), 0);
 #pragma unroll
     for (int i = 0; i < 32; i++) state[i >> 2][i & 3] = __uint_as_float(load_shared(place(i)));
-    // before the room is used again
+    // before the room is used again, and for all to see what the work left
     __syncthreads();
 }
 
@@ -203,14 +201,13 @@ __device__ __forceinline__ void join_chunk(const BackwardArguments& a, const Mem
     __syncthreads();
     if (thread_index() < GATE_THREADS) join<true>(a, m, 0, 0, left);
     publish();
-    __syncthreads();
 }
 
-// Sums over the lanes of a quad's rows, of sixteen values a lane; each lane returns two of them, those of channel pair
-// `pair` of 32.
-__device__ __forceinline__ float2 sum_rows(float (&x)[8][2], int& pair) {
+// Sums over the eight lanes of one column of a product, of sixteen values a lane; each lane returns two of them, those of
+// its columns in piece `piece` of 8.
+__device__ __forceinline__ float2 sum_rows(float (&x)[8][2], int& piece) {
     int lane = thread_index() & 31;
-    pair = 0;
+    piece = 0;
 #pragma unroll
     for (int step = 0; step < 3; step++) {
         int bit = 4 << step, count = 4 >> step;
@@ -222,7 +219,7 @@ __device__ __forceinline__ float2 sum_rows(float (&x)[8][2], int& pair) {
                 float own = side ? x[i + count][j] : x[i][j], other = side ? x[i][j] : x[i + count][j];
                 x[i][j] = own + __shfl_xor_sync(~0u, other, bit);
             }
-        pair += side ? count : 0;
+        piece += side ? count : 0;
     }
     return make_float2(x[0][0], x[0][1]);
 }
@@ -330,9 +327,9 @@ __device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, int 
         float2 s = load_pair(from + Product::panel_place(n, 0)), t = load_pair(from + Product::panel_place(n, 1));
         sums[n][0] = fmaf(s.x, grad[n][0], t.x * grad[n][2]), sums[n][1] = fmaf(s.y, grad[n][1], t.y * grad[n][3]);
     }
-    int pair;
-    float2 sum = sum_rows(sums, pair);
-    *(float2*)(m.key_sums() + p.warp * WIDTH + 64 * channels + 8 * spread_piece(pair) + 2 * Product::c()) = sum;
+    int piece;
+    float2 sum = sum_rows(sums, piece);
+    *(float2*)(m.key_sums() + p.warp * WIDTH + 64 * channels + 8 * spread_piece(piece) + 2 * Product::c()) = sum;
 }
 
 // Leaves the gradient of the state after the chunk, as forward_states writes a state, and a flag.
@@ -346,8 +343,8 @@ __device__ __forceinline__ void leave_over(const BackwardArguments& a, const Pro
     if (thread_index() < 2) a.left_over[2 * at + thread_index()] = 1;
 }
 
-// dV, of 32 columns a warpgroup. Where dy was not finite its columns are not, from the last such token on in the walk's
-// order.
+// dV, of 32 columns a warpgroup. A column of dy that was not finite at some token is not a number in dV at that token and
+// at all earlier ones.
 __device__ __forceinline__ void write_values(const BackwardArguments& a, const Memory& m, const Product& p, int head,
                                              const Span& span, bool good, float (&out)[4][4]) {
     int sign = a.reverse ? -1 : 1, token = 16 * p.warp + Product::g(), column = 32 * p.group + 2 * Product::c();
@@ -395,18 +392,18 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
         sum.x += fmaf(q.x, x.x, -k.x * y.x), sum.y += fmaf(q.y, x.y, -k.y * y.y);
         sums[i][0] = sum.x, sums[i][1] = sum.y;
     }
-    *(float2*)(m.group_sums() + at.group * WIDTH + at.spread) = sum;
-    float2 d_log = *(const float2*)(m.state_sums() + at.spread), second = *(const float2*)(m.second() + at.spread);
+    *(float2*)(m.group_sums() + at.group * WIDTH + at.apart) = sum;
+    float2 d_log = *(const float2*)(m.state_sums() + at.apart), second = *(const float2*)(m.second() + at.apart);
     d_log.x *= second.x, d_log.y *= second.y;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        float2 s = *(const float2*)(m.key_sums() + j * WIDTH + at.spread);
+        float2 s = *(const float2*)(m.key_sums() + j * WIDTH + at.apart);
         d_log.x += s.x, d_log.y += s.y;
     }
     __syncthreads();
 #pragma unroll
     for (int j = 1; j < GROUPS; j++) {
-        float2 s = *(const float2*)(m.group_sums() + j * WIDTH + at.spread);
+        float2 s = *(const float2*)(m.group_sums() + j * WIDTH + at.apart);
         if (j > at.group) d_log.x += s.x, d_log.y += s.y;
     }
     float2 beta = *(const float2*)(m.beta() + at.place);
@@ -435,13 +432,14 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
         }
     }
     float* of_groups = m.group_sums() + GROUPS * WIDTH;
+    // found anew: kept, it would cost registers all the way
     at = Column();
-    *(float2*)(of_groups + at.group * WIDTH + at.spread) = d_bound;
+    *(float2*)(of_groups + at.group * WIDTH + at.apart) = d_bound;
     __syncthreads();
     if (a.d_bound && at.group == 0) {
 #pragma unroll
         for (int j = 1; j < GROUPS; j++) {
-            float2 s = *(const float2*)(of_groups + j * WIDTH + at.spread);
+            float2 s = *(const float2*)(of_groups + j * WIDTH + at.apart);
             d_bound.x += s.x, d_bound.y += s.y;
         }
         i64 to = (((i64)blockIdx.z * a.chunks + chunk) * a.heads + head) * WIDTH + at.channel;
@@ -633,5 +631,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
         if (more) fetch_state(m.at(AT_STATE), a.states, place_of(chunk - 1));
         copy_commit();
     }
-    copy_wait();
 }

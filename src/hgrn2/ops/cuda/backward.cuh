@@ -38,9 +38,9 @@ constexpr u32 ONES = BFLOAT16 ? 0x3f803f80u : 0x3c003c00u;
 // a pre-activation of which the decay is 1 and the key nothing
 constexpr float OPEN = 300.0f;
 
-// Shared memory: q and f as they came, of two chunks; Q and K; v and dy; S and dS [128 v, 128 k], over which gradients of
-// Q and K are summed in float32; scores, as two summands, and their gradients; numbers. All but q and f as they came
-// have the channels in the order of the states: a pair of channels 4 i + c of 32 at place 8 c + i.
+// Shared memory: q and f as they came, of two chunks; Q and K; v and dy; S and D [128 v, 128 k], over which gradients of
+// Q and K are summed in float32; scores, as two summands, and their gradients; numbers. All channels of K but those of q
+// and f as they came are in the order of the states: of 32 pairs of channels, pair 4 i + c at place 8 c + i.
 // launch.py knows the size
 constexpr int AT_RAW = 0, AT_Q = 4 * TILE_BYTES, AT_K = AT_Q + TILE_BYTES, AT_V = AT_K + TILE_BYTES, AT_DY = AT_V + TILE_BYTES;
 constexpr int STATE_BYTES = 2 * TILE_BYTES, STATE_PANEL = 2 * PANEL_BYTES;
@@ -53,9 +53,11 @@ struct Memory {
     __device__ __forceinline__ u32 scores(int, int summand) const { return at(AT_SCORES + summand * SCORE_BYTES); }
     __device__ __forceinline__ float* numbers() const { return (float*)(start + AT_NUMBERS); }
     __device__ __forceinline__ float* beta() const { return numbers(); }
+    // the decays across the two halves of the chunk, in the walk's order: N, then M. Spread, like all sums and decays that
+    // follow, but not those of the joins' blocks
     __device__ __forceinline__ float* first(int = 0) const { return numbers() + WIDTH; }
     __device__ __forceinline__ float* second(int = 0) const { return numbers() + 2 * WIDTH; }
-    // spread, as all but beta: decays of groups of tokens and 1 minus them [8, 128] each; joins: decays of blocks [4, 128]
+    // decays of groups of tokens and 1 minus them [8, 128] each; joins: decays of blocks [4, 128]
     __device__ __forceinline__ float* groups() const { return numbers() + 3 * WIDTH; }
     __device__ __forceinline__ float* lost() const { return groups() + GROUPS * WIDTH; }
     __device__ __forceinline__ float* blocks() const { return groups(); }
@@ -64,14 +66,13 @@ struct Memory {
     __device__ __forceinline__ float* state_sums() const { return groups() + 4 * WIDTH; }
     // in place of sums that are not taken then: how far numbers that are not finite reach, [128]
     __device__ __forceinline__ int* reached() const { return (int*)key_sums(); }
-    // what chunks owe to each other, see without_drift
+    // what chunks owe to each other, see without_drift; not spread
     __device__ __forceinline__ float* owed() const { return lost() + GROUPS * WIDTH; }
-    // in place of the scores: sums over groups of tokens, [8, 128]
+    // in place of the scores: sums over groups of tokens, two [8, 128]
     __device__ __forceinline__ float* group_sums() const { return (float*)(start + AT_SCORES); }
     __device__ __forceinline__ float* sums(int of_keys) const {
         return (float*)(start + (of_keys ? AT_D_STATE : AT_STATE));
     }
-    __device__ __forceinline__ int* said(int) const { return nullptr; }
 };
 
 // where a channel lies in the states' order
@@ -87,11 +88,11 @@ __device__ __forceinline__ int spread_piece(int n) { return n ^ (n >> 2); }
 // Tokens and channels of a thread in the work on columns: 8 tokens, two channels. Asked anew by every stage, like
 // Product: there are no registers to keep it in.
 struct Column {
-    int group, channel, place, spread;  // `place` of the first channel in the states' order, and `spread`
+    int group, channel, place, apart;  // `place` of the first channel in the states' order, and spread
     u32 raw_at, own_at;
     __device__ __forceinline__ Column() {
         int thread = thread_index(), lane = thread & 31, half = thread >> 8, pair = (lane & 3) * 8 + (lane >> 2);
-        group = thread >> 5 & 7, channel = 64 * half + 2 * lane, place = 64 * half + 2 * pair, spread = ::spread(place);
+        group = thread >> 5 & 7, channel = 64 * half + 2 * lane, place = 64 * half + 2 * pair, apart = spread(place);
         u32 first = half * PANEL_BYTES + 8 * group * 128;
         raw_at = first + lane * 4, own_at = first + pair * 4;
     }
@@ -99,7 +100,7 @@ struct Column {
     __device__ __forceinline__ u32 raw(u32 tile, int i) const { return tile + (raw_at ^ (i << 4)) + i * 128; }
     __device__ __forceinline__ u32 own(u32 tile, int i) const { return tile + (own_at ^ (i << 4)) + i * 128; }
     // of a token in a tile of sums
-    __device__ __forceinline__ int sum(int i) const { return (8 * group + i) * WIDTH + (spread ^ ((i & 3) << 3)); }
+    __device__ __forceinline__ int sum(int i) const { return (8 * group + i) * WIDTH + (apart ^ ((i & 3) << 3)); }
 };
 
 // and in products: a warpgroup has 64 of the columns of V and of K of the state's gradient

@@ -170,7 +170,7 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
         float2 d = *(const float2*)(blocks + at.block * WIDTH);
         e.x *= d.x, e.y *= d.y;
     }
-    // reciprocals are dear: that of one token's e is the next one's times the next one's decay
+    // reciprocals are dear: 1 / e of a token is that of the token after it times that token's decay
     e.x = reciprocal(e.x), e.y = reciprocal(e.y);
 #pragma unroll
     for (int i = 15; i >= 0; i--) {

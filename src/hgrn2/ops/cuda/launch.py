@@ -60,7 +60,7 @@ class LeftOverArguments(ctypes.Structure):
     """Argument of the kernel of left_over.cu, field by field as in left_over.cuh."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "spans", "num_spans")]
+        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "spans")]
         + [(name, ctypes.c_void_p) for name in ("states", "d_states", "dq", "df", "d_bound", "left_over")]
         + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v", "dy") for axis in ("batch", "row", "head")]
         + [("length", ctypes.c_longlong)]
@@ -318,7 +318,7 @@ def backward(
     d_initial = None if scan.initial_state is None else scan.new_states(d_final)
     if not dq.numel():
         return dq, df, dv, None if d_bound is None else d_bound.zero_(), d_initial
-    # packed sequences may have fewer chunks, and leave something to nobody
+    # packed sequences may have fewer chunks: nobody writes the rest, which is summed and carried like all
     make = torch.empty if scan.cu_seqlens is None else torch.zeros
     # of each chunk
     shape = (plan.batch * plan.chunks, plan.heads, WIDTH)
@@ -448,13 +448,16 @@ class _Gradients:
         shared = {
             "q": scan.q.data_ptr(), "f": scan.f.data_ptr(), "v": scan.v.data_ptr(), "dy": dy.data_ptr(),
             "bound": _pointer(scan.bound), "spans": None if packed is None else packed.spans.data_ptr(),
-            "num_spans": None if packed is None else packed.num_spans.data_ptr(),
             "states": states.data_ptr(), "d_states": d_states.data_ptr(), "dq": dq.data_ptr(), "df": df.data_ptr(),
             "d_bound": _pointer(d_bounds), "length": plan.length, "heads": plan.heads, "chunks": plan.chunks,
             "reverse": scan.reverse, "scale": scan.scale, **_strides(q=scan.q, f=scan.f, v=scan.v, dy=dy),
         }  # fmt: skip
         self.arguments = BackwardArguments(
-            **shared, dv=dv.data_ptr(), d_final=_pointer(d_final), d_initial=_pointer(d_initial)
+            **shared,
+            num_spans=None if packed is None else packed.num_spans.data_ptr(),
+            dv=dv.data_ptr(),
+            d_final=_pointer(d_final),
+            d_initial=_pointer(d_initial),
         )
         self.rest = LeftOverArguments(**shared, batches=plan.batch)
 

@@ -8,7 +8,6 @@ struct LeftOverArguments {
     const void* dy;
     const float* bound;     // [H, K] or null
     const void* spans;      // PACKED: of each chunk, see chunk.cuh
-    const int* num_spans;   // PACKED: how many chunks there are
     const void* states;     // [B, part_chunks, G, V, K], before each chunk, K in the order of walk.cuh
     const void* d_states;   // [B, part_chunks, G, V, K], gradient of the state after it
     void* dq;               // [B, T, H, K]

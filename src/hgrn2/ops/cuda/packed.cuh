@@ -60,13 +60,16 @@ extern "C" __global__ void __launch_bounds__(PACKED_THREADS) cut_sequences(const
         before = all;
         __syncthreads();
     }
-    // before the first sequence and behind the last; boundaries that are right leave none
     auto clear = [&](i64 first, i64 end) {
         i64 row = a.heads * (ROW_BYTES / sizeof(int4));
         for (int i = 0; i < 3 && a.outputs[i]; i++)
             for (i64 at = first * row + thread; at < end * row; at += PACKED_THREADS)
                 ((int4*)a.outputs[i])[at] = make_int4(0, 0, 0, 0);
     };
-    clear(0, bound(0)), clear(bound(a.sequences), a.length);
-    if (thread == 0) *a.num_spans = before < a.most ? before : a.most;
+    // before the first sequence and behind the last: none if the boundaries are right; and if there is no room for all
+    // chunks, whose rows that would be is not asked
+    bool fits = before <= a.most;
+    clear(0, fits ? bound(0) : a.length);
+    if (fits) clear(bound(a.sequences), a.length);
+    if (thread == 0) *a.num_spans = fits ? before : a.most;
 }

@@ -8,7 +8,7 @@ WIDTH = 128  # K = V
 CHUNK = 64  # tokens
 # of an H100 or H200; on another chip a cut that fits less well is slower, not wrong
 MULTIPROCESSORS = 132
-# chunk states, and as many gradients of them, that are kept at a time in the backward pass: 64 MiB each
+# chunk states that are kept at a time in the backward pass, 64 MiB, with room for as many gradients of them
 STATES = 2048
 # shorter walks would spend their time on starting
 SHORTEST_WALK = 8
