@@ -163,7 +163,8 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
 typedef float Quarter[8][4];  // of 64 rows of V and 64 of K, as a product leaves its sums
 
 // Work that needs many registers, while the state is in shared memory: in the room of gates of the next chunk, which
-// nobody has asked for yet, and in that of the factor it will be.
+// nobody has asked for yet, and in that of the factor it will be. The chunk's number goes with it: what lives across such
+// work the compiler keeps in slow memory for every chunk, whichever way it goes.
 template <class Work>
 __device__ __forceinline__ void without_state(const Memory& m, int& chunk, Quarter& state, Work work) {
     u32 own = shared_address(m.lost()) + thread_index() * 4;
