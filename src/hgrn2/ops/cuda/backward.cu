@@ -6,8 +6,8 @@
 //     dV = K D + A^T dY      dQ = M (dY S^T) + dA K      dK = V D^T + dA^T Q      dS before = M (D + Q^T dY)
 //     dq = dQ e      dk = dK / e
 //     d log f_u = sum over t >= u of (Q dQ - K dK)_t + sum of (K dK from the state) + M sum_v S D
-// The difference of sums is exact to float32 rounding, because a pair of tokens enters both with the same rounded Q and
-// K. All this needs M and N to be above 2^-80; where they are not, dV goes through the joins of joins.cuh. There, and
+// The difference of sums is exact to float32 rounding of the chunk's largest, because a pair of tokens enters both with
+// the same rounded Q and K. All this needs M and N to be above 2^-80; where they are not, dV goes through the joins of joins.cuh. There, and
 // beside a lower bound where a gate is below 2^-13, the gradients of query and gate are left, by a flag and the
 // gradient of the state, to left_over.cu.
 //
