@@ -42,8 +42,7 @@ def fields_in_c(name: str, file: str) -> list[tuple[str, type]]:
     ("structure", "file"),
     [
         (launch.WalkArguments, "walk.cuh"),
-        (launch.BackwardArguments, "backward.cuh"),
-        (launch.LeftOverArguments, "left_over.cuh"),
+        (launch.BackwardArguments, "gradients.cuh"),
         (launch.BoundsArguments, "bounds.cuh"),
         (launch.CarryArguments, "carry.cuh"),
         (launch.PackedArguments, "packed.cuh"),

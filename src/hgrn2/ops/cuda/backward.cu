@@ -252,11 +252,7 @@ __device__ __forceinline__ void begin_scores(const Memory& m, const Product& p, 
     u64 left = factor(m.at(gradients ? AT_DY : AT_Q));
     u64 right = factor(m.at(gradients ? AT_V : AT_K) + 32 * (p.group & 1) * 128);
     products_begin();
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int depth = (i >> 2) * (PANEL_BYTES >> 4) + (i & 3) * (32 >> 4);
-        multiply_narrow<false, false>(sums, left + depth, right + depth, i > 0);
-    }
+    multiply_tiles(sums, left, right);
     products_commit();
 }
 

@@ -186,11 +186,7 @@ __device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slo
     float sums[4][4];
     u64 q = factor(m.tile(stage, 0)), k = factor(m.tile(stage, 1) + 32 * at.half * 128);
     products_begin();
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int depth = (i >> 2) * (PANEL_BYTES >> 4) + (i & 3) * (32 >> 4);
-        multiply_narrow<false, false>(sums, q + depth, k + depth, i > 0);
-    }
+    multiply_tiles(sums, q, k);
     products_commit();
     products_wait<0>();
     settle(sums);

@@ -23,10 +23,10 @@ SOURCES = {
         "carry.cuh", "packed.cuh", "walk.cu",
     ),
     "backward.cu": (
-        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "backward.cuh", "gates.cuh", "joins.cuh", "bounds.cuh",
-        "backward.cu",
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "gradients.cuh", "backward.cuh", "gates.cuh", "joins.cuh",
+        "bounds.cuh", "backward.cu",
     ),
-    "left_over.cu": ("instructions.cuh", "chunk.cuh", "left_over.cuh", "left_over.cu"),
+    "left_over.cu": ("instructions.cuh", "chunk.cuh", "gradients.cuh", "left_over.cuh", "left_over.cu"),
 }  # fmt: skip
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
@@ -56,22 +56,8 @@ class WalkArguments(ctypes.Structure):
     )
 
 
-class LeftOverArguments(ctypes.Structure):
-    """Argument of the kernel of left_over.cu, field by field as in left_over.cuh."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "spans")]
-        + [(name, ctypes.c_void_p) for name in ("states", "d_states", "dq", "df", "d_bound", "left_over")]
-        + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v", "dy") for axis in ("batch", "row", "head")]
-        + [("length", ctypes.c_longlong)]
-        + [(name, ctypes.c_int) for name in ("batches", "heads", "chunks", "first_head", "group")]
-        + [(name, ctypes.c_int) for name in ("first_chunk", "part_chunks", "reverse")]
-        + [("scale", ctypes.c_float)]
-    )
-
-
 class BackwardArguments(ctypes.Structure):
-    """Argument of backward_walk, field by field as in backward.cuh."""
+    """Argument of the kernels of backward.cu and left_over.cu, field by field as in gradients.cuh."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "spans", "num_spans")]
@@ -79,8 +65,8 @@ class BackwardArguments(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in ("d_final", "d_initial", "before", "after")]
         + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v", "dy") for axis in ("batch", "row", "head")]
         + [("length", ctypes.c_longlong)]
-        + [(name, ctypes.c_int) for name in ("heads", "chunks")]
-        + [(name, ctypes.c_int) for name in ("first_head", "first_chunk", "end_chunk", "segment_chunks")]
+        + [(name, ctypes.c_int) for name in ("batches", "heads", "chunks", "first_head", "group")]
+        + [(name, ctypes.c_int) for name in ("first_chunk", "end_chunk", "segment_chunks")]
         + [(f"before_{name}", ctypes.c_int) for name in ("segments", "segment", "heads", "head")]
         + [(name, ctypes.c_int) for name in ("part_chunks", "reverse")]
         + [("scale", ctypes.c_float)]
@@ -445,21 +431,15 @@ class _Gradients:
         scan, packed = plan.scan, plan.packed
         self.plan, self.walk = plan, _kernel("backward.cu", "backward_walk", scan)
         self.exact = _kernel("left_over.cu", "backward_left_over", scan)
-        shared = {
-            "q": scan.q.data_ptr(), "f": scan.f.data_ptr(), "v": scan.v.data_ptr(), "dy": dy.data_ptr(),
-            "bound": _pointer(scan.bound), "spans": None if packed is None else packed.spans.data_ptr(),
-            "states": states.data_ptr(), "d_states": d_states.data_ptr(), "dq": dq.data_ptr(), "df": df.data_ptr(),
-            "d_bound": _pointer(d_bounds), "length": plan.length, "heads": plan.heads, "chunks": plan.chunks,
-            "reverse": scan.reverse, "scale": scan.scale, **_strides(q=scan.q, f=scan.f, v=scan.v, dy=dy),
-        }  # fmt: skip
         self.arguments = BackwardArguments(
-            **shared,
+            q=scan.q.data_ptr(), f=scan.f.data_ptr(), v=scan.v.data_ptr(), dy=dy.data_ptr(),
+            bound=_pointer(scan.bound), spans=None if packed is None else packed.spans.data_ptr(),
             num_spans=None if packed is None else packed.num_spans.data_ptr(),
-            dv=dv.data_ptr(),
-            d_final=_pointer(d_final),
-            d_initial=_pointer(d_initial),
-        )
-        self.rest = LeftOverArguments(**shared, batches=plan.batch)
+            states=states.data_ptr(), d_states=d_states.data_ptr(), dq=dq.data_ptr(), df=df.data_ptr(),
+            dv=dv.data_ptr(), d_bound=_pointer(d_bounds), d_final=_pointer(d_final), d_initial=_pointer(d_initial),
+            length=plan.length, batches=plan.batch, heads=plan.heads, chunks=plan.chunks, reverse=scan.reverse,
+            scale=scan.scale, **_strides(q=scan.q, f=scan.f, v=scan.v, dy=dy),
+        )  # fmt: skip
 
     def launch(
         self, group: Group, part: Stretch, left_over: Tensor, before: Before | None, leaving: Tensor | None
@@ -473,8 +453,8 @@ class _Gradients:
             before: gradients of the states after the part's segments; None for zeros.
             leaving: [B, 1, G, K, V], room for the gradient of the state before the part, or None.
         """
-        plan, arguments, rest = self.plan, self.arguments, self.rest
-        arguments.first_head = group.first
+        plan, arguments = self.plan, self.arguments
+        arguments.first_head, arguments.group = group
         arguments.first_chunk, arguments.end_chunk, arguments.segment_chunks = part
         arguments.part_chunks, arguments.left_over = part.chunks, left_over.data_ptr()
         arguments.before = None if before is None else before.states.data_ptr()
@@ -483,9 +463,7 @@ class _Gradients:
             arguments.before_segment, arguments.before_head = before.segment, before.head
         arguments.after = _pointer(leaving)
         self.walk.launch((part.segments, group.count, plan.batch), arguments, plan.stream)
-        rest.first_head, rest.group = group
-        rest.first_chunk, rest.part_chunks, rest.left_over = part.first, part.chunks, left_over.data_ptr()
-        self.exact.launch((MULTIPROCESSORS, 1, 1), rest, plan.stream)
+        self.exact.launch((MULTIPROCESSORS, 1, 1), arguments, plan.stream)
 
 
 def _kernel(file: str, name: str, scan: Scan) -> compiler.Kernel:

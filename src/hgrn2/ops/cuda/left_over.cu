@@ -17,7 +17,7 @@ constexpr float SMALLEST_DECAY = 1e-30f;
 // 8 tokens of two channels
 typedef float Eight[8][2];
 
-__device__ __forceinline__ void open_eight(const LeftOverArguments& a, const Columns& columns, float2 beta, int left,
+__device__ __forceinline__ void open_eight(const BackwardArguments& a, const Columns& columns, float2 beta, int left,
                                            Eight& f, Eight& k, Eight& q) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -187,7 +187,7 @@ __device__ __forceinline__ void join_pairs(char* shared, const Columns& columns,
 }
 
 // One piece of what was left over
-__device__ __forceinline__ void exact_gradients(const LeftOverArguments& a, const Piece& p, char* shared) {
+__device__ __forceinline__ void exact_gradients(const BackwardArguments& a, const Piece& p, char* shared) {
     u32 base = shared_address(shared);
     int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
     int head = a.first_head + p.local, left = p.span.left;
@@ -298,7 +298,7 @@ __device__ __forceinline__ void exact_gradients(const LeftOverArguments& a, cons
 
 // Programs, of any number, share out the flags.
 extern "C" __global__ void __launch_bounds__(256, 1) backward_left_over(
-    const __grid_constant__ LeftOverArguments a) {
+    const __grid_constant__ BackwardArguments a) {
     extern __shared__ __align__(1024) char shared[];
     i64 pieces = (i64)a.batches * a.part_chunks * a.group * 2;
     for (i64 first = blockIdx.x; first < pieces; first += 32 * gridDim.x) {

@@ -1,29 +1,7 @@
-// What left_over.cu works with: its argument, what it reads, and the products with values. A program works on one half of
+// What left_over.cu works with: what it reads, and the products with values. A program works on one half of
 // the channels of one head in one chunk at a time.
 
-struct LeftOverArguments {
-    const void* q;
-    const void* f;
-    const void* v;
-    const void* dy;
-    const float* bound;     // [H, K] or null
-    const void* spans;      // PACKED: of each chunk, see chunk.cuh
-    const void* states;     // [B, part_chunks, G, V, K], before each chunk, K in the order of walk.cuh
-    const void* d_states;   // [B, part_chunks, G, V, K], gradient of the state after it
-    void* dq;               // [B, T, H, K]
-    void* df;               // [B, T, H, K]
-    float* d_bound;         // [B, chunks, H, K] or null
-    const int* left_over;   // [B, part_chunks, G, 2]: 1 where the work was left to this kernel
-    i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head, dy_batch, dy_row, dy_head;
-    i64 length;
-    int batches, heads, chunks;             // B, H, and chunks of a sequence
-    int first_head, group;                  // heads that are worked on: the first, and how many, G
-    int first_chunk, part_chunks, reverse;  // likewise chunks of each sequence
-    float scale;
-};
-
 constexpr int HALF = 64;
-constexpr int GROUPS = 8;  // of 8 tokens, one a warp
 constexpr int SMALL_BYTES = CHUNK * HALF * 2;
 constexpr int SUM_ROW = HALF + 8;  // padded, so that fragments' rows lie in different banks
 
@@ -37,13 +15,6 @@ constexpr int AT_DQ = 0, AT_DK = SUMS_BYTES;
 constexpr int AT_Q = AT_DY + TILE_BYTES, AT_Z = AT_Q + SMALL_BYTES, AT_SCALED_Q = AT_Z + SMALL_BYTES;
 constexpr int AT_SCALED_K = AT_SCALED_Q + SMALL_BYTES, AT_SCORES = AT_SCALED_K + SMALL_BYTES;
 constexpr int AT_GROUPS = AT_SCORES + SMALL_BYTES, AT_STATES = AT_GROUPS + GROUPS * HALF * 4;
-constexpr u32 ONES = BFLOAT16 ? 0x3f803f80u : 0x3c003c00u;
-
-__device__ __forceinline__ float2 load_pair(u32 address) {
-    float2 r;
-    unpack(load_shared(address), r.x, r.y);
-    return r;
-}
 
 // One half of the channels of one head in one chunk
 struct Piece {
@@ -53,7 +24,7 @@ struct Piece {
 };
 
 // Reads rows of q and f, which come first, then of the states, v and dy. Of a row that does not exist nothing is read.
-__device__ __forceinline__ void fetch(const LeftOverArguments& a, const Piece& p, u32 base) {
+__device__ __forceinline__ void fetch(const BackwardArguments& a, const Piece& p, u32 base) {
     int head = a.first_head + p.local, left = p.span.left;
     int row = threadIdx.x >> 3, piece = threadIdx.x & 7, sign = a.reverse ? -1 : 1;
     u32 to = base + narrow_place(row, piece);

@@ -17,3 +17,11 @@ __device__ __forceinline__ u64 factor(u32 address) {
     return (u64)(address >> 4) | (u64)(PANEL_BYTES >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
+// a b^T over all 128 columns of a tile of 64 rows and of 32 rows of another
+__device__ __forceinline__ void multiply_tiles(float (&sums)[4][4], u64 a, u64 b) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int depth = (i >> 2) * (PANEL_BYTES >> 4) + (i & 3) * (32 >> 4);
+        multiply_narrow<false, false>(sums, a + depth, b + depth, i > 0);
+    }
+}
