@@ -12,15 +12,8 @@ from pathlib import Path
 
 import torch
 
-from hgrn2.ops.cuda import launch
+from hgrn2.ops.cuda import kernels
 
-KERNELS = {
-    "walk.cu": (
-        "forward_outputs", "forward_summaries", "forward_states", "backward_summaries", "carry_states", "cut_sequences",
-    ),
-    "backward.cu": ("backward_walk", "sum_bounds"),
-    "left_over.cu": ("backward_left_over",),
-}  # fmt: skip
 # sums of products are rounded twice, as written; a variable of the thread for what a program shares
 OPTIONS = (
     "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-extern-tls-init", "-fno-gnu-unique", "-fPIC",
@@ -64,22 +57,21 @@ class Emulator:
 
     Attributes:
         seed: decides in which order things happen that have none.
-        launched: names of the kernels asked for.
+        made: names of the kernels asked for.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.seed = folder, 0
-        self.launched: set[str] = set()
+        self.made: set[str] = set()
         self._library = functools.cache(self._build)
 
-    def compiled(
-        self, file: str, name: str, dtype: torch.dtype, q_activation: str, packed: bool, device: int | None
-    ) -> Kernel:
-        """A kernel of hgrn2.ops.cuda; in place of `launch._compiled`."""
-        activation = launch.Q_ACTIVATIONS.index(q_activation)
+    def compiled(self, name: str, dtype: torch.dtype, q_activation: str, packed: bool, device: int | None) -> Kernel:
+        """A kernel of hgrn2.ops.cuda; in place of `kernels.compiled`."""
+        activation = kernels.Q_ACTIVATIONS.index(q_activation)
         settings = {"BFLOAT16": int(dtype == torch.bfloat16), "Q_ACTIVATION": activation, "PACKED": int(packed)}
-        self.launched.add(name)
-        return self.kernel(_source(file), KERNELS[file], name, settings, *launch._resources(name))
+        (file,) = (file for file, names in kernels.KERNELS.items() if name in names)
+        self.made.add(name)
+        return self.kernel(_source(file), kernels.KERNELS[file], name, settings, *kernels.resources(name))
 
     def kernel(
         self, source: str, names: tuple[str, ...], name: str, settings: dict[str, int], shared_bytes: int, threads: int
@@ -111,6 +103,6 @@ class Emulator:
 
 @functools.cache
 def _source(file: str) -> str:
-    folder = Path(launch.__file__).parent
-    parts = [part for part in launch.SOURCES[file] if part != _REPLACED]
+    folder = Path(kernels.__file__).parent
+    parts = [part for part in kernels.SOURCES[file] if part != _REPLACED]
     return "".join((folder / part).read_text(encoding="utf-8") for part in parts)

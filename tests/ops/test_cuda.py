@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hgrn2.ops.cuda import compiler, launch, plan
+from hgrn2.ops.cuda import arguments, compiler, kernels, launch, plan
 
-SOURCES = Path(launch.__file__).parent
+SOURCES = Path(kernels.__file__).parent
 # C's names of ctypes' types; a pointer is one whatever it points to
 C_TYPES = {"i64": ctypes.c_longlong, "int": ctypes.c_int, "float": ctypes.c_float}
 
@@ -41,11 +41,11 @@ def fields_in_c(name: str, file: str) -> list[tuple[str, type]]:
 @pytest.mark.parametrize(
     ("structure", "file"),
     [
-        (launch.WalkArguments, "walk.cuh"),
-        (launch.BackwardArguments, "gradients.cuh"),
-        (launch.BoundsArguments, "bounds.cuh"),
-        (launch.CarryArguments, "carry.cuh"),
-        (launch.PackedArguments, "packed.cuh"),
+        (arguments.WalkArguments, "walk.cuh"),
+        (arguments.BackwardArguments, "gradients.cuh"),
+        (arguments.BoundsArguments, "bounds.cuh"),
+        (arguments.CarryArguments, "carry.cuh"),
+        (arguments.PackedArguments, "packed.cuh"),
     ],
 )
 def test_arguments_are_laid_out_as_in_c(structure, file):
@@ -58,7 +58,7 @@ def test_arguments_are_laid_out_as_in_c(structure, file):
 def test_the_kernels_compile(name, bfloat16, q_activation, packed):
     options = ("-arch=sm_90a", "--std=c++17", "-default-device")
     settings = (f"-DBFLOAT16={bfloat16}", f"-DQ_ACTIVATION={q_activation}", f"-DPACKED={packed}")
-    assert compiler._compile(launch._source(name), (*options, *settings))
+    assert compiler._compile(kernels.source(name), (*options, *settings))
 
 
 @needs_compiler
@@ -67,33 +67,27 @@ def test_what_does_not_compile_says_why():
         compiler._compile("nonsense;", ("-arch=sm_90a",))
 
 
-def meta_scan(batch, length, heads, num_packed=0):
-    q = torch.empty(batch, length, heads, plan.WIDTH, dtype=torch.bfloat16, device="meta")
-    cu_seqlens = torch.empty(num_packed + 1, dtype=torch.int32, device="meta") if num_packed else None
-    return launch.Scan(q, q, q, None, None, cu_seqlens, False, 1.0, "silu")
-
-
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2048, 8192, 32768, 131072, 1 << 20])
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 16), (2, 7), (4, 16), (16, 16), (33, 20), (300, 2)])
 def test_the_plan_covers_every_chunk_and_head(batch, heads, length):
     chunks, coarse = plan.num_chunks(length), plan.coarse_chunks(batch, length, heads)
-    cut = launch.Plan(meta_scan(batch, length, heads), coarse)
+    cut = plan.Plan(batch, length, heads, coarse)
     assert [h for group in cut.groups for h in range(group.first, group.first + group.count)] == list(range(heads))
     # the room of the first group, and of the first part in time, is that of all
     assert max(group.count for group in cut.groups) == cut.groups[0].count
-    parts = cut.parts()
+    parts = cut.parts
     assert max(part.chunks for part in parts) == parts[-1].chunks
     assert [c for part in reversed(parts) for c in range(part.first, part.end)] == list(range(chunks))
     rows = batch * cut.groups[0].count
     states = rows * parts[-1].chunks
     assert states <= plan.STATES or parts[-1].chunks <= plan.SHORTEST_WALK
-    for stretch in (*parts, cut.whole()):
+    for stretch in (*parts, cut.whole):
         assert (stretch.segments - 1) * stretch.segment < stretch.chunks <= stretch.segments * stretch.segment
     # one wave of programs, if there are so few rows
     assert all(part.segments == 1 or part.segments * rows <= plan.MULTIPROCESSORS for part in parts)
     # the forward pass keeps the state that each segment of each part begins with
     begins = [part.first + i * part.segment for part in parts for i in range(part.segments)]
-    assert sorted(begins) == [coarse * i for i in range(cut.coarse_shape()[1] + 1)]
+    assert sorted(begins) == [coarse * i for i in range(cut.pieces + 1)]
 
 
 def test_nothing_to_keep_without_a_gradient():

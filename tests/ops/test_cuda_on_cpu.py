@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgrn2.ops import hgrn2_scan
 from hgrn2.ops import scan as scan_module
-from hgrn2.ops.cuda import compiler, launch, plan
+from hgrn2.ops.cuda import kernels as cuda_kernels
+from hgrn2.ops.cuda import launch, plan, recipe
 from tests.numerics import assert_close, assert_equal, assert_no_worse, run
 from tests.ops.cuda_emulator import Emulator
 from tests.ops.scan_cases import honest, spread, tied_inputs
@@ -34,12 +35,15 @@ def emulator(tmp_path_factory):
 @pytest.fixture
 def kernels(emulator, monkeypatch):
     """Tensors of the CPU go to the CUDA kernels."""
-    monkeypatch.setattr(launch, "_compiled", emulator.compiled)
-    monkeypatch.setattr(compiler, "current_stream", lambda: 0)
+    monkeypatch.setattr(cuda_kernels, "compiled", emulator.compiled)
+    monkeypatch.setattr(recipe, "current_stream", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(scan_module, "_resolve", lambda backend, *_: "cuda" if backend == "auto" else backend)
     monkeypatch.setattr(emulator, "seed", 0)
-    emulator.launched.clear()
+    emulator.made.clear()
+    # they were made with the numbers of another test
+    for recipes in (launch._forward_recipe, launch._backward_recipe):
+        recipes.cache_clear()
     return emulator
 
 
@@ -88,7 +92,8 @@ def test_matches_the_oracle(kernels, case):
     assert_no_worse(run(hgrn2_scan, inputs, **settings), rival, wanted)
 
 
-# multiprocessors, states kept at a time, shortest walk; the launches that tell which way was gone
+# multiprocessors (and programs of the exact gradients, which then have several chunks each), states kept at a time,
+# shortest walk; the launches that tell which way was gone
 CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132, 2048, 8, {"carry_states"})]
 
 
@@ -98,12 +103,10 @@ CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132
 def test_however_the_work_is_cut(kernels, monkeypatch, cut, shift, packed):
     for name, number in zip(("MULTIPROCESSORS", "STATES", "SHORTEST_WALK"), cut, strict=False):
         monkeypatch.setattr(plan, name, number)
-    # programs of the exact gradients then have several chunks each
-    monkeypatch.setattr(launch, "MULTIPROCESSORS", cut[0])
     case = Case(300, heads=2, shift=shift, cu_seqlens=(0, 70, 70, 300) if packed else None)
     inputs = case.inputs()
     assert_close(run(hgrn2_scan, inputs), exact(inputs), 5e-3)
-    assert kernels.launched & {"carry_states"} == cut[-1]
+    assert kernels.made & {"carry_states"} == cut[-1]
 
 
 @pytest.mark.parametrize("shift", [0.0, "wild"])
@@ -189,6 +192,19 @@ def test_activations(kernels, activation):
     assert_close(found, wanted, 5e-3)
 
 
+def test_calls_that_differ_share_no_recipe(kernels):
+    inputs = Case(70).inputs()
+    other_scale, without_bound, without_state = {"scale": 0.3}, {"lower_bound": None}, {"initial_state": None}
+    apart = {"f": torch.stack((inputs["f"], inputs["f"]), 2).flatten(2, 3)[:, :, :1]}
+    whole = Case(70, cu_seqlens=(0, 70)).inputs()
+    calls = [(inputs, {}), (inputs, other_scale), (inputs | without_bound, {}), (inputs | without_state, {})]
+    calls += [(inputs | apart, {}), (inputs, {"reverse": True}), (inputs, {"q_activation": "none"}), (whole, {})]
+    for given, settings in (*calls, calls[0]):
+        assert_close(run(hgrn2_scan, given, **settings), exact(given, **settings), 5e-3)
+    # the first call's was there when it came again
+    assert launch._forward_recipe.cache_info()[:2] == launch._backward_recipe.cache_info()[:2] == (1, len(calls))
+
+
 def test_strided_inputs(kernels):
     # slices of one projection, whose rows begin at multiples of 16 bytes, and at none
     for shift in (0, 1):
@@ -227,7 +243,16 @@ def test_boundaries_that_do_not_fit_touch_no_other_memory(kernels, monkeypatch, 
         made.append((whole, size))
         return whole[:size].view(shape)
 
+    def alone(self, num_bytes, zeros=False, room=recipe.Recipe.room):
+        """A room that is memory of its own."""
+        if zeros:
+            return room(self, num_bytes, zeros)
+        name = f"room {len(self._sizes)}"
+        self._sizes[name] = num_bytes
+        return recipe.Place(name)
+
     monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(recipe.Recipe, "room", alone)
     # on a GPU nobody waits to look at values
     monkeypatch.setattr(scan_module, "_values_are_at_hand", lambda *_: False)
     found = run(hgrn2_scan, inputs)
@@ -288,8 +313,8 @@ def test_sequences_beside_each_other_change_no_bit(kernels, monkeypatch):
 
 def test_no_coarse_states_without_a_gradient(kernels):
     hgrn2_scan(**Case().inputs())
-    assert "forward_outputs" in kernels.launched
-    assert not any(name.startswith("backward") for name in kernels.launched)
+    assert "forward_outputs" in kernels.made
+    assert not any(name.startswith("backward") for name in kernels.made)
 
 
 # a program of 64 threads: what it does, what of that makes it right, and which thread's number each one gets

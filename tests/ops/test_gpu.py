@@ -24,8 +24,10 @@ import torch
 
 from hgrn2 import HGRN2LM, presets
 from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, resolve_backend
-from hgrn2.ops.cuda import launch
-from hgrn2.ops.cuda.plan import CHUNK
+from hgrn2.ops.cuda.arguments import PackedArguments
+from hgrn2.ops.cuda.kernels import compiled as cuda_kernel
+from hgrn2.ops.cuda.plan import CHUNK, num_chunks
+from hgrn2.ops.cuda.recipe import NOWHERE, Place, Recipe
 from tests.numerics import EXTREME_RMS, assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.scan_cases import BY_TOKEN, decays, free_inputs, honest, slow, spread, tied_inputs
 
@@ -408,12 +410,17 @@ MANY = torch.randint(0, 300, (5000,), generator=torch.Generator().manual_seed(0)
 )  # fmt: skip
 def test_spans_of_packed_sequences(bounds, dtype, reverse):
     length = 200 if len(bounds) < 20 else bounds[-1]
-    q = torch.empty(1, length, 1, 128, dtype=torch.bfloat16, device="cuda")
-    cu_seqlens = torch.tensor(bounds, dtype=dtype, device="cuda")
-    scan = launch.Scan(q, q, q, None, None, cu_seqlens, reverse, 1.0, "silu")
-    packed = launch.Plan(scan, 0).packed
-    assert packed is not None
-    spans = packed.spans[: int(packed.num_spans)].tolist()
+    sequences, cu_seqlens = len(bounds) - 1, torch.tensor(bounds, dtype=dtype, device="cuda")
+    most = num_chunks(length, sequences)
+    found, num_spans = torch.empty(most, 4, dtype=torch.int32, device="cuda"), torch.empty(1, dtype=torch.int32).cuda()
+    one = Recipe(lambda name: cuda_kernel(name, torch.bfloat16, "silu", True, 0))
+    arguments = PackedArguments(
+        length=length, sequences=sequences, most=most, heads=1, wide=dtype == torch.int64, reverse=reverse
+    )
+    places = [Place(name) for name in ("cu_seqlens", "spans", "num_spans")] + [NOWHERE] * PackedArguments.OUTPUTS
+    one.launch("cut_sequences", (1, 1, 1), arguments, *places)
+    one.run(cu_seqlens.device, cu_seqlens=cu_seqlens, spans=found, num_spans=num_spans)
+    spans = found[: int(num_spans)].tolist()
     rows, expected = [], []
     for row, left, sequence, ends in spans:
         count = min(left, CHUNK)

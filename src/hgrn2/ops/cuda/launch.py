@@ -1,143 +1,36 @@
-"""Which calls the CUDA kernels take, and how they are launched."""
+"""The scan by way of the CUDA kernels: which are launched, and with what."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hgrn2.ops.cuda import compiler
-from hgrn2.ops.cuda.plan import CHUNK, MULTIPROCESSORS, WIDTH, coarse_pieces, num_chunks, passes, segment_chunks
+from hgrn2.ops.cuda import kernels, plan
+from hgrn2.ops.cuda.arguments import (
+    BackwardArguments,
+    BoundsArguments,
+    CarryArguments,
+    PackedArguments,
+    WalkArguments,
+)
+from hgrn2.ops.cuda.plan import WIDTH, Group, Plan, Stretch
+from hgrn2.ops.cuda.recipe import NOWHERE, Place, Recipe
 
-THREADS, LEFT_OVER_THREADS, CARRY_THREADS = 512, 256, 128
-PACKED_THREADS, BOUNDS_THREADS = 1024, 1024
-# what each file of kernels is compiled with, in the order in which one needs the other
-SOURCES = {
-    "walk.cu": (
-        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh",
-        "carry.cuh", "packed.cuh", "walk.cu",
-    ),
-    "backward.cu": (
-        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "gradients.cuh", "backward.cuh", "gates.cuh", "joins.cuh",
-        "bounds.cuh", "backward.cu",
-    ),
-    "left_over.cu": ("instructions.cuh", "chunk.cuh", "gradients.cuh", "left_over.cuh", "left_over.cu"),
-}  # fmt: skip
-Q_ACTIVATIONS = ("none", "silu", "sigmoid")
-_TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
-_WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 14 * WIDTH * 4 + 2 * 4
 # between the tokens of an input: backward.cu counts bytes across four of them in 32 bits
 MOST_ROW_BYTES = 2**29
 # elements of a state that a thread carries
 _CARRIED = 4
-_BACKWARD_SHARED = 12 * _TILE_BYTES + 3 * _SCORE_BYTES + (4 + 2 * 8) * WIDTH * 4
-_LEFT_OVER_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 4) * _HALF * 4
-_BOUNDS_SHARED = BOUNDS_THREADS // (WIDTH // 4) * WIDTH * 4
+_STATE = WIDTH * WIDTH
+_FLOAT32, _INT32, _SPAN = 4, 4, 16  # bytes
+# recipes that are kept: of lengths that are never the same, the latest
+_RECIPES = 256
 
 
-class WalkArguments(ctypes.Structure):
-    """Argument of the kernels of walk.cu, field by field as in walk.cuh."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "bound", "spans", "num_spans", "y", "initial", "final")]
-        + [(name, ctypes.c_void_p) for name in ("before", "update", "decay", "coarse", "kept")]
-        + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v") for axis in ("batch", "row", "head")]
-        + [("length", ctypes.c_longlong)]
-        + [(name, ctypes.c_int) for name in ("heads", "first_head", "first_chunk", "end_chunk")]
-        + [(name, ctypes.c_int) for name in ("segments", "segment_chunks")]
-        + [(f"before_{name}", ctypes.c_int) for name in ("segments", "segment", "heads", "head")]
-        + [(name, ctypes.c_int) for name in ("coarse_chunks", "pieces", "kept_chunks", "reverse")]
-        + [("scale", ctypes.c_float)]
-    )
-
-
-class BackwardArguments(ctypes.Structure):
-    """Argument of the kernels of backward.cu and left_over.cu, field by field as in gradients.cuh."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "f", "v", "dy", "bound", "spans", "num_spans")]
-        + [(name, ctypes.c_void_p) for name in ("states", "d_states", "dq", "df", "dv", "d_bound", "left_over")]
-        + [(name, ctypes.c_void_p) for name in ("d_final", "d_initial", "before", "after")]
-        + [(f"{x}_{axis}", ctypes.c_longlong) for x in ("q", "f", "v", "dy") for axis in ("batch", "row", "head")]
-        + [("length", ctypes.c_longlong)]
-        + [(name, ctypes.c_int) for name in ("batches", "heads", "chunks", "first_head", "group")]
-        + [(name, ctypes.c_int) for name in ("first_chunk", "end_chunk", "segment_chunks")]
-        + [(f"before_{name}", ctypes.c_int) for name in ("segments", "segment", "heads", "head")]
-        + [(name, ctypes.c_int) for name in ("part_chunks", "reverse")]
-        + [("scale", ctypes.c_float)]
-    )
-
-
-class CarryArguments(ctypes.Structure):
-    """Argument of the kernel of carry.cuh, field by field as there."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("update", "decay")),
-        *((name, ctypes.c_int) for name in ("segments", "back")),
-    )
-
-
-class BoundsArguments(ctypes.Structure):
-    """Argument of the kernel of bounds.cuh, field by field as there."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("parts", "sum")),
-        ("rows", ctypes.c_longlong),
-        ("heads", ctypes.c_int),
-    )
-
-
-class PackedArguments(ctypes.Structure):
-    """Argument of the kernel of packed.cuh, field by field as there."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("cu_seqlens", "spans", "num_spans")),
-        ("outputs", ctypes.c_void_p * 3),
-        ("length", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("sequences", "most", "heads", "wide", "reverse")),
-    )
-
-
-class Group(NamedTuple):
-    """Heads that are worked on together."""
-
-    first: int
-    count: int
-
-
-class Stretch(NamedTuple):
-    """Chunks of every sequence that are worked on together: from the first to before `end`, in segments."""
-
-    first: int
-    end: int
-    segment: int
-
-    @property
-    def chunks(self) -> int:
-        """How many there are."""
-        return self.end - self.first
-
-    @property
-    def segments(self) -> int:
-        """How many segments."""
-        return -(-self.chunks // self.segment)
-
-
-class Before(NamedTuple):
-    """States before segments: [B, pieces, heads, K, V], and which of them are those of a launch's first."""
-
-    states: Tensor
-    segment: int = 0
-    head: int = 0
-
-
-@dataclass(frozen=True)
-class Scan:
+class Scan(NamedTuple):
     """A call of `hgrn2.ops.hgrn2_scan` that `resolve_backend` gives to these kernels.
 
     Attributes:
@@ -164,10 +57,19 @@ class Scan:
 
     def aligned(self) -> Scan:
         """The same, to be read 16 bytes at a time; what the kernels know no strides of is contiguous."""
-        q, f, v = (_aligned(x) for x in (self.q, self.f, self.v))
+        q, f, v = _aligned(self.q), _aligned(self.f), _aligned(self.v)
         bound = None if self.bound is None else _aligned(self.bound.contiguous())
         state, cu_seqlens = (None if x is None else x.contiguous() for x in (self.initial_state, self.cu_seqlens))
-        return replace(self, q=q, f=f, v=v, bound=bound, initial_state=state, cu_seqlens=cu_seqlens)
+        return self._replace(q=q, f=f, v=v, bound=bound, initial_state=state, cu_seqlens=cu_seqlens)
+
+    def form(self, coarse: int) -> Form:
+        """What this call, aligned, has in common with others; chunks between the states the forward pass keeps."""
+        q, cu_seqlens = self.q, self.cu_seqlens
+        packed = None if cu_seqlens is None else (cu_seqlens.shape[0] - 1, cu_seqlens.dtype == torch.int64)
+        return Form(
+            q.shape, (q.stride(), self.f.stride(), self.v.stride()), q.dtype, q.device.index, self.bound is not None,
+            self.initial_state is not None, packed, self.reverse, self.scale, self.q_activation, coarse,
+        )  # fmt: skip
 
     def new_states(self, known: Tensor | None) -> Tensor:
         """Room for the states of all sequences; one that is packed and empty has the known one, or zeros."""
@@ -178,78 +80,54 @@ class Scan:
         return states if make is torch.empty or known is None else states.copy_(known)
 
 
-class Plan:
-    """How the work of a call is cut.
+class Form(NamedTuple):
+    """All of a call but where its tensors lie: what decides which kernels are launched, and with which numbers.
 
     Attributes:
-        scan: the call, aligned.
-        batch: B, likewise length T, heads H, and num_packed N of packed sequences, else 0.
-        chunks: of a sequence; of packed ones together, at most.
-        passes: of the backward pass.
-        groups: heads of each pass.
+        shape: of q.
+        strides: of q, f and v.
+        dtype: of q, f and v.
+        device: its index.
+        has_bound: whether there is a lower bound.
+        has_initial: whether there is an initial state.
+        packed: of packed sequences how many there are, and whether their boundaries have 8 bytes; else None.
+        reverse: as in `Scan`.
+        scale: as in `Scan`.
+        q_activation: as in `Scan`.
         coarse: chunks between the states that the forward pass keeps; 0 where it keeps none.
-        outputs: at most three, a row for each of the inputs.
     """
 
-    def __init__(self, scan: Scan, coarse: int, *outputs: Tensor):
-        self.scan, self.coarse, self.outputs = scan, coarse, outputs
-        self.batch, self.length, self.heads, _ = scan.q.shape
-        self.num_packed = 0 if scan.cu_seqlens is None else scan.cu_seqlens.shape[0] - 1
-        self.chunks = num_chunks(self.length, self.num_packed)
-        self.passes = passes(self.batch, self.chunks, self.heads)
-        size = self.passes.heads
-        self.groups = [Group(h, min(size, self.heads - h)) for h in range(0, self.heads, size)]
-
-    @functools.cached_property
-    def packed(self) -> _Packed | None:
-        """Where packed sequences and their chunks lie; found on the device, which clears outputs of no sequence."""
-        return None if self.scan.cu_seqlens is None else _Packed(self)
-
-    @functools.cached_property
-    def stream(self) -> int:
-        """The stream of all launches; asked for once, with the call's device current."""
-        return compiler.current_stream()
-
-    def coarse_shape(self) -> tuple[int, ...]:
-        """Shape of the states that the forward pass keeps."""
-        return coarse_shape(self.batch, self.length, self.heads, self.coarse, self.num_packed)
-
-    def whole(self) -> Stretch:
-        """All chunks, in segments that keep the chip busy."""
-        return Stretch(0, self.chunks, segment_chunks(self.batch * self.heads, self.chunks))
-
-    def parts(self) -> list[Stretch]:
-        """The parts of the backward pass, from the last to the first."""
-        size = self.passes.part
-        starts = range(0, self.chunks, size)
-        return [Stretch(at, min(at + size, self.chunks), self.passes.coarse) for at in reversed(starts)]
+    shape: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    device: int
+    has_bound: bool
+    has_initial: bool
+    packed: tuple[int, bool] | None
+    reverse: bool
+    scale: float
+    q_activation: str
+    coarse: int
 
 
-class _Packed:
-    """Chunks of packed sequences.
+class _Before(NamedTuple):
+    """States before segments, [B, segments, heads, K, V], and which of them are those of a launch's first."""
 
-    Attributes:
-        spans: [chunks, 4] int32, of each: row of its first token in time, tokens to its sequence's end, its sequence,
-            and whether it is the sequence's first (1) or last (2).
-        num_spans: [1] int32, how many there are.
-    """
+    states: Place
+    segments: int
+    heads: int
+    segment: int = 0
+    head: int = 0
 
-    def __init__(self, plan: Plan):
-        scan = plan.scan
-        assert scan.cu_seqlens is not None
-        make = functools.partial(torch.empty, dtype=torch.int32, device=scan.q.device)
-        self.spans, self.num_spans = make((plan.chunks, 4)), make(1)
-        arguments = PackedArguments(
-            scan.cu_seqlens.data_ptr(), self.spans.data_ptr(), self.num_spans.data_ptr(),
-            tuple(x.data_ptr() for x in plan.outputs), plan.length, plan.num_packed, plan.chunks, plan.heads,
-            scan.cu_seqlens.dtype == torch.int64, scan.reverse,
-        )  # fmt: skip
-        _kernel("walk.cu", "cut_sequences", scan).launch((1, 1, 1), arguments, plan.stream)
+    def fields(self) -> dict[str, int]:
+        """As the kernels are told."""
+        names = ("segments", "heads", "segment", "head")
+        return {f"before_{name}": getattr(self, name) for name in names}
 
 
 def coarse_shape(batch: int, length: int, heads: int, coarse: int, num_packed: int = 0) -> tuple[int, ...]:
     """Shape of the states that `forward` keeps with a distance of `coarse` chunks."""
-    return (batch, coarse_pieces(length, coarse, num_packed), heads, WIDTH, WIDTH)
+    return (batch, plan.coarse_pieces(length, coarse, num_packed), heads, WIDTH, WIDTH)
 
 
 def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,20 +141,16 @@ def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
         y [B, T, H, V], the final state [N, H, K, V], float32, and states on the way [B, pieces, H, K, V], float32.
     """
     scan = scan.aligned()
+    form = scan.form(coarse)
     y, final = _new_like(scan.v), scan.new_states(scan.initial_state)
-    plan, device = Plan(scan, coarse, y), scan.q.device
-    states = torch.empty(plan.coarse_shape(), dtype=torch.float32, device=device)
-    if not y.numel():
-        return y, final, states
-    group, stretch = Group(0, plan.heads), plan.whole()
-    with torch.cuda.device(device):
-        before = None
-        if stretch.segments > 1:
-            summaries = _Walk(plan, "forward_summaries", scan.v, scan.initial_state)
-            before = Before(_states_before_segments(summaries, group, stretch, back=False))
-        kept = states if states.numel() else None
-        outputs = _Walk(plan, "forward_outputs", scan.v, scan.initial_state, y=y, final=final, coarse=kept)
-        outputs.launch(group, stretch, before)
+    (batch, length, heads, _), num_packed = form.shape, form.packed[0] if form.packed else 0
+    shape = coarse_shape(batch, length, heads, coarse, num_packed)
+    states = torch.empty(shape, dtype=torch.float32, device=scan.q.device)
+    if y.numel():
+        _forward_recipe(form).run(
+            scan.q.device, q=scan.q, f=scan.f, v=scan.v, bound=scan.bound, initial=scan.initial_state,
+            cu_seqlens=scan.cu_seqlens, y=y, final=final, states=states,
+        )  # fmt: skip
     return y, final, states
 
 
@@ -298,229 +172,210 @@ def backward(
     scan, dy = scan.aligned(), _aligned(dy)
     d_final = None if d_final is None else d_final.contiguous()
     dq, df, dv = (_new_like(x) for x in (scan.q, scan.f, scan.v))
-    plan, device = Plan(scan, coarse, dq, df, dv), scan.q.device
-    assert coarse == plan.passes.coarse, f"states every {coarse} chunks; wanted {plan.passes.coarse}"
-    d_bound = None if scan.bound is None else torch.empty((plan.heads, WIDTH), dtype=torch.float32, device=device)
     d_initial = None if scan.initial_state is None else scan.new_states(d_final)
-    if not dq.numel():
-        return dq, df, dv, None if d_bound is None else d_bound.zero_(), d_initial
-    # packed sequences may have fewer chunks: nobody writes the rest, which is summed and carried like all
-    make = torch.empty if scan.cu_seqlens is None else torch.zeros
-    # of each chunk
-    shape = (plan.batch * plan.chunks, plan.heads, WIDTH)
-    d_bounds = None if d_bound is None else make(shape, dtype=torch.float32, device=device)
-    # every group and part in the room of the largest
-    parts, size = plan.parts(), plan.passes.heads
-    shape = (plan.batch * parts[-1].chunks, size, WIDTH, WIDTH)
-    kept, d_kept = (torch.empty(shape, dtype=scan.q.dtype, device=device) for _ in range(2))
-    left_over = torch.zeros((len(plan.groups), len(parts), *shape[:2], 2), dtype=torch.int32, device=device)
-    initial = scan.initial_state
-    with torch.cuda.device(device):
-        states_walk = _Walk(plan, "forward_states", scan.v, initial, kept=kept)
-        summaries = _Walk(plan, "backward_summaries", dy, d_final)
-        gradients = _Gradients(plan, dy, kept, d_kept, dq, df, dv, d_bounds, d_final, d_initial)
-        for group, flags in zip(plan.groups, left_over, strict=True):
-            after = carried = None
-            if parts[-1].segments > 1:
-                every = Stretch(0, plan.chunks, coarse)
-                after = _states_before_segments(summaries, group, every, back=True)
-            elif len(parts) > 1:
-                # from part to part; a sequence's own end takes its place where one ends
-                carried = make((plan.batch, 1, group.count, WIDTH, WIDTH), dtype=torch.float32, device=device)
-            for part, part_flags in zip(parts, flags, strict=True):
-                first = part.first // coarse
-                states_walk.launch(group, part, Before(states, first - 1, group.first) if states.numel() else None)
-                known = None if carried is None else Before(carried)
-                gradients.launch(group, part, part_flags, known if after is None else Before(after, first), carried)
-        if d_bounds is not None and d_bound is not None:
-            arguments = BoundsArguments(d_bounds.data_ptr(), d_bound.data_ptr(), d_bounds.shape[0], plan.heads)
-            _kernel("backward.cu", "sum_bounds", scan).launch((plan.heads, 1, 1), arguments, plan.stream)
+    d_bound = None if scan.bound is None else torch.empty_like(scan.bound)
+    if dq.numel():
+        _backward_recipe(scan.form(coarse), dy.stride(), d_final is not None).run(
+            scan.q.device, q=scan.q, f=scan.f, v=scan.v, bound=scan.bound, initial=scan.initial_state,
+            cu_seqlens=scan.cu_seqlens, dy=dy, states=states, d_final=d_final, dq=dq, df=df, dv=dv, d_bound=d_bound,
+            d_initial=d_initial,
+        )  # fmt: skip
+    elif d_bound is not None:
+        d_bound.zero_()
     return dq, df, dv, d_bound, d_initial
 
 
-class _Walk:
-    """A kernel of walk.cu in one call. What all its launches share is put together once: each costs the host time.
+class _Call:
+    """What the launches of a call share.
 
     Args:
-        plan: of the call.
-        name: of the kernel.
-        values: v, or dy backwards.
-        initial: [N, H, K, V], the states that sequences begin with or, backwards, the gradients of their last.
-        outputs: by the name of the field of `WalkArguments`; None where not wanted.
+        form: of the call.
+        outputs: at most three, a row for each of the inputs.
+
+    Attributes:
+        recipe: to which they are added.
+        plan: how the work is cut.
+        spans: [chunks, 4] int32, of each chunk of packed sequences: row of its first token in time, tokens to its
+            sequence's end, its sequence, and whether it is the sequence's first (1) or last (2).
+        num_spans: [1] int32, how many there are.
     """
 
-    def __init__(self, plan: Plan, name: str, values: Tensor, initial: Tensor | None, **outputs: Tensor | None):
-        scan, packed = plan.scan, plan.packed
-        self.plan, self.kernel = plan, _kernel("walk.cu", name, scan)
-        self.arguments = WalkArguments(
-            q=scan.q.data_ptr(), f=scan.f.data_ptr(), v=values.data_ptr(), bound=_pointer(scan.bound),
-            initial=_pointer(initial), spans=None if packed is None else packed.spans.data_ptr(),
-            num_spans=None if packed is None else packed.num_spans.data_ptr(), length=plan.length, heads=plan.heads,
-            coarse_chunks=plan.coarse, pieces=plan.coarse_shape()[1], reverse=scan.reverse, scale=scan.scale,
-            **_strides(q=scan.q, f=scan.f, v=values), **{field: _pointer(x) for field, x in outputs.items()},
-        )  # fmt: skip
+    def __init__(self, form: Form, *outputs: str):
+        self.form, (self.batch, self.length, self.heads, _) = form, form.shape
+        num_packed, wide = form.packed or (0, False)
+        self.plan = Plan(self.batch, self.length, self.heads, form.coarse, num_packed)
+        settings = (form.dtype, form.q_activation, form.packed is not None, form.device)
+        self.recipe = Recipe(lambda name: kernels.compiled(name, *settings))
+        self.bound = Place("bound") if form.has_bound else NOWHERE
+        self.initial = Place("initial") if form.has_initial else NOWHERE
+        self.spans = self.num_spans = NOWHERE
+        if form.packed:
+            # found on the device, which clears outputs of no sequence as well
+            self.spans, self.num_spans = self.recipe.room(self.plan.chunks * _SPAN), self.recipe.room(_INT32)
+            places = [Place("cu_seqlens"), self.spans, self.num_spans, *(Place(name) for name in outputs)]
+            places += [NOWHERE] * (PackedArguments.OUTPUTS - len(outputs))
+            arguments = PackedArguments(
+                length=self.length, sequences=num_packed, most=self.plan.chunks, heads=self.heads, wide=wide,
+                reverse=form.reverse,
+            )  # fmt: skip
+            self.recipe.launch("cut_sequences", (1, 1, 1), arguments, *places)
 
-    def launch(
-        self, group: Group, stretch: Stretch, before: Before | None = None,
-        summary: tuple[Tensor, Tensor] | None = None,
+    def strides(self, **tensors: Sequence[int]) -> dict[str, int]:
+        """As the kernels are told."""
+        axes = ("batch", "row", "head")
+        return {f"{name}_{axis}": x[i] for name, x in tensors.items() for i, axis in enumerate(axes)}
+
+    def walk(
+        self, name: str, group: Group, stretch: Stretch, *, v: tuple[str, Sequence[int]], initial: Place,
+        before: _Before | None = None, **places: Place,
     ) -> None:  # fmt: skip
-        """Launches it.
+        """Launches a kernel of walk.cu.
 
         Args:
+            name: of the kernel.
             group: heads to work on.
             stretch: chunks to work on.
+            v: the values (v, or dy backwards) and their strides.
+            initial: [N, H, K, V], the states that sequences begin with or, backwards, the gradients of their last.
             before: states before the segments; None for zeros.
-            summary: room for what each segment adds to the state, [B, segments, G, K, V], and its decay and 1 minus it.
+            places: of what else it reads or writes, by the name in `WalkArguments`.
         """
-        arguments, segments = self.arguments, stretch.segments
-        arguments.first_head = group.first
-        arguments.first_chunk, arguments.end_chunk, arguments.segment_chunks = stretch
-        arguments.segments, arguments.kept_chunks = segments, stretch.chunks
-        arguments.before = None if before is None else before.states.data_ptr()
+        form = self.form
+        places |= {"q": Place("q"), "f": Place("f"), "v": Place(v[0]), "bound": self.bound, "initial": initial}
+        places |= {"spans": self.spans, "num_spans": self.num_spans}
         if before is not None:
-            arguments.before_segments, arguments.before_heads = before.states.shape[1:3]
-            arguments.before_segment, arguments.before_head = before.segment, before.head
-        if summary is not None:
-            arguments.update, arguments.decay = (x.data_ptr() for x in summary)
-        self.kernel.launch((segments, group.count, self.plan.batch), arguments, self.plan.stream)
-
-
-def _states_before_segments(summaries: _Walk, group: Group, stretch: Stretch, back: bool) -> Tensor:
-    """States before the segments (back: after them), from what each adds and how it decays.
-
-    Args:
-        summaries: the kernel that finds the latter.
-        group: heads to work on.
-        stretch: chunks to work on, all of a sequence.
-        back: from the last segment to the first.
-
-    Returns:
-        [B, segments, G, K, V] float32.
-    """
-    plan, segments, count = summaries.plan, stretch.segments, group.count
-    make = functools.partial(torch.empty, dtype=torch.float32, device=plan.scan.q.device)
-    updates = make((plan.batch, segments, count, WIDTH, WIDTH))
-    decays = make((plan.batch, segments, count, 2, WIDTH))
-    summaries.launch(group, stretch, summary=(updates, decays))
-    arguments = CarryArguments(updates.data_ptr(), decays.data_ptr(), segments, back)
-    blocks = WIDTH * WIDTH // (_CARRIED * CARRY_THREADS)
-    _kernel("walk.cu", "carry_states", plan.scan).launch((blocks, count, plan.batch), arguments, plan.stream)
-    return updates
-
-
-class _Gradients:
-    """Gradients: a fast kernel for all, and an exact one for those of query and gate in chunks that it leaves over.
-
-    Args:
-        plan: of the call.
-        dy: [B, T, H, V].
-        states: room of the states before each chunk of a group and part.
-        d_states: that of the gradients of the states after them.
-        dq: room for the gradient of q.
-        df: that of f.
-        dv: that of v.
-        d_bounds: [B * chunks, H, K], room for that of the lower bound in each chunk, or None.
-        d_final: [N, H, K, V], gradients of the last states, or None.
-        d_initial: room for those of the first, or None.
-    """
-
-    def __init__(
-        self, plan: Plan, dy: Tensor, states: Tensor, d_states: Tensor, dq: Tensor, df: Tensor, dv: Tensor,
-        d_bounds: Tensor | None, d_final: Tensor | None, d_initial: Tensor | None,
-    ):  # fmt: skip
-        scan, packed = plan.scan, plan.packed
-        self.plan, self.walk = plan, _kernel("backward.cu", "backward_walk", scan)
-        self.exact = _kernel("left_over.cu", "backward_left_over", scan)
-        self.arguments = BackwardArguments(
-            q=scan.q.data_ptr(), f=scan.f.data_ptr(), v=scan.v.data_ptr(), dy=dy.data_ptr(),
-            bound=_pointer(scan.bound), spans=None if packed is None else packed.spans.data_ptr(),
-            num_spans=None if packed is None else packed.num_spans.data_ptr(),
-            states=states.data_ptr(), d_states=d_states.data_ptr(), dq=dq.data_ptr(), df=df.data_ptr(),
-            dv=dv.data_ptr(), d_bound=_pointer(d_bounds), d_final=_pointer(d_final), d_initial=_pointer(d_initial),
-            length=plan.length, batches=plan.batch, heads=plan.heads, chunks=plan.chunks, reverse=scan.reverse,
-            scale=scan.scale, **_strides(q=scan.q, f=scan.f, v=scan.v, dy=dy),
+            places["before"] = before.states
+        arguments = WalkArguments(
+            length=self.length, heads=self.heads, first_head=group.first, first_chunk=stretch.first,
+            end_chunk=stretch.end, segments=stretch.segments, segment_chunks=stretch.segment,
+            coarse_chunks=form.coarse, pieces=self.plan.pieces, kept_chunks=stretch.chunks, reverse=form.reverse,
+            scale=form.scale, **self.strides(q=form.strides[0], f=form.strides[1], v=v[1]),
+            **({} if before is None else before.fields()),
         )  # fmt: skip
+        grid = (stretch.segments, group.count, self.batch)
+        self.recipe.launch(name, grid, arguments, *(places.get(name, NOWHERE) for name in WalkArguments.POINTERS))
 
-    def launch(
-        self, group: Group, part: Stretch, left_over: Tensor, before: Before | None, leaving: Tensor | None
+    def states_before_segments(
+        self, name: str, group: Group, stretch: Stretch, v: tuple[str, Sequence[int]], initial: Place, back: bool
+    ) -> _Before:
+        """States before the segments (back: after them), from what each adds and how it decays.
+
+        Args:
+            name: of the kernel that finds the latter.
+            group: heads to work on.
+            stretch: chunks to work on, all of a sequence.
+            v: see walk.
+            initial: see walk.
+            back: from the last segment to the first.
+        """
+        rows, segments = self.batch * group.count * stretch.segments, stretch.segments
+        updates = self.recipe.room(rows * _STATE * _FLOAT32)
+        decays = self.recipe.room(rows * 2 * WIDTH * _FLOAT32)
+        self.walk(name, group, stretch, v=v, initial=initial, update=updates, decay=decays)
+        blocks = _STATE // (_CARRIED * kernels.CARRY_THREADS)
+        arguments = CarryArguments(segments=segments, back=back)
+        self.recipe.launch("carry_states", (blocks, group.count, self.batch), arguments, updates, decays)
+        return _Before(updates, segments, group.count)
+
+    def gradients(
+        self, group: Group, part: Stretch, dy_strides: Sequence[int], before: _Before | None, **places: Place
     ) -> None:
-        """Launches both.
+        """Launches a fast kernel for all gradients, and an exact one for those of query and gate that it leaves over.
 
         Args:
             group: heads to work on.
             part: chunks to work on.
-            left_over: zeros, one for each chunk, head and half of K.
+            dy_strides: of the gradient of the outputs.
             before: gradients of the states after the part's segments; None for zeros.
-            leaving: [B, 1, G, K, V], room for the gradient of the state before the part, or None.
+            places: of what else they read or write, by the name in `BackwardArguments`.
         """
-        plan, arguments = self.plan, self.arguments
-        arguments.first_head, arguments.group = group
-        arguments.first_chunk, arguments.end_chunk, arguments.segment_chunks = part
-        arguments.part_chunks, arguments.left_over = part.chunks, left_over.data_ptr()
-        arguments.before = None if before is None else before.states.data_ptr()
+        form = self.form
+        places |= {name: Place(name) for name in ("q", "f", "v", "dy", "dq", "df", "dv")}
+        places |= {"bound": self.bound, "spans": self.spans, "num_spans": self.num_spans}
         if before is not None:
-            arguments.before_segments, arguments.before_heads = before.states.shape[1:3]
-            arguments.before_segment, arguments.before_head = before.segment, before.head
-        arguments.after = _pointer(leaving)
-        self.walk.launch((part.segments, group.count, plan.batch), arguments, plan.stream)
-        self.exact.launch((MULTIPROCESSORS, 1, 1), arguments, plan.stream)
+            places["before"] = before.states
+        q, f, v = form.strides
+        arguments = BackwardArguments(
+            length=self.length, batches=self.batch, heads=self.heads, chunks=self.plan.chunks, first_head=group.first,
+            group=group.count, first_chunk=part.first, end_chunk=part.end, segment_chunks=part.segment,
+            part_chunks=part.chunks, reverse=form.reverse, scale=form.scale,
+            **self.strides(q=q, f=f, v=v, dy=dy_strides), **({} if before is None else before.fields()),
+        )  # fmt: skip
+        pointers = [places.get(name, NOWHERE) for name in BackwardArguments.POINTERS]
+        self.recipe.launch("backward_walk", (part.segments, group.count, self.batch), arguments, *pointers)
+        self.recipe.launch("backward_left_over", (plan.MULTIPROCESSORS, 1, 1), arguments, *pointers)
 
 
-def _kernel(file: str, name: str, scan: Scan) -> compiler.Kernel:
-    return _compiled(file, name, scan.q.dtype, scan.q_activation, scan.cu_seqlens is not None, scan.q.device.index)
+@functools.lru_cache(_RECIPES)
+def _forward_recipe(form: Form) -> Recipe:
+    call = _Call(form, "y")
+    group, stretch = Group(0, call.heads), call.plan.whole
+    v, before = ("v", form.strides[2]), None
+    if stretch.segments > 1:
+        before = call.states_before_segments("forward_summaries", group, stretch, v, call.initial, back=False)
+    outputs = {"y": Place("y"), "final": Place("final")}
+    if call.plan.pieces:
+        outputs["coarse"] = Place("states")
+    call.walk("forward_outputs", group, stretch, v=v, initial=call.initial, before=before, **outputs)
+    return call.recipe
 
 
-@functools.cache
-def _compiled(
-    file: str, name: str, dtype: torch.dtype, q_activation: str, packed: bool, device: int
-) -> compiler.Kernel:
-    major, minor = torch.cuda.get_device_capability(device)
-    options = (
-        f"-arch=sm_{major}{minor}a",
-        "--std=c++17",
-        "-default-device",
-        f"-DBFLOAT16={int(dtype == torch.bfloat16)}",
-        f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
-        f"-DPACKED={int(packed)}",
-    )
-    return compiler.load(_source(file), options, name, *_resources(name))
-
-
-def _resources(name: str) -> tuple[int, int]:
-    """Bytes of dynamic shared memory, and threads, of a program."""
-    special = {
-        "carry_states": (0, CARRY_THREADS), "cut_sequences": (0, PACKED_THREADS),
-        "backward_walk": (_BACKWARD_SHARED, THREADS), "backward_left_over": (_LEFT_OVER_SHARED, LEFT_OVER_THREADS),
-        "sum_bounds": (_BOUNDS_SHARED, BOUNDS_THREADS),
-    }  # fmt: skip
-    return special.get(name, (_WALK_SHARED, THREADS))
-
-
-@functools.cache
-def _source(name: str) -> str:
-    folder = Path(__file__).parent
-    return "".join((folder / part).read_text(encoding="utf-8") for part in SOURCES[name])
+@functools.lru_cache(_RECIPES)
+def _backward_recipe(form: Form, dy_strides: tuple[int, ...], has_d_final: bool) -> Recipe:
+    call, coarse = _Call(form, "dq", "df", "dv"), form.coarse
+    recipe, parts, heads = call.recipe, call.plan.parts, call.plan.passes.heads
+    assert coarse == parts[0].segment, f"states every {coarse} chunks; wanted {parts[0].segment}"
+    # of packed sequences there may be fewer chunks: nobody writes the rest, which is summed and carried like all
+    packed = form.packed is not None
+    # one room for all groups and parts, that of the largest
+    chunks = call.batch * parts[-1].chunks * heads
+    kept, d_kept = (recipe.room(chunks * _STATE * form.dtype.itemsize) for _ in range(2))
+    # of every chunk
+    rows = call.batch * call.plan.chunks
+    d_bounds = recipe.room(rows * call.heads * WIDTH * _FLOAT32, zeros=packed) if form.has_bound else NOWHERE
+    # from part to part; a sequence's own end takes its place where one ends
+    carries = len(parts) > 1 and parts[-1].segments == 1
+    carried = recipe.room(call.batch * heads * _STATE * _FLOAT32, zeros=packed) if carries else NOWHERE
+    v, dy = ("v", form.strides[2]), ("dy", dy_strides)
+    d_final = Place("d_final") if has_d_final else NOWHERE
+    d_initial = Place("d_initial") if form.has_initial else NOWHERE
+    for group in call.plan.groups:
+        after = _Before(carried, 1, group.count) if carries else None
+        if parts[-1].segments > 1:
+            every = Stretch(0, call.plan.chunks, coarse)
+            after = call.states_before_segments("backward_summaries", group, every, dy, d_final, back=True)
+        for part in parts:
+            # of the states that were kept, each begins a segment; the one that a sequence begins with is not among them
+            first, before = part.first // coarse, None
+            if call.plan.pieces:
+                before = _Before(Place("states"), call.plan.pieces, call.heads, first - 1, group.first)
+            call.walk("forward_states", group, part, v=v, initial=call.initial, before=before, kept=kept)
+            known = after if after is None or carries else after._replace(segment=first)
+            call.gradients(
+                group, part, dy_strides, known, states=kept, d_states=d_kept, d_bound=d_bounds, d_final=d_final,
+                d_initial=d_initial, after=carried, left_over=recipe.room(chunks * 2 * _INT32, zeros=True),
+            )  # fmt: skip
+    if form.has_bound:
+        arguments = BoundsArguments(rows=rows, heads=call.heads)
+        recipe.launch("sum_bounds", (call.heads, 1, 1), arguments, d_bounds, Place("d_bound"))
+    return recipe
 
 
 def _aligned(x: Tensor) -> Tensor:
     """X itself if its rows can be read 16 bytes at a time, which those of a fused projection can; else a copy."""
-    steps = [s * x.element_size() for s in x.stride()[:-1]]
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(step % 16 for step in steps)
-    if x.dim() == 4:
-        fits &= steps[1] < MOST_ROW_BYTES
+    fits = x.data_ptr() % 16 == 0 and _can_be_read(x.stride(), x.element_size())
     # contiguous() would give back what is contiguous at a bad address
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(_RECIPES)
+def _can_be_read(strides: tuple[int, ...], element_size: int) -> bool:
+    steps = [s * element_size for s in strides[:-1]]
+    # [B, T, H, K]
+    near = len(steps) != 3 or steps[1] < MOST_ROW_BYTES
+    return strides[-1] == 1 and near and not any(step % 16 for step in steps)
 
 
 def _new_like(x: Tensor) -> Tensor:
     """Room for a contiguous tensor."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    names = ("batch", "row", "head")
-    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(names)}
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 WIDTH = 128  # K = V
 CHUNK = 64  # tokens
@@ -76,3 +77,58 @@ def coarse_chunks(batch: int, length: int, heads: int, num_packed: int = 0) -> i
 def coarse_pieces(length: int, coarse: int, num_packed: int = 0) -> int:
     """How many states are kept of a sequence; none with a distance of 0. The one it begins with is not among them."""
     return max(0, -(-num_chunks(length, num_packed) // coarse) - 1) if coarse else 0
+
+
+class Group(NamedTuple):
+    """Heads that are worked on together."""
+
+    first: int
+    count: int
+
+
+class Stretch(NamedTuple):
+    """Chunks of every sequence that are worked on together: from the first to before `end`, in segments."""
+
+    first: int
+    end: int
+    segment: int
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return self.end - self.first
+
+    @property
+    def segments(self) -> int:
+        """How many segments."""
+        return -(-self.chunks // self.segment)
+
+
+class Plan:
+    """How the work of a call is cut.
+
+    Args:
+        batch: B.
+        length: T.
+        heads: H.
+        coarse: chunks between the states that the forward pass keeps; 0 where it keeps none.
+        num_packed: N of packed sequences, else 0.
+
+    Attributes:
+        chunks: of a sequence; of packed ones together, at most.
+        passes: of the backward pass.
+        groups: heads of each pass.
+        pieces: how many states are kept of a sequence.
+        whole: all chunks, in segments that keep the chip busy.
+        parts: those of the backward pass, from the last to the first.
+    """
+
+    def __init__(self, batch: int, length: int, heads: int, coarse: int, num_packed: int = 0):
+        self.chunks = num_chunks(length, num_packed)
+        self.passes = passes(batch, self.chunks, heads)
+        most, part = self.passes.heads, self.passes.part
+        self.groups = [Group(h, min(most, heads - h)) for h in range(0, heads, most)]
+        self.pieces = coarse_pieces(length, coarse, num_packed)
+        self.whole = Stretch(0, self.chunks, segment_chunks(batch * heads, self.chunks))
+        starts = reversed(range(0, self.chunks, part))
+        self.parts = [Stretch(at, min(at + part, self.chunks), self.passes.coarse) for at in starts]

@@ -1,0 +1,75 @@
+"""What the kernels are given: each takes one structure, by value, whose pointers come first."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+
+_STRIDES = ("batch", "row", "head")
+_BEFORE = ("before_segments", "before_segment", "before_heads", "before_head")
+
+
+def _pointers(names: Iterable[str]) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def _longs(names: Iterable[str]) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_longlong) for name in names]
+
+
+def _ints(names: Iterable[str]) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int) for name in names]
+
+
+def _strides(names: Iterable[str]) -> list[tuple[str, type]]:
+    return _longs(f"{name}_{axis}" for name in names for axis in _STRIDES)
+
+
+class WalkArguments(ctypes.Structure):
+    """Argument of the kernels of walk.cu, field by field as in walk.cuh."""
+
+    POINTERS = (
+        "q", "f", "v", "bound", "spans", "num_spans", "y", "initial", "final", "before", "update", "decay", "coarse",
+        "kept",
+    )  # fmt: skip
+    _fields_ = (
+        *_pointers(POINTERS), *_strides("qfv"), *_longs(["length"]),
+        *_ints(["heads", "first_head", "first_chunk", "end_chunk", "segments", "segment_chunks", *_BEFORE]),
+        *_ints(["coarse_chunks", "pieces", "kept_chunks", "reverse"]), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class BackwardArguments(ctypes.Structure):
+    """Argument of the kernels of backward.cu and left_over.cu, field by field as in gradients.cuh."""
+
+    POINTERS = (
+        "q", "f", "v", "dy", "bound", "spans", "num_spans", "states", "d_states", "dq", "df", "dv", "d_bound",
+        "left_over", "d_final", "d_initial", "before", "after",
+    )  # fmt: skip
+    _fields_ = (
+        *_pointers(POINTERS), *_strides(["q", "f", "v", "dy"]), *_longs(["length"]),
+        *_ints(["batches", "heads", "chunks", "first_head", "group", "first_chunk", "end_chunk", "segment_chunks"]),
+        *_ints([*_BEFORE, "part_chunks", "reverse"]), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class CarryArguments(ctypes.Structure):
+    """Argument of the kernel of carry.cuh, field by field as there."""
+
+    _fields_ = (*_pointers(["update", "decay"]), *_ints(["segments", "back"]))
+
+
+class BoundsArguments(ctypes.Structure):
+    """Argument of the kernel of bounds.cuh, field by field as there."""
+
+    _fields_ = (*_pointers(["parts", "sum"]), *_longs(["rows"]), *_ints(["heads"]))
+
+
+class PackedArguments(ctypes.Structure):
+    """Argument of the kernel of packed.cuh, field by field as there."""
+
+    OUTPUTS = 3
+    _fields_ = (
+        *_pointers(["cu_seqlens", "spans", "num_spans"]), ("outputs", ctypes.c_void_p * OUTPUTS), *_longs(["length"]),
+        *_ints(["sequences", "most", "heads", "wide", "reverse"]),
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""Which kernels there are, of which sources, and what each needs."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from hgrn2.ops.cuda import compiler
+from hgrn2.ops.cuda.plan import CHUNK, WIDTH
+
+THREADS, LEFT_OVER_THREADS, CARRY_THREADS = 512, 256, 128
+PACKED_THREADS, BOUNDS_THREADS = 1024, 1024
+# what each file of kernels is compiled with, in the order in which one needs the other
+SOURCES = {
+    "walk.cu": (
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh",
+        "carry.cuh", "packed.cuh", "walk.cu",
+    ),
+    "backward.cu": (
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "gradients.cuh", "backward.cuh", "gates.cuh", "joins.cuh",
+        "bounds.cuh", "backward.cu",
+    ),
+    "left_over.cu": ("instructions.cuh", "chunk.cuh", "gradients.cuh", "left_over.cuh", "left_over.cu"),
+}  # fmt: skip
+KERNELS = {
+    "walk.cu": (
+        "forward_outputs", "forward_summaries", "forward_states", "backward_summaries", "carry_states", "cut_sequences",
+    ),
+    "backward.cu": ("backward_walk", "sum_bounds"),
+    "left_over.cu": ("backward_left_over",),
+}  # fmt: skip
+Q_ACTIVATIONS = ("none", "silu", "sigmoid")
+_TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
+_WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 14 * WIDTH * 4 + 2 * 4
+_BACKWARD_SHARED = 12 * _TILE_BYTES + 3 * _SCORE_BYTES + (4 + 2 * 8) * WIDTH * 4
+_LEFT_OVER_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 4) * _HALF * 4
+_BOUNDS_SHARED = BOUNDS_THREADS // (WIDTH // 4) * WIDTH * 4
+_FILES = {name: file for file, names in KERNELS.items() for name in names}
+
+
+@functools.cache
+def compiled(name: str, dtype: torch.dtype, q_activation: str, packed: bool, device: int) -> compiler.Kernel:
+    """A kernel, for a device.
+
+    Args:
+        name: one of `KERNELS`.
+        dtype: of the inputs.
+        q_activation: one of `Q_ACTIVATIONS`.
+        packed: whether sequences are.
+        device: its index.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    options = (
+        f"-arch=sm_{major}{minor}a",
+        "--std=c++17",
+        "-default-device",
+        f"-DBFLOAT16={int(dtype == torch.bfloat16)}",
+        f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
+        f"-DPACKED={int(packed)}",
+    )
+    return compiler.load(source(_FILES[name]), options, name, *resources(name))
+
+
+def resources(name: str) -> tuple[int, int]:
+    """Bytes of dynamic shared memory, and threads, of a program."""
+    special = {
+        "carry_states": (0, CARRY_THREADS), "cut_sequences": (0, PACKED_THREADS),
+        "backward_walk": (_BACKWARD_SHARED, THREADS), "backward_left_over": (_LEFT_OVER_SHARED, LEFT_OVER_THREADS),
+        "sum_bounds": (_BOUNDS_SHARED, BOUNDS_THREADS),
+    }  # fmt: skip
+    return special.get(name, (_WALK_SHARED, THREADS))
+
+
+@functools.cache
+def source(file: str) -> str:
+    """All that a file of kernels is compiled from."""
+    folder = Path(__file__).parent
+    return "".join((folder / part).read_text(encoding="utf-8") for part in SOURCES[file])
