@@ -7,9 +7,9 @@
 //     dq = dQ e      dk = dK / e
 //     d log f_u = sum over t >= u of (Q dQ - K dK)_t + sum of (K dK from the state) + M sum_v S D
 // The difference of sums is exact to float32 rounding of the chunk's largest, because a pair of tokens enters both with
-// the same rounded Q and K. All this needs M and N to be above 2^-80; where they are not, dV goes through the joins of joins.cuh. There, and
-// beside a lower bound where a gate is below 2^-13, the gradients of query and gate are left, by a flag and the
-// gradient of the state, to left_over.cu.
+// the same rounded Q and K. All this needs M and N to be above 2^-80; where they are not, the walk finds dS alone. There,
+// and beside a lower bound where a gate is below 2^-13 (all but dV then), the gradients are left, by a flag and dS, to
+// left_over.cu.
 //
 // All warps do the same, one kind of work after the other; what they wait for was asked for a chunk before. In columns a
 // thread has 8 tokens of two channels; in products a warpgroup has 64 columns of V and of K of dS, which stays in its
@@ -122,15 +122,15 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
     if (!later) {
         opened.start.x = reciprocal(opened.start.x * whole.x), opened.start.y = reciprocal(opened.start.y * whole.y);
     }
-    float2 e = opened.start;
+    float2 e = make_float2(opened.start.x * a.scale, opened.start.y * a.scale);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         float2 q = load_pair(at.raw(raw, i));
         e.x *= f[i][0], e.y *= f[i][1];
-        store_shared(at.own(m.at(AT_Q), i), pack(activate(q.x) * a.scale * e.x, activate(q.y) * a.scale * e.y));
+        store_shared(at.own(m.at(AT_Q), i), pack(activate(q.x) * e.x, activate(q.y) * e.y));
     }
     // reciprocals are dear: 1 / e of a token is that of the token after it times that token's decay
-    e.x = reciprocal(e.x), e.y = reciprocal(e.y);
+    e.x = reciprocal(opened.start.x * whole.x), e.y = reciprocal(opened.start.y * whole.y);
 #pragma unroll
     for (int i = 7; i >= 0; i--) {
         store_shared(at.own(m.at(AT_K), i), pack(k[i][0] * e.x, k[i][1] * e.y));
@@ -162,46 +162,25 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
 
 typedef float Quarter[8][4];  // of 64 rows of V and 64 of K, as a product leaves its sums
 
-// Work that needs many registers, while the state is in shared memory: in the room of gates of the next chunk, which
-// nobody has asked for yet, and in that of the factor it will be. The chunk's number goes with it: what lives across such
-// work the compiler keeps in slow memory for every chunk, whichever way it goes.
-template <class Work>
-__device__ __forceinline__ void without_state(const Memory& m, int& chunk, Quarter& state, Work work) {
-    u32 own = shared_address(m.lost()) + thread_index() * 4;
-    store_shared(own, chunk);
-    auto place = [&](int i) {
-        int room = i < 16 ? AT_RAW + (~chunk & 1) * 2 * TILE_BYTES : AT_D_STATE;
-        return m.at(room) + ((i & 15) * THREADS + thread_index()) * 4;
-    };
-#pragma unroll
-    for (int i = 0; i < 32; i++) store_shared(place(i), __float_as_uint(state[i >> 2][i & 3]));
-    work();
-    chunk = __shfl_sync(~0u, load_shared(own), 0);
-#pragma unroll
-    for (int i = 0; i < 32; i++) state[i >> 2][i & 3] = __uint_as_float(load_shared(place(i)));
-    // before the room is used again, and for all to see what the work left
-    __syncthreads();
-}
-
-// Q, K and scores by way of the joins, of gates that are too near to 0; and the whole decay of the chunk as `second`.
-__device__ __forceinline__ void join_chunk(const BackwardArguments& a, const Memory& m, u32 raw, int left) {
-    // tiles of what they came from, zeros above the diagonal, decays of blocks of 16 tokens
+// Of gates that are too near to 0 for the rest: queries with all decays since the chunk's start in place of Q, which is all
+// that the gradient of the state wants, and the whole decay of the chunk as `second`.
+__device__ __forceinline__ void decay_queries(const BackwardArguments& a, const Memory& m, u32 raw) {
     Column at;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        store_shared(at.own(m.at(AT_Q), i), load_shared(at.raw(raw, i)));
-        store_shared(at.own(m.at(AT_K), i), load_shared(at.raw(raw + TILE_BYTES, i)));
+    float2 beta = *(const float2*)(m.beta() + at.place), e = make_float2(a.scale, a.scale);
+    for (int j = 0; j < at.group; j++) {
+        float2 d = *(const float2*)(m.groups() + j * WIDTH + at.apart);
+        e.x *= d.x, e.y *= d.y;
     }
-    for (int i = thread_index(); i < 2 * SCORE_BYTES / 4; i += THREADS) store_shared(m.scores(0, 0) + 4 * i, 0u);
-    int channel = thread_index() & (WIDTH - 1), block = thread_index() >> 7;
-    const float* groups = m.groups() + 2 * block * WIDTH + spread(channel);
-    float decay = groups[0] * groups[WIDTH];
+#pragma unroll 1
+    for (int i = 0; i < 8; i++) {
+        float2 z = load_pair(at.raw(raw + TILE_BYTES, i)), q = load_pair(at.raw(raw, i)), f, k;
+        tied_gate(z.x, beta.x, f.x, k.x);
+        tied_gate(z.y, beta.y, f.y, k.y);
+        e.x *= f.x, e.y *= f.y;
+        store_shared(at.own(m.at(AT_Q), i), pack(activate(q.x) * e.x, activate(q.y) * e.y));
+    }
+    if (thread_index() < WIDTH) m.second()[thread_index()] *= m.first()[thread_index()];
     __syncthreads();
-    m.blocks()[block * WIDTH + channel] = decay;
-    if (thread_index() < WIDTH) m.second()[channel] *= m.first()[channel];
-    __syncthreads();
-    if (thread_index() < GATE_THREADS) join<true>(a, m, 0, 0, left);
-    publish();
 }
 
 // Sums over the eight lanes of one column of a product, of sixteen values a lane; each lane returns two of them, those of
@@ -225,27 +204,6 @@ __device__ __forceinline__ float2 sum_rows(float (&x)[8][2], int& piece) {
     return make_float2(x[0][0], x[0][1]);
 }
 
-__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
-
-// Takes what is not finite out of dy: 0 times it would reach every token of the chunk. For each column, the last token
-// it may reach in time, or one that does not exist.
-__device__ __forceinline__ void remove_bad(const Memory& m) {
-    constexpr u32 EXPONENT = BFLOAT16 ? 0x7f80u : 0x7c00u;
-    int column = thread_index(), found = -1;
-    if (column < WIDTH) {
-#pragma unroll 1
-        for (int token = 0; token < CHUNK; token++) {
-            u32 place = m.at(AT_DY) + panel_place(token, column >> 3) + 2 * (column & 7);
-            if ((load_shared_number(place) & EXPONENT) != EXPONENT) continue;
-            store_shared_number(place, 0);
-            found = token;
-        }
-        m.reached()[column] = found;
-    }
-    publish();
-    __syncthreads();
-}
-
 // Scores A, by two warpgroups, and their gradients dA by the others: begun here, and written by write_scores.
 __device__ __forceinline__ void begin_scores(const Memory& m, const Product& p, float (&sums)[4][4]) {
     bool gradients = p.group >> 1;
@@ -260,7 +218,7 @@ __device__ __forceinline__ void begin_scores(const Memory& m, const Product& p, 
 __device__ __forceinline__ void write_scores(const Memory& m, const Product& p, float (&sums)[4][4]) {
     bool gradients = p.group >> 1;
     int side = p.group & 1, g = Product::g(), c = Product::c();
-    u32 row = m.scores(0, gradients ? 2 : 0) + (16 * p.warp + g) * 128 + 4 * c;
+    u32 row = m.scores(gradients ? 2 : 0) + (16 * p.warp + g) * 128 + 4 * c;
     // how far a query is behind a key, for the first of the lane's
     int distance = g - 2 * c + 16 * p.warp - 32 * side;
 #pragma unroll
@@ -329,37 +287,15 @@ __device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, int 
     *(float2*)(m.key_sums() + p.warp * WIDTH + 64 * channels + 8 * spread_piece(piece) + 2 * Product::c()) = sum;
 }
 
-// Leaves the gradient of the state after the chunk, as forward_states writes a state, and a flag.
-__device__ __forceinline__ void leave_over(const BackwardArguments& a, const Product& p, const Quarter& state, i64 at) {
+// Leaves the gradient of the state after the chunk, as forward_states writes a state, and what is to be done with it.
+__device__ __forceinline__ void leave_over(const BackwardArguments& a, const Product& p, const Quarter& state, i64 at, int flag) {
     u32* to = (u32*)a.d_states + (at * WIDTH + 64 * p.v_half + 16 * p.warp + Product::g()) * (WIDTH / 2);
     to += 32 * p.k_half + Product::c();
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) to[e * 8 * (WIDTH / 2) + 4 * n] = pack(state[n][2 * e], state[n][2 * e + 1]);
-    if (thread_index() < 2) a.left_over[2 * at + thread_index()] = 1;
-}
-
-// dV, of 32 columns a warpgroup. A column of dy that was not finite at some token is not a number in dV at that token and
-// at all earlier ones.
-__device__ __forceinline__ void write_values(const BackwardArguments& a, const Memory& m, const Product& p, int head,
-                                             const Span& span, bool good, float (&out)[4][4]) {
-    int sign = a.reverse ? -1 : 1, token = 16 * p.warp + Product::g(), column = 32 * p.group + 2 * Product::c();
-    int step = a.heads * ROW_BYTES, row = (int)span.row + sign * token;
-    char* to = (char*)a.dv + ((i64)blockIdx.z * a.length * step + head * ROW_BYTES + (i64)row * step + 2 * column);
-    if (!good) {
-        const int* reached = m.reached() + column;
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                if (token + 4 * (e & 2) <= reached[8 * n + (e & 1)]) out[n][e] = not_a_number();
-    }
-#pragma unroll
-    for (int e = 0; e < 2; e++)
-        if (token + 8 * e < span.left)
-#pragma unroll
-            for (int n = 0; n < 4; n++) *(u32*)(to + (i64)e * sign * 8 * step + 16 * n) = pack(out[n][2 * e], out[n][2 * e + 1]);
+    if (thread_index() < 2) a.left_over[2 * at + thread_index()] = flag;
 }
 
 // Sums for dQ or dK to where `finish` finds them
@@ -409,7 +345,8 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
     char *dq_out = (char*)a.dq + out, *df_out = (char*)a.df + out;
     step *= sign;
     int rows = span.left - 8 * at.group;
-    float2 d_bound = make_float2(0.0f, 0.0f), e = start, inverse = make_float2(reciprocal(e.x), reciprocal(e.y));
+    float2 d_bound = make_float2(0.0f, 0.0f), e = make_float2(start.x * a.scale, start.y * a.scale);
+    float2 inverse = make_float2(reciprocal(start.x), reciprocal(start.y));
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         float2 z = load_pair(at.raw(raw + TILE_BYTES, i)), u = load_pair(at.raw(raw, i)), f, k, closed, open;
@@ -418,7 +355,7 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
         float2 opened = make_float2(reciprocal(f.x), reciprocal(f.y));
         e.x *= f.x, e.y *= f.y, inverse.x *= opened.x, inverse.y *= opened.y;
         float2 x = *(const float2*)(dq_sums + at.sum(i)), y = *(const float2*)(dk_sums + at.sum(i));
-        u32 d = pack(activate_backward(x.x * e.x * a.scale, u.x), activate_backward(x.y * e.y * a.scale, u.y));
+        u32 d = pack(activate_backward(x.x * e.x, u.x), activate_backward(x.y * e.y, u.y));
         float g0 = closed.x * fmaf(sums[i][0] + d_log.x, opened.x, -y.x * inverse.x);
         float g1 = closed.y * fmaf(sums[i][1] + d_log.y, opened.y, -y.y * inverse.y);
         d_bound.x += g0, d_bound.y += g1;
@@ -510,9 +447,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
         bool dense = true, fine = true, good = true;
         if (!opened.fine) {
             fine = false, dense = __syncthreads_and(opened.dense), good = __syncthreads_and(opened.good);
-            if (!dense) without_state(m, chunk, state, [&] { join_chunk(a, m, raw, span_at(chunk).left); });
-            if (!good) remove_bad(m);
-            leave_over(a, p, state, place_of(chunk));
+            if (!dense) decay_queries(a, m, raw);
+            if (!good) remove_bad(m.at(AT_DY), m.reached());
+            leave_over(a, p, state, place_of(chunk), dense ? QUERY_AND_GATE : VALUE_TOO);
         }
         if (dense) {
             multiply_by(state, m.first() + 64 * p.k_half);
@@ -523,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
             settle(scores);
             write_scores(m, p, scores);
         } else {
-            write_factor(m, p, state);
+            // dV is left over, so no product that makes it need be right
             multiply_by(state, m.second() + 64 * p.k_half);
         }
         publish();
@@ -557,7 +494,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
             for (int summand = 0; summand < 2; summand++)
 #pragma unroll
                 for (int s = 0; s < 4; s++)
-                    multiply_narrow<true, true>(out, factor(m.scores(0, summand)) + s * (2048 >> 4), dy + s * (2048 >> 4), true);
+                    multiply_narrow<true, true>(out, factor(m.scores(summand)) + s * (2048 >> 4), dy + s * (2048 >> 4), true);
         }
         {
             u64 dy = factor(m.at(AT_DY) + p.v_half * PANEL_BYTES), q = factor(m.at(AT_Q) + p.k_half * PANEL_BYTES);
@@ -574,7 +511,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
             if (of_keys) sum_keys(m, p, channels, grad);
             else multiply_by(grad, m.second() + 64 * channels);
             settle(grad);
-            u64 gradients = factor(m.scores(0, 2)), other = factor(m.at(AT_K) - of_keys * TILE_BYTES + channels * PANEL_BYTES);
+            u64 gradients = factor(m.scores(2)), other = factor(m.at(AT_K) - of_keys * TILE_BYTES + channels * PANEL_BYTES);
             if (of_keys) {
                 products_begin();
 #pragma unroll
@@ -591,7 +528,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
             products_wait<0>();
         }
         settle(out), settle(state);
-        write_values(a, m, p, head, span_at(chunk), good, out);
+        if (dense) write_values(a, batch, head, span_at(chunk), p.warp, p.group, good ? nullptr : m.reached(), out);
         if (!good)
 #pragma unroll
             for (int upper = 0; upper < 2; upper++)

@@ -1,10 +1,6 @@
 // What the one walk of the backward pass (backward.cu) works with: shared memory, who does what.
 
-// joins.cuh and gates.cuh are written for the other walks' argument, of which they need what is here too
-typedef BackwardArguments WalkArguments;
-
 constexpr int THREADS = 512;
-constexpr int GATE_THREADS = 256, GATES = 1, PAIRS = 8;
 constexpr float SMALLEST = 8.271806125530277e-25f;     // 2^-80
 constexpr float SMALLEST_FOR_BOUND = 1.220703125e-4f;  // 2^-13
 // a pre-activation of which the decay is 1 and the key nothing
@@ -21,18 +17,16 @@ constexpr int AT_NUMBERS = AT_SCORES + 3 * SCORE_BYTES;
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 at(int place) const { return shared_address(start) + place; }
-    __device__ __forceinline__ u32 tile(int, int which) const { return at(AT_Q + which * TILE_BYTES); }
-    __device__ __forceinline__ u32 scores(int, int summand) const { return at(AT_SCORES + summand * SCORE_BYTES); }
+    __device__ __forceinline__ u32 scores(int summand) const { return at(AT_SCORES + summand * SCORE_BYTES); }
     __device__ __forceinline__ float* numbers() const { return (float*)(start + AT_NUMBERS); }
     __device__ __forceinline__ float* beta() const { return numbers(); }
     // the decays across the two halves of the chunk, in the walk's order: N, then M. Spread, like all sums and decays that
-    // follow, but not those of the joins' blocks
-    __device__ __forceinline__ float* first(int = 0) const { return numbers() + WIDTH; }
-    __device__ __forceinline__ float* second(int = 0) const { return numbers() + 2 * WIDTH; }
-    // decays of groups of tokens and 1 minus them [8, 128] each; joins: decays of blocks [4, 128]
+    // follow
+    __device__ __forceinline__ float* first() const { return numbers() + WIDTH; }
+    __device__ __forceinline__ float* second() const { return numbers() + 2 * WIDTH; }
+    // decays of groups of tokens and 1 minus them [8, 128] each
     __device__ __forceinline__ float* groups() const { return numbers() + 3 * WIDTH; }
     __device__ __forceinline__ float* lost() const { return groups() + GROUPS * WIDTH; }
-    __device__ __forceinline__ float* blocks() const { return groups(); }
     // in their place later: sums of K dK over the tokens of four warps, and [128] of S D
     __device__ __forceinline__ float* key_sums() const { return groups(); }
     __device__ __forceinline__ float* state_sums() const { return groups() + 4 * WIDTH; }
@@ -46,11 +40,6 @@ struct Memory {
         return (float*)(start + (of_keys ? AT_D_STATE : AT_STATE));
     }
 };
-
-// where a channel lies in the states' order
-__device__ __forceinline__ int place_of_channel(int channel) {
-    return (channel & 64) + (channel >> 1 & 3) * 16 + (channel >> 3 & 7) * 2 + (channel & 1);
-}
 
 // Numbers of channels are moved a little, so that those of half a warp's pairs of channels, which are 16 numbers apart,
 // lie in different banks: of a place, and of a piece of 8 among 64

@@ -79,3 +79,18 @@ __device__ __forceinline__ float activate(float x) {
     return sigmoid(x);
 #endif
 }
+
+// The second of two decays a state is multiplied by, changed such that rounding does not add up from chunk to chunk.
+// `lost` is 1 minus their product, to the last digits; `owed` what earlier chunks still owe, as a share of the state.
+__device__ __forceinline__ float without_drift(float first, float second, float lost, float& owed) {
+    if (!(lost < 0.5f)) {
+        owed = 0.0f;
+        return second;
+    }
+    float whole = first * second;
+    // all differences of close numbers are exact
+    owed += ((1.0f - whole) - lost - fmaf(first, second, -whole)) / whole;
+    float changed = fmaf(second, owed, second);
+    owed -= (changed - second) / second;
+    return changed;
+}

@@ -19,6 +19,8 @@ import torch
 
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _NVRTC_SUCCESS = 0
+# made once: a launch takes the host microseconds, of which this would be one
+_ONE_POINTER = ctypes.c_void_p * 1
 
 
 class Kernel:
@@ -32,12 +34,13 @@ class Kernel:
 
     def __init__(self, function: ctypes.c_void_p, shared_bytes: int, threads: int):
         self.function, self.shared_bytes, self.threads = function, shared_bytes, threads
+        self._launch = _driver().cuLaunchKernel
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes), "cuFuncSetAttribute")
 
     def launch(self, grid: tuple[int, int, int], arguments: ctypes.Structure, stream: int) -> None:
         """Starts the kernel on a stream of the current context, with one argument that is passed by value."""
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        code = _driver().cuLaunchKernel(
+        parameters = _ONE_POINTER(ctypes.addressof(arguments))
+        code = self._launch(
             self.function, *grid, self.threads, 1, 1, self.shared_bytes, ctypes.c_void_p(stream), parameters, None
         )
         _check(code, "cuLaunchKernel")

@@ -14,7 +14,7 @@ struct BackwardArguments {
     void* df;               // [B, T, H, K]
     void* dv;               // [B, T, H, V]
     float* d_bound;         // [B, chunks, H, K] or null
-    int* left_over;         // [B, part_chunks, G, 2]: 1 where gradients of query and gate are left to the exact kernel
+    int* left_over;         // [B, part_chunks, G, 2]: what is left to the exact kernel
     const float* d_final;   // [N, H, K, V], gradients of the last states, or null for zeros
     float* d_initial;       // [N, H, K, V], those of the first, or null
     const float* before;    // [B, before_segments, before_heads, K, V], gradient of the state after each segment, or null
@@ -29,6 +29,8 @@ struct BackwardArguments {
     float scale;
 };
 
+// what may be left over of a chunk
+constexpr int QUERY_AND_GATE = 1, VALUE_TOO = 2;
 constexpr int GROUPS = 8;  // of 8 tokens
 // two numbers of the inputs' type
 constexpr u32 ONES = BFLOAT16 ? 0x3f803f80u : 0x3c003c00u;
@@ -37,4 +39,52 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
     float2 r;
     unpack(load_shared(address), r.x, r.y);
     return r;
+}
+
+// where a channel lies in the states' order: of 32 pairs of channels, pair 4 i + c at place 8 c + i
+__device__ __forceinline__ int place_of_channel(int channel) {
+    return (channel & 64) + (channel >> 1 & 3) * 16 + (channel >> 3 & 7) * 2 + (channel & 1);
+}
+
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
+
+// Takes what is not finite out of a tile of dy: 0 times it would reach every token of the chunk. For each column, the last
+// token it may reach in time, or one that does not exist.
+__device__ __forceinline__ void remove_bad(u32 dy, int* reached) {
+    constexpr u32 EXPONENT = BFLOAT16 ? 0x7f80u : 0x7c00u;
+    int column = thread_index(), found = -1;
+    if (column < WIDTH) {
+#pragma unroll 1
+        for (int token = 0; token < CHUNK; token++) {
+            u32 place = dy + panel_place(token, column >> 3) + 2 * (column & 7);
+            if ((load_shared_number(place) & EXPONENT) != EXPONENT) continue;
+            store_shared_number(place, 0);
+            found = token;
+        }
+        reached[column] = found;
+    }
+    publish();
+    __syncthreads();
+}
+
+// dV, 32 columns of it, from a warpgroup's product. A column of dy that was not finite at some token is not a number in dV
+// at that token and at all earlier ones. reached: as remove_bad leaves it, or null
+__device__ __forceinline__ void write_values(const BackwardArguments& a, i64 batch, int head, const Span& span, int warp,
+                                             int columns, const int* reached, float (&out)[4][4]) {
+    int lane = thread_index() & 31, token = 16 * warp + (lane >> 2), column = 32 * columns + 2 * (lane & 3);
+    int sign = a.reverse ? -1 : 1, step = a.heads * ROW_BYTES, row = (int)span.row + sign * token;
+    char* to = (char*)a.dv + (batch * a.length * step + head * ROW_BYTES + (i64)row * step + 2 * column);
+    if (reached) {
+        reached += column;
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (token + 4 * (e & 2) <= reached[8 * n + (e & 1)]) out[n][e] = not_a_number();
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+        if (token + 8 * e < span.left)
+#pragma unroll
+            for (int n = 0; n < 4; n++) *(u32*)(to + (i64)e * sign * 8 * step + 16 * n) = pack(out[n][2 * e], out[n][2 * e + 1]);
 }

@@ -15,14 +15,16 @@ PACKED_THREADS, BOUNDS_THREADS = 1024, 1024
 # what each file of kernels is compiled with, in the order in which one needs the other
 SOURCES = {
     "walk.cu": (
-        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "joins.cuh", "state.cuh", "summary.cuh",
-        "carry.cuh", "packed.cuh", "walk.cu",
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "dense.cuh", "joins.cuh", "state.cuh",
+        "summary.cuh", "carry.cuh", "packed.cuh", "walk.cu",
     ),
     "backward.cu": (
-        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "gradients.cuh", "backward.cuh", "gates.cuh", "joins.cuh",
-        "bounds.cuh", "backward.cu",
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "gradients.cuh", "backward.cuh", "bounds.cuh", "backward.cu",
     ),
-    "left_over.cu": ("instructions.cuh", "chunk.cuh", "gradients.cuh", "left_over.cuh", "left_over.cu"),
+    "left_over.cu": (
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "gradients.cuh", "left_over.cuh", "gates.cuh", "joins.cuh",
+        "values.cuh", "left_over.cu",
+    ),
 }  # fmt: skip
 KERNELS = {
     "walk.cu": (

@@ -303,7 +303,7 @@ class _Call:
         )  # fmt: skip
         pointers = [places.get(name, NOWHERE) for name in BackwardArguments.POINTERS]
         self.recipe.launch("backward_walk", (part.segments, group.count, self.batch), arguments, *pointers)
-        self.recipe.launch("backward_left_over", (plan.MULTIPROCESSORS, 1, 1), arguments, *pointers)
+        self.recipe.launch("backward_left_over", (2 * plan.MULTIPROCESSORS, 1, 1), arguments, *pointers)
 
 
 @functools.lru_cache(_RECIPES)

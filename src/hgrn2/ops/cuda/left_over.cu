@@ -1,4 +1,5 @@
-// Gradients of query and gate where gates are too near to 0 for the dense products of backward.cu: exact for any gate.
+// Gradients where gates are too near to 0 for the dense products of backward.cu: exact for any gate. Here those of query
+// and gate, in values.cuh that of the value.
 //
 // The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
 // ever multiplied. In the later block of a pair X is the query times the decays from its start, in the earlier one the
@@ -297,7 +298,7 @@ __device__ __forceinline__ void exact_gradients(const BackwardArguments& a, cons
 }
 
 // Programs, of any number, share out the flags.
-extern "C" __global__ void __launch_bounds__(256, 1) backward_left_over(
+extern "C" __global__ void __launch_bounds__(256, 2) backward_left_over(
     const __grid_constant__ BackwardArguments a) {
     extern __shared__ __align__(1024) char shared[];
     i64 pieces = (i64)a.batches * a.part_chunks * a.group * 2;
@@ -314,6 +315,9 @@ extern "C" __global__ void __launch_bounds__(256, 1) backward_left_over(
             p.batch = row / a.part_chunks, p.chunk = a.first_chunk + row % a.part_chunks;
             p.span = span_of(a.spans, p.chunk, a.length, a.reverse);
             exact_gradients(a, p, shared);
+            // dV of all channels by the program that has one half or the other, in turns, so that all have as many
+            int turn = p.at / ((gridDim.x + 1) / 2) & 1;
+            if (p.half == turn && a.left_over[i] == VALUE_TOO) exact_values(a, p, shared);
         }
     }
 }

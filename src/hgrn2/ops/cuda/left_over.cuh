@@ -1,6 +1,10 @@
 // What left_over.cu works with: what it reads, and the products with values. A program works on one half of
-// the channels of one head in one chunk at a time.
+// the channels of one head in one chunk at a time; for dV, on all of them.
 
+// joins.cuh and gates.cuh are written for the other walks' argument, of which they need what is here too
+typedef BackwardArguments WalkArguments;
+
+constexpr int GATE_THREADS = 256, GATES = 1, PAIRS = 8;
 constexpr int HALF = 64;
 constexpr int SMALL_BYTES = CHUNK * HALF * 2;
 constexpr int SUM_ROW = HALF + 8;  // padded, so that fragments' rows lie in different banks
@@ -15,6 +19,24 @@ constexpr int AT_DQ = 0, AT_DK = SUMS_BYTES;
 constexpr int AT_Q = AT_DY + TILE_BYTES, AT_Z = AT_Q + SMALL_BYTES, AT_SCALED_Q = AT_Z + SMALL_BYTES;
 constexpr int AT_SCALED_K = AT_SCALED_Q + SMALL_BYTES, AT_SCORES = AT_SCALED_K + SMALL_BYTES;
 constexpr int AT_GROUPS = AT_SCORES + SMALL_BYTES, AT_STATES = AT_GROUPS + GROUPS * HALF * 4;
+
+// For dV, as the joins know it: q and f, then Q and K, with channels in the states' order; dy; dS [128 v, 128 k]; scores, as
+// two summands; numbers.
+struct Memory {
+    static constexpr int DY = 2 * TILE_BYTES, D_STATE = DY + TILE_BYTES, SCORES = D_STATE + 2 * TILE_BYTES;
+    static constexpr int NUMBERS = SCORES + 2 * SCORE_BYTES, END = NUMBERS + 10 * WIDTH * 4;
+    char* start;
+    __device__ __forceinline__ u32 at(int place) const { return shared_address(start) + place; }
+    __device__ __forceinline__ u32 tile(int, int which) const { return at(which * TILE_BYTES); }
+    __device__ __forceinline__ u32 scores(int, int summand) const { return at(SCORES + summand * SCORE_BYTES); }
+    __device__ __forceinline__ float* beta() const { return (float*)(start + NUMBERS); }
+    // decays of blocks of 16 tokens, and 1 minus them [4, 128]
+    __device__ __forceinline__ float* blocks() const { return beta() + WIDTH; }
+    __device__ __forceinline__ float* lost() const { return blocks() + 4 * WIDTH; }
+    // how far numbers that are not finite reach, [128]
+    __device__ __forceinline__ int* reached() const { return (int*)(lost() + 4 * WIDTH); }
+};
+static_assert(Memory::END <= AT_STATES + 4 * HALF * 4);
 
 // One half of the channels of one head in one chunk
 struct Piece {
