@@ -493,23 +493,37 @@ def test_never_waits_for_the_gpu(op, packed):
 
 @both_operators
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-def test_a_captured_scan_follows_its_inputs(op, packed):
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "backward"])
+def test_a_captured_scan_follows_its_inputs(op, packed, gradients):
     inputs = Case(op, torch.bfloat16, 200, 128, 128, cu_seqlens=(0, 50, 50, 200) if packed else None).inputs()
+    leaves = [x.requires_grad_(gradients) for x in inputs.values() if x is not None and x.is_floating_point()]
+    dy = torch.randn_like(inputs["v"])
+
+    def work():
+        y, state = op(**inputs)
+        found = [
+            y,
+            state,
+            *(torch.autograd.grad((y, state), leaves, (dy, torch.ones_like(state))) if gradients else ()),
+        ]
+        return {str(i): x.detach() for i, x in enumerate(found)}
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        op(**inputs)
+    with torch.cuda.stream(side):
+        work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        y, state = op(**inputs)
+    with torch.cuda.graph(graph):
+        found = work()
     if packed:
         # the bounds may move too: only their number is part of the graph
         inputs["cu_seqlens"].copy_(torch.tensor([0, 0, 130, 200], dtype=torch.int32))
-    inputs["v"].normal_()
-    graph.replay()
     with torch.no_grad():
-        assert_equal({"y": y, "state": state}, dict(zip(("y", "state"), op(**inputs), strict=True)))
+        inputs["v"].normal_()
+    dy.normal_()
+    graph.replay()
+    assert_equal(found, work())
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -628,13 +642,20 @@ def test_more_than_two_to_the_31_elements():
 def test_one_row_of_more_than_two_to_the_31_elements():
     length, heads, width = (1 << 20) + 70, 16, 128
     assert length * heads * width > 2**31
-    q, f, v = (torch.randn(1, length, heads, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    with torch.no_grad():
-        y, state = hgrn2_scan(q, f, v)
-        h = slice(heads - 1, heads)
-        alone, end = hgrn2_scan(*(x[:, :, h].clone() for x in (q, f, v)))
-    assert relative_error(y[:, -1000:, h], alone[:, -1000:]).rms <= SAME_RMS[torch.bfloat16]
+    q, f, v, dy = (torch.randn(1, length, heads, width, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+
+    def scan(*inputs, dy):
+        leaves = [x.requires_grad_() for x in inputs]
+        y, state = hgrn2_scan(*leaves)
+        return state.detach(), (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+    state, by_token = scan(q, f, v, dy=dy)
+    h = slice(heads - 1, heads)
+    end, alone = scan(*(x.detach()[:, :, h].clone() for x in (q, f, v)), dy=dy[:, :, h].clone())
     assert relative_error(state[:, h], end).rms <= SAME_RMS[torch.bfloat16]
+    for found, wanted in zip(by_token, alone, strict=True):
+        for rows in (slice(0, 1000), slice(length - 1000, length)):
+            assert relative_error(found[:, rows, h], wanted[:, rows]).rms <= SAME_RMS[torch.bfloat16]
 
 
 def test_heads_far_apart():

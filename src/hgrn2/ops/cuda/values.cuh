@@ -44,10 +44,10 @@ __device__ __forceinline__ void exact_values(const BackwardArguments& a, const P
     __syncthreads();
     remove_bad(m.at(Memory::DY), m.reached());
     {
+        // decays of the blocks, which the joins read behind a barrier of theirs
         Gates x;
         open_gates(m, 0, left, x);
     }
-    __syncthreads();
     join<true>(a, m, 0, 0, left);
     publish();
     __syncthreads();
