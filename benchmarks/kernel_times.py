@@ -3,7 +3,7 @@
 The sum of the times of the kernels is what a call costs where others are queued behind it, as in training. A call that
 is waited for costs what the host does before the first kernel as well; both are shown.
 
-    python benchmarks/kernel_times.py --out benchmarks/results/kernels-h200.json
+    python benchmarks/kernel_times.py --out benchmarks/results/kernels.json
 """
 
 from __future__ import annotations
