@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 import re
@@ -107,6 +108,22 @@ def test_rows_too_far_apart_for_the_kernels_are_copied():
     near, far = (x.as_strided(x.shape, (0, step, 128, 1)) for step in (2**27, 2**28))
     assert launch._aligned(near) is near
     assert launch._aligned(far).is_contiguous()
+
+
+def test_a_kernel_is_loaded_on_its_own_device(monkeypatch):
+    current, loaded = [0], []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(compiler, "load", lambda *_: loaded.append(current[-1]))
+    kernels.compiled.__wrapped__("sum_bounds", torch.bfloat16, "none", False, 1)
+    assert loaded == [1]
 
 
 class Driver:

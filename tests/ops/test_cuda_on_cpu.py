@@ -8,6 +8,7 @@ import itertools
 import platform
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from hgrn2.ops import hgrn2_scan
 from hgrn2.ops import scan as scan_module
 from hgrn2.ops.cuda import kernels as cuda_kernels
 from hgrn2.ops.cuda import launch, plan, recipe
-from tests.numerics import assert_close, assert_equal, assert_no_worse, run
+from tests.numerics import assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.cuda_emulator import Emulator
 from tests.ops.scan_cases import honest, spread, tied_inputs
 
@@ -44,7 +45,10 @@ def kernels(emulator, monkeypatch):
     # they were made with the numbers of another test
     for recipes in (launch._forward_recipe, launch._backward_recipe):
         recipes.cache_clear()
-    return emulator
+    # fills fresh memory with what is not a number
+    torch.use_deterministic_algorithms(True)
+    yield emulator
+    torch.use_deterministic_algorithms(False)
 
 
 def exact(inputs, **settings):
@@ -193,16 +197,36 @@ def test_activations(kernels, activation):
 
 
 def test_calls_that_differ_share_no_recipe(kernels):
-    inputs = Case(70).inputs()
-    other_scale, without_bound, without_state = {"scale": 0.3}, {"lower_bound": None}, {"initial_state": None}
-    apart = {"f": torch.stack((inputs["f"], inputs["f"]), 2).flatten(2, 3)[:, :, :1]}
-    whole = Case(70, cu_seqlens=(0, 70)).inputs()
-    calls = [(inputs, {}), (inputs, other_scale), (inputs | without_bound, {}), (inputs | without_state, {})]
-    calls += [(inputs | apart, {}), (inputs, {"reverse": True}), (inputs, {"q_activation": "none"}), (whole, {})]
+    inputs, packed, other = (Case(70, cu_seqlens=cut).inputs() for cut in (None, (0, 70), (0, 30, 70)))
+    wide = packed | {"cu_seqlens": packed["cu_seqlens"].long()}
+    apart = [{name: torch.cat((inputs[name], inputs[name]), 2)[:, :, :1]} for name in "qfv"]
+    calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (inputs, {}), (inputs | {"lower_bound": None}, {}), (inputs | {"initial_state": None}, {}), (packed, {}),
+        (wide, {}), (other, {}), *((inputs | x, {}) for x in apart), (inputs, {"scale": 0.3}),
+        (inputs, {"reverse": True}), (inputs, {"q_activation": "none"}),
+    ]  # fmt: skip
     for given, settings in (*calls, calls[0]):
         assert_close(run(hgrn2_scan, given, **settings), exact(given, **settings), 5e-3)
     # the first call's was there when it came again
     assert launch._forward_recipe.cache_info()[:2] == launch._backward_recipe.cache_info()[:2] == (1, len(calls))
+
+
+def test_outputs_gradients_that_differ_share_no_recipe(kernels):
+    inputs = Case(70).inputs()
+    leaf, dy = inputs["v"].requires_grad_(), torch.randn_like(inputs["v"])
+    apart, expanded = torch.cat((dy, dy), 2)[:, :, :1], dy[:, :1].expand_as(dy)
+
+    def gradient(given, op, last):
+        y, state = op(**inputs)
+        (grad,) = torch.autograd.grad(
+            (y, state) if last else y, leaf, (given, torch.ones_like(state)) if last else given
+        )
+        return grad
+
+    for given, last in ((dy, False), (apart, False), (expanded, False), (dy, True), (dy, False)):
+        wanted = gradient(given, partial(hgrn2_scan, backend="reference"), last)
+        assert relative_error(gradient(given, hgrn2_scan, last), wanted).rms <= 5e-3
+    assert launch._backward_recipe.cache_info()[:2] == (1, 4)
 
 
 def test_strided_inputs(kernels):

@@ -7,9 +7,9 @@
 //     dq = dQ e      dk = dK / e
 //     d log f_u = sum over t >= u of (Q dQ - K dK)_t + sum of (K dK from the state) + M sum_v S D
 // The difference of sums is exact to float32 rounding of the chunk's largest, because a pair of tokens enters both with
-// the same rounded Q and K. All this needs M and N to be above 2^-80; where they are not, the walk finds dS alone. There,
-// and beside a lower bound where a gate is below 2^-13 (all but dV then), the gradients are left, by a flag and dS, to
-// left_over.cu.
+// the same rounded Q and K. All this needs M and N to be above 2^-80; where they are not, the walk finds dS alone. There
+// the gradients are left, by a flag and dS, to left_over.cu; all but dV also beside a lower bound where a gate is below
+// 2^-13, and where dy is not finite.
 //
 // All warps do the same, one kind of work after the other; what they wait for was asked for a chunk before. In columns a
 // thread has 8 tokens of two channels; in products a warpgroup has 64 columns of V and of K of dS, which stays in its

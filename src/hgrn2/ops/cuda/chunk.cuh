@@ -1,7 +1,7 @@
 // What the kernels for K = V = 128 share: where chunks lie, memory movement, matrix products, gates.
 //
 // Products of left_over.cu and of the joins are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums; those of the
-// walks are wgmma (wgmma.cuh). Shared memory holds rows in 16-byte pieces whose place is XORed with the row, so that
+// walks and of values.cuh are wgmma (wgmma.cuh). Shared memory holds rows in 16-byte pieces whose place is XORed with the row, so that
 // eight rows of one column never meet in a bank.
 //
 // Fragment of a 16 x 16 piece, the same for a factor on the left (rows x depth) and, transposed in roles, on the right:
@@ -34,12 +34,6 @@ __device__ __forceinline__ Span span_of(const void* spans, i64 chunk, i64 length
     return {reverse ? length - 1 - time : time, some, (int)blockIdx.z, time == 0, left <= CHUNK};
 #endif
 }
-
-// place of a 16-byte piece of a row of 128 numbers
-__device__ __forceinline__ u32 tile_place(int row, int piece) { return row * ROW_BYTES + ((piece ^ (row & 7)) << 4); }
-
-// place of a 16-byte piece of a row of 64 numbers
-__device__ __forceinline__ u32 narrow_place(int row, int piece) { return row * CHUNK * 2 + ((piece ^ (row & 7)) << 4); }
 
 // decay and key of a pre-activation z: f = beta + (1 - beta) sigmoid(z), k = (1 - beta) sigmoid(-z); also sigmoid(-z)
 // and (1 - beta) sigmoid(z)

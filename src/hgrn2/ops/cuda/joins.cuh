@@ -1,4 +1,4 @@
-// The exact way through a chunk, for gates that are too near to 0 for the dense products of gates.cuh.
+// The exact way through a chunk, for gates that are too near to 0 for the dense products of dense.cuh and backward.cu.
 //
 // The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
 // ever multiplied. A lane holds two channels of 16 tokens, so that joins up to 16 tokens stay within it; the four

@@ -62,7 +62,9 @@ def compiled(name: str, dtype: torch.dtype, q_activation: str, packed: bool, dev
         f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
         f"-DPACKED={int(packed)}",
     )
-    return compiler.load(source(_FILES[name]), options, name, *resources(name))
+    # a kernel belongs to the device that is current when it is loaded
+    with torch.cuda.device(device):
+        return compiler.load(source(_FILES[name]), options, name, *resources(name))
 
 
 def resources(name: str) -> tuple[int, int]:

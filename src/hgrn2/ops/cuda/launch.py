@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,8 +26,8 @@ MOST_ROW_BYTES = 2**29
 _CARRIED = 4
 _STATE = WIDTH * WIDTH
 _FLOAT32, _INT32, _SPAN = 4, 4, 16  # bytes
-# recipes that are kept: of lengths that are never the same, the latest
-_RECIPES = 256
+# forms whose recipes are kept, of each pass: the latest
+_RECIPES = 64
 
 
 class Scan(NamedTuple):
@@ -163,8 +163,8 @@ def backward(
         scan: the call.
         dy: [B, T, H, V].
         d_final: [N, H, K, V] float32, or None for zeros.
-        states: what the forward pass kept, and the distance.
-        coarse: see states.
+        states: what the forward pass kept.
+        coarse: chunks between them.
 
     Returns:
         Gradients of q, f, v, the lower bound and the initial state (None where there is none).
@@ -229,7 +229,7 @@ class _Call:
         self, name: str, group: Group, stretch: Stretch, *, v: tuple[str, Sequence[int]], initial: Place,
         before: _Before | None = None, **places: Place,
     ) -> None:  # fmt: skip
-        """Launches a kernel of walk.cu.
+        """Adds a launch of a kernel of walk.cu.
 
         Args:
             name: of the kernel.
@@ -252,8 +252,8 @@ class _Call:
             scale=form.scale, **self.strides(q=form.strides[0], f=form.strides[1], v=v[1]),
             **({} if before is None else before.fields()),
         )  # fmt: skip
-        grid = (stretch.segments, group.count, self.batch)
-        self.recipe.launch(name, grid, arguments, *(places.get(name, NOWHERE) for name in WalkArguments.POINTERS))
+        pointers = _in_order(WalkArguments.POINTERS, places)
+        self.recipe.launch(name, (stretch.segments, group.count, self.batch), arguments, *pointers)
 
     def states_before_segments(
         self, name: str, group: Group, stretch: Stretch, v: tuple[str, Sequence[int]], initial: Place, back: bool
@@ -280,7 +280,7 @@ class _Call:
     def gradients(
         self, group: Group, part: Stretch, dy_strides: Sequence[int], before: _Before | None, **places: Place
     ) -> None:
-        """Launches a fast kernel for all gradients, and an exact one for those of query and gate that it leaves over.
+        """Adds launches of a fast kernel for all gradients, and of an exact one for what that leaves over.
 
         Args:
             group: heads to work on.
@@ -301,7 +301,7 @@ class _Call:
             part_chunks=part.chunks, reverse=form.reverse, scale=form.scale,
             **self.strides(q=q, f=f, v=v, dy=dy_strides), **({} if before is None else before.fields()),
         )  # fmt: skip
-        pointers = [places.get(name, NOWHERE) for name in BackwardArguments.POINTERS]
+        pointers = _in_order(BackwardArguments.POINTERS, places)
         self.recipe.launch("backward_walk", (part.segments, group.count, self.batch), arguments, *pointers)
         self.recipe.launch("backward_left_over", (2 * plan.MULTIPROCESSORS, 1, 1), arguments, *pointers)
 
@@ -325,7 +325,7 @@ def _backward_recipe(form: Form, dy_strides: tuple[int, ...], has_d_final: bool)
     call, coarse = _Call(form, "dq", "df", "dv"), form.coarse
     recipe, parts, heads = call.recipe, call.plan.parts, call.plan.passes.heads
     assert coarse == parts[0].segment, f"states every {coarse} chunks; wanted {parts[0].segment}"
-    # of packed sequences there may be fewer chunks: nobody writes the rest, which is summed and carried like all
+    # of packed sequences there may be fewer chunks: nobody writes the rest, which is summed, and carried, like all
     packed = form.packed is not None
     # one room for all groups and parts, that of the largest
     chunks = call.batch * parts[-1].chunks * heads
@@ -333,7 +333,7 @@ def _backward_recipe(form: Form, dy_strides: tuple[int, ...], has_d_final: bool)
     # of every chunk
     rows = call.batch * call.plan.chunks
     d_bounds = recipe.room(rows * call.heads * WIDTH * _FLOAT32, zeros=packed) if form.has_bound else NOWHERE
-    # from part to part; a sequence's own end takes its place where one ends
+    # the gradient of the state, from part to part; a sequence's own end takes its place where one ends
     carries = len(parts) > 1 and parts[-1].segments == 1
     carried = recipe.room(call.batch * heads * _STATE * _FLOAT32, zeros=packed) if carries else NOWHERE
     v, dy = ("v", form.strides[2]), ("dy", dy_strides)
@@ -342,6 +342,7 @@ def _backward_recipe(form: Form, dy_strides: tuple[int, ...], has_d_final: bool)
     for group in call.plan.groups:
         after = _Before(carried, 1, group.count) if carries else None
         if parts[-1].segments > 1:
+            # there is one group then: several have programs enough without segments
             every = Stretch(0, call.plan.chunks, coarse)
             after = call.states_before_segments("backward_summaries", group, every, dy, d_final, back=True)
         for part in parts:
@@ -350,15 +351,22 @@ def _backward_recipe(form: Form, dy_strides: tuple[int, ...], has_d_final: bool)
             if call.plan.pieces:
                 before = _Before(Place("states"), call.plan.pieces, call.heads, first - 1, group.first)
             call.walk("forward_states", group, part, v=v, initial=call.initial, before=before, kept=kept)
-            known = after if after is None or carries else after._replace(segment=first)
+            # gradients of states after the part: of each of its segments, or what the part after it left
+            of_part = after if after is None or carries else after._replace(segment=first)
             call.gradients(
-                group, part, dy_strides, known, states=kept, d_states=d_kept, d_bound=d_bounds, d_final=d_final,
+                group, part, dy_strides, of_part, states=kept, d_states=d_kept, d_bound=d_bounds, d_final=d_final,
                 d_initial=d_initial, after=carried, left_over=recipe.room(chunks * 2 * _INT32, zeros=True),
             )  # fmt: skip
     if form.has_bound:
         arguments = BoundsArguments(rows=rows, heads=call.heads)
         recipe.launch("sum_bounds", (call.heads, 1, 1), arguments, d_bounds, Place("d_bound"))
     return recipe
+
+
+def _in_order(pointers: Sequence[str], places: Mapping[str, Place]) -> list[Place]:
+    """Places by the names of a structure's pointers."""
+    assert places.keys() <= set(pointers), f"no pointers {places.keys() - set(pointers)}"
+    return [places.get(name, NOWHERE) for name in pointers]
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -368,7 +376,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-@functools.lru_cache(_RECIPES)
+@functools.lru_cache
 def _can_be_read(strides: tuple[int, ...], element_size: int) -> bool:
     steps = [s * element_size for s in strides[:-1]]
     # [B, T, H, K]

@@ -298,7 +298,7 @@ __device__ __forceinline__ void exact_gradients(const BackwardArguments& a, cons
 }
 
 // Programs, of any number, share out the flags.
-extern "C" __global__ void __launch_bounds__(256, 2) backward_left_over(
+extern "C" __global__ void __launch_bounds__(GATE_THREADS, 2) backward_left_over(
     const __grid_constant__ BackwardArguments a) {
     extern __shared__ __align__(1024) char shared[];
     i64 pieces = (i64)a.batches * a.part_chunks * a.group * 2;

@@ -11,7 +11,7 @@ constexpr int SUM_ROW = HALF + 8;  // padded, so that fragments' rows lie in dif
 
 // Shared memory: S and dS [128 v, 64 k], v and dy, then (over these, when they are no longer needed) gradients in
 // float32; q and z as they came; two tiles of what they become; gradients of scores; sums of a few kinds, [64] each.
-// launch.py knows the size
+// kernels.py knows the size
 constexpr int AT_STATE = 0, AT_D_STATE = AT_STATE + TILE_BYTES;
 constexpr int AT_V = AT_D_STATE + TILE_BYTES, AT_DY = AT_V + TILE_BYTES;
 constexpr int SUMS_BYTES = CHUNK * SUM_ROW * 4;
@@ -44,6 +44,12 @@ struct Piece {
     i64 chunk, at;  // of its sequence; among the chunks and heads whose states are kept
     Span span;
 };
+
+// place of a 16-byte piece of a row of 128 numbers
+__device__ __forceinline__ u32 tile_place(int row, int piece) { return row * ROW_BYTES + ((piece ^ (row & 7)) << 4); }
+
+// place of a 16-byte piece of a row of 64 numbers
+__device__ __forceinline__ u32 narrow_place(int row, int piece) { return row * CHUNK * 2 + ((piece ^ (row & 7)) << 4); }
 
 // Reads rows of q and f, which come first, then of the states, v and dy. Of a row that does not exist nothing is read.
 __device__ __forceinline__ void fetch(const BackwardArguments& a, const Piece& p, u32 base) {

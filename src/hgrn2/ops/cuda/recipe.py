@@ -1,7 +1,7 @@
 """Launches that are made ready once, for all calls that differ in nothing but where their tensors lie.
 
-A call is a dozen launches, each with an argument of some forty numbers; to find those anew would take the host longer
-than the kernels of a small call take the GPU.
+Forward and backward pass together are a dozen launches or more, each with an argument of some forty numbers; to find
+those anew would take the host longer than the kernels of a small call take the GPU.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Recipe:
     """Launches one after the other, and the memory they need between them.
 
     Args:
-        find: gives a kernel by its name.
+        kernel_of: a kernel by its name.
     """
 
-    def __init__(self, find: Callable[[str], Kernel]):
-        self._find, self._launches = find, list[_Launch]()
+    def __init__(self, kernel_of: Callable[[str], Kernel]):
+        self._kernel_of, self._launches = kernel_of, list[_Launch]()
         self._sizes = {"scratch": 0, "zeros": 0}
 
     def room(self, num_bytes: int, zeros: bool = False) -> Place:
@@ -66,7 +66,7 @@ class Recipe:
             places: what those point to.
         """
         pointers = struct.Struct(f"{len(places)}P")
-        self._launches.append(_Launch(self._find(name), grid, arguments, pointers, places))
+        self._launches.append(_Launch(self._kernel_of(name), grid, arguments, pointers, places))
 
     def run(self, device: torch.device, **tensors: Tensor | None) -> None:
         """Launches all on the device's current stream.
@@ -79,9 +79,10 @@ class Recipe:
         addresses[NOWHERE.tensor] = 0
         with torch.cuda.device(device):
             stream = current_stream()
-            # held until all is launched; whoever gets the memory then comes later in the stream
+            # held until all is launched; whoever gets the memory then comes later in the stream. Whole numbers, which
+            # torch, where it fills fresh memory for tests, fills with bits that are not a number in any type
             rooms = [
-                (torch.zeros if name == "zeros" else torch.empty)(size // 4, dtype=torch.float32, device=device)
+                (torch.zeros if name == "zeros" else torch.empty)(size // 4, dtype=torch.int32, device=device)
                 for name, size in self._sizes.items()
             ]
             addresses.update(zip(self._sizes, (room.data_ptr() for room in rooms), strict=True))

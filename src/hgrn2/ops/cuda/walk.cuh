@@ -48,7 +48,7 @@ constexpr float SMALLEST_BLOCK = BFLOAT16 ? 9.094947017729282e-13f : 2.0f;  // 2
 // Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, and the decays of the
 // halves of the chunk [128] (summaries: what is left across all chunks so far, and 1 minus it); decays of the blocks of
 // 16 tokens, and 1 minus them [4, 128]; beta [128]; how far values that are not finite reach [128]; what is said of both
-// slots. launch.py knows the size. Tiles are laid out as in wgmma.cuh
+// slots. kernels.py knows the size. Tiles are laid out as in wgmma.cuh
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 tile(int stage, int which) const {
