@@ -96,6 +96,19 @@ def test_matches_the_oracle(kernels, case):
     assert_no_worse(run(hgrn2_scan, inputs, **settings), rival, wanted)
 
 
+@pytest.mark.parametrize(("others", "closed"), [(0.0, (-1,)), (14.0, (-1,)), (20.0, (5, 70)), (-14.0, ())])
+@pytest.mark.parametrize("z", [-9.0, -12.0, -20.0, -30.0])
+@pytest.mark.parametrize("length", [1, 64, 130])
+def test_few_closed_gates_without_a_bound(kernels, others, closed, z, length):
+    # the gradient by a gate is of the gate's size, whatever the others of its chunk are
+    inputs = Case(length, bound=None).inputs()
+    f = torch.full_like(inputs["f"], others)
+    for at in closed:
+        f[:, min(at, length - 1)] = z
+    inputs["f"] = f + 0.1 * inputs["f"]
+    assert_close(run(hgrn2_scan, inputs), exact(inputs), 5e-3)
+
+
 # multiprocessors (and programs of the exact gradients, which then have several chunks each), states kept at a time,
 # shortest walk; the launches that tell which way was gone
 CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132, 2048, 8, {"carry_states"})]

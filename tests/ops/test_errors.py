@@ -66,6 +66,14 @@ TIED = [
     ("q_activation", None, "q_activation", "None", "'silu'"),
     ("v_activation", "sigmoid", "v_activation", "'sigmoid'", "'none'"),
     ("backend", "cuda", "backend", "'cuda'", "'chunked'"),
+    ("q", None, "q", "None", "a tensor"),
+    ("q", [[1.0]], "q", "a list", "a tensor"),
+    ("v", None, "v", "None", "a tensor"),
+    ("f", None, "f", "None", "a tensor"),
+    ("q", ones(2, 10, 2, 6).to_sparse(), "q", "torch.sparse_coo", "torch.strided"),
+    ("f", ones(2, 10, 2, 6).to_sparse(), "f", "torch.sparse_coo", "torch.strided"),
+    *(("scale", x, "scale", repr(x), "torch.float32") for x in (None, "1", 1j, math.nan, math.inf, -1e39, 10**40)),
+    *(("reverse", x, "reverse", repr(x), "True") for x in (None, "no", 2, 0.0)),
 ]
 
 
@@ -88,6 +96,10 @@ def test_scan_arguments(case):
         ("log_f", with_value(-ones(2, 10, 2, 6), math.inf), "log_f", "inf", "at most 0"),
         ("initial_state", ones(1, 2, 6, 5), "initial_state", "[1, 2, 6, 5]", "N=2"),
         ("backend", "", "backend", "''", "'chunked'"),
+        ("q", None, "q", "None", "a tensor"),
+        ("k", "k", "k", "'k'", "a tensor"),
+        ("scale", "1", "scale", "'1'", "torch.float32"),
+        ("reverse", None, "reverse", "None", "True"),
     ],
     ids=lambda case: f"{case[0]}-{case[-2]}",
 )
@@ -147,6 +159,9 @@ def test_cu_seqlens_want_one_row_and_a_state_each(op):
         ("q_activation", "gelu", "q_activation", "'gelu'", "'silu'"),
         ("v_activation", "gelu", "v_activation", "'gelu'", "'none'"),
         ("backend", "fast", "backend", "'fast'", "'reference'"),
+        ("q", None, "q", "None", "a tensor"),
+        ("v", ones(2, 2, 5).to_sparse(), "v", "torch.sparse_coo", "torch.strided"),
+        ("scale", math.nan, "scale", "nan", "torch.float32"),
     ],
     ids=lambda case: f"{case[0]}-{case[-2]}",
 )

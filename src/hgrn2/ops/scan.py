@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def hgrn2_scan(
         (torch.Size([2, 100, 4, 32]), torch.Size([2, 4, 32, 32]))
     """
     _check_scan(q, f, v, initial_state, cu_seqlens, "f", debug)
-    _check_scale(scale)
+    _check_settings(q, scale, reverse)
     _check_lower_bound(lower_bound, q, debug)
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
@@ -177,7 +177,7 @@ def gated_scan(
         >>> y, state = hgrn2.ops.gated_scan(q, k, v, -torch.rand(1, 50, 2, 16))
     """
     _check_scan(q, k, v, initial_state, cu_seqlens, "k", debug)
-    _check_scale(scale)
+    _check_settings(q, scale, reverse)
     require_shape("log_f", log_f, "B T H K", q.shape)
     _check_like("log_f", log_f, q, _state_dtype(q))
     if _values_are_at_hand(log_f, debug) and log_f.numel() and not bool((log_f <= 0).all()):
@@ -242,6 +242,7 @@ def hgrn2_step(
         >>> q, f, v = torch.randn(3, 1, 4, 32).unbind(0)
         >>> y, state = hgrn2.ops.hgrn2_step(q, f, v, torch.zeros(1, 4, 32, 32))
     """
+    _check_tensors(q=q, v=v)
     if q.dim() != 3 or v.dim() != 3:
         raise ValueError(
             f"q and v of a step have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, H, K] and [B, H, V]"
@@ -250,7 +251,7 @@ def hgrn2_step(
     require_shape("v", v, "B H V", (*q.shape[:2], v.shape[2]))
     require_shape("state", state, "B H K V", (*q.shape, v.shape[2]))
     _check_widths(q, v)
-    _check_scale(scale)
+    _check_settings(q, scale)
     _check_operands(q, f, v, "f")
     _check_like("state", state, q, _state_dtype(q))
     _check_lower_bound(lower_bound, q, debug)
@@ -339,10 +340,19 @@ def _check_like(name: str, x: Tensor, q: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} is on {x.device} and q on {q.device}; move them to one device")
 
 
+def _check_tensors(**inputs: Tensor) -> None:
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is {'None' if x is None else f'a {type(x).__name__}'}; wanted a tensor")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} has layout {x.layout}; wanted a dense tensor, torch.strided")
+
+
 def _check_operands(q: Tensor, x: Tensor, v: Tensor, name: str) -> None:
     if q.dtype not in DTYPES:
         raise ValueError(f"q has dtype {q.dtype}; wanted one of {', '.join(map(str, DTYPES))}")
     for label, tensor in ((name, x), ("v", v)):
+        _check_tensors(**{label: tensor})
         if tensor.dtype != q.dtype:
             raise ValueError(f"{label} has dtype {tensor.dtype} and q {q.dtype}; wanted one dtype for both")
         _check_like(label, tensor, q, q.dtype)
@@ -351,6 +361,7 @@ def _check_operands(q: Tensor, x: Tensor, v: Tensor, name: str) -> None:
 def _check_scan(
     q: Tensor, x: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, name: str, debug: bool
 ) -> None:
+    _check_tensors(q=q, v=v)
     if q.dim() != 4 or v.dim() != 4:
         raise ValueError(
             f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, T, H, K] and [B, T, H, V]"
@@ -373,10 +384,16 @@ def _check_widths(q: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
 
 
-def _check_scale(scale: float) -> None:
-    # a trace may hold the number as a symbol
-    if not torch.compiler.is_compiling() and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; wanted a finite number")
+def _check_settings(q: Tensor, scale: float, reverse: bool = False) -> None:
+    # a trace may hold the numbers as symbols
+    if torch.compiler.is_compiling():
+        return
+    dtype = _state_dtype(q)
+    # not a number fails the comparison
+    if not isinstance(scale, Real) or not abs(scale) <= torch.finfo(dtype).max:
+        raise ValueError(f"scale is {scale!r}; wanted a number that {dtype} can hold")
+    if not isinstance(reverse, int) or reverse not in (False, True):
+        raise ValueError(f"reverse is {reverse!r}; wanted True or False")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool) -> None:

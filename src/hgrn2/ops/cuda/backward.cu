@@ -8,8 +8,8 @@
 //     d log f_u = sum over t >= u of (Q dQ - K dK)_t + sum of (K dK from the state) + M sum_v S D
 // The difference of sums is exact to float32 rounding of the chunk's largest, because a pair of tokens enters both with
 // the same rounded Q and K. All this needs M and N to be above 2^-80; where they are not, the walk finds dS alone. There
-// the gradients are left, by a flag and dS, to left_over.cu; all but dV also beside a lower bound where a gate is below
-// 2^-13, and where dy is not finite.
+// the gradients are left, by a flag and dS, to left_over.cu; all but dV also where a gate is below 2^-13, and where dy is
+// not finite.
 //
 // All warps do the same, one kind of work after the other; what they wait for was asked for a chunk before. In columns a
 // thread has 8 tokens of two channels; in products a warpgroup has 64 columns of V and of K of dS, which stays in its
@@ -106,8 +106,8 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
     }
     *(float2*)(m.groups() + at.group * WIDTH + at.apart) = whole;
     *(float2*)(m.lost() + at.group * WIDTH + at.apart) = lost;
-    // the bound's gradient divides a difference of sums over the chunk, exact to the chunk's largest, by one decay
-    bool fine = __syncthreads_and(!a.d_bound || smallest >= SMALLEST_FOR_BOUND);
+    // gradients by a gate divide a difference of sums over the chunk, exact to the chunk's largest, by its decay
+    bool fine = __syncthreads_and(smallest >= SMALLEST_GATE);
     float2 half[2] = {make_float2(1.0f, 1.0f), make_float2(1.0f, 1.0f)};
     // decays between the thread's tokens and the middle
     opened.start = make_float2(1.0f, 1.0f);
