@@ -347,6 +347,14 @@ def test_a_thread_that_has_not_used_the_gpu():
     assert torch.equal(found[0], wanted)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_inputs_on_a_device_that_is_not_current():
+    inputs = Case(hgrn2_scan, torch.bfloat16, 300, 128, 128).inputs()
+    elsewhere = {name: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    found, wanted = ({name: x.cpu() for name, x in run(hgrn2_scan, given).items()} for given in (elsewhere, inputs))
+    assert_equal(found, wanted)
+
+
 @both_operators
 def test_slow_decay_over_a_long_sequence(op):
     inputs = slow(INPUTS[op](1, 20_000, 1, 16, 16))
