@@ -364,6 +364,7 @@ inline u32 __ballot_sync(u32, bool vote) {
 }
 
 inline u32 thread_index() { return threadIdx.x; }
+template <int AXIS> inline int block_index() { return AXIS == 0 ? blockIdx.x : AXIS == 1 ? blockIdx.y : blockIdx.z; }
 template <int LEFT> inline void give_registers() {}
 template <int WANTED> inline void take_registers() {}
 inline u32 shared_address(const void* p) { return (u32)((const char*)p - shared) + machine::SHARED_START; }
@@ -476,7 +477,7 @@ template <class T, int N> inline void settle(T (&)[N][4]) {}
 inline void multiply_turned(float (&d)[16][4], u64 a, u64 b) {
     machine::multiply_group("wgmma.turned", d, nullptr, a, b, true, true, true);
 }
-inline void multiply_registers(float (&d)[8][4], const u32 (&a)[4], u64 b, bool add) {
+template <int N> inline void multiply_registers(float (&d)[N][4], const u32 (&a)[4], u64 b, bool add) {
     machine::multiply_group("wgmma.registers", d, &a, 0, b, false, false, add);
 }
 template <bool A_TURNED, bool B_TURNED> inline void multiply_narrow(float (&d)[4][4], u64 a, u64 b, bool add) {

@@ -14,11 +14,10 @@
 // All warps do the same, one kind of work after the other; what they wait for was asked for a chunk before. In columns a
 // thread has 8 tokens of two channels; in products a warpgroup has 64 columns of V and of K of dS, which stays in its
 // registers, transposed.
-
-// Where one head of one sequence begins
-struct Inputs {
-    const char *q, *f, *v, *dy;
-};
+//
+// Where the chunk's middle is too far away, queries and keys are relative to the middle of their half (`halved`). Within
+// a half everything is as above. What a token has to do with the other half is found as that half's middle sees it, and
+// then multiplied by the decays of the two blocks of 16 tokens between the two middles, one after the other.
 
 // Each warp fetches of q and f what it works on itself: two pieces of each, of this token and the fourth after it.
 struct Fetched {
@@ -54,9 +53,10 @@ __device__ __forceinline__ void fetch_state(u32 to, const void* states, i64 at) 
 
 // What came of the gates of a chunk
 struct Opened {
-    bool fine;         // all gradients are taken by dense products
-    bool dense, good;  // as far as the thread sees: products can be dense, dy is finite
-    float2 start;      // e before the thread's first token
+    bool usual;    // all gradients are taken by dense products, relative to the middle of the chunk
+    bool fine;     // no gate is too near to 0 for gradients by it
+    bool good;     // as far as the thread sees: dy is finite
+    float2 start;  // e before the thread's first token
 };
 
 // Tokens that do not exist: they keep everything and add nothing
@@ -107,7 +107,7 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
     *(float2*)(m.groups() + at.group * WIDTH + at.apart) = whole;
     *(float2*)(m.lost() + at.group * WIDTH + at.apart) = lost;
     // gradients by a gate divide a difference of sums over the chunk, exact to the chunk's largest, by its decay
-    bool fine = __syncthreads_and(smallest >= SMALLEST_GATE);
+    opened.fine = __syncthreads_and(smallest >= SMALLEST_GATE);
     float2 half[2] = {make_float2(1.0f, 1.0f), make_float2(1.0f, 1.0f)};
     // decays between the thread's tokens and the middle
     opened.start = make_float2(1.0f, 1.0f);
@@ -136,7 +136,7 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
         store_shared(at.own(m.at(AT_K), i), pack(k[i][0] * e.x, k[i][1] * e.y));
         e.x *= f[i][0], e.y *= f[i][1];
     }
-    opened.dense = half[0].x >= SMALLEST && half[0].y >= SMALLEST && half[1].x >= SMALLEST && half[1].y >= SMALLEST;
+    bool dense = half[0].x >= SMALLEST && half[0].y >= SMALLEST && half[1].x >= SMALLEST && half[1].y >= SMALLEST;
     if (at.group == 0) {
         lost = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -156,8 +156,79 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
     copy_wait();
     opened.good = finite_outputs(m.at(AT_DY));
     publish();
-    opened.fine = __syncthreads_and(opened.dense && opened.good) && fine;
+    opened.usual = __syncthreads_and(dense && opened.good) && opened.fine;
     return opened;
+}
+
+// Whether products can be dense where queries and keys are relative to the middle of their half of the chunk, as far as
+// the thread sees
+__device__ __forceinline__ bool halves_are_dense(const Memory& m) {
+    Column at;
+    bool dense = true;
+#pragma unroll
+    for (int j = 0; j < GROUPS; j += 2) {
+        float2 d = *(const float2*)(m.groups() + j * WIDTH + at.apart);
+        float2 other = *(const float2*)(m.groups() + (j + 1) * WIDTH + at.apart);
+        dense = dense && d.x * other.x >= SMALLEST && d.y * other.y >= SMALLEST;
+    }
+    return dense;
+}
+
+// Q and K anew, relative to the middle of their half of the chunk; to `later`, keys relative to the middle of the second
+// half, which those of the first half never are in K. And the decays across the four blocks of 16 tokens, in the walk's
+// order `first`, `inner` twice, `second`. Returns e before the thread's first token.
+__device__ __forceinline__ float2 open_halves(const BackwardArguments& a, const Memory& m, u32 raw, u32 later) {
+    Column at;
+    int from_middle = at.group & 3;  // in groups, 2 behind it
+    auto decay = [&](int group) { return *(const float2*)(m.groups() + group * WIDTH + at.apart); };
+    float2 start = make_float2(1.0f, 1.0f), whole = decay(at.group);
+    if (from_middle == 0 || from_middle == 3) start = decay(from_middle == 0 ? at.group + 1 : at.group - 1);
+    if (from_middle < 2) start.x = reciprocal(start.x * whole.x), start.y = reciprocal(start.y * whole.y);
+    float2 beta = *(const float2*)(m.beta() + at.place), e = make_float2(start.x * a.scale, start.y * a.scale);
+    float f[8][2], k[8][2];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float2 z = load_pair(at.raw(raw + TILE_BYTES, i)), q = load_pair(at.raw(raw, i));
+        tied_gate(z.x, beta.x, f[i][0], k[i][0]);
+        tied_gate(z.y, beta.y, f[i][1], k[i][1]);
+        e.x *= f[i][0], e.y *= f[i][1];
+        store_shared(at.own(m.at(AT_Q), i), pack(activate(q.x) * e.x, activate(q.y) * e.y));
+    }
+    float2 inverse = make_float2(reciprocal(start.x * whole.x), reciprocal(start.y * whole.y)), after = inverse;
+    if (at.group < GROUPS / 2) {
+        after = make_float2(1.0f, 1.0f);
+        for (int j = at.group + 1; j < 6; j++) {
+            float2 d = decay(j);
+            after.x *= d.x, after.y *= d.y;
+        }
+    }
+#pragma unroll
+    for (int i = 7; i >= 0; i--) {
+        store_shared(at.own(m.at(AT_K), i), pack(k[i][0] * inverse.x, k[i][1] * inverse.y));
+        store_shared(at.own(later, i), pack(k[i][0] * after.x, k[i][1] * after.y));
+        inverse.x *= f[i][0], inverse.y *= f[i][1];
+        after.x *= f[i][0], after.y *= f[i][1];
+    }
+    if (at.group == 0) {
+        float2 d[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 x = decay(2 * j), y = decay(2 * j + 1);
+            d[j] = make_float2(x.x * y.x, x.y * y.y);
+        }
+        float2 n = *(const float2*)(m.first() + at.apart), o = *(const float2*)(m.second() + at.apart);
+        float2 owed = *(const float2*)(m.owed() + at.place);
+        d[0].x = without_drift((double)n.x * o.x, (double)d[3].x * d[2].x * d[1].x, d[0].x, owed.x);
+        d[0].y = without_drift((double)n.y * o.y, (double)d[3].y * d[2].y * d[1].y, d[0].y, owed.y);
+        *(float2*)(m.owed() + at.place) = owed;
+        *(float2*)(m.first() + at.apart) = d[3];
+        *(float2*)(m.inner(0) + at.apart) = d[2];
+        *(float2*)(m.inner(1) + at.apart) = d[1];
+        *(float2*)(m.second() + at.apart) = d[0];
+    }
+    publish();
+    __syncthreads();
+    return start;
 }
 
 typedef float Quarter[8][4];  // of 64 rows of V and 64 of K, as a product leaves its sums
@@ -180,6 +251,7 @@ __device__ __forceinline__ void decay_queries(const BackwardArguments& a, const 
         store_shared(at.own(m.at(AT_Q), i), pack(activate(q.x) * e.x, activate(q.y) * e.y));
     }
     if (thread_index() < WIDTH) m.second()[thread_index()] *= m.first()[thread_index()];
+    publish();
     __syncthreads();
 }
 
@@ -204,11 +276,12 @@ __device__ __forceinline__ float2 sum_rows(float (&x)[8][2], int& piece) {
     return make_float2(x[0][0], x[0][1]);
 }
 
-// Scores A, by two warpgroups, and their gradients dA by the others: begun here, and written by write_scores.
-__device__ __forceinline__ void begin_scores(const Memory& m, const Product& p, float (&sums)[4][4]) {
+// Scores A, by two warpgroups, and their gradients dA by the others: begun here, and written by write_scores. keys: a
+// tile
+__device__ __forceinline__ void begin_scores(const Memory& m, const Product& p, u32 keys, float (&sums)[4][4]) {
     bool gradients = p.group >> 1;
     u64 left = factor(m.at(gradients ? AT_DY : AT_Q));
-    u64 right = factor(m.at(gradients ? AT_V : AT_K) + 32 * (p.group & 1) * 128);
+    u64 right = factor((gradients ? m.at(AT_V) : keys) + 32 * (p.group & 1) * 128);
     products_begin();
     multiply_tiles(sums, left, right);
     products_commit();
@@ -238,11 +311,13 @@ __device__ __forceinline__ void write_scores(const Memory& m, const Product& p, 
     }
 }
 
-__device__ __forceinline__ void multiply_by(Quarter& x, const float* decays) {
+// really: or by 1
+__device__ __forceinline__ void multiply_by(Quarter& x, const float* decays, bool really = true) {
     decays += 2 * Product::c();
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         float2 d = *(const float2*)(decays + 8 * spread_piece(n));
+        if (!really) d = make_float2(1.0f, 1.0f);
         x[n][0] *= d.x, x[n][1] *= d.y, x[n][2] *= d.x, x[n][3] *= d.y;
     }
 }
@@ -273,10 +348,10 @@ __device__ __forceinline__ void sum_states(const Memory& m) {
     if (lane < 4) *(float2*)(m.state_sums() + 64 * half + 8 * spread_piece(piece) + 2 * lane) = make_float2(sums[0], sums[1]);
 }
 
-// Sums of K dK over the tokens of a warp
-__device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, int channels, const Quarter& grad) {
+// Sums of K dK over the tokens of a warp. keys: a tile
+__device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, u32 keys, int channels, const Quarter& grad) {
     float sums[8][2];
-    u32 from = m.at(AT_K) + channels * PANEL_BYTES + (16 * p.warp + Product::g()) * 128 + 4 * Product::c();
+    u32 from = keys + channels * PANEL_BYTES + (16 * p.warp + Product::g()) * 128 + 4 * Product::c();
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         float2 s = load_pair(from + Product::panel_place(n, 0)), t = load_pair(from + Product::panel_place(n, 1));
@@ -311,6 +386,7 @@ __device__ __forceinline__ void write_sums(const Memory& m, const Product& p, in
 }
 
 // Gradients of query and gate from their sums, to memory. All have done with the chunk's tiles afterwards.
+template <bool HALVED>
 __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory& m, u32 raw, const Span& span, i64 chunk,
                                        float2 start) {
     Column at;
@@ -328,6 +404,12 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
     *(float2*)(m.group_sums() + at.group * WIDTH + at.apart) = sum;
     float2 d_log = *(const float2*)(m.state_sums() + at.apart), second = *(const float2*)(m.second() + at.apart);
     d_log.x *= second.x, d_log.y *= second.y;
+    if (HALVED)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float2 d = *(const float2*)(m.inner(j) + at.apart);
+            d_log.x *= d.x, d_log.y *= d.y;
+        }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         float2 s = *(const float2*)(m.key_sums() + j * WIDTH + at.apart);
@@ -381,54 +463,256 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
     }
 }
 
+// A walk along a segment of one head of one sequence. Which, is asked anew each time, and addresses are computed anew:
+// there are no registers to keep them in, and shared memory is full.
+struct Walk {
+    const BackwardArguments& a;
+    Memory m;
+    static __device__ __forceinline__ int segment() { return block_index<0>(); }
+    static __device__ __forceinline__ int local() { return block_index<1>(); }
+    static __device__ __forceinline__ int batch() { return block_index<2>(); }
+    __device__ __forceinline__ int head() const { return a.first_head + local(); }
+    __device__ __forceinline__ i64 place_of(int chunk) const {
+        return ((i64)batch() * a.part_chunks + (chunk - a.first_chunk)) * gridDim.y + local();
+    }
+    __device__ __forceinline__ Span span_at(int chunk) const { return span_of(a.spans, chunk, a.length, a.reverse); }
+    // q and f as they came of a chunk
+    __device__ __forceinline__ u32 raw(int chunk) const { return m.at(AT_RAW + (chunk & 1) * 2 * TILE_BYTES); }
+    __device__ __forceinline__ void fetch_gates(int chunk) const {
+        i64 b = batch(), h = head();
+        fetch_pair(raw(chunk), (const char*)a.q + (b * a.q_batch + h * a.q_head) * 2, 2 * (int)a.q_row,
+                   (const char*)a.f + (b * a.f_batch + h * a.f_head) * 2, 2 * (int)a.f_row, span_at(chunk), a.reverse ? -1 : 1);
+    }
+    __device__ __forceinline__ void fetch_values(int chunk) const {
+        i64 b = batch(), h = head();
+        fetch_pair(m.at(AT_V), (const char*)a.v + (b * a.v_batch + h * a.v_head) * 2, 2 * (int)a.v_row,
+                   (const char*)a.dy + (b * a.dy_batch + h * a.dy_head) * 2, 2 * (int)a.dy_row, span_at(chunk), a.reverse ? -1 : 1);
+    }
+};
+
+// Adds Q^T dY to the gradient of the state, over `count` times 16 tokens from 16 first on
+__device__ __forceinline__ void add_queries(const Memory& m, const Product& p, int first, int count, Quarter& state) {
+    u64 dy = factor(m.at(AT_DY) + p.v_half * PANEL_BYTES), q = factor(m.at(AT_Q) + p.k_half * PANEL_BYTES);
+#pragma unroll
+    for (int s = 0; s < 4; s++)
+        if (s >= first && s < first + count) multiply_wide<true, true>(state, dy + s * (2048 >> 4), q + s * (2048 >> 4), true);
+    products_commit();
+}
+
+// What is to be done with the gradient of the state before a chunk. good: dy is finite
+__device__ __forceinline__ void end_state(const Walk& walk, const Product& p, int chunk, bool more, bool good, Quarter& state) {
+    const BackwardArguments& a = walk.a;
+    if (!good)
+#pragma unroll
+        for (int upper = 0; upper < 2; upper++)
+            if (walk.m.reached()[64 * p.v_half + 16 * p.warp + Product::g() + 8 * upper] >= 0)
+#pragma unroll
+                for (int n = 0; n < 8; n++) state[n][2 * upper] = state[n][2 * upper + 1] = not_a_number();
+    float* to = nullptr;
+    Span span = walk.span_at(chunk);
+    if (span.first) {
+        if (a.d_initial) to = a.d_initial + ((i64)span.sequence * a.heads + walk.head()) * WIDTH * WIDTH;
+    } else if (a.after && walk.segment() == 0 && !more) {
+        to = a.after + ((i64)walk.batch() * gridDim.y + walk.local()) * WIDTH * WIDTH;
+    }
+    if (to) {
+        to += p.corner();
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) to[Product::place(n, e)] = state[n][e];
+    }
+}
+
+// The gradients of a chunk. HALVED: queries and keys are relative to the middles of the halves of the chunk; else
+// everything is as usual, `fine` and `good`, and the compiler knows. fine: gradients of query and gate are taken
+template <bool HALVED>
+__device__ __forceinline__ void take_gradients(const Walk& walk, const Product& p, int chunk, bool more, bool fine,
+                                               bool good, float2 start, Quarter& state) {
+    const BackwardArguments& a = walk.a;
+    const Memory& m = walk.m;
+    if (!HALVED) fine = good = true;
+    // keys as the states and later queries see them
+    u32 keys = HALVED ? walk.raw(chunk + 1) : m.at(AT_K);
+    multiply_by(state, m.first() + 64 * p.k_half);
+    write_factor(m, p, state);
+    {
+        float scores[4][4];
+        begin_scores(m, p, m.at(AT_K), scores);
+        if (HALVED) {
+            float others[4][4];
+            begin_scores(m, p, keys, others);
+            products_wait<0>();
+            settle(scores), settle(others);
+            // queries of the second half and keys of the first
+            bool other = p.group == 0 && p.warp >= 2;
+#pragma unroll
+            for (int i = 0; i < 16; i++) scores[i >> 2][i & 3] = other ? others[i >> 2][i & 3] : scores[i >> 2][i & 3];
+        } else {
+            products_wait<0>();
+            settle(scores);
+        }
+        write_scores(m, p, scores);
+    }
+    publish();
+    __syncthreads();
+
+    float out[4][4];
+    Quarter grad;
+    // dQ by two warpgroups, dK by the others, each 64 channels. The warpgroup is asked for anew, and places are sums,
+    // not choices: so the compiler keeps all of it in the warp's own registers, where products want it.
+    int of_keys = __shfl_sync(~0u, thread_index() >> 8, 0), channels = __shfl_sync(~0u, thread_index() >> 7 & 1, 0);
+    if (fine) {
+        static_assert(AT_V == AT_DY - TILE_BYTES && AT_D_STATE == AT_STATE + STATE_BYTES && AT_Q == AT_K - TILE_BYTES);
+        u64 left = factor(m.at(AT_DY) - of_keys * TILE_BYTES);
+        u64 right = factor(m.at(AT_STATE) + of_keys * STATE_BYTES + channels * STATE_PANEL);
+        products_begin();
+#pragma unroll
+        for (int s = 0; s < 8; s++)
+            multiply_wide<false, true>(grad, left + (s >> 2) * (PANEL_BYTES >> 4) + (s & 3) * (32 >> 4), right + s * (2048 >> 4), s > 0);
+        products_commit();
+    }
+    settle(state);
+    products_begin();
+    {
+        u64 k = factor(keys), d = factor(m.at(AT_D_STATE) + 32 * p.group * 128);
+#pragma unroll
+        for (int s = 0; s < 8; s++)
+            multiply_narrow<false, false>(out, k + (s >> 2) * (PANEL_BYTES >> 4) + (s & 3) * (32 >> 4),
+                                          d + (s >> 2) * (STATE_PANEL >> 4) + (s & 3) * (32 >> 4), s > 0);
+        u64 dy = factor(m.at(AT_DY) + (p.group >> 1) * PANEL_BYTES + (p.group & 1) * 64);
+#pragma unroll
+        for (int summand = 0; summand < 2; summand++)
+#pragma unroll
+            for (int s = 0; s < 4; s++)
+                multiply_narrow<true, true>(out, factor(m.scores(summand)) + s * (2048 >> 4), dy + s * (2048 >> 4), true);
+    }
+    if (HALVED) {
+        // the tokens of the second half first, whose middle `first` leads to
+        add_queries(m, p, 2, 2, state);
+        products_wait<0>();
+        settle(state);
+        multiply_by(state, m.inner(0) + 64 * p.k_half);
+        multiply_by(state, m.inner(1) + 64 * p.k_half);
+        settle(state);
+        products_begin();
+        add_queries(m, p, 0, 2, state);
+    } else {
+        add_queries(m, p, 0, 4, state);
+        if (more) walk.fetch_gates(chunk - 1);
+        copy_commit();
+    }
+    if (fine) {
+        sum_states(m);
+        products_wait<1>();
+        settle(grad);
+        if (of_keys) sum_keys(m, p, keys, channels, grad);
+        else multiply_by(grad, m.second() + 64 * channels);
+        settle(grad);
+        // over `count` times 16 tokens from 16 first on
+        auto add_scores = [&](int first, int count) {
+            u64 gradients = factor(m.scores(2));
+            u64 other = factor(m.at(AT_K) - of_keys * TILE_BYTES + channels * PANEL_BYTES) + first * (2048 >> 4);
+            if (of_keys) {
+                gradients += first * (2048 >> 4);
+                products_begin();
+#pragma unroll
+                for (int s = 0; s < count; s++) multiply_wide<true, true>(grad, gradients + s * (2048 >> 4), other + s * (2048 >> 4), true);
+                products_commit();
+            } else {
+                gradients += first * (32 >> 4);
+                products_begin();
+#pragma unroll
+                for (int s = 0; s < count; s++) multiply_wide<false, true>(grad, gradients + s * (32 >> 4), other + s * (2048 >> 4), true);
+                products_commit();
+            }
+        };
+        if (HALVED) {
+            // first what is relative to the middle of the half that is not the row's own; brought to that of its own
+            add_scores(2 * of_keys, 2);
+            products_wait<0>();
+            settle(grad);
+            bool other = p.warp >> 1 != of_keys;
+            multiply_by(grad, m.inner(0) + 64 * channels, other);
+            multiply_by(grad, m.inner(1) + 64 * channels, other);
+            settle(grad);
+            add_scores(2 - 2 * of_keys, 2);
+        } else {
+            add_scores(0, 4);
+        }
+        products_wait<1>();
+    } else {
+        products_wait<0>();
+    }
+    settle(out), settle(state);
+    write_values(a, walk.batch(), walk.head(), walk.span_at(chunk), p.warp, p.group, good ? nullptr : m.reached(), out);
+    multiply_by(state, m.second() + 64 * p.k_half);
+    end_state(walk, p, chunk, more, good, state);
+    products_wait<0>();
+    settle(grad);
+    // all products are done: their factors' room is free
+    __syncthreads();
+    if (HALVED) {
+        // where keys were
+        if (more) walk.fetch_gates(chunk - 1);
+        copy_commit();
+    }
+    if (more) walk.fetch_values(chunk - 1);
+    if (fine) {
+        write_sums(m, p, of_keys, channels, grad);
+        __syncthreads();
+        finish<HALVED>(a, m, walk.raw(chunk), walk.span_at(chunk), chunk, start);
+    }
+}
+
+// The gradient of the state alone, across a chunk of which all others are left over
+__device__ __forceinline__ void carry_gradient(const Walk& walk, const Product& p, int chunk, bool more, bool good,
+                                               Quarter& state) {
+    multiply_by(state, walk.m.second() + 64 * p.k_half);
+    settle(state);
+    products_begin();
+    add_queries(walk.m, p, 0, 4, state);
+    if (more) walk.fetch_gates(chunk - 1);
+    copy_commit();
+    products_wait<0>();
+    settle(state);
+    end_state(walk, p, chunk, more, good, state);
+    __syncthreads();
+    if (more) walk.fetch_values(chunk - 1);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __grid_constant__ BackwardArguments a) {
     extern __shared__ __align__(1024) char shared[];
-    Memory m = {shared};
     constexpr i64 STATE = WIDTH * WIDTH;
-    int segment = blockIdx.x, local = blockIdx.y, group = gridDim.y, head = a.first_head + local;
-    i64 batch = blockIdx.z;
-    int first = a.first_chunk + segment * a.segment_chunks, end = first + a.segment_chunks;
+    Walk walk = {a, {shared}};
+    const Memory& m = walk.m;
+    int first = a.first_chunk + walk.segment() * a.segment_chunks, end = first + a.segment_chunks;
     if (end > a.end_chunk) end = a.end_chunk;
 #if PACKED
     if (end > *a.num_spans) end = *a.num_spans;
 #endif
-    int count = end - first, sign = a.reverse ? -1 : 1;
-    Inputs from;
-    from.q = (const char*)a.q + (batch * a.q_batch + head * a.q_head) * 2;
-    from.f = (const char*)a.f + (batch * a.f_batch + head * a.f_head) * 2;
-    from.v = (const char*)a.v + (batch * a.v_batch + head * a.v_head) * 2;
-    from.dy = (const char*)a.dy + (batch * a.dy_batch + head * a.dy_head) * 2;
-    int q_row = 2 * (int)a.q_row, f_row = 2 * (int)a.f_row, v_row = 2 * (int)a.v_row, dy_row = 2 * (int)a.dy_row;
-    auto place_of = [&](int chunk) { return (batch * a.part_chunks + (chunk - a.first_chunk)) * group + local; };
-    if (threadIdx.x < WIDTH) m.beta()[place_of_channel(threadIdx.x)] = a.bound ? a.bound[head * WIDTH + threadIdx.x] : 0.0f;
-    auto span_at = [&](int chunk) { return span_of(a.spans, chunk, a.length, a.reverse); };
-    auto fetch_gates = [&](int chunk, const Span& span) {
-        fetch_pair(m.at(AT_RAW + (chunk & 1) * 2 * TILE_BYTES), from.q, q_row, from.f, f_row, span, sign);
-    };
-    auto fetch_values = [&](const Span& span) { fetch_pair(m.at(AT_V), from.v, v_row, from.dy, dy_row, span, sign); };
-    if (count <= 0) return;
-    {
-        Span span = span_at(end - 1);
-        fetch_gates(end - 1, span);
-        copy_commit();
-        fetch_values(span);
-        fetch_state(m.at(AT_STATE), a.states, place_of(end - 1));
-        copy_commit();
-    }
+    if (threadIdx.x < WIDTH)
+        m.beta()[place_of_channel(threadIdx.x)] = a.bound ? a.bound[walk.head() * WIDTH + threadIdx.x] : 0.0f;
+    if (end <= first) return;
+    walk.fetch_gates(end - 1);
+    copy_commit();
+    walk.fetch_values(end - 1);
+    fetch_state(m.at(AT_STATE), a.states, walk.place_of(end - 1));
+    copy_commit();
     Product p;
     Quarter state;
     __syncthreads();
     for (int chunk = end - 1; chunk >= first; chunk--) {
         // found anew wherever it is needed: there are no registers to keep it in
-        Span span = span_at(chunk);
+        Span span = walk.span_at(chunk);
         bool more = chunk > first;
         if (chunk == end - 1 || span.last) {
             const float* known = nullptr;
             if (span.last) {
-                if (a.d_final) known = a.d_final + ((i64)span.sequence * a.heads + head) * STATE + p.corner();
+                if (a.d_final) known = a.d_final + ((i64)span.sequence * a.heads + walk.head()) * STATE + p.corner();
             } else if (a.before) {
-                i64 own = batch * a.before_segments + a.before_segment + segment;
-                known = a.before + (own * a.before_heads + a.before_head + local) * STATE + p.corner();
+                i64 own = walk.batch() * a.before_segments + a.before_segment + walk.segment();
+                known = a.before + (own * a.before_heads + a.before_head + walk.local()) * STATE + p.corner();
             }
 #pragma unroll
             for (int n = 0; n < 8; n++)
@@ -437,132 +721,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
             // nothing is owed to another sequence
             if (thread_index() < WIDTH) m.owed()[thread_index()] = 0.0f;
         }
-        u32 raw = m.at(AT_RAW + (chunk & 1) * 2 * TILE_BYTES);
+        u32 raw = walk.raw(chunk);
         // q and f
         copy_wait_but_one();
         if (span.left < CHUNK) close_missing(raw + TILE_BYTES, span.left);
         __syncwarp();
         Opened opened = open_chunk(a, m, raw);
-        // products are dense, gradients of query and gate are taken, dy is finite
-        bool dense = true, fine = true, good = true;
-        if (!opened.fine) {
-            fine = false, dense = __syncthreads_and(opened.dense), good = __syncthreads_and(opened.good);
-            if (!dense) decay_queries(a, m, raw);
+        if (opened.usual) {
+            take_gradients<false>(walk, p, chunk, more, true, true, opened.start, state);
+        } else {
+            bool good = __syncthreads_and(opened.good), halved = __syncthreads_and(halves_are_dense(m));
+            bool fine = halved && good && opened.fine;
+            float2 start;
+            if (halved) start = open_halves(a, m, raw, walk.raw(chunk + 1));
+            else decay_queries(a, m, raw);
             if (!good) remove_bad(m.at(AT_DY), m.reached());
-            leave_over(a, p, state, place_of(chunk), dense ? QUERY_AND_GATE : VALUE_TOO);
+            if (!fine) leave_over(a, p, state, walk.place_of(chunk), halved ? QUERY_AND_GATE : VALUE_TOO);
+            if (halved) take_gradients<true>(walk, p, chunk, more, fine, good, start, state);
+            else carry_gradient(walk, p, chunk, more, good, state);
         }
-        if (dense) {
-            multiply_by(state, m.first() + 64 * p.k_half);
-            write_factor(m, p, state);
-            float scores[4][4];
-            begin_scores(m, p, scores);
-            products_wait<0>();
-            settle(scores);
-            write_scores(m, p, scores);
-        } else {
-            // dV is left over, so no product that makes it need be right
-            multiply_by(state, m.second() + 64 * p.k_half);
-        }
-        publish();
-        __syncthreads();
-
-        float out[4][4];
-        Quarter grad;
-        // dQ by two warpgroups, dK by the others, each 64 channels. The warpgroup is asked for anew, and places are sums,
-        // not choices: so the compiler keeps all of it in the warp's own registers, where products want it.
-        int of_keys = __shfl_sync(~0u, thread_index() >> 8, 0), channels = __shfl_sync(~0u, thread_index() >> 7 & 1, 0);
-        if (fine) {
-            static_assert(AT_V == AT_DY - TILE_BYTES && AT_D_STATE == AT_STATE + STATE_BYTES && AT_Q == AT_K - TILE_BYTES);
-            u64 left = factor(m.at(AT_DY) - of_keys * TILE_BYTES);
-            u64 right = factor(m.at(AT_STATE) + of_keys * STATE_BYTES + channels * STATE_PANEL);
-            products_begin();
-#pragma unroll
-            for (int s = 0; s < 8; s++)
-                multiply_wide<false, true>(grad, left + (s >> 2) * (PANEL_BYTES >> 4) + (s & 3) * (32 >> 4), right + s * (2048 >> 4), s > 0);
-            products_commit();
-        }
-        settle(state);
-        products_begin();
-        {
-            u64 k = factor(m.at(AT_K)), d = factor(m.at(AT_D_STATE) + 32 * p.group * 128);
-#pragma unroll
-            for (int s = 0; s < 8; s++)
-                multiply_narrow<false, false>(out, k + (s >> 2) * (PANEL_BYTES >> 4) + (s & 3) * (32 >> 4),
-                                              d + (s >> 2) * (STATE_PANEL >> 4) + (s & 3) * (32 >> 4), s > 0);
-            u64 dy = factor(m.at(AT_DY) + (p.group >> 1) * PANEL_BYTES + (p.group & 1) * 64);
-#pragma unroll
-            for (int summand = 0; summand < 2; summand++)
-#pragma unroll
-                for (int s = 0; s < 4; s++)
-                    multiply_narrow<true, true>(out, factor(m.scores(summand)) + s * (2048 >> 4), dy + s * (2048 >> 4), true);
-        }
-        {
-            u64 dy = factor(m.at(AT_DY) + p.v_half * PANEL_BYTES), q = factor(m.at(AT_Q) + p.k_half * PANEL_BYTES);
-#pragma unroll
-            for (int s = 0; s < 4; s++) multiply_wide<true, true>(state, dy + s * (2048 >> 4), q + s * (2048 >> 4), true);
-        }
-        products_commit();
-        if (more) fetch_gates(chunk - 1, span_at(chunk - 1));
-        copy_commit();
-        if (fine) {
-            sum_states(m);
-            products_wait<1>();
-            settle(grad);
-            if (of_keys) sum_keys(m, p, channels, grad);
-            else multiply_by(grad, m.second() + 64 * channels);
-            settle(grad);
-            u64 gradients = factor(m.scores(2)), other = factor(m.at(AT_K) - of_keys * TILE_BYTES + channels * PANEL_BYTES);
-            if (of_keys) {
-                products_begin();
-#pragma unroll
-                for (int s = 0; s < 4; s++) multiply_wide<true, true>(grad, gradients + s * (2048 >> 4), other + s * (2048 >> 4), true);
-                products_commit();
-            } else {
-                products_begin();
-#pragma unroll
-                for (int s = 0; s < 4; s++) multiply_wide<false, true>(grad, gradients + s * (32 >> 4), other + s * (2048 >> 4), true);
-                products_commit();
-            }
-            products_wait<1>();
-        } else {
-            products_wait<0>();
-        }
-        settle(out), settle(state);
-        if (dense) write_values(a, batch, head, span_at(chunk), p.warp, p.group, good ? nullptr : m.reached(), out);
-        if (!good)
-#pragma unroll
-            for (int upper = 0; upper < 2; upper++)
-                if (m.reached()[64 * p.v_half + 16 * p.warp + Product::g() + 8 * upper] >= 0)
-#pragma unroll
-                    for (int n = 0; n < 8; n++) state[n][2 * upper] = state[n][2 * upper + 1] = not_a_number();
-        if (dense) multiply_by(state, m.second() + 64 * p.k_half);
-        {
-            float* to = nullptr;
-            Span span = span_at(chunk);
-            if (span.first) {
-                if (a.d_initial) to = a.d_initial + ((i64)span.sequence * a.heads + head) * STATE;
-            } else if (a.after && segment == 0 && !more) {
-                to = a.after + (batch * group + local) * STATE;
-            }
-            if (to) {
-                to += p.corner();
-#pragma unroll
-                for (int n = 0; n < 8; n++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) to[Product::place(n, e)] = state[n][e];
-            }
-        }
-        products_wait<0>();
-        settle(grad);
-        // all products are done: their factors' room is free
-        __syncthreads();
-        if (more) fetch_values(span_at(chunk - 1));
-        if (fine) {
-            write_sums(m, p, of_keys, channels, grad);
-            __syncthreads();
-            finish(a, m, raw, span_at(chunk), chunk, opened.start);
-        }
-        if (more) fetch_state(m.at(AT_STATE), a.states, place_of(chunk - 1));
+        if (more) fetch_state(m.at(AT_STATE), a.states, walk.place_of(chunk - 1));
         copy_commit();
     }
 }

@@ -34,6 +34,9 @@ struct Memory {
     __device__ __forceinline__ int* reached() const { return (int*)key_sums(); }
     // what chunks owe to each other, see without_drift; not spread
     __device__ __forceinline__ float* owed() const { return lost() + GROUPS * WIDTH; }
+    // of chunks in halves, between `first` and `second`: the decays across the two blocks of 16 tokens around the middle of
+    // the chunk, the later one first; those two are then decays across the blocks at its end and start
+    __device__ __forceinline__ float* inner(int i) const { return owed() + (1 + i) * WIDTH; }
     // in place of the scores: sums over groups of tokens, two [8, 128]
     __device__ __forceinline__ float* group_sums() const { return (float*)(start + AT_SCORES); }
     __device__ __forceinline__ float* sums(int of_keys) const {

@@ -88,3 +88,16 @@ __device__ __forceinline__ float without_drift(float first, float second, float 
     owed -= (changed - second) / second;
     return changed;
 }
+
+// The same of the last of several decays. wanted: their product, others: that of all but the last
+__device__ __forceinline__ float without_drift(double wanted, double others, float last, float& owed) {
+    if (!(wanted > 0.5)) {
+        owed = 0.0f;
+        return last;
+    }
+    double whole = others * last;
+    owed += (float)((wanted - whole) / whole);
+    float changed = fmaf(last, owed, last);
+    owed -= (changed - last) / last;
+    return changed;
+}

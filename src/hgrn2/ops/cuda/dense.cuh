@@ -1,4 +1,4 @@
-// The work of a forward walk's gate warps, where a chunk is dense: queries and keys as the state needs them, scores.
+// The work of a forward walk's gate warps: what the state needs, decays, queries and keys, and scores of dense products.
 
 // Where one head of one sequence begins
 struct Row {
@@ -33,8 +33,9 @@ __device__ __forceinline__ void fetch(const WalkArguments& a, const Memory& m, i
     copy_commit();
 }
 
-// The decays of the chunk that the state is multiplied by; the warps of the first block do it.
-__device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, float2& owed) {
+// The decays that the state is multiplied by: those of the chunk's halves, of its four blocks (HALVED), or, second, of all
+// of it (JOINED). The warps of the first block do it.
+__device__ __forceinline__ void state_decays(const Memory& m, int slot, int said, float2& owed) {
     Place at = place_of_thread();
     if (at.block != 0) return;
     int column = 64 * at.half + 2 * at.lane;
@@ -45,49 +46,71 @@ __device__ __forceinline__ void halves(const Memory& m, int slot, bool joined, f
         float2 l = *(const float2*)(m.lost() + j * WIDTH + column);
         lost.x = fmaf(lost.x, d[j].x, l.x), lost.y = fmaf(lost.y, d[j].y, l.y);
     }
+    if (said == HALVED) {
+        d[3].x = without_drift(1.0 - lost.x, (double)d[0].x * d[1].x * d[2].x, d[3].x, owed.x);
+        d[3].y = without_drift(1.0 - lost.y, (double)d[0].y * d[1].y * d[2].y, d[3].y, owed.y);
+#pragma unroll
+        for (int j = 0; j < 4; j++) *(float2*)(m.decays(slot, j) + column) = d[j];
+        return;
+    }
     float2 first = make_float2(d[0].x * d[1].x, d[0].y * d[1].y), second = make_float2(d[2].x * d[3].x, d[2].y * d[3].y);
-    if (joined) {
+    if (said == JOINED) {
         second.x *= first.x, second.y *= first.y;
         first.x = first.y = 1.0f;
     }
     second.x = without_drift(first.x, second.x, lost.x, owed.x);
     second.y = without_drift(first.y, second.y, lost.y, owed.y);
-    *(float2*)(m.first(slot) + column) = first;
-    *(float2*)(m.second(slot) + column) = second;
+    *(float2*)(m.decays(slot, 0) + column) = first;
+    *(float2*)(m.decays(slot, 1) + column) = second;
 }
 
-// Queries and keys relative to the middle of the chunk, in place of what they come from.
-template <bool QUERIES>
-__device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Memory& m, int stage, const Gates& x) {
+// Keys with the decays to the end of the chunk, in place of what they come from. Exact for any gate.
+__device__ __forceinline__ void to_the_end(const Memory& m, int stage, const Gates& x) {
+    Place at = place_of_thread();
+    u32 tile = m.tile(stage, 1) + at.block * 16 * 128;
+    const float* blocks = m.blocks() + 64 * at.half + 2 * at.lane;
+    float2 e = make_float2(1.0f, 1.0f);
+    for (int block = at.block + 1; block < 4; block++) {
+        float2 d = *(const float2*)(blocks + block * WIDTH);
+        e.x *= d.x, e.y *= d.y;
+    }
+#pragma unroll
+    for (int i = 15; i >= 0; i--) {
+        store_shared(at.row(tile, i), pack(x.k[i][0] * e.x, x.k[i][1] * e.y));
+        e.x *= x.decay[i][0], e.y *= x.decay[i][1];
+    }
+}
+
+// Queries and keys relative to the middle of the chunk or of their half, in place of what they come from.
+__device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Memory& m, int stage, bool halved,
+                                                const Gates& x) {
     Place at = place_of_thread();
     u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
     const float* blocks = m.blocks() + 64 * at.half + 2 * at.lane;
     // e before the first of the warp's tokens
     float2 e = make_float2(1.0f, 1.0f);
-    if (at.block < 2) {
-        e = *(const float2*)(blocks + WIDTH);
-        if (at.block == 0) {
+    if (halved ? !(at.block & 1) : at.block < 2) {
+        e = *(const float2*)(blocks + (halved ? at.block : 1) * WIDTH);
+        if (!halved && at.block == 0) {
             float2 d = *(const float2*)blocks;
             e.x *= d.x, e.y *= d.y;
         }
         e.x = reciprocal(e.x), e.y = reciprocal(e.y);
-    } else if (at.block == 3) {
+    } else if (!halved && at.block == 3) {
         e = *(const float2*)(blocks + 2 * WIDTH);
     }
-    if (QUERIES) {
-        u32 raw[8];
-        float2 scaled = make_float2(e.x * a.scale, e.y * a.scale);
+    u32 raw[8];
+    float2 scaled = make_float2(e.x * a.scale, e.y * a.scale);
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            // several reads before the first write, so that none waits for it
-            if (i % 8 == 0)
+    for (int i = 0; i < 16; i++) {
+        // several reads before the first write, so that none waits for it
+        if (i % 8 == 0)
 #pragma unroll
-                for (int j = 0; j < 8; j++) raw[j] = load_shared(at.row(q_tile, i + j));
-            float q0, q1;
-            unpack(raw[i % 8], q0, q1);
-            scaled.x *= x.decay[i][0], scaled.y *= x.decay[i][1];
-            store_shared(at.row(q_tile, i), pack(activate(q0) * scaled.x, activate(q1) * scaled.y));
-        }
+            for (int j = 0; j < 8; j++) raw[j] = load_shared(at.row(q_tile, i + j));
+        float q0, q1;
+        unpack(raw[i % 8], q0, q1);
+        scaled.x *= x.decay[i][0], scaled.y *= x.decay[i][1];
+        store_shared(at.row(q_tile, i), pack(activate(q0) * scaled.x, activate(q1) * scaled.y));
     }
     float2 own = *(const float2*)(blocks + at.block * WIDTH);
     e.x *= own.x, e.y *= own.y;
@@ -101,8 +124,8 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
 }
 
 // Scores Q K^T, as sums of two numbers of the inputs' type: one has too few digits. Each half of the warps has 32 keys;
-// above the diagonal the zeros of the beginning stay.
-__device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slot) {
+// above the diagonal the zeros of the beginning stay. halved: none of queries and keys of different halves
+__device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slot, bool halved) {
     Place at = place_of_thread();
     float sums[4][4];
     u64 q = factor(m.tile(stage, 0)), k = factor(m.tile(stage, 1) + 32 * at.half * 128);
@@ -111,6 +134,7 @@ __device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slo
     products_commit();
     products_wait<0>();
     settle(sums);
+    if (halved && at.block >> 1 != at.half) return;
     u32 row = m.scores(slot, 0) + (16 * at.block + at.g) * 128 + 4 * at.c;
 #pragma unroll
     for (int n = 0; n < 4; n++) {

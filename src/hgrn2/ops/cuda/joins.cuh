@@ -18,9 +18,9 @@ __device__ __forceinline__ float exchange(float first, float second, int lane, i
 }
 
 // Joins pairs of neighbouring blocks of SIZE tokens: their scores, and the products of decays over both
-template <bool OUTPUT, int SIZE>
+template <int SIZE>
 __device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& x) {
-    if (OUTPUT) {
+    {
         // one piece holds queries in late rows and keys in early ones: its product with itself all the pairs
         __syncwarp();
 #pragma unroll
@@ -52,19 +52,18 @@ __device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& 
 #pragma unroll
             for (int i = 0; i < SIZE; i++) {
                 x.k[early + i][j] *= second;
-                if (OUTPUT) x.q[early + SIZE + i][j] *= first;
+                x.q[early + SIZE + i][j] *= first;
             }
             x.decay[early][j] = first * second;
         }
 }
 
 // All joins up to blocks of 16 tokens. Leaves the joined keys in the tile of f.
-template <bool OUTPUT>
 __device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory& m, const Place& at, int stage,
                                             Gates& x) {
     // a warp's own piece of the tiles is free for other things once it is read
     u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
-    if (OUTPUT) {
+    {
         // scores of tokens with themselves: sums over the lanes, which end where the row's fragment is
         float sums[2];
 #pragma unroll
@@ -93,15 +92,13 @@ __device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory
         }
     }
     // a warp's own pieces of the tiles serve in turn
-    join_level<OUTPUT, 1>(f_tile, at, x);
-    join_level<OUTPUT, 2>(q_tile, at, x);
-    join_level<OUTPUT, 4>(f_tile, at, x);
-    join_level<OUTPUT, 8>(q_tile, at, x);
-    if (OUTPUT) {
-        __syncwarp();
+    join_level<1>(f_tile, at, x);
+    join_level<2>(q_tile, at, x);
+    join_level<4>(f_tile, at, x);
+    join_level<8>(q_tile, at, x);
+    __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 16; i++) store_shared(at.row(f_tile, i), pack(x.k[i][0], x.k[i][1]));
-    }
+    for (int i = 0; i < 16; i++) store_shared(at.row(f_tile, i), pack(x.k[i][0], x.k[i][1]));
 }
 
 // Scores of the four blocks, as sums of two numbers like those of dense_scores, and queries with the decays since the
@@ -166,17 +163,14 @@ __device__ __forceinline__ void join_blocks(const Memory& m, const Place& at, in
 
 // Scores, and queries and keys as the state needs them, which replace q and f. Gates are read once more: handed over,
 // they would decide the registers of the way that most chunks go.
-template <bool OUTPUT>
 __device__ __forceinline__ void join(const WalkArguments& a, const Memory& m, int stage, int slot, int left) {
     Gates x;
     Place at = read_gates(m, stage, left, x);
-    join_tokens<OUTPUT>(a, m, at, stage, x);
-    if (OUTPUT) {
-        barrier_wait(GATES, GATE_THREADS);
-        join_blocks(m, at, stage, slot, x);
-        // the joined keys are read by other warps until here
-        barrier_wait(GATES, GATE_THREADS);
-    }
+    join_tokens(a, m, at, stage, x);
+    barrier_wait(GATES, GATE_THREADS);
+    join_blocks(m, at, stage, slot, x);
+    // the joined keys are read by other warps until here
+    barrier_wait(GATES, GATE_THREADS);
     const float* decays = m.blocks() + 64 * at.half + 2 * at.lane;
     float2 rest = make_float2(1.0f, 1.0f);
     for (int block = at.block + 1; block < 4; block++) {

@@ -35,8 +35,8 @@ KERNELS = {
 }  # fmt: skip
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
-_WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 14 * WIDTH * 4 + 2 * 4
-_BACKWARD_SHARED = 12 * _TILE_BYTES + 3 * _SCORE_BYTES + (4 + 2 * 8) * WIDTH * 4
+_WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 18 * WIDTH * 4 + 2 * 4
+_BACKWARD_SHARED = 12 * _TILE_BYTES + 3 * _SCORE_BYTES + (6 + 2 * 8) * WIDTH * 4
 _LEFT_OVER_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 4) * _HALF * 4
 _BOUNDS_SHARED = BOUNDS_THREADS // (WIDTH // 4) * WIDTH * 4
 _FILES = {name: file for file, names in KERNELS.items() for name in names}

@@ -76,8 +76,8 @@ __device__ __forceinline__ void summarize_gates(const WalkArguments& a, const Me
             rest.x = gone.x < 0.5f ? 1.0f - gone.x : rest.x * all.x;
             rest.y = gone.y < 0.5f ? 1.0f - gone.y : rest.y * all.y;
             if (at.block == 0) {
-                *(float2*)(m.first(slot) + 64 * at.half + 2 * at.lane) = rest;
-                *(float2*)(m.second(slot) + 64 * at.half + 2 * at.lane) = gone;
+                *(float2*)(m.decays(slot, 0) + 64 * at.half + 2 * at.lane) = rest;
+                *(float2*)(m.decays(slot, 1) + 64 * at.half + 2 * at.lane) = gone;
             }
         }
         if (threadIdx.x == 0) *m.said(slot) = over ? OVER : begins ? BEGINS : 0;
@@ -119,11 +119,11 @@ __device__ __forceinline__ void summarize_state(const WalkArguments& a, const Me
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     state[j][e] =
-                        fmaf(known[state_place(j, e)], m.first(slot)[8 * j + 2 * r.c + (e & 1)], state[j][e]);
+                        fmaf(known[state_place(j, e)], m.decays(slot, 0)[8 * j + 2 * r.c + (e & 1)], state[j][e]);
         }
         // nothing is left of what came before
-        rest = said ? 0.0f : m.first(slot)[thread & (WIDTH - 1)];
-        gone = said == BEGINS ? REPLACED : said ? 1.0f : m.second(slot)[thread & (WIDTH - 1)];
+        rest = said ? 0.0f : m.decays(slot, 0)[thread & (WIDTH - 1)];
+        gone = said == BEGINS ? REPLACED : said ? 1.0f : m.decays(slot, 1)[thread & (WIDTH - 1)];
         if (said) break;
         if (i + 2 < count) barrier_arrive(EMPTIED + slot, THREADS);
         stage = stage == STAGES - 1 ? 0 : stage + 1;

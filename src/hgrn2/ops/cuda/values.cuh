@@ -48,7 +48,7 @@ __device__ __forceinline__ void exact_values(const BackwardArguments& a, const P
         Gates x;
         open_gates(m, 0, left, x);
     }
-    join<true>(a, m, 0, 0, left);
+    join(a, m, 0, 0, left);
     publish();
     __syncthreads();
     int group = __shfl_sync(~0u, thread >> 7, 0), warp = __shfl_sync(~0u, thread >> 5 & 3, 0);

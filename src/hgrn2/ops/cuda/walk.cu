@@ -44,18 +44,25 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         }
         Gates x;
         float2 product = open_gates(m, stage, left, x);
-        bool dense = barrier_all(GATES, GATE_THREADS, product.x >= SMALLEST_BLOCK && product.y >= SMALLEST_BLOCK);
-        halves(m, slot, !dense, owed);
-        if (threadIdx.x == 0) *m.said(slot) = dense ? 0 : JOINED;
-        if (dense) {
-            from_the_middle<OUTPUT>(a, m, stage, x);
-            if (OUTPUT) {
-                publish();
-                barrier_wait(GATES, GATE_THREADS);
-                dense_scores(m, stage, slot);
-            }
+        int said = JOINED;
+        if (OUTPUT) {
+            auto all_keep = [&](float least) { return barrier_all(GATES, GATE_THREADS, product.x >= least && product.y >= least); };
+            if (all_keep(SMALLEST_OF_WHOLE)) said = WHOLE;
+            else if (all_keep(SMALLEST_OF_HALVED)) said = HALVED;
         } else {
-            join<OUTPUT>(a, m, stage, slot, left);
+            barrier_wait(GATES, GATE_THREADS);
+        }
+        state_decays(m, slot, said, owed);
+        if (threadIdx.x == 0) *m.said(slot) = said;
+        if (!OUTPUT) {
+            to_the_end(m, stage, x);
+        } else if (said == JOINED) {
+            join(a, m, stage, slot, left);
+        } else {
+            from_the_middle(a, m, stage, said == HALVED, x);
+            publish();
+            barrier_wait(GATES, GATE_THREADS);
+            dense_scores(m, stage, slot, said == HALVED);
         }
         publish();
         barrier_arrive(FILLED + slot, THREADS);

@@ -39,16 +39,18 @@ constexpr int STAGES = 3;
 // barriers: among the gate warps; slots filled for the state warps, and emptied by them; among the warps of a half of
 // the state; between the two gate warps of a block of tokens
 constexpr int GATES = 1, FILLED = 2, EMPTIED = 4, STATES = 6, PAIRS = 8;
-// what is said of a chunk: it went through the joins
-constexpr int JOINED = 1;
-// a block of 16 tokens may decay by this much in a chunk of dense products. Half a chunk then decays by 2^-80 at most,
-// which leaves room for values and states of any ordinary size; numbers in float16 have none
-constexpr float SMALLEST_BLOCK = BFLOAT16 ? 9.094947017729282e-13f : 2.0f;  // 2^-40
+// what is said of a chunk: how far the middle is that its queries and keys are relative to. That of the chunk, that of
+// the token's half, or none: the state meets queries with the decays since the chunk's start
+constexpr int WHOLE = 0, HALVED = 1, JOINED = 2;
+// what a block of 16 tokens must keep for dense products. A token is then within 2^-80 of the middle, of two blocks or of
+// one, which leaves room for values and states of any ordinary size; numbers in float16 have none
+constexpr float SMALLEST_OF_WHOLE = BFLOAT16 ? 9.094947017729282e-13f : 2.0f;   // 2^-40
+constexpr float SMALLEST_OF_HALVED = BFLOAT16 ? 8.271806125530277e-25f : 2.0f;  // 2^-80
 
-// Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, and the decays of the
-// halves of the chunk [128] (summaries: what is left across all chunks so far, and 1 minus it); decays of the blocks of
-// 16 tokens, and 1 minus them [4, 128]; beta [128]; how far values that are not finite reach [128]; what is said of both
-// slots. kernels.py knows the size. Tiles are laid out as in wgmma.cuh
+// Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, and four times the decays
+// across a part of the chunk [128], see `state_decays` (summaries: what is left across all chunks so far, and 1 minus
+// it); decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128]; how far values that are not finite reach
+// [128]; what is said of both slots. kernels.py knows the size. Tiles are laid out as in wgmma.cuh
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 tile(int stage, int which) const {
@@ -60,11 +62,10 @@ struct Memory {
     __device__ __forceinline__ float* numbers() const {
         return (float*)(start + 3 * STAGES * TILE_BYTES + 4 * SCORE_BYTES);
     }
-    __device__ __forceinline__ float* first(int slot) const { return numbers() + 2 * slot * WIDTH; }
-    __device__ __forceinline__ float* second(int slot) const { return numbers() + (2 * slot + 1) * WIDTH; }
-    __device__ __forceinline__ float* blocks() const { return numbers() + 4 * WIDTH; }
-    __device__ __forceinline__ float* lost() const { return numbers() + 8 * WIDTH; }
-    __device__ __forceinline__ float* beta() const { return numbers() + 12 * WIDTH; }
-    __device__ __forceinline__ int* reached() const { return (int*)(numbers() + 13 * WIDTH); }
-    __device__ __forceinline__ int* said(int slot) const { return (int*)(numbers() + 14 * WIDTH) + slot; }
+    __device__ __forceinline__ float* decays(int slot, int part) const { return numbers() + (4 * slot + part) * WIDTH; }
+    __device__ __forceinline__ float* blocks() const { return numbers() + 8 * WIDTH; }
+    __device__ __forceinline__ float* lost() const { return numbers() + 12 * WIDTH; }
+    __device__ __forceinline__ float* beta() const { return numbers() + 16 * WIDTH; }
+    __device__ __forceinline__ int* reached() const { return (int*)(numbers() + 17 * WIDTH); }
+    __device__ __forceinline__ int* said(int slot) const { return (int*)(numbers() + 18 * WIDTH) + slot; }
 };
