@@ -81,7 +81,9 @@ CASES = [
     *(Case(length, batch=2, reverse=length % 2 == 1) for length in (1, 15, 63, 64, 65, 130, 200)),
     Case(1, batch=40),
     *(Case(shift=s, bound=b, reverse=True) for s in (-2.0, -6.0, -20.0, 6.0, "wild") for b in (None, 0.9)),
-    *(Case(190, shift=shift, reverse=r, cu_seqlens=PACKED) for shift in (0.0, -6.0, "wild") for r in (False, True)),
+    # gates of about 0.12 and 0.05, of which a half of a chunk keeps too little, a block of 16 tokens enough
+    *(Case(length, shift=shift, bound=b) for length in (33, 190) for shift in (-2.0, -2.5) for b in (None, 0.03)),
+    *(Case(190, shift=shift, bound=None, reverse=r, cu_seqlens=PACKED) for shift in (0.0, -2.0, -6.0, "wild") for r in (False, True)),
     *(Case(190, dtype=torch.float16, shift=shift, bound=None) for shift in (0.0, -6.0)),
 ]  # fmt: skip
 
@@ -166,10 +168,11 @@ def test_bad_gradients_stay_where_they_belong(kernels, monkeypatch, bad, shift):
     found, found_initial = torch.autograd.grad(y, (v, initial), dy)
     touched = torch.zeros_like(y, dtype=torch.bool)
     touched[:, :101, :, 3] = True
-    assert torch.equal(found[~touched], dv[~touched])
+    # the chunk goes another way than without it, so the others agree but for rounding
+    assert relative_error(found[~touched], dv[~touched]).rms < 5e-3
     assert not found[touched].isfinite().any()
     others = torch.arange(128) != 3
-    assert torch.equal(found_initial[..., others], d_initial[..., others])
+    assert relative_error(found_initial[..., others], d_initial[..., others]).rms < 5e-3
     assert not found_initial[..., 3].isfinite().any()
 
 

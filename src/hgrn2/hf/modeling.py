@@ -21,7 +21,7 @@ from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.hf.loading import check_loaded, classes_named_by
 from hgrn2.models.language import build_block
 from hgrn2.nn.block import Block
-from hgrn2.nn.gates import lower_bounds
+from hgrn2.nn.gates import bounds_of_layers
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
 from hgrn2.ops.tiles import boundaries
@@ -207,7 +207,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
     def _bounds(self) -> list[Tensor] | list[None]:
         if not self.config.use_lower_bound:
             return [None] * len(self.layers)
-        return list(lower_bounds(self.lower_bounds, self.config.lower_bound).unbind(0))
+        return bounds_of_layers(self.lower_bounds, self.config.lower_bound)
 
 
 def _only_one(a: Any, b: Any, names: tuple[str, str]) -> Any:

@@ -16,7 +16,7 @@ from hgrn2.models.config import HGRN2Config
 from hgrn2.models.state import ModelState
 from hgrn2.nn.attention import Attention
 from hgrn2.nn.block import Block
-from hgrn2.nn.gates import lower_bounds
+from hgrn2.nn.gates import bounds_of_layers
 from hgrn2.nn.loss import IGNORE, linear_cross_entropy
 from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
 from hgrn2.nn.mlp import GatedMLP
@@ -46,7 +46,7 @@ class HGRN2Model(nn.Module):
         """The lower bound of each layer, [D] each in [0, 1), or None where there is none."""
         if not self.config.use_lower_bound:
             return [None] * len(self.layers)
-        return list(lower_bounds(self.lower_bounds, self.config.lower_bound).unbind(0))
+        return bounds_of_layers(self.lower_bounds, self.config.lower_bound)
 
     def forward(
         self,

@@ -31,3 +31,13 @@ def lower_bounds(gamma: Tensor, kind: str) -> Tensor:
     # summed from the first layer that counts: differences of sums could fall below 0
     summed = torch.cumsum(p[1:] if kind == "inclusive" else p[:-1], dim=0)
     return torch.cat([torch.zeros_like(p[:1]), summed]).clamp(max=_BELOW_ONE)
+
+
+def bounds_of_layers(gamma: Tensor, kind: str) -> list[Tensor]:
+    """The rows of `lower_bounds`, for the layers to use.
+
+    The first is 0 whatever gamma is, and says so: nothing is summed up for a gradient that leads nowhere. Unless it is the
+    only one, for a parameter has a gradient.
+    """
+    first, *others = lower_bounds(gamma, kind).unbind(0)
+    return [first.detach() if others else first, *others]

@@ -313,7 +313,7 @@ def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activat
 def _cuda_gradients(
     dy: Tensor, d_final_state: Tensor | None, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, states: Tensor, reverse: bool, scale: float,
-    q_activation: str, coarse: int,
+    q_activation: str, coarse: int, bound_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not coarse:
         # float16 has not the range for the kernels of the backward pass
@@ -331,7 +331,7 @@ def _cuda_gradients(
         from hgrn2.ops.cuda import launch
 
         scan = launch.Scan(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation)
-        dq, df, dv, d_bound, d_initial = launch.backward(scan, dy, d_final_state, states, coarse)
+        dq, df, dv, d_bound, d_initial = launch.backward(scan, dy, d_final_state, states, coarse, bound_wanted)
     d_bound, d_initial = (q.new_empty(0) if x is None else x for x in (d_bound, d_initial))
     return dq, df, dv, d_bound, d_initial
 
@@ -340,8 +340,11 @@ _cuda_gradients_op = torch.library.custom_op("hgrn2::cuda_scan_backward", _cuda_
 
 
 @_cuda_gradients_op.register_fake
-def _(dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, reverse, scale, q_activation, coarse):
-    inputs = (q, f, v, lower_bound, initial_state)
+def _(
+    dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, reverse, scale, q_activation, coarse,
+    bound_wanted,
+):  # fmt: skip
+    inputs = (q, f, v, lower_bound if bound_wanted or not coarse else None, initial_state)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
@@ -356,8 +359,9 @@ def _cuda_backward(ctx, dy, d_final_state, _, gradients=_cuda_gradients_op):
     if dy is None:
         dy = torch.zeros_like(ctx.saved_tensors[2])
     *_, lower_bound, initial_state, _, _ = tensors = ctx.saved_tensors
-    dq, df, dv, d_bound, d_initial = gradients(dy, d_final_state, *tensors, *ctx.settings)
-    d_bound = None if lower_bound is None else d_bound
+    bound_wanted = ctx.needs_input_grad[3]
+    dq, df, dv, d_bound, d_initial = gradients(dy, d_final_state, *tensors, *ctx.settings, bound_wanted)
+    d_bound = d_bound if lower_bound is not None and bound_wanted else None
     d_initial = None if initial_state is None else d_initial
     return dq, df, dv, d_bound, d_initial, None, None, None, None, None
 

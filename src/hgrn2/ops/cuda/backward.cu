@@ -174,6 +174,34 @@ __device__ __forceinline__ bool halves_are_dense(const Memory& m) {
     return dense;
 }
 
+// Where the bound's gradient is not wanted a gradient by a gate is multiplied by the gate again, so that of a closed one may
+// be wrong by what is little for the others of its channel. Whether each channel with a closed gate has such another.
+__device__ __forceinline__ bool closed_gates_are_among_others(const Memory& m, u32 raw) {
+    Column at;
+    float2 beta = *(const float2*)(m.beta() + at.place);
+    float2 smallest = make_float2(1.0f, 1.0f), most = make_float2(0.0f, 0.0f), f, k;
+#pragma unroll 1
+    for (int i = 0; i < 8; i++) {
+        float2 z = load_pair(at.raw(raw + TILE_BYTES, i));
+        tied_gate(z.x, beta.x, f.x, k.x);
+        tied_gate(z.y, beta.y, f.y, k.y);
+        smallest.x = minimum(smallest.x, f.x), smallest.y = minimum(smallest.y, f.y);
+        most.x = fmaxf(most.x, f.x * k.x), most.y = fmaxf(most.y, f.y * k.y);
+    }
+    float *of_smallest = m.group_sums() + at.apart, *of_most = of_smallest + GROUPS * WIDTH;
+    *(float2*)(of_smallest + at.group * WIDTH) = smallest;
+    *(float2*)(of_most + at.group * WIDTH) = most;
+    __syncthreads();
+#pragma unroll 1
+    for (int j = 0; j < GROUPS; j++) {
+        float2 x = *(const float2*)(of_smallest + j * WIDTH), y = *(const float2*)(of_most + j * WIDTH);
+        smallest.x = minimum(smallest.x, x.x), smallest.y = minimum(smallest.y, x.y);
+        most.x = fmaxf(most.x, y.x), most.y = fmaxf(most.y, y.y);
+    }
+    return __syncthreads_and((smallest.x >= SMALLEST_GATE || most.x >= ORDINARY) &&
+                             (smallest.y >= SMALLEST_GATE || most.y >= ORDINARY));
+}
+
 // Q and K anew, relative to the middle of their half of the chunk; to `later`, keys relative to the middle of the second
 // half, which those of the first half never are in K. And the decays across the four blocks of 16 tokens, in the walk's
 // order `first`, `inner` twice, `second`. Returns e before the thread's first token.
@@ -348,10 +376,12 @@ __device__ __forceinline__ void sum_states(const Memory& m) {
     if (lane < 4) *(float2*)(m.state_sums() + 64 * half + 8 * spread_piece(piece) + 2 * lane) = make_float2(sums[0], sums[1]);
 }
 
-// Sums of K dK over the tokens of a warp. keys: a tile
-__device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, u32 keys, int channels, const Quarter& grad) {
+// Sums of K dK over the tokens of a warp. `finish` takes them away again, token by token, so that they must be of the
+// same rounded K. HALVED: dK is as the middle of the second half sees it
+template <bool HALVED>
+__device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, int channels, const Quarter& grad) {
     float sums[8][2];
-    u32 from = keys + channels * PANEL_BYTES + (16 * p.warp + Product::g()) * 128 + 4 * Product::c();
+    u32 from = m.at(AT_K) + channels * PANEL_BYTES + (16 * p.warp + Product::g()) * 128 + 4 * Product::c();
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         float2 s = load_pair(from + Product::panel_place(n, 0)), t = load_pair(from + Product::panel_place(n, 1));
@@ -359,7 +389,14 @@ __device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, u32 
     }
     int piece;
     float2 sum = sum_rows(sums, piece);
-    *(float2*)(m.key_sums() + p.warp * WIDTH + 64 * channels + 8 * spread_piece(piece) + 2 * Product::c()) = sum;
+    int place = 64 * channels + 8 * spread_piece(piece) + 2 * Product::c();
+    if (HALVED && p.warp < 2)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float2 d = *(const float2*)(m.inner(j) + place);
+            sum.x *= d.x, sum.y *= d.y;
+        }
+    *(float2*)(m.key_sums() + p.warp * WIDTH + place) = sum;
 }
 
 // Leaves the gradient of the state after the chunk, as forward_states writes a state, and what is to be done with it.
@@ -532,7 +569,7 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
     const BackwardArguments& a = walk.a;
     const Memory& m = walk.m;
     if (!HALVED) fine = good = true;
-    // keys as the states and later queries see them
+    // keys as the state and later queries see them
     u32 keys = HALVED ? walk.raw(chunk + 1) : m.at(AT_K);
     multiply_by(state, m.first() + 64 * p.k_half);
     write_factor(m, p, state);
@@ -606,7 +643,7 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
         sum_states(m);
         products_wait<1>();
         settle(grad);
-        if (of_keys) sum_keys(m, p, keys, channels, grad);
+        if (of_keys) sum_keys<HALVED>(m, p, channels, grad);
         else multiply_by(grad, m.second() + 64 * channels);
         settle(grad);
         // over `count` times 16 tokens from 16 first on
@@ -731,7 +768,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
             take_gradients<false>(walk, p, chunk, more, true, true, opened.start, state);
         } else {
             bool good = __syncthreads_and(opened.good), halved = __syncthreads_and(halves_are_dense(m));
-            bool fine = halved && good && opened.fine;
+            bool fine = halved && good && (opened.fine || (!a.d_bound && closed_gates_are_among_others(m, raw)));
             float2 start;
             if (halved) start = open_halves(a, m, raw, walk.raw(chunk + 1));
             else decay_queries(a, m, raw);

@@ -1,8 +1,8 @@
 // What the one walk of the backward pass (backward.cu) works with: shared memory, who does what.
 
 constexpr int THREADS = 512;
-constexpr float SMALLEST = 8.271806125530277e-25f;  // 2^-80
-constexpr float SMALLEST_GATE = 1.220703125e-4f;   // 2^-13
+constexpr float SMALLEST_GATE = 1.220703125e-4f;  // 2^-13
+constexpr float ORDINARY = 9.765625e-4f;          // 2^-10, of a gate times 1 minus it
 // a pre-activation of which the decay is 1 and the key nothing
 constexpr float OPEN = 300.0f;
 

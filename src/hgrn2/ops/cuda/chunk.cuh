@@ -14,6 +14,9 @@ constexpr int ROW_BYTES = WIDTH * 2;
 constexpr int TILE_BYTES = CHUNK * ROW_BYTES;
 constexpr int SCORE_BYTES = CHUNK * CHUNK * 2;
 constexpr float LOG2_E = 1.4426950408889634f;
+// what the tokens on one side of a middle must keep of every channel for dense products relative to it. This leaves room
+// for values and states of any ordinary size; numbers in float16 have none
+constexpr float SMALLEST = BFLOAT16 ? 8.271806125530277e-25f : 2.0f;  // 2^-80
 
 // A chunk of 64 tokens, or fewer at the end of a sequence. A sequence is one of the batch or, PACKED, a run of rows.
 struct Span {
@@ -76,14 +79,15 @@ __device__ __forceinline__ float activate(float x) {
 
 // The second of two decays a state is multiplied by, changed such that rounding does not add up from chunk to chunk.
 // `lost` is 1 minus their product, to the last digits; `owed` what earlier chunks still owe, as a share of the state.
-__device__ __forceinline__ float without_drift(float first, float second, float lost, float& owed) {
+// more: what the first has beyond its rounded value
+__device__ __forceinline__ float without_drift(float first, float second, float lost, float& owed, float more = 0.0f) {
     if (!(lost < 0.5f)) {
         owed = 0.0f;
         return second;
     }
     float whole = first * second;
     // all differences of close numbers are exact
-    owed += ((1.0f - whole) - lost - fmaf(first, second, -whole)) / whole;
+    owed += ((1.0f - whole) - lost - fmaf(more, second, fmaf(first, second, -whole))) / whole;
     float changed = fmaf(second, owed, second);
     owed -= (changed - second) / second;
     return changed;

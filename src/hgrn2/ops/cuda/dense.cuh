@@ -33,9 +33,9 @@ __device__ __forceinline__ void fetch(const WalkArguments& a, const Memory& m, i
     copy_commit();
 }
 
-// The decays that the state is multiplied by: those of the chunk's halves, of its four blocks (HALVED), or, second, of all
-// of it (JOINED). The warps of the first block do it.
-__device__ __forceinline__ void state_decays(const Memory& m, int slot, int said, float2& owed) {
+// The decays that the state is multiplied by: of the chunk's four blocks, or, joined, of all of it. The warps of the first
+// block do it.
+__device__ __forceinline__ void state_decays(const Memory& m, int slot, bool joined, float2& owed) {
     Place at = place_of_thread();
     if (at.block != 0) return;
     int column = 64 * at.half + 2 * at.lane;
@@ -46,22 +46,20 @@ __device__ __forceinline__ void state_decays(const Memory& m, int slot, int said
         float2 l = *(const float2*)(m.lost() + j * WIDTH + column);
         lost.x = fmaf(lost.x, d[j].x, l.x), lost.y = fmaf(lost.y, d[j].y, l.y);
     }
-    if (said == HALVED) {
-        d[3].x = without_drift(1.0 - lost.x, (double)d[0].x * d[1].x * d[2].x, d[3].x, owed.x);
-        d[3].y = without_drift(1.0 - lost.y, (double)d[0].y * d[1].y * d[2].y, d[3].y, owed.y);
-#pragma unroll
-        for (int j = 0; j < 4; j++) *(float2*)(m.decays(slot, j) + column) = d[j];
+    // of the first two, of three, and what rounding takes from that
+    float2 two = make_float2(d[0].x * d[1].x, d[0].y * d[1].y), three = make_float2(two.x * d[2].x, two.y * d[2].y);
+    if (joined) {
+        d[0] = make_float2(three.x * d[3].x, three.y * d[3].y);
+        d[0].x = without_drift(1.0f, d[0].x, lost.x, owed.x), d[0].y = without_drift(1.0f, d[0].y, lost.y, owed.y);
+        *(float2*)(m.decays(slot, 0) + column) = d[0];
         return;
     }
-    float2 first = make_float2(d[0].x * d[1].x, d[0].y * d[1].y), second = make_float2(d[2].x * d[3].x, d[2].y * d[3].y);
-    if (said == JOINED) {
-        second.x *= first.x, second.y *= first.y;
-        first.x = first.y = 1.0f;
-    }
-    second.x = without_drift(first.x, second.x, lost.x, owed.x);
-    second.y = without_drift(first.y, second.y, lost.y, owed.y);
-    *(float2*)(m.decays(slot, 0) + column) = first;
-    *(float2*)(m.decays(slot, 1) + column) = second;
+    float2 more = make_float2(fmaf(d[0].x, d[1].x, -two.x) * d[2].x, fmaf(d[0].y, d[1].y, -two.y) * d[2].y);
+    more.x += fmaf(two.x, d[2].x, -three.x), more.y += fmaf(two.y, d[2].y, -three.y);
+    d[3].x = without_drift(three.x, d[3].x, lost.x, owed.x, more.x);
+    d[3].y = without_drift(three.y, d[3].y, lost.y, owed.y, more.y);
+#pragma unroll
+    for (int j = 0; j < 4; j++) *(float2*)(m.decays(slot, j) + column) = d[j];
 }
 
 // Keys with the decays to the end of the chunk, in place of what they come from. Exact for any gate.
@@ -81,24 +79,14 @@ __device__ __forceinline__ void to_the_end(const Memory& m, int stage, const Gat
     }
 }
 
-// Queries and keys relative to the middle of the chunk or of their half, in place of what they come from.
-__device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Memory& m, int stage, bool halved,
-                                                const Gates& x) {
+// Queries and keys relative to the middle of their half of the chunk, in place of what they come from.
+__device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Memory& m, int stage, const Gates& x) {
     Place at = place_of_thread();
     u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
-    const float* blocks = m.blocks() + 64 * at.half + 2 * at.lane;
+    float2 own = *(const float2*)(m.blocks() + at.block * WIDTH + 64 * at.half + 2 * at.lane);
     // e before the first of the warp's tokens
     float2 e = make_float2(1.0f, 1.0f);
-    if (halved ? !(at.block & 1) : at.block < 2) {
-        e = *(const float2*)(blocks + (halved ? at.block : 1) * WIDTH);
-        if (!halved && at.block == 0) {
-            float2 d = *(const float2*)blocks;
-            e.x *= d.x, e.y *= d.y;
-        }
-        e.x = reciprocal(e.x), e.y = reciprocal(e.y);
-    } else if (!halved && at.block == 3) {
-        e = *(const float2*)(blocks + 2 * WIDTH);
-    }
+    if (!(at.block & 1)) e.x = reciprocal(own.x), e.y = reciprocal(own.y);
     u32 raw[8];
     float2 scaled = make_float2(e.x * a.scale, e.y * a.scale);
 #pragma unroll
@@ -112,10 +100,9 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
         scaled.x *= x.decay[i][0], scaled.y *= x.decay[i][1];
         store_shared(at.row(q_tile, i), pack(activate(q0) * scaled.x, activate(q1) * scaled.y));
     }
-    float2 own = *(const float2*)(blocks + at.block * WIDTH);
-    e.x *= own.x, e.y *= own.y;
     // reciprocals are dear: 1 / e of a token is that of the token after it times that token's decay
-    e.x = reciprocal(e.x), e.y = reciprocal(e.y);
+    if (at.block & 1) e.x = reciprocal(own.x), e.y = reciprocal(own.y);
+    else e.x = e.y = 1.0f;
 #pragma unroll
     for (int i = 15; i >= 0; i--) {
         store_shared(at.row(f_tile, i), pack(x.k[i][0] * e.x, x.k[i][1] * e.y));
@@ -123,9 +110,9 @@ __device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Me
     }
 }
 
-// Scores Q K^T, as sums of two numbers of the inputs' type: one has too few digits. Each half of the warps has 32 keys;
-// above the diagonal the zeros of the beginning stay. halved: none of queries and keys of different halves
-__device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slot, bool halved) {
+// Scores Q K^T within the halves of the chunk, as sums of two numbers of the inputs' type: one has too few digits. Each
+// half of the warps has 32 keys, of which two of them have the queries; above the diagonal the zeros of the beginning stay.
+__device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slot) {
     Place at = place_of_thread();
     float sums[4][4];
     u64 q = factor(m.tile(stage, 0)), k = factor(m.tile(stage, 1) + 32 * at.half * 128);
@@ -134,7 +121,7 @@ __device__ __forceinline__ void dense_scores(const Memory& m, int stage, int slo
     products_commit();
     products_wait<0>();
     settle(sums);
-    if (halved && at.block >> 1 != at.half) return;
+    if (at.block >> 1 != at.half) return;
     u32 row = m.scores(slot, 0) + (16 * at.block + at.g) * 128 + 4 * at.c;
 #pragma unroll
     for (int n = 0; n < 4; n++) {

@@ -13,7 +13,7 @@ struct BackwardArguments {
     void* dq;               // [B, T, H, K], contiguous like the next two
     void* df;               // [B, T, H, K]
     void* dv;               // [B, T, H, V]
-    float* d_bound;         // [B, chunks, H, K] or null
+    float* d_bound;         // [B, chunks, H, K], or null where it is not wanted
     int* left_over;         // [B, part_chunks, G, 2]: what is left to the exact kernel
     const float* d_final;   // [N, H, K, V], gradients of the last states, or null for zeros
     float* d_initial;       // [N, H, K, V], those of the first, or null

@@ -1,7 +1,7 @@
 // The exact way through a chunk, for gates that are too near to 0 for the dense products of dense.cuh and backward.cu.
 //
 // The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
-// ever multiplied. A lane holds two channels of 16 tokens, so that joins up to 16 tokens stay within it; the four
+// ever multiplied. Where they are not too small for that, the first 16 tokens are joined at once instead. A lane holds two channels of 16 tokens, so that joins up to 16 tokens stay within it; the four
 // blocks of a chunk meet through shared memory.
 
 // A 16 x 64 piece of a tile, written by `row`, as four fragments
@@ -58,12 +58,68 @@ __device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& 
         }
 }
 
+// Whether a warp's 16 tokens can meet in one product of queries and keys relative to their middle, as far as the lane sees
+__device__ __forceinline__ bool block_is_dense(const Gates& x) {
+    float2 early = make_float2(1.0f, 1.0f), late = early;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        early.x *= x.decay[i][0], early.y *= x.decay[i][1];
+        late.x *= x.decay[8 + i][0], late.y *= x.decay[8 + i][1];
+    }
+    return early.x >= SMALLEST && early.y >= SMALLEST && late.x >= SMALLEST && late.y >= SMALLEST;
+}
+
+// What the joins up to blocks of 16 tokens find, by one product.
+__device__ __forceinline__ void meet_at_once(const WalkArguments& a, const Place& at, u32 q_tile, u32 f_tile, Gates& x) {
+    // decays since the middle, one over those to it, and since the start; then one over the first, and to the end
+    float2 e = make_float2(1.0f, 1.0f), since = e, rest = e;
+#pragma unroll
+    for (int i = 0; i < 8; i++) e.x *= x.decay[i][0], e.y *= x.decay[i][1];
+    e.x = reciprocal(e.x), e.y = reciprocal(e.y);
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        float q0, q1;
+        unpack(load_shared(at.row(q_tile, i)), q0, q1);
+        q0 = activate(q0) * a.scale, q1 = activate(q1) * a.scale;
+        e.x *= x.decay[i][0], e.y *= x.decay[i][1];
+        since.x *= x.decay[i][0], since.y *= x.decay[i][1];
+        store_shared(at.row(q_tile, i), pack(q0 * e.x, q1 * e.y));
+        x.q[i][0] = q0 * since.x, x.q[i][1] = q1 * since.y;
+    }
+    e.x = reciprocal(e.x), e.y = reciprocal(e.y);
+#pragma unroll
+    for (int i = 15; i >= 0; i--) {
+        store_shared(at.row(f_tile, i), pack(x.k[i][0] * e.x, x.k[i][1] * e.y));
+        x.k[i][0] *= rest.x, x.k[i][1] *= rest.y;
+        e.x *= x.decay[i][0], e.y *= x.decay[i][1];
+        rest.x *= x.decay[i][0], rest.y *= x.decay[i][1];
+    }
+    __syncwarp();
+    float left[4] = {0.0f, 0.0f, 0.0f, 0.0f}, right[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    u32 queries[4][4], keys[4][4];
+    load_block(queries, q_tile, at, 0);
+    load_block(keys, f_tile, at, 0);
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        multiply(left, queries[t], keys[t][0], keys[t][2]);
+        multiply(right, queries[t], keys[t][1], keys[t][3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        bool here = 2 * at.c + i <= at.g;
+        x.scores[i] = here ? left[i] : 0.0f, x.scores[2 + i] = here ? right[2 + i] : 0.0f;
+        x.cross[i] = left[2 + i];
+    }
+}
+
 // All joins up to blocks of 16 tokens. Leaves the joined keys in the tile of f.
 __device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory& m, const Place& at, int stage,
                                             Gates& x) {
     // a warp's own piece of the tiles is free for other things once it is read
     u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
-    {
+    if (__ballot_sync(~0u, block_is_dense(x)) == ~0u) {
+        meet_at_once(a, at, q_tile, f_tile, x);
+    } else {
         // scores of tokens with themselves: sums over the lanes, which end where the row's fragment is
         float sums[2];
 #pragma unroll
@@ -90,12 +146,12 @@ __device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory
             x.scores[2 * half] = 2 * at.c == at.g ? sums[half] : 0.0f;
             x.scores[2 * half + 1] = 2 * at.c + 1 == at.g ? sums[half] : 0.0f;
         }
+        // a warp's own pieces of the tiles serve in turn
+        join_level<1>(f_tile, at, x);
+        join_level<2>(q_tile, at, x);
+        join_level<4>(f_tile, at, x);
+        join_level<8>(q_tile, at, x);
     }
-    // a warp's own pieces of the tiles serve in turn
-    join_level<1>(f_tile, at, x);
-    join_level<2>(q_tile, at, x);
-    join_level<4>(f_tile, at, x);
-    join_level<8>(q_tile, at, x);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 16; i++) store_shared(at.row(f_tile, i), pack(x.k[i][0], x.k[i][1]));

@@ -155,7 +155,7 @@ def forward(scan: Scan, coarse: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    scan: Scan, dy: Tensor, d_final: Tensor | None, states: Tensor, coarse: int
+    scan: Scan, dy: Tensor, d_final: Tensor | None, states: Tensor, coarse: int, bound_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradient of `forward`, for bfloat16.
 
@@ -165,17 +165,18 @@ def backward(
         d_final: [N, H, K, V] float32, or None for zeros.
         states: what the forward pass kept.
         coarse: chunks between them.
+        bound_wanted: whether the lower bound's gradient is.
 
     Returns:
-        Gradients of q, f, v, the lower bound and the initial state (None where there is none).
+        Gradients of q, f, v, the lower bound and the initial state (None where there is none, or it is not wanted).
     """
     scan, dy = scan.aligned(), _aligned(dy)
     d_final = None if d_final is None else d_final.contiguous()
     dq, df, dv = (_new_like(x) for x in (scan.q, scan.f, scan.v))
     d_initial = None if scan.initial_state is None else scan.new_states(d_final)
-    d_bound = None if scan.bound is None else torch.empty_like(scan.bound)
+    d_bound = torch.empty_like(scan.bound) if scan.bound is not None and bound_wanted else None
     if dq.numel():
-        _backward_recipe(scan.form(coarse), dy.stride(), d_final is not None).run(
+        _backward_recipe(scan.form(coarse), dy.stride(), d_final is not None, d_bound is not None).run(
             scan.q.device, q=scan.q, f=scan.f, v=scan.v, bound=scan.bound, initial=scan.initial_state,
             cu_seqlens=scan.cu_seqlens, dy=dy, states=states, d_final=d_final, dq=dq, df=df, dv=dv, d_bound=d_bound,
             d_initial=d_initial,
@@ -321,7 +322,7 @@ def _forward_recipe(form: Form) -> Recipe:
 
 
 @functools.lru_cache(_RECIPES)
-def _backward_recipe(form: Form, dy_strides: tuple[int, ...], has_d_final: bool) -> Recipe:
+def _backward_recipe(form: Form, dy_strides: tuple[int, ...], has_d_final: bool, bound_wanted: bool) -> Recipe:
     call, coarse = _Call(form, "dq", "df", "dv"), form.coarse
     recipe, parts, heads = call.recipe, call.plan.parts, call.plan.passes.heads
     assert coarse == parts[0].segment, f"states every {coarse} chunks; wanted {parts[0].segment}"
@@ -332,7 +333,7 @@ def _backward_recipe(form: Form, dy_strides: tuple[int, ...], has_d_final: bool)
     kept, d_kept = (recipe.room(chunks * _STATE * form.dtype.itemsize) for _ in range(2))
     # of every chunk
     rows = call.batch * call.plan.chunks
-    d_bounds = recipe.room(rows * call.heads * WIDTH * _FLOAT32, zeros=packed) if form.has_bound else NOWHERE
+    d_bounds = recipe.room(rows * call.heads * WIDTH * _FLOAT32, zeros=packed) if bound_wanted else NOWHERE
     # the gradient of the state, from part to part; a sequence's own end takes its place where one ends
     carries = len(parts) > 1 and parts[-1].segments == 1
     carried = recipe.room(call.batch * heads * _STATE * _FLOAT32, zeros=packed) if carries else NOWHERE
@@ -357,7 +358,7 @@ def _backward_recipe(form: Form, dy_strides: tuple[int, ...], has_d_final: bool)
                 group, part, dy_strides, of_part, states=kept, d_states=d_kept, d_bound=d_bounds, d_final=d_final,
                 d_initial=d_initial, after=carried, left_over=recipe.room(chunks * 2 * _INT32, zeros=True),
             )  # fmt: skip
-    if form.has_bound:
+    if bound_wanted:
         arguments = BoundsArguments(rows=rows, heads=call.heads)
         recipe.launch("sum_bounds", (call.heads, 1, 1), arguments, d_bounds, Place("d_bound"))
     return recipe

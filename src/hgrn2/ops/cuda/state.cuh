@@ -56,67 +56,56 @@ __device__ __forceinline__ int remove_bad(u32 panel, int column) {
     return found;
 }
 
-// Starts adding V^T K to the state, of the values and a tile of keys.
-__device__ __forceinline__ void add_products(const Memory& m, const Reader& r, int stage, int keys, State& state) {
-    u64 values = factor(m.tile(stage, 2) + r.half * PANEL_BYTES), k = factor(m.tile(stage, keys));
+// The state, rounded, as left factors
+__device__ __forceinline__ void round_state(const State& state, u32 (&x)[8][4]) {
 #pragma unroll
-    for (int s = 0; s < 4; s++) multiply_turned(state, values + s * (2048 >> 4), k + s * (2048 >> 4));
-    products_commit();
-}
-
-// The state, rounded, as a left factor
-template <int N>
-__device__ __forceinline__ void round_state(const State& state, u32 (&x)[N][4]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < 8; i++) {
         const float(&low)[4] = state[2 * i], (&high)[4] = state[2 * i + 1];
         x[i][0] = pack(low[0], low[1]), x[i][1] = pack(low[2], low[3]);
         x[i][2] = pack(high[0], high[1]), x[i][3] = pack(high[2], high[3]);
     }
 }
 
-// Outputs of 8 N tokens from `first` on. y, left: as in `advance`
-template <int N>
-__device__ __forceinline__ void write_outputs(const Reader& r, char* y, int first, int left, const float (&out)[N][4]) {
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        u32 low = transpose(pack(out[n][0], out[n][1])), high = transpose(pack(out[n][2], out[n][3]));
-        if (first + 8 * n + r.g < left) {
-            u32* to = (u32*)(y + (first + 8 * n) * r.y_step);
-            to[0] = low, to[4] = high;
-        }
-    }
-}
-
-// Outputs of half of a chunk's tokens, whose queries and keys are relative to the half's middle, and the state after
-// them, from the state as that middle sees it.
-__device__ __forceinline__ void advance_half(const Memory& m, const Reader& r, int stage, int slot, int half, char* y,
-                                             int left, State& state) {
-    float out[4][4];
-    u32 x[8][4];
-    round_state(state, x);
-    settle(state), settle(x);
-    products_begin();
-    u64 q = factor(m.tile(stage, 0) + 32 * half * 128), k = factor(m.tile(stage, 1) + 32 * half * 128);
-    u64 values = factor(m.tile(stage, 2) + r.half * PANEL_BYTES + 32 * half * 128);
+// Starts the outputs of half of a chunk's tokens, transposed as the state is: of the rounded state and queries, and of
+// scores and the values of `count` times 16 tokens from 16 first on.
+__device__ __forceinline__ void begin_outputs(const Memory& m, const Reader& r, int stage, int slot, int half, int first,
+                                              int count, const u32 (&x)[8][4], float (&out)[4][4]) {
+    // places are sums, so that the compiler keeps them in the warp's own registers
+    u64 q = factor(m.tile(stage, 0)), values = q + (2 * TILE_BYTES >> 4) + r.half * (PANEL_BYTES >> 4);
+    q += half * (32 * 128 >> 4);
+    u64 scores = factor(m.scores(slot, 0)) + half * (32 * 128 >> 4);
 #pragma unroll
     for (int i = 0; i < 8; i++)
         multiply_registers(out, x[i], q + (i >> 2) * (PANEL_BYTES >> 4) + (i & 3) * (32 >> 4), i > 0);
 #pragma unroll
-    for (int summand = 0; summand < 2; summand++) {
-        u64 scores = factor(m.scores(slot, summand) + 32 * half * 128) + half * (64 >> 4);
+    for (int summand = 0; summand < 2; summand++)
 #pragma unroll
-        for (int s = 0; s < 2; s++) multiply_narrow<true, false>(out, values + s * (2048 >> 4), scores + s * (32 >> 4), true);
+        for (int s = first; s < first + count; s++)
+            multiply_narrow<true, false>(out, values + s * (2048 >> 4), scores + summand * (SCORE_BYTES >> 4) + s * (32 >> 4), true);
+    products_commit();
+}
+
+// Starts adding V^T K to the state, of a tile of keys, over `count` times 16 tokens from 16 first on
+__device__ __forceinline__ void add_keys(const Memory& m, const Reader& r, int stage, int keys, int first, int count,
+                                         State& state) {
+    u64 k = factor(m.tile(stage, 0)) + keys * (TILE_BYTES >> 4), values = factor(m.tile(stage, 0)) + (2 * TILE_BYTES >> 4);
+    values += r.half * (PANEL_BYTES >> 4);
+#pragma unroll
+    for (int s = first; s < first + count; s++) multiply_turned(state, values + s * (2048 >> 4), k + s * (2048 >> 4));
+    products_commit();
+}
+
+// The outputs of half of a chunk's tokens, to memory. y, left: as in `advance`
+__device__ __forceinline__ void write_outputs(const Reader& r, char* y, int half, int left, const float (&out)[4][4]) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        u32 low = transpose(pack(out[n][0], out[n][1])), high = transpose(pack(out[n][2], out[n][3]));
+        int token = 32 * half + 8 * n;
+        if (token + r.g < left) {
+            u32* to = (u32*)(y + token * r.y_step);
+            to[0] = low, to[4] = high;
+        }
     }
-    products_commit();
-#pragma unroll
-    for (int s = 0; s < 2; s++) multiply_turned(state, values + s * (2048 >> 4), k + s * (2048 >> 4));
-    products_commit();
-    products_wait<1>();
-    settle(out);
-    write_outputs(r, y, 32 * half, left, out);
-    products_wait<0>();
-    settle(state);
 }
 
 // Outputs of a chunk and the state after it. y: the output of token g in the lane's first column, left: tokens there are
@@ -133,52 +122,54 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
         publish();
         barrier_wait(STATES + r.half, GROUP_THREADS);
     }
-    int said = OUTPUT ? *m.said(slot) : JOINED;
-    bool joined = said == JOINED;
-    if (!joined) multiply_by(state, m.decays(slot, 0), r.c);
-    if (OUTPUT && said == HALVED) {
-        advance_half(m, r, stage, slot, 0, y, left, state);
-        // one after the other: what is near to one half's end and the other's start is large, and their product may be
-        // smaller than any number
-        multiply_by(state, m.decays(slot, 1), r.c);
-        multiply_by(state, m.decays(slot, 2), r.c);
-        advance_half(m, r, stage, slot, 1, y, left, state);
-        multiply_by(state, m.decays(slot, 3), r.c);
-    } else if (OUTPUT) {
-        float out[8][4];
+    // what all products are of is computed once, and not kept by each lane
+    stage = __shfl_sync(~0u, stage, 0), slot = __shfl_sync(~0u, slot, 0);
+    if (!OUTPUT) {
+        multiply_by(state, m.decays(slot, 0), r.c);
+        settle(state);
+        products_begin();
+        add_keys(m, r, stage, 1, 0, 4, state);
+        products_wait<0>();
+        settle(state);
+    } else if (*m.said(slot) & JOINED) {
+        float out[4][4];
         u32 x[8][4];
         round_state(state, x);
-        if (joined) multiply_by(state, m.decays(slot, 1), r.c);
+        multiply_by(state, m.decays(slot, 0), r.c);
         settle(state), settle(x);
-        products_begin();
-        // transposed, as the state is: columns are tokens
-        u64 q = factor(m.tile(stage, 0)), values = factor(panel);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            multiply_registers(out, x[i], q + (i >> 2) * (PANEL_BYTES >> 4) + (i & 3) * (32 >> 4), i > 0);
-#pragma unroll
-        for (int summand = 0; summand < 2; summand++) {
-            u64 scores = factor(m.scores(slot, summand));
-#pragma unroll
-            for (int s = 0; s < 4; s++) {
-                multiply_wide<true, false>(out, values + s * (2048 >> 4), scores + s * (32 >> 4), true);
-            }
+        for (int half = 0; half < 2; half++) {
+            products_begin();
+            begin_outputs(m, r, stage, slot, half, 0, 4, x, out);
+            if (half == 1) add_keys(m, r, stage, 1, 0, 4, state);
+            if (half == 0) products_wait<0>();
+            else products_wait<1>();
+            settle(out);
+            write_outputs(r, y, half, left, out);
         }
-        products_commit();
-        add_products(m, r, stage, 1, state);
-        products_wait<1>();
-        settle(out);
-        write_outputs(r, y, 0, left, out);
         products_wait<0>();
         settle(state);
-        if (!joined) multiply_by(state, m.decays(slot, 1), r.c);
     } else {
-        multiply_by(state, m.decays(slot, 1), r.c);
-        settle(state);
-        products_begin();
-        add_products(m, r, stage, 1, state);
-        products_wait<0>();
-        settle(state);
+        multiply_by(state, m.decays(slot, 0), r.c);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float out[4][4];
+            u32 x[8][4];
+            round_state(state, x);
+            settle(state), settle(x);
+            products_begin();
+            begin_outputs(m, r, stage, slot, half, 2 * half, 2, x, out);
+            add_keys(m, r, stage, 1, 2 * half, 2, state);
+            products_wait<1>();
+            settle(out);
+            write_outputs(r, y, half, left, out);
+            products_wait<0>();
+            settle(state);
+            // one after the other: what is near to the end of one half and the start of the other is large, and the product
+            // of both decays may be smaller than any number
+            if (half == 0) multiply_by(state, m.decays(slot, 1), r.c), multiply_by(state, m.decays(slot, 2), r.c);
+            else multiply_by(state, m.decays(slot, 3), r.c);
+        }
     }
     if (bad) {
         float nan = __int_as_float(0x7fffffff);

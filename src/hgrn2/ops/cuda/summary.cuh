@@ -107,7 +107,7 @@ __device__ __forceinline__ void summarize_state(const WalkArguments& a, const Me
         if (said != OVER) {
             settle(state);
             products_begin();
-            add_products(m, r, stage, BACK ? 0 : 1, state);
+            add_keys(m, r, stage, BACK ? 0 : 1, 0, 4, state);
             products_wait<0>();
             settle(state);
         }

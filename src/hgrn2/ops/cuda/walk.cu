@@ -44,25 +44,18 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         }
         Gates x;
         float2 product = open_gates(m, stage, left, x);
-        int said = JOINED;
-        if (OUTPUT) {
-            auto all_keep = [&](float least) { return barrier_all(GATES, GATE_THREADS, product.x >= least && product.y >= least); };
-            if (all_keep(SMALLEST_OF_WHOLE)) said = WHOLE;
-            else if (all_keep(SMALLEST_OF_HALVED)) said = HALVED;
-        } else {
-            barrier_wait(GATES, GATE_THREADS);
-        }
-        state_decays(m, slot, said, owed);
-        if (threadIdx.x == 0) *m.said(slot) = said;
+        bool dense = barrier_all(GATES, GATE_THREADS, product.x >= SMALLEST && product.y >= SMALLEST);
+        state_decays(m, slot, !OUTPUT || !dense, owed);
+        if (threadIdx.x == 0) *m.said(slot) = dense ? 0 : JOINED;
         if (!OUTPUT) {
             to_the_end(m, stage, x);
-        } else if (said == JOINED) {
-            join(a, m, stage, slot, left);
-        } else {
-            from_the_middle(a, m, stage, said == HALVED, x);
+        } else if (dense) {
+            from_the_middle(a, m, stage, x);
             publish();
             barrier_wait(GATES, GATE_THREADS);
-            dense_scores(m, stage, slot, said == HALVED);
+            dense_scores(m, stage, slot);
+        } else {
+            join(a, m, stage, slot, left);
         }
         publish();
         barrier_arrive(FILLED + slot, THREADS);

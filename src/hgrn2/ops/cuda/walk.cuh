@@ -33,23 +33,17 @@ constexpr int STATE_THREADS = 256;
 constexpr int GROUP_THREADS = 128;  // of a warpgroup: four warps that take part in a product together
 constexpr int THREADS = GATE_THREADS + STATE_THREADS;
 // 16 warps start with 128 registers a lane; what the gate warps give up the state warps get
-constexpr int GATE_REGISTERS = 96;
-constexpr int STATE_REGISTERS = 160;
+constexpr int GATE_REGISTERS = 112;
+constexpr int STATE_REGISTERS = 144;
 constexpr int STAGES = 3;
 // barriers: among the gate warps; slots filled for the state warps, and emptied by them; among the warps of a half of
 // the state; between the two gate warps of a block of tokens
 constexpr int GATES = 1, FILLED = 2, EMPTIED = 4, STATES = 6, PAIRS = 8;
-// what is said of a chunk: how far the middle is that its queries and keys are relative to. That of the chunk, that of
-// the token's half, or none: the state meets queries with the decays since the chunk's start
-constexpr int WHOLE = 0, HALVED = 1, JOINED = 2;
-// what a block of 16 tokens must keep for dense products. A token is then within 2^-80 of the middle, of two blocks or of
-// one, which leaves room for values and states of any ordinary size; numbers in float16 have none
-constexpr float SMALLEST_OF_WHOLE = BFLOAT16 ? 9.094947017729282e-13f : 2.0f;   // 2^-40
-constexpr float SMALLEST_OF_HALVED = BFLOAT16 ? 8.271806125530277e-25f : 2.0f;  // 2^-80
+// what is said of a chunk: it went through the joins
+constexpr int JOINED = 1;
 
-// Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, and four times the decays
-// across a part of the chunk [128], see `state_decays` (summaries: what is left across all chunks so far, and 1 minus
-// it); decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128]; how far values that are not finite reach
+// Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, and the decays that the
+// state is multiplied by [4, 128] (summaries: what is left across all chunks so far, and 1 minus it); decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128]; how far values that are not finite reach
 // [128]; what is said of both slots. kernels.py knows the size. Tiles are laid out as in wgmma.cuh
 struct Memory {
     char* start;
