@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import platform
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,7 @@ def driver(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler, "_compile", lambda source, options: b"kernels")
     monkeypatch.setattr(compiler._compiler(), "nvrtcVersion", lambda *_: 0, raising=False)
     compiler._module.cache_clear()
+    compiler.begin.cache_clear()
     yield driver
     compiler._module.cache_clear()
 
@@ -162,6 +164,25 @@ def test_what_was_compiled_is_kept(driver, tmp_path):
     assert driver.loaded[2:] == [b"", b"kernels"]
     assert kept.read_bytes() == b"kernels"
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+@needs_compiler
+def test_what_was_begun_is_not_compiled_again(driver, monkeypatch):
+    go, compiled = threading.Event(), []
+
+    def compile_when_told(source, options):
+        assert go.wait(10)
+        compiled.append(source)
+        return b"kernels"
+
+    monkeypatch.setattr(compiler, "_compile", compile_when_told)
+    for _ in range(2):
+        compiler.begin("source", ())
+    go.set()
+    for device in range(2):
+        compiler._module("source", (), device)
+    assert compiled == ["source"]
+    assert driver.loaded == [b"kernels"] * 2
 
 
 @needs_compiler

@@ -37,6 +37,7 @@ def emulator(tmp_path_factory):
 def kernels(emulator, monkeypatch):
     """Tensors of the CPU go to the CUDA kernels."""
     monkeypatch.setattr(cuda_kernels, "compiled", emulator.compiled)
+    monkeypatch.setattr(cuda_kernels, "begin", lambda *_: None)
     monkeypatch.setattr(recipe, "current_stream", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(scan_module, "_resolve", lambda backend, *_: "cuda" if backend == "auto" else backend)

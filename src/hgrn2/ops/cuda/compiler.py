@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ _MAX_DYNAMIC_SHARED_BYTES = 8
 _NVRTC_SUCCESS = 0
 # made once: a launch takes the host microseconds, of which this would be one
 _ONE_POINTER = ctypes.c_void_p * 1
+# what is being compiled in the background, by source and options
+_begun: dict[tuple[str, tuple[str, ...]], Future[bytes]] = {}
 
 
 class Kernel:
@@ -62,6 +65,17 @@ def problem() -> str | None:
     return None
 
 
+@functools.cache
+def begin(source: str, options: tuple[str, ...]) -> None:
+    """Starts compiling, in the background, what `load` will be asked for: the compiler needs seconds.
+
+    Args:
+        source: CUDA C++.
+        options: of the compiler.
+    """
+    _begun[source, options] = _threads().submit(_compiled, source, options)
+
+
 def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, threads: int) -> Kernel:
     """Compiles source, or takes what was compiled before, and loads one kernel of it on the current device.
 
@@ -83,13 +97,19 @@ def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, th
 
 @functools.cache
 def _module(source: str, options: tuple[str, ...], device: int) -> ctypes.c_void_p:
-    module = ctypes.c_void_p()
-    code = _driver().cuModuleLoadData(ctypes.byref(module), _compiled(source, options))
+    module, begun = ctypes.c_void_p(), _begun.pop((source, options), None)
+    binary = begun.result() if begun else _compiled(source, options)
+    code = _driver().cuModuleLoadData(ctypes.byref(module), binary)
     if code:
         # what a crash left in the folder need not be whole
         binary = _compiled(source, options, anew=True)
         _check(_driver().cuModuleLoadData(ctypes.byref(module), binary), "cuModuleLoadData")
     return module
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="hgrn2-compiler")
 
 
 def _compiled(source: str, options: tuple[str, ...], anew: bool = False) -> bytes:

@@ -53,18 +53,23 @@ def compiled(name: str, dtype: torch.dtype, q_activation: str, packed: bool, dev
         packed: whether sequences are.
         device: its index.
     """
-    major, minor = torch.cuda.get_device_capability(device)
-    options = (
-        f"-arch=sm_{major}{minor}a",
-        "--std=c++17",
-        "-default-device",
-        f"-DBFLOAT16={int(dtype == torch.bfloat16)}",
-        f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
-        f"-DPACKED={int(packed)}",
-    )
+    options = _options(dtype, q_activation, packed, device)
     # a kernel belongs to the device that is current when it is loaded
     with torch.cuda.device(device):
         return compiler.load(source(_FILES[name]), options, name, *resources(name))
+
+
+def begin(file: str, dtype: torch.dtype, q_activation: str, packed: bool, device: int) -> None:
+    """Starts compiling a file of kernels in the background.
+
+    Args:
+        file: one of `SOURCES`.
+        dtype: as in `compiled`, likewise the others.
+        q_activation: see dtype.
+        packed: see dtype.
+        device: see dtype.
+    """
+    compiler.begin(source(file), _options(dtype, q_activation, packed, device))
 
 
 def resources(name: str) -> tuple[int, int]:
@@ -82,3 +87,15 @@ def source(file: str) -> str:
     """All that a file of kernels is compiled from."""
     folder = Path(__file__).parent
     return "".join((folder / part).read_text(encoding="utf-8") for part in SOURCES[file])
+
+
+def _options(dtype: torch.dtype, q_activation: str, packed: bool, device: int) -> tuple[str, ...]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"-arch=sm_{major}{minor}a",
+        "--std=c++17",
+        "-default-device",
+        f"-DBFLOAT16={int(dtype == torch.bfloat16)}",
+        f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
+        f"-DPACKED={int(packed)}",
+    )

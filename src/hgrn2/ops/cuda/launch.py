@@ -195,6 +195,7 @@ class _Call:
 
     Attributes:
         recipe: to which they are added.
+        settings: what the kernels are compiled for.
         plan: how the work is cut.
         spans: [chunks, 4] int32, of each chunk of packed sequences: row of its first token in time, tokens to its
             sequence's end, its sequence, and whether it is the sequence's first (1) or last (2).
@@ -205,7 +206,7 @@ class _Call:
         self.form, (self.batch, self.length, self.heads, _) = form, form.shape
         num_packed, wide = form.packed or (0, False)
         self.plan = Plan(self.batch, self.length, self.heads, form.coarse, num_packed)
-        settings = (form.dtype, form.q_activation, form.packed is not None, form.device)
+        self.settings = settings = (form.dtype, form.q_activation, form.packed is not None, form.device)
         self.recipe = Recipe(lambda name: kernels.compiled(name, *settings))
         self.bound = Place("bound") if form.has_bound else NOWHERE
         self.initial = Place("initial") if form.has_initial else NOWHERE
@@ -310,6 +311,10 @@ class _Call:
 @functools.lru_cache(_RECIPES)
 def _forward_recipe(form: Form) -> Recipe:
     call = _Call(form, "y")
+    if form.coarse:
+        # the backward pass follows
+        for file in ("backward.cu", "left_over.cu"):
+            kernels.begin(file, *call.settings)
     group, stretch = Group(0, call.heads), call.plan.whole
     v, before = ("v", form.strides[2]), None
     if stretch.segments > 1:
