@@ -36,8 +36,8 @@ def lower_bounds(gamma: Tensor, kind: str) -> Tensor:
 def bounds_of_layers(gamma: Tensor, kind: str) -> list[Tensor]:
     """The rows of `lower_bounds`, for the layers to use.
 
-    The first is 0 whatever gamma is, and says so: nothing is summed up for a gradient that leads nowhere. Unless it is the
-    only one, for a parameter has a gradient.
+    The first is 0 whatever gamma is, and says so: nothing is summed up for a gradient that leads nowhere. Unless it is
+    the only one, for a parameter has a gradient.
     """
     first, *others = lower_bounds(gamma, kind).unbind(0)
     return [first.detach() if others else first, *others]

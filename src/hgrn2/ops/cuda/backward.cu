@@ -517,13 +517,15 @@ struct Walk {
     __device__ __forceinline__ u32 raw(int chunk) const { return m.at(AT_RAW + (chunk & 1) * 2 * TILE_BYTES); }
     __device__ __forceinline__ void fetch_gates(int chunk) const {
         i64 b = batch(), h = head();
-        fetch_pair(raw(chunk), (const char*)a.q + (b * a.q_batch + h * a.q_head) * 2, 2 * (int)a.q_row,
-                   (const char*)a.f + (b * a.f_batch + h * a.f_head) * 2, 2 * (int)a.f_row, span_at(chunk), a.reverse ? -1 : 1);
+        const char* q = (const char*)a.q + (b * a.q_batch + h * a.q_head) * 2;
+        const char* f = (const char*)a.f + (b * a.f_batch + h * a.f_head) * 2;
+        fetch_pair(raw(chunk), q, 2 * (int)a.q_row, f, 2 * (int)a.f_row, span_at(chunk), a.reverse ? -1 : 1);
     }
     __device__ __forceinline__ void fetch_values(int chunk) const {
         i64 b = batch(), h = head();
-        fetch_pair(m.at(AT_V), (const char*)a.v + (b * a.v_batch + h * a.v_head) * 2, 2 * (int)a.v_row,
-                   (const char*)a.dy + (b * a.dy_batch + h * a.dy_head) * 2, 2 * (int)a.dy_row, span_at(chunk), a.reverse ? -1 : 1);
+        const char* v = (const char*)a.v + (b * a.v_batch + h * a.v_head) * 2;
+        const char* dy = (const char*)a.dy + (b * a.dy_batch + h * a.dy_head) * 2;
+        fetch_pair(m.at(AT_V), v, 2 * (int)a.v_row, dy, 2 * (int)a.dy_row, span_at(chunk), a.reverse ? -1 : 1);
     }
 };
 
@@ -654,13 +656,15 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
                 gradients += first * (2048 >> 4);
                 products_begin();
 #pragma unroll
-                for (int s = 0; s < count; s++) multiply_wide<true, true>(grad, gradients + s * (2048 >> 4), other + s * (2048 >> 4), true);
+                for (int s = 0; s < count; s++)
+                    multiply_wide<true, true>(grad, gradients + s * (2048 >> 4), other + s * (2048 >> 4), true);
                 products_commit();
             } else {
                 gradients += first * (32 >> 4);
                 products_begin();
 #pragma unroll
-                for (int s = 0; s < count; s++) multiply_wide<false, true>(grad, gradients + s * (32 >> 4), other + s * (2048 >> 4), true);
+                for (int s = 0; s < count; s++)
+                    multiply_wide<false, true>(grad, gradients + s * (32 >> 4), other + s * (2048 >> 4), true);
                 products_commit();
             }
         };

@@ -1,8 +1,8 @@
 // The exact way through a chunk, for gates that are too near to 0 for the dense products of dense.cuh and backward.cu.
 //
 // The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
-// ever multiplied. Where they are not too small for that, the first 16 tokens are joined at once instead. A lane holds two channels of 16 tokens, so that joins up to 16 tokens stay within it; the four
-// blocks of a chunk meet through shared memory.
+// ever multiplied. A lane holds two channels of 16 tokens, so that joins up to 16 tokens stay within it (and happen at
+// once, as dense products do, where the gates allow that); the four blocks of a chunk meet through shared memory.
 
 // A 16 x 64 piece of a tile, written by `row`, as four fragments
 __device__ __forceinline__ void load_block(u32 (&r)[4][4], u32 tile, const Place& at, int block) {

@@ -81,7 +81,8 @@ __device__ __forceinline__ void begin_outputs(const Memory& m, const Reader& r, 
     for (int summand = 0; summand < 2; summand++)
 #pragma unroll
         for (int s = first; s < first + count; s++)
-            multiply_narrow<true, false>(out, values + s * (2048 >> 4), scores + summand * (SCORE_BYTES >> 4) + s * (32 >> 4), true);
+            multiply_narrow<true, false>(out, values + s * (2048 >> 4),
+                                         scores + summand * (SCORE_BYTES >> 4) + s * (32 >> 4), true);
     products_commit();
 }
 

@@ -43,8 +43,9 @@ constexpr int GATES = 1, FILLED = 2, EMPTIED = 4, STATES = 6, PAIRS = 8;
 constexpr int JOINED = 1;
 
 // Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, and the decays that the
-// state is multiplied by [4, 128] (summaries: what is left across all chunks so far, and 1 minus it); decays of the blocks of 16 tokens, and 1 minus them [4, 128]; beta [128]; how far values that are not finite reach
-// [128]; what is said of both slots. kernels.py knows the size. Tiles are laid out as in wgmma.cuh
+// state is multiplied by [4, 128] (summaries: what is left across all chunks so far, and 1 minus it); decays of the
+// blocks of 16 tokens, and 1 minus them [4, 128]; beta [128]; how far values that are not finite reach [128]; what is
+// said of both slots. kernels.py knows the size. Tiles are laid out as in wgmma.cuh
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 tile(int stage, int which) const {
