@@ -113,6 +113,21 @@ def test_few_closed_gates_without_a_bound(kernels, others, closed, z, length):
     assert_close(run(hgrn2_scan, inputs), exact(inputs), 5e-3)
 
 
+@pytest.mark.parametrize("shift", [0.0, -2.0])
+@pytest.mark.parametrize("bound", [None, 1e-6])
+@pytest.mark.parametrize("ordinary", [False, True])
+def test_closed_gates_among_others(kernels, bound, shift, ordinary):
+    # some gates of some channels are closed and the others wide open, or, in other warps, ordinary; then, and without a
+    # bound, gradients are found by dense products
+    inputs = Case(190, shift=shift, bound=bound).inputs()
+    inputs["f"][:, 64 : 72 if ordinary else 128, :, :5] = 14.0
+    inputs["f"][:, 64:68, :, :5] = -9.5
+    first = run(hgrn2_scan, inputs)
+    assert_close(first, exact(inputs), 5e-3)
+    for kernels.seed in range(1, 4):
+        assert_equal(run(hgrn2_scan, inputs), first)
+
+
 # multiprocessors (and programs of the exact gradients, which then have several chunks each), states kept at a time,
 # shortest walk; the launches that tell which way was gone
 CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132, 2048, 8, {"carry_states"})]
