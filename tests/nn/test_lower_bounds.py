@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hgrn2.nn.gates import lower_bounds
+from hgrn2.nn.gates import bounds_of_layers, lower_bounds
 
 KINDS = ["inclusive", "exclusive"]
 
@@ -48,3 +48,15 @@ def test_the_two_formulas():
 def test_gradients(kind):
     gamma = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: lower_bounds(x, kind), (gamma,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
+def test_the_first_layer_asks_for_no_gradient(kind, num_layers):
+    gamma = torch.randn(num_layers, 3, requires_grad=True)
+    bounds = bounds_of_layers(gamma, kind)
+    assert torch.equal(torch.stack(bounds), lower_bounds(gamma, kind))
+    # but a parameter has one, whatever there is of layers
+    assert [b.requires_grad for b in bounds] == [num_layers == 1] + [True] * (num_layers - 1)
+    sum(bounds[num_layers > 1 :]).sum().backward()
+    assert gamma.grad is not None

@@ -477,7 +477,7 @@ template <class T, int N> inline void settle(T (&)[N][4]) {}
 inline void multiply_turned(float (&d)[16][4], u64 a, u64 b) {
     machine::multiply_group("wgmma.turned", d, nullptr, a, b, true, true, true);
 }
-template <int N> inline void multiply_registers(float (&d)[N][4], const u32 (&a)[4], u64 b, bool add) {
+inline void multiply_registers(float (&d)[4][4], const u32 (&a)[4], u64 b, bool add) {
     machine::multiply_group("wgmma.registers", d, &a, 0, b, false, false, add);
 }
 template <bool A_TURNED, bool B_TURNED> inline void multiply_narrow(float (&d)[4][4], u64 a, u64 b, bool add) {

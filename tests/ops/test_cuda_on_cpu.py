@@ -128,6 +128,44 @@ def test_closed_gates_among_others(kernels, bound, shift, ordinary):
         assert_equal(run(hgrn2_scan, inputs), first)
 
 
+@pytest.mark.parametrize("z", [9.0, 14.0, 20.0])
+@pytest.mark.parametrize("padding", [0, 1, 10])
+def test_closed_gates_beside_padding(kernels, z, padding):
+    # gates that are closed or wide open have small gradients; ordinary ones, of tokens nobody asks for, have none
+    inputs = Case(64, bound=None).inputs()
+    f = torch.full_like(inputs["f"], z)
+    f[:, (5, 40)] = -z
+    f[:, 64 - padding :] = 0.0
+    inputs["f"] = f + 0.1 * inputs["f"]
+    dy = torch.randn_like(inputs["v"])
+    dy[:, 64 - padding :] = 0.0
+    found, wanted = gradients(inputs, dy), gradients(inputs, dy, torch.float64, backend="reference")
+    assert_close(found, wanted, 5e-3)
+    assert relative_error(found["f"][:, (5, 40)], wanted["f"][:, (5, 40)]).rms < 5e-3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shift", [0.0, -2.0, "wild"])
+def test_a_bound_whose_gradient_is_not_wanted(kernels, shift, compiled):
+    torch.compiler.reset()
+    op = torch.compile(hgrn2_scan, fullgraph=True, backend="aot_eager") if compiled else hgrn2_scan
+    inputs = Case(190, shift=shift, bound=0.03).inputs()
+    dy = torch.randn_like(inputs["v"])
+    wanted = gradients(inputs, dy, torch.float64, backend="reference")
+    assert_close(gradients(inputs, dy, op=op), wanted, 5e-3)
+    assert "sum_bounds" not in kernels.made
+
+
+def gradients(inputs, dy, dtype=torch.bfloat16, op=hgrn2_scan, **settings):
+    """Of all inputs but the bound, for a gradient of the outputs alone."""
+    high = torch.promote_types(dtype, torch.float32)
+    leaves = {name: inputs[name].to(dtype).requires_grad_() for name in "qfv"}
+    leaves["initial_state"] = inputs["initial_state"].to(high).requires_grad_()
+    bound = None if inputs["lower_bound"] is None else inputs["lower_bound"].to(high)
+    y, _ = op(**leaves, lower_bound=bound, **settings)
+    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(dtype)), strict=True))
+
+
 # multiprocessors (and programs of the exact gradients, which then have several chunks each), states kept at a time,
 # shortest walk; the launches that tell which way was gone
 CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132, 2048, 8, {"carry_states"})]
@@ -185,7 +223,8 @@ def test_bad_gradients_stay_where_they_belong(kernels, monkeypatch, bad, shift):
     found, found_initial = torch.autograd.grad(y, (v, initial), dy)
     touched = torch.zeros_like(y, dtype=torch.bool)
     touched[:, :101, :, 3] = True
-    # the chunk goes another way than without it, so the others agree but for rounding
+    # the chunk goes another way than without it, so it and those before it agree but for rounding
+    assert torch.equal(found[:, 128:], dv[:, 128:])
     assert relative_error(found[~touched], dv[~touched]).rms < 5e-3
     assert not found[touched].isfinite().any()
     others = torch.arange(128) != 3

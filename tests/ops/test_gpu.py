@@ -260,7 +260,7 @@ def test_low_precision_is_honest_at_extreme_gates(width, dtype, gates):
         assert_no_worse(run(op, inputs), honest(op, inputs, False), exact(op, inputs))
 
 
-@pytest.mark.parametrize("z", [-20.0, -2.3, -1.9, -1.7, -1.4, 3.0, 9.0])
+@pytest.mark.parametrize("z", [-20.0, -7.1, -6.8, -3.6, -3.4, -2.3, -1.7, -1.4, 3.0, 9.0])
 def test_gates_around_where_the_way_through_a_chunk_changes(z):
     inputs = tied_inputs(1, 300, 2, 128, 128, dtype=torch.bfloat16, bound=None)
     inputs = on_gpu(inputs | {"f": torch.full_like(inputs["f"], z)})

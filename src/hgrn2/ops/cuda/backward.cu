@@ -7,9 +7,7 @@
 //     dq = dQ e      dk = dK / e
 //     d log f_u = sum over t >= u of (Q dQ - K dK)_t + sum of (K dK from the state) + M sum_v S D
 // The difference of sums is exact to float32 rounding of the chunk's largest, because a pair of tokens enters both with
-// the same rounded Q and K. All this needs M and N to be above 2^-80; where they are not, the walk finds dS alone. There
-// the gradients are left, by a flag and dS, to left_over.cu; all but dV also where a gate is below 2^-13, and where dy is
-// not finite.
+// the same rounded Q and K. All this needs M and N to be above 2^-80.
 //
 // All warps do the same, one kind of work after the other; what they wait for was asked for a chunk before. In columns a
 // thread has 8 tokens of two channels; in products a warpgroup has 64 columns of V and of K of dS, which stays in its
@@ -17,7 +15,10 @@
 //
 // Where the chunk's middle is too far away, queries and keys are relative to the middle of their half (`halved`). Within
 // a half everything is as above. What a token has to do with the other half is found as that half's middle sees it, and
-// then multiplied by the decays of the two blocks of 16 tokens between the two middles, one after the other.
+// then multiplied by the decays of the two blocks of 16 tokens between the two middles, one after the other. Each of the
+// four blocks must keep 2^-80; where one does not, the walk finds dS alone, and the gradients are left, by a flag and dS,
+// to left_over.cu. So are all but dV where dy is not finite, and where a gate is below 2^-13, unless nobody wants the
+// bound's gradient and those by the gates prove to be right.
 
 // Each warp fetches of q and f what it works on itself: two pieces of each, of this token and the fourth after it.
 struct Fetched {
@@ -174,34 +175,6 @@ __device__ __forceinline__ bool halves_are_dense(const Memory& m) {
     return dense;
 }
 
-// Where the bound's gradient is not wanted a gradient by a gate is multiplied by the gate again, so that of a closed one may
-// be wrong by what is little for the others of its channel. Whether each channel with a closed gate has such another.
-__device__ __forceinline__ bool closed_gates_are_among_others(const Memory& m, u32 raw) {
-    Column at;
-    float2 beta = *(const float2*)(m.beta() + at.place);
-    float2 smallest = make_float2(1.0f, 1.0f), most = make_float2(0.0f, 0.0f), f, k;
-#pragma unroll 1
-    for (int i = 0; i < 8; i++) {
-        float2 z = load_pair(at.raw(raw + TILE_BYTES, i));
-        tied_gate(z.x, beta.x, f.x, k.x);
-        tied_gate(z.y, beta.y, f.y, k.y);
-        smallest.x = minimum(smallest.x, f.x), smallest.y = minimum(smallest.y, f.y);
-        most.x = fmaxf(most.x, f.x * k.x), most.y = fmaxf(most.y, f.y * k.y);
-    }
-    float *of_smallest = m.group_sums() + at.apart, *of_most = of_smallest + GROUPS * WIDTH;
-    *(float2*)(of_smallest + at.group * WIDTH) = smallest;
-    *(float2*)(of_most + at.group * WIDTH) = most;
-    __syncthreads();
-#pragma unroll 1
-    for (int j = 0; j < GROUPS; j++) {
-        float2 x = *(const float2*)(of_smallest + j * WIDTH), y = *(const float2*)(of_most + j * WIDTH);
-        smallest.x = minimum(smallest.x, x.x), smallest.y = minimum(smallest.y, x.y);
-        most.x = fmaxf(most.x, y.x), most.y = fmaxf(most.y, y.y);
-    }
-    return __syncthreads_and((smallest.x >= SMALLEST_GATE || most.x >= ORDINARY) &&
-                             (smallest.y >= SMALLEST_GATE || most.y >= ORDINARY));
-}
-
 // Q and K anew, relative to the middle of their half of the chunk; to `later`, keys relative to the middle of the second
 // half, which those of the first half never are in K. And the decays across the four blocks of 16 tokens, in the walk's
 // order `first`, `inner` twice, `second`. Returns e before the thread's first token.
@@ -244,6 +217,7 @@ __device__ __forceinline__ float2 open_halves(const BackwardArguments& a, const 
             float2 x = decay(2 * j), y = decay(2 * j + 1);
             d[j] = make_float2(x.x * y.x, x.y * y.y);
         }
+        join_inner(d[1].x, d[2].x), join_inner(d[1].y, d[2].y);
         float2 n = *(const float2*)(m.first() + at.apart), o = *(const float2*)(m.second() + at.apart);
         float2 owed = *(const float2*)(m.owed() + at.place);
         d[0].x = without_drift((double)n.x * o.x, (double)d[3].x * d[2].x * d[1].x, d[0].x, owed.x);
@@ -399,6 +373,11 @@ __device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, int 
     *(float2*)(m.key_sums() + p.warp * WIDTH + place) = sum;
 }
 
+// What is to be done by the exact kernel
+__device__ __forceinline__ void raise_flag(const BackwardArguments& a, i64 at, int flag) {
+    if (thread_index() < 2) a.left_over[2 * at + thread_index()] = flag;
+}
+
 // Leaves the gradient of the state after the chunk, as forward_states writes a state, and what is to be done with it.
 __device__ __forceinline__ void leave_over(const BackwardArguments& a, const Product& p, const Quarter& state, i64 at, int flag) {
     u32* to = (u32*)a.d_states + (at * WIDTH + 64 * p.v_half + 16 * p.warp + Product::g()) * (WIDTH / 2);
@@ -407,7 +386,7 @@ __device__ __forceinline__ void leave_over(const BackwardArguments& a, const Pro
     for (int n = 0; n < 8; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) to[e * 8 * (WIDTH / 2) + 4 * n] = pack(state[n][2 * e], state[n][2 * e + 1]);
-    if (thread_index() < 2) a.left_over[2 * at + thread_index()] = flag;
+    raise_flag(a, at, flag);
 }
 
 // Sums for dQ or dK to where `finish` finds them
@@ -422,21 +401,27 @@ __device__ __forceinline__ void write_sums(const Memory& m, const Product& p, in
             *(float2*)(to + 8 * e * WIDTH + (place ^ (8 * spread_piece(n)))) = make_float2(grad[n][2 * e], grad[n][2 * e + 1]);
 }
 
-// Gradients of query and gate from their sums, to memory. All have done with the chunk's tiles afterwards.
+// Gradients of query and gate from their sums, to memory. All have done with the chunk's tiles afterwards. HALVED:
+// says whether the gradient by the gate is right as a share of its channel's size in the chunk. It is exact to the largest
+// of the sums, which a closed gate's does not come near to; so it is wrong where all of a channel's are small.
 template <bool HALVED>
-__device__ __forceinline__ void finish(const BackwardArguments& a, const Memory& m, u32 raw, const Span& span, i64 chunk,
+__device__ __forceinline__ bool finish(const BackwardArguments& a, const Memory& m, u32 raw, const Span& span, i64 chunk,
                                        float2 start) {
     Column at;
     int head = a.first_head + blockIdx.y;
     const float *dq_sums = m.sums(0), *dk_sums = m.sums(1);
     float sums[8][2];
-    float2 sum = make_float2(0.0f, 0.0f);
+    float2 sum = make_float2(0.0f, 0.0f), largest = sum;
 #pragma unroll
     for (int i = 7; i >= 0; i--) {
         float2 x = *(const float2*)(dq_sums + at.sum(i)), y = *(const float2*)(dk_sums + at.sum(i));
         float2 q = load_pair(at.own(m.at(AT_Q), i)), k = load_pair(at.own(m.at(AT_K), i));
         sum.x += fmaf(q.x, x.x, -k.x * y.x), sum.y += fmaf(q.y, x.y, -k.y * y.y);
         sums[i][0] = sum.x, sums[i][1] = sum.y;
+        if (HALVED) {
+            largest.x = fmaxf(largest.x, fmaxf(fabsf(q.x * x.x), fabsf(k.x * y.x)));
+            largest.y = fmaxf(largest.y, fmaxf(fabsf(q.y * x.y), fabsf(k.y * y.y)));
+        }
     }
     *(float2*)(m.group_sums() + at.group * WIDTH + at.apart) = sum;
     float2 d_log = *(const float2*)(m.state_sums() + at.apart), second = *(const float2*)(m.second() + at.apart);
@@ -452,6 +437,10 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
         float2 s = *(const float2*)(m.key_sums() + j * WIDTH + at.apart);
         d_log.x += s.x, d_log.y += s.y;
     }
+    if (HALVED) {
+        largest.x = fmaxf(largest.x, fabsf(d_log.x)), largest.y = fmaxf(largest.y, fabsf(d_log.y));
+        *(float2*)(m.lost() + at.group * WIDTH + at.apart) = largest;
+    }
     __syncthreads();
 #pragma unroll
     for (int j = 1; j < GROUPS; j++) {
@@ -464,7 +453,7 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
     char *dq_out = (char*)a.dq + out, *df_out = (char*)a.df + out;
     step *= sign;
     int rows = span.left - 8 * at.group;
-    float2 d_bound = make_float2(0.0f, 0.0f), e = make_float2(start.x * a.scale, start.y * a.scale);
+    float2 d_bound = make_float2(0.0f, 0.0f), gradient = d_bound, e = make_float2(start.x * a.scale, start.y * a.scale);
     float2 inverse = make_float2(reciprocal(start.x), reciprocal(start.y));
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -478,6 +467,9 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
         float g0 = closed.x * fmaf(sums[i][0] + d_log.x, opened.x, -y.x * inverse.x);
         float g1 = closed.y * fmaf(sums[i][1] + d_log.y, opened.y, -y.y * inverse.y);
         d_bound.x += g0, d_bound.y += g1;
+        if (HALVED) {
+            gradient.x = fmaxf(gradient.x, fabsf(open.x * g0)), gradient.y = fmaxf(gradient.y, fabsf(open.y * g1));
+        }
         if (i < rows) {
             *(u32*)(dq_out + (i64)i * step) = d;
             // open is (1 - beta) sigmoid(z)
@@ -487,6 +479,7 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
     float* of_groups = m.group_sums() + GROUPS * WIDTH;
     // found anew: kept, it would cost registers all the way
     at = Column();
+    if (HALVED) *(float2*)(m.groups() + at.group * WIDTH + at.apart) = gradient;
     *(float2*)(of_groups + at.group * WIDTH + at.apart) = d_bound;
     __syncthreads();
     if (a.d_bound && at.group == 0) {
@@ -498,6 +491,16 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
         i64 to = (((i64)blockIdx.z * a.chunks + chunk) * a.heads + head) * WIDTH + at.channel;
         *(float2*)(a.d_bound + to) = d_bound;
     }
+    if (!HALVED) return true;
+    largest = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++) {
+        float2 x = *(const float2*)(m.groups() + j * WIDTH + at.apart);
+        float2 y = *(const float2*)(m.lost() + j * WIDTH + at.apart);
+        gradient.x = fmaxf(gradient.x, x.x), gradient.y = fmaxf(gradient.y, x.y);
+        largest.x = fmaxf(largest.x, y.x), largest.y = fmaxf(largest.y, y.y);
+    }
+    return __syncthreads_and(gradient.x >= SMALLEST_SHARE * largest.x && gradient.y >= SMALLEST_SHARE * largest.y);
 }
 
 // A walk along a segment of one head of one sequence. Which, is asked anew each time, and addresses are computed anew:
@@ -564,13 +567,14 @@ __device__ __forceinline__ void end_state(const Walk& walk, const Product& p, in
 }
 
 // The gradients of a chunk. HALVED: queries and keys are relative to the middles of the halves of the chunk; else
-// everything is as usual, `fine` and `good`, and the compiler knows. fine: gradients of query and gate are taken
+// everything is as usual, `fine` and `good`, and the compiler knows. fine: gradients of query and gate are taken; doubtful:
+// and looked at
 template <bool HALVED>
 __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& p, int chunk, bool more, bool fine,
-                                               bool good, float2 start, Quarter& state) {
+                                               bool doubtful, bool good, float2 start, Quarter& state) {
     const BackwardArguments& a = walk.a;
     const Memory& m = walk.m;
-    if (!HALVED) fine = good = true;
+    if (!HALVED) fine = good = true, doubtful = false;
     // keys as the state and later queries see them
     u32 keys = HALVED ? walk.raw(chunk + 1) : m.at(AT_K);
     multiply_by(state, m.first() + 64 * p.k_half);
@@ -702,7 +706,8 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
     if (fine) {
         write_sums(m, p, of_keys, channels, grad);
         __syncthreads();
-        finish<HALVED>(a, m, walk.raw(chunk), walk.span_at(chunk), chunk, start);
+        bool right = finish<HALVED>(a, m, walk.raw(chunk), walk.span_at(chunk), chunk, start);
+        if (doubtful && !right) raise_flag(a, walk.place_of(chunk), QUERY_AND_GATE);
     }
 }
 
@@ -769,16 +774,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
         __syncwarp();
         Opened opened = open_chunk(a, m, raw);
         if (opened.usual) {
-            take_gradients<false>(walk, p, chunk, more, true, true, opened.start, state);
+            take_gradients<false>(walk, p, chunk, more, true, false, true, opened.start, state);
         } else {
             bool good = __syncthreads_and(opened.good), halved = __syncthreads_and(halves_are_dense(m));
-            bool fine = halved && good && (opened.fine || (!a.d_bound && closed_gates_are_among_others(m, raw)));
+            // a bound's gradient is a sum of gradients by gates, without the gates as factors
+            bool fine = halved && good && (opened.fine || !a.d_bound), doubtful = fine && !opened.fine;
             float2 start;
             if (halved) start = open_halves(a, m, raw, walk.raw(chunk + 1));
             else decay_queries(a, m, raw);
             if (!good) remove_bad(m.at(AT_DY), m.reached());
-            if (!fine) leave_over(a, p, state, walk.place_of(chunk), halved ? QUERY_AND_GATE : VALUE_TOO);
-            if (halved) take_gradients<true>(walk, p, chunk, more, fine, good, start, state);
+            if (!fine || doubtful)
+                leave_over(a, p, state, walk.place_of(chunk), fine ? 0 : halved ? QUERY_AND_GATE : VALUE_TOO);
+            if (halved) take_gradients<true>(walk, p, chunk, more, fine, doubtful, good, start, state);
             else carry_gradient(walk, p, chunk, more, good, state);
         }
         if (more) fetch_state(m.at(AT_STATE), a.states, walk.place_of(chunk - 1));

@@ -2,11 +2,12 @@
 
 constexpr int THREADS = 512;
 constexpr float SMALLEST_GATE = 1.220703125e-4f;  // 2^-13
-constexpr float ORDINARY = 9.765625e-4f;          // 2^-10, of a gate times 1 minus it
+// of the largest of the sums it comes from, that the largest gradient by a gate of a channel must be, for digits enough
+constexpr float SMALLEST_SHARE = 2.44140625e-4f;  // 2^-12
 // a pre-activation of which the decay is 1 and the key nothing
 constexpr float OPEN = 300.0f;
 
-// Shared memory: q and f as they came, of two chunks; Q and K; v and dy; S and D [128 v, 128 k], over which gradients of
+// Shared memory: q and f as they came, of two chunks (or of one, and its keys as later queries see them); Q and K; v and dy; S and D [128 v, 128 k], over which gradients of
 // Q and K are summed in float32; scores, as two summands, and their gradients; numbers. All channels of K but those of q
 // and f as they came are in the order of the states: of 32 pairs of channels, pair 4 i + c at place 8 c + i.
 // kernels.py knows the size

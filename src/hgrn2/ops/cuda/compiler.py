@@ -22,8 +22,6 @@ _MAX_DYNAMIC_SHARED_BYTES = 8
 _NVRTC_SUCCESS = 0
 # made once: a launch takes the host microseconds, of which this would be one
 _ONE_POINTER = ctypes.c_void_p * 1
-# what is being compiled in the background, by source and options
-_begun: dict[tuple[str, tuple[str, ...]], Future[bytes]] = {}
 
 
 class Kernel:
@@ -66,14 +64,16 @@ def problem() -> str | None:
 
 
 @functools.cache
-def begin(source: str, options: tuple[str, ...]) -> None:
+def begin(source: str, options: tuple[str, ...]) -> Future[bytes]:
     """Starts compiling, in the background, what `load` will be asked for: the compiler needs seconds.
+
+    A process that ends meanwhile waits for it.
 
     Args:
         source: CUDA C++.
         options: of the compiler.
     """
-    _begun[source, options] = _threads().submit(_compiled, source, options)
+    return _threads().submit(_compiled, source, options)
 
 
 def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, threads: int) -> Kernel:
@@ -97,9 +97,8 @@ def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, th
 
 @functools.cache
 def _module(source: str, options: tuple[str, ...], device: int) -> ctypes.c_void_p:
-    module, begun = ctypes.c_void_p(), _begun.pop((source, options), None)
-    binary = begun.result() if begun else _compiled(source, options)
-    code = _driver().cuModuleLoadData(ctypes.byref(module), binary)
+    module = ctypes.c_void_p()
+    code = _driver().cuModuleLoadData(ctypes.byref(module), begin(source, options).result())
     if code:
         # what a crash left in the folder need not be whole
         binary = _compiled(source, options, anew=True)

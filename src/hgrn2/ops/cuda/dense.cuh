@@ -46,6 +46,7 @@ __device__ __forceinline__ void state_decays(const Memory& m, int slot, bool joi
         float2 l = *(const float2*)(m.lost() + j * WIDTH + column);
         lost.x = fmaf(lost.x, d[j].x, l.x), lost.y = fmaf(lost.y, d[j].y, l.y);
     }
+    if (!joined) join_inner(d[1].x, d[2].x), join_inner(d[1].y, d[2].y);
     // of the first two, of three, and what rounding takes from that
     float2 two = make_float2(d[0].x * d[1].x, d[0].y * d[1].y), three = make_float2(two.x * d[2].x, two.y * d[2].y);
     if (joined) {

@@ -221,16 +221,7 @@ __device__ __forceinline__ void multiply_turned(float (&d)[16][4], u64 a, u64 b)
         : "l"(a), "l"(b), "r"(1));
 }
 
-// d = a b^T, or added to d, for a [64, 16] in registers, as fragments, and b [64, 16] or [32, 16]
-__device__ __forceinline__ void multiply_registers(float (&d)[8][4], const u32 (&a)[4], u64 b, bool add) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." NUMBER "." NUMBER " "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, "
-        "%36, p, 1, 1, 0; }"
-        : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
-}
+// d = a b^T, or added to d, for a [64, 16] in registers, as fragments, and b [32, 16]
 __device__ __forceinline__ void multiply_registers(float (&d)[4][4], const u32 (&a)[4], u64 b, bool add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." NUMBER "." NUMBER " "

@@ -20,29 +20,27 @@ __device__ __forceinline__ float exchange(float first, float second, int lane, i
 // Joins pairs of neighbouring blocks of SIZE tokens: their scores, and the products of decays over both
 template <int SIZE>
 __device__ __forceinline__ void join_level(u32 scratch, const Place& at, Gates& x) {
-    {
-        // one piece holds queries in late rows and keys in early ones: its product with itself all the pairs
-        __syncwarp();
+    // one piece holds queries in late rows and keys in early ones: its product with itself all the pairs
+    __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 16; i++)
-            store_shared(at.row(scratch, i), i & SIZE ? pack(x.q[i][0], x.q[i][1]) : pack(x.k[i][0], x.k[i][1]));
-        __syncwarp();
-        float low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        u32 both[4][4];
-        load_block(both, scratch, at, 0);
+    for (int i = 0; i < 16; i++)
+        store_shared(at.row(scratch, i), i & SIZE ? pack(x.q[i][0], x.q[i][1]) : pack(x.k[i][0], x.k[i][1]));
+    __syncwarp();
+    float low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    u32 both[4][4];
+    load_block(both, scratch, at, 0);
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-            multiply(low, both[t], both[t][0], both[t][2]);
-            if (SIZE < 8) multiply(high, both[t], both[t][1], both[t][3]);
-        }
-        if (SIZE == 8) x.cross[0] = low[2], x.cross[1] = low[3];
+    for (int t = 0; t < 4; t++) {
+        multiply(low, both[t], both[t][0], both[t][2]);
+        if (SIZE < 8) multiply(high, both[t], both[t][1], both[t][3]);
+    }
+    if (SIZE == 8) x.cross[0] = low[2], x.cross[1] = low[3];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int column = 2 * at.c + i, differ = at.g ^ column;
-            bool here = column < at.g && differ >= SIZE && differ < 2 * SIZE;
-            if (SIZE < 8) x.scores[i] = here ? low[i] : x.scores[i];
-            if (SIZE < 8) x.scores[2 + i] = here ? high[2 + i] : x.scores[2 + i];
-        }
+    for (int i = 0; i < 2; i++) {
+        int column = 2 * at.c + i, differ = at.g ^ column;
+        bool here = column < at.g && differ >= SIZE && differ < 2 * SIZE;
+        if (SIZE < 8) x.scores[i] = here ? low[i] : x.scores[i];
+        if (SIZE < 8) x.scores[2 + i] = here ? high[2 + i] : x.scores[2 + i];
     }
 #pragma unroll
     for (int early = 0; early < 16; early += 2 * SIZE)

@@ -109,6 +109,10 @@ class Form(NamedTuple):
     q_activation: str
     coarse: int
 
+    def settings(self) -> tuple[torch.dtype, str, bool, int]:
+        """What kernels are compiled for."""
+        return self.dtype, self.q_activation, self.packed is not None, self.device
+
 
 class _Before(NamedTuple):
     """States before segments, [B, segments, heads, K, V], and which of them are those of a launch's first."""
@@ -195,7 +199,6 @@ class _Call:
 
     Attributes:
         recipe: to which they are added.
-        settings: what the kernels are compiled for.
         plan: how the work is cut.
         spans: [chunks, 4] int32, of each chunk of packed sequences: row of its first token in time, tokens to its
             sequence's end, its sequence, and whether it is the sequence's first (1) or last (2).
@@ -206,8 +209,7 @@ class _Call:
         self.form, (self.batch, self.length, self.heads, _) = form, form.shape
         num_packed, wide = form.packed or (0, False)
         self.plan = Plan(self.batch, self.length, self.heads, form.coarse, num_packed)
-        self.settings = settings = (form.dtype, form.q_activation, form.packed is not None, form.device)
-        self.recipe = Recipe(lambda name: kernels.compiled(name, *settings))
+        self.recipe = Recipe(lambda name: kernels.compiled(name, *form.settings()))
         self.bound = Place("bound") if form.has_bound else NOWHERE
         self.initial = Place("initial") if form.has_initial else NOWHERE
         self.spans = self.num_spans = NOWHERE
@@ -310,11 +312,11 @@ class _Call:
 
 @functools.lru_cache(_RECIPES)
 def _forward_recipe(form: Form) -> Recipe:
-    call = _Call(form, "y")
     if form.coarse:
         # the backward pass follows
         for file in ("backward.cu", "left_over.cu"):
-            kernels.begin(file, *call.settings)
+            kernels.begin(file, *form.settings())
+    call = _Call(form, "y")
     group, stretch = Group(0, call.heads), call.plan.whole
     v, before = ("v", form.strides[2]), None
     if stretch.segments > 1:

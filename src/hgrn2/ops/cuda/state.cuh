@@ -141,7 +141,7 @@ __device__ __forceinline__ void advance(const Memory& m, const Reader& r, int st
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             products_begin();
-            begin_outputs(m, r, stage, slot, half, 0, 4, x, out);
+            begin_outputs(m, r, stage, slot, half, 0, 2 + 2 * half, x, out);
             if (half == 1) add_keys(m, r, stage, 1, 0, 4, state);
             if (half == 0) products_wait<0>();
             else products_wait<1>();

@@ -4,14 +4,16 @@
 // gates and scores, 8 on the state, one chunk behind. The state lives in the registers of the state warps, transposed:
 // each holds 16 of the 128 columns of V.
 //
-// With e the product of decays since the middle of the chunk (before it, one over the product up to it), Q = q e and
-// K = k / e, a score is Q K^T whatever the two tokens, and everything is a dense product:
-//     X = first S      Y = Q X + (Q K^T) V      X += K^T V      S = second X
-// with `first` and `second` the decays across the two halves of the chunk. That needs both to be far from 0. Where they
-// are not, the chunk goes through the joins of joins.cuh, which are exact for any gate: Q then holds the decays since
-// the chunk's start, K those to its end, and the state is multiplied by the whole between the products.
+// With e the product of decays since the middle of a token's half of the chunk (before it, one over the product up to it),
+// Q = q e and K = k / e, a score within the half is Q K^T whatever the two tokens. The state, as the half's middle sees it,
+// knows what came before, so everything is a dense product, for one half and then the other:
+//     X = S times the decays to the middle      Y = Q X + (Q K^T) V      X += K^T V      S = X times the decays to the end
+// That needs the decays between a middle and the tokens of its half to be far from 0. Where they are not, the chunk goes
+// through the joins of joins.cuh, which are exact for any gate: Q then holds the decays since the chunk's start, K those
+// to its end, and the state is multiplied by the whole between the products.
 //
-// A walk has an OUTPUT, or only carries the state and writes down the one before each chunk. What a segment adds to the
+// A walk has an OUTPUT, or only carries the state, with keys that hold all decays to the chunk's end, and writes down the
+// one before each chunk. What a segment adds to the
 // state must be known before segments can be walked side by side: the work of summary.cuh instead.
 
 template <bool OUTPUT>
@@ -44,18 +46,22 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
         }
         Gates x;
         float2 product = open_gates(m, stage, left, x);
-        bool dense = barrier_all(GATES, GATE_THREADS, product.x >= SMALLEST && product.y >= SMALLEST);
-        state_decays(m, slot, !OUTPUT || !dense, owed);
-        if (threadIdx.x == 0) *m.said(slot) = dense ? 0 : JOINED;
-        if (!OUTPUT) {
-            to_the_end(m, stage, x);
-        } else if (dense) {
-            from_the_middle(a, m, stage, x);
-            publish();
-            barrier_wait(GATES, GATE_THREADS);
-            dense_scores(m, stage, slot);
+        if (OUTPUT) {
+            bool dense = barrier_all(GATES, GATE_THREADS, product.x >= SMALLEST && product.y >= SMALLEST);
+            state_decays(m, slot, !dense, owed);
+            if (threadIdx.x == 0) *m.said(slot) = dense ? 0 : JOINED;
+            if (dense) {
+                from_the_middle(a, m, stage, x);
+                publish();
+                barrier_wait(GATES, GATE_THREADS);
+                dense_scores(m, stage, slot);
+            } else {
+                join(a, m, stage, slot, left);
+            }
         } else {
-            join(a, m, stage, slot, left);
+            barrier_wait(GATES, GATE_THREADS);
+            state_decays(m, slot, true, owed);
+            to_the_end(m, stage, x);
         }
         publish();
         barrier_arrive(FILLED + slot, THREADS);
