@@ -401,11 +401,10 @@ __device__ __forceinline__ void write_sums(const Memory& m, const Product& p, in
             *(float2*)(to + 8 * e * WIDTH + (place ^ (8 * spread_piece(n)))) = make_float2(grad[n][2 * e], grad[n][2 * e + 1]);
 }
 
-// Gradients of query and gate from their sums, to memory. All have done with the chunk's tiles afterwards. HALVED:
-// says whether the gradient by the gate is right as a share of its channel's size in the chunk. It is exact to the largest
-// of the sums, which a closed gate's does not come near to; so it is wrong where all of a channel's are small.
+// Gradients of query and gate from their sums, to memory. All have done with the chunk's tiles afterwards. HALVED: leaves
+// the largest of the sums of the thread in `lost`
 template <bool HALVED>
-__device__ __forceinline__ bool finish(const BackwardArguments& a, const Memory& m, u32 raw, const Span& span, i64 chunk,
+__device__ __forceinline__ void finish(const BackwardArguments& a, const Memory& m, u32 raw, const Span& span, i64 chunk,
                                        float2 start) {
     Column at;
     int head = a.first_head + blockIdx.y;
@@ -453,7 +452,7 @@ __device__ __forceinline__ bool finish(const BackwardArguments& a, const Memory&
     char *dq_out = (char*)a.dq + out, *df_out = (char*)a.df + out;
     step *= sign;
     int rows = span.left - 8 * at.group;
-    float2 d_bound = make_float2(0.0f, 0.0f), gradient = d_bound, e = make_float2(start.x * a.scale, start.y * a.scale);
+    float2 d_bound = make_float2(0.0f, 0.0f), e = make_float2(start.x * a.scale, start.y * a.scale);
     float2 inverse = make_float2(reciprocal(start.x), reciprocal(start.y));
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -467,9 +466,6 @@ __device__ __forceinline__ bool finish(const BackwardArguments& a, const Memory&
         float g0 = closed.x * fmaf(sums[i][0] + d_log.x, opened.x, -y.x * inverse.x);
         float g1 = closed.y * fmaf(sums[i][1] + d_log.y, opened.y, -y.y * inverse.y);
         d_bound.x += g0, d_bound.y += g1;
-        if (HALVED) {
-            gradient.x = fmaxf(gradient.x, fabsf(open.x * g0)), gradient.y = fmaxf(gradient.y, fabsf(open.y * g1));
-        }
         if (i < rows) {
             *(u32*)(dq_out + (i64)i * step) = d;
             // open is (1 - beta) sigmoid(z)
@@ -479,7 +475,6 @@ __device__ __forceinline__ bool finish(const BackwardArguments& a, const Memory&
     float* of_groups = m.group_sums() + GROUPS * WIDTH;
     // found anew: kept, it would cost registers all the way
     at = Column();
-    if (HALVED) *(float2*)(m.groups() + at.group * WIDTH + at.apart) = gradient;
     *(float2*)(of_groups + at.group * WIDTH + at.apart) = d_bound;
     __syncthreads();
     if (a.d_bound && at.group == 0) {
@@ -491,9 +486,28 @@ __device__ __forceinline__ bool finish(const BackwardArguments& a, const Memory&
         i64 to = (((i64)blockIdx.z * a.chunks + chunk) * a.heads + head) * WIDTH + at.channel;
         *(float2*)(a.d_bound + to) = d_bound;
     }
-    if (!HALVED) return true;
-    largest = make_float2(0.0f, 0.0f);
-#pragma unroll
+}
+
+// Whether the gradients by gates that `finish` wrote are right as shares of their channel's size in the chunk. They are
+// exact to the largest of the sums, which a closed gate's does not come near to; so they are wrong where all of a channel's
+// are small.
+__device__ __forceinline__ bool gates_are_right(const BackwardArguments& a, const Memory& m, const Span& span) {
+    Column at;
+    int sign = a.reverse ? -1 : 1, step = sign * a.heads * ROW_BYTES, row = (int)span.row + sign * 8 * at.group;
+    // what the thread itself wrote
+    const char* df = (const char*)a.df + ((i64)blockIdx.z * a.length + row) * a.heads * ROW_BYTES;
+    df += (a.first_head + blockIdx.y) * ROW_BYTES + 2 * at.channel;
+    float2 gradient = make_float2(0.0f, 0.0f), largest = gradient;
+#pragma unroll 1
+    for (int i = 0; i < 8; i++)
+        if (i < span.left - 8 * at.group) {
+            float2 x;
+            unpack(*(const u32*)(df + (i64)i * step), x.x, x.y);
+            gradient.x = fmaxf(gradient.x, fabsf(x.x)), gradient.y = fmaxf(gradient.y, fabsf(x.y));
+        }
+    *(float2*)(m.groups() + at.group * WIDTH + at.apart) = gradient;
+    __syncthreads();
+#pragma unroll 1
     for (int j = 0; j < GROUPS; j++) {
         float2 x = *(const float2*)(m.groups() + j * WIDTH + at.apart);
         float2 y = *(const float2*)(m.lost() + j * WIDTH + at.apart);
@@ -515,6 +529,9 @@ struct Walk {
     __device__ __forceinline__ i64 place_of(int chunk) const {
         return ((i64)batch() * a.part_chunks + (chunk - a.first_chunk)) * gridDim.y + local();
     }
+    // the chunk it ends with, and whether one before `chunk` follows
+    __device__ __forceinline__ int first() const { return a.first_chunk + segment() * a.segment_chunks; }
+    __device__ __forceinline__ bool more(int chunk) const { return chunk > first(); }
     __device__ __forceinline__ Span span_at(int chunk) const { return span_of(a.spans, chunk, a.length, a.reverse); }
     // q and f as they came of a chunk
     __device__ __forceinline__ u32 raw(int chunk) const { return m.at(AT_RAW + (chunk & 1) * 2 * TILE_BYTES); }
@@ -542,7 +559,7 @@ __device__ __forceinline__ void add_queries(const Memory& m, const Product& p, i
 }
 
 // What is to be done with the gradient of the state before a chunk. good: dy is finite
-__device__ __forceinline__ void end_state(const Walk& walk, const Product& p, int chunk, bool more, bool good, Quarter& state) {
+__device__ __forceinline__ void end_state(const Walk& walk, const Product& p, int chunk, bool good, Quarter& state) {
     const BackwardArguments& a = walk.a;
     if (!good)
 #pragma unroll
@@ -554,7 +571,7 @@ __device__ __forceinline__ void end_state(const Walk& walk, const Product& p, in
     Span span = walk.span_at(chunk);
     if (span.first) {
         if (a.d_initial) to = a.d_initial + ((i64)span.sequence * a.heads + walk.head()) * WIDTH * WIDTH;
-    } else if (a.after && walk.segment() == 0 && !more) {
+    } else if (a.after && walk.segment() == 0 && !walk.more(chunk)) {
         to = a.after + ((i64)walk.batch() * gridDim.y + walk.local()) * WIDTH * WIDTH;
     }
     if (to) {
@@ -570,8 +587,8 @@ __device__ __forceinline__ void end_state(const Walk& walk, const Product& p, in
 // everything is as usual, `fine` and `good`, and the compiler knows. fine: gradients of query and gate are taken; doubtful:
 // and looked at
 template <bool HALVED>
-__device__ __forceinline__ void take_gradients(const Walk& walk, const Product& p, int chunk, bool more, bool fine,
-                                               bool doubtful, bool good, float2 start, Quarter& state) {
+__device__ __forceinline__ void take_gradients(const Walk& walk, const Product& p, int chunk, bool fine, bool doubtful,
+                                               bool good, float2 start, Quarter& state) {
     const BackwardArguments& a = walk.a;
     const Memory& m = walk.m;
     if (!HALVED) fine = good = true, doubtful = false;
@@ -612,7 +629,8 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
         products_begin();
 #pragma unroll
         for (int s = 0; s < 8; s++)
-            multiply_wide<false, true>(grad, left + (s >> 2) * (PANEL_BYTES >> 4) + (s & 3) * (32 >> 4), right + s * (2048 >> 4), s > 0);
+            multiply_wide<false, true>(grad, left + (s >> 2) * (PANEL_BYTES >> 4) + (s & 3) * (32 >> 4),
+                                       right + s * (2048 >> 4), s > 0);
         products_commit();
     }
     settle(state);
@@ -642,7 +660,7 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
         add_queries(m, p, 0, 2, state);
     } else {
         add_queries(m, p, 0, 4, state);
-        if (more) walk.fetch_gates(chunk - 1);
+        if (walk.more(chunk)) walk.fetch_gates(chunk - 1);
         copy_commit();
     }
     if (fine) {
@@ -692,39 +710,40 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
     settle(out), settle(state);
     write_values(a, walk.batch(), walk.head(), walk.span_at(chunk), p.warp, p.group, good ? nullptr : m.reached(), out);
     multiply_by(state, m.second() + 64 * p.k_half);
-    end_state(walk, p, chunk, more, good, state);
+    end_state(walk, p, chunk, good, state);
     products_wait<0>();
     settle(grad);
     // all products are done: their factors' room is free
     __syncthreads();
     if (HALVED) {
         // where keys were
-        if (more) walk.fetch_gates(chunk - 1);
+        if (walk.more(chunk)) walk.fetch_gates(chunk - 1);
         copy_commit();
     }
-    if (more) walk.fetch_values(chunk - 1);
+    if (walk.more(chunk)) walk.fetch_values(chunk - 1);
     if (fine) {
         write_sums(m, p, of_keys, channels, grad);
         __syncthreads();
-        bool right = finish<HALVED>(a, m, walk.raw(chunk), walk.span_at(chunk), chunk, start);
-        if (doubtful && !right) raise_flag(a, walk.place_of(chunk), QUERY_AND_GATE);
+        finish<HALVED>(a, m, walk.raw(chunk), walk.span_at(chunk), chunk, start);
+        if (doubtful && !gates_are_right(a, m, walk.span_at(chunk)))
+            raise_flag(a, walk.place_of(chunk), QUERY_AND_GATE);
     }
 }
 
 // The gradient of the state alone, across a chunk of which all others are left over
-__device__ __forceinline__ void carry_gradient(const Walk& walk, const Product& p, int chunk, bool more, bool good,
+__device__ __forceinline__ void carry_gradient(const Walk& walk, const Product& p, int chunk, bool good,
                                                Quarter& state) {
     multiply_by(state, walk.m.second() + 64 * p.k_half);
     settle(state);
     products_begin();
     add_queries(walk.m, p, 0, 4, state);
-    if (more) walk.fetch_gates(chunk - 1);
+    if (walk.more(chunk)) walk.fetch_gates(chunk - 1);
     copy_commit();
     products_wait<0>();
     settle(state);
-    end_state(walk, p, chunk, more, good, state);
+    end_state(walk, p, chunk, good, state);
     __syncthreads();
-    if (more) walk.fetch_values(chunk - 1);
+    if (walk.more(chunk)) walk.fetch_values(chunk - 1);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __grid_constant__ BackwardArguments a) {
@@ -732,14 +751,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
     constexpr i64 STATE = WIDTH * WIDTH;
     Walk walk = {a, {shared}};
     const Memory& m = walk.m;
-    int first = a.first_chunk + walk.segment() * a.segment_chunks, end = first + a.segment_chunks;
+    int end = walk.first() + a.segment_chunks;
     if (end > a.end_chunk) end = a.end_chunk;
 #if PACKED
     if (end > *a.num_spans) end = *a.num_spans;
 #endif
     if (threadIdx.x < WIDTH)
         m.beta()[place_of_channel(threadIdx.x)] = a.bound ? a.bound[walk.head() * WIDTH + threadIdx.x] : 0.0f;
-    if (end <= first) return;
+    if (end <= walk.first()) return;
     walk.fetch_gates(end - 1);
     copy_commit();
     walk.fetch_values(end - 1);
@@ -748,10 +767,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
     Product p;
     Quarter state;
     __syncthreads();
-    for (int chunk = end - 1; chunk >= first; chunk--) {
+    for (int chunk = end - 1; chunk >= walk.first(); chunk--) {
         // found anew wherever it is needed: there are no registers to keep it in
         Span span = walk.span_at(chunk);
-        bool more = chunk > first;
         if (chunk == end - 1 || span.last) {
             const float* known = nullptr;
             if (span.last) {
@@ -774,7 +792,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
         __syncwarp();
         Opened opened = open_chunk(a, m, raw);
         if (opened.usual) {
-            take_gradients<false>(walk, p, chunk, more, true, false, true, opened.start, state);
+            take_gradients<false>(walk, p, chunk, true, false, true, opened.start, state);
         } else {
             bool good = __syncthreads_and(opened.good), halved = __syncthreads_and(halves_are_dense(m));
             // a bound's gradient is a sum of gradients by gates, without the gates as factors
@@ -785,10 +803,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
             if (!good) remove_bad(m.at(AT_DY), m.reached());
             if (!fine || doubtful)
                 leave_over(a, p, state, walk.place_of(chunk), fine ? 0 : halved ? QUERY_AND_GATE : VALUE_TOO);
-            if (halved) take_gradients<true>(walk, p, chunk, more, fine, doubtful, good, start, state);
-            else carry_gradient(walk, p, chunk, more, good, state);
+            if (halved) take_gradients<true>(walk, p, chunk, fine, doubtful, good, start, state);
+            else carry_gradient(walk, p, chunk, good, state);
         }
-        if (more) fetch_state(m.at(AT_STATE), a.states, walk.place_of(chunk - 1));
+        if (walk.more(chunk)) fetch_state(m.at(AT_STATE), a.states, walk.place_of(chunk - 1));
         copy_commit();
     }
 }

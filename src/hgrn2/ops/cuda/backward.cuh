@@ -7,10 +7,10 @@ constexpr float SMALLEST_SHARE = 2.44140625e-4f;  // 2^-12
 // a pre-activation of which the decay is 1 and the key nothing
 constexpr float OPEN = 300.0f;
 
-// Shared memory: q and f as they came, of two chunks (or of one, and its keys as later queries see them); Q and K; v and dy; S and D [128 v, 128 k], over which gradients of
-// Q and K are summed in float32; scores, as two summands, and their gradients; numbers. All channels of K but those of q
-// and f as they came are in the order of the states: of 32 pairs of channels, pair 4 i + c at place 8 c + i.
-// kernels.py knows the size
+// Shared memory: q and f as they came, of two chunks (or of one, and its keys as later queries see them); Q and K; v and
+// dy; S and D [128 v, 128 k], over which gradients of Q and K are summed in float32; scores, as two summands, and their
+// gradients; numbers. All channels of K but those of q and f as they came are in the order of the states: of 32 pairs of
+// channels, pair 4 i + c at place 8 c + i. kernels.py knows the size
 constexpr int AT_RAW = 0, AT_Q = 4 * TILE_BYTES, AT_K = AT_Q + TILE_BYTES, AT_V = AT_K + TILE_BYTES, AT_DY = AT_V + TILE_BYTES;
 constexpr int STATE_BYTES = 2 * TILE_BYTES, STATE_PANEL = 2 * PANEL_BYTES;
 constexpr int AT_STATE = AT_DY + TILE_BYTES, AT_D_STATE = AT_STATE + STATE_BYTES, AT_SCORES = AT_D_STATE + STATE_BYTES;
