@@ -155,7 +155,10 @@ def main() -> int:
     options = parser.parse_args()
     if torch.device(options.device).type != "cuda" or not torch.cuda.is_available():
         parser.error("kernels are measured on a GPU, and there is none here")
-    ids = torch.from_numpy(np.load(options.tokens).astype(np.int32))
+    try:
+        ids = torch.from_numpy(np.load(options.tokens).astype(np.int32))
+    except (OSError, ValueError) as reason:
+        parser.error(f"{options.tokens} could not be read ({reason}); wanted a .npy file of token ids")
     if len(ids) < 4 * HELD_OUT:
         parser.error(f"{options.tokens} has {len(ids):,} tokens; wanted {4 * HELD_OUT:,} or more")
     ids, held_out = ids[:-HELD_OUT].to(options.device), ids[-HELD_OUT:].to(options.device)
