@@ -193,7 +193,7 @@ def test_the_same_bits_whoever_is_first(kernels, packed, shift):
         assert_equal(run(hgrn2_scan, inputs), first)
 
 
-@pytest.mark.parametrize("shift", [0.0, -6.0])
+@pytest.mark.parametrize("shift", [0.0, -2.0, -6.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_values_stay_where_they_belong(kernels, bad, shift):
     inputs = Case(200, shift=shift).inputs()
@@ -209,7 +209,7 @@ def test_bad_values_stay_where_they_belong(kernels, bad, shift):
     assert not found_state[..., 3].isfinite().any()
 
 
-@pytest.mark.parametrize("shift", [0.0, -6.0])
+@pytest.mark.parametrize("shift", [0.0, -2.0, -6.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_gradients_stay_where_they_belong(kernels, monkeypatch, bad, shift):
     # one walk

@@ -282,6 +282,19 @@ def test_the_bound_s_gradient_beside_few_closed_gates(z):
     assert relative_error(*channels).rms <= 1e-2
 
 
+@pytest.mark.parametrize("z", [9.0, 14.0, 20.0])
+def test_closed_gates_among_wide_open_ones(z):
+    # no bound: whether gradients by gates are right enough is found on the way
+    inputs = tied_inputs(1, 300, 2, 128, 128, dtype=torch.bfloat16, bound=None)
+    f = torch.full_like(inputs["f"], z)
+    f[:, ::29], f[:, 5::64, 0] = -z, 0.0
+    inputs = on_gpu(inputs | {"f": f + 0.1 * inputs["f"]})
+    found, wanted = run(hgrn2_scan, inputs), exact(hgrn2_scan, inputs)
+    assert_close(found, wanted, 5e-3)
+    for head in range(2):
+        assert relative_error(*(x["d_f"][:, :, head] for x in (found, wanted))).rms <= 5e-3
+
+
 # segments, and parts of the backward pass
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "shift", "bound"),
