@@ -93,14 +93,6 @@ __device__ __forceinline__ float without_drift(float first, float second, float 
     return changed;
 }
 
-// The decays across the two blocks of 16 tokens between the middles of a chunk's halves. One after the other they may be
-// far smaller than any number; where they are not, one multiplication rounds less than two.
-__device__ __forceinline__ void join_inner(float& earlier, float& later) {
-    float both = earlier * later;
-    bool one = both >= SMALLEST;
-    earlier = one ? both : earlier, later = one ? 1.0f : later;
-}
-
 // The same of the last of several decays. wanted: their product, others: that of all but the last
 __device__ __forceinline__ float without_drift(double wanted, double others, float last, float& owed) {
     if (!(wanted > 0.5)) {
@@ -112,4 +104,12 @@ __device__ __forceinline__ float without_drift(double wanted, double others, flo
     float changed = fmaf(last, owed, last);
     owed -= (changed - last) / last;
     return changed;
+}
+
+// The decays across the two blocks of 16 tokens between the middles of a chunk's halves. One after the other they may be
+// far smaller than any number; where they are not, one multiplication rounds less than two.
+__device__ __forceinline__ void join_inner(float& earlier, float& later) {
+    float both = earlier * later;
+    bool one = both >= SMALLEST;
+    earlier = one ? both : earlier, later = one ? 1.0f : later;
 }

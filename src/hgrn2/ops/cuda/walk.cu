@@ -13,8 +13,8 @@
 // to its end, and the state is multiplied by the whole between the products.
 //
 // A walk has an OUTPUT, or only carries the state, with keys that hold all decays to the chunk's end, and writes down the
-// one before each chunk. What a segment adds to the
-// state must be known before segments can be walked side by side: the work of summary.cuh instead.
+// one before each chunk. What a segment adds to the state must be known before segments can be walked side by side: the
+// work of summary.cuh instead.
 
 template <bool OUTPUT>
 __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memory& m, i64 first, i64 end,
