@@ -25,8 +25,8 @@ class Norm(nn.Module):
     def __init__(self, kind: str, size: int, eps: float, affine: bool):
         super().__init__()
         self.kind, self.size, self.eps = kind, size, eps
-        self.weight = nn.Parameter(torch.empty(size)) if affine else None
-        self.bias = nn.Parameter(torch.empty(size)) if affine and kind == "layernorm" else None
+        self.weight = nn.Parameter(torch.ones(size)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(size)) if affine and kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises x [..., size]; the result has autocast's dtype, or else the weight's, or that of x."""
