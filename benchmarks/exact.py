@@ -57,10 +57,12 @@ def free_inputs(inputs: Inputs) -> FreeInputs:
 
 
 def scan(
-    q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor, cu_seqlens: Tensor | None = None, backend: str = "auto"
-) -> Tensor:
+    q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor, cu_seqlens: Tensor | None = None,
+    min_log_decay: float | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """The product."""
-    return hgrn2_scan(q, f, v, lower_bound, cu_seqlens=cu_seqlens, backend=backend)[0]
+    settings = {"cu_seqlens": cu_seqlens, "min_log_decay": min_log_decay, "backend": backend}
+    return hgrn2_scan(q, f, v, lower_bound, **settings)[0]
 
 
 def free_scan(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, backend: str = "auto") -> Tensor:

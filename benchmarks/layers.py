@@ -11,6 +11,7 @@ tokens.npy has token ids (uint16 or wider) of at least a few million tokens of t
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class Read(NamedTuple):
     v: Tensor
     bound: Tensor | None
     scale: float
+    min_log_decay: float | None
 
 
 def batch_of(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -83,7 +85,7 @@ def read_by_layers(model: HGRN2LM, ids: Tensor) -> tuple[list[Read], float]:
         x, bound, state, cu_seqlens, mask = inputs
         q, f, v, _ = mixer.project(x, state, cu_seqlens, mask)
         bound = None if bound is None else bound.unflatten(-1, (mixer.num_heads, mixer.expand_ratio)).contiguous()
-        found.append(Read(q, f, v, bound, mixer.scale))
+        found.append(Read(q, f, v, bound, mixer.scale, mixer.min_log_decay))
 
     handles = [m.register_forward_pre_hook(watch) for m in model.modules() if isinstance(m, HGRN2Mixer)]
     with torch.autocast("cuda", torch.bfloat16):
@@ -93,9 +95,11 @@ def read_by_layers(model: HGRN2LM, ids: Tensor) -> tuple[list[Read], float]:
     return found, float(loss / count)
 
 
-def ways(f: Tensor, bound: Tensor | None) -> str:
+def ways(read: Read) -> str:
     """Shares of the chunks of a head with gates that dense products cannot take, by the limits of the kernels."""
-    gate = forget_gate(f, bound)
+    gate = forget_gate(read.f, read.bound)
+    if read.min_log_decay is not None:
+        gate = gate.clamp_min(math.exp(read.min_log_decay))
     kept = gate.log2().clamp_min(-1000).unflatten(1, (LENGTH // CHUNK, CHUNK))
     blocks = kept.unflatten(2, (4, 16)).sum(3)
     whole = (blocks.unflatten(2, (2, 2)).sum(3).amin((2, -1)) < -80).float().mean()
@@ -127,7 +131,7 @@ def milliseconds(call: Callable[[], object], rounds: int) -> list[float]:
 
 def scan_of(read: Read) -> Tensor:
     """The outputs."""
-    return hgrn2_scan(read.q, read.f, read.v, read.bound, scale=read.scale)[0]
+    return hgrn2_scan(read.q, read.f, read.v, read.bound, scale=read.scale, min_log_decay=read.min_log_decay)[0]
 
 
 def gradients_of(read: Read, dy: Tensor) -> None:
@@ -136,11 +140,12 @@ def gradients_of(read: Read, dy: Tensor) -> None:
     torch.autograd.grad(scan_of(read), wanted, dy)
 
 
-def rows_of(name: str, read: Read, learns: bool, note: str, rounds: int) -> list[Row]:
+def rows_of(name: str, read: Read, learns: bool, rounds: int) -> list[Row]:
     """Times of one layer, whose bound has a gradient if it `learns`."""
     q, f, v = (x.detach().clone().requires_grad_() for x in read[:3])
     bound = None if read.bound is None else read.bound.detach().clone().requires_grad_(learns)
-    read, dy = Read(q, f, v, bound, read.scale), torch.randn_like(v)
+    note = ways(read)
+    read, dy = Read(q, f, v, bound, *read[4:]), torch.randn_like(v)
     calls = {"forward": torch.no_grad()(partial(scan_of, read)), "forward + backward": partial(gradients_of, read, dy)}
     return [row(f"{name}: {kind}", milliseconds(call, rounds), "ms", note) for kind, call in calls.items()]
 
@@ -168,10 +173,10 @@ def main() -> int:
     num_tokens = train(model, ids, options.seconds)
     reads, loss = read_by_layers(model, held_out)
     rows = [Row("training: tokens", num_tokens, "tokens"), Row("held-out loss", loss, "nats a token")]
-    random = Read(*(torch.randn_like(x) for x in reads[0][:3]), torch.full_like(reads[-1].bound, 0.5), 1.0)  # pyright: ignore
-    rows += rows_of("random gates, bound 0.5", random, True, ways(random.f, random.bound), options.rounds)
+    random = Read(*(torch.randn_like(x) for x in reads[0][:3]), torch.full_like(reads[-1].bound, 0.5), 1.0, None)  # pyright: ignore
+    rows += rows_of("random gates, bound 0.5", random, True, options.rounds)
     for i, read in enumerate(reads):
-        rows += rows_of(f"layer {i}", read, i > 0, ways(read.f, read.bound), options.rounds)
+        rows += rows_of(f"layer {i}", read, i > 0, options.rounds)
         for kind in ("forward", "forward + backward"):
             compare(rows, f"layer {i}: {kind}", f"random gates, bound 0.5: {kind}")
     settings = {"variant": options.variant, "B": BATCH, "T": LENGTH, "seconds": options.seconds} | SIZE

@@ -9,7 +9,8 @@ Kernels that take long to compile are compiled first, in processes side by side.
 beside the result, which ends in .unfinished, until the result is there: a run that is cut off is not lost.
 
 Besides the sizes that are compared with peers there are cases of the operator alone: less friendly gates (errors only),
-packed sequences, float32, the operator with a key of its own, and gates that hardly decay in one long sequence.
+packed sequences, float32, gates that forget everything with and without a floor under the decay, the operator with a
+key of its own, and gates that hardly decay in one long sequence.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ NO_WORSE = 1.05
 ERROR_UNIT = "relative RMS"
 # gates that hardly decay
 SLOW_BOUND = 0.999
+# with which the authors train
+FLOOR = -3.0
 # draws sequences of which one ends among the tokens that are checked
 PACKING_SEED = 1
 # no candidate is timed for longer than this a row
@@ -165,6 +168,12 @@ def further_cases(shapes: Sequence[Shape], device: str) -> list[Case]:
         ),
         Case(f"{shape}, float32", partial(shape.make, device, torch.float32), ours, limit=LIMITS[torch.float32]),
         Case(f"{shape}, no bound, gates' pre-activations x 4", closed, ours),
+        Case(
+            f"{shape}, no bound, gates' pre-activations x 4, log decays of at least {FLOOR:g}",
+            closed,
+            {OURS: partial(scan, min_log_decay=FLOOR)},
+            partial(loop, min_log_decay=FLOOR),
+        ),
         Case(f"{shape}, gated_scan", lambda: free_inputs(shape.make(device)), {OURS: free_scan}, free_loop),
         # cuts into segments lie beyond the first tokens, so all are compared, with the chunked form in float64: a loop
         # over them would have to keep every state

@@ -10,8 +10,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from hgrn2.ops.cuda import kernels
 
 # sums of products are rounded twice, as written; a variable of the thread for what a program shares
@@ -65,16 +63,14 @@ class Emulator:
         self.made: set[str] = set()
         self._library = functools.cache(self._build)
 
-    def compiled(self, name: str, dtype: torch.dtype, q_activation: str, packed: bool, device: int | None) -> Kernel:
+    def compiled(self, name: str, settings: kernels.Settings, device: int | None) -> Kernel:
         """A kernel of hgrn2.ops.cuda; in place of `kernels.compiled`."""
-        activation = kernels.Q_ACTIVATIONS.index(q_activation)
-        settings = {"BFLOAT16": int(dtype == torch.bfloat16), "Q_ACTIVATION": activation, "PACKED": int(packed)}
         (file,) = (file for file, names in kernels.KERNELS.items() if name in names)
         self.made.add(name)
-        return self.kernel(_source(file), kernels.KERNELS[file], name, settings, *kernels.resources(name))
+        return self.kernel(_source(file), kernels.KERNELS[file], name, settings.macros(), *kernels.resources(name))
 
     def kernel(
-        self, source: str, names: tuple[str, ...], name: str, settings: dict[str, int], shared_bytes: int, threads: int
+        self, source: str, names: tuple[str, ...], name: str, settings: dict[str, str], shared_bytes: int, threads: int
     ) -> Kernel:
         """A kernel of any source.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import gated_scan, hgrn2_scan
+from hgrn2.ops.reference import activation
 from tests.numerics import run
 
 BY_TOKEN = ("q", "f", "k", "v", "log_f")
@@ -117,6 +119,9 @@ def honest_scan(
     lower_bound: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: None = None,
+    min_log_decay: float | None = None,
+    q_activation: str = "silu",
+    v_activation: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """The recurrence in plain torch in the dtype of q, as a careful person writes it.
 
@@ -129,7 +134,9 @@ def honest_scan(
     z = f.float()
     bound = torch.zeros(()) if lower_bound is None else lower_bound
     decay, key = bound + (1 - bound) * torch.sigmoid(z), ((1 - bound) * torch.sigmoid(-z)).to(low)
-    query = torch.nn.functional.silu(q)
+    if min_log_decay is not None:
+        decay = decay.clamp_min(math.exp(min_log_decay))
+    query, v = activation(q, q_activation), activation(v, v_activation)
     state, outputs = initial_state, []
     for t in range(q.shape[1]):
         state = decay[:, t, :, :, None] * state + key[:, t, :, :, None] * v[:, t, :, None, :]
@@ -152,9 +159,11 @@ def honest_gated_scan(
     return torch.stack(outputs, 1), state
 
 
-def honest(op: Callable[..., Any], inputs: Mapping[str, Any], reverse: bool = False) -> dict[str, Tensor]:
+def honest(
+    op: Callable[..., Any], inputs: Mapping[str, Any], reverse: bool = False, **settings: Any
+) -> dict[str, Tensor]:
     """What `run` gives with honest torch in the dtype of the inputs, sequence by sequence, in either direction."""
-    scan = {hgrn2_scan: honest_scan, gated_scan: honest_gated_scan}[op]
+    scan = partial({hgrn2_scan: honest_scan, gated_scan: honest_gated_scan}[op], **settings)
 
     def whole(**inputs):
         if reverse:

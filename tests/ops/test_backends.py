@@ -109,7 +109,7 @@ def test_unknown_names():
         (CPU, torch.bfloat16, (128, 128), True, "the inputs are on cpu"),
         (CUDA, torch.float32, (128, 128), True, "do not take torch.float32"),
         (CUDA, torch.bfloat16, (128, 64), True, "K is 128 and V 64"),
-        (CUDA, torch.bfloat16, (128, 128), False, "no activation of v"),
+        (CUDA, torch.bfloat16, (128, 128), False, "no key of its own"),
         (CUDA, torch.bfloat16, (128, 128), True, "no such chip"),
     ],
     ids=lambda value: str(value),

@@ -56,11 +56,17 @@ def test_arguments_are_laid_out_as_in_c(structure, file):
 
 @needs_compiler
 @pytest.mark.parametrize("name", ["walk.cu", "backward.cu", "left_over.cu"])
-@pytest.mark.parametrize(("bfloat16", "q_activation", "packed"), [(1, 0, 1), (1, 1, 0), (0, 2, 1)])
-def test_the_kernels_compile(name, bfloat16, q_activation, packed):
-    options = ("-arch=sm_90a", "--std=c++17", "-default-device")
-    settings = (f"-DBFLOAT16={bfloat16}", f"-DQ_ACTIVATION={q_activation}", f"-DPACKED={packed}")
-    assert compiler._compile(kernels.source(name), (*options, *settings))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        kernels.Settings(torch.bfloat16, "none", True, 0.0),
+        kernels.Settings(torch.bfloat16, "silu", False, 0.05),
+        kernels.Settings(torch.float16, "sigmoid", True, 0.0),
+    ],
+)
+def test_the_kernels_compile(name, settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert compiler._compile(kernels.source(name), kernels._options(settings, 0))
 
 
 @needs_compiler
@@ -123,7 +129,7 @@ def test_a_kernel_is_loaded_on_its_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(compiler, "load", lambda *_: loaded.append(current[-1]))
-    kernels.compiled.__wrapped__("sum_bounds", torch.bfloat16, "none", False, 1)
+    kernels.compiled.__wrapped__("sum_bounds", kernels.Settings(torch.bfloat16, "none", False, 0.0), 1)
     assert loaded == [1]
 
 

@@ -68,6 +68,7 @@ class Case:
     reverse: bool = False
     bound: float | None = 0.9
     cu_seqlens: tuple[int, ...] | None = None
+    min_log_decay: float | None = None
 
     def inputs(self) -> dict[str, Any]:
         cu_seqlens = None if self.cu_seqlens is None else list(self.cu_seqlens)
@@ -87,6 +88,11 @@ CASES = [
     *(Case(190, shift=s, bound=None, cu_seqlens=PACKED) for s in (0.0, -2.0, -6.0, "wild")),
     *(Case(190, shift=s, reverse=True, cu_seqlens=PACKED) for s in (0.0, -2.0, -6.0, "wild")),
     *(Case(190, dtype=torch.float16, shift=shift, bound=None) for shift in (0.0, -6.0)),
+    *(Case(shift=s, bound=b, min_log_decay=-3.0) for s in (0.0, -6.0, "wild") for b in (None, 0.9)),
+    # that hold nearly every gate, of which some lose less; and that leave too little for dense products
+    *(Case(190, shift=s, reverse=True, min_log_decay=-1e-4, cu_seqlens=c) for s, c in ((0.0, PACKED), (8.0, None))),
+    *(Case(190, shift=s, bound=b, min_log_decay=-12.0) for s in (-20.0, "wild") for b in (None, 0.1)),
+    Case(190, dtype=torch.float16, shift=-6.0, bound=None, min_log_decay=-3.0),
 ]  # fmt: skip
 
 
@@ -94,9 +100,10 @@ CASES = [
 def test_matches_the_oracle(kernels, case):
     inputs = case.inputs()
     # gradients in float16 are the Triton kernels'
-    settings: dict[str, Any] = {"gradients": case.dtype == torch.bfloat16, "reverse": case.reverse}
+    floor = {"min_log_decay": case.min_log_decay}
+    settings: dict[str, Any] = floor | {"gradients": case.dtype == torch.bfloat16, "reverse": case.reverse}
     wanted = exact(inputs, **settings)
-    rival = {name: x for name, x in honest(hgrn2_scan, inputs, case.reverse).items() if name in wanted}
+    rival = {name: x for name, x in honest(hgrn2_scan, inputs, case.reverse, **floor).items() if name in wanted}
     assert_no_worse(run(hgrn2_scan, inputs, **settings), rival, wanted)
 
 
@@ -268,6 +275,15 @@ def test_activations(kernels, activation):
     assert_close(found, wanted, 5e-3)
 
 
+def test_an_activation_of_values(kernels):
+    inputs = Case(70).inputs()
+    settings = {"v_activation": "silu", "min_log_decay": -0.5}
+    assert_no_worse(
+        run(hgrn2_scan, inputs, **settings), honest(hgrn2_scan, inputs, **settings), exact(inputs, **settings)
+    )
+    assert "forward_outputs" in kernels.made
+
+
 def test_calls_that_differ_share_no_recipe(kernels):
     inputs, packed, other = (Case(70, cu_seqlens=cut).inputs() for cut in (None, (0, 70), (0, 30, 70)))
     wide = packed | {"cu_seqlens": packed["cu_seqlens"].long()}
@@ -275,7 +291,7 @@ def test_calls_that_differ_share_no_recipe(kernels):
     calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (inputs, {}), (inputs | {"lower_bound": None}, {}), (inputs | {"initial_state": None}, {}), (packed, {}),
         (wide, {}), (other, {}), *((inputs | x, {}) for x in apart), (inputs, {"scale": 0.3}),
-        (inputs, {"reverse": True}), (inputs, {"q_activation": "none"}),
+        (inputs, {"reverse": True}), (inputs, {"q_activation": "none"}), (inputs, {"min_log_decay": -0.5}),
     ]  # fmt: skip
     for given, settings in (*calls, calls[0]):
         assert_close(run(hgrn2_scan, given, **settings), exact(given, **settings), 5e-3)
@@ -458,7 +474,7 @@ class Numbers(ctypes.Structure):
 def emulate(emulator, body: str) -> list[list[int]]:
     """What the threads leave behind, each time with another order of things."""
     names, which = tuple(f"kernel_{i}" for i in range(len(BODIES))), BODIES.index(body)
-    kernel = emulator.kernel("\n" + SOURCE + "\n", names, names[which], {"BFLOAT16": 1}, 1024, 64)
+    kernel = emulator.kernel("\n" + SOURCE + "\n", names, names[which], {"BFLOAT16": "1", "FLOOR": "0.0f"}, 1024, 64)
     found = []
     for emulator.seed in range(4):
         numbers = torch.arange(256, dtype=torch.int32)

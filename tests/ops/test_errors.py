@@ -74,6 +74,10 @@ TIED = [
     ("f", ones(2, 10, 2, 6).to_sparse(), "f", "torch.sparse_coo", "torch.strided"),
     *(("scale", x, "scale", repr(x), "torch.float32") for x in (None, "1", 1j, math.nan, math.inf, -1e39, 10**40)),
     *(("reverse", x, "reverse", repr(x), "True") for x in (None, "no", 2, 0.0)),
+    *(
+        ("min_log_decay", x, "min_log_decay", repr(x), "below 0")
+        for x in (0, 0.5, math.nan, "-3", torch.tensor([-3.0]))
+    ),
 ]
 
 

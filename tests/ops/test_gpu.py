@@ -73,6 +73,7 @@ class Case:
     bound: float | None = 0.9
     activations: tuple[str, str] | None = None
     backend: str = "auto"
+    min_log_decay: float | None = None
 
     def __str__(self) -> str:
         parts = [self.op.__name__, str(self.dtype).removeprefix("torch."), f"T{self.length}"]
@@ -80,6 +81,7 @@ class Case:
         flags = {"reverse": self.reverse, "packed": self.cu_seqlens, "nostate": not self.state}
         parts += [name for name, flag in flags.items() if flag] + list(self.activations or ())
         parts += [self.backend] if self.backend != "auto" else []
+        parts += [f"floor{self.min_log_decay}"] if self.min_log_decay is not None else []
         return "-".join(parts)
 
     def inputs(self) -> dict[str, Any]:
@@ -93,7 +95,8 @@ class Case:
     def settings(self) -> dict[str, Any]:
         """What is not a tensor."""
         names = dict(zip(("q_activation", "v_activation"), self.activations or (), strict=False))
-        return {"reverse": self.reverse, **names}
+        floor = {} if self.min_log_decay is None else {"min_log_decay": self.min_log_decay}
+        return {"reverse": self.reverse, **names, **floor}
 
 
 def cases() -> list[Case]:
@@ -134,6 +137,14 @@ def cases() -> list[Case]:
         for reverse in (False, True):
             found.append(Case(hgrn2_scan, dtype, 1000, 128, 128, reverse=reverse, cu_seqlens=CU_SEQLENS))
         found.append(Case(hgrn2_scan, dtype, 1000, 128, 128, cu_seqlens=CU_SEQLENS, bound=None))
+        # one that holds few of the gates, and one that holds most
+        for floor in (-3.0, -0.1):
+            found.append(Case(hgrn2_scan, dtype, 1000, 128, 128, bound=None, min_log_decay=floor))
+        found.append(Case(hgrn2_scan, dtype, 130, 128, 128, batch=2, activations=("sigmoid", "silu")))
+        found.append(Case(hgrn2_scan, dtype, 1000, 128, 128, reverse=True, cu_seqlens=CU_SEQLENS, min_log_decay=-0.5))
+    activations = ("sigmoid", "silu")
+    found.append(Case(hgrn2_scan, torch.float32, bound=None, activations=activations, min_log_decay=-0.5))
+    found.append(Case(hgrn2_scan, torch.bfloat16, 200, heads=4, min_log_decay=-0.5))
     return found
 
 
@@ -197,7 +208,7 @@ def test_matches_the_oracle(case):
     if case.dtype == torch.float32:
         assert_close(found, wanted, ORDINARY_RMS)
     else:
-        assert_no_worse(found, honest(case.op, inputs, case.reverse), wanted)
+        assert_no_worse(found, honest(case.op, inputs, **settings), wanted)
 
 
 def test_a_large_case_is_as_exact_as_the_best_rival():

@@ -34,6 +34,22 @@ def test_lower_bound_by_hand():
     assert scan(lower_bound=bound) == ([0.5, 2.75, 9.09375], [3.03125])
 
 
+def test_floor_by_hand():
+    # f = k = 1/2, but the decay is 3/4: S = 1, 0.75 + 2 = 2.75, 2.0625 + 4 = 6.0625; y = 1*1, 2*2.75, 3*6.0625
+    assert scan(min_log_decay=math.log(0.75)) == ([1.0, 5.5, 18.1875], [6.0625])
+    # a floor below the gate changes nothing
+    assert scan(min_log_decay=math.log(0.25)) == scan()
+
+
+def test_the_gradient_where_a_floor_holds_is_the_key_s_alone():
+    # S = ((k1 v1) d + k2 v2) d + k3 v3, with dk = -1/4 dz at z = 0: by hand, for the last state
+    z = Z.clone().requires_grad_()
+    _, state = hgrn2_scan(Q, z, V, min_log_decay=math.log(0.75), backend="reference")
+    state.sum().backward()
+    assert z.grad is not None
+    assert z.grad.flatten().tolist() == pytest.approx([-2 * 0.75**2 / 4, -4 * 0.75 / 4, -8 / 4], rel=1e-15)
+
+
 def test_reverse_by_hand():
     # from the last token: S = 4, 2 + 2 = 4, 2 + 1 = 3; y = 1*3, 2*4, 3*4
     assert scan(reverse=True) == ([3.0, 8.0, 12.0], [3.0])
@@ -168,7 +184,8 @@ def test_gradient_follows_the_formulas():
 
 
 @pytest.mark.parametrize("activations", [("silu", "none"), ("sigmoid", "silu"), ("none", "none")])
-def test_gradcheck(activations):
+@pytest.mark.parametrize("min_log_decay", [None, -0.5])
+def test_gradcheck(activations, min_log_decay):
     generator = torch.Generator().manual_seed(2)
     q, f, v = (torch.randn(1, 5, 1, 2, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3))
     bound = torch.tensor([[0.1, 0.6]], dtype=torch.float64, requires_grad=True)
@@ -177,7 +194,10 @@ def test_gradcheck(activations):
     def op(q, f, v, bound, start):
         return hgrn2_scan(
             q, f, v, bound, initial_state=start, scale=0.5, backend="reference",
-            q_activation=activations[0], v_activation=activations[1],
+            q_activation=activations[0], v_activation=activations[1], min_log_decay=min_log_decay,
         )  # fmt: skip
 
+    held = tied_gate(f, bound)[0] < math.exp(-0.5)
+    assert held.any()
+    assert not held.all()
     assert torch.autograd.gradcheck(op, (q, f, v, bound, start))

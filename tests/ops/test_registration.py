@@ -35,8 +35,8 @@ def operator_arguments(op, packed: bool, state: bool):
     if op is hgrn2_scan:
         inputs["lower_bound"] = inputs["lower_bound"].mT.contiguous().mT
     tensors = (*(inputs[name] for name in names), inputs["initial_state"], inputs["cu_seqlens"])
-    activations = ("silu", "none") if op is hgrn2_scan else ()
-    return tensors, (packed, 0.5, *activations, 16)
+    settings = ("silu", "none", -0.5 if packed else None) if op is hgrn2_scan else ()
+    return tensors, (packed, 0.5, *settings, 16)
 
 
 @both_operators

@@ -75,6 +75,29 @@ def test_activations_and_bounds(q_activation, v_activation, bound):
     assert_close(run(hgrn2_scan, inputs, **settings), exact(hgrn2_scan, inputs, **settings), ORDINARY_RMS)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bound", [None, 0.5])
+@pytest.mark.parametrize("z", ["ordinary", "wild", -20.0, 9.0])
+@pytest.mark.parametrize("min_log_decay", [-1e-3, -0.5, -3.0, -80.0, -math.inf])
+def test_a_floor_under_the_decay(min_log_decay, z, bound, reverse):
+    inputs = tied_inputs(1, 150, 2, 8, 8, bound=bound)
+    if z != "ordinary":
+        inputs["f"] = inputs["f"] * 0.1 + (spread(inputs["f"].shape, (-30.0, 0.0, 8.0)) if z == "wild" else z)
+    settings = {"min_log_decay": min_log_decay, "reverse": reverse}
+    wanted = exact(hgrn2_scan, inputs, **settings)
+    assert_close(run(hgrn2_scan, inputs, **settings), wanted, ORDINARY_RMS if z == "ordinary" else EXTREME_RMS)
+    assert_close(run(hgrn2_scan, inputs, dtype=torch.float64, **settings), wanted, FLOAT64_RMS)
+
+
+def test_a_floor_without_a_gradient_and_over_packed_sequences():
+    inputs = tied_inputs(1, 150, cu_seqlens=[0, 0, 40, 41, 150])
+    wanted = exact(hgrn2_scan, inputs, min_log_decay=-0.5)
+    assert_close(run(hgrn2_scan, inputs, min_log_decay=-0.5), wanted, ORDINARY_RMS)
+    with torch.no_grad():
+        y, state = hgrn2_scan(**inputs, min_log_decay=-0.5)
+    assert_close({"y": y, "final_state": state}, {name: wanted[name] for name in ("y", "final_state")}, ORDINARY_RMS)
+
+
 @pytest.mark.parametrize("op", [hgrn2_scan, gated_scan], ids=["hgrn2_scan", "gated_scan"])
 def test_without_initial_state(op):
     inputs = INPUTS[op](length=70, state=False)

@@ -100,6 +100,14 @@ def test_heads_in_groups(op, monkeypatch):
     assert_equal(run(op, inputs, backend="triton"), whole)
 
 
+@pytest.mark.parametrize("bound", [None, 0.5])
+@pytest.mark.parametrize(("min_log_decay", "shift"), [(-1e-4, 8.0), (-0.5, 0.0), (-3.0, -3.0), (-80.0, -60.0)])
+def test_a_floor_under_the_decay(min_log_decay, shift, bound):
+    inputs = tied_inputs(1, 80, 1, bound=bound)
+    inputs["f"] += shift
+    check(hgrn2_scan, inputs, EXTREME_RMS if shift else ORDINARY_RMS, min_log_decay=min_log_decay)
+
+
 @pytest.mark.parametrize("bound", [None, 0.9])
 @pytest.mark.parametrize("v_activation", ["none", "silu"])
 @pytest.mark.parametrize("q_activation", ["silu", "sigmoid", "none"])
@@ -421,8 +429,8 @@ def scan_arguments(op, packed: bool, state: bool):
         tensors = (inputs["q"], inputs["f"], None, inputs["v"], inputs["lower_bound"].mT.contiguous().mT)
     else:
         tensors = (inputs["q"], inputs["log_f"], inputs["k"], inputs["v"], None)
-    activations = ("silu", "silu") if op is hgrn2_scan else ("none", "none")
-    return (*tensors, inputs["initial_state"], inputs["cu_seqlens"]), (packed, 0.5, *activations)
+    settings = ("silu", "silu", -0.5 if packed else None) if op is hgrn2_scan else ("none", "none", None)
+    return (*tensors, inputs["initial_state"], inputs["cu_seqlens"]), (packed, 0.5, *settings)
 
 
 @both_operators

@@ -117,8 +117,6 @@ def _activation_numbers(config: HGRN2Config, recurrent_layers: int, attention_la
     # q, z, v, the norm's input and output, and with a convolution its padded inputs
     recurrent = 4 * width + norm(config.mixer_norm, config.mixer_norm_affine)
     recurrent += 3 * width if config.use_short_conv else 0
-    # with a clamp the gates are made outside the scan, in eight steps
-    recurrent += 8 * width if config.min_log_decay is not None else 0
     attention = 0
     if config.attn is not None:
         head = width // config.attn.num_heads

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
-from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step
-from hgrn2.ops.gates import activate
+from hgrn2.ops import hgrn2_scan, hgrn2_step
 
 # a pre-activation that makes the forget gate exactly 1 and the key exactly 0 in every dtype
 _KEEP_STATE = 1e4
@@ -95,9 +94,8 @@ class HGRN2Mixer(nn.Module):
         q, z, v, new_state = self.project(x, state, cu_seqlens, mask)
         bound = None if lower_bound is None else lower_bound.unflatten(-1, (self.num_heads, self.expand_ratio))
         recurrent = None if state is None else state["recurrent"]
-        if self.training and self.min_log_decay is not None:
-            y, recurrent = self._clamped(q, z, v, bound, recurrent, cu_seqlens)
-        elif recurrent is not None and x.shape[1] == 1 and cu_seqlens is None:
+        min_log_decay = self.min_log_decay if self.training else None
+        if recurrent is not None and x.shape[1] == 1 and cu_seqlens is None and min_log_decay is None:
             y, recurrent = hgrn2_step(
                 q[:, 0],
                 z[:, 0],
@@ -113,7 +111,7 @@ class HGRN2Mixer(nn.Module):
         else:
             y, recurrent = hgrn2_scan(
                 q, z, v, bound, initial_state=recurrent, cu_seqlens=cu_seqlens, scale=self.scale, backend=self.backend,
-                q_activation=self.q_activation, v_activation=self.v_activation,
+                q_activation=self.q_activation, v_activation=self.v_activation, min_log_decay=min_log_decay,
             )  # fmt: skip
         new_state["recurrent"] = recurrent
         return self.o_proj(self.g_norm(y.flatten(2))), new_state if keep_state else {}
@@ -142,28 +140,6 @@ class HGRN2Mixer(nn.Module):
             shape = (batch_size, self.conv_size - 1, self.num_heads * head)
             state |= {f"{name}_conv": torch.zeros(shape, device=device, dtype=dtype) for name in "qfi"}
         return state
-
-    def _clamped(
-        self,
-        q: Tensor,
-        z: Tensor,
-        v: Tensor,
-        bound: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The official models' training form: a floor under the decay, the key as if there were none."""
-        gate = forget_gate(z, bound)
-        key = torch.sigmoid(-z.to(gate.dtype))
-        if bound is not None:
-            key = (1 - bound) * key
-        assert self.min_log_decay is not None
-        log_f = torch.where(key < 0.5, torch.log1p(-key), torch.log(gate.clamp_min(torch.finfo(gate.dtype).tiny)))
-        return gated_scan(
-            activate(q, self.q_activation), key.to(q.dtype), activate(v, self.v_activation),
-            log_f.clamp_min(self.min_log_decay),
-            initial_state=state, cu_seqlens=cu_seqlens, scale=self.scale, backend=self.backend,
-        )  # fmt: skip
 
 
 def forget_gate(z: Tensor, lower_bound: Tensor | None) -> Tensor:

@@ -63,8 +63,7 @@ def resolve_backend(
         dtype: of the inputs.
         k_width: K.
         v_width: V.
-        plain: what the CUDA kernels can launch: a scan from pre-activations, without an activation of v, of fewer than
-            65,536 sequences.
+        plain: what the CUDA kernels can launch: a scan from pre-activations of fewer than 65,536 sequences.
 
     Returns:
         "reference", "chunked", "triton" or "cuda".
@@ -120,7 +119,7 @@ def _unsuitable_for_cuda(
     if (k_width, v_width) != (128, 128):
         return f"K is {k_width} and V {v_width}, and its kernels are for 128"
     if not plain:
-        return "its kernels take no key of its own, no activation of v, and fewer than 65,536 sequences"
+        return "its kernels take no key of its own, and fewer than 65,536 sequences"
     return _device_problem(device.index or 0)
 
 

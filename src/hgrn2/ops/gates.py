@@ -3,12 +3,14 @@
 Two operators share one recurrence on (q, k, v, f, c), with f the decay and c = 1 - f:
 
 * `TiedGate`: pre-activations; f = beta + (1 - beta) sigmoid(z), k = c = (1 - beta) sigmoid(-z) (arXiv 2404.07904, eq. 3
-  and 6). k is never computed as 1 - f, so it keeps its digits when f is close to 1.
+  and 6). k is never computed as 1 - f, so it keeps its digits when f is close to 1. With a floor f is not below
+  it, and c not above 1 minus it; k is as without.
 * `FreeGate`: any key beside any log decay; f = exp(log_f), c = -expm1(log_f).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from hgrn2.ops.tiles import Tile, load, store
+
+
+def floor_of(min_log_decay: float | None) -> float:
+    """The smallest decay, 0 where there is no floor."""
+    return 0.0 if min_log_decay is None else math.exp(min_log_decay)
 
 
 def activate(x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
@@ -65,12 +72,15 @@ class TiedGate:
         scale: float,
         q_act: str,
         v_act: str,
+        min_log_decay: float | None,
     ):
         self.inputs = (q, z, v)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.bound = None if lower_bound is None else lower_bound.to(self.dtype)[:, None, :]
         self.bounds: dict[torch.Size, tuple[Tensor, ...]] = {}
         self.scale, self.q_act, self.v_act = scale, q_act, v_act
+        # as decays are, so that those held there are equal to it
+        self.floor = torch.tensor(floor_of(min_log_decay), dtype=self.dtype).item()
 
     def allocate_gradients(self) -> None:
         """Makes room for what `backward` stores."""
@@ -88,7 +98,7 @@ class TiedGate:
         """
         x, _, i = self.inputs
         q, k, f = (x.new_empty((*shape, x.shape[-1]), dtype=self.dtype) for _ in range(3))
-        return Gated(q, k, i.new_empty((*shape, i.shape[-1]), dtype=low), f, c=k)
+        return Gated(q, k, i.new_empty((*shape, i.shape[-1]), dtype=low), f, c=torch.empty_like(k) if self.floor else k)
 
     def load(self, gated: Gated, batch: slice, tile: Tile, keep: bool) -> None:
         """Reads and activates a tile.
@@ -107,13 +117,20 @@ class TiedGate:
         i = load(v, tile, gated.v if self.v_act == "none" else torch.empty_like(gated.v, dtype=self.dtype))
         gated.v.copy_(activate(i, self.v_act))
         z = load(z, tile, gated.k)
-        p = torch.sigmoid(z, out=None if keep and self.bound is not None else gated.f)
+        # kept, unless the gate is just that
+        other = self.bound is not None or self.floor
+        p = torch.sigmoid(z, out=None if keep and other else gated.f)
         torch.neg(z, out=gated.k).sigmoid_()
         if self.bound is not None:
             bound, free = self._spread_bound(z.shape)
             torch.addcmul(bound, free, p, out=gated.f)
             gated.k.mul_(free)
+        elif p is not gated.f:
+            gated.f.copy_(p)
         _neutral(tile, gated.f, gated.k)
+        if self.floor:
+            gated.f.clamp_(min=self.floor)
+            torch.clamp(gated.k, max=1 - self.floor, out=gated.c)
         gated.raw = (u, i, p) if keep else ()
 
     def _spread_bound(self, shape: torch.Size) -> tuple[Tensor, ...]:
@@ -128,6 +145,8 @@ class TiedGate:
         """Stores the gradients of a tile's rows."""
         u, i, p = gated.raw
         # df is the path through the decay alone; the key adds dk / df = -1
+        if self.floor:
+            df = df.masked_fill(gated.f <= self.floor, 0)
         df = (df - dk).mul_(gated.k)
         if self.bound is not None:
             assert self.d_bound is not None

@@ -39,6 +39,14 @@ def tied_gate(z: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
     return open_ + lower_bound * closed, (1 - lower_bound) * closed
 
 
+def held_above(f: Tensor, min_log_decay: float | None) -> Tensor:
+    """The decay of a forget gate f: e^min_log_decay where f is not above that, which then has no gradient by it."""
+    if min_log_decay is None:
+        return f
+    floor = math.exp(min_log_decay)
+    return torch.where(f <= floor, floor, f)
+
+
 def _sigmoid(x: Tensor) -> Tensor:
     # torch.sigmoid differentiates as y (1 - y), which is 0 once y rounds to 1; this form keeps the gradient's digits
     limit = math.log(torch.finfo(x.dtype).max) - 1

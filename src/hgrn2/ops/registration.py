@@ -65,10 +65,10 @@ def _nobody_looks_on(inputs: tuple[Any, ...]) -> bool:
 def chunked_scan(
     q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, v_activation: str,
-    tile_chunks: int, keep_states: bool,
+    min_log_decay: float | None, tile_chunks: int, keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`hgrn2.ops.hgrn2_scan`, checked already; returns what `hgrn2.ops.chunked.forward` does."""
-    gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
+    gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation, min_log_decay)
     with torch.autocast(q.device.type, enabled=False):
         return chunked.forward(gate, initial_state, cu_seqlens, reverse, tile_chunks, keep_states)
 
@@ -85,6 +85,7 @@ def _(
     scale,
     q_activation,
     v_activation,
+    min_log_decay,
     tile_chunks,
     keep_states,
 ):
@@ -95,9 +96,9 @@ def _(
 def _scan_backward_op(
     dy: Tensor, d_final_state: Tensor, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, kept: Tensor, reverse: bool, scale: float,
-    q_activation: str, v_activation: str, tile_chunks: int,
+    q_activation: str, v_activation: str, min_log_decay: float | None, tile_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation)
+    gate = TiedGate(q, f, v, lower_bound, scale, q_activation, v_activation, min_log_decay)
     with torch.autocast(q.device.type, enabled=False):
         d_initial_state = chunked.backward(
             gate, dy, d_final_state, initial_state, cu_seqlens, kept, reverse, tile_chunks
@@ -123,6 +124,7 @@ def _(
     scale,
     q_activation,
     v_activation,
+    min_log_decay,
     tile_chunks,
 ):
     d_bound = q.new_empty(0) if lower_bound is None else lower_bound.new_empty(lower_bound.shape)
@@ -134,9 +136,8 @@ def _(
 
 
 def _scan_setup(ctx, inputs, output) -> None:
-    *tensors, reverse, scale, q_activation, v_activation, tile_chunks, _ = inputs
+    tensors, (*ctx.settings, _) = inputs[:6], inputs[6:]
     ctx.save_for_backward(*tensors, output[2])
-    ctx.settings = (reverse, scale, q_activation, v_activation, tile_chunks)
 
 
 def _scan_backward(ctx, dy, d_final_state, _):
@@ -146,7 +147,7 @@ def _scan_backward(ctx, dy, d_final_state, _):
     )
     d_bound = None if lower_bound is None else d_bound
     d_initial = None if initial_state is None else d_initial
-    return dq, df, dv, d_bound, d_initial, None, None, None, None, None, None, None
+    return dq, df, dv, d_bound, d_initial, *[None] * 8
 
 
 chunked_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
@@ -209,12 +210,26 @@ chunked_gated_scan.register_autograd(_gated_backward, setup_context=_gated_setup
 def _triton_forward(
     q: Tensor, f: Tensor, k: Tensor | None, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, v_activation: str,
+    min_log_decay: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both scans, checked already: with a key k, f is the log decay; without, the gate's pre-activation."""
     from hgrn2.ops.triton import launch
 
     return launch.forward(
-        launch.Scan(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation)
+        launch.Scan(
+            q,
+            f,
+            k,
+            v,
+            lower_bound,
+            initial_state,
+            cu_seqlens,
+            reverse,
+            scale,
+            q_activation,
+            v_activation,
+            min_log_decay,
+        )
     )
 
 
@@ -222,7 +237,7 @@ _triton_op = torch.library.custom_op("hgrn2::triton_scan", _triton_forward, muta
 
 
 @_triton_op.register_fake
-def _(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation):
+def _(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation, min_log_decay):
     num_states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_state = q.new_empty((num_states, *q.shape[2:], v.shape[-1]), dtype=torch.float32)
     return q.new_empty(v.shape), final_state
@@ -231,11 +246,13 @@ def _(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_acti
 def _triton_gradients(
     dy: Tensor, d_final_state: Tensor, q: Tensor, f: Tensor, k: Tensor | None, v: Tensor, lower_bound: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str,
-    v_activation: str,
+    v_activation: str, min_log_decay: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from hgrn2.ops.triton import launch
 
-    scan = launch.Scan(q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation)
+    scan = launch.Scan(
+        q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation, min_log_decay
+    )
     dq, df, dk, dv, d_bound, d_initial = launch.backward(scan, dy, d_final_state)
     # an operator returns tensors, each its own, so nothing is an empty one
     dk, d_bound = (q.new_empty(0) if x is None else x for x in (dk, d_bound))
@@ -260,6 +277,7 @@ def _(
     scale,
     q_activation,
     v_activation,
+    min_log_decay,
 ):
     dq, df, dk, dv, d_bound = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, f, k, v, lower_bound))
     return dq, df, dk, dv, d_bound, d_final_state.new_empty(d_final_state.shape)
@@ -277,7 +295,7 @@ def _triton_backward(ctx, dy, d_final_state, gradients=_triton_gradients_op):
     dk = None if k is None else dk
     d_bound = None if lower_bound is None else d_bound
     d_initial = None if initial_state is None else d_initial
-    return dq, df, dk, dv, d_bound, d_initial, None, None, None, None, None
+    return dq, df, dk, dv, d_bound, d_initial, *[None] * 6
 
 
 _triton_op.register_autograd(_triton_backward, setup_context=_triton_setup)
@@ -286,12 +304,12 @@ triton_scan = _with_a_direct_way(_triton_op, _triton_forward, _triton_setup, _tr
 
 def _cuda_forward(
     q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, coarse: int,
+    cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, min_log_decay: float | None, coarse: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`hgrn2.ops.hgrn2_scan`, checked already; returns what `hgrn2.ops.cuda.launch.forward` does."""
     from hgrn2.ops.cuda import launch
 
-    scan = launch.Scan(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation)
+    scan = launch.Scan(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, min_log_decay)
     return launch.forward(scan, coarse)
 
 
@@ -299,7 +317,7 @@ _cuda_op = torch.library.custom_op("hgrn2::cuda_scan", _cuda_forward, mutates_ar
 
 
 @_cuda_op.register_fake
-def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, coarse):
+def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, min_log_decay, coarse):
     from hgrn2.ops.cuda.launch import coarse_shape
 
     batch, length, heads, width = q.shape
@@ -313,13 +331,13 @@ def _(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activat
 def _cuda_gradients(
     dy: Tensor, d_final_state: Tensor | None, q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, states: Tensor, reverse: bool, scale: float,
-    q_activation: str, coarse: int, bound_wanted: bool,
+    q_activation: str, min_log_decay: float | None, coarse: int, bound_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not coarse:
         # float16 has not the range for the kernels of the backward pass
         from hgrn2.ops.triton import launch as triton_launch
 
-        rest = (cu_seqlens, reverse, scale, q_activation, "none")
+        rest = (cu_seqlens, reverse, scale, q_activation, "none", min_log_decay)
         scan = triton_launch.Scan(q, f, None, v, lower_bound, initial_state, *rest)
         if d_final_state is None:
             num_states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -330,7 +348,7 @@ def _cuda_gradients(
     else:
         from hgrn2.ops.cuda import launch
 
-        scan = launch.Scan(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation)
+        scan = launch.Scan(q, f, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, min_log_decay)
         dq, df, dv, d_bound, d_initial = launch.backward(scan, dy, d_final_state, states, coarse, bound_wanted)
     d_bound, d_initial = (q.new_empty(0) if x is None else x for x in (d_bound, d_initial))
     return dq, df, dv, d_bound, d_initial
@@ -341,8 +359,8 @@ _cuda_gradients_op = torch.library.custom_op("hgrn2::cuda_scan_backward", _cuda_
 
 @_cuda_gradients_op.register_fake
 def _(
-    dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, reverse, scale, q_activation, coarse,
-    bound_wanted,
+    dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, states, reverse, scale, q_activation,
+    min_log_decay, coarse, bound_wanted,
 ):  # fmt: skip
     inputs = (q, f, v, lower_bound if bound_wanted or not coarse else None, initial_state)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
@@ -363,7 +381,7 @@ def _cuda_backward(ctx, dy, d_final_state, _, gradients=_cuda_gradients_op):
     dq, df, dv, d_bound, d_initial = gradients(dy, d_final_state, *tensors, *ctx.settings, bound_wanted)
     d_bound = d_bound if lower_bound is not None and bound_wanted else None
     d_initial = None if initial_state is None else d_initial
-    return dq, df, dv, d_bound, d_initial, None, None, None, None, None
+    return dq, df, dv, d_bound, d_initial, *[None] * 6
 
 
 _cuda_op.register_autograd(_cuda_backward, setup_context=_cuda_setup)

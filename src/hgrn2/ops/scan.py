@@ -41,6 +41,7 @@ def hgrn2_scan(
     scale: float = 1.0,
     q_activation: str = "silu",
     v_activation: str = "none",
+    min_log_decay: float | None = None,
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -64,9 +65,11 @@ def hgrn2_scan(
         scale: factor of the outputs.
         q_activation: "silu", "sigmoid" or "none", applied to q.
         v_activation: "none" or "silu", applied to v.
-        backend: "auto", "cuda" (kernels for Hopper GPUs: bfloat16 or float16, K = V = 128, v_activation "none"),
-            "triton" (kernels for any GPU of NVIDIA), "chunked" (plain torch on any device) or "reference" (step by
-            step). All are exact for any gate.
+        min_log_decay: a floor, below 0, under the decay's logarithm: S_{t-1} is multiplied by the larger of F_t and
+            e^min_log_decay, and k_t stays 1 - F_t. The authors train with -3 (their code; the paper has none).
+        backend: "auto", "cuda" (kernels for Hopper GPUs: bfloat16 or float16, K = V = 128), "triton" (kernels for any
+            GPU of NVIDIA), "chunked" (plain torch on any device) or "reference" (step by step). All are exact for any
+            gate.
         debug: check values on an accelerator too, which waits for it; on a CPU they always are. Without it cu_seqlens
             that do not rise from 0 to T give rows of zeros, or rows that belong to another sequence.
 
@@ -87,31 +90,35 @@ def hgrn2_scan(
         (torch.Size([2, 100, 4, 32]), torch.Size([2, 4, 32, 32]))
     """
     _check_scan(q, f, v, initial_state, cu_seqlens, "f", debug)
-    _check_settings(q, scale, reverse)
+    _check_settings(q, scale, reverse, min_log_decay)
     _check_lower_bound(lower_bound, q, debug)
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     lower_bound, initial_state = _as_state(lower_bound, q), _as_state(initial_state, q)
     # a launch takes no larger batch
-    plain = v_activation == "none" and q.shape[0] < 1 << 16
+    plain = q.shape[0] < 1 << 16
     backend = _resolve(backend, q, v, plain)
     _check_tangents(backend, q, f, v, lower_bound, initial_state)
     if backend == "cuda":
+        # rounded as every product of its kernels would round it
+        v = activate(v, v_activation)
         keep = _needs_gradient(q, f, v, lower_bound, initial_state) and q.dtype == torch.bfloat16
         num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         batch, length, heads, _ = q.shape
         coarse = coarse_chunks(batch, length, heads, num_packed) if keep else 0
         y, state, _ = cuda_scan(
-            q, f, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, coarse
+            q, f, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, min_log_decay, coarse
         )
         return y, state
     if backend == "triton":
         return triton_scan(
-            q, f, None, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, v_activation
-        )
+            q, f, None, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, v_activation,
+            min_log_decay,
+        )  # fmt: skip
     if backend == "reference":
         dtype = _state_dtype(q)
         gate, key = reference.tied_gate(f.to(dtype), lower_bound)
+        gate = reference.held_above(gate, min_log_decay)
         y, state = reference.recurrence(
             reference.activation(q.to(dtype), q_activation), key, reference.activation(v.to(dtype), v_activation), gate,
             _initial_state(initial_state, q, v, cu_seqlens), cu_seqlens, reverse, scale,
@@ -130,6 +137,7 @@ def hgrn2_scan(
         float(scale),
         q_activation,
         v_activation,
+        min_log_decay,
         tile_chunks,
         keep,
     )
@@ -186,7 +194,7 @@ def gated_scan(
     backend = _resolve(backend, q, v, plain=False)
     _check_tangents(backend, q, k, v, log_f, initial_state)
     if backend == "triton":
-        return triton_scan(q, log_f, k, v, None, initial_state, cu_seqlens, reverse, float(scale), "none", "none")
+        return triton_scan(q, log_f, k, v, None, initial_state, cu_seqlens, reverse, float(scale), "none", "none", None)
     if backend == "reference":
         dtype = _state_dtype(q)
         state = _initial_state(initial_state, q, v, cu_seqlens)
@@ -273,7 +281,7 @@ def hgrn2_step(
         if _needs_gradient(q, f, v, state, lower_bound):
             y, state = triton_scan(
                 *(x.unsqueeze(1) for x in (q, f)), None, v.unsqueeze(1), lower_bound, state, None, False, float(scale),
-                q_activation, v_activation,
+                q_activation, v_activation, None,
             )  # fmt: skip
             return y.squeeze(1), state
         arguments = (q, f, v, state, lower_bound, float(scale), q_activation, v_activation)
@@ -384,7 +392,7 @@ def _check_widths(q: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
 
 
-def _check_settings(q: Tensor, scale: float, reverse: bool = False) -> None:
+def _check_settings(q: Tensor, scale: float, reverse: bool = False, min_log_decay: float | None = None) -> None:
     # a trace may hold the numbers as symbols
     if torch.compiler.is_compiling():
         return
@@ -394,6 +402,8 @@ def _check_settings(q: Tensor, scale: float, reverse: bool = False) -> None:
         raise ValueError(f"scale is {scale!r}; wanted a number that {dtype} can hold")
     if not isinstance(reverse, int) or reverse not in (False, True):
         raise ValueError(f"reverse is {reverse!r}; wanted True or False")
+    if min_log_decay is not None and not (isinstance(min_log_decay, Real) and min_log_decay < 0):
+        raise ValueError(f"min_log_decay is {min_log_decay!r}; wanted a number below 0, or None")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool) -> None:

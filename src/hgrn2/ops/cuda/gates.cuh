@@ -56,7 +56,7 @@ __device__ __forceinline__ float2 open_gates(const Memory& m, int stage, int lef
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         product.x *= x.decay[i][0], product.y *= x.decay[i][1];
-        lost.x = fmaf(lost.x, x.decay[i][0], x.k[i][0]), lost.y = fmaf(lost.y, x.decay[i][1], x.k[i][1]);
+        lost.x = fmaf(lost.x, x.decay[i][0], lost_of(x.k[i][0])), lost.y = fmaf(lost.y, x.decay[i][1], lost_of(x.k[i][1]));
     }
     int place = at.block * WIDTH + 64 * at.half + 2 * at.lane;
     *(float2*)(m.blocks() + place) = product;

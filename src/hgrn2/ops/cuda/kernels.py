@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -42,34 +43,54 @@ _BOUNDS_SHARED = BOUNDS_THREADS // (WIDTH // 4) * WIDTH * 4
 _FILES = {name: file for file, names in KERNELS.items() for name in names}
 
 
+class Settings(NamedTuple):
+    """What kernels are compiled for.
+
+    Attributes:
+        dtype: of the inputs.
+        q_activation: one of `Q_ACTIVATIONS`.
+        packed: whether sequences are.
+        floor: smallest decay, 0 for none.
+    """
+
+    dtype: torch.dtype
+    q_activation: str
+    packed: bool
+    floor: float
+
+    def macros(self) -> dict[str, str]:
+        """As the sources know them."""
+        bfloat16, q_activation = int(self.dtype == torch.bfloat16), Q_ACTIVATIONS.index(self.q_activation)
+        return {
+            "BFLOAT16": f"{bfloat16}", "Q_ACTIVATION": f"{q_activation}", "PACKED": f"{int(self.packed)}",
+            "FLOOR": f"{self.floor!r}f",
+        }  # fmt: skip
+
+
 @functools.cache
-def compiled(name: str, dtype: torch.dtype, q_activation: str, packed: bool, device: int) -> compiler.Kernel:
+def compiled(name: str, settings: Settings, device: int) -> compiler.Kernel:
     """A kernel, for a device.
 
     Args:
         name: one of `KERNELS`.
-        dtype: of the inputs.
-        q_activation: one of `Q_ACTIVATIONS`.
-        packed: whether sequences are.
+        settings: what it is compiled for.
         device: its index.
     """
-    options = _options(dtype, q_activation, packed, device)
+    options = _options(settings, device)
     # a kernel belongs to the device that is current when it is loaded
     with torch.cuda.device(device):
         return compiler.load(source(_FILES[name]), options, name, *resources(name))
 
 
-def begin(file: str, dtype: torch.dtype, q_activation: str, packed: bool, device: int) -> None:
+def begin(file: str, settings: Settings, device: int) -> None:
     """Starts compiling a file of kernels in the background.
 
     Args:
         file: one of `SOURCES`.
-        dtype: as in `compiled`, likewise the others.
-        q_activation: see dtype.
-        packed: see dtype.
-        device: see dtype.
+        settings: what they are compiled for.
+        device: its index.
     """
-    compiler.begin(source(file), _options(dtype, q_activation, packed, device))
+    compiler.begin(source(file), _options(settings, device))
 
 
 def resources(name: str) -> tuple[int, int]:
@@ -89,13 +110,7 @@ def source(file: str) -> str:
     return "".join((folder / part).read_text(encoding="utf-8") for part in SOURCES[file])
 
 
-def _options(dtype: torch.dtype, q_activation: str, packed: bool, device: int) -> tuple[str, ...]:
+def _options(settings: Settings, device: int) -> tuple[str, ...]:
     major, minor = torch.cuda.get_device_capability(device)
-    return (
-        f"-arch=sm_{major}{minor}a",
-        "--std=c++17",
-        "-default-device",
-        f"-DBFLOAT16={int(dtype == torch.bfloat16)}",
-        f"-DQ_ACTIVATION={Q_ACTIVATIONS.index(q_activation)}",
-        f"-DPACKED={int(packed)}",
-    )
+    macros = (f"-D{name}={value}" for name, value in settings.macros().items())
+    return (f"-arch=sm_{major}{minor}a", "--std=c++17", "-default-device", *macros)

@@ -19,6 +19,7 @@ from hgrn2.ops.cuda.arguments import (
 )
 from hgrn2.ops.cuda.plan import WIDTH, Group, Plan, Stretch
 from hgrn2.ops.cuda.recipe import NOWHERE, Place, Recipe
+from hgrn2.ops.gates import floor_of
 
 # between the tokens of an input: backward.cu counts bytes across four of them in 32 bits
 MOST_ROW_BYTES = 2**29
@@ -43,6 +44,7 @@ class Scan(NamedTuple):
         reverse: time runs from the last row to the first.
         scale: factor of the outputs.
         q_activation: of q.
+        min_log_decay: floor under the log decay, or None.
     """
 
     q: Tensor
@@ -54,6 +56,7 @@ class Scan(NamedTuple):
     reverse: bool
     scale: float
     q_activation: str
+    min_log_decay: float | None = None
 
     def aligned(self) -> Scan:
         """The same, to be read 16 bytes at a time; what the kernels know no strides of is contiguous."""
@@ -68,7 +71,8 @@ class Scan(NamedTuple):
         packed = None if cu_seqlens is None else (cu_seqlens.shape[0] - 1, cu_seqlens.dtype == torch.int64)
         return Form(
             q.shape, (q.stride(), self.f.stride(), self.v.stride()), q.dtype, q.device.index, self.bound is not None,
-            self.initial_state is not None, packed, self.reverse, self.scale, self.q_activation, coarse,
+            self.initial_state is not None, packed, self.reverse, self.scale, self.q_activation, self.min_log_decay,
+            coarse,
         )  # fmt: skip
 
     def new_states(self, known: Tensor | None) -> Tensor:
@@ -94,6 +98,7 @@ class Form(NamedTuple):
         reverse: as in `Scan`.
         scale: as in `Scan`.
         q_activation: as in `Scan`.
+        min_log_decay: as in `Scan`.
         coarse: chunks between the states that the forward pass keeps; 0 where it keeps none.
     """
 
@@ -107,11 +112,13 @@ class Form(NamedTuple):
     reverse: bool
     scale: float
     q_activation: str
+    min_log_decay: float | None
     coarse: int
 
-    def settings(self) -> tuple[torch.dtype, str, bool, int]:
+    def settings(self) -> kernels.Settings:
         """What kernels are compiled for."""
-        return self.dtype, self.q_activation, self.packed is not None, self.device
+        floor = floor_of(self.min_log_decay)
+        return kernels.Settings(self.dtype, self.q_activation, self.packed is not None, floor)
 
 
 class _Before(NamedTuple):
@@ -209,7 +216,7 @@ class _Call:
         self.form, (self.batch, self.length, self.heads, _) = form, form.shape
         num_packed, wide = form.packed or (0, False)
         self.plan = Plan(self.batch, self.length, self.heads, form.coarse, num_packed)
-        self.recipe = Recipe(lambda name: kernels.compiled(name, *form.settings()))
+        self.recipe = Recipe(lambda name: kernels.compiled(name, form.settings(), form.device))
         self.bound = Place("bound") if form.has_bound else NOWHERE
         self.initial = Place("initial") if form.has_initial else NOWHERE
         self.spans = self.num_spans = NOWHERE
@@ -315,7 +322,7 @@ def _forward_recipe(form: Form) -> Recipe:
     if form.coarse:
         # the backward pass follows
         for file in ("backward.cu", "left_over.cu"):
-            kernels.begin(file, *form.settings())
+            kernels.begin(file, form.settings(), form.device)
     call = _Call(form, "y")
     group, stretch = Group(0, call.heads), call.plan.whole
     v, before = ("v", form.strides[2]), None

@@ -103,10 +103,10 @@ def activate_backward(grad, x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def tied_gate(z, bound_p, i_head, first, K, exists, BK: tl.constexpr, HAS_BOUND: tl.constexpr):
+def tied_gate(z, bound_p, i_head, first, K, exists, BK: tl.constexpr, HAS_BOUND: tl.constexpr, FLOOR: tl.constexpr):
     """Decay, key and what their gradients need, of pre-activations z [C, BK].
 
-    f = beta + (1 - beta) sigmoid(z), k = (1 - beta) sigmoid(-z) (arXiv 2404.07904, eq. 3 and 6).
+    f = beta + (1 - beta) sigmoid(z) or FLOOR, k = (1 - beta) sigmoid(-z) (arXiv 2404.07904, eq. 3 and 6).
 
     Returns:
         f, k, sigmoid(z), sigmoid(-z), each [C, BK], and 1 - beta [1, BK]. Where no row is, f = 1 and k = 0.
@@ -122,7 +122,8 @@ def tied_gate(z, bound_p, i_head, first, K, exists, BK: tl.constexpr, HAS_BOUND:
         free = tl.full([1, BK], 1.0, tl.float32)
         f = positive
         k = negative
-    f = tl.where(exists[:, None], tl.maximum(f, SMALLEST_DECAY, propagate_nan=tl.PropagateNan.ALL), 1.0)
+    smallest: tl.constexpr = FLOOR if FLOOR > SMALLEST_DECAY else SMALLEST_DECAY
+    f = tl.where(exists[:, None], tl.maximum(f, smallest, propagate_nan=tl.PropagateNan.ALL), 1.0)
     # padded channels too must add nothing to scores
     return f, tl.where(exists[:, None] & (columns < K)[None, :], k, 0.0), positive, negative, free
 

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hgrn2.ops.gates import floor_of
 from hgrn2.ops.triton.blocks import Blocks, blocks_for, step_block
 from hgrn2.ops.triton.chunk_bwd import chunk_gradient_kernel
 from hgrn2.ops.triton.chunk_fwd import carry_states_kernel, chunk_output_kernel, chunk_update_kernel
@@ -40,6 +41,7 @@ class Scan:
         scale: factor of the outputs.
         q_activation: of q.
         v_activation: of v.
+        min_log_decay: floor under the log decay of tied gates, or None.
     """
 
     q: Tensor
@@ -53,13 +55,14 @@ class Scan:
     scale: float
     q_activation: str = "none"
     v_activation: str = "none"
+    min_log_decay: float | None = None
 
     def with_unit_stride(self) -> Scan:
         """The same with inputs whose last axis is contiguous; slices of one projection are so already."""
         q, f, k, v = (None if x is None else _unit_stride(x) for x in (self.q, self.f, self.k, self.v))
         small = (self.bound, self.initial_state, self.cu_seqlens)
         bound, state, cu_seqlens = (None if x is None else x.contiguous() for x in small)
-        rest = (cu_seqlens, self.reverse, self.scale, self.q_activation, self.v_activation)
+        rest = (cu_seqlens, self.reverse, self.scale, self.q_activation, self.v_activation, self.min_log_decay)
         assert q is not None
         assert f is not None
         assert v is not None
@@ -125,6 +128,7 @@ class Launcher:
             "HAS_BOUND": scan.bound is not None,
             "Q_ACTIVATION": scan.q_activation,
             "V_ACTIVATION": scan.v_activation,
+            "FLOOR": floor_of(scan.min_log_decay),
             "PACKED": scan.cu_seqlens is not None,
             "REVERSE": scan.reverse,
             # tf32 alone has three digits; 16-bit inputs are products of their own
