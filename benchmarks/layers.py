@@ -72,7 +72,7 @@ def train(model: HGRN2LM, ids: Tensor, seconds: float) -> int:
         optimizer.zero_grad(set_to_none=True)
         steps += 1
         if steps % 50 == 0:
-            print(f"step {steps}, {100 * done:.0f}%, loss {float(loss / count):.3f}", file=sys.stderr)
+            print(f"step {steps}, {100 * done:.0f}%, loss {float((loss / count).detach()):.3f}", file=sys.stderr)
     return steps * BATCH * LENGTH
 
 
