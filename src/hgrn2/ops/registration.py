@@ -47,7 +47,10 @@ def _with_a_direct_way(
             return backward(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads, gradients)
 
     def call(*inputs: Any) -> Any:
-        return Direct.apply(*inputs) if _nobody_looks_on(inputs) else operator(*inputs)
+        if not _nobody_looks_on(inputs):
+            return operator(*inputs)
+        recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        return Direct.apply(*inputs) if recorded else forward(*inputs)
 
     return call
 

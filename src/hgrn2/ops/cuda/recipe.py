@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops.cuda.compiler import Kernel, current_stream
+from hgrn2.ops.device import on_device
 
 # of rooms in memory, bytes
 ALIGNMENT = 512
@@ -75,17 +76,17 @@ class Recipe:
             device: where the tensors are.
             tensors: what `Place` calls by these names; None is nowhere.
         """
-        addresses = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
-        addresses[NOWHERE.tensor] = 0
-        with torch.cuda.device(device):
-            stream = current_stream()
+        with on_device(device):
+            stream = current_stream(device)
             # held until all is launched; whoever gets the memory then comes later in the stream. Whole numbers, which
             # torch, where it fills fresh memory for tests, fills with bits that are not a number in any type
-            rooms = [
-                (torch.zeros if name == "zeros" else torch.empty)(size // 4, dtype=torch.int32, device=device)
+            rooms = {
+                name: (torch.zeros if name == "zeros" else torch.empty)(size // 4, dtype=torch.int32, device=device)
                 for name, size in self._sizes.items()
-            ]
-            addresses.update(zip(self._sizes, (room.data_ptr() for room in rooms), strict=True))
+                if size
+            }
+            addresses = {name: 0 if x is None else x.data_ptr() for name, x in (tensors | rooms).items()}
+            addresses[NOWHERE.tensor] = 0
             for kernel, grid, template, pointers, places in self._launches:
                 # a copy, for another thread may run the same recipe
                 arguments = type(template).from_buffer_copy(template)

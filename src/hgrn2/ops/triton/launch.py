@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hgrn2.ops.device import on_device
 from hgrn2.ops.gates import floor_of
 from hgrn2.ops.triton.blocks import Blocks, blocks_for, step_block
 from hgrn2.ops.triton.chunk_bwd import chunk_gradient_kernel
@@ -213,14 +213,6 @@ class Launcher:
 
     def _tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.chunks.first, self.chunks.sequence, self.scan.cu_seqlens
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes a device the current one, which is where kernels are launched."""
-    if device.type == "cpu":
-        # only the interpreter gets here
-        return contextlib.nullcontext()
-    return torch.get_device_module(device).device(device)
 
 
 def _blocks(size: int, block: int) -> int:

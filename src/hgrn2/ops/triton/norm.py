@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hgrn2.ops.triton.launch import on_device
+from hgrn2.ops.device import on_device
 from hgrn2.ops.triton.row_norm import norm_backward_kernel, norm_forward_kernel
 
 # elements of a block, for about as many registers as leave two or more programs to a multiprocessor
