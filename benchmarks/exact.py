@@ -61,8 +61,8 @@ def scan(
     min_log_decay: float | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """The product."""
-    settings = {"cu_seqlens": cu_seqlens, "min_log_decay": min_log_decay, "backend": backend}
-    return hgrn2_scan(q, f, v, lower_bound, **settings)[0]
+    y, _ = hgrn2_scan(q, f, v, lower_bound, cu_seqlens=cu_seqlens, min_log_decay=min_log_decay, backend=backend)
+    return y
 
 
 def free_scan(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, backend: str = "auto") -> Tensor:

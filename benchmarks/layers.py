@@ -11,7 +11,6 @@ tokens.npy has token ids (uint16 or wider) of at least a few million tokens of t
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor
 from hgrn2.models import HGRN2LM, presets
 from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
 from hgrn2.ops import hgrn2_scan
+from hgrn2.ops.reference import floored
 
 SIZE = {"hidden_size": 1024, "num_hidden_layers": 12, "expand_ratio": 128, "intermediate_size": 2816}
 BATCH, LENGTH, CHUNK = 16, 2048, 64
@@ -43,8 +43,7 @@ class Read(NamedTuple):
     f: Tensor
     v: Tensor
     bound: Tensor | None
-    scale: float
-    min_log_decay: float | None
+    settings: dict[str, Any]
 
 
 def batch_of(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -85,7 +84,8 @@ def read_by_layers(model: HGRN2LM, ids: Tensor) -> tuple[list[Read], float]:
         x, bound, state, cu_seqlens, mask = inputs
         q, f, v, _ = mixer.project(x, state, cu_seqlens, mask)
         bound = None if bound is None else bound.unflatten(-1, (mixer.num_heads, mixer.expand_ratio)).contiguous()
-        found.append(Read(q, f, v, bound, mixer.scale, mixer.min_log_decay))
+        names = ("scale", "q_activation", "v_activation", "min_log_decay")
+        found.append(Read(q, f, v, bound, {name: getattr(mixer, name) for name in names}))
 
     handles = [m.register_forward_pre_hook(watch) for m in model.modules() if isinstance(m, HGRN2Mixer)]
     with torch.autocast("cuda", torch.bfloat16):
@@ -97,9 +97,7 @@ def read_by_layers(model: HGRN2LM, ids: Tensor) -> tuple[list[Read], float]:
 
 def ways(read: Read) -> str:
     """Shares of the chunks of a head with gates that dense products cannot take, by the limits of the kernels."""
-    gate = forget_gate(read.f, read.bound)
-    if read.min_log_decay is not None:
-        gate = gate.clamp_min(math.exp(read.min_log_decay))
+    gate = floored(forget_gate(read.f, read.bound), read.settings.get("min_log_decay"))
     kept = gate.log2().clamp_min(-1000).unflatten(1, (LENGTH // CHUNK, CHUNK))
     blocks = kept.unflatten(2, (4, 16)).sum(3)
     whole = (blocks.unflatten(2, (2, 2)).sum(3).amin((2, -1)) < -80).float().mean()
@@ -131,7 +129,7 @@ def milliseconds(call: Callable[[], object], rounds: int) -> list[float]:
 
 def scan_of(read: Read) -> Tensor:
     """The outputs."""
-    return hgrn2_scan(read.q, read.f, read.v, read.bound, scale=read.scale, min_log_decay=read.min_log_decay)[0]
+    return hgrn2_scan(read.q, read.f, read.v, read.bound, **read.settings)[0]
 
 
 def gradients_of(read: Read, dy: Tensor) -> None:
@@ -145,7 +143,7 @@ def rows_of(name: str, read: Read, learns: bool, rounds: int) -> list[Row]:
     q, f, v = (x.detach().clone().requires_grad_() for x in read[:3])
     bound = None if read.bound is None else read.bound.detach().clone().requires_grad_(learns)
     note = ways(read)
-    read, dy = Read(q, f, v, bound, *read[4:]), torch.randn_like(v)
+    read, dy = Read(q, f, v, bound, read.settings), torch.randn_like(v)
     calls = {"forward": torch.no_grad()(partial(scan_of, read)), "forward + backward": partial(gradients_of, read, dy)}
     return [row(f"{name}: {kind}", milliseconds(call, rounds), "ms", note) for kind, call in calls.items()]
 
@@ -173,7 +171,7 @@ def main() -> int:
     num_tokens = train(model, ids, options.seconds)
     reads, loss = read_by_layers(model, held_out)
     rows = [Row("training: tokens", num_tokens, "tokens"), Row("held-out loss", loss, "nats a token")]
-    random = Read(*(torch.randn_like(x) for x in reads[0][:3]), torch.full_like(reads[-1].bound, 0.5), 1.0, None)  # pyright: ignore
+    random = Read(*(torch.randn_like(x) for x in reads[0][:3]), torch.full_like(reads[-1].bound, 0.5), {})  # pyright: ignore
     rows += rows_of("random gates, bound 0.5", random, True, options.rounds)
     for i, read in enumerate(reads):
         rows += rows_of(f"layer {i}", read, i > 0, options.rounds)

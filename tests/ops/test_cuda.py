@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hgrn2.ops.cuda import arguments, compiler, kernels, launch, plan
+from hgrn2.ops.gates import Floor
 
 SOURCES = Path(kernels.__file__).parent
 # C's names of ctypes' types; a pointer is one whatever it points to
@@ -59,9 +60,9 @@ def test_arguments_are_laid_out_as_in_c(structure, file):
 @pytest.mark.parametrize(
     "settings",
     [
-        kernels.Settings(torch.bfloat16, "none", True, 0.0),
-        kernels.Settings(torch.bfloat16, "silu", False, 0.05),
-        kernels.Settings(torch.float16, "sigmoid", True, 0.0),
+        kernels.Settings(torch.bfloat16, "none", True, Floor.for_kernels(-300.0)),
+        kernels.Settings(torch.bfloat16, "silu", False, Floor.for_kernels(None)),
+        kernels.Settings(torch.float16, "sigmoid", True, Floor.for_kernels(-3.0)),
     ],
 )
 def test_the_kernels_compile(name, settings, monkeypatch):
@@ -129,7 +130,7 @@ def test_a_kernel_is_loaded_on_its_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(compiler, "load", lambda *_: loaded.append(current[-1]))
-    kernels.compiled.__wrapped__("sum_bounds", kernels.Settings(torch.bfloat16, "none", False, 0.0), 1)
+    kernels.compiled.__wrapped__("sum_bounds", kernels.Settings(torch.bfloat16, "none", False, Floor.of(None)), 1)
     assert loaded == [1]
 
 

@@ -273,13 +273,32 @@ def test_activations(kernels, activation):
     assert_close(found, wanted, 5e-3)
 
 
-def test_an_activation_of_values(kernels):
-    inputs = Case(70).inputs()
+def test_an_activation_of_values(kernels, monkeypatch):
+    inputs, asked = Case(70).inputs(), []
+
+    def resolve(backend, q, v, plain):
+        asked.append(plain)
+        return "cuda" if backend == "auto" else backend
+
+    monkeypatch.setattr(scan_module, "_resolve", resolve)
     settings = {"v_activation": "silu", "min_log_decay": -0.5}
     assert_no_worse(
         run(hgrn2_scan, inputs, **settings), honest(hgrn2_scan, inputs, **settings), exact(inputs, **settings)
     )
-    assert "forward_outputs" in kernels.made
+    assert all(asked)
+
+
+def test_a_floor_near_1_over_a_long_sequence(kernels):
+    # decays at the floor are rounded, and all alike
+    inputs = Case(1500, bound=None).inputs()
+    inputs["f"] = torch.full_like(inputs["f"], -5.0)
+    inputs["initial_state"] = torch.ones_like(inputs["initial_state"])
+    inputs["v"] = torch.zeros_like(inputs["v"])
+    for floor in (-1e-3, -1e-4, -1e-6):
+        found, wanted = (
+            call(inputs, min_log_decay=floor, gradients=False) for call in (partial(run, hgrn2_scan), exact)
+        )
+        assert relative_error(found["final_state"], wanted["final_state"]).rms < 1e-6
 
 
 def test_calls_that_differ_share_no_recipe(kernels):

@@ -141,6 +141,9 @@ def cases() -> list[Case]:
         for floor in (-3.0, -0.1):
             found.append(Case(hgrn2_scan, dtype, 1000, 128, 128, bound=None, min_log_decay=floor))
         found.append(Case(hgrn2_scan, dtype, 130, 128, 128, batch=2, activations=("sigmoid", "silu")))
+        found.append(
+            Case(hgrn2_scan, dtype, 1000, 128, 128, bound=None, activations=("none", "silu"), min_log_decay=-50.0)
+        )
         found.append(Case(hgrn2_scan, dtype, 1000, 128, 128, reverse=True, cu_seqlens=CU_SEQLENS, min_log_decay=-0.5))
     activations = ("sigmoid", "silu")
     found.append(Case(hgrn2_scan, torch.float32, bound=None, activations=activations, min_log_decay=-0.5))

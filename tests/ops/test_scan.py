@@ -89,6 +89,22 @@ def test_a_floor_under_the_decay(min_log_decay, z, bound, reverse):
     assert_close(run(hgrn2_scan, inputs, dtype=torch.float64, **settings), wanted, FLOAT64_RMS)
 
 
+def test_equal_gates_at_a_floor_near_1_keep_their_digits():
+    inputs = tied_inputs(1, 8192, 1, 4, 4, bound=None)
+    inputs |= {"f": torch.full_like(inputs["f"], -5.0), "v": torch.zeros_like(inputs["v"])}
+    for floor in (-1e-3, -1e-5, -1e-7):
+        settings = {"min_log_decay": floor, "gradients": False}
+        assert_close(run(hgrn2_scan, inputs, **settings), exact(hgrn2_scan, inputs, **settings), EXTREME_RMS)
+
+
+def test_a_gate_equal_to_the_floor_has_its_gradient_by_the_key():
+    inputs = tied_inputs(1, 20, 1, 3, 3, bound=None, dtype=torch.float64)
+    inputs["f"] = torch.zeros_like(inputs["f"])
+    at, above = (run(hgrn2_scan, inputs, min_log_decay=math.log(0.5) + d) for d in (0, 1e-12))
+    assert_close(at, above, 1e-9)
+    assert_close(exact(hgrn2_scan, inputs, min_log_decay=math.log(0.5)), at, FLOAT64_RMS)
+
+
 def test_a_floor_without_a_gradient_and_over_packed_sequences():
     inputs = tied_inputs(1, 150, cu_seqlens=[0, 0, 40, 41, 150])
     wanted = exact(hgrn2_scan, inputs, min_log_decay=-0.5)

@@ -20,8 +20,8 @@ class ShortConv(nn.Module):
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
         self.width = width
-        # as nn.Conv1d begins
-        self.weight = nn.Parameter(torch.empty(hidden_size, 1, width).uniform_(-(width**-0.5), width**-0.5))
+        # lets everything pass as it is
+        self.weight = nn.Parameter(torch.zeros(hidden_size, 1, width).index_fill_(2, torch.tensor(width - 1), 1))
 
     def forward(
         self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,31 @@ from torch.nn import functional
 
 from hgrn2.ops.tiles import Tile, load, store
 
+# to kernels on a GPU: nothing of a state is left then in any dtype's rounding, and a gradient by a decay is one by its
+# logarithm divided by it, so that it must not be 0
+SMALLEST_DECAY = 1e-30
 
-def floor_of(min_log_decay: float | None) -> float:
-    """The smallest decay, 0 where there is no floor."""
-    return 0.0 if min_log_decay is None else math.exp(min_log_decay)
+
+class Floor(NamedTuple):
+    """The smallest decay, 0 where there is no floor.
+
+    Attributes:
+        decay: it.
+        lost: 1 minus it, to the last digits.
+    """
+
+    decay: float
+    lost: float
+
+    @classmethod
+    def of(cls, min_log_decay: float | None) -> Floor:
+        """Of its logarithm."""
+        return cls(0.0, 1.0) if min_log_decay is None else cls(math.exp(min_log_decay), -math.expm1(min_log_decay))
+
+    @classmethod
+    def for_kernels(cls, min_log_decay: float | None) -> Floor:
+        """The same for kernels on a GPU, to which smaller decays are all alike."""
+        return cls.of(None if min_log_decay is None else max(min_log_decay, math.log(SMALLEST_DECAY)))
 
 
 def activate(x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
@@ -78,9 +100,7 @@ class TiedGate:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.bound = None if lower_bound is None else lower_bound.to(self.dtype)[:, None, :]
         self.bounds: dict[torch.Size, tuple[Tensor, ...]] = {}
-        self.scale, self.q_act, self.v_act = scale, q_act, v_act
-        # as decays are, so that those held there are equal to it
-        self.floor = torch.tensor(floor_of(min_log_decay), dtype=self.dtype).item()
+        self.scale, self.q_act, self.v_act, self.floor = scale, q_act, v_act, Floor.of(min_log_decay)
 
     def allocate_gradients(self) -> None:
         """Makes room for what `backward` stores."""
@@ -98,7 +118,8 @@ class TiedGate:
         """
         x, _, i = self.inputs
         q, k, f = (x.new_empty((*shape, x.shape[-1]), dtype=self.dtype) for _ in range(3))
-        return Gated(q, k, i.new_empty((*shape, i.shape[-1]), dtype=low), f, c=torch.empty_like(k) if self.floor else k)
+        v = i.new_empty((*shape, i.shape[-1]), dtype=low)
+        return Gated(q, k, v, f, c=torch.empty_like(k) if self.floor.decay else k)
 
     def load(self, gated: Gated, batch: slice, tile: Tile, keep: bool) -> None:
         """Reads and activates a tile.
@@ -117,9 +138,8 @@ class TiedGate:
         i = load(v, tile, gated.v if self.v_act == "none" else torch.empty_like(gated.v, dtype=self.dtype))
         gated.v.copy_(activate(i, self.v_act))
         z = load(z, tile, gated.k)
-        # kept, unless the gate is just that
-        other = self.bound is not None or self.floor
-        p = torch.sigmoid(z, out=None if keep and other else gated.f)
+        gate_is_sigmoid = self.bound is None and not self.floor.decay
+        p = torch.sigmoid(z, out=gated.f if gate_is_sigmoid or not keep else None)
         torch.neg(z, out=gated.k).sigmoid_()
         if self.bound is not None:
             bound, free = self._spread_bound(z.shape)
@@ -128,9 +148,9 @@ class TiedGate:
         elif p is not gated.f:
             gated.f.copy_(p)
         _neutral(tile, gated.f, gated.k)
-        if self.floor:
-            gated.f.clamp_(min=self.floor)
-            torch.clamp(gated.k, max=1 - self.floor, out=gated.c)
+        if self.floor.decay:
+            gated.f.clamp_(min=self.floor.decay)
+            torch.clamp(gated.k, max=self.floor.lost, out=gated.c)
         gated.raw = (u, i, p) if keep else ()
 
     def _spread_bound(self, shape: torch.Size) -> tuple[Tensor, ...]:
@@ -145,8 +165,8 @@ class TiedGate:
         """Stores the gradients of a tile's rows."""
         u, i, p = gated.raw
         # df is the path through the decay alone; the key adds dk / df = -1
-        if self.floor:
-            df = df.masked_fill(gated.f <= self.floor, 0)
+        if self.floor.decay:
+            df = df.masked_fill(gated.f <= self.floor.decay, 0)
         df = (df - dk).mul_(gated.k)
         if self.bound is not None:
             assert self.d_bound is not None

@@ -39,8 +39,8 @@ def tied_gate(z: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
     return open_ + lower_bound * closed, (1 - lower_bound) * closed
 
 
-def held_above(f: Tensor, min_log_decay: float | None) -> Tensor:
-    """The decay of a forget gate f: e^min_log_decay where f is not above that, which then has no gradient by it."""
+def floored(f: Tensor, min_log_decay: float | None) -> Tensor:
+    """The decay of a forget gate f: e^min_log_decay where f is not above it, and then without a gradient."""
     if min_log_decay is None:
         return f
     floor = math.exp(min_log_decay)

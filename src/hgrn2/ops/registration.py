@@ -139,7 +139,7 @@ def _(
 
 
 def _scan_setup(ctx, inputs, output) -> None:
-    tensors, (*ctx.settings, _) = inputs[:6], inputs[6:]
+    tensors, ctx.settings = inputs[:6], inputs[6:-1]
     ctx.save_for_backward(*tensors, output[2])
 
 
@@ -193,9 +193,8 @@ def _(dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, revers
 
 
 def _gated_setup(ctx, inputs, output) -> None:
-    *tensors, reverse, scale, tile_chunks, _ = inputs
+    tensors, ctx.settings = inputs[:6], inputs[6:-1]
     ctx.save_for_backward(*tensors, output[2])
-    ctx.settings = (reverse, scale, tile_chunks)
 
 
 def _gated_backward(ctx, dy, d_final_state, _):
@@ -204,7 +203,7 @@ def _gated_backward(ctx, dy, d_final_state, _):
         dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, *ctx.settings
     )
     d_initial = None if initial_state is None else d_initial
-    return dq, dk, dv, d_log_f, d_initial, None, None, None, None, None
+    return dq, dk, dv, d_log_f, d_initial, *[None] * 5
 
 
 chunked_gated_scan.register_autograd(_gated_backward, setup_context=_gated_setup)
@@ -218,22 +217,10 @@ def _triton_forward(
     """Both scans, checked already: with a key k, f is the log decay; without, the gate's pre-activation."""
     from hgrn2.ops.triton import launch
 
-    return launch.forward(
-        launch.Scan(
-            q,
-            f,
-            k,
-            v,
-            lower_bound,
-            initial_state,
-            cu_seqlens,
-            reverse,
-            scale,
-            q_activation,
-            v_activation,
-            min_log_decay,
-        )
+    scan = launch.Scan(
+        q, f, k, v, lower_bound, initial_state, cu_seqlens, reverse, scale, q_activation, v_activation, min_log_decay
     )
+    return launch.forward(scan)
 
 
 _triton_op = torch.library.custom_op("hgrn2::triton_scan", _triton_forward, mutates_args=())

@@ -461,8 +461,8 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
         tied_gate(z.y, beta.y, f.y, k.y, closed.y, open.y);
         float2 opened = make_float2(reciprocal(f.x), reciprocal(f.y));
         e.x *= f.x, e.y *= f.y, inverse.x *= opened.x, inverse.y *= opened.y;
-        if (is_held(f.x)) opened.x = 0.0f;
-        if (is_held(f.y)) opened.y = 0.0f;
+        if (at_floor(f.x)) opened.x = 0.0f;
+        if (at_floor(f.y)) opened.y = 0.0f;
         float2 x = *(const float2*)(dq_sums + at.sum(i)), y = *(const float2*)(dk_sums + at.sum(i));
         u32 d = pack(activate_backward(x.x * e.x, u.x), activate_backward(x.y * e.y, u.y));
         float g0 = closed.x * fmaf(sums[i][0] + d_log.x, opened.x, -y.x * inverse.x);

@@ -38,13 +38,13 @@ __device__ __forceinline__ Span span_of(const void* spans, i64 chunk, i64 length
 #endif
 }
 
-// Whether FLOOR, if there is one, holds a decay, which then is not the gate's; not a number stays what it is
-__device__ __forceinline__ bool is_held(float f) { return FLOOR > 0.0f && f <= FLOOR; }
+// Whether a decay is FLOOR, or would be less, if there is one: then it is not the gate's
+__device__ __forceinline__ bool at_floor(float f) { return FLOOR > 0.0f && f <= FLOOR; }
 
 // 1 minus the decay, of a key
-__device__ __forceinline__ float lost_of(float k) { return FLOOR > 0.0f ? minimum(k, 1.0f - FLOOR) : k; }
+__device__ __forceinline__ float lost_of(float k) { return FLOOR > 0.0f ? minimum(k, FLOOR_LOST) : k; }
 
-// decay and key of a pre-activation z: f = beta + (1 - beta) sigmoid(z), or FLOOR where that is not larger, k = (1 - beta)
+// decay and key of a pre-activation z: f = beta + (1 - beta) sigmoid(z), or FLOOR if that is larger, k = (1 - beta)
 // sigmoid(-z); also sigmoid(-z) and (1 - beta) sigmoid(z)
 __device__ __forceinline__ void tied_gate(float z, float beta, float& f, float& k, float& closed, float& open) {
     // beyond 80 the key is 1e-35; an infinite exponential would make f not a number
@@ -53,7 +53,8 @@ __device__ __forceinline__ void tied_gate(float z, float beta, float& f, float& 
     k = fmaf(-beta, closed, closed);
     open = e * k;
     f = fmaf(e, k, beta);
-    if (is_held(f)) f = FLOOR;
+    // not a number stays what it is
+    if (at_floor(f)) f = FLOOR;
 }
 __device__ __forceinline__ void tied_gate(float z, float beta, float& f, float& k) {
     float closed, open;

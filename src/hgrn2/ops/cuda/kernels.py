@@ -10,6 +10,7 @@ import torch
 
 from hgrn2.ops.cuda import compiler
 from hgrn2.ops.cuda.plan import CHUNK, WIDTH
+from hgrn2.ops.gates import Floor
 
 THREADS, LEFT_OVER_THREADS, CARRY_THREADS = 512, 256, 128
 PACKED_THREADS, BOUNDS_THREADS = 1024, 1024
@@ -50,20 +51,20 @@ class Settings(NamedTuple):
         dtype: of the inputs.
         q_activation: one of `Q_ACTIVATIONS`.
         packed: whether sequences are.
-        floor: smallest decay, 0 for none.
+        floor: under the decay.
     """
 
     dtype: torch.dtype
     q_activation: str
     packed: bool
-    floor: float
+    floor: Floor
 
     def macros(self) -> dict[str, str]:
         """As the sources know them."""
         bfloat16, q_activation = int(self.dtype == torch.bfloat16), Q_ACTIVATIONS.index(self.q_activation)
         return {
             "BFLOAT16": f"{bfloat16}", "Q_ACTIVATION": f"{q_activation}", "PACKED": f"{int(self.packed)}",
-            "FLOOR": f"{self.floor!r}f",
+            "FLOOR": f"{self.floor.decay!r}f", "FLOOR_LOST": f"{self.floor.lost!r}f",
         }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from hgrn2.ops.cuda.arguments import (
 )
 from hgrn2.ops.cuda.plan import WIDTH, Group, Plan, Stretch
 from hgrn2.ops.cuda.recipe import NOWHERE, Place, Recipe
-from hgrn2.ops.gates import floor_of
+from hgrn2.ops.gates import Floor
 
 # between the tokens of an input: backward.cu counts bytes across four of them in 32 bits
 MOST_ROW_BYTES = 2**29
@@ -56,7 +56,7 @@ class Scan(NamedTuple):
     reverse: bool
     scale: float
     q_activation: str
-    min_log_decay: float | None = None
+    min_log_decay: float | None
 
     def aligned(self) -> Scan:
         """The same, to be read 16 bytes at a time; what the kernels know no strides of is contiguous."""
@@ -117,7 +117,7 @@ class Form(NamedTuple):
 
     def settings(self) -> kernels.Settings:
         """What kernels are compiled for."""
-        floor = floor_of(self.min_log_decay)
+        floor = Floor.for_kernels(self.min_log_decay)
         return kernels.Settings(self.dtype, self.q_activation, self.packed is not None, floor)
 
 

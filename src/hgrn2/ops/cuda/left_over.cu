@@ -273,9 +273,9 @@ __device__ __forceinline__ void exact_gradients(const BackwardArguments& a, cons
         float unused, closed0, closed1, open0, open1;
         tied_gate(z.x, beta.x, unused, unused, closed0, open0);
         tied_gate(z.y, beta.y, unused, unused, closed1, open1);
-        float whole0 = fmaf(of_states.x, whole.x, d_log[i][0]), whole1 = fmaf(of_states.y, whole.y, d_log[i][1]);
-        float g0 = closed0 * ((is_held(f[i][0]) ? 0.0f : whole0 / f[i][0]) - dk[i][0]);
-        float g1 = closed1 * ((is_held(f[i][1]) ? 0.0f : whole1 / f[i][1]) - dk[i][1]);
+        float by_log0 = fmaf(of_states.x, whole.x, d_log[i][0]), by_log1 = fmaf(of_states.y, whole.y, d_log[i][1]);
+        float g0 = closed0 * ((at_floor(f[i][0]) ? 0.0f : by_log0 / f[i][0]) - dk[i][0]);
+        float g1 = closed1 * ((at_floor(f[i][1]) ? 0.0f : by_log1 / f[i][1]) - dk[i][1]);
         d_bound.x += g0, d_bound.y += g1;
         float d0 = activate_backward(dq[i][0] * a.scale, u.x), d1 = activate_backward(dq[i][1] * a.scale, u.y);
         *(u32*)(dq_out + i * step * 2) = pack(d0, d1);

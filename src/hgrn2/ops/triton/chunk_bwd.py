@@ -26,8 +26,8 @@ def chunk_gradient_kernel(
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     dy_batch, dy_row, dy_head, T, NT, head, HEADS, ALL_HEADS, K, V, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr, HAS_BOUND: tl.constexpr,
-    FLOOR: tl.constexpr, Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    FLOOR: tl.constexpr, FLOOR_LOST: tl.constexpr, Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, of the key and of the decay. Programs: (chunks, HEADS, blocks of K).
 
@@ -129,7 +129,7 @@ def chunk_gradient_kernel(
     if TIED:
         f, _, positive, negative, free = tied_gate(z, bound_p, i_head, first_k, K, exists, BK, HAS_BOUND, FLOOR)
         if FLOOR > 0:
-            # a decay that is held is not the gate's
+            # a decay at the floor is not the gate's
             d_log = tl.where(f > FLOOR, d_log, 0.0)
         # with respect to beta: df / dbeta = sigmoid(-z) = -dk / dbeta
         d_gate = negative * (d_log / f - dk)

@@ -35,8 +35,8 @@ def chunk_update_kernel(
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     T, NT, head, HEADS, K, V, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr, HAS_BOUND: tl.constexpr,
-    FLOOR: tl.constexpr, Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
-    REVERSE: tl.constexpr, OF_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    FLOOR: tl.constexpr, FLOOR_LOST: tl.constexpr, Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, OF_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk adds to the state by its end, X^T V [BK, BV], and, of keys, its decay.
 
@@ -57,7 +57,7 @@ def chunk_update_kernel(
     z = load_rows(f_p + i_batch * f_batch + i_head * f_head, rows, exists, f_row, first_k, K, BK)
     if TIED:
         f, k, _, _, _ = tied_gate(z, bound_p, i_head, first_k, K, exists, BK, HAS_BOUND, FLOOR)
-        complement = tl.minimum(k, 1.0 - FLOOR) if FLOOR > 0 else k
+        complement = tl.minimum(k, FLOOR_LOST) if FLOOR > 0 else k
     else:
         f, complement = free_gate(z)
     prefix, suffix = join_all(f, C, BK)
@@ -162,8 +162,8 @@ def chunk_output_kernel(
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     y_batch, y_row, y_head, i_p, i_batch_stride, i_row, i_head_stride, T, NT, head, HEADS, K, V, scale,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr, HAS_BOUND: tl.constexpr,
-    FLOOR: tl.constexpr, Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr,
-    REVERSE: tl.constexpr, OF_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    FLOOR: tl.constexpr, FLOOR_LOST: tl.constexpr, Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, OF_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a chunk, Q S + A V, with S the state before it and A the scores of its tokens among each other.
 

@@ -11,9 +11,9 @@ Letters in shapes: C = tokens of a chunk, BK and BV = block sizes along K and V.
 import triton
 import triton.language as tl
 
-# smallest decay of a tied gate. Below it nothing of a state is left in any dtype's rounding, and a gradient by the
-# decay is a gradient by its logarithm divided by the decay, which therefore must not be 0
-SMALLEST_DECAY = tl.constexpr(1e-30)
+from hgrn2.ops import gates
+
+SMALLEST_DECAY = tl.constexpr(gates.SMALLEST_DECAY)
 
 
 @triton.constexpr_function
@@ -106,7 +106,8 @@ def activate_backward(grad, x, ACTIVATION: tl.constexpr):
 def tied_gate(z, bound_p, i_head, first, K, exists, BK: tl.constexpr, HAS_BOUND: tl.constexpr, FLOOR: tl.constexpr):
     """Decay, key and what their gradients need, of pre-activations z [C, BK].
 
-    f = beta + (1 - beta) sigmoid(z) or FLOOR, k = (1 - beta) sigmoid(-z) (arXiv 2404.07904, eq. 3 and 6).
+    f = beta + (1 - beta) sigmoid(z), or FLOOR if that is larger; k = (1 - beta) sigmoid(-z) (arXiv 2404.07904, eq. 3
+    and 6).
 
     Returns:
         f, k, sigmoid(z), sigmoid(-z), each [C, BK], and 1 - beta [1, BK]. Where no row is, f = 1 and k = 0.

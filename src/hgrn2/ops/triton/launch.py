@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from hgrn2.ops.device import on_device
-from hgrn2.ops.gates import floor_of
+from hgrn2.ops.gates import Floor
 from hgrn2.ops.triton.blocks import Blocks, blocks_for, step_block
 from hgrn2.ops.triton.chunk_bwd import chunk_gradient_kernel
 from hgrn2.ops.triton.chunk_fwd import carry_states_kernel, chunk_output_kernel, chunk_update_kernel
@@ -122,13 +122,15 @@ class Launcher:
         self.blocks: Blocks = blocks_for(q.device, q.dtype, self.length, self.width, self.v_width)
         self.chunks = cut(self.batch, self.length, scan.cu_seqlens, self.blocks.chunk)
         self.low_state = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        floor = Floor.for_kernels(scan.min_log_decay)
         self.flags: dict[str, Any] = {
             "C": self.blocks.chunk,
             "TIED": scan.k is None,
             "HAS_BOUND": scan.bound is not None,
             "Q_ACTIVATION": scan.q_activation,
             "V_ACTIVATION": scan.v_activation,
-            "FLOOR": floor_of(scan.min_log_decay),
+            "FLOOR": floor.decay,
+            "FLOOR_LOST": floor.lost,
             "PACKED": scan.cu_seqlens is not None,
             "REVERSE": scan.reverse,
             # tf32 alone has three digits; 16-bit inputs are products of their own

@@ -1,0 +1,173 @@
+"""What the public operators check before anything runs; all errors are ValueErrors, but for derivatives."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from hgrn2.ops.tiles import boundaries
+from hgrn2.shapes import require_shape
+
+Q_ACTIVATIONS = ("silu", "sigmoid", "none")
+V_ACTIVATIONS = ("none", "silu")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    """Of states, and of all that is kept in the precision of states, beside q."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _values_are_at_hand(x: Tensor, debug: bool) -> bool:
+    """Whether values can be looked at: without waiting for an accelerator, unless asked to, or breaking a trace."""
+    # a traced or fake tensor is of another type and has no values
+    return (
+        (debug or x.device.type == "cpu")
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def check_tangents(backend: str, *inputs: Tensor | None) -> None:
+    """Torch would take the derivative of an operator that has none in forward mode for zero."""
+    if backend == "reference" or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(f"backend {backend!r} has no derivative in forward mode; use backend='reference'")
+
+
+def _check_choice(name: str, found: str, known: tuple[str, ...]) -> None:
+    if found not in known:
+        raise ValueError(f"{name} is {found!r}; wanted one of {', '.join(map(repr, known))}")
+
+
+def _check_like(name: str, x: Tensor, q: Tensor, dtype: torch.dtype) -> None:
+    # what is kept in float32 may stay so beside float64 inputs
+    if x.dtype != dtype and (x.dtype, dtype) != (torch.float32, torch.float64):
+        raise ValueError(f"{name} has dtype {x.dtype}; wanted {dtype} beside q of dtype {q.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} and q on {q.device}; move them to one device")
+
+
+def _check_tensors(**inputs: Tensor) -> None:
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is {'None' if x is None else f'a {type(x).__name__}'}; wanted a tensor")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} has layout {x.layout}; wanted a dense tensor, torch.strided")
+
+
+def _check_operands(q: Tensor, x: Tensor, v: Tensor, name: str) -> None:
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; wanted one of {', '.join(map(str, DTYPES))}")
+    for label, tensor in ((name, x), ("v", v)):
+        _check_tensors(**{label: tensor})
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{label} has dtype {tensor.dtype} and q {q.dtype}; wanted one dtype for both")
+        _check_like(label, tensor, q, q.dtype)
+
+
+def check_scan(
+    q: Tensor, x: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, name: str, debug: bool
+) -> None:
+    """Tensors of a scan; x is the gate's pre-activation or the key, by its name."""
+    _check_tensors(q=q, v=v)
+    if q.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, T, H, K] and [B, T, H, V]"
+        )
+    require_shape(name, x, "B T H K", q.shape)
+    require_shape("v", v, "B T H V", (*q.shape[:3], v.shape[3]))
+    _check_widths(q, v)
+    _check_operands(q, x, v, name)
+    num_states = q.shape[0]
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, q, debug)
+        num_states = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        require_shape("initial_state", initial_state, "N H K V", (num_states, *q.shape[2:], v.shape[3]))
+        _check_like("initial_state", initial_state, q, state_dtype(q))
+
+
+def _check_widths(q: Tensor, v: Tensor) -> None:
+    if 0 in (*q.shape[-2:], v.shape[-1]):
+        raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
+
+
+def check_settings(
+    q: Tensor,
+    scale: float,
+    *,
+    reverse: bool = False,
+    min_log_decay: float | None = None,
+    q_activation: str = "none",
+    v_activation: str = "none",
+) -> None:
+    """What is no tensor."""
+    _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
+    _check_choice("v_activation", v_activation, V_ACTIVATIONS)
+    # a trace may hold the numbers as symbols
+    if torch.compiler.is_compiling():
+        return
+    dtype = state_dtype(q)
+    # not a number fails the comparison
+    if not isinstance(scale, Real) or not abs(scale) <= torch.finfo(dtype).max:
+        raise ValueError(f"scale is {scale!r}; wanted a number that {dtype} can hold")
+    if not isinstance(reverse, int) or reverse not in (False, True):
+        raise ValueError(f"reverse is {reverse!r}; wanted True or False")
+    if min_log_decay is not None and not (isinstance(min_log_decay, Real) and min_log_decay < 0):
+        raise ValueError(f"min_log_decay is {min_log_decay!r}; wanted a number below 0, or None")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is {cu_seqlens!r}; wanted a tensor [N + 1], int32 or int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens is {list(cu_seqlens.shape)} of dtype {cu_seqlens.dtype}; wanted [N + 1], int32 or int64"
+        )
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}; move them to one device")
+    if _values_are_at_hand(cu_seqlens, debug):
+        boundaries(cu_seqlens, q.shape[1])
+
+
+def check_lower_bound(lower_bound: Tensor | None, q: Tensor, debug: bool) -> None:
+    """A lower bound beside q."""
+    if lower_bound is None:
+        return
+    require_shape("lower_bound", lower_bound, "H K", q.shape[-2:])
+    _check_like("lower_bound", lower_bound, q, state_dtype(q))
+    if _values_are_at_hand(lower_bound, debug) and lower_bound.numel():
+        low, high = (float(x) for x in lower_bound.detach().aminmax())
+        # a NaN fails both comparisons
+        if not (low >= 0 and high < 1):
+            raise ValueError(f"lower_bound has values from {low:g} to {high:g}; wanted all in [0, 1)")
+
+
+def check_log_decay(log_f: Tensor, q: Tensor, debug: bool) -> None:
+    """Log decays beside q."""
+    require_shape("log_f", log_f, "B T H K", q.shape)
+    _check_like("log_f", log_f, q, state_dtype(q))
+    if _values_are_at_hand(log_f, debug) and log_f.numel() and not bool((log_f <= 0).all()):
+        raise ValueError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
+
+
+def check_step(q: Tensor, f: Tensor, v: Tensor, state: Tensor) -> None:
+    """Tensors of a step."""
+    _check_tensors(q=q, v=v)
+    if q.dim() != 3 or v.dim() != 3:
+        raise ValueError(
+            f"q and v of a step have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, H, K] and [B, H, V]"
+        )
+    require_shape("f", f, "B H K", q.shape)
+    require_shape("v", v, "B H V", (*q.shape[:2], v.shape[2]))
+    require_shape("state", state, "B H K V", (*q.shape, v.shape[2]))
+    _check_widths(q, v)
+    _check_operands(q, f, v, "f")
+    _check_like("state", state, q, state_dtype(q))
