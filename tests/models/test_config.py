@@ -93,7 +93,7 @@ def test_scale_of_the_heads():
         ({"use_short_conv": True, "conv_size": 1}, r"conv_size is 1; wanted at least 2"),
         ({"conv_size": -5}, r"conv_size is -5; wanted at least 2"),
         ({"conv_size": 2.5}, r"conv_size is 2.5"),
-        ({"min_log_decay": 0.0}, r"min_log_decay is 0.0; wanted below 0, or null"),
+        ({"min_log_decay": 0.0}, r"min_log_decay is 0.0; wanted in \[-69, 0\), or null"),
         ({"lower_bound": "both"}, r"lower_bound is 'both'; wanted one of 'inclusive', 'exclusive'"),
         ({"q_activation": "relu"}, r"q_activation is 'relu'"),
         ({"v_activation": "sigmoid"}, r"v_activation"),

@@ -46,6 +46,12 @@ def test_a_floor_holds_whether_tokens_come_one_by_one_or_together():
     assert torch.allclose(torch.cat(outputs, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("floor", [0, 0.5, float("nan"), -70, "-3"])
+def test_a_floor_that_is_none_is_refused(floor):
+    with pytest.raises(ValueError, match=r"min_log_decay is .*; wanted a number in \[-69, 0\), or None"):
+        HGRN2Mixer(16, 8, min_log_decay=floor)
+
+
 def test_a_compiled_mixer_equals_an_eager_one():
     torch.manual_seed(0)
     mixer = HGRN2Mixer(32, 16, v_activation="silu", min_log_decay=-0.1)

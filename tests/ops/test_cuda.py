@@ -60,9 +60,9 @@ def test_arguments_are_laid_out_as_in_c(structure, file):
 @pytest.mark.parametrize(
     "settings",
     [
-        kernels.Settings(torch.bfloat16, "none", True, Floor.for_kernels(-300.0)),
-        kernels.Settings(torch.bfloat16, "silu", False, Floor.for_kernels(None)),
-        kernels.Settings(torch.float16, "sigmoid", True, Floor.for_kernels(-3.0)),
+        kernels.Settings(torch.bfloat16, "none", True, Floor.of(-69)),
+        kernels.Settings(torch.bfloat16, "silu", False, Floor.of(None)),
+        kernels.Settings(torch.float16, "sigmoid", True, Floor.of(-3.0)),
     ],
 )
 def test_the_kernels_compile(name, settings, monkeypatch):

@@ -75,8 +75,8 @@ TIED = [
     *(("scale", x, "scale", repr(x), "torch.float32") for x in (None, "1", 1j, math.nan, math.inf, -1e39, 10**40)),
     *(("reverse", x, "reverse", repr(x), "True") for x in (None, "no", 2, 0.0)),
     *(
-        ("min_log_decay", x, "min_log_decay", repr(x), "below 0")
-        for x in (0, 0.5, math.nan, "-3", torch.tensor([-3.0]))
+        ("min_log_decay", x, "min_log_decay", repr(x), "[-69, 0)")
+        for x in (0, 0.5, math.nan, "-3", torch.tensor([-3.0]), -70, -(10**400), -math.inf)
     ),
 ]
 

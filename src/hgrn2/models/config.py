@@ -10,6 +10,7 @@ from hgrn2.errors import UserError, check_types, unknown_key_message
 from hgrn2.nn.gates import LOWER_BOUNDS
 from hgrn2.nn.mlp import GLU_ACTIVATIONS
 from hgrn2.nn.norm import NORMS
+from hgrn2.ops.checks import SMALLEST_FLOOR
 
 MODEL_TYPE = "hgrn2"
 # of any width or count; the bytes of a matrix of two such sizes can still be counted
@@ -173,7 +174,10 @@ class HGRN2Config:
         _check(self.scale is None or self.scale > 0, f"scale is {self.scale}; wanted above 0, or null for the default")
         _check(self.conv_size > 1, f"conv_size is {self.conv_size}; wanted at least 2")
         floor = self.min_log_decay
-        _check(floor is None or floor < 0, f"min_log_decay is {floor}; wanted below 0, or null for none")
+        _check(
+            floor is None or SMALLEST_FLOOR <= floor < 0,
+            f"min_log_decay is {floor}; wanted in [{SMALLEST_FLOOR}, 0), or null for none",
+        )
         _check(
             self.attn is None or isinstance(self.attn, dict | AttentionConfig),
             f"attn is {self.attn!r}; wanted a table with layers and num_heads, or null",

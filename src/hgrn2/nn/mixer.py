@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
 from hgrn2.ops import hgrn2_scan, hgrn2_step
+from hgrn2.ops.checks import check_floor
 
 # a pre-activation that makes the forget gate exactly 1 and the key exactly 0 in every dtype
 _KEEP_STATE = 1e4
@@ -54,6 +55,7 @@ class HGRN2Mixer(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
+        check_floor(min_log_decay)
         self.expand_ratio = expand_ratio
         self.num_heads = hidden_size // expand_ratio
         self.q_activation, self.v_activation, self.scale = q_activation, v_activation, scale

@@ -13,6 +13,7 @@ from hgrn2.shapes import require_shape
 
 Q_ACTIVATIONS = ("silu", "sigmoid", "none")
 V_ACTIVATIONS = ("none", "silu")
+SMALLEST_FLOOR = -69
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -97,6 +98,15 @@ def _check_widths(q: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
 
 
+def check_floor(min_log_decay: float | None) -> None:
+    """A floor under the log decay."""
+    # a trace may hold it as a symbol
+    number = isinstance(min_log_decay, Real | torch.SymFloat)
+    # not a number fails the comparison. All kernels know decays down to 1e-30
+    if min_log_decay is not None and not (number and SMALLEST_FLOOR <= min_log_decay < 0):
+        raise ValueError(f"min_log_decay is {min_log_decay!r}; wanted a number in [{SMALLEST_FLOOR}, 0), or None")
+
+
 def check_settings(
     q: Tensor,
     scale: float,
@@ -109,6 +119,7 @@ def check_settings(
     """What is no tensor."""
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
+    check_floor(min_log_decay)
     # a trace may hold the numbers as symbols
     if torch.compiler.is_compiling():
         return
@@ -118,8 +129,6 @@ def check_settings(
         raise ValueError(f"scale is {scale!r}; wanted a number that {dtype} can hold")
     if not isinstance(reverse, int) or reverse not in (False, True):
         raise ValueError(f"reverse is {reverse!r}; wanted True or False")
-    if min_log_decay is not None and not (isinstance(min_log_decay, Real) and min_log_decay < 0):
-        raise ValueError(f"min_log_decay is {min_log_decay!r}; wanted a number below 0, or None")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool) -> None:

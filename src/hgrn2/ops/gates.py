@@ -20,10 +20,6 @@ from torch.nn import functional
 
 from hgrn2.ops.tiles import Tile, load, store
 
-# to kernels on a GPU: nothing of a state is left then in any dtype's rounding, and a gradient by a decay is one by its
-# logarithm divided by it, so that it must not be 0
-SMALLEST_DECAY = 1e-30
-
 
 class Floor(NamedTuple):
     """The smallest decay, 0 where there is no floor.
@@ -40,11 +36,6 @@ class Floor(NamedTuple):
     def of(cls, min_log_decay: float | None) -> Floor:
         """Of its logarithm."""
         return cls(0.0, 1.0) if min_log_decay is None else cls(math.exp(min_log_decay), -math.expm1(min_log_decay))
-
-    @classmethod
-    def for_kernels(cls, min_log_decay: float | None) -> Floor:
-        """The same for kernels on a GPU, to which smaller decays are all alike."""
-        return cls.of(None if min_log_decay is None else max(min_log_decay, math.log(SMALLEST_DECAY)))
 
 
 def activate(x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ def hgrn2_scan(
         scale: factor of the outputs.
         q_activation: "silu", "sigmoid" or "none", applied to q.
         v_activation: "none" or "silu", applied to v.
-        min_log_decay: a floor, below 0, under the decay's logarithm: S_{t-1} is multiplied by the larger of F_t and
+        min_log_decay: a floor, in [-69, 0), under the decay's logarithm: S_{t-1} is multiplied by the larger of F_t and
             e^min_log_decay, and k_t stays 1 - F_t. The authors train with -3 (their code; the paper has none). GPU
             kernels are compiled for each value.
         backend: "auto", "cuda" (kernels for Hopper GPUs: bfloat16 or float16, K = V = 128), "triton" (kernels for any
@@ -103,8 +102,7 @@ def hgrn2_scan(
     plain = q.shape[0] < 1 << 16
     backend = _resolve(backend, q, v, plain)
     check_tangents(backend, q, f, v, lower_bound, initial_state)
-    if min_log_decay is not None:
-        min_log_decay = float(min_log_decay) if min_log_decay > -math.inf else None
+    min_log_decay = None if min_log_decay is None else float(min_log_decay)
     if backend == "cuda":
         # rounded as every product of its kernels would
         v = activate(v, v_activation)

@@ -117,7 +117,7 @@ class Form(NamedTuple):
 
     def settings(self) -> kernels.Settings:
         """What kernels are compiled for."""
-        floor = Floor.for_kernels(self.min_log_decay)
+        floor = Floor.of(self.min_log_decay)
         return kernels.Settings(self.dtype, self.q_activation, self.packed is not None, floor)
 
 

@@ -11,9 +11,9 @@ Letters in shapes: C = tokens of a chunk, BK and BV = block sizes along K and V.
 import triton
 import triton.language as tl
 
-from hgrn2.ops import gates
-
-SMALLEST_DECAY = tl.constexpr(gates.SMALLEST_DECAY)
+# smallest decay of a tied gate. Below it nothing of a state is left in any dtype's rounding, and a gradient by the
+# decay is a gradient by its logarithm divided by the decay, which therefore must not be 0
+SMALLEST_DECAY = tl.constexpr(1e-30)
 
 
 @triton.constexpr_function

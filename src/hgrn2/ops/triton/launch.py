@@ -122,7 +122,7 @@ class Launcher:
         self.blocks: Blocks = blocks_for(q.device, q.dtype, self.length, self.width, self.v_width)
         self.chunks = cut(self.batch, self.length, scan.cu_seqlens, self.blocks.chunk)
         self.low_state = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        floor = Floor.for_kernels(scan.min_log_decay)
+        floor = Floor.of(scan.min_log_decay)
         self.flags: dict[str, Any] = {
             "C": self.blocks.chunk,
             "TIED": scan.k is None,
