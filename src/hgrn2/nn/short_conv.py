@@ -20,8 +20,10 @@ class ShortConv(nn.Module):
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
         self.width = width
+        weight = torch.zeros(hidden_size, 1, width)
         # lets everything pass as it is
-        self.weight = nn.Parameter(torch.zeros(hidden_size, 1, width).index_fill_(2, torch.tensor(width - 1), 1))
+        weight[..., -1] = 1
+        self.weight = nn.Parameter(weight)
 
     def forward(
         self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None = None
