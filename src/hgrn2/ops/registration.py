@@ -138,14 +138,15 @@ def _(
     )
 
 
-def _scan_setup(ctx, inputs, output) -> None:
+def _chunked_setup(ctx, inputs, output) -> None:
+    # of both operators: six tensors, settings, and whether states are kept
     tensors, ctx.settings = inputs[:6], inputs[6:-1]
     ctx.save_for_backward(*tensors, output[2])
 
 
 def _scan_backward(ctx, dy, d_final_state, _):
     q, f, v, lower_bound, initial_state, cu_seqlens, kept = ctx.saved_tensors
-    dq, df, dv, d_bound, d_initial = torch.ops.hgrn2.chunked_scan_backward(
+    dq, df, dv, d_bound, d_initial = _scan_backward_op(
         dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, kept, *ctx.settings
     )
     d_bound = None if lower_bound is None else d_bound
@@ -153,7 +154,7 @@ def _scan_backward(ctx, dy, d_final_state, _):
     return dq, df, dv, d_bound, d_initial, *[None] * 8
 
 
-chunked_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
+chunked_scan.register_autograd(_scan_backward, setup_context=_chunked_setup)
 
 
 @torch.library.custom_op("hgrn2::chunked_gated_scan", mutates_args=())
@@ -192,21 +193,16 @@ def _(dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, revers
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_f, d_final_state))
 
 
-def _gated_setup(ctx, inputs, output) -> None:
-    tensors, ctx.settings = inputs[:6], inputs[6:-1]
-    ctx.save_for_backward(*tensors, output[2])
-
-
 def _gated_backward(ctx, dy, d_final_state, _):
     q, k, v, log_f, initial_state, cu_seqlens, kept = ctx.saved_tensors
-    dq, dk, dv, d_log_f, d_initial = torch.ops.hgrn2.chunked_gated_scan_backward(
+    dq, dk, dv, d_log_f, d_initial = _gated_backward_op(
         dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, *ctx.settings
     )
     d_initial = None if initial_state is None else d_initial
     return dq, dk, dv, d_log_f, d_initial, *[None] * 5
 
 
-chunked_gated_scan.register_autograd(_gated_backward, setup_context=_gated_setup)
+chunked_gated_scan.register_autograd(_gated_backward, setup_context=_chunked_setup)
 
 
 def _triton_forward(
