@@ -46,6 +46,30 @@ def test_a_floor_holds_whether_tokens_come_one_by_one_or_together():
     assert torch.allclose(torch.cat(outputs, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"norm": "nosuch"}, "norm is 'nosuch'; wanted one of 'rmsnorm'"),
+        ({"norm_eps": -1.0}, "eps is -1.0; wanted at least 0"),
+        ({"q_activation": "relu"}, "q_activation is 'relu'; wanted one of"),
+        ({"v_activation": "relu"}, "v_activation is 'relu'; wanted one of"),
+        ({"conv_size": -1}, "conv_size is -1"),
+        ({"hidden_size": 17}, "hidden_size is 17 and expand_ratio 8"),
+        ({"hidden_size": 4}, "hidden_size is 4 and expand_ratio 8"),
+        ({"expand_ratio": 0}, "hidden_size is 16 and expand_ratio 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        HGRN2Mixer(**({"hidden_size": 16, "expand_ratio": 8} | settings))
+
+
+def test_a_bound_split_in_heads_is_refused():
+    with pytest.raises(ValueError, match=r"lower_bound has shape \[2, 8\]; wanted \[D\] with D=16"):
+        HGRN2Mixer(16, 8)(torch.randn(1, 3, 16), torch.zeros(2, 8))
+
+
 @pytest.mark.parametrize("floor", [0, 0.5, float("nan"), -70, "-3"])
 def test_a_floor_that_is_none_is_refused(floor):
     with pytest.raises(ValueError, match=r"min_log_decay is .*; wanted a number in \[-69, 0\), or None"):

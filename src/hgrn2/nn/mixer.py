@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
 from hgrn2.ops import hgrn2_scan, hgrn2_step
-from hgrn2.ops.checks import check_floor
+from hgrn2.ops.checks import check_fixed_settings
+from hgrn2.shapes import require_shape
 
 # a pre-activation that makes the forget gate exactly 1 and the key exactly 0 in every dtype
 _KEEP_STATE = 1e4
@@ -36,6 +37,9 @@ class HGRN2Mixer(nn.Module):
         conv_size: taps of a short convolution on q, z and v; 0 for none.
         min_log_decay: smallest log decay while training (the key is not changed), or None.
         backend: see `hgrn2.ops.hgrn2_scan`.
+
+    Raises:
+        ValueError: sizes and settings that do not fit.
     """
 
     def __init__(
@@ -55,7 +59,11 @@ class HGRN2Mixer(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        check_floor(min_log_decay)
+        check_fixed_settings(min_log_decay, q_activation, v_activation)
+        if expand_ratio < 1 or hidden_size < 1 or hidden_size % expand_ratio:
+            raise ValueError(f"hidden_size is {hidden_size} and expand_ratio {expand_ratio}; wanted a multiple of it")
+        if conv_size < 0:
+            raise ValueError(f"conv_size is {conv_size}; wanted the taps of a convolution, or 0 for none")
         self.expand_ratio = expand_ratio
         self.num_heads = hidden_size // expand_ratio
         self.q_activation, self.v_activation, self.scale = q_activation, v_activation, scale
@@ -74,7 +82,7 @@ class HGRN2Mixer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        lower_bound: Tensor | None,
+        lower_bound: Tensor | None = None,
         state: MixerState | None = None,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
@@ -92,9 +100,15 @@ class HGRN2Mixer(nn.Module):
 
         Returns:
             [B, T, D] and the new state, {} if it is not wanted.
+
+        Raises:
+            ValueError: a lower bound of another shape; and as `hgrn2.ops.hgrn2_scan`.
         """
         q, z, v, new_state = self.project(x, state, cu_seqlens, mask)
-        bound = None if lower_bound is None else lower_bound.unflatten(-1, (self.num_heads, self.expand_ratio))
+        bound = None
+        if lower_bound is not None:
+            require_shape("lower_bound", lower_bound, "D", (self.num_heads * self.expand_ratio,))
+            bound = lower_bound.unflatten(-1, (self.num_heads, self.expand_ratio))
         recurrent = None if state is None else state["recurrent"]
         min_log_decay = self.min_log_decay if self.training else None
         if recurrent is not None and x.shape[1] == 1 and cu_seqlens is None and min_log_decay is None:

@@ -24,6 +24,10 @@ class Norm(nn.Module):
 
     def __init__(self, kind: str, size: int, eps: float, affine: bool):
         super().__init__()
+        if kind not in NORMS:
+            raise ValueError(f"norm is {kind!r}; wanted one of {', '.join(map(repr, NORMS))}")
+        if not eps >= 0:
+            raise ValueError(f"the norm's eps is {eps}; wanted at least 0")
         self.kind, self.size, self.eps = kind, size, eps
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
         self.bias = nn.Parameter(torch.zeros(size)) if affine and kind == "layernorm" else None

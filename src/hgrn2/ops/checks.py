@@ -98,8 +98,10 @@ def _check_widths(q: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
 
 
-def check_floor(min_log_decay: float | None) -> None:
-    """A floor under the log decay."""
+def check_fixed_settings(min_log_decay: float | None, q_activation: str, v_activation: str) -> None:
+    """What is the same in every call of a layer."""
+    _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
+    _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     # a trace may hold it as a symbol
     number = isinstance(min_log_decay, Real | torch.SymFloat)
     # not a number fails the comparison. All kernels know decays down to 1e-30
@@ -117,9 +119,7 @@ def check_settings(
     v_activation: str = "none",
 ) -> None:
     """What is no tensor."""
-    _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
-    _check_choice("v_activation", v_activation, V_ACTIVATIONS)
-    check_floor(min_log_decay)
+    check_fixed_settings(min_log_decay, q_activation, v_activation)
     # a trace may hold the numbers as symbols
     if torch.compiler.is_compiling():
         return
