@@ -116,7 +116,9 @@ def device_name(device: str) -> str:
             if flag in flags
         ]
         model += f" ({', '.join(marks)})" if marks else ""
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    # the cores this process may use: a benchmark can be confined to some of a larger machine's
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {num_cores} cores, {torch.get_num_threads()} threads"
 
 
 def report(
