@@ -54,9 +54,17 @@ def test_gradients(kind):
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_the_first_layer_asks_for_no_gradient(kind, num_layers):
     gamma = torch.randn(num_layers, 3, requires_grad=True)
-    bounds = bounds_of_layers(gamma, kind)
+    bounds = bounds_of_layers(gamma, kind, range(num_layers))
     assert torch.equal(torch.stack(bounds), lower_bounds(gamma, kind))
     # but a parameter has one, whatever there is of layers
     assert [b.requires_grad for b in bounds] == [num_layers == 1] + [True] * (num_layers - 1)
     sum(bounds[num_layers > 1 :]).sum().backward()
     assert gamma.grad is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_layer_gives_the_gradient_where_no_other_uses_its_bound(kind):
+    gamma = torch.randn(3, 2, requires_grad=True)
+    bounds_of_layers(gamma, kind, [0])[0].sum().backward()
+    assert torch.equal(gamma.grad, torch.zeros(3, 2))
+    assert not bounds_of_layers(gamma, kind, [0, 2])[0].requires_grad

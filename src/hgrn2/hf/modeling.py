@@ -19,7 +19,7 @@ from hgrn2.errors import UserError
 from hgrn2.hf.cache import CACHE_NAME, StateLayer, state_layers
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.hf.loading import check_loaded, classes_named_by
-from hgrn2.models.language import build_block
+from hgrn2.models.language import build_block, empty_bounds
 from hgrn2.nn.block import Block
 from hgrn2.nn.gates import bounds_of_layers
 from hgrn2.nn.norm import Norm
@@ -120,7 +120,8 @@ class HGRN2Model(HGRN2PreTrainedModel):
         own = config.model_config
         self.embeddings = nn.Embedding(own.vocab_size, own.hidden_size)
         if own.use_lower_bound:
-            self.lower_bounds = nn.Parameter(torch.empty(own.num_hidden_layers, own.hidden_size))
+            self.lower_bounds = empty_bounds(own)
+        self._recurrent_layers = own.recurrent_layers
         self.layers = nn.ModuleList(build_block(own, i, kind=HGRN2Layer) for i in range(own.num_hidden_layers))
         self.norm = Norm(own.block_norm, own.hidden_size, own.norm_eps, own.elementwise_affine)
         self.gradient_checkpointing = False
@@ -207,7 +208,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
     def _bounds(self) -> list[Tensor] | list[None]:
         if not self.config.use_lower_bound:
             return [None] * len(self.layers)
-        return bounds_of_layers(self.lower_bounds, self.config.lower_bound)
+        return bounds_of_layers(self.lower_bounds, self.config.lower_bound, self._recurrent_layers)
 
 
 def _only_one(a: Any, b: Any, names: tuple[str, str]) -> Any:

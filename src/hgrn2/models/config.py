@@ -200,6 +200,12 @@ class HGRN2Config:
         """The factor of the scan's outputs."""
         return self.expand_ratio**-0.5 if self.scale is None else self.scale
 
+    @property
+    def recurrent_layers(self) -> list[int]:
+        """Indices of the layers that recur; the others attend."""
+        attending = () if self.attn is None else self.attn.layers
+        return [layer for layer in range(self.num_hidden_layers) if layer not in attending]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the model type."""
         return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}

@@ -38,7 +38,7 @@ class HGRN2Model(nn.Module):
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.use_lower_bound:
-            self.lower_bounds = nn.Parameter(torch.empty(config.num_hidden_layers, config.hidden_size))
+            self.lower_bounds = empty_bounds(config)
         self.layers = nn.ModuleList(build_block(config, i, backend) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
 
@@ -46,7 +46,7 @@ class HGRN2Model(nn.Module):
         """The lower bound of each layer, [D] each in [0, 1), or None where there is none."""
         if not self.config.use_lower_bound:
             return [None] * len(self.layers)
-        return bounds_of_layers(self.lower_bounds, self.config.lower_bound)
+        return bounds_of_layers(self.lower_bounds, self.config.lower_bound, self.config.recurrent_layers)
 
     def forward(
         self,
@@ -67,6 +67,16 @@ class HGRN2Model(nn.Module):
             x, layer_state = layer(x, bound, before, cu_seqlens, mask, keep_state)
             new_layers.append(layer_state)
         return self.norm(x), ModelState(tuple(new_layers))
+
+
+def empty_bounds(config: HGRN2Config) -> nn.Parameter:
+    """Returns the uninitialized parameter behind the lower bounds, [L, D].
+
+    Where every layer attends, nothing reads it, and it asks for no gradient: DistributedDataParallel stops at a
+    parameter that never gets the one it asked for.
+    """
+    shape = (config.num_hidden_layers, config.hidden_size)
+    return nn.Parameter(torch.empty(shape), requires_grad=bool(config.recurrent_layers))
 
 
 def build_block(config: HGRN2Config, layer: int, backend: str = "auto", kind: type[Block] = Block) -> Block:

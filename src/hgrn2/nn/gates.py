@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,11 +35,19 @@ def lower_bounds(gamma: Tensor, kind: str) -> Tensor:
     return torch.cat([torch.zeros_like(p[:1]), summed]).clamp(max=_BELOW_ONE)
 
 
-def bounds_of_layers(gamma: Tensor, kind: str) -> list[Tensor]:
-    """The rows of `lower_bounds`, for the layers to use.
+def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int]) -> list[Tensor]:
+    """Returns the rows of `lower_bounds`, for the layers to use.
 
-    The first is 0 whatever gamma is, and says so: nothing is summed up for a gradient that leads nowhere. Unless it is
-    the only one, for a parameter has a gradient.
+    The first row is 0 whatever gamma is, so it is detached and no gradient is summed for it. Where no later layer uses
+    its bound, the first row stays attached: it gives the parameter a gradient of zeros, which DistributedDataParallel
+    waits for.
+
+    Args:
+        gamma: [L, D].
+        kind: "inclusive" or "exclusive".
+        recurrent: indices of the layers that use their bound.
     """
-    first, *others = lower_bounds(gamma, kind).unbind(0)
-    return [first.detach() if others else first, *others]
+    bounds = list(lower_bounds(gamma, kind).unbind(0))
+    if any(layer > 0 for layer in recurrent):
+        bounds[0] = bounds[0].detach()
+    return bounds
