@@ -326,51 +326,16 @@ def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: _Paths = ()
     from rich.markup import escape
     from rich.table import Table
 
-    from hgrn2.models.cost import cost
+    from hgrn2.models.cost import cost_table
 
     if seq_len < 1:
         raise UserError(f"--seq-len is {seq_len}; wanted at least 1")
     config = model_config(model, {}, set, None)
-    c = cost(config, seq_len)
-    layers = (
-        f"{config.num_hidden_layers} layers, {config.num_heads} heads of {config.expand_ratio} x {config.expand_ratio}"
-    )
-    table = Table(
-        "",
-        "value",
-        "",
-        title=f"{escape(model)}: width {config.hidden_size}, {layers}, vocabulary {config.vocab_size:,}",
-    )
+    table = Table("", "value", "", title=f"{escape(model)}: {config.summary}")
     table.columns[1].justify = "right"
-    rows = [
-        ("parameters", f"{c.parameters:,}", "a tied embedding counted once"),
-        ("training FLOPs a token, 6 N D", f"{c.flops_per_token_6nd:,}", "6 x parameters, untied embeddings left out"),
-        (
-            "training FLOPs a token, counted",
-            f"{c.flops_per_token_training:,}",
-            "3 x the forward pass, scan included",
-        ),
-        (
-            "forward FLOPs a token, counted",
-            f"{c.flops_per_token_forward:,}",
-            f"at {seq_len:,} tokens a sequence",
-        ),
-        (
-            "activations a training token",
-            size(c.activation_bytes_per_token),
-            "float32, held for the backward pass",
-        ),
-        ("state of a sequence", size(c.state_bytes), "decoding, whatever its length"),
-        (
-            "attention caches a token",
-            size(c.attention_bytes_per_token),
-            "on top, in hybrids only, up to the window",
-        ),
-        ("weights", size(c.weight_bytes), "float32"),
-        ("checkpoint", size(c.checkpoint_bytes), "float32 weights and AdamW's state"),
-    ]
-    for row in rows:
-        table.add_row(*row)
+    for line in cost_table(config, seq_len):
+        value = size(line.value) if line.unit == "bytes" else f"{line.value:,}"
+        table.add_row(line.label, value, line.note)
     _show(table)
 
 

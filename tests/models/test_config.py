@@ -51,6 +51,41 @@ def test_replacing_derives_anew():
         config.replace(droput=0.1)
 
 
+def test_the_width_of_a_head_follows_from_the_number_of_heads():
+    assert HGRN2Config(hidden_size=64, num_heads=4).expand_ratio == 16
+    assert HGRN2Config.from_dict({"hidden_size": 64, "num_heads": 4}) == HGRN2Config(hidden_size=64, expand_ratio=16)
+    assert HGRN2Config(hidden_size=256).expand_ratio == HGRN2Config(hidden_size=256, expand_ratio=None).expand_ratio
+    assert HGRN2Config(hidden_size=64, num_heads=4).replace(num_heads=2).expand_ratio == 32
+    assert presets.tiny(num_heads=8).expand_ratio == 32
+    assert presets.tiny(num_heads=4, expand_ratio=64) == presets.tiny()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HGRN2Config(hidden_size=64), r"hidden_size = 64 is not .* expand_ratio = 128 \(the default\)"),
+        (lambda: HGRN2Config(expand_ratio=96), r"hidden_size = 2048 \(the default\) is not .* expand_ratio = 96;"),
+        (lambda: HGRN2Config(num_heads=3), r"num_heads is 3; .* divides hidden_size = 2048 \(the default\)"),
+        (lambda: HGRN2Config(hidden_size=64, num_heads=0), r"num_heads is 0; .* divides hidden_size = 64$"),
+        (lambda: HGRN2Config(hidden_size="64", num_heads=4), "hidden_size is '64'; wanted a whole number"),
+        (lambda: HGRN2Config(hidden_size=64, num_heads=4, expand_ratio=8), "num_heads = 4 contradicts"),
+        (lambda: presets.tiny(hidden_size=96), r"hidden_size = 96 is not .* expand_ratio = 64 \(the preset's\)"),
+        (lambda: presets.b1_3(num_heads=3), r"num_heads is 3; .* divides hidden_size = 2048 \(the preset's\)$"),
+    ],
+)
+def test_messages_say_which_values_were_not_given(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_a_short_representation_makes_the_config_again():
+    config = HGRN2Config(hidden_size=64, num_heads=4, attn={"layers": [1], "num_heads": 2}, dropout=0.5)  # type: ignore[arg-type]
+    assert "norm_eps" not in repr(config)
+    assert eval(repr(config)) == config
+    assert config.summary == "24 layers (1 with attention), width 64, 4 heads of 16 x 16, vocabulary 32,000"
+    assert HGRN2Config(hidden_size=128, num_hidden_layers=1).summary.startswith("1 layer, width 128, 1 head of 128 x")
+
+
 def test_scale_of_the_heads():
     assert HGRN2Config(**SMALL).head_scale == 0.5
     assert HGRN2Config(**SMALL, scale=1.0).head_scale == 1

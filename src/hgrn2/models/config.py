@@ -1,4 +1,4 @@
-"""The configuration of a language model: every published variant, and nothing that contradicts itself."""
+"""The configuration of a language model: every published variant, with contradictions refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ MODEL_TYPE = "hgrn2"
 _LARGEST = 2**24
 # every layer is an object, even where nothing is computed
 _MOST_LAYERS = 4096
+# what expand_ratio is when neither it nor num_heads is given
+_EXPAND_RATIO = 128
 
 
 def _check(condition: bool, message: str) -> None:
@@ -73,14 +75,15 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class HGRN2Config:
-    """What a language model is made of; the defaults are fla's layout, which the published checkpoints have.
+    """Settings of a language model; the defaults are those of fla and the published checkpoints.
 
     Attributes:
         vocab_size: tokens of the vocabulary.
         hidden_size: D, the model width.
         num_hidden_layers: L.
-        expand_ratio: K = V, the width of a head; the state holds expand_ratio numbers a channel.
-        num_heads: heads of the mixer; follows from hidden_size / expand_ratio, and must agree when given.
+        expand_ratio: K = V, the width of a head; the state holds expand_ratio numbers a channel. None means
+            hidden_size / num_heads, or 128 when num_heads is not given either.
+        num_heads: heads of the mixer, hidden_size / expand_ratio. Give one of the two; both must agree.
         hidden_ratio: sets intermediate_size when that is not given.
         intermediate_size: width of the channel mixer; None means 256 * ceil(int(D * hidden_ratio * 2 / 3) / 256).
         glu_activation: of the channel mixer: "silu" (SwiGLU), "none" (bilinear), "sigmoid" or "gelu".
@@ -109,7 +112,8 @@ class HGRN2Config:
     vocab_size: int = 32000
     hidden_size: int = 2048
     num_hidden_layers: int = 24
-    expand_ratio: int = 128
+    # an int once the config is made
+    expand_ratio: int = None  # pyright: ignore[reportAssignmentType]
     num_heads: int | None = None
     hidden_ratio: float = 4
     intermediate_size: int | None = None
@@ -136,6 +140,8 @@ class HGRN2Config:
     attn: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.expand_ratio is None:
+            object.__setattr__(self, "expand_ratio", self._derived_expand_ratio())
         check_types(self, "model config")
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio")
         for name in sizes:
@@ -147,7 +153,8 @@ class HGRN2Config:
         _check(layers <= _MOST_LAYERS, f"num_hidden_layers is {layers}; wanted at most {_MOST_LAYERS}")
         _check(
             self.hidden_size % self.expand_ratio == 0,
-            f"hidden_size = {self.hidden_size} is not a multiple of expand_ratio = {self.expand_ratio}",
+            f"{self._named('hidden_size')} is not a multiple of {self._named('expand_ratio')}; change one of them, "
+            "or give num_heads instead of expand_ratio",
         )
         heads = self.hidden_size // self.expand_ratio
         _check(
@@ -192,8 +199,43 @@ class HGRN2Config:
             )
             _check(
                 self.hidden_size % (2 * self.attn.num_heads) == 0,
-                f"hidden_size = {self.hidden_size} gives attn.num_heads = {self.attn.num_heads} no heads of even width",
+                f"{self._named('hidden_size')} gives attn.num_heads = {self.attn.num_heads} no heads of even width",
             )
+
+    def _derived_expand_ratio(self) -> int:
+        heads, width = self.num_heads, self.hidden_size
+        # a value of another type is reported by the check of types
+        if type(heads) is not int or type(width) is not int:
+            return _EXPAND_RATIO
+        _check(
+            heads > 0 and width % heads == 0,
+            f"num_heads is {heads}; wanted a number that divides {self._named('hidden_size')}",
+        )
+        return max(width // heads, 1)
+
+    def _named(self, name: str) -> str:
+        """The setting with its value, for a message that must not suggest it was given when it was not."""
+        value = getattr(self, name)
+        default = _EXPAND_RATIO if name == "expand_ratio" else type(self).__dataclass_fields__[name].default
+        return f"{name} = {value}" + (" (the default)" if value == default else "")
+
+    def __repr__(self) -> str:
+        """The call that makes this config, without defaults other than the sizes."""
+        shown = ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio", "intermediate_size")
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)} | {"num_heads": self.num_heads}
+        parts = [f"{name}={v!r}" for name, v in values.items() if name in shown or v != defaults[name]]
+        return f"HGRN2Config({', '.join(parts)})"
+
+    @property
+    def summary(self) -> str:
+        """Sizes and kinds of layers in a few words."""
+        attending = len(self.attn.layers) if self.attn else 0
+        layers = _counted(self.num_hidden_layers, "layer") + (f" ({attending} with attention)" if attending else "")
+        heads = f"{_counted(self.num_heads or 0, 'head')} of {self.expand_ratio} x {self.expand_ratio}"
+        if self.attn and attending == self.num_hidden_layers:
+            heads = _counted(self.attn.num_heads, "head")
+        return f"{layers}, width {self.hidden_size:,}, {heads}, vocabulary {self.vocab_size:,}"
 
     @property
     def head_scale(self) -> float:
@@ -212,7 +254,7 @@ class HGRN2Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HGRN2Config:
-        """The inverse of `to_dict`.
+        """A config from the table that `to_dict` gives, or from a part of it.
 
         Raises:
             UserError: an unknown key (near matches are named), or values that contradict each other.
@@ -228,9 +270,15 @@ class HGRN2Config:
         values = dataclasses.asdict(self)
         if {"hidden_size", "expand_ratio"} & changes.keys():
             values["num_heads"] = None
+        if changes.get("num_heads") is not None and "expand_ratio" not in changes:
+            values["expand_ratio"] = None
         if {"hidden_size", "hidden_ratio"} & changes.keys():
             values["intermediate_size"] = None
         return self.from_dict(values | changes)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 _CHOICES = {

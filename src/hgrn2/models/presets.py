@@ -58,6 +58,19 @@ def variant(name: str, /, **keys: Any) -> HGRN2Config:
     return HGRN2Config.from_dict(VARIANTS[name] | keys)
 
 
+def _sized(name: str, size: dict[str, Any], keys: dict[str, Any]) -> HGRN2Config:
+    """A size in a variant; the keys win, and num_heads among them replaces the size's expand_ratio."""
+    if keys.get("num_heads") is not None and "expand_ratio" not in keys:
+        size = size | {"expand_ratio": None}
+    try:
+        return variant(name, **size | keys)
+    except UserError as error:
+        message = str(error).replace(" (the default)", "")
+        for key in size.keys() - keys.keys():
+            message = message.replace(f"{key} = {size[key]}", f"{key} = {size[key]} (the preset's)")
+        raise UserError(message) from None
+
+
 def tiny(**keys: Any) -> HGRN2Config:
     """A few million parameters, for a laptop: the demo."""
     size = {
@@ -67,37 +80,37 @@ def tiny(**keys: Any) -> HGRN2Config:
         "expand_ratio": 64,
         "intermediate_size": 704,
     }
-    return variant("fla", **size | {"tie_word_embeddings": True} | keys)
+    return _sized("fla", size | {"tie_word_embeddings": True}, keys)
 
 
 def wikitext_44m(**keys: Any) -> HGRN2Config:
     """The 44.66 M model of the paper's WikiText-103 table: the official module's variant, GPT-2's vocabulary."""
     size = {"vocab_size": 50257, "hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1365}
-    return variant("official-lra", **size | {"tie_word_embeddings": True, "dropout": 0.1} | keys)
+    return _sized("official-lra", size | {"tie_word_embeddings": True, "dropout": 0.1}, keys)
 
 
 def m150(**keys: Any) -> HGRN2Config:
     """About 150 M parameters; this package's choice of sizes, the official language model's variant."""
     size = {"vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 16, "intermediate_size": 2048}
-    return variant("official-lm", **size | {"tie_word_embeddings": True} | keys)
+    return _sized("official-lm", size | {"tie_word_embeddings": True}, keys)
 
 
 def m385(**keys: Any) -> HGRN2Config:
     """About 385 M parameters, the official language model's width and variant."""
     size = {"vocab_size": 50272, "hidden_size": 1024, "num_hidden_layers": 26, "intermediate_size": 2816}
-    return variant("official-lm", **size | {"tie_word_embeddings": True} | keys)
+    return _sized("official-lm", size | {"tie_word_embeddings": True}, keys)
 
 
 def b1_3(**keys: Any) -> HGRN2Config:
     """fla-hub/hgrn2-1.3B-100B: 1,364,396,032 parameters."""
     size = {"vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 5632}
-    return variant("fla", **size | keys)
+    return _sized("fla", size, keys)
 
 
 def b2_7(**keys: Any) -> HGRN2Config:
     """fla-hub/hgrn2-2.7B-100B: 2,701,724,160 parameters."""
     size = {"vocab_size": 32000, "hidden_size": 2560, "num_hidden_layers": 32, "intermediate_size": 6912}
-    return variant("fla", **size | keys)
+    return _sized("fla", size, keys)
 
 
 PRESETS: dict[str, Callable[..., HGRN2Config]] = {
