@@ -32,7 +32,6 @@ TRAIN = ["--tokenizer", "bytes", "--device", "cpu", *SHORT, "--set", *MODEL]
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["hgrn2"])
     monkeypatch.chdir(tmp_path)
 
 
@@ -49,12 +48,8 @@ def corpus(tmp_path_factory):
 def run(corpus, tmp_path_factory):
     """A short run; tests that change it take a copy."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    argv, sys.argv = sys.argv, ["hgrn2"]
-    try:
-        args = ["train", "--data", str(corpus), "--out", str(out), "--checkpoint-every", "4", *TRAIN]
-        assert cli.main(args) == 0
-    finally:
-        sys.argv = argv
+    args = ["train", "--data", str(corpus), "--out", str(out), "--checkpoint-every", "4", *TRAIN]
+    assert cli.main(args) == 0
     return out
 
 
@@ -80,7 +75,7 @@ def refused(capsys, args, message):
 
 def process(*args, path=(), ctrl_c=signal.default_int_handler, **settings):
     """The command as its installed script starts it; modules are looked for in path first."""
-    path = os.pathsep.join(map(str, [*path, Path(cli.__file__).parents[1]]))
+    path = os.pathsep.join(map(str, [*path, Path(hgrn2_command.__file__).parent]))
     return subprocess.Popen(
         [sys.executable, "-c", "import sys, hgrn2_command; sys.exit(hgrn2_command.main())", *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -483,7 +478,8 @@ def test_where_no_file_can_be_written_is_known_before_the_work(place, run, corpu
     def work(*args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(cli, "load_model", work)
+    monkeypatch.setattr(cli.generate, "load_model", work)
+    monkeypatch.setattr(cli.evaluate, "load_model", work)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     before = listing(tmp_path)
@@ -498,7 +494,7 @@ def test_where_no_folder_can_be_made_is_known_before_the_work(place, corpus, tmp
         raise AssertionError("the data was read")
 
     monkeypatch.setattr("hgrn2.data.open_corpus", work)
-    monkeypatch.setattr(cli, "prepare_data", work)
+    monkeypatch.setattr(cli.train, "prepare_data", work)
     (tmp_path / "file").write_text("")
     refused(capsys, ["train", "--data", corpus, "--out", place, *TRAIN], "cannot be written .*name another folder")
     refused(capsys, ["tokenizer", place, "--data", corpus], "cannot be written .*name another folder")
@@ -575,10 +571,10 @@ def test_no_outputs_at_all(monkeypatch):
 
 
 def test_a_signal_while_flags_are_read(monkeypatch):
-    def ended(**settings):
+    def ended(*args, **settings):
         raise SystemExit(143)
 
-    monkeypatch.setattr("hgrn2.parsing._app.cli", ended)
+    monkeypatch.setattr("tyro.extras.SubcommandApp.cli", ended)
     with pytest.raises(SystemExit) as stop:
         cli.main(["info", "tiny"])
     assert stop.value.code == 143
@@ -593,7 +589,7 @@ def test_a_lack_of_memory(error, capsys, monkeypatch):
     def load(*args):
         raise error
 
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(cli.generate, "load_model", load)
     refused(capsys, ["generate", "run"], "out of memory.*lower batch_size or seq_len")
 
 
@@ -601,7 +597,7 @@ def test_a_mistake_of_ours_is_not_called_a_lack_of_memory(monkeypatch):
     def load(*args):
         raise RuntimeError("shapes")
 
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(cli.generate, "load_model", load)
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main(["generate", "run"])
 

@@ -28,13 +28,6 @@ from hgrn2.train.checkpoint import locate_model, read_config, read_while_trainin
 from hgrn2.train.run import check_same_tokens, choose_device, find_tokenizer
 
 
-def given_flags(argv: Sequence[str], config: type) -> list[str]:
-    """Fields of a config that were named on the command line, so that what was not named leaves files alone."""
-    words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
-    words |= {word.removeprefix("no_") for word in words}
-    return [field.name for field in dataclasses.fields(config) if field.name in words]
-
-
 def read_toml(path: Path | None) -> dict[str, dict[str, Any]]:
     """The tables [model], [train] and [data] of a file; empty ones without a file or where it has none."""
     tables: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "data": {}}

@@ -605,5 +605,5 @@ def test_without_the_harness(one_run, capsys, monkeypatch):
 
 
 def test_the_place_is_looked_at_before_the_work(one_run, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "evaluate_tasks", None)
+    monkeypatch.setattr(cli.evaluate, "evaluate_tasks", None)
     refused(capsys, [one_run, "--tasks", "x", "--json-out", "."], ".: cannot be written")

@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch):
     # as on a machine without a network
     monkeypatch.setattr(harness, "hub_reachable", lambda: False)
     # samples and pictures take longer than the run, and are tested elsewhere
-    monkeypatch.setattr(cli, "_make_sampler", lambda tokenizer: None)
+    monkeypatch.setattr(cli.train, "_make_sampler", lambda tokenizer: None)
     monkeypatch.setattr(plots, "plot_run", lambda run: [])
     order = random.Random(0)
     Path("text").mkdir()

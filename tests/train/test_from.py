@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,21 +35,16 @@ def made(tmp_path_factory):
         (place / "text" / f"{i}.txt").write_text(f"text {i}: " + " ".join(f"word{i * k % 11}" for k in range(20)))
     llama = write(place / "llama", LLAMA, TENSORS)
     train_bpe([file.read_text() for file in (place / "text").iterdir()], 260).save(llama)
-    argv, sys.argv = sys.argv, ["hgrn2"]
-    try:
-        command = ["convert", "--from-transformer", str(llama), str(place / "start"), "--keep-attention", "3"]
-        assert cli.main(command) == 0
-    finally:
-        sys.argv = argv
+    command = ["convert", "--from-transformer", str(llama), str(place / "start"), "--keep-attention", "3"]
+    assert cli.main(command) == 0
     return place
 
 
 @pytest.fixture
 def here(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["hgrn2"])
     monkeypatch.chdir(tmp_path)
     # samples and pictures take longer than these runs, and are tested elsewhere
-    monkeypatch.setattr(cli, "_make_sampler", lambda tokenizer: None)
+    monkeypatch.setattr(cli.train, "_make_sampler", lambda tokenizer: None)
     monkeypatch.setattr(plots, "plot_run", lambda run: [])
     for name in ("text", "llama", "start"):
         os.symlink(made / name, name)

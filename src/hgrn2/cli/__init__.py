@@ -1,0 +1,85 @@
+"""The command line `hgrn2`: one module a command."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from hgrn2.cli import convert, evaluate, generate, info, plot, tokenizer, train
+from hgrn2.cli.output import refuse, release_output, tell
+from hgrn2.cli.parsing import parse
+from hgrn2.errors import UserError
+
+# in the order of the help
+COMMANDS = {
+    "train": train.train,
+    "generate": generate.generate,
+    "eval": evaluate.evaluate,
+    "info": info.info,
+    "convert": convert.convert,
+    "plot": plot.plot,
+    "tokenizer": tokenizer.tokenizer,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `hgrn2`; those of the process if None.
+
+    Returns:
+        The exit status: 2 for what the user can mend; 128 + the signal's number when one stopped the work.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    warnings.showwarning = lambda message, *_args, **_kwargs: tell(f"warning: {message}")
+    # closed by >&- or 2>&-
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # what a terminal's encoding lacks is replaced, not a reason to stop
+        sys.stdout.reconfigure(errors="replace")
+    call = status = None
+    try:
+        try:
+            call = parse(argv, COMMANDS)
+            status = call() or 0
+        except SystemExit:
+            # help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        return refuse(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and (
+            status is not None or getattr(call, "func", None) is not train.train
+        ):
+            # the reader has gone, as in `hgrn2 generate ... | head`; a run is not done for that, unless it has ended
+            release_output()
+            return status or 0
+        if error.filename is not None:
+            # a place that cannot be read or written, wherever it was met
+            return refuse(f"{error.filename}: {error.strerror}; name another place, or mend this one")
+        if error.strerror is None:
+            raise
+        return refuse(f"{error.strerror}; look to the disk, or to where the output goes")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = f" ({first[0].strip()})" if (first := str(error).splitlines()) else ""
+        return refuse(f"out of memory{reason}; lower batch_size or seq_len, or take a smaller model")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has no type of its own for the CPU, and several texts for a GPU
+    words = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

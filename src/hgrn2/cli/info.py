@@ -1,0 +1,35 @@
+"""`hgrn2 info`: show what a model costs."""
+
+from __future__ import annotations
+
+import tyro
+
+from hgrn2.cli.output import show_table
+from hgrn2.cli.parsing import Texts
+from hgrn2.errors import UserError
+from hgrn2.settings import model_config
+from hgrn2.train.display import size
+
+
+def info(model: tyro.conf.Positional[str], seq_len: int = 2048, set: Texts = ()) -> None:
+    """Show what a model costs: parameters, operations, memory.
+
+    Args:
+        model: A preset, a run folder, a checkpoint, or a JSON file of a model's configuration.
+        seq_len: Tokens of a training sequence.
+        set: Model settings as KEY=VALUE.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from hgrn2.models.cost import cost_table
+
+    if seq_len < 1:
+        raise UserError(f"--seq-len is {seq_len}; wanted at least 1")
+    config = model_config(model, {}, set, None)
+    table = Table("", "value", "", title=f"{escape(model)}: {config.summary}")
+    table.columns[1].justify = "right"
+    for line in cost_table(config, seq_len):
+        value = size(line.value) if line.unit == "bytes" else f"{line.value:,}"
+        table.add_row(line.label, value, line.note)
+    show_table(table)

@@ -1,0 +1,177 @@
+"""`hgrn2 train`: train a language model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shlex
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from hgrn2.cli.parsing import Texts
+from hgrn2.data.staging import check_folder_place
+from hgrn2.data.tokenizer import Tokenizer
+from hgrn2.errors import UserError
+from hgrn2.settings import Start, data_settings, model_config, open_prepared, prepare_data, read_toml
+from hgrn2.train.config import TrainConfig
+from hgrn2.train.freezing import COPIED
+
+_BUDGETS = {"max_steps", "max_tokens", "max_time_s"}
+_DEFAULT_BUDGET = {"max_steps": 1000}
+_RUN = Path("runs/run")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFlags(TrainConfig):
+    """The training settings as flags; checked when the configuration file has been read as well.
+
+    Attributes:
+        given: names of the settings that were named on the command line; `parse` fills them in.
+    """
+
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check nothing yet."""
+
+
+def train(
+    data: Texts = (),
+    validation: Texts = (),
+    text_field: str | None = None,
+    tokenizer: str | None = None,
+    prepared: Path | None = None,
+    rebuild: bool = False,
+    model: str | None = None,
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+    set: Texts = (),
+    out: Path | None = None,
+    config: Path | None = None,
+    resume: Path | None = None,
+    compressors: bool = False,
+    settings: Annotated[TrainFlags, tyro.conf.OmitArgPrefixes] = TrainFlags(),
+) -> int:
+    """Train a language model on text; without --data, on the source code of Python's standard library.
+
+    Args:
+        data: Text files, folders, globs, .jsonl(.zst), .parquet or hf:NAME datasets.
+        validation: The same for held-out text; by default one document in twenty is held out.
+        text_field: Key or column of the text in .jsonl, .parquet and datasets (default: text).
+        tokenizer: bytes, bpe:SIZE to train one, a tokenizer.json, a folder with one, or a Hub name (default: bpe:4096).
+        prepared: Where the prepared tokens are kept (default: beside the run, in a folder named after the data).
+        rebuild: Prepare the tokens again even if nothing has changed.
+        model: A preset (tiny, wikitext-44m, 150m, 385m, 1.3b, 2.7b) or a JSON file (default: tiny).
+        from_: Start with the weights of a model: a run folder, a checkpoint, or a folder (see convert).
+        set: Model settings as KEY=VALUE, e.g. --set dropout=0.1 use_short_conv=true.
+        out: Folder of the run (default: runs/run).
+        config: A TOML file with tables [model], [train] and [data]; flags win over it.
+        resume: A run folder, or one of its checkpoints, to go on with; training flags change its settings.
+        compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
+        settings: Training settings.
+    """
+    from hgrn2.train.checkpoint import check_new_run
+    from hgrn2.train.run import choose_device, resume_language_run, start_language_run
+
+    given = {name: getattr(settings, name) for name in settings.given}
+    # by name the default cannot go with --resume either
+    named_out, out = out, _RUN if out is None else out
+    if resume is not None:
+        own = {"data": data, "validation": validation, "text-field": text_field, "tokenizer": tokenizer,
+               "prepared": prepared, "rebuild": rebuild, "model": model, "from": from_, "set": set, "config": config,
+               "out": named_out}  # fmt: skip
+        if others := [f"--{name}" for name, value in own.items() if value]:
+            raise UserError(f"--resume goes on with the run's own data and model; drop {' and '.join(others)}")
+        prepared_data = open_prepared(resume)
+        result = resume_language_run(
+            resume, prepared_data, changes=given, sampler=_make_sampler(prepared_data.tokenizer)
+        )
+    else:
+        file = read_toml(config)
+        start = None if from_ is None else Start.open(from_)
+        if start is not None:
+            if model is not None or "preset" in file["model"]:
+                raise UserError("--from brings its own model; drop --model, and preset from the configuration file")
+            model = str(start.model.path)
+        defaults = {} if start is None else start.data_defaults(data or file["data"].get("data", ()))
+        sources = data_settings(
+            defaults | file["data"], data=list(data), validation=list(validation), text_field=text_field,
+            tokenizer=tokenizer, prepared=None if prepared is None else str(prepared),
+        )  # fmt: skip
+        train_settings = file["train"] | given
+        if not train_settings.keys() & _BUDGETS:
+            train_settings |= _DEFAULT_BUDGET
+        train_config = TrainConfig.from_dict(train_settings)
+        if train_config.freeze == COPIED and start is None:
+            raise UserError("--freeze copied: nothing is copied without --from; name a folder with it")
+        # mistakes show before the work of preparing
+        choose_device(train_config.device)
+        check_folder_place(out)
+        configure = functools.partial(model_config, model, file["model"], set)
+        configure(None)
+        check_new_run(out)
+
+        def check_tokenizer(found: Tokenizer) -> None:
+            found.check_fits(configure(found.vocab_size).vocab_size)
+            if start is not None:
+                start.check_tokens(found)
+
+        prepared_data, kept = prepare_data(sources, out, rebuild, check_tokenizer)
+        # tokens that were prepared already may be of any tokenizer
+        check_tokenizer(prepared_data.tokenizer)
+        lm_config = configure(prepared_data.tokenizer.vocab_size)
+        result = start_language_run(
+            out, lm_config, train_config, prepared_data, data_settings=kept,
+            start=None if start is None else start.model, sampler=_make_sampler(prepared_data.tokenizer),
+        )  # fmt: skip
+    _report(result, prepared_data, out if resume is None else resume, compressors)
+    stopped_by = result.result.stopped_by
+    return 128 + int(signal.Signals[stopped_by]) if stopped_by else 0
+
+
+def _make_sampler(tokenizer: Any) -> Any:
+    """Writes the samples on the way; seeded, so that a resumed run writes the same."""
+    from hgrn2.generate import Sampling, Writer
+
+    def sampler(model: Any, prompt: str) -> str:
+        writer = Writer(model, tokenizer, Sampling(temperature=0.8, top_p=0.95, seed=0))
+        return prompt + "".join(writer.write(prompt, 200))
+
+    return sampler
+
+
+def _report(run: Any, data: Any, out: Path, compressors: bool) -> None:
+    from hgrn2.train.checkpoint import resume_point
+
+    out = resume_point(out)[0]
+    result = run.result
+    if result.stopped_by:
+        return
+    for path in run.pictures:
+        print(f"picture  {path}")
+    record = result.last_validation
+    if record:
+        print(
+            f"held-out text: {record['val_bits_per_byte']:.3f} bits a byte, perplexity {record['val_perplexity']:.2f}"
+        )
+    if compressors:
+        _compare_compressors(data, record)
+    print(f"write with it:  hgrn2 generate {shlex.quote(str(out))} --prompt 'def '")
+
+
+def _compare_compressors(data: Any, record: dict[str, Any] | None) -> None:
+    import gzip
+    import lzma
+
+    held_out = data.validation
+    text = data.tokenizer.decode(held_out.tokens(0, held_out.num_tokens)).encode("utf-8")
+    rows = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
+    print(f"bits a byte on the same {len(text):,} held-out bytes:")
+    if record:
+        part = record["val_text_bytes"]
+        note = "" if part == len(text) else f"   (on {part:,} of them; raise --validation-tokens for all)"
+        print(f"  this model  {record['val_bits_per_byte']:.3f}{note}")
+    for name, packed in rows.items():
+        print(f"  {name:<10}  {8 * len(packed) / len(text):.3f}")
