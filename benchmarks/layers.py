@@ -64,14 +64,14 @@ def train(model: HGRN2LM, ids: Tensor, seconds: float) -> int:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (steps + 1) / WARMUP_STEPS) * (1 - 0.9 * done)
         with torch.autocast("cuda", torch.bfloat16):
-            loss, count, _ = model.loss(*batch_of(ids, generator), keep_state=False)
-        (loss / count).backward()
+            loss = model.loss(*batch_of(ids, generator), keep_state=False).mean
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         steps += 1
         if steps % 50 == 0:
-            print(f"step {steps}, {100 * done:.0f}%, loss {float((loss / count).detach()):.3f}", file=sys.stderr)
+            print(f"step {steps}, {100 * done:.0f}%, loss {float(loss.detach()):.3f}", file=sys.stderr)
     return steps * BATCH * LENGTH
 
 
@@ -89,10 +89,10 @@ def read_by_layers(model: HGRN2LM, ids: Tensor) -> tuple[list[Read], float]:
 
     handles = [m.register_forward_pre_hook(watch) for m in model.modules() if isinstance(m, HGRN2Mixer)]
     with torch.autocast("cuda", torch.bfloat16):
-        loss, count, _ = model.loss(*batch_of(ids, torch.Generator().manual_seed(2)), keep_state=False)
+        loss = model.loss(*batch_of(ids, torch.Generator().manual_seed(2)), keep_state=False).mean
     for handle in handles:
         handle.remove()
-    return found, float(loss / count)
+    return found, float(loss)
 
 
 def ways(read: Read) -> str:

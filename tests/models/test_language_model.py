@@ -41,10 +41,43 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(name):
 
 def test_a_loss_without_targets_is_zero():
     model = make_model(config_of("fla"))
-    loss, count, _ = model.loss(tokens(1, 5), torch.full((1, 5), -100))
-    assert (loss.item(), int(count)) == (0.0, 0)
-    loss.backward()
+    found = model.loss(tokens(1, 5), torch.full((1, 5), -100))
+    assert (found.sum.item(), found.mean.item(), int(found.num_targets)) == (0.0, 0.0, 0)
+    found.mean.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_parts_of_a_loss_have_names(compiled):
+    model = make_model(config_of("fla"), torch.float32)
+    ids, targets = tokens(2, 9), tokens(2, 9, seed=2)
+    targets[0, :3] = -100
+    loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager") if compiled else model.loss
+    found = loss(ids, targets)
+    total, count, state = found
+    assert total is found.sum
+    assert state is found.state
+    assert int(count) == int(found.num_targets) == 15
+    wanted = F.cross_entropy(model(ids)[0].flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(found.mean, wanted)
+    found.mean.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters())
+    assert repr(found).startswith(f"LossOutput(mean={wanted.item():.4g}, num_targets=15, state=ModelState(3 layers")
+
+
+def test_a_state_prints_in_one_line_and_moves():
+    model = make_model(config_of("short-conv"), torch.bfloat16)
+    state = model.init_state(2)
+    assert repr(state) == f"ModelState(3 layers, 2 sequences, {state.num_bytes:,} bytes, bfloat16, float32, cpu)"
+    assert state.num_sequences == 2
+    moved = state.to("meta")
+    assert {x.device.type for x in moved.tensors().values()} == {"meta"}
+    assert {n: x.dtype for n, x in moved.tensors().items()} == {n: x.dtype for n, x in state.tensors().items()}
+    empty = model.hidden_states(tokens(1, 3), keep_state=False)[1]
+    assert (repr(empty), empty.num_sequences) == ("ModelState(3 layers, no tensors kept)", 0)
+    for index in ([0], torch.tensor([0.0]), torch.tensor([[0]])):
+        with pytest.raises(UserError, match=r"index is .*; wanted a tensor \[M\] of int64"):
+            state.select(index)
 
 
 def test_the_loss_in_windows_is_that_of_the_whole():

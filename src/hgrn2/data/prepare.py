@@ -59,6 +59,10 @@ class PreparedData:
     manifest: dict[str, Any]
     reused: bool = True
 
+    def __repr__(self) -> str:
+        """One line: where the set lies and what it holds."""
+        return f"PreparedData({str(self.directory)!r}: {self.summary()})"
+
     @classmethod
     def open(cls, directory: str | Path, verify: bool | None = None, *, reused: bool = True) -> PreparedData:
         """Open a directory made by `prepare`, whether or not its inputs still exist.

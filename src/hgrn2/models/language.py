@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from hgrn2.errors import UserError
 from hgrn2.models.config import HGRN2Config
+from hgrn2.models.outputs import LossOutput
 from hgrn2.models.state import ModelState
 from hgrn2.nn.attention import Attention
 from hgrn2.nn.block import Block
@@ -262,25 +263,37 @@ class HGRN2LM(nn.Module):
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
         keep_state: bool = True,
-    ) -> tuple[Tensor, Tensor, ModelState]:
-        """Summed cross entropy, without ever holding all logits.
+    ) -> LossOutput:
+        """Computes the cross entropy of the next tokens without ever holding all logits.
 
         Args:
             input_ids: [B, T] int64.
             targets: [B, T] int64, the token that follows each place; -100 where none counts.
-            state: as in `forward`, likewise cu_seqlens.
-            cu_seqlens: see state.
-            keep_state: as in `hidden_states`; training on packed documents has no use for their last states.
+            state: of the tokens before, as in `forward`; None at a start.
+            cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, as in `forward`.
+            keep_state: whether the new state is wanted; training on packed documents has no use for it.
 
         Returns:
-            The sum in nats (float32 scalar), the number of targets that counted, and the new state.
+            sum, num_targets, state, and `mean`, the loss to call `backward()` on.
+
+        Example:
+            >>> import torch
+            >>> from hgrn2 import HGRN2LM, presets
+            >>> model = HGRN2LM(presets.tiny(vocab_size=257))
+            >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            >>> tokens = torch.randint(257, (2, 33))
+            >>> for step in range(2):
+            ...     loss = model.loss(tokens[:, :-1], tokens[:, 1:]).mean
+            ...     loss.backward()
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
         """
         if targets.shape != input_ids.shape:
             raise UserError(f"targets has shape {list(targets.shape)}; wanted {list(input_ids.shape)}, as input_ids")
         x, state = self.hidden_states(input_ids, state, cu_seqlens, keep_state=keep_state)
         targets = targets.flatten()
         loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets)
-        return loss, (targets != IGNORE).sum(), state
+        return LossOutput(loss, (targets != IGNORE).sum(), state)
 
     def step(self, token_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token of each sequence.

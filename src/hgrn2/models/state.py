@@ -1,4 +1,4 @@
-"""The state of a whole model: one value, made of plain named tensors."""
+"""The state of a whole model: one value made of named tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hgrn2.errors import UserError
 
 @dataclass(frozen=True)
 class ModelState:
-    """What the model remembers of the tokens before.
+    """Everything a model remembers of the tokens it has read; a value that is never changed in place.
 
     Attributes:
         layers: per layer, its mixer's tensors by name; the first axis of each is N, the sequences.
@@ -21,20 +21,53 @@ class ModelState:
 
     layers: tuple[dict[str, Tensor], ...]
 
+    def __repr__(self) -> str:
+        """One line: layers, sequences, bytes, dtypes and device."""
+        tensors = [x for layer in self.layers for x in layer.values()]
+        parts = [f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"]
+        if tensors:
+            n = self.num_sequences
+            dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in tensors if x.is_floating_point()})
+            parts += [f"{n} sequence{'' if n == 1 else 's'}", f"{self.num_bytes:,} bytes", *dtypes]
+            parts.append(str(tensors[0].device))
+        else:
+            parts.append("no tensors kept")
+        return f"ModelState({', '.join(parts)})"
+
+    @property
+    def num_sequences(self) -> int:
+        """N, the sequences the state is of; 0 when no tensors are kept."""
+        return next((x.shape[0] for layer in self.layers for x in layer.values()), 0)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> ModelState:
-        """The state with a function applied to every tensor."""
+        """Applies a function to every tensor and returns the new state."""
         return ModelState(tuple({name: function(x) for name, x in layer.items()} for layer in self.layers))
 
     def detach(self) -> ModelState:
-        """The same numbers without their history."""
+        """Cuts the state off from the graph that gradients flow through."""
         return self.map(torch.Tensor.detach)
 
-    def select(self, index: Tensor) -> ModelState:
-        """The states of some sequences.
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ModelState:
+        """Moves the state to a device; dtypes stay, as each tensor has the one its layer needs.
 
         Args:
-            index: [M] int64, sequences in the wanted order; -1 stands for a fresh start (zeros).
+            device: where to.
+            non_blocking: do not wait for the copy, as in `torch.Tensor.to`.
         """
+        return self.map(lambda x: x.to(torch.device(device), non_blocking=non_blocking))
+
+    def select(self, index: Tensor) -> ModelState:
+        """Picks the states of some sequences.
+
+        Args:
+            index: [M] int64 on the state's device, sequences in the wanted order; -1 stands for a fresh start (zeros).
+
+        Raises:
+            UserError: index is no tensor of whole numbers of one axis.
+        """
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            found = f"{list(index.shape)} of {index.dtype}" if isinstance(index, Tensor) else repr(index)
+            raise UserError(f"index is {found}; wanted a tensor [M] of int64, the sequences to pick")
         fresh = index < 0
         if not bool(fresh.any()):
             return self.map(lambda x: x.index_select(0, index))
@@ -48,18 +81,18 @@ class ModelState:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the tensors."""
+        """Memory the tensors take."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, "layers.3.recurrent", for saving."""
+        """Names all tensors, such as "layers.3.recurrent", for saving; layers count from 0."""
         return {
             f"layers.{i}.{name}": x.contiguous() for i, layer in enumerate(self.layers) for name, x in layer.items()
         }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ModelState:
-        """The inverse of `tensors`."""
+        """Makes a state of what `tensors` gave."""
         layers: dict[int, dict[str, Tensor]] = {}
         for key, x in tensors.items():
             _, index, name = key.split(".")
@@ -67,7 +100,7 @@ class ModelState:
         return cls(tuple(layers[i] for i in range(len(layers))))
 
     def check_like(self, template: ModelState) -> ModelState:
-        """This state, cast to the template's dtypes and device, if it belongs to the template's model.
+        """Casts the state to the template's dtypes and device, if it belongs to the template's model.
 
         Args:
             template: from the model's `init_state`, for as many sequences.
