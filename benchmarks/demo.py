@@ -11,6 +11,7 @@ import lzma
 import sys
 from pathlib import Path
 
+import environment  # noqa: F401  (before torch)
 from report import Row, arguments, report
 
 from hgrn2.data.prepare import PreparedData

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import environment  # noqa: F401  (before torch)
 import torch
 from torch import Tensor
 from torch.nn import functional

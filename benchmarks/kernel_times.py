@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+import environment  # noqa: F401  (before torch)
 import torch
 from exact import Inputs, make_inputs, scan, with_backward, without_gradients
 from report import Row, arguments, report, row

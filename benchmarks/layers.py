@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import environment  # noqa: F401  (before torch)
 import numpy as np
 import torch
 from report import Row, arguments, compare, report, row

@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import environment  # noqa: F401  (before torch)
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import environment  # noqa: F401  (before torch)
 import torch
 
 RATE_UNITS = ("tokens/s",)

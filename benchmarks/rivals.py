@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import environment  # noqa: F401  (before torch)
 import torch
 from torch import Tensor
 from torch.nn import functional

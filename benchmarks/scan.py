@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import environment  # noqa: F401  (before torch)
 import torch
 from exact import LIMITS, error, exact, loop, make_inputs, scan, with_backward, without_gradients
 from report import Row, arguments, compare, interleave, report, row

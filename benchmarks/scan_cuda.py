@@ -28,6 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import environment  # noqa: F401  (before torch)
 import torch
 from exact import (
     LIMITS,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import environment  # noqa: F401  (before torch)
 import torch
 from report import Row, arguments, compare, interleave, report, row
 from torch import Tensor, nn

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 
+import environment  # noqa: F401  (before torch)
 import torch
 from kernel_times import waited_for
 

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import environment  # noqa: F401  (before torch)
 import torch
 from report import Row, arguments, report
 

@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+# as the command does; OpenMP reads it once, when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -1,8 +1,28 @@
 """HGRN2: gated linear RNNs with state expansion (arXiv 2404.07904)."""
 
-from hgrn2 import ops
-from hgrn2.models import HGRN2LM, AttentionConfig, HGRN2Config, ModelState, presets
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hgrn2 import ops
+    from hgrn2.models import HGRN2LM, AttentionConfig, HGRN2Config, ModelState, presets
 
 __version__ = "0.1.0"
 
 __all__ = ["HGRN2LM", "AttentionConfig", "HGRN2Config", "ModelState", "__version__", "ops", "presets"]
+
+
+_SUBPACKAGES = {"models", "nn", "ops"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch takes seconds, and parts of the package need none."""
+    if name in _SUBPACKAGES:
+        return import_module(f"hgrn2.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("hgrn2.models"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
