@@ -19,12 +19,14 @@ from hgrn2.data import load_tokenizer
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.json_files import parse_json, read_json_object
 from hgrn2.layouts.convert import Source, Written, convert, parse_size
 from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.opening import ModelFolder, open_folder, read_folder_config
 from hgrn2.layouts.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
 from hgrn2.train.checkpoint import locate_model, read_config, read_while_training, resume_point
+from hgrn2.train.places import from_kept
 from hgrn2.train.run import check_same_tokens, choose_device, find_tokenizer
 
 
@@ -119,13 +121,40 @@ def prepare_data(
     }
 
 
-def open_prepared(run: Path) -> PreparedData:
-    """The prepared tokens a run was started with."""
+def open_prepared(run: Path, prepared: Path | None = None, data: Sequence[str] = ()) -> PreparedData:
+    """Open the prepared tokens a run was started with.
+
+    Args:
+        run: a run folder, or one of its checkpoints.
+        prepared: where the tokens are now; by default where the run remembers them.
+        data: the text they were made from, wherever it lies now, to prepare again with the run's own tokenizer.
+
+    Raises:
+        UserError: there are no tokens, or they are damaged. Whether they are the run's is known when it is resumed.
+    """
     folder = resume_point(run)[0]
     settings = read_config(folder).get("data")
-    if not isinstance(settings, dict) or not isinstance(settings.get("prepared"), str):
-        raise UserError(f"{folder}: config.json does not say where the prepared data is; restore it from a checkpoint")
-    return PreparedData.open(settings["prepared"])
+    if not isinstance(settings, dict):
+        settings = {}
+    if data:
+        own = {key: settings.get(key, default) for key, default in _DATA_KEYS.items()}
+        own |= {"tokenizer": str(folder), "prepared": None if prepared is None else str(prepared)}
+        return prepare_data(data_settings(own, data=list(data)), folder, False, lambda _: None)[0]
+    if prepared is not None:
+        return PreparedData.open(prepared)
+    was_at = settings.get("run_was_at")
+    if not isinstance(settings.get("prepared"), str) or not isinstance(was_at, str | None):
+        raise UserError(
+            f"{folder}: config.json does not say where the prepared data is; restore it from a checkpoint, or name the "
+            "data with --prepared"
+        )
+    place = from_kept(folder, settings["prepared"], was_at)
+    if not place.exists():
+        raise UserError(
+            f"{place}: the prepared tokens of {folder} are not there; name their place with --prepared, or the text "
+            "they were made from with --data"
+        )
+    return PreparedData.open(place)
 
 
 def model_config(
@@ -140,11 +169,12 @@ def model_config(
         if not sign:
             raise UserError(f"--set {change}: wanted KEY=VALUE")
         try:
-            keys[key] = json.loads(value)
-        except ValueError:
+            keys[key] = parse_json(value)
+        except ValueError as error:
+            # a word needs no quotes; what begins as JSON does is meant to be JSON
+            if value.lstrip()[:1] in ("[", "{") or value.isdecimal():
+                raise UserError(f"--set {key}: not JSON ({error}); wanted a setting of a model") from None
             keys[key] = value
-        except RecursionError:
-            raise UserError(f"--set {key}: the value is nested too deep; wanted a setting of a model") from None
     if not model:
         raise UserError("model '': names nothing; name a preset, a file or a folder")
     if model in presets.PRESETS:
@@ -156,12 +186,7 @@ def model_config(
     if path.is_dir():
         found = read_folder_config(path)[2].to_dict()
     elif path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a JSON configuration ({error})") from None
-        if not isinstance(found, dict):
-            raise UserError(f"{path}: found {type(found).__name__}, wanted an object with a model's settings")
+        found = read_json_object(path, "name a JSON file with a model's settings")
     else:
         raise UserError(f"{unknown_key_message('model', model, presets.PRESETS)}; nor is it a file or a folder")
     config = HGRN2Config.from_dict(

@@ -108,8 +108,8 @@ def test_jsonl(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": ', "line 2: not JSON: .*; mend the line"),
-        ("[" * 100_000, r"d\.jsonl, line 2: JSON nested too deep"),
+        ('{"text": ', "line 2: not JSON .*; mend the line"),
+        ("[" * 100_000, r"d\.jsonl, line 2: not JSON .nested too deep"),
         ('{"text": "a\\u0000b"}', r"line 2: binary, not text \(NUL at character 1\); take it out"),
         ("[1]", "line 2: a JSON list, wanted an object"),
         ('{"body": "x", "id": 1}', r"line 2: no field 'text' \(fields: body, id\)"),

@@ -90,9 +90,12 @@ def test_the_last_and_the_best_are_kept(store, run_dir):
     assert names(run_dir) == ["step-00000002", "step-00000004", "step-00000005"]
     save(store, 6, 6)
     assert names(run_dir) == ["step-00000005", "step-00000006"]
-    store.remove_after(5)
-    assert names(run_dir) == ["step-00000005"]
+    # kept until the next checkpoint is whole
+    store.set_aside_after(5)
+    assert names(run_dir) == ["replaced-step-00000006", "step-00000005"]
     assert store.latest() == run_dir / "checkpoints" / "step-00000005"
+    save(store, 6, 6)
+    assert names(run_dir) == ["step-00000005", "step-00000006"]
 
 
 def test_the_same_step_again_replaces(store, run_dir):

@@ -146,9 +146,7 @@ def test_a_run_and_its_resumption(data, tmp_path, changes):
         return f"sample {torch.rand(()).item()}"
 
     run_dir = tmp_path / "run"
-    done = start_language_run(
-        run_dir, model_config(), settings, data, data_settings={"prepared": "here"}, sampler=sampler
-    )
+    done = start_language_run(run_dir, model_config(), settings, data, data_settings={"named": "so"}, sampler=sampler)
     assert done.result.stopped_by is None
     assert prompts == [""]
     assert [p.name for p in done.pictures] == ["loss.png", "memory.png"]
@@ -156,8 +154,14 @@ def test_a_run_and_its_resumption(data, tmp_path, changes):
     assert done.result.last_validation["val_bits_per_byte"] > 0
     config = json.loads((run_dir / "config.json").read_text())
     assert config["model"] == model_config().to_dict()
-    assert config["train"] == settings.to_dict()
-    assert config["data"] == {"prepared": "here"}
+    # a default that depends on the budget is kept as a number of its own
+    assert config["train"] == settings.to_dict() | {"warmup_steps": 1}
+    assert config["data"] == {
+        "named": "so",
+        "prepared": str(data.directory),
+        "run_was_at": str(run_dir),
+        "fingerprints": {"train": data.train.fingerprint, "validation": data.validation.fingerprint},
+    }
 
     wanted = losses(run_dir)
     first = [r["loss"] for r in read_metrics(run_dir) if r["kind"] == "train"]
@@ -201,7 +205,9 @@ def test_resuming_with_other_data_is_refused(data, tmp_path):
     other = prepare([str(tmp_path / "other.txt")], "bytes", tmp_path / "prepared", progress=False)
     settings = TrainConfig.from_dict(SETTINGS | {"max_steps": 2})
     start_language_run(tmp_path / "run", model_config(), settings, data, data_settings={})
-    with pytest.raises(UserError, match="data position: saved with data"):
+    with pytest.raises(
+        UserError, match=r"its train and validation tokens are not those .*run was started with; .*--prepared"
+    ):
         resume_language_run(tmp_path / "run", other)
 
 
@@ -275,7 +281,7 @@ def test_resuming_goes_on_from_what_is_there_once_the_lock_is_held(data, tmp_pat
     @contextlib.contextmanager
     def held_after_another_process_went_back(run_dir):
         with run_lock(run_dir) as check_lock:
-            checkpoint.CheckpointStore(run_dir, 10).remove_after(8)
+            checkpoint.CheckpointStore(run_dir, 10).set_aside_after(8)
             yield check_lock
 
     monkeypatch.setattr("hgrn2.train.run.run_lock", held_after_another_process_went_back)

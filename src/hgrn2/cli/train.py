@@ -11,15 +11,15 @@ from typing import Annotated, Any
 
 import tyro
 
+from hgrn2.cli.output import tell
 from hgrn2.cli.parsing import Texts
 from hgrn2.data.staging import check_folder_place
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.settings import Start, data_settings, model_config, open_prepared, prepare_data, read_toml
-from hgrn2.train.config import TrainConfig
+from hgrn2.train.config import BUDGETS, TrainConfig
 from hgrn2.train.freezing import COPIED
 
-_BUDGETS = {"max_steps", "max_tokens", "max_time_s"}
 _DEFAULT_BUDGET = {"max_steps": 1000}
 _RUN = Path("runs/run")
 
@@ -68,7 +68,8 @@ def train(
         set: Model settings as KEY=VALUE, e.g. --set dropout=0.1 use_short_conv=true.
         out: Folder of the run (default: runs/run).
         config: A TOML file with tables [model], [train] and [data]; flags win over it.
-        resume: A run folder, or one of its checkpoints, to go on with; training flags change its settings.
+        resume: A run folder, or one of its checkpoints, to go on with; training flags change its settings, --prepared
+            or --data say where its own data is now.
         compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
         settings: Training settings.
     """
@@ -79,12 +80,11 @@ def train(
     # by name the default cannot go with --resume either
     named_out, out = out, _RUN if out is None else out
     if resume is not None:
-        own = {"data": data, "validation": validation, "text-field": text_field, "tokenizer": tokenizer,
-               "prepared": prepared, "rebuild": rebuild, "model": model, "from": from_, "set": set, "config": config,
-               "out": named_out}  # fmt: skip
+        own = {"validation": validation, "text-field": text_field, "tokenizer": tokenizer, "rebuild": rebuild,
+               "model": model, "from": from_, "set": set, "config": config, "out": named_out}  # fmt: skip
         if others := [f"--{name}" for name, value in own.items() if value]:
             raise UserError(f"--resume goes on with the run's own data and model; drop {' and '.join(others)}")
-        prepared_data = open_prepared(resume)
+        prepared_data = open_prepared(resume, prepared, data)
         result = resume_language_run(
             resume, prepared_data, changes=given, sampler=_make_sampler(prepared_data.tokenizer)
         )
@@ -101,7 +101,8 @@ def train(
             tokenizer=tokenizer, prepared=None if prepared is None else str(prepared),
         )  # fmt: skip
         train_settings = file["train"] | given
-        if not train_settings.keys() & _BUDGETS:
+        has_budget = not train_settings.keys().isdisjoint(BUDGETS)
+        if not has_budget:
             train_settings |= _DEFAULT_BUDGET
         train_config = TrainConfig.from_dict(train_settings)
         if train_config.freeze == COPIED and start is None:
@@ -112,6 +113,8 @@ def train(
         configure = functools.partial(model_config, model, file["model"], set)
         configure(None)
         check_new_run(out)
+        if not has_budget:
+            tell("no budget given: 1,000 steps; --max-steps, --max-tokens or --max-time-s set another")
 
         def check_tokenizer(found: Tokenizer) -> None:
             found.check_fits(configure(found.vocab_size).vocab_size)
@@ -148,6 +151,11 @@ def _report(run: Any, data: Any, out: Path, compressors: bool) -> None:
     out = resume_point(out)[0]
     result = run.result
     if result.stopped_by:
+        return
+    if result.had_ended and not run.pictures:
+        # that it had ended has been said
+        if compressors:
+            _compare_compressors(data, result.last_validation)
         return
     for path in run.pictures:
         print(f"picture  {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from hgrn2.data.hub import hub_reachable
 from hgrn2.data.text import cut_pieces, open_binary, read_error, read_text
 from hgrn2.errors import UserError
+from hgrn2.json_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,9 @@ def hub_documents(spec: str, field: str) -> Iterator[Document]:
 
 def _json_text(line: bytes, field: str, where: str) -> str:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}; mend the line or take it out") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: JSON nested too deep to be read; mend the line or take it out") from error
+        raise UserError(f"{where}: not JSON ({error}); mend the line or take it out") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, wanted an object with the key {field!r}")
     text = _row_text(row, field, where)

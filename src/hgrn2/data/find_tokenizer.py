@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from hgrn2.data.hub import hub_reachable
-from hgrn2.data.model_files import ModelFiles, read_model_files, template_start
 from hgrn2.data.tokenizer import (
     BYTES_FILE,
     BYTES_MARKER,
@@ -19,6 +17,7 @@ from hgrn2.data.tokenizer import (
     Tokenizer,
 )
 from hgrn2.errors import UserError
+from hgrn2.json_files import parse_json
 
 _BPE_REQUEST = re.compile(r"bpe:(\d+)")
 # as of a model; the library ends the process for some that are larger
@@ -101,17 +100,16 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 def _load_directory(path: Path) -> Tokenizer:
     # a folder of bytes may hold a tokenizer.json of the same tokens for transformers
-    if (path / BYTES_FILE).is_file():
-        return _load_file(path / BYTES_FILE)
-    if (path / TOKENIZER_FILE).is_file():
-        return _load_file(path / TOKENIZER_FILE, read_model_files(path))
+    for name in (BYTES_FILE, TOKENIZER_FILE):
+        if (path / name).is_file():
+            return _load_file(path / name)
     sentencepiece = sorted(path.glob("*.model"))
     if sentencepiece:
         raise UserError(_sentencepiece_message(sentencepiece[0]))
     raise UserError(f"tokenizer {str(path)!r}: the directory holds no {TOKENIZER_FILE}; give one that does, or 'bytes'")
 
 
-def _load_file(path: Path, about: ModelFiles | None = None) -> Tokenizer:
+def _load_file(path: Path) -> Tokenizer:
     if path.suffix == ".model":
         raise UserError(_sentencepiece_message(path))
     if path.suffix == ".gguf":
@@ -120,20 +118,15 @@ def _load_file(path: Path, about: ModelFiles | None = None) -> Tokenizer:
             f"tokenizer {str(path)!r} is a GGUF file; write a folder of it in Python, by transformers: {write}"
         )
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
+        data = path.read_bytes()
+        content = parse_json(data)
     except OSError as error:
         raise UserError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"tokenizer {str(path)!r} is not JSON: {error}") from error
+        raise UserError(f"tokenizer {str(path)!r} is not JSON ({error}); copy it again from where it came") from error
     if content == BYTES_MARKER:
         return ByteTokenizer()
-    tokenizer = HFTokenizer.from_json(text, str(path), eot=about.eot if about else None)
-    if about is not None:
-        tokenizer.follow(
-            about.eot, about.end_ids, template_start(tokenizer.backend) if about.begins_as_template else []
-        )
-    return tokenizer
+    return HFTokenizer.from_json(data.decode("utf-8-sig"), str(path))
 
 
 def _load_hub(name: str) -> Tokenizer:

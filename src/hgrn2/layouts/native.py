@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hgrn2.errors import UserError
+from hgrn2.json_files import DIGEST_KEY, check_digest
 from hgrn2.layouts.keys import check_keys
 from hgrn2.layouts.tables import Table
 from hgrn2.models import HGRN2Config
@@ -28,8 +29,14 @@ def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
     """The config.json of a run: the model's settings are one of its tables.
 
     Raises:
-        UserError: an unknown key, values that contradict each other, or settings beside the table.
+        UserError: an unknown key, values that contradict each other, settings beside the table, or tables that do not
+            match the file's digest.
     """
+    if DIGEST_KEY in values:
+        # transformers adds keys of its own on the way here
+        covered = {key: values[key] for key in (*_TABLES, DIGEST_KEY) if key in values}
+        check_digest(covered, "config of a run", "restore it from a copy; training settings are changed with flags")
+        values = {key: value for key, value in values.items() if key != DIGEST_KEY}
     mixed = [key for key in _KEYS if key in values]
     if mixed:
         raise UserError(f"{', '.join(mixed)} beside the table {TABLE!r}; put all settings of the model into the table")

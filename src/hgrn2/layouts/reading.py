@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import pickle
 import re
 import warnings
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hgrn2.errors import UserError
+from hgrn2.json_files import read_json_object
 from hgrn2.layouts.files import SAFETENSORS_DTYPES
 
 CONFIG_NAME = "config.json"
@@ -137,17 +137,9 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or something else in it.
     """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent}: no {file.name} there; name a folder that has one") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error}); {_COPY_AGAIN}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: found {type(found).__name__}, wanted an object; {_COPY_AGAIN}")
-    return found
+    if not file.exists():
+        raise UserError(f"{file.parent}: no {file.name} there; name a folder that has one")
+    return read_json_object(file, _COPY_AGAIN)
 
 
 def name_some(names: Iterable[str]) -> str:

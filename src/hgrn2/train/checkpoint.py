@@ -1,7 +1,7 @@
 """Checkpoints: a folder of safetensors and JSON that exists whole or not at all.
 
-RUN/config.json                          model, train and data settings
-RUN/tokenizer.json                       or whatever the tokenizer saves
+RUN/config.json                          model, train and data settings, with a digest
+RUN/tokenizer.json  RUN/SHA256SUMS       or whatever files the tokenizer saves, and their checksums
 RUN/checkpoints/step-00001234/
     model.safetensors  optimizer.safetensors  task.safetensors
     state.json  config.json  SHA256SUMS  (`sha256sum -c` understands it)
@@ -23,19 +23,30 @@ from torch import Tensor, nn
 
 from hgrn2.data.staging import sync_path, write_text_whole
 from hgrn2.errors import UserError
+from hgrn2.json_files import check_digest, parse_json, read_json_object, with_digest
 from hgrn2.layouts.files import sha256_of, write_safetensors, write_text
 from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.reading import find_weights
 from hgrn2.train.lock import LOCK_NAME, run_lock
+from hgrn2.train.soundness import (
+    CONFIG_NAME,
+    MODEL_NAME,
+    OPTIMIZER_NAME,
+    STATE_NAME,
+    SUMS_NAME,
+    TASK_NAME,
+    find_fault,
+    is_checkpoint_name,
+    is_of_step,
+    looks_whole,
+    read_sums,
+    verify,
+)
 
-CONFIG_NAME = "config.json"
-MODEL_NAME = "model.safetensors"
-OPTIMIZER_NAME = "optimizer.safetensors"
-TASK_NAME = "task.safetensors"
-STATE_NAME = "state.json"
-SUMS_NAME = "SHA256SUMS"
 FOLDER_NAME = "checkpoints"
 _TEMPORARY = ".tmp-"
+# checkpoints of later steps than the one a run goes on from, kept until its next checkpoint is whole
+_SET_ASIDE = "replaced-"
 # a run that always has another checkpoint by the time a reader has failed is faster than the reader
 _MOST_READS = 20
 
@@ -52,6 +63,7 @@ class Checkpoint:
         optimizer: state by "parameter name/key".
         task: tensors the task carries from step to step; empty for most.
         state: step, tokens, position in the data, generators, counters.
+        train: the training settings it was written with.
     """
 
     path: Path
@@ -59,6 +71,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     task: dict[str, Tensor]
     state: dict[str, Any]
+    train: dict[str, Any]
 
 
 class CheckpointStore:
@@ -77,7 +90,13 @@ class CheckpointStore:
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half-written; only for the process that holds the run's lock."""
         for leftover in self._folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover)
+            final = self._folder / leftover.name.removeprefix(_TEMPORARY)
+            # killed just before the rename: whole, and perhaps the only one of its step
+            is_free = is_checkpoint_name(final.name) and not os.path.lexists(final)
+            if is_free and find_fault(leftover, final.name) is None:
+                leftover.rename(final)
+            else:
+                _delete(leftover)
         # see staged_file
         for leftover in self._folder.parent.glob(".*.partial"):
             leftover.unlink(missing_ok=True)
@@ -111,11 +130,12 @@ class CheckpointStore:
                 OPTIMIZER_NAME: write_safetensors(temporary / OPTIMIZER_NAME, optimizer),
                 TASK_NAME: write_safetensors(temporary / TASK_NAME, task),
                 STATE_NAME: write_text(temporary / STATE_NAME, json.dumps(state, indent=1)),
-                CONFIG_NAME: write_text(temporary / CONFIG_NAME, json.dumps(config, indent=1)),
+                CONFIG_NAME: write_text(temporary / CONFIG_NAME, json.dumps(with_digest(config), indent=1)),
             }
             write_text(temporary / SUMS_NAME, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
             sync_path(temporary)
-            self._remove(final)
+            if os.path.lexists(final):
+                self._set_aside(final)
             temporary.rename(final)
             sync_path(self._folder)
         except BaseException:
@@ -124,36 +144,50 @@ class CheckpointStore:
         self._retain(final, best_step)
         return final
 
-    def remove_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, which a run that goes on from this step makes anew."""
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps; they are removed when the next checkpoint is whole."""
         for path in checkpoints_of(self._folder.parent):
             if _step_of(path) > step:
-                self._remove(path)
+                self._set_aside(path)
+
+    def _set_aside(self, path: Path) -> None:
+        aside = path.with_name(f"{_SET_ASIDE}{path.name}")
+        if os.path.lexists(aside):
+            self._remove(aside)
+        path.rename(aside)
 
     def _retain(self, newest: Path, best_step: int | None) -> None:
-        kept = set(checkpoints_of(self._folder.parent)[-self._keep_last :]) | {newest}
-        for path in checkpoints_of(self._folder.parent):
+        for path in self._folder.glob(f"{_SET_ASIDE}step-*"):
+            # one that was renamed is not the one that its name says has been replaced
+            if is_of_step(path, path.name.removeprefix(_SET_ASIDE)):
+                self._remove(path)
+        # a renamed or truncated one is not counted, so that it pushes no good one out; nor is it removed
+        whole = [path for path in checkpoints_of(self._folder.parent) if looks_whole(path, path.name)]
+        kept = {*whole[-self._keep_last :], newest}
+        for path in whole:
             if path not in kept and _step_of(path) != best_step:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
         # renamed first, so that a kill in the middle leaves no half of a checkpoint under a good name
-        if path.exists():
-            doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+        _delete(doomed)
+        path.rename(doomed)
+        _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    # what a link leads to may be the only copy, on another disk
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = (run_dir / FOLDER_NAME).glob("step-*") if (run_dir / FOLDER_NAME).is_dir() else ()
-    return sorted((path for path in found if _is_checkpoint_name(path.name)), key=_step_of)
-
-
-def _is_checkpoint_name(name: str) -> bool:
-    # isdigit alone is true of digits that int() refuses, such as a superscript two
-    digits = name.removeprefix("step-")
-    return name.startswith("step-") and digits.isascii() and digits.isdigit()
+    return sorted((path for path in found if is_checkpoint_name(path.name)), key=_step_of)
 
 
 def _step_of(path: Path) -> int:
@@ -170,13 +204,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: a file is missing, truncated or changed; the newest older one that is good is named.
     """
     try:
-        _verify(path)
+        if fault := find_fault(path, path.name):
+            raise ValueError(fault)
         return Checkpoint(
             path=path,
             model=load_file(path / MODEL_NAME),
             optimizer=load_file(path / OPTIMIZER_NAME),
             task=load_file(path / TASK_NAME),
-            state=json.loads((path / STATE_NAME).read_text(encoding="utf-8")),
+            state=parse_json((path / STATE_NAME).read_bytes()),
+            train=read_config(path).get("train", {}),
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"checkpoint {path}: {error}; {_way_out(path)}") from None
@@ -196,11 +232,25 @@ def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
     is_checkpoint = folder.parent.name == FOLDER_NAME
     # a model from elsewhere may come without checksums
     if is_checkpoint or (folder / SUMS_NAME).exists():
-        try:
-            _verify(folder, only=(MODEL_NAME, CONFIG_NAME))
-        except (OSError, ValueError) as error:
-            raise UserError(f"model {folder}: {error}; {_way_out(folder)}") from None
-    return folder, folder.parent.parent if is_checkpoint else folder
+        only = (MODEL_NAME, CONFIG_NAME, STATE_NAME) if is_checkpoint else (MODEL_NAME, CONFIG_NAME)
+        if fault := find_fault(folder, folder.name, only):
+            raise UserError(f"model {folder}: {fault}; {_way_out(folder)}")
+    tokenizer_dir = folder.parent.parent if is_checkpoint else folder
+    if is_checkpoint and (tokenizer_dir / SUMS_NAME).exists():
+        _check_tokenizer(tokenizer_dir)
+    return folder, tokenizer_dir
+
+
+def _check_tokenizer(run_dir: Path) -> None:
+    """Raise UserError if the tokenizer of a run is not the one it was trained with."""
+    try:
+        sums = read_sums(run_dir)
+        verify(run_dir, tuple(sums))
+        tokenizers = [path.name for path in run_dir.glob("*tokenizer.json")]
+        if others := sorted(set(tokenizers) - sums.keys()):
+            raise ValueError(f"{others[0]} is not among the files in {SUMS_NAME}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir}: {error}; restore it from a copy, or from the prepared data") from None
 
 
 def _model_folder(path: Path, which: str) -> Path:
@@ -212,7 +262,7 @@ def _model_folder(path: Path, which: str) -> Path:
         raise UserError(f"{path}: no model there; name a run folder, a checkpoint, or a folder with {MODEL_NAME}")
     if which == "best":
         try:
-            best = json.loads((found[-1] / STATE_NAME).read_text(encoding="utf-8")).get("best")
+            best = parse_json((found[-1] / STATE_NAME).read_bytes()).get("best")
             best_step = best["step"] if best else None
         except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
             raise UserError(f"checkpoint {found[-1]}: {STATE_NAME}: {error}; {_way_out(found[-1])}") from None
@@ -279,10 +329,13 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
         run_dir.mkdir(parents=True, exist_ok=True)
         if (run_dir / CONFIG_NAME).exists():
             # first config.json, then the tokenizer, which may have another name than the new one
-            for old in (run_dir / CONFIG_NAME, *run_dir.glob("*tokenizer.json")):
-                old.unlink()
+            for old in (run_dir / CONFIG_NAME, run_dir / SUMS_NAME, *run_dir.glob("*tokenizer.json")):
+                old.unlink(missing_ok=True)
         if tokenizer is not None:
+            before = set(run_dir.iterdir())
             tokenizer.save(run_dir)
+            saved = sorted(path for path in set(run_dir.iterdir()) - before if path.is_file())
+            write_text_whole(run_dir / SUMS_NAME, "".join(f"{sha256_of(path)}  {path.name}\n" for path in saved))
         write_config(run_dir, config)
     except OSError as error:
         raise UserError(f"{run_dir}: cannot make the run folder ({error.strerror}); name another folder") from None
@@ -290,7 +343,7 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Replace the run's config.json in one move."""
-    write_text_whole(run_dir / CONFIG_NAME, json.dumps(config, indent=1))
+    write_text_whole(run_dir / CONFIG_NAME, json.dumps(with_digest(config), indent=1))
     sync_path(run_dir)
 
 
@@ -298,18 +351,13 @@ def read_config(path: Path) -> dict[str, Any]:
     """Settings of a run folder, a checkpoint or a folder that `hgrn2 convert` wrote.
 
     Raises:
-        UserError: no config.json there, or it is no JSON object.
+        UserError: no config.json there, it is no JSON object, or it was damaged or edited.
     """
     file = path / CONFIG_NAME
     if not file.is_file():
         raise UserError(f"{path}: no {CONFIG_NAME} there; name a run folder or one of its checkpoints")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); restore it from a checkpoint of the run") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: found {type(config).__name__}, wanted an object; restore it from a checkpoint")
-    return config
+    remedy = "restore it from a checkpoint of the run"
+    return check_digest(read_json_object(file, remedy), file, f"{remedy}; training settings are changed with flags")
 
 
 def resume_point(path: Path) -> tuple[Path, Path | None]:
@@ -361,28 +409,13 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
         tensor.copy_(found)
 
 
-def _verify(path: Path, only: tuple[str, ...] | None = None) -> None:
-    """Raise a ValueError or OSError that names the first file whose checksum is not the one recorded."""
-    if not (path / SUMS_NAME).is_file():
-        raise ValueError(f"{SUMS_NAME} is missing")
-    lines = (path / SUMS_NAME).read_text(encoding="utf-8").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in only or (MODEL_NAME, OPTIMIZER_NAME, TASK_NAME, STATE_NAME, CONFIG_NAME):
-        if not (path / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if sums.get(name) != sha256_of(path / name):
-            raise ValueError(f"{name} is truncated or was changed (its checksum is not the one in {SUMS_NAME})")
-
-
 def _way_out(path: Path) -> str:
     """What to type instead of a bad checkpoint."""
-    if path.parent.name != FOLDER_NAME or not _is_checkpoint_name(path.name):
+    if path.parent.name != FOLDER_NAME or not is_checkpoint_name(path.name):
         return "restore the folder from a copy"
     for older in reversed(checkpoints_of(path.parent.parent)):
         if _step_of(older) < _step_of(path):
-            try:
-                _verify(older)
-            except (OSError, ValueError):
+            if find_fault(older, older.name) is not None:
                 continue
             return f"the newest good one before it is {older}: name that instead"
     return "no older checkpoint of this run is good; start a new run"

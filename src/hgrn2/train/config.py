@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from hgrn2.errors import UserError, check_types, unknown_key_message
@@ -42,6 +42,9 @@ _MOST_THREADS = 4096
 _MOST_TOKENS = 2**26
 # Muon's updates are of one size, and beyond float32 torch cannot be told
 _LARGEST_MUON_RATE = 1e6
+# by default
+_MOST_WARMUP_STEPS = 100
+BUDGETS = ("max_steps", "max_tokens", "max_time_s")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class TrainConfig:
     schedule: Literal["cosine", "wsd", "inverse-sqrt", "constant"] = "cosine"
     """Shape of the learning rate after the warmup; wsd: warmup, stable, decay to the end."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate rises from zero; unset: 100, or max_steps / 10 if less."""
+    """Steps over which the learning rate rises from zero; unset: 100, or max_steps / 10 if less (inverse-sqrt: 100)."""
     decay_fraction: float | None = None
     """The last part of the budget, over which wsd decays; unset: 0.2."""
     min_lr_fraction: float | None = None
@@ -200,10 +203,6 @@ class TrainConfig:
             raise UserError("train config: schedule inverse-sqrt decays from the end of the warmup; set warmup_steps")
         if self.teacher is not None and self.stream:
             raise UserError("train config: a teacher reads packed documents; leave out stream, or the teacher")
-        if self.max_steps is not None and (self.warmup_steps or 0) > self.max_steps:
-            raise UserError(
-                f"train config: warmup_steps {self.warmup_steps} exceeds max_steps {self.max_steps}; lower it"
-            )
         if self.max_tokens is not None and self.max_tokens < self.tokens_per_step:
             raise UserError(
                 f"train config: max_tokens {self.max_tokens} is less than one step of {self.tokens_per_step} "
@@ -238,7 +237,27 @@ class TrainConfig:
         """warmup_steps, or its default."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return 100 if self.max_steps is None else min(100, self.max_steps // 10)
+        # inverse-sqrt is the same whatever the budget, and its shape depends on the warmup
+        if self.max_steps is None or self.schedule == "inverse-sqrt":
+            return _MOST_WARMUP_STEPS
+        return min(_MOST_WARMUP_STEPS, self.max_steps // 10)
+
+    def resolved(self) -> TrainConfig:
+        """The settings with which a run begins: defaults that depend on the budget become numbers of their own.
+
+        So they stay when the run is resumed with a longer budget. A warmup that is longer than the budget is lowered,
+        with a warning.
+        """
+        steps = self.num_warmup_steps
+        if self.max_steps is not None and steps > self.max_steps:
+            steps = max(1, self.max_steps // 10)
+            warnings.warn(
+                f"train config: a warmup of {self.num_warmup_steps} steps is longer than max_steps {self.max_steps}; "
+                f"lowered to {steps}",
+                UserWarning,
+                stacklevel=2,
+            )
+        return replace(self, warmup_steps=steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain numbers and strings."""

@@ -19,42 +19,18 @@ import hgrn2
 from hgrn2.errors import UserError, check_types
 from hgrn2.train import checkpoint as ckpt
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.counters import Counters, describe_changes
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.freezing import Freezing
 from hgrn2.train.interrupt import StopRequest
-from hgrn2.train.metrics import MetricsWriter, read_metrics
+from hgrn2.train.metrics import METRICS_NAME, MetricsWriter, read_metrics
 from hgrn2.train.optim import NamedOptimizer
 from hgrn2.train.rng import rng_state, seed_everything, set_rng_state, shielded_rng
-from hgrn2.train.schedule import lr_fraction
+from hgrn2.train.schedule import lr_fraction, used_fraction
 from hgrn2.train.task import Task
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SMOOTHING = 0.95
-
-
-@dataclass
-class Counters:
-    """Where a run is; travels in every checkpoint's state.json.
-
-    Attributes:
-        step: optimizer steps, skipped ones included.
-        tokens: tokens read for training.
-        elapsed_s: wall clock of the run so far, without the time it stood still.
-        skipped_steps: steps whose loss or gradient was not finite.
-        skipped_in_a_row: how many of those came last.
-        smoothed_loss: running mean of the finite losses, nats a target.
-        validated_step: step of the last validation.
-        best: {"step", "val_loss"} of the best validation.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    smoothed_loss: float | None = None
-    validated_step: int = -1
-    best: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +43,7 @@ class TrainResult:
         counters: steps, tokens, seconds, skipped steps, best validation.
         last_validation: the last validation record of metrics.jsonl; None if there is none, or if it was not finite.
         stopped_by: name of the signal that stopped the run, or None when its budget is used up.
+        had_ended: whether the budget was used up already, so that nothing was done.
     """
 
     run_dir: Path
@@ -74,6 +51,7 @@ class TrainResult:
     counters: Counters
     last_validation: dict[str, Any] | None = None
     stopped_by: str | None = None
+    had_ended: bool = False
 
 
 @dataclass
@@ -115,6 +93,7 @@ class Trainer:
         self._device = self._optimizer.parameters[0].device
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
         self._saved_step = -1
+        self._saved_records: int | None = None
 
     def run(self) -> TrainResult:
         """Train until the budget is used up or a signal asks to stop.
@@ -128,6 +107,8 @@ class Trainer:
             self._store.remove_leftovers()
             with _a_state_of_a_run(self.resume_from):
                 self._restore()
+            if self._has_ended():
+                return self._result(finished=True, had_ended=True)
             with (
                 StopRequest() as stop,
                 MetricsWriter(
@@ -135,7 +116,7 @@ class Trainer:
                     resume_step=self._counters.step,
                     tensorboard=self.config.tensorboard,
                     # what cannot go on leaves the later checkpoints where they are
-                    before_dropping=lambda: self._store.remove_after(self._saved_step),
+                    before_dropping=lambda: self._store.set_aside_after(self._saved_step),
                 ) as metrics,
                 self.display,
             ):
@@ -158,22 +139,38 @@ class Trainer:
                 f"{self.run_dir}: stopped after step {self._counters.step}, which left weights that are not finite; "
                 f"{self._last_good()}; lower learning_rate or raise warmup_steps"
             ) from error
+        # a signal that came after the last step has stopped nothing
+        return self._result(finished, stop.signal_name)
+
+    def _has_ended(self) -> bool:
+        """Whether the checkpoint to resume from is the end of the run: its budget used up, and validated."""
+        counters = self._counters
+        progress = used_fraction(self.config, counters.step, counters.tokens, counters.elapsed_s)
+        return self.resume_from is not None and progress >= 1.0 and counters.validated_step == counters.step
+
+    def _result(self, finished: bool, signal_name: str | None = None, had_ended: bool = False) -> TrainResult:
         newest = self._store.latest()
         assert newest is not None, "a run that ends has a checkpoint"
-        validations = [r for r in read_metrics(self.run_dir) if r["kind"] == "validation"]
-        last = validations[-1] if validations else None
+        has_records = (self.run_dir / METRICS_NAME).exists()
+        records = read_metrics(self.run_dir) if has_records else []
+        last = next((record for record in reversed(records) if record["kind"] == "validation"), None)
         return TrainResult(
             self.run_dir,
             newest,
             self._counters,
             None if last is None or last["val_loss"] is None else last,
-            # a signal that came after the last step has stopped nothing
-            None if finished else stop.signal_name,
+            None if finished else signal_name,
+            had_ended,
         )
 
     def _train(self, stop: StopRequest, metrics: MetricsWriter) -> bool:
         """Go on to the end of the budget (True) or to a signal (False)."""
         config, counters = self.config, self._counters
+        if num_lost := max(0, (self._saved_records or 0) - metrics.num_records):
+            self.display.note(
+                f"metrics.jsonl: {num_lost:,} of {self._saved_records:,} records up to step {counters.step} are gone; "
+                "training goes on, pictures will lack them"
+            )
         metrics.write({"kind": "start", "step": counters.step, **self._environment()})
         self._progress_at_start, self._session_started_s = self._progress(), time.monotonic()
         finished = self._progress() >= 1.0
@@ -328,6 +325,7 @@ class Trainer:
                 "freezing": self._freezing.state_dict(),
                 "rng": rng_state(),
                 "environment": self._environment(),
+                "num_records": metrics.num_records,
             },
             config=self.run_config,
             best_step=counters.best["step"] if counters.best else None,
@@ -352,19 +350,17 @@ class Trainer:
         if (best := self._counters.best) is not None:
             self._counters.best = {"step": int(best["step"]), "val_loss": float(best["val_loss"])}
         set_rng_state(state["rng"])
+        self._saved_records = state.get("num_records")
+        for line in describe_changes(saved.train, self.run_config.get("train", {}), self._counters):
+            self.display.note(line)
         before, now = state["environment"], self._environment()
         if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
             self.display.note(f"resuming elsewhere ({', '.join(changed)}): losses may differ in the last bits")
 
     def _progress(self) -> float:
         """Used fraction of the budget."""
-        config, counters = self.config, self._counters
-        used = [
-            counters.step / config.max_steps if config.max_steps else 0.0,
-            counters.tokens / config.max_tokens if config.max_tokens else 0.0,
-            (time.monotonic() - self._started_s) / config.max_time_s if config.max_time_s else 0.0,
-        ]
-        return min(1.0, max(used))
+        counters = self._counters
+        return used_fraction(self.config, counters.step, counters.tokens, time.monotonic() - self._started_s)
 
     def _eta_s(self) -> float | None:
         done = self._progress() - self._progress_at_start

@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hgrn2.data.staging import staged_file
-from hgrn2.errors import UserError
+from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.json_files import parse_json
 
 METRICS_NAME = "metrics.jsonl"
+# of the record without it; lines of older runs, and lines that people append, have none
+_CHECKSUM = "crc32"
+_COMMON = {"kind", "step", "tokens", "elapsed_s", _CHECKSUM}
+# what a line without a checksum may hold: anything else is a damaged name. A task's figures have names of their own
+_KEYS = {
+    "start": _COMMON | {"device", "num_threads", "torch", "hgrn2"},
+    "train": _COMMON
+    | {"loss", "smoothed_loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes", "skipped_steps"},
+    "validation": _COMMON | {"val_loss", "val_perplexity", "val_bits_per_byte", "val_tokens", "val_text_bytes"},
+    "sample": _COMMON | {"text"},
+    "unfreeze": _COMMON,
+}
 # figures that readers rely on, by the kind of record; those that may be null were not finite, or not measured
 _NUMBERS = {"train": ("tokens", "elapsed_s"), "validation": ("tokens", "elapsed_s")}
 _NUMBERS_OR_NULL = {"train": ("loss",), "validation": ("val_loss",)}
@@ -20,56 +34,103 @@ _OPTIONAL = ("val_bits_per_byte",)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole record of a metrics file; a last line torn by a kill is left out.
+    """Read every whole record of a metrics file; a last line torn by a kill is left out.
 
     Args:
         path: the file, or the run folder that holds it.
 
+    Returns:
+        The records, without their checksums.
+
     Raises:
-        UserError: there is no such file, or a whole line is no JSON object, or no record of a run.
+        UserError: there is no such file, or a whole line is no record of a run, or not the one that was written.
     """
     path = path / METRICS_NAME if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a run folder that has {METRICS_NAME}")
-    # a line without its newline was cut off while it was written, even if what is there parses
-    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, torn = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); remove the line") from None
+            record = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the line") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: found {type(record).__name__}, wanted an object; remove the line")
         if fault := _fault(record):
             raise UserError(f"{path}, line {number}: {fault}; remove the line")
+        record.pop(_CHECKSUM, None)
         records.append(record)
+    # what a kill cuts off while it is written ends with the record, at the latest
+    if (end := torn.rfind(b"}")) >= 0 and torn[end + 1 :] and _is_json(torn[: end + 1]):
+        raise UserError(f"{path}, line {len(lines) + 1}: goes on after its record; remove the line")
     return records
 
 
+def _is_json(text: bytes) -> bool:
+    try:
+        parse_json(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _fault(record: dict[str, Any]) -> str | None:
-    """What is wrong with a record, or None."""
+    """Return what is wrong with a record, or None."""
     kind = record.get("kind")
     if not isinstance(kind, str):
         return f"kind is {kind!r}, wanted a word"
     if type(record.get("step")) is not int:
-        return f"step is {record.get('step')!r}, wanted a whole number"
+        return f"step is {_shown(record.get('step'))}, wanted a whole number"
+    if _CHECKSUM in record:
+        rest = {key: value for key, value in record.items() if key != _CHECKSUM}
+        if record[_CHECKSUM] != _checksum(rest):
+            return f"damaged or edited (its content does not match its {_CHECKSUM})"
+    elif unknown := _unknown(kind, record):
+        return unknown
     for key in (*_NUMBERS.get(kind, ()), *_NUMBERS_OR_NULL.get(kind, ()), *_OPTIONAL):
         if key not in record and key not in _OPTIONAL:
             return f"a {kind} record without {key}"
         value = record.get(key)
         nullable = key not in _NUMBERS.get(kind, ())
-        # the comparison is false for NaN, and does not overflow for whole numbers of any length
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-        if not (number or (value is None and nullable)):
-            return f"{key} is {value!r}, wanted a number"
+        if not (_is_number(value) or (value is None and nullable)):
+            return f"{key} is {_shown(value)}, wanted a number"
     return None
+
+
+def _unknown(kind: str, record: dict[str, Any]) -> str | None:
+    if kind not in _KEYS:
+        return unknown_key_message("kind of record", kind, _KEYS)
+    for key in record.keys() - _KEYS[kind]:
+        if kind != "validation" or not (record[key] is None or _is_number(record[key])):
+            return unknown_key_message(f"a {kind} record", key, _KEYS[kind])
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    # the comparison is false for NaN, and does not overflow for whole numbers of any length
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    # of the values: tools that write the same ones in another layout or order may
+    try:
+        text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    except (RecursionError, ValueError):
+        # no record of ours is that deep, or holds such numbers
+        return ""
+    return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _line(record: dict[str, Any]) -> str:
     # JSON has no NaN and no infinity: they become null
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+    return json.dumps({**finite, _CHECKSUM: _checksum(finite)}, ensure_ascii=False) + "\n"
 
 
 class MetricsWriter:
@@ -80,6 +141,9 @@ class MetricsWriter:
         resume_step: records of later steps, and a torn last line, are dropped first; 0 drops everything.
         tensorboard: also write event files under run_dir / "tensorboard".
         before_dropping: called when nothing can refuse any more, before the records are dropped.
+
+    Attributes:
+        num_records: records in the file.
 
     Raises:
         UserError: TensorBoard is asked for and not installed, or the file that is there cannot be read.
@@ -95,6 +159,7 @@ class MetricsWriter:
     ) -> None:
         path = run_dir / METRICS_NAME
         kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() and resume_step else []
+        self.num_records = len(kept)
         with staged_file(path) as partial:
             partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
             self._board = _tensorboard_writer(run_dir / "tensorboard", resume_step) if tensorboard else None
@@ -103,6 +168,7 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; "kind" and "step" say what it is."""
+        self.num_records += 1
         self._file.write(_line(record))
         self._file.flush()
         if self._board is not None:

@@ -17,8 +17,9 @@ from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.layouts.opening import ModelFolder, open_folder
 from hgrn2.models import HGRN2LM, HGRN2Config
-from hgrn2.train.checkpoint import create_run, locate_model, read_config, resume_point
+from hgrn2.train.checkpoint import CheckpointStore, create_run, locate_model, read_config, resume_point
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.counters import describe_end
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.distill import Teacher
 from hgrn2.train.freezing import frozen_names
@@ -27,6 +28,7 @@ from hgrn2.train.language import LanguageTask, Sampler
 from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer, TrainResult
 from hgrn2.train.metrics import read_metrics
+from hgrn2.train.places import from_kept, to_kept
 from hgrn2.train.rng import seed_everything
 
 # tokens of held-out text that the gates are measured on: enough for a histogram, little to hold at once
@@ -66,7 +68,8 @@ def start_language_run(
         model_config: the model.
         train_config: how to train it.
         data: prepared tokens and their tokenizer.
-        data_settings: JSON values that say how to open the data again; kept as "data" in config.json.
+        data_settings: JSON values that say what the data was prepared from; kept as "data" in config.json, with the
+            place of the prepared tokens and their fingerprints.
         start: where the first weights come from; None: drawn.
         sampler: writes samples from the model and a prompt; None: no samples.
         display: where progress is shown; by default on standard error.
@@ -74,10 +77,12 @@ def start_language_run(
     Raises:
         UserError: settings that do not fit each other or the data (nothing is written), or as Trainer.run.
     """
+    train_config = train_config.resolved()
     parts = _Parts.build(model_config, train_config, data, sampler)
     if start is not None:
         start.load_into(parts.model)
-    config = {"model": model_config.to_dict(), "train": _kept(train_config), "data": dict(data_settings)}
+    kept = _kept_data(data_settings, data, run_dir) | {"fingerprints": _fingerprints(data)}
+    config = {"model": model_config.to_dict(), "train": _kept(train_config, run_dir), "data": kept}
     with run_lock(run_dir) as check_lock:
         create_run(run_dir, config, data.tokenizer)
         return parts.run(run_dir, config, None, display, check_lock)
@@ -95,17 +100,19 @@ def resume_language_run(
 
     Args:
         path: a run folder, or one of its checkpoints.
-        data: opened by the "data" settings of the run's config.json.
+        data: the tokens it was started with, wherever they lie now.
         changes: train settings that are to be different from now on, such as a larger max_steps; config.json
             gets them once the checkpoint goes with them.
         sampler: as for start_language_run.
         display: as for start_language_run.
 
     Raises:
-        UserError: there is no run, its checkpoint is damaged, the data is another, or as Trainer.run.
+        UserError: there is no run, its checkpoint is damaged, the data or the model is another, or as Trainer.run.
     """
     run_dir, _ = resume_point(path)
     with run_lock(run_dir) as check_lock:
+        # what a kill left may be the newest checkpoint
+        CheckpointStore(run_dir, 1).remove_leftovers()
         # again: until now another process may have written and removed checkpoints
         _, checkpoint = resume_point(path)
         config = read_config(run_dir)
@@ -114,16 +121,66 @@ def resume_language_run(
                 raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
         if further := config.keys() - {"model", "train", "data"}:
             raise UserError(f"{run_dir}/config.json: unknown keys {sorted(further)}; remove them")
-        train_config = TrainConfig.from_dict({**config["train"], **(changes or {})})
-        parts = _Parts.build(HGRN2Config.from_dict(config["model"]), train_config, data, sampler)
-        config["train"] = _kept(train_config)
+        _check_data(run_dir, config["data"].get("fingerprints"), data)
+        model_config = HGRN2Config.from_dict(config["model"])
+        if checkpoint is not None:
+            _check_model(run_dir, model_config, checkpoint)
+        before = _opened(config["train"], run_dir, config["data"].get("run_was_at"))
+        train_config = TrainConfig.from_dict({**before, **(changes or {})})
+        parts = _Parts.build(model_config, train_config, data, sampler)
+        config["train"] = _kept(train_config, run_dir)
+        config["data"] = _kept_data(config["data"], data, run_dir)
         return parts.run(run_dir, config, checkpoint, display, check_lock)
 
 
-def _kept(config: TrainConfig) -> dict[str, Any]:
-    """The settings as a run keeps them: it may be resumed from another folder."""
-    teacher = None if config.teacher is None else os.path.abspath(config.teacher)
+def _kept(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """Return the settings as a run keeps them: it may be resumed from another folder."""
+    teacher = None if config.teacher is None else to_kept(run_dir, config.teacher)
     return config.to_dict() | {"teacher": teacher}
+
+
+def _kept_data(settings: Mapping[str, Any], data: PreparedData, run_dir: Path) -> dict[str, Any]:
+    return {**settings, "prepared": to_kept(run_dir, data.directory), "run_was_at": os.path.realpath(run_dir)}
+
+
+def _opened(settings: Mapping[str, Any], run_dir: Path, was_at: str | None) -> dict[str, Any]:
+    """Undo `_kept`, and fill in the warmup of older runs, which kept no number for the default."""
+    found = dict(settings)
+    if isinstance(teacher := found.get("teacher"), str):
+        found["teacher"] = str(from_kept(run_dir, teacher, was_at))
+    if found.get("warmup_steps") is None:
+        found["warmup_steps"] = TrainConfig.from_dict(found).num_warmup_steps
+    return found
+
+
+def _fingerprints(data: PreparedData) -> dict[str, str]:
+    return {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
+
+
+def _check_data(run_dir: Path, wanted: Any, data: PreparedData) -> None:
+    # older runs have none of these; the position in the data knows the training tokens
+    if wanted is None:
+        return
+    known = wanted if isinstance(wanted, dict) else {}
+    differing = [name for name, found in _fingerprints(data).items() if known.get(name) != found]
+    if differing:
+        raise UserError(
+            f"{data.directory}: its {' and '.join(differing)} tokens are not those that {run_dir} was started with; "
+            "name the folder that has them with --prepared, or the same text with --data"
+        )
+
+
+def _check_model(run_dir: Path, config: HGRN2Config, checkpoint: Path) -> None:
+    """Raise UserError if the settings of the run are not those that the checkpoint's weights were trained with."""
+    saved = read_config(checkpoint).get("model")
+    if not isinstance(saved, dict):
+        raise UserError(f"{checkpoint}/config.json: no 'model' settings; name an older checkpoint")
+    now, before = config.to_dict(), HGRN2Config.from_dict(saved).to_dict()
+    if differing := [f"{key} is {now[key]!r}, there {before[key]!r}" for key in now if now[key] != before[key]]:
+        raise UserError(
+            f"{run_dir}/config.json: the model is not that of {checkpoint.name}: {', '.join(differing)}; "
+            "restore the file from the checkpoint, or begin another run with --from and --set"
+        )
 
 
 @dataclass(frozen=True)
@@ -171,6 +228,9 @@ class _Parts:
             check_lock=check_lock,
         )
         result = trainer.run()
+        if result.had_ended and _has_pictures(run_dir):
+            trainer.display.note(f"{run_dir}: {describe_end(self.config, result.counters)}")
+            return LanguageRun(self.model, result, [])
         pictures = [] if result.stopped_by else self._pictures(run_dir)
         return LanguageRun(self.model, result, pictures)
 
@@ -198,6 +258,12 @@ class _Parts:
             ) from None
         finally:
             self.model.train()
+
+
+def _has_pictures(run_dir: Path) -> bool:
+    """Whether the pictures of the end of a run were drawn; a full disk may have left out some."""
+    names = {path.name for path in (run_dir / "plots").glob("*.png")}
+    return "memory.png" in names if (run_dir / GATES_NAME).exists() else bool(names)
 
 
 def _open_teacher(config: TrainConfig, student: HGRN2Config, tokenizer: Tokenizer, device: torch.device) -> Teacher:

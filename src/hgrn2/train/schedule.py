@@ -24,8 +24,25 @@ def wsd(progress: float, decay_fraction: float, min_fraction: float) -> float:
 
 
 def inverse_sqrt(step: int, warmup_steps: int) -> float:
-    """1 up to the end of the warmup, then sqrt(warmup_steps / (step + 1)), which knows no end."""
+    """1 up to the end of the warmup, then sqrt(warmup_steps / (step + 1)), whatever the budget."""
     return math.sqrt(warmup_steps / max(step + 1, warmup_steps))
+
+
+def used_fraction(config: TrainConfig, step: int, tokens: int, elapsed_s: float) -> float:
+    """Fraction of the budget that is used, the largest of all budgets, in [0, 1].
+
+    Args:
+        config: the budgets.
+        step: optimizer steps done.
+        tokens: training tokens read.
+        elapsed_s: wall clock of the run.
+    """
+    used = [
+        step / config.max_steps if config.max_steps else 0.0,
+        tokens / config.max_tokens if config.max_tokens else 0.0,
+        elapsed_s / config.max_time_s if config.max_time_s else 0.0,
+    ]
+    return min(1.0, max(used))
 
 
 def lr_fraction(config: TrainConfig, step: int, progress: float) -> float:

@@ -1,0 +1,87 @@
+"""Where a run is, and what has changed since a checkpoint of it was written."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hgrn2.train.config import BUDGETS, TrainConfig
+from hgrn2.train.schedule import lr_fraction, used_fraction
+
+
+@dataclass
+class Counters:
+    """Where a run is; travels in every checkpoint's state.json.
+
+    Attributes:
+        step: optimizer steps, skipped ones included.
+        tokens: tokens read for training.
+        elapsed_s: wall clock of the run so far, without the time it stood still.
+        skipped_steps: steps whose loss or gradient was not finite.
+        skipped_in_a_row: how many of those came last.
+        smoothed_loss: running mean of the finite losses, nats a target.
+        validated_step: step of the last validation.
+        best: {"step", "val_loss"} of the best validation.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    smoothed_loss: float | None = None
+    validated_step: int = -1
+    best: dict[str, Any] | None = None
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], counters: Counters) -> list[str]:
+    """Return lines about settings that changed since a checkpoint, and a learning rate that goes up by it.
+
+    Args:
+        before: training settings of the checkpoint.
+        now: those of the run from here on.
+        counters: where the run is.
+    """
+    # a setting that did not exist then had its default
+    changed = {key: value for key, value in before.items() if key in now and now[key] != value}
+    if changed.get("warmup_steps", 0) is None:
+        # older runs kept no number, and the one they had is filled in when they are resumed
+        del changed["warmup_steps"]
+    if not changed:
+        return []
+    parts = [f"{key} {_shown(value)} -> {_shown(now[key])}" for key, value in changed.items()]
+    lines = [f"settings changed since step {counters.step}: {', '.join(parts)}"]
+    if changed.keys() & set(BUDGETS):
+        old, new = (_next_rate({**now, **some}, counters) for some in (changed, {}))
+        if new > old * (1 + 1e-9):
+            lines.append(
+                f"the learning rate goes up from {old:.3g} to {new:.3g} at step {counters.step + 1}, because less of "
+                "the budget is used now; --schedule and --learning-rate set another"
+            )
+    return lines
+
+
+def describe_end(config: TrainConfig, counters: Counters) -> str:
+    """Return a line about a run whose budget is used up, and the flags that lengthen it."""
+    used = {"max_steps": counters.step, "max_tokens": counters.tokens, "max_time_s": counters.elapsed_s}
+    ends = {name: getattr(config, name) for name in BUDGETS if used[name] >= (getattr(config, name) or math.inf)}
+    units = {"max_steps": "steps", "max_tokens": "tokens", "max_time_s": "s"}
+    parts = [f"{used[name]:,.0f} of {budget:,.0f} {units[name]}" for name, budget in ends.items()]
+    flags = " and ".join(f"--{name.replace('_', '-')} N" for name in ends)
+    return f"finished at {' and '.join(parts)}; {flags} goes on"
+
+
+def _next_rate(settings: dict[str, Any], counters: Counters) -> float:
+    with warnings.catch_warnings():
+        # of settings without effect, which have been shown
+        warnings.simplefilter("ignore")
+        config = TrainConfig.from_dict(settings)
+    progress = used_fraction(config, counters.step, counters.tokens, counters.elapsed_s)
+    return config.learning_rate * lr_fraction(config, counters.step, progress)
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)
