@@ -368,8 +368,11 @@ def test_states_that_do_not_fit(model, tmp_path):
         ("no-pending", tensors, {k: v for k, v in about.items() if k != "pending"}),
         ("nothing-pending", tensors, about | {"pending": []}),
     ]:
-        save_file(changed, tmp_path / name, {"hgrn2": json.dumps(keys)})
+        # from before there were checksums
+        save_file(changed, tmp_path / name, {"hgrn2": json.dumps(keys | {"format": "hgrn2-state-2"})})
         refused(tmp_path / name, "incomplete|another model")
+        save_file(changed, tmp_path / name, {"hgrn2": json.dumps(keys)})
+        refused(tmp_path / name, "does not match its checksum")
     for name, metadata in [("other-format", json.dumps({"format": "x"})), ("a-list", "[1]"), ("no-json", "{")]:
         save_file(tensors, tmp_path / name, {"hgrn2": metadata})
         refused(tmp_path / name, "name a file made with --state-out")

@@ -1,4 +1,4 @@
-"""The one exception meant for the person at the keyboard."""
+"""The one exception meant for the person at the keyboard, and text made safe for a terminal."""
 
 from __future__ import annotations
 
@@ -29,6 +29,28 @@ def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known keys: {', '.join(known)}"
     return f"{what}: unknown key {key!r}; {hint}"
+
+
+# marks that turn the direction of the text after them, and separators that end a line on some terminals
+_TURNING = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    r"""Return a text with every character that a terminal would obey shown as U+FFFD.
+
+    Args:
+        text: what a model wrote, the name of a file, anything that others made up.
+        keep: control characters that stay; the rest of C0, DEL, C1 and marks of direction are replaced.
+
+    Example:
+        >>> visible("red\x1b[31m")
+        'red�[31m'
+    """
+    return "".join("\ufffd" if _is_obeyed(c) and c not in keep else c for c in text)
+
+
+def _is_obeyed(c: str) -> bool:
+    return c < " " or "\x7f" <= c < "\xa0" or c in _TURNING or "\ud800" <= c <= "\udfff"
 
 
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "null"}

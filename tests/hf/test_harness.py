@@ -589,6 +589,8 @@ def test_checkpoints_that_do_not_do(one_run, tmp_path, capsys):
     saved = open_folder(next((one_run / "checkpoints").iterdir()))
     bare = convert(saved, tmp_path / "bare", "hf", tokenizer_dir=one_run).path
     (bare / "tokenizer_config.json").write_text("{")
+    refused(capsys, [bare, *args], "tokenizer_config.json: not JSON")
+    (bare / "tokenizer_config.json").write_text('{"tokenizer_class": 5}')
     refused(capsys, [bare, *args], "transformers cannot open the tokenizer")
     for file in bare.glob("tokenizer*"):
         file.unlink()

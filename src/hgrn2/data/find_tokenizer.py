@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hgrn2.data.hub import hub_reachable
+from hgrn2.data.model_files import ModelFiles, read_model_files, template_start
 from hgrn2.data.tokenizer import (
     BYTES_FILE,
     BYTES_MARKER,
@@ -100,16 +101,17 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 def _load_directory(path: Path) -> Tokenizer:
     # a folder of bytes may hold a tokenizer.json of the same tokens for transformers
-    for name in (BYTES_FILE, TOKENIZER_FILE):
-        if (path / name).is_file():
-            return _load_file(path / name)
+    if (path / BYTES_FILE).is_file():
+        return _load_file(path / BYTES_FILE)
+    if (path / TOKENIZER_FILE).is_file():
+        return _load_file(path / TOKENIZER_FILE, read_model_files(path))
     sentencepiece = sorted(path.glob("*.model"))
     if sentencepiece:
         raise UserError(_sentencepiece_message(sentencepiece[0]))
     raise UserError(f"tokenizer {str(path)!r}: the directory holds no {TOKENIZER_FILE}; give one that does, or 'bytes'")
 
 
-def _load_file(path: Path) -> Tokenizer:
+def _load_file(path: Path, about: ModelFiles | None = None) -> Tokenizer:
     if path.suffix == ".model":
         raise UserError(_sentencepiece_message(path))
     if path.suffix == ".gguf":
@@ -126,7 +128,12 @@ def _load_file(path: Path) -> Tokenizer:
         raise UserError(f"tokenizer {str(path)!r} is not JSON ({error}); copy it again from where it came") from error
     if content == BYTES_MARKER:
         return ByteTokenizer()
-    return HFTokenizer.from_json(data.decode("utf-8-sig"), str(path))
+    tokenizer = HFTokenizer.from_json(data.decode("utf-8-sig"), str(path), eot=about.eot if about else None)
+    if about is not None:
+        tokenizer.follow(
+            about.eot, about.end_ids, template_start(tokenizer.backend) if about.begins_as_template else []
+        )
+    return tokenizer
 
 
 def _load_hub(name: str) -> Tokenizer:

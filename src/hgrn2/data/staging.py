@@ -107,8 +107,13 @@ def write_text_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; nothing half-written is left.
     """
+    write_whole(path, text.encode("utf-8"))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file of bytes as `write_text_whole` writes a text."""
     with staged_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
 
 
 def check_file_place(path: Path) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 
 from hgrn2.data.tokenizer import Tokenizer
 
+# tokens before the first one that its text may depend on
+_CONTEXT_TOKENS = 32
+
 
 class TextStream:
-    """Decodes token by token and hands out complete characters only.
+    """Decodes token by token and hands out what no later token can change: complete characters only.
+
+    Args:
+        tokenizer: decodes.
+        before: tokens that the text continues, such as a prompt's. Many vocabularies mark words by the space before:
+            a text begins without that space and continues with it.
 
     Example:
         >>> from hgrn2.data import ByteTokenizer
@@ -17,15 +26,21 @@ class TextStream:
         ['', 'é']
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # for tokens whose text depends on their neighbours: what was handed out last, and what still waits
         self._context: list[int] = []
         self._waiting: list[int] = []
+        for token_id in before[-_CONTEXT_TOKENS:]:
+            # a character that is begun there ends here
+            self.push(token_id)
+        self._take_context()
+        self._is_new = True
 
     def push(self, token_id: int) -> str:
         """The text that became complete with this token; often empty."""
+        self._is_new = False
         try:
             data = self._tokenizer.token_bytes(int(token_id))
         except ValueError:
@@ -34,18 +49,29 @@ class TextStream:
         if data is not None:
             return self._utf8.decode(data)
         self._waiting.append(int(token_id))
-        text = self._fresh_text()
-        if text.endswith("\ufffd"):
+        if self._tokenizer.is_inside_run(int(token_id)):
             return ""
-        self._context, self._waiting = self._waiting, []
+        text = self._fresh_text()
+        if text.endswith("\ufffd") and len(self._waiting) < _CONTEXT_TOKENS:
+            return ""
+        self._take_context()
         return text
+
+    def peek(self) -> str:
+        """What still waits, as it would be if nothing came after it."""
+        return self._fresh_text()
 
     def flush(self) -> str:
         """What is left at the end; an unfinished character becomes U+FFFD."""
         text = self._fresh_text() + self._utf8.decode(b"", final=True)
-        self._context, self._waiting = [], []
+        self._take_context()
         self._utf8.reset()
-        return text
+        # what was unfinished before the first token is not of this stream
+        return "" if self._is_new else text
+
+    def _take_context(self) -> None:
+        self._context = (self._context + self._waiting)[-_CONTEXT_TOKENS:]
+        self._waiting = []
 
     def _fresh_text(self) -> str:
         if not self._waiting:

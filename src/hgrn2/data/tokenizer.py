@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hgrn2.data.staging import write_text_whole
+from hgrn2.data.special_tokens import hide_tokens
+from hgrn2.data.staging import write_text_whole, write_whole
+from hgrn2.data.tokenizer_kinds import byte_level_table, fallback_tokens, keeps_every_byte, splits_as_gpt2, unknown_id
 from hgrn2.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +38,12 @@ EOT_NAMES = (
 TOKENIZER_FILE = "tokenizer.json"
 BYTES_FILE = "bytes_tokenizer.json"
 BYTES_MARKER = {"format": "hgrn2-tokenizer", "name": "bytes"}
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+# characters before a text that decide how its first word is written
+_CONTEXT_CHARS = 16
+# texts after which every tokenizer starts afresh, for where the true context and the text make one token
+_SEPARATORS = ("\n", ".", "-", "0")
 
 
 class Tokenizer(ABC):
@@ -44,12 +52,19 @@ class Tokenizer(ABC):
     Attributes:
         name: "bytes", a file name or a Hub name; for people.
         vocab_size: one more than the largest token id.
-        eot_id: the end-of-text token.
+        eot_id: the end-of-text token, which separates documents.
+        end_ids: tokens that end a text when a model writes them; the end of text is always among them.
+        start_ids: tokens that a model reads before a text.
+        companions: other files of the model the tokenizer belongs to, by their path in its folder, such as its chat
+            template; `save` writes them.
     """
 
     name: str
     vocab_size: int
     eot_id: int
+    end_ids: frozenset[int]
+    start_ids: tuple[int, ...]
+    companions: Mapping[str, bytes] = {}
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -81,9 +96,50 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """Hex digest; equal for tokenizers that encode alike."""
 
+    @property
+    def splits_anywhere(self) -> bool:
+        """Whether a text may be cut at any character without changing its tokens."""
+        return False
+
+    @property
+    def splits_at_spaces(self) -> bool:
+        """Whether a text may be cut before any white space, and after a line end between two other characters."""
+        return False
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every text can be told from its tokens; False where that has to be seen text by text."""
+        return False
+
+    def is_inside_run(self, token_id: int) -> bool:
+        """Whether tokens to come may change the text of a token that stands last."""
+        return False
+
+    def count_unknown(self, ids: np.ndarray) -> int:
+        """How many of the tokens stand for text that the vocabulary lacks."""
+        return 0
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
         return self.encode_batch([text])[0].tolist()
+
+    def continue_text(self, text: str, before: str) -> list[int]:
+        """Token ids of a text that goes on where another ends.
+
+        Many tokenizers mark the start of a text as if a space stood there; in the middle of one that would be a space
+        too many.
+
+        Args:
+            text: the text to encode.
+            before: what it comes after; its own tokens stay as they are.
+        """
+        if not text or not before or self.splits_anywhere:
+            return self.encode(text)
+        for context in (before[-_CONTEXT_CHARS:], *_SEPARATORS):
+            head, whole = self.encode(context), self.encode(context + text)
+            if head and whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self.encode(text)
 
     def check_fits(self, model_vocab_size: int) -> None:
         """Raise UserError if the model's vocabulary is smaller than the tokenizer's."""
@@ -92,6 +148,12 @@ class Tokenizer(ABC):
                 f"tokenizer {self.name!r} has {self.vocab_size} tokens but the model has vocab_size "
                 f"{model_vocab_size}; use the model's own tokenizer, or vocab_size >= {self.vocab_size}"
             )
+
+    def _save_companions(self, directory: str | Path) -> None:
+        for name, data in self.companions.items():
+            path = Path(directory) / name
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, data)
 
 
 class ByteTokenizer(Tokenizer):
@@ -105,6 +167,18 @@ class ByteTokenizer(Tokenizer):
     name = "bytes"
     vocab_size = 257
     eot_id = 256
+    end_ids = frozenset({256})
+    start_ids = (256,)
+
+    @property
+    def splits_anywhere(self) -> bool:
+        """True: a token is a byte."""
+        return True
+
+    @property
+    def is_lossless(self) -> bool:
+        """True: every byte is a token."""
+        return True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, uint8 arrays."""
@@ -124,6 +198,7 @@ class ByteTokenizer(Tokenizer):
         """Write a marker file, since bytes need no vocabulary."""
         path = Path(directory) / BYTES_FILE
         write_text_whole(path, json.dumps(BYTES_MARKER, indent=2) + "\n")
+        self._save_companions(directory)
         return path
 
     def fingerprint(self) -> str:
@@ -137,12 +212,19 @@ class HFTokenizer(Tokenizer):
     Args:
         backend: the tokenizer; its truncation and padding are switched off.
         name: for people.
+        eot: the end-of-text token where none of `EOT_NAMES` is in the vocabulary.
 
     Raises:
-        UserError: it has no end-of-text token under any of the names in `EOT_NAMES`.
+        UserError: it has no end-of-text token.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, name: str = "tokenizer"):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        name: str = "tokenizer",
+        *,
+        eot: str | None = None,
+    ):
         backend.no_truncation()
         backend.no_padding()
         # "<|endoftext|>" written in a text must not become a document boundary
@@ -153,53 +235,105 @@ class HFTokenizer(Tokenizer):
         if not vocab:
             raise UserError(f"tokenizer {name!r} has an empty vocabulary")
         self.vocab_size = max(vocab.values()) + 1
-        eot_id = next((vocab[eot] for eot in EOT_NAMES if eot in vocab), None)
-        if eot_id is None:
+        self._eot = next((found for found in (*EOT_NAMES, eot) if found in vocab), None)
+        if self._eot is None:
             raise UserError(
                 f"tokenizer {name!r} has no end-of-text token (looked for {', '.join(EOT_NAMES)}); "
                 "add one of these as a special token"
             )
-        self.eot_id = eot_id
-        self._bytes = _byte_level_table(backend, vocab)
+        self.eot_id = vocab[self._eot]
+        self.end_ids = frozenset({self.eot_id})
+        self.start_ids = (self.eot_id,)
+        content = json.loads(backend.to_str())
+        added = backend.get_added_tokens_decoder()
+        self._special = {i for i, token in added.items() if token.special} | {self.eot_id}
+        hidden = {token for token, token_id in vocab.items() if token_id in self._special}
+        self._encoder = hide_tokens(content, hidden) or backend
+        self._bytes = byte_level_table(content, vocab, set(added), self._special)
+        self._unknown = unknown_id(content["model"], vocab)
+        self._byte_tokens = fallback_tokens(content, vocab)
+        self._splits_at_spaces = splits_as_gpt2(content, hidden)
+        self._is_lossless = self._bytes is not None and keeps_every_byte(content, vocab, hidden)
 
     @classmethod
-    def from_json(cls, text: str, name: str = "tokenizer") -> HFTokenizer:
-        """From the text of a tokenizer.json."""
+    def from_json(cls, text: str, name: str = "tokenizer", eot: str | None = None) -> HFTokenizer:
+        """Open the text of a tokenizer.json; see the class for the arguments."""
         import tokenizers
 
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{name}: not a tokenizer.json that the tokenizers library reads: {error}") from error
-        return cls(backend, name)
+        return cls(backend, name, eot=eot)
 
     def __reduce__(self):
-        return HFTokenizer.from_json, (self.backend.to_str(), self.name)
+        return HFTokenizer.from_json, (self.backend.to_str(), self.name, self._eot)
+
+    def follow(self, eot: str | None, end_ids: Collection[int], start_ids: Sequence[int]) -> None:
+        """Begin and end texts as a model's folder says.
+
+        Args:
+            eot: a token that ends a text, beside the end of text.
+            end_ids: further ones; those outside the vocabulary are never written.
+            start_ids: tokens before a text; empty leaves the end of text there.
+        """
+        named = None if eot is None else self.backend.token_to_id(eot)
+        ends = [*end_ids, *([] if named is None else [named])]
+        self.end_ids |= {token for token in ends if 0 <= token < self.vocab_size}
+        self.start_ids = tuple(start_ids) or self.start_ids
+
+    @property
+    def splits_at_spaces(self) -> bool:
+        """Whether its pre-tokenizer is GPT-2's, which cuts at every white space."""
+        return self._splits_at_spaces
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether it is byte-level, and knows every byte."""
+        return self._is_lossless
+
+    def is_inside_run(self, token_id: int) -> bool:
+        """Whether it stands for a byte of a character outside the vocabulary: bytes in a row are decoded together."""
+        return token_id in self._byte_tokens
+
+    def count_unknown(self, ids: np.ndarray) -> int:
+        """How many of the tokens stand for text that the vocabulary lacks."""
+        return 0 if self._unknown is None else int((np.asarray(ids) == self._unknown).sum())
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int64 arrays; uses all cores."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def unknown_parts(self, text: str) -> list[str]:
+        """The parts of a text that the vocabulary lacks, in order."""
+        encoding = self._encoder.encode(text, add_special_tokens=False)
+        found = zip(encoding.ids, encoding.offsets, strict=True)
+        return [text[start:stop] for token_id, (start, stop) in found if token_id == self._unknown]
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """Text of token ids; special tokens give nothing."""
         if self._bytes is not None:
             return _join_bytes(self, ids, errors)
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.backend.decode([int(i) for i in ids if int(i) not in self._special], skip_special_tokens=True)
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes of a byte-level token; None for tokenizers of another kind."""
+        """The bytes of a byte-level token; None for tokenizers of another kind, b"" for their special tokens."""
         if self._bytes is None:
-            return None
+            return b"" if token_id in self._special else None
         found = self._bytes.get(token_id)
         if found is None:
             raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return found
 
     def save(self, directory: str | Path) -> Path:
-        """Write tokenizer.json."""
+        """Write tokenizer.json, and the companions if there are any."""
         path = Path(directory) / TOKENIZER_FILE
         write_text_whole(path, self.backend.to_str(pretty=True))
+        if self._eot not in EOT_NAMES and TOKENIZER_CONFIG_FILE not in self.companions:
+            # by its name alone it would not be found again
+            write_text_whole(Path(directory) / TOKENIZER_CONFIG_FILE, json.dumps({"eos_token": self._eot}) + "\n")
+        self._save_companions(directory)
         return path
 
     def fingerprint(self) -> str:
@@ -221,30 +355,3 @@ def _join_bytes(tokenizer: Tokenizer, ids: Iterable[int], errors: str) -> str:
                 raise
             pieces.append("\ufffd".encode() if errors == "replace" else b"")
     return b"".join(pieces).decode("utf-8", errors)
-
-
-def _byte_level_table(backend: tokenizers.Tokenizer, vocab: dict[str, int]) -> dict[int, bytes] | None:
-    """Bytes of every token of a byte-level tokenizer; None if the tokenizer is of another kind."""
-    decoder = json.loads(backend.to_str()).get("decoder") or {}
-    kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
-    if "ByteLevel" not in kinds or not kinds <= {"ByteLevel", "Fuse"}:
-        return None
-    added = backend.get_added_tokens_decoder()
-    alphabet = byte_alphabet()
-    table = {}
-    for token, token_id in vocab.items():
-        if token_id in added:
-            table[token_id] = b"" if added[token_id].special else token.encode("utf-8")
-        elif all(char in alphabet for char in token):
-            table[token_id] = bytes(alphabet[char] for char in token)
-        else:
-            table[token_id] = token.encode("utf-8")
-    return table
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies, to the byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}

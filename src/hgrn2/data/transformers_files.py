@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hgrn2.data.model_files import GENERATION_CONFIG_FILE
 from hgrn2.data.staging import write_text_whole
-from hgrn2.data.tokenizer import EOT_NAMES, TOKENIZER_FILE, HFTokenizer, Tokenizer, byte_alphabet
-
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
+from hgrn2.data.tokenizer import EOT_NAMES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, HFTokenizer, Tokenizer
+from hgrn2.data.tokenizer_kinds import byte_alphabet
 
 
 def write_transformers_files(tokenizer: Tokenizer, directory: str | Path) -> None:

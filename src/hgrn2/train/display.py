@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from hgrn2.errors import visible
+
 
 class Display(Protocol):
     """Takes the records of metrics.jsonl as they come; see Trainer for their keys."""
@@ -170,18 +172,13 @@ def validation_text(record: dict[str, Any]) -> str:
     parts = [f"loss {record['val_loss']:.4f}"]
     if "val_perplexity" in record:
         parts.append(f"perplexity {record['val_perplexity']:.2f} a token")
-    if "val_bits_per_byte" in record:
+    if record.get("val_bits_per_byte") is not None:
         parts.append(f"{record['val_bits_per_byte']:.4f} bits a byte")
     return ", ".join(parts)
 
 
 def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def visible(text: str) -> str:
-    """The text with control characters made visible: an untrained model writes what a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def duration(seconds: float | None) -> str:

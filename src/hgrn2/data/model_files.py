@@ -1,0 +1,118 @@
+"""What the files beside a tokenizer say about the model it belongs to: where its texts begin and end, and the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hgrn2.data.tokenizer import BYTES_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from hgrn2.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+GENERATION_CONFIG_FILE = "generation_config.json"
+CONFIG_FILE = "config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# what a tokenizer may consist of, and how to write with the model
+TOKENIZER_FILES = (
+    "*tokenizer*.json", "*.model", "tokenizer.model.*", "tekken.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "additional_chat_templates/*.jinja",
+    GENERATION_CONFIG_FILE,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a folder says of the texts of its model.
+
+    Attributes:
+        eot: the token after a text by tokenizer_config.json; None if it names none.
+        end_ids: ids that end a text when the model writes them, by generation_config.json or config.json.
+        begins_as_template: whether texts of the model begin as the template in its tokenizer.json says. Otherwise they
+            begin with the end of text, as those of a model trained here from nothing do.
+    """
+
+    eot: str | None
+    end_ids: tuple[int, ...]
+    begins_as_template: bool
+
+
+def read_model_files(folder: Path) -> ModelFiles:
+    """Read the settings of transformers in a folder; a folder without any says nothing.
+
+    Raises:
+        UserError: a file cannot be read, or names something else than tokens.
+    """
+    tokenizer, generation, config = (
+        _read(folder / name) for name in (TOKENIZER_CONFIG_FILE, GENERATION_CONFIG_FILE, CONFIG_FILE)
+    )
+    eot = tokenizer.get("eos_token")
+    if isinstance(eot, dict):
+        eot = eot.get("content")
+    ids = check_token_ids(generation, folder / GENERATION_CONFIG_FILE)
+    ids = {**check_token_ids(config, folder / CONFIG_FILE), **{k: v for k, v in ids.items() if v is not None}}
+    ends = ids.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return ModelFiles(eot if isinstance(eot, str) else None, tuple(ends), bool(ids))
+
+
+def check_token_ids(settings: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The settings that say which tokens begin, end and fill a text.
+
+    Args:
+        settings: of a config.json or a generation_config.json.
+        where: the file, for the message.
+
+    Raises:
+        UserError: one is neither a number, nor a list of numbers, nor null.
+    """
+    found = {key: settings[key] for key in TOKEN_IDS if key in settings}
+    for key, value in found.items():
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(token) is int for token in ids):
+            raise UserError(f"{where}: {key} is {value!r}; wanted a whole number, a list of them, or null")
+    return found
+
+
+def template_start(backend: tokenizers.Tokenizer) -> list[int]:
+    """The tokens that a tokenizer's own template puts before a text."""
+    with_template = backend.encode("0", add_special_tokens=True)
+    # what is after the text belongs to its end
+    marks = with_template.special_tokens_mask
+    return with_template.ids[: marks.index(0)] if 0 in marks else []
+
+
+def companion_files(folder: Path) -> Iterator[Path]:
+    """The files of a model's folder that go with its tokenizer, tokenizer.json apart."""
+    for pattern in TOKENIZER_FILES:
+        for file in sorted(folder.glob(pattern)):
+            if file.is_file() and file.name not in (TOKENIZER_FILE, BYTES_FILE):
+                yield file
+
+
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """Those files, by their path in the folder; generation_config.json is made of config.json where it is missing."""
+    found = {file.relative_to(folder).as_posix(): file.read_bytes() for file in companion_files(folder)}
+    ids = check_token_ids(_read(folder / CONFIG_FILE), folder / CONFIG_FILE)
+    if ids and GENERATION_CONFIG_FILE not in found:
+        found[GENERATION_CONFIG_FILE] = (json.dumps(ids, indent=2) + "\n").encode()
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An object from a JSON file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again from where it came") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); copy it again from where it came") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: found {type(found).__name__}, wanted an object; copy it again from where it came")
+    return found

@@ -1,0 +1,78 @@
+"""Control tokens kept out of what a text is encoded to, also where a vocabulary lists them among its words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizers.Tokenizer | None:
+    """A tokenizer that encodes as another does, but never gives certain tokens.
+
+    `encode_special_tokens` alone is not enough: the models of SentencePiece, WordLevel and WordPiece find a token by
+    its spelling if it stands in their vocabulary, and added tokens that are not marked special are cut out first. Here
+    these tokens keep their ids under names that no text holds.
+
+    Args:
+        content: a tokenizer.json.
+        names: the tokens to hide.
+
+    Returns:
+        The changed tokenizer; None if the tokens cannot come out anyway.
+    """
+    model = content["model"]
+    reachable = _reachable(model, names)
+    plain = {
+        token["content"] for token in content["added_tokens"] if token["content"] in names and not token["special"]
+    }
+    if not reachable and not plain:
+        return None
+    import tokenizers
+
+    # no text holds a null character: files with one are refused as binary
+    new_names = {name: f"\0{name}\0" for name in reachable}
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model = model | {"vocab": {new_names.get(token, token): token_id for token, token_id in vocab.items()}}
+    else:
+        model = model | {"vocab": [[new_names.get(token, token), score] for token, score in vocab]}
+    if model.get("unk_token") in new_names:
+        model = model | {"unk_token": new_names[model["unk_token"]]}
+    if model.get("merges"):
+        model = model | {"merges": [merge for merge in model["merges"] if not reachable & set(_merged(merge))]}
+    added = [
+        token | {"content": new_names.get(token["content"], token["content"]), "special": True}
+        if token["content"] in names
+        else token
+        for token in content["added_tokens"]
+    ]
+    # a template refers to tokens by their old names
+    changed = {**content, "model": model, "added_tokens": added, "post_processor": None}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(changed, ensure_ascii=False))
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _reachable(model: Mapping[str, Any], names: Collection[str]) -> set[str]:
+    """Those of the names that the model may find in a text."""
+    vocab = model["vocab"]
+    listed = {
+        token for token in (vocab if isinstance(vocab, dict) else (entry[0] for entry in vocab)) if token in names
+    }
+    if model["type"] != "BPE" or model.get("ignore_merges"):
+        return listed
+    # a byte-pair encoding gives single characters, and what its merges make of them
+    made = {token for merge in model["merges"] for token in _merged(merge)}
+    return {token for token in listed if len(token) == 1 or token in made}
+
+
+def _merged(merge: str | list[str]) -> tuple[str, str, str]:
+    """The two parts of a merge and what they become."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right, left + right
