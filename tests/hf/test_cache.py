@@ -88,5 +88,5 @@ def test_what_another_model_filled_is_refused(kind):
         cache.update_conv_state(torch.zeros(2, 3, 4), i)
     else:
         cache.update(torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4), i)
-    with pytest.raises(UserError, match=f"another model filled layer {i}"):
+    with pytest.raises(UserError, match=f"layer {i} was filled by another model"):
         filled(model, 3, cache)

@@ -75,6 +75,34 @@ def test_layer_types_follow_from_attn(name, kinds):
         hf_config(name, layer_types=kinds[1:] + kinds[:2])
 
 
+def test_what_follows_from_other_settings_is_set_or_refused():
+    config = hf_config("fla")
+    for name in ("head_dim", "layer_types", "sliding_window", "num_key_value_heads"):
+        setattr(config, name, getattr(config, name))
+    assert config.model_config == config_of("fla")
+    with pytest.raises(UserError, match="head_dim cannot be set to 8: it is 4, which follows from expand_ratio"):
+        config.head_dim = 8
+    with pytest.raises(UserError, match=r"layer_types cannot be set to .* follows from attn; set that"):
+        config.layer_types = ["full_attention"] * 3
+    with pytest.raises(UserError, match=r"sliding_window cannot be set to 5: no layer attends \(attn is null\)"):
+        config.sliding_window = 5
+    hybrid = hf_config("full-attention")
+    hybrid.sliding_window = 5
+    assert hybrid.layer_types == ["linear_attention", "sliding_attention", "linear_attention"]
+    assert hgrn2.hf.HGRN2Model(hybrid).layers[1].attn.window_size == 5
+    # another configuration of the same settings is left alone
+    assert hf_config("full-attention").sliding_window is None
+
+
+def test_a_file_s_own_auto_map_goes_before_the_empty_one(tmp_path):
+    config = hf_config("fla")
+    assert config.auto_map == {}
+    assert "auto_map" not in config.to_dict()
+    hf_config("fla", auto_map={"AutoModel": "theirs.Model"}).save_pretrained(tmp_path)
+    assert HGRN2Config.from_pretrained(tmp_path).auto_map == {"AutoModel": "theirs.Model"}
+    assert hf_config("fla").auto_map == {}
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.exporters.utils import decompose_for_generation
 
 from hgrn2.errors import UserError
 from hgrn2.hf.cache import CACHE_NAME
@@ -201,6 +202,23 @@ def test_being_an_assistant_is_refused():
     )  # fmt: skip
     with pytest.raises(UserError, match="recurrent state does not know"):
         LlamaForCausalLM(config).generate(tokens(1, 5), assistant_model=assistant, **GREEDY)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_the_library_s_decomposition_for_export_decodes_several_tokens_of_padded_prompts(name, static):
+    own, model = both(name)
+    ids, mask = left_padded([6, 2])
+    settings = GenerationConfig(pad_token_id=0)
+    if static:
+        settings.cache_implementation, settings.max_cache_len = "static", 20
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    parts = decompose_for_generation(model, inputs, generation_config=settings, multi_token_decode=True)
+    decode, inputs = parts["decode"]
+    whole = torch.cat([ids, inputs["input_ids"]], 1)
+    wanted = own(whole, attention_mask=torch.cat([mask, torch.ones(2, 2)], 1))[0][:, -2:]
+    torch.testing.assert_close(decode(**inputs).logits, wanted)
 
 
 @pytest.mark.parametrize(("name", "masked"), [*zip(KINDS, [False, True, True, False], strict=True)])

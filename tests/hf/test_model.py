@@ -137,7 +137,7 @@ def test_other_caches_are_refused():
         HGRN2ForCausalLM(hf_config("fla", num_hidden_layers=2)).eval()(ids, past_key_values=used)
     filled = DynamicCache(config=hybrid.config)
     filled.layers[1].update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
-    with pytest.raises(UserError, match="another model filled layer 1"):
+    with pytest.raises(UserError, match="layer 1 was filled by another model"):
         hybrid(ids, past_key_values=filled)
     with pytest.raises(UserError, match="recurrent state does not know"):
         used.crop(-2)
@@ -253,6 +253,33 @@ def test_a_head_that_is_more_than_a_matrix_is_called():
     found = model(ids, labels=ids)
     assert_same(found.logits, wanted.logits)
     assert_same(found.loss, wanted.loss)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_loss_function_of_one_s_own_is_called(packed):
+    _, model = both("fla")
+    ids = tokens(1, 9)
+    given = {"cu_seq_lens_q": torch.tensor([0, 4, 9])} if packed else {}
+    wanted = model(ids, labels=ids, **given)
+    calls = []
+
+    def twice(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
+        calls.append((tuple(logits.shape), vocab_size, num_items_in_batch, sorted(kwargs)))
+        summed = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return 2 * summed / (num_items_in_batch or (labels[:, 1:] != -100).sum())
+
+    model.loss_function = twice
+    out = model(ids, labels=ids, logits_to_keep=1, **given)
+    assert_same(out.loss, 2 * wanted.loss)
+    assert_same(out.logits, wanted.logits[:, -1:])
+    count = (9 - 1) - packed
+    assert_same(model(ids, labels=ids, num_items_in_batch=2 * count, **given).loss, wanted.loss)
+    assert calls == [((1, 9, 29), 29, None, []), ((1, 9, 29), 29, 2 * count, [])]
+    # what is given to the model is given to the function
+    model(ids, labels=ids, shift_labels=ids, output_attentions=False)
+    assert calls[-1][3] == ["output_attentions", "shift_labels"]
+    with pytest.raises(UserError, match="labels have shape"):
+        model(ids, labels=tokens(1, 4))
 
 
 @pytest.mark.parametrize("name", KINDS)

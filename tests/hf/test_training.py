@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer
 
 from hgrn2.hf import HGRN2ForCausalLM, HGRN2ForSequenceClassification
-from tests.hf.cases import KINDS, both, hf_config, left_padded, tokens
+from tests.hf.cases import KINDS, Texts, arguments, both, hf_config, left_padded, losses, tokens
 
 # transformers renames what it still calls by the old name itself, as accelerate and peft do
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-PROJECTIONS = ["q_proj", "f_proj", "i_proj", "o_proj"]
 
 
 def checkpointed(model, reentrant):
@@ -72,33 +70,6 @@ def test_gradients_through_a_cache(name, recompute):
         torch.testing.assert_close(x, wanted[key], rtol=1e-10, atol=1e-12)
 
 
-class Texts(torch.utils.data.Dataset):
-    """Texts with a pattern to learn: each token is the one before plus three."""
-
-    def __init__(self, count, length=12, labels=True):
-        start = torch.arange(count) % 29
-        self.ids = (start[:, None] + 3 * torch.arange(length)) % 29
-        self.labels = labels
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        ids = self.ids[i].tolist()
-        return {"input_ids": ids, **({"labels": ids} if self.labels else {})}
-
-
-def arguments(folder, **keys):
-    return TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, num_train_epochs=1, learning_rate=3e-2, report_to=[],
-        disable_tqdm=True, use_cpu=True, save_strategy="no", logging_steps=1, lr_scheduler_type="constant", **keys,
-    )  # fmt: skip
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 @pytest.mark.parametrize("name", ["fla", "window-attention"])
 def test_an_epoch_with_the_trainer(name, tmp_path):
     torch.manual_seed(0)
@@ -148,45 +119,6 @@ def test_rows_packed_by_the_library_are_trained_as_if_alone(tmp_path):
     # three labels fewer: no text predicts the first token of the next
     summed = sum(model(ids := torch.tensor([row["input_ids"]]), labels=ids, num_items_in_batch=1).loss for row in rows)
     torch.testing.assert_close(out.loss * (5 + 6 + 7 - 3), summed)
-
-
-@pytest.mark.parametrize("targets", [PROJECTIONS, "all-linear"])
-def test_adapters(targets, tmp_path):
-    torch.manual_seed(0)
-    base = HGRN2ForCausalLM(hf_config("short-conv"))
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert all("lora_" in name for name in trained)
-    wrapped = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trained}
-    mlp = {"gate_proj", "up_proj", "down_proj"} if targets == "all-linear" else set()
-    assert wrapped == set(PROJECTIONS) | mlp
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    trainer = Trainer(model=model, args=arguments(tmp_path, gradient_checkpointing=True), train_dataset=Texts(60))
-    trainer.train()
-    assert losses(trainer)[-1] < losses(trainer)[0]
-    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
-    model.save_pretrained(str(tmp_path / "adapter"))
-    ids = tokens(1, 9)
-    wanted = model.eval()(ids).logits
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    again = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
-    torch.testing.assert_close(again(ids).logits, wanted)
-    merged = again.merge_and_unload()
-    assert type(merged) is HGRN2ForCausalLM
-    torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(merged.generate(ids, max_new_tokens=3), model.generate(input_ids=ids, max_new_tokens=3))
-
-
-def test_an_adapter_of_the_head_is_in_the_loss():
-    _, base = both("fla")
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
-    ids = tokens(2, 9)
-    out = model(ids, labels=ids)
-    wanted = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    torch.testing.assert_close(out.loss, wanted)
-    out.loss.backward()
-    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_" in name)
 
 
 def test_a_classifier_is_trained(tmp_path):

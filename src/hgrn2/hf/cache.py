@@ -215,6 +215,9 @@ def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
         # one of a fixed size may have its tensors before anything is read
         read = getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0
         if read or any(getattr(layer, "has_previous_state", {}).values()):
-            raise UserError(f"cache: another model filled layer {i}; wanted a new cache, or what this model returned")
+            raise UserError(
+                f"cache: layer {i} was filled by another model, or by prefix tuning, which puts keys and values where "
+                "HGRN2 keeps states; give a new cache or one that this model returned, and use prompt tuning or LoRA"
+            )
         layers[i] = StateLayer(kind, layer.max_cache_len if isinstance(layer, _STATIC) else None)
     return layers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -44,7 +46,9 @@ class HGRN2Config(PreTrainedConfig):
     model_type = own.MODEL_TYPE
     # as transformers calls the state, before and since its version 5.24
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
-    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_heads"}
+    # TRL reads it where the class is not one of transformers' own. read-only, as all configurations share it
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -97,16 +101,36 @@ class HGRN2Config(PreTrainedConfig):
         attending = "full_attention" if self.sliding_window is None else "sliding_attention"
         return [attending if i in attn["layers"] else "linear_attention" for i in range(self.num_hidden_layers)]
 
+    @layer_types.setter
+    def layer_types(self, value: list[str]) -> None:
+        self._refuse_unless_equal("layer_types", value, "attn")
+
     @property
     def sliding_window(self) -> int | None:
         """Tokens a query of an attention layer sees, itself included; None for all, or without such layers."""
         attn: Any = self.attn
         return attn["window_size"] if attn else None
 
+    @sliding_window.setter
+    def sliding_window(self, value: int | None) -> None:
+        if self.attn:
+            self.attn = {**self.attn, "window_size": value}
+        elif value is not None:
+            raise UserError(f"sliding_window cannot be set to {value}: no layer attends (attn is null)")
+
     @property
     def head_dim(self) -> int:
         """Width of a head of the recurrent layers."""
         return self.expand_ratio
+
+    @head_dim.setter
+    def head_dim(self, value: int) -> None:
+        self._refuse_unless_equal("head_dim", value, "expand_ratio")
+
+    def _refuse_unless_equal(self, name: str, value: Any, source: str) -> None:
+        found = getattr(self, name)
+        if value != found:
+            raise UserError(f"{name} cannot be set to {value}: it is {found}, which follows from {source}; set that")
 
 
 def _read(values: dict[str, Any]) -> tuple[own.HGRN2Config, dict[str, Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -52,15 +53,24 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     @staticmethod
-    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
-        """Which of the new places are tokens: the cache knows of those before, and a compiled step wants one shape.
+    def create_masks_for_generate(
+        inputs_embeds: Tensor, attention_mask: Tensor | None, is_first_iteration: bool = False, **_: Any
+    ) -> Tensor | None:
+        """Returns the mask of the new places for a cache of fixed size, [B, T], or None.
+
+        The cache knows about the places before. A single token after the prompt is never padding, and None keeps the
+        shapes of a compiled step constant; PEFT's prompt tuning would make a mask wider by its virtual tokens, which
+        the cache has read by then.
 
         Args:
             inputs_embeds: [B, T, ...], for its shape.
             attention_mask: [B, S + T] or None.
+            is_first_iteration: whether this is the prompt or a piece of it.
         """
         length = inputs_embeds.shape[1]
-        return None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - length :]
+        if attention_mask is None or (length == 1 and not is_first_iteration):
+            return None
+        return attention_mask[:, attention_mask.shape[1] - length :]
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -137,11 +147,16 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
             **kwargs: see input_ids; and shift_labels [B, T], labels that are shifted already. They go before labels,
                 which the Trainer gives beside them where it spreads a sequence over devices.
 
+        A function that was assigned to `loss_function` is called as transformers calls it, with the logits of all
+        places, labels, vocab_size and the further arguments; the labels of packed sequences leave out first tokens.
+
         Returns:
             The loss or None, logits [B, kept, vocab_size], and what `HGRN2Model.forward` returns.
         """
         # not among the named arguments: the Trainer expects every one with "label" in its name in every batch
-        targets = _targets(labels, kwargs.pop("shift_labels", None), cu_seq_lens_q)
+        shift_labels = kwargs.pop("shift_labels", None)
+        labels = _without_first_tokens(labels, cu_seq_lens_q)
+        targets = shift_labels if shift_labels is not None or labels is None else _shifted(labels)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids,
             attention_mask,
@@ -161,8 +176,14 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         if targets is not None:
             if targets.shape != x.shape[:2]:
                 raise UserError(f"labels have shape {list(targets.shape)}; wanted {list(x.shape[:2])}, as the input")
-            loss = self._summed_loss(x.flatten(0, 1), targets.flatten().to(x.device))
-            loss = loss / _count(targets, num_items_in_batch, loss.device)
+            if self.loss_function is ForCausalLMLoss:
+                loss = self._summed_loss(x.flatten(0, 1), targets.flatten().to(x.device))
+                loss = loss / _count(targets, num_items_in_batch, loss.device)
+            else:
+                given = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch, **kwargs}
+                given = {name: value for name, value in given.items() if value is not None}
+                vocab_size = self.config.vocab_size
+                loss = self.loss_function(logits=self.lm_head(x), labels=labels, vocab_size=vocab_size, **given)
         return CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=self.lm_head(x[:, kept]),
@@ -181,14 +202,18 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         return functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def _targets(labels: Tensor | None, shift_labels: Tensor | None, bounds: Tensor | None) -> Tensor | None:
-    """The token that follows each place."""
-    if shift_labels is not None or labels is None:
-        return shift_labels
-    if bounds is not None:
-        labels = labels.clone()
-        starts = bounds[:-1].long()
-        labels[:, starts[starts < labels.shape[1]]] = IGNORE
+def _without_first_tokens(labels: Tensor | None, bounds: Tensor | None) -> Tensor | None:
+    """Returns the labels without the first of each packed sequence, which nothing before it predicts."""
+    if labels is None or bounds is None:
+        return labels
+    labels = labels.clone()
+    starts = bounds[:-1].long()
+    labels[:, starts[starts < labels.shape[1]]] = IGNORE
+    return labels
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    """Returns the token that follows each place."""
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 

@@ -91,6 +91,28 @@ class HGRN2PreTrainedModel(PreTrainedModel):
         )
         return (model, found) if output_loading_info else model
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Writes the model into a folder, as the library does, unless it could not be read back.
+
+        Args:
+            save_directory: see `transformers.PreTrainedModel.save_pretrained`, likewise args and kwargs.
+            *args: see save_directory.
+            **kwargs: see save_directory.
+
+        Raises:
+            UserError: adapters of PEFT are still in the model, whose tensors have other names.
+        """
+        # with add_adapter the library writes the adapter alone
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            left = [name for name, module in self.named_modules() if type(module).__module__.startswith("peft.")]
+            if left:
+                raise UserError(
+                    f"{save_directory}: {len(left)} modules are still adapters of PEFT, the first is {left[0]}; use "
+                    "save_pretrained of the PeftModel, or merge_and_unload() first (twice where target_parameters "
+                    "names lower_bounds: the first call does not reach the layers below)"
+                )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # the distributions of hgrn2.models.HGRN2LM.initialize, by module instead of by name
