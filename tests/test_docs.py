@@ -6,19 +6,15 @@ import doctest
 import importlib
 import pkgutil
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 import hgrn2
+from tests.guides import ROOT, SETUPS, python_blocks, run_blocks, unmarked_python
 
-ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [module.name for module in pkgutil.walk_packages(hgrn2.__path__, "hgrn2.")]
-
-
-def python_blocks(path: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -34,10 +30,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
 
 
 def test_the_readme_s_python_runs_and_its_loop_is_the_scan():
-    blocks = python_blocks(ROOT / "README.md")
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    names = run_blocks(ROOT / "README.md")
     torch.manual_seed(0)
     q, z, v = torch.randn(3, 70, 16, dtype=torch.float64).unbind(0)
     beta, state = torch.rand(16, dtype=torch.float64), torch.randn(16, 16, dtype=torch.float64)
@@ -47,7 +40,30 @@ def test_the_readme_s_python_runs_and_its_loop_is_the_scan():
     torch.testing.assert_close(final[0, 0], end)
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
+# tests that run a page's blocks and look at what comes out
+OWN_TESTS = {"README.md": "test_docs.py", "huggingface.md": "hf/test_guide.py"}
+
+
+@pytest.mark.parametrize(
+    "path", [page for page in PAGES if python_blocks(page) and page.name not in OWN_TESTS], ids=lambda p: p.name
+)
+def test_a_page_s_python_runs_as_printed(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SETUPS.get(path.name, lambda _: None)(monkeypatch)
+    run_blocks(path)
+
+
+def test_every_page_s_python_is_run():
+    for page, file in OWN_TESTS.items():
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert page in text
+        assert "run_blocks(" in text
+    for page in PAGES:
+        # what converts GGUF files needs a package that is not among those of the tests
+        assert [block for block in unmarked_python(page) if "GgufConfig" not in block] == [], page
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_links_lead_to_files(path):
     for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert link.startswith("https://") or (path.parent / link).exists(), link

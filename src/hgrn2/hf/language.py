@@ -87,7 +87,11 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         """The arguments of a step, as the library makes them."""
         # there for strings that end a text, it is no argument of the model
         kwargs.pop("tokenizer", None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        # PEFT looks for the cache by this name, whatever the version, and would put virtual tokens in again
+        if CACHE_NAME in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE_NAME)
+        return inputs
 
     def _prefill(
         self,
