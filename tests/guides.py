@@ -17,6 +17,7 @@ from hgrn2.train.checkpoint import CheckpointStore, create_run, model_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+IMPORT = re.compile(r"^(from \S+ )?import ", re.MULTILINE)
 
 
 def python_blocks(path: Path) -> list[str]:
@@ -26,7 +27,7 @@ def python_blocks(path: Path) -> list[str]:
 def unmarked_python(path: Path) -> list[str]:
     """Blocks that no test would run: Python by its imports, but not marked as such."""
     blocks = FENCE.findall(path.read_text(encoding="utf-8"))
-    return [text for language, text in blocks if language != "python" and re.search(r"^(from \S+ )?import ", text, re.M)]
+    return [text for language, text in blocks if language != "python" and IMPORT.search(text)]
 
 
 def run_blocks(path: Path) -> dict[str, Any]:
