@@ -144,10 +144,67 @@ def test_eval(run, corpus, tmp_path, capsys):
     files = [str(corpus / "0.txt"), str(corpus / "1.txt")]
     assert cli.main(["eval", str(run), *files, "--json-out", str(tmp_path / "scores.json")]) == 0
     assert "bits/byte" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "scores.json").read_text())
-    assert [row["name"] for row in rows][-1] == "total"
-    assert rows[2]["num_bytes"] == sum((corpus / f"{i}.txt").stat().st_size for i in range(2))
-    assert rows[2]["nats"] == pytest.approx(rows[0]["nats"] + rows[1]["nats"])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    texts, total = scores["texts"], scores["total"]
+    assert [row["name"] for row in texts] == ["0.txt", "1.txt"]
+    assert total["num_bytes"] == sum((corpus / f"{i}.txt").stat().st_size for i in range(2))
+    assert total["nats"] == pytest.approx(texts[0]["nats"] + texts[1]["nats"])
+
+
+def test_eval_has_a_row_a_file(run, tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(5)))
+    (tmp_path / "a.txt").write_text("a text")
+    out, files = tmp_path / "scores.json", [str(tmp_path / name) for name in ("d.jsonl", "a.txt")]
+    for flags, names in [([], ["a.txt", "d.jsonl"]), (["--each"], ["a.txt", *(f"d.jsonl#{i}" for i in range(1, 6))])]:
+        capsys.readouterr()
+        assert cli.main(["eval", str(run), *files, *flags, "--json-out", str(out)]) == 0
+        scores = json.loads(out.read_text())
+        assert [row["name"] for row in scores["texts"]] == names
+        assert scores["total"]["num_bytes"] == 36
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in [*names, "total"])
+
+
+def test_a_prompt_from_standard_input(run, capsys, monkeypatch, tmp_path):
+    def write(*args):
+        capsys.readouterr()
+        assert cli.main(["generate", str(run), "--temperature", "0", "--max-tokens", "5", *args]) == 0
+        return capsys.readouterr().out
+
+    wanted = write("--prompt", "def f")
+    (tmp_path / "prompt").write_text("def f\n")
+    with (tmp_path / "prompt").open() as piped:
+        monkeypatch.setattr(sys, "stdin", piped)
+        assert write() == wanted
+        assert write("--prompt", "x").startswith("x")
+    for data, message in [(b"\xff", "standard input is not UTF-8"), (b"a\0", "standard input is binary")]:
+        (tmp_path / "prompt").write_bytes(data)
+        with (tmp_path / "prompt").open() as piped:
+            monkeypatch.setattr(sys, "stdin", piped)
+            refused(capsys, ["generate", run], message)
+
+
+def test_control_characters_are_shown_to_a_terminal(run, tmp_path, capsys, monkeypatch):
+    name = tmp_path / "red\x1b[31m\u202e.txt"
+    name.write_text("a text")
+    assert cli.main(["eval", str(run), str(name)]) == 0
+    (tmp_path / "d.jsonl").write_text('{"\\u001b[31m\\n": 1}\n')
+    refused(capsys, ["eval", run, tmp_path / "d.jsonl"], "no field 'text'")
+    monkeypatch.setattr("hgrn2.generate.Writer.write", lambda *args: iter(["a\x1b[2Jb\r\n"]))
+    capsys.readouterr()
+    assert cli.main(["generate", str(run), "--prompt", "\x07"]) == 0
+    # a pipe gets what the model wrote
+    assert capsys.readouterr().out == "\x07a\x1b[2Jb\r\n\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["generate", str(run), "--prompt", "\x07"]) == 0
+    assert capsys.readouterr().out == "\ufffda\ufffd[2Jb\ufffd\n\n"
+
+
+def test_the_end_of_a_text_is_said(run, capsys, monkeypatch):
+    monkeypatch.setattr("hgrn2.data.ByteTokenizer.end_ids", frozenset(range(257)))
+    capsys.readouterr()
+    assert cli.main(["generate", str(run), "--prompt", "a"]) == 0
+    assert "ended by end-of-text after 1 of 256 tokens" in capsys.readouterr().err
 
 
 def test_plot_and_info(run, tmp_path, capsys):

@@ -1,19 +1,23 @@
-"""Perplexity and bits a byte of texts of any length, in constant memory."""
+"""Perplexity and bits a byte of texts of any length; in constant memory, unless the model has full attention."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hgrn2.data.documents import Document
-from hgrn2.data.tokenizer import Tokenizer
+from hgrn2.data.pieces import Piece, cut_document, keeps_text, piece_tokens
+from hgrn2.data.tokenizer import HFTokenizer, Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM
 
 WINDOW_TOKENS = 2048
+# parts that the vocabulary lacks are named up to this number
+_NAMED_UNKNOWN = 5
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,18 @@ class Score:
         nats: summed over its tokens and the end-of-text token.
         num_tokens: what was predicted.
         num_bytes: UTF-8 bytes of the text.
+        num_unknown: tokens that stand for text the vocabulary lacks.
+        unknown: the first few different parts of the text that it lacks.
+        keeps_text: whether the text can be told from its tokens.
     """
 
     name: str
     nats: float
     num_tokens: int
     num_bytes: int
+    num_unknown: int = 0
+    unknown: tuple[str, ...] = ()
+    keeps_text: bool = True
 
     @property
     def perplexity(self) -> float:
@@ -39,72 +49,119 @@ class Score:
         return math.exp(mean) if mean < 700 else math.inf
 
     @property
-    def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, and with a compressor's output."""
-        return self.nats / math.log(2) / self.num_bytes
+    def bits_per_byte(self) -> float | None:
+        """Comparable between tokenizers, and with a compressor's output; None if the tokens do not keep the text."""
+        return self.nats / math.log(2) / self.num_bytes if self.keeps_text else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values; what is not available or not finite is None."""
+        return {
+            "name": self.name, "nats": self.nats, "num_tokens": self.num_tokens, "num_bytes": self.num_bytes,
+            "num_unknown": self.num_unknown, "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
+            "bits_per_byte": self.bits_per_byte,
+        }  # fmt: skip
+
+    def losses(self) -> str | None:
+        """Say in one line what the tokenizer lost of the text; None if nothing."""
+        if self.num_unknown:
+            some = ", ".join(map(repr, self.unknown))
+            one = self.num_unknown == 1
+            lost = f"{self.num_unknown:,} token{'' if one else 's'} stand{'s' if one else ''} for text that the "
+            lost += f"tokenizer does not know{f' ({some}, ...)' if some else ''}"
+        elif not self.keeps_text:
+            lost = "the tokenizer changes the text (letter case, spaces or line ends)"
+        else:
+            return None
+        return f"{self.name}: {lost}; bits a byte are not available, and perplexity is of what is left"
 
 
 @torch.no_grad()
-def score(model: HGRN2LM, tokenizer: Tokenizer, document: Document, window: int = WINDOW_TOKENS) -> Score:
-    """Predicts every token of a text from all tokens before it.
+def score(
+    model: HGRN2LM,
+    tokenizer: Tokenizer,
+    document: Document,
+    window: int = WINDOW_TOKENS,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Score:
+    """Predict every token of a text from all tokens before it.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
         document: a name and the text in pieces, read as they are needed.
         window: tokens of a forward pass; the state goes from window to window, so it does not change the result.
+        on_bytes: called with the UTF-8 bytes of each piece that was read.
 
     Raises:
         UserError: the text is empty.
     """
     device = model.lm_head.weight.device
-    counter = _Counter(document.pieces)
+    reader = _Reader(tokenizer, document.pieces, on_bytes)
     nats, num_tokens, state = 0.0, 0, None
-    for ids in _windows(counter, tokenizer, window):
+    for ids in reader.windows(window):
         tokens = torch.tensor([ids], device=device)
-        loss, _, state = model.loss(tokens[:, :-1], tokens[:, 1:], state)
-        nats += float(loss)
+        found = model.loss(tokens[:, :-1], tokens[:, 1:], state)
+        nats, state = nats + float(found[0]), found[2]
         num_tokens += tokens.shape[1] - 1
-    if counter.num_bytes == 0:
+    if reader.num_bytes == 0:
         raise UserError(f"{document.name}: no text in it; name another file")
     if not math.isfinite(nats):
         raise UserError(
             f"{document.name}: the loss is {nats}; the model's weights are not finite, use another checkpoint"
         )
-    return Score(document.name, nats, num_tokens, counter.num_bytes)
-
-
-def total(scores: Iterable[Score]) -> Score:
-    """All texts together."""
-    scores = list(scores)
     return Score(
-        "total",
+        document.name, nats, num_tokens, reader.num_bytes, reader.num_unknown, tuple(reader.unknown),
+        reader.keeps_text and not reader.num_unknown,
+    )  # fmt: skip
+
+
+def total(scores: Iterable[Score], name: str = "total") -> Score:
+    """Add up the scores of several texts."""
+    scores = list(scores)
+    unknown = dict.fromkeys(part for s in scores for part in s.unknown)
+    return Score(
+        name,
         sum(s.nats for s in scores),
         sum(s.num_tokens for s in scores),
         sum(s.num_bytes for s in scores),
+        sum(s.num_unknown for s in scores),
+        tuple(unknown)[:_NAMED_UNKNOWN],
+        all(s.keeps_text for s in scores),
     )
 
 
-class _Counter:
-    """Hands pieces on and counts their bytes."""
+class _Reader:
+    """Turns a text into tokens, and counts what goes by."""
 
-    def __init__(self, pieces: Iterable[str]):
-        self.pieces, self.num_bytes = pieces, 0
+    def __init__(self, tokenizer: Tokenizer, blocks: Iterable[str], on_bytes: Callable[[int], None] | None):
+        self._tokenizer, self._blocks, self._on_bytes = tokenizer, blocks, on_bytes
+        self.num_bytes = self.num_unknown = 0
+        self.unknown: dict[str, None] = {}
+        self.keeps_text = True
 
-    def __iter__(self) -> Iterator[str]:
-        for piece in self.pieces:
-            self.num_bytes += len(piece.encode("utf-8"))
-            yield piece
+    def windows(self, window: int) -> Iterator[list[int]]:
+        """Yield runs of window + 1 tokens that overlap by one, from the start to the end-of-text token after the text."""
+        waiting = list(self._tokenizer.start_ids)
+        for piece in cut_document(self._tokenizer, self._blocks):
+            waiting.extend(self._read(piece))
+            while len(waiting) > window:
+                yield waiting[: window + 1]
+                waiting = waiting[window:]
+        waiting.append(self._tokenizer.eot_id)
+        for start in range(0, len(waiting) - 1, window):
+            yield waiting[start : start + window + 1]
 
-
-def _windows(pieces: Iterable[str], tokenizer: Tokenizer, window: int) -> Iterator[list[int]]:
-    """Runs of window + 1 tokens that overlap by one, from the end-of-text token before the text to the one after."""
-    waiting = [tokenizer.eot_id]
-    for piece in pieces:
-        waiting.extend(tokenizer.encode(piece))
-        while len(waiting) > window:
-            yield waiting[: window + 1]
-            waiting = waiting[window:]
-    waiting.append(tokenizer.eot_id)
-    for start in range(0, len(waiting) - 1, window):
-        yield waiting[start : start + window + 1]
+    def _read(self, piece: Piece) -> list[int]:
+        ids = piece_tokens(self._tokenizer, [piece])[0]
+        num_unknown = self._tokenizer.count_unknown(ids)
+        if num_unknown and isinstance(self._tokenizer, HFTokenizer) and len(self.unknown) < _NAMED_UNKNOWN:
+            for part in self._tokenizer.unknown_parts(piece.text):
+                if len(self.unknown) < _NAMED_UNKNOWN:
+                    self.unknown[part] = None
+        self.num_unknown += num_unknown
+        self.keeps_text = self.keeps_text and keeps_text(self._tokenizer, piece, ids)
+        num_bytes = len(piece.text.encode("utf-8"))
+        self.num_bytes += num_bytes
+        if self._on_bytes is not None:
+            self._on_bytes(num_bytes)
+        return ids.tolist()

@@ -108,6 +108,19 @@ def _first(texts: Sequence[str], where: str) -> int | None:
     return min((at for text in texts if (at := where.find(text)) >= 0), default=None)
 
 
+def space_warning(tokenizer: Tokenizer, prompt: str) -> str | None:
+    """Say in one line that a prompt ends in a space which belongs to the word after it; None if it does not.
+
+    Many vocabularies hold " word" as one token; after a space of its own, a model has seldom seen the start of a word.
+    """
+    if tokenizer.splits_anywhere or not prompt.endswith(" ") or not prompt.strip():
+        return None
+    last = tokenizer.encode(prompt)[-1:]
+    if tokenizer.decode(last).strip() or tokenizer.encode(prompt) == tokenizer.encode(prompt.rstrip(" ")):
+        return None
+    return "the prompt ends in a space, which this tokenizer writes as part of the next word; leave the space out"
+
+
 def _fingerprint(model: HGRN2LM) -> str:
     """Tells models apart by their settings and the first numbers of each tensor, which training changes."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())

@@ -13,6 +13,7 @@ import pytest
 
 from hgrn2.data import ByteTokenizer, load_tokenizer, train_bpe
 from hgrn2.data.encode import encode_pieces
+from hgrn2.data.pieces import Piece
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
 from hgrn2.data.staging import staged_directory, write_text_whole
 from hgrn2.data.tokens import TokenDataset
@@ -498,7 +499,7 @@ class DyingTokenizer(ByteTokenizer):
 
 def test_a_dead_worker_is_an_error():
     with pytest.raises(UserError, match="a worker process ended early"):
-        list(encode_pieces([(0, "text")], DyingTokenizer(), "<u2", 2))
+        list(encode_pieces([(0, Piece("text"))], DyingTokenizer(), "<u2", 2))
 
 
 def test_few_tasks_are_read_ahead(monkeypatch):
@@ -508,7 +509,7 @@ def test_few_tasks_are_read_ahead(monkeypatch):
     def pieces():
         for i in range(100):
             read.append(i)
-            yield i, "0123456789"
+            yield i, Piece("0123456789")
 
     encoded = encode_pieces(pieces(), load_tokenizer("bytes"), "<u2", 1)
     assert next(encoded)[0] == 0

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from hgrn2.cli.output import show_table
+from hgrn2.cli.output import show_table, tell
 from hgrn2.cli.parsing import Texts
 from hgrn2.data.staging import check_file_place, write_text_whole
-from hgrn2.errors import UserError
+from hgrn2.errors import UserError, visible
 from hgrn2.settings import evaluate_tasks, load_model
+
+if TYPE_CHECKING:
+    from hgrn2.evaluate import Score
+
+# from here on, layers that attend to a whole text are worth a word
+_LONG_TEXT_BYTES = 100_000
 
 
 def evaluate(
@@ -23,6 +28,7 @@ def evaluate(
     files: tyro.conf.Positional[tuple[str, ...]],
     text_field: str = "text",
     window: int = 2048,
+    each: bool = False,
     tasks: Texts = (),
     tasks_dir: Path | None = None,
     batch_size: str = "auto",
@@ -32,13 +38,16 @@ def evaluate(
     device: str = "auto",
     json_out: Path | None = None,
 ) -> None:
-    """Perplexity and bits a byte of texts of any length, in constant memory; or tasks of lm-evaluation-harness.
+    """Perplexity and bits a byte of texts of any length; or tasks of lm-evaluation-harness.
+
+    Memory does not grow with a text, except for models with attention layers that have no window.
 
     Args:
         run: A run folder, a checkpoint, or a folder of another layout (see convert) with its tokenizer.json.
         files: Text files, folders, globs, .jsonl(.zst) or .parquet.
         text_field: Key or column of the text in .jsonl and .parquet.
         window: Tokens read at a time; does not change the result.
+        each: A row for every line of a .jsonl or row of a .parquet; otherwise one a file.
         tasks: Instead of files, tasks of lm-evaluation-harness by name, or task files (.yaml).
         tasks_dir: A folder of further task files.
         batch_size: Rows of a task read at a time; auto takes as many as the memory allows.
@@ -49,7 +58,7 @@ def evaluate(
         json_out: Write the results to a JSON file as well.
     """
     # a setting of the other kind would have no effect
-    of_files = {"files": files, "--text-field": text_field != "text", "--window": window != 2048}
+    of_files = {"files": files, "--text-field": text_field != "text", "--window": window != 2048, "--each": each}
     of_tasks = {
         "--tasks": tasks, "--tasks-dir": tasks_dir, "--batch-size": batch_size != "auto",
         "--num-fewshot": num_fewshot is not None, "--limit": limit is not None,
@@ -68,7 +77,7 @@ def evaluate(
         )  # fmt: skip
         show = functools.partial(print, table)
     else:
-        table, result = _evaluate_texts(run, files, text_field, window, checkpoint, device)
+        table, result = _evaluate_texts(run, files, text_field, window, each, checkpoint, device)
         show = functools.partial(show_table, table)
     # first, for nobody may be there any more to look at the table
     if json_out is not None:
@@ -80,28 +89,53 @@ def evaluate(
 
 
 def _evaluate_texts(
-    run: Path, files: Sequence[str], text_field: str, window: int, checkpoint: str, device: str
+    run: Path, files: Sequence[str], text_field: str, window: int, each: bool, checkpoint: str, device: str
 ) -> tuple[Any, str]:
-    """A table for people, and JSON."""
-    from rich.markup import escape
-    from rich.table import Table
-
+    """Return a table for people, and JSON."""
     from hgrn2.data import open_corpus
+    from hgrn2.data.progress import progress_bar
     from hgrn2.evaluate import score, total
 
     if window < 1:
         raise UserError(f"--window is {window}; wanted at least 1")
     lm, tokenizer = load_model(run, checkpoint, device)
-    scores = [score(lm, tokenizer, document, window) for document in open_corpus(files, text_field).documents()]
-    if not scores:
+    corpus = open_corpus(files, text_field)
+    num_bytes = corpus.num_bytes
+    attn = lm.config.attn
+    if attn is not None and attn.window_size is None and (num_bytes is None or num_bytes > _LONG_TEXT_BYTES):
+        tell(f"note: {len(attn.layers)} layers attend to the whole text; time and memory grow with its length")
+    by_source: dict[str, list[Score]] = {}
+    with progress_bar("scoring", num_bytes, None) as advance:
+        for document in corpus.documents():
+            found = score(lm, tokenizer, document, window, advance)
+            by_source.setdefault(document.source or document.name, []).append(found)
+    if not by_source:
         raise UserError(f"{' '.join(files)}: no text in it; name other files")
-    shown = scores if len(scores) == 1 else [*scores, total(scores)]
-    table = Table("text", "bytes", "tokens", "perplexity", "bits/byte")
+    rows = [row for found in by_source.values() for row in found]
+    if not each:
+        rows = [found[0] if len(found) == 1 else total(found, name) for name, found in by_source.items()]
+    whole = total(rows)
+    for row in rows:
+        if loss := row.losses():
+            tell(f"warning: {loss}")
+    result = {"total": whole.to_dict(), "texts": [row.to_dict() for row in rows]}
+    return _table(rows if len(rows) == 1 else [*rows, whole]), json.dumps(result, indent=1) + "\n"
+
+
+def _table(rows: Sequence[Score]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    lossy = any(row.num_unknown for row in rows)
+    names = ["text", "bytes", "tokens", *(["unknown"] if lossy else []), "perplexity", "bits/byte"]
+    table = Table(*names)
     for column in table.columns[1:]:
         column.justify = "right"
-    for s in shown:
+    for row in rows:
+        bits = "n/a" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
+        unknown = [f"{row.num_unknown:,}"] if lossy else []
         table.add_row(
-            escape(s.name), f"{s.num_bytes:,}", f"{s.num_tokens:,}", f"{s.perplexity:,.3f}", f"{s.bits_per_byte:.4f}"
-        )
-    rows = [dataclasses.asdict(s) | {"perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte} for s in shown]
-    return table, json.dumps(rows, indent=1) + "\n"
+            escape(visible(row.name, keep="")), f"{row.num_bytes:,}", f"{row.num_tokens:,}", *unknown,
+            f"{row.perplexity:,.3f}", bits,
+        )  # fmt: skip
+    return table

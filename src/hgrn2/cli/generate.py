@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import sys
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from hgrn2.cli.output import tell
 from hgrn2.cli.parsing import Texts
 from hgrn2.data.staging import check_file_place
-from hgrn2.errors import UserError
+from hgrn2.errors import UserError, visible
 from hgrn2.settings import load_model
 
 
 def generate(
     run: tyro.conf.Positional[Path],
-    prompt: str = "",
+    prompt: str | None = None,
     max_tokens: int = 256,
     temperature: float = 0.8,
     top_k: int = 0,
@@ -31,9 +35,11 @@ def generate(
 ) -> None:
     r"""Write text with a trained model.
 
+    On a terminal, control characters that a model writes are shown as \ufffd; a pipe or file gets them as they are.
+
     Args:
         run: A run folder, a checkpoint, or a folder of another layout (see convert) with its tokenizer.json.
-        prompt: Text to continue.
+        prompt: Text to continue; without it, what is piped into standard input.
         max_tokens: Most tokens to write.
         temperature: 0 takes the likeliest token; higher is more varied.
         top_k: Keep this many of the likeliest tokens; 0 keeps all.
@@ -47,14 +53,16 @@ def generate(
         checkpoint: Which checkpoint of a run.
         device: cpu, cuda or auto.
     """
-    from hgrn2.generate import Sampling, Writer
+    from hgrn2.generate import Sampling, Writer, space_warning
 
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}; wanted at least 1")
     try:
-        "".join([prompt, *stop]).encode()
+        "".join([prompt or "", *stop]).encode()
     except UnicodeEncodeError:
         raise UserError("--prompt or --stop is not UTF-8; give text") from None
+    if prompt is None:
+        prompt = _piped_prompt()
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     if state_out is not None:
         check_file_place(state_out)
@@ -62,10 +70,14 @@ def generate(
     writer = Writer(lm, tokenizer, sampling)
     if state_in is not None:
         writer.load_state(state_in)
+    if note := space_warning(tokenizer, prompt):
+        tell(f"warning: {note}")
+    # a terminal would obey what an untrained model writes
+    shown = visible if sys.stdout.isatty() else str
     try:
-        print(prompt, end="")
+        print(shown(prompt), end="")
         for text in writer.write(prompt, max_tokens, tuple(s.replace("\\n", "\n") for s in stop)):
-            print(text, end="", flush=True)
+            print(shown(text), end="", flush=True)
         print(flush=True)
     except OSError:
         # the reader of the text has gone, perhaps; the state is asked for all the same
@@ -74,3 +86,23 @@ def generate(
         raise
     if state_out is not None:
         writer.save_state(state_out)
+    if writer.ended_by == "end-of-text":
+        tell(f"ended by end-of-text after {writer.num_written:,} of {max_tokens:,} tokens")
+
+
+def _piped_prompt() -> str:
+    """What a pipe or file gives as standard input, without the line end that `echo` adds; empty on a terminal."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        # closed by <&-
+        return ""
+    if not stat.S_ISFIFO(mode) and not stat.S_ISREG(mode):
+        return ""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 (offset {error.start}); give text, or --prompt") from None
+    if "\0" in text:
+        raise UserError("standard input is binary, not text (it holds a NUL); give text, or --prompt")
+    return text.removesuffix("\n").removesuffix("\r")

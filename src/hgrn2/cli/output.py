@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Any
 
+from hgrn2.errors import visible
+
 
 def show_table(table: Any) -> None:
     """Print a table of rich's."""
@@ -21,14 +23,14 @@ def show_table(table: Any) -> None:
 
 def tell(line: str) -> None:
     """Print a line on standard error."""
-    # a closed standard error is no reason to stop
+    # a closed standard error is no reason to stop; names of files may hold what a terminal would obey
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
 
 
 def refuse(line: str) -> int:
     """Print an error; returns the exit status that goes with it."""
-    tell(f"error: {line}")
+    tell(visible(f"error: {line}", keep=""))
     release_output()
     return 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import shlex
 import signal
 from pathlib import Path
@@ -161,12 +162,15 @@ def _report(run: Any, data: Any, out: Path, compressors: bool) -> None:
         print(f"picture  {path}")
     record = result.last_validation
     if record:
-        print(
-            f"held-out text: {record['val_bits_per_byte']:.3f} bits a byte, perplexity {record['val_perplexity']:.2f}"
-        )
+        print(f"held-out text: {_bits(record)} bits a byte, perplexity {record['val_perplexity']:.2f}")
     if compressors:
         _compare_compressors(data, record)
     print(f"write with it:  hgrn2 generate {shlex.quote(str(out))} --prompt 'def '")
+
+
+def _bits(record: dict[str, Any]) -> str:
+    bits = record["val_bits_per_byte"]
+    return "no (the tokenizer does not keep the whole text)" if bits is None else f"{bits:.3f}"
 
 
 def _compare_compressors(data: Any, record: dict[str, Any] | None) -> None:
@@ -174,12 +178,15 @@ def _compare_compressors(data: Any, record: dict[str, Any] | None) -> None:
     import lzma
 
     held_out = data.validation
-    text = data.tokenizer.decode(held_out.tokens(0, held_out.num_tokens)).encode("utf-8")
+    # each document for itself, as it was encoded
+    bounds = [*held_out.document_starts, held_out.num_tokens]
+    documents = (held_out.tokens(start, stop) for start, stop in itertools.pairwise(bounds))
+    text = "".join(map(data.tokenizer.decode, documents)).encode("utf-8")
     rows = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
     print(f"bits a byte on the same {len(text):,} held-out bytes:")
     if record:
         part = record["val_text_bytes"]
         note = "" if part == len(text) else f"   (on {part:,} of them; raise --validation-tokens for all)"
-        print(f"  this model  {record['val_bits_per_byte']:.3f}{note}")
+        print(f"  this model  {_bits(record)}{note}")
     for name, packed in rows.items():
         print(f"  {name:<10}  {8 * len(packed) / len(text):.3f}")

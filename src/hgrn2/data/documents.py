@@ -20,10 +20,12 @@ class Document:
     Attributes:
         name: unique in its corpus and independent of where the files lie.
         pieces: the text in order, in pieces of bounded size; can be iterated once.
+        source: the name of the file or dataset it is a row of; empty for a file that is one document.
     """
 
     name: str
     pieces: Iterator[str]
+    source: str = ""
 
 
 def text_document(name: str, path: Path) -> Document:
@@ -44,7 +46,7 @@ def jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
                     continue
                 text = _json_text(line, field, f"{path}, line {number}")
                 if text:
-                    yield Document(f"{name}#{number}", cut_pieces([text]))
+                    yield Document(f"{name}#{number}", cut_pieces([text]), name)
     except UserError:
         raise
     except Exception as error:
@@ -73,7 +75,7 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
                     row += 1
                     text = _row_text({column: text}, column, f"{path}, row {row}")
                     if text:
-                        yield Document(f"{name}#{row}", cut_pieces([text]))
+                        yield Document(f"{name}#{row}", cut_pieces([text]), name)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
 
@@ -105,7 +107,7 @@ def hub_documents(spec: str, field: str) -> Iterator[Document]:
         for number, row in enumerate(rows, start=1):
             text = _row_text(row, field, f"hf:{spec}, row {number}")
             if text:
-                yield Document(f"hf:{spec}#{number}", cut_pieces([text]))
+                yield Document(f"hf:{spec}#{number}", cut_pieces([text]), f"hf:{spec}")
     except UserError:
         raise
     except Exception as error:  # the library lets errors of many others through

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hgrn2.data.pieces import Piece, keeps_text, piece_tokens
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 
@@ -28,19 +29,28 @@ Tag = TypeVar("Tag")
 
 @dataclass(frozen=True)
 class EncodedPiece:
-    """Tokens of a piece of text, 1-D of the dataset's dtype, and the UTF-8 bytes of the text."""
+    """A piece of text as tokens.
+
+    Attributes:
+        tokens: 1-D, of the dataset's dtype.
+        num_text_bytes: UTF-8 bytes of the text.
+        num_unknown: tokens that stand for text the vocabulary lacks.
+        keeps_text: whether the text can be told from the tokens.
+    """
 
     tokens: np.ndarray
     num_text_bytes: int
+    num_unknown: int = 0
+    keeps_text: bool = True
 
 
 def encode_pieces(
-    pieces: Iterable[tuple[Tag, str]], tokenizer: Tokenizer, dtype: np.dtype, num_workers: int
+    pieces: Iterable[tuple[Tag, Piece]], tokenizer: Tokenizer, dtype: np.dtype, num_workers: int
 ) -> Generator[tuple[Tag, EncodedPiece], None, None]:
     """Encode tagged pieces in order, reading only a few tasks ahead.
 
     Args:
-        pieces: (tag, text) pairs; tags stay in this process.
+        pieces: (tag, piece) pairs; tags stay in this process.
         tokenizer: must be picklable if there are several workers.
         dtype: of the tokens given back.
         num_workers: processes; 1 encodes in this one.
@@ -49,8 +59,8 @@ def encode_pieces(
         UserError: a worker process died.
     """
     if num_workers == 1:
-        for tags, texts in _tasks(pieces):
-            yield from zip(tags, _encode(tokenizer, dtype, texts), strict=True)
+        for tags, task in _tasks(pieces):
+            yield from zip(tags, _encode(tokenizer, dtype, task), strict=True)
         return
     pool = ProcessPoolExecutor(
         num_workers,
@@ -60,8 +70,8 @@ def encode_pieces(
     )
     try:
         waiting: deque[tuple[list[Any], Future[list[EncodedPiece]]]] = deque()
-        for tags, texts in _tasks(pieces):
-            waiting.append((tags, pool.submit(_encode_in_worker, texts)))
+        for tags, task in _tasks(pieces):
+            waiting.append((tags, pool.submit(_encode_in_worker, task)))
             # the bound keeps a corpus larger than memory out of memory
             if len(waiting) > 2 * num_workers:
                 done_tags, future = waiting.popleft()
@@ -77,25 +87,31 @@ def encode_pieces(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _tasks(pieces: Iterable[tuple[Tag, str]]) -> Iterator[tuple[list[Tag], list[str]]]:
+def _tasks(pieces: Iterable[tuple[Tag, Piece]]) -> Iterator[tuple[list[Tag], list[Piece]]]:
     tags: list[Tag] = []
-    texts: list[str] = []
+    task: list[Piece] = []
     num_chars = 0
-    for tag, text in pieces:
+    for tag, piece in pieces:
         tags.append(tag)
-        texts.append(text)
-        num_chars += len(text)
-        if num_chars >= _TASK_CHARS or len(texts) >= _TASK_PIECES:
-            yield tags, texts
-            tags, texts, num_chars = [], [], 0
-    if texts:
-        yield tags, texts
+        task.append(piece)
+        num_chars += len(piece.text)
+        if num_chars >= _TASK_CHARS or len(task) >= _TASK_PIECES:
+            yield tags, task
+            tags, task, num_chars = [], [], 0
+    if task:
+        yield tags, task
 
 
-def _encode(tokenizer: Tokenizer, dtype: np.dtype, texts: Sequence[str]) -> list[EncodedPiece]:
-    sizes = [len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts]
-    encoded = tokenizer.encode_batch(texts)
-    return [EncodedPiece(ids.astype(dtype), size) for ids, size in zip(encoded, sizes, strict=True)]
+def _encode(tokenizer: Tokenizer, dtype: np.dtype, pieces: Sequence[Piece]) -> list[EncodedPiece]:
+    return [
+        EncodedPiece(
+            ids.astype(dtype),
+            len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8")),
+            tokenizer.count_unknown(ids),
+            keeps_text(tokenizer, piece, ids),
+        )
+        for piece, ids in zip(pieces, piece_tokens(tokenizer, pieces), strict=True)
+    ]
 
 
 _worker: tuple[Tokenizer, np.dtype]
@@ -120,5 +136,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> list[EncodedPiece]:
-    return _encode(*_worker, texts)
+def _encode_in_worker(pieces: list[Piece]) -> list[EncodedPiece]:
+    return _encode(*_worker, pieces)

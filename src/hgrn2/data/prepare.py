@@ -16,6 +16,7 @@ from typing import Any
 
 from hgrn2.data.encode import encode_pieces
 from hgrn2.data.find_tokenizer import bpe_request, load_tokenizer, train_bpe
+from hgrn2.data.pieces import Piece, cut_document
 from hgrn2.data.progress import progress_bar
 from hgrn2.data.sources import STDLIB, Corpus, open_corpus
 from hgrn2.data.split import TRAIN, VALIDATION, Split
@@ -110,7 +111,16 @@ class PreparedData:
             f"tokenizer {self.tokenizer.name} with {self.tokenizer.vocab_size:,} tokens"
         )
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in self.manifest["skipped"].items())
-        return line + (f"; skipped {skipped}" if skipped else "")
+        line += f"; skipped {skipped}" if skipped else ""
+        return line + "".join(f"; {note}" for note in self._losses())
+
+    def _losses(self) -> Iterator[str]:
+        """What the tokenizer lost of the text."""
+        num_unknown = self.train.num_unknown + self.validation.num_unknown
+        if num_unknown:
+            yield f"{num_unknown:,} tokens stand for text that the tokenizer does not know"
+        if not self.validation.keeps_text:
+            yield "the tokenizer does not keep the whole text, so bits a byte are not available"
 
 
 def _identity(directory: Path) -> tuple[int, int, int] | None:
@@ -274,7 +284,7 @@ class _Job:
         corpora = [self.corpus] + ([self.held_out] if self.held_out is not None else [])
         sizes = [corpus.num_bytes for corpus in corpora]
         total = None if None in sizes else sum(size for size in sizes if size is not None)
-        pieces = self._tagged_pieces(split)
+        pieces = self._tagged_pieces(split, tokenizer)
         encoded = encode_pieces(pieces, tokenizer, dtype, self.num_workers)
         # closed at once on an error, so that no worker outlives this call
         with progress_bar("preparing", total, self.progress) as advance, closing(encoded):
@@ -282,20 +292,20 @@ class _Job:
                 writers[side].add(piece, starts)
                 advance(piece.num_text_bytes)
 
-    def _tagged_pieces(self, split: Split) -> Iterator[tuple[tuple[str, bool], str]]:
+    def _tagged_pieces(self, split: Split, tokenizer: Tokenizer) -> Iterator[tuple[tuple[str, bool], Piece]]:
         """Every piece with its side and whether it starts a document."""
         for document in self.corpus.documents():
             starts = False
             for side, part in split.parts(document):
                 starts = True
-                for piece in part.pieces:
+                for piece in cut_document(tokenizer, part.pieces):
                     if starts:
                         split.observe(document.name)
                     yield (side, starts), piece
                     starts = False
         for document in self.held_out.documents() if self.held_out is not None else ():
             starts = True
-            for piece in document.pieces:
+            for piece in cut_document(tokenizer, document.pieces):
                 yield (VALIDATION, starts), piece
                 starts = False
 

@@ -36,6 +36,8 @@ class TokenDataset:
         num_tokens: tokens in all, the end-of-text tokens included.
         num_documents: documents in all.
         num_text_bytes: UTF-8 bytes of the documents' text.
+        num_unknown: tokens that stand for text the vocabulary lacks; 0 for sets of earlier versions.
+        keeps_text: whether the text can be told from the tokens; True for sets of earlier versions.
         vocab_size: of the tokenizer.
         eot_id: the token that starts every document.
         document_starts: int64 [num_documents], position of every document's end-of-text token; memory-mapped.
@@ -49,6 +51,8 @@ class TokenDataset:
         self.num_tokens: int = manifest["num_tokens"]
         self.num_documents: int = manifest["num_documents"]
         self.num_text_bytes: int = manifest["num_text_bytes"]
+        self.num_unknown: int = manifest.get("num_unknown", 0)
+        self.keeps_text: bool = manifest.get("keeps_text", True)
         self.vocab_size: int = manifest["vocab_size"]
         self.eot_id: int = manifest["eot_id"]
         self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")

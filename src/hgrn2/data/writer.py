@@ -36,6 +36,8 @@ class TokenWriter:
         self.directory = directory
         self.num_tokens = 0
         self.num_text_bytes = 0
+        self._num_unknown = 0
+        self._keeps_text = True
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._eot = np.array([tokenizer.eot_id], dtype=self._dtype)
@@ -57,6 +59,8 @@ class TokenWriter:
             self._append(self._eot)
         self._append(piece.tokens)
         self.num_text_bytes += piece.num_text_bytes
+        self._num_unknown += piece.num_unknown
+        self._keeps_text &= piece.keeps_text
         self._pieces.extend((self.num_tokens, self.num_text_bytes))
 
     def close(self) -> dict[str, Any]:
@@ -74,6 +78,8 @@ class TokenWriter:
             "num_tokens": self.num_tokens,
             "num_documents": self.num_documents,
             "num_text_bytes": self.num_text_bytes,
+            "num_unknown": self._num_unknown,
+            "keeps_text": self._keeps_text and not self._num_unknown,
             "shard_tokens": self._shard_tokens,
             "shards": self._shards,
             "documents": self._write_integers("documents.bin", self._document_starts),

@@ -49,6 +49,7 @@ class LanguageTask:
         self._held_out = sequential_windows(
             validation, config.seq_len, config.batch_size, max_tokens=config.validation_tokens
         )
+        self._keeps_text = validation.keeps_text
         self._config = config
         self._device = device
         self._sampler = sampler
@@ -85,14 +86,14 @@ class LanguageTask:
         """Let the streams start from zero: a state that is not finite would spoil every step to come."""
         self._carried = None
 
-    def evaluate(self, model: Any) -> dict[str, float]:
+    def evaluate(self, model: Any) -> dict[str, Any]:
         """See text_figures; the state is carried through whole documents."""
         nats = 0.0
         carried: ModelState | None = None
         for batch in self._held_out:
             loss_sum, carried = carried_loss(model.loss, batch.to(self._device, non_blocking=True), carried)
             nats += loss_sum.item()
-        return text_figures(nats, self._held_out.num_tokens, self._held_out.num_text_bytes)
+        return text_figures(nats, self._held_out.num_tokens, self._held_out.num_text_bytes, self._keeps_text)
 
     def sample(self, model: nn.Module) -> str | None:
         """The prompt and what the model makes of it."""
@@ -135,24 +136,25 @@ def carried_loss(
     return loss_sum, None if batch.carry_to is None else state.detach().select(batch.carry_to)
 
 
-def text_figures(nats: float, num_tokens: int, num_text_bytes: int) -> dict[str, float]:
-    """What a summed cross entropy over a text comes to.
+def text_figures(nats: float, num_tokens: int, num_text_bytes: int, keeps_text: bool = True) -> dict[str, Any]:
+    """Turn a cross entropy summed over a text into figures.
 
     Args:
         nats: summed over the targets.
         num_tokens: number of targets.
         num_text_bytes: UTF-8 bytes of the text they stand for.
+        keeps_text: whether the text can be told from its tokens; otherwise bits a byte would flatter the tokenizer.
 
     Returns:
-        val_loss (nats a token), val_perplexity (its exp), val_bits_per_byte (comparable between tokenizers),
-        and what they were measured on: val_tokens, val_text_bytes.
+        val_loss (nats a token), val_perplexity (its exp), val_bits_per_byte (comparable between tokenizers; None if
+        the tokens do not keep the text), and what they were measured on: val_tokens, val_text_bytes.
     """
     loss = nats / num_tokens
     return {
         "val_loss": loss,
         # beyond 700 the exponential overflows
         "val_perplexity": math.exp(min(loss, 700.0)),
-        "val_bits_per_byte": nats / math.log(2) / num_text_bytes,
+        "val_bits_per_byte": nats / math.log(2) / num_text_bytes if keeps_text else None,
         "val_tokens": num_tokens,
         "val_text_bytes": num_text_bytes,
     }
