@@ -4,15 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hgrn2 import ops
+    from hgrn2 import models, nn, ops
     from hgrn2.models import HGRN2LM, AttentionConfig, HGRN2Config, ModelState, presets
+    from hgrn2.nn import HGRN2Mixer
 
 __version__ = "0.1.0"
 
-__all__ = ["HGRN2LM", "AttentionConfig", "HGRN2Config", "ModelState", "__version__", "ops", "presets"]
-
+__all__ = [
+    "HGRN2LM", "AttentionConfig", "HGRN2Config", "HGRN2Mixer", "ModelState", "__version__", "models", "nn", "ops",
+    "presets",
+]  # fmt: skip
 
 _SUBPACKAGES = {"models", "nn", "ops"}
+# where public names live; in hgrn2.models if not here
+_HOMES = {"HGRN2Mixer": "hgrn2.nn"}
 
 
 def __getattr__(name: str) -> Any:
@@ -21,7 +26,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"hgrn2.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("hgrn2.models"), name)
+    return getattr(import_module(_HOMES.get(name, "hgrn2.models")), name)
 
 
 def __dir__() -> list[str]:

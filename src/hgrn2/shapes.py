@@ -18,8 +18,19 @@ Activations are [B, T, D] or, split in heads, [B, T, H, K]; a state is [N, H, K,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+
+
+def describe(x: Any) -> str:
+    """Names a value in an error message, in one short line."""
+    if isinstance(x, Tensor):
+        return f"a tensor {list(x.shape)} of {x.dtype}"
+    if x is None or (isinstance(x, bool | int | float | complex | str) and len(repr(x)) < 40):
+        return repr(x)
+    kind = type(x).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def require_shape(name: str, x: Tensor, letters: str, wanted: Sequence[int]) -> None:
@@ -32,7 +43,7 @@ def require_shape(name: str, x: Tensor, letters: str, wanted: Sequence[int]) -> 
         wanted: their sizes.
     """
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name} is {x!r}; wanted a tensor [{letters.replace(' ', ', ')}]")
+        raise ValueError(f"{name} is {describe(x)}; wanted a tensor [{letters.replace(' ', ', ')}]")
     if tuple(x.shape) != tuple(wanted):
         sizes = ", ".join(f"{letter}={size}" for letter, size in zip(letters.split(), wanted, strict=True))
         raise ValueError(f"{name} has shape {list(x.shape)}; wanted [{letters.replace(' ', ', ')}] with {sizes}")

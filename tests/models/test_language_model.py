@@ -314,6 +314,52 @@ def test_a_loss_of_other_shapes_is_refused():
         model.loss(tokens(1, 5), tokens(1, 4))
 
 
+IDS = tokens(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m([[1, 2]]), r"input_ids is a list; wanted a tensor \[B, T\] of int64"),
+        (lambda m: m(IDS.numpy()), "input_ids is a ndarray; wanted a tensor"),
+        (lambda m: m(IDS[0]), r"input_ids is a tensor \[5\] of torch.int64; wanted a tensor \[B, T\]"),
+        (lambda m: m(IDS.float()), "input_ids is a tensor .* of torch.float32"),
+        (lambda m: m(IDS.bool()), "input_ids is a tensor .* of torch.bool"),
+        (lambda m: m(IDS.to("meta")), "input_ids is on meta and the model on cpu; move one of them"),
+        (lambda m: m.loss(IDS, [1]), "targets is a list; wanted a tensor"),
+        (lambda m: m.loss(IDS, None), "targets is None; wanted a tensor"),
+        (lambda m: m.loss(IDS, IDS + 29), "targets has ids from .*; the vocabulary has 0 to 28, and -100 where"),
+        (lambda m: m.loss(IDS, IDS - 50), "targets has ids from -4. to "),
+        (lambda m: m.step(IDS, m.init_state(2)), r"token_ids is a tensor \[2, 5\] .*; wanted a tensor \[B\] of int64"),
+        (lambda m: m.step([1, 2], m.init_state(2)), "token_ids is a list"),
+        (lambda m: m(IDS, {}), "state is a dict; wanted the ModelState"),
+        (lambda m: m(IDS, m.init_state(2, "meta")), r"state is on meta and the model on cpu; .* state.to\(\)"),
+        (lambda m: m(IDS, attention_mask=[[1]]), r"attention_mask is a list; wanted a tensor \[2, 5\]"),
+        (lambda m: m(IDS, attention_mask=torch.ones(2, 4)), r"attention_mask is a tensor \[2, 4\]"),
+        (lambda m: m(IDS[:1], cu_seqlens=[0, 5]), "cu_seqlens is a list; wanted a tensor"),
+        (lambda m: m(IDS[:1], cu_seqlens=torch.tensor([0, 5], device="meta")), "cu_seqlens is on meta and input_ids"),
+        (lambda m: m(IDS, cu_seqlens=torch.tensor([0, 5])), "cu_seqlens packs sequences into one row"),
+        (lambda m: m.init_state("2"), "batch_size is '2'; wanted the number of sequences"),
+        (lambda m: HGRN2LM({"vocab_size": 3}), "config is a dict; wanted an hgrn2.HGRN2Config"),
+        (lambda m: HGRN2LM("tiny"), "config is 'tiny'; wanted an hgrn2.HGRN2Config"),
+        (lambda m: m.gate_statistics([1]), "input_ids is a list"),
+        (lambda m: presets.preset(3), "presets: the name is 3; wanted a word"),
+        (lambda m: presets.variant(["fla"]), "variants: the name is a list; wanted a word"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call(make_model(config_of("short-conv"), torch.float32))
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_of_any_width_are_ids():
+    model = make_model(config_of("fla"), torch.float32)
+    wanted = model.loss(IDS, IDS).sum
+    for dtype in (torch.int32, torch.uint8):
+        assert torch.equal(model.loss(IDS.to(dtype), IDS.to(dtype)).sum, wanted)
+
+
 def test_padding_anywhere_leaves_the_tokens_alone():
     model = make_model(HGRN2Config.from_dict(SIZE | {"use_short_conv": True}))
     ids = torch.tensor([[5, 6, 7, 8, 9, 3]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hgrn2.nn.mixer import HGRN2Mixer
+from hgrn2 import HGRN2Config, HGRN2Mixer
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
@@ -50,13 +50,23 @@ def test_a_floor_holds_whether_tokens_come_one_by_one_or_together():
     ("settings", "words"),
     [
         ({"norm": "nosuch"}, "norm is 'nosuch'; wanted one of 'rmsnorm'"),
-        ({"norm_eps": -1.0}, "eps is -1.0; wanted at least 0"),
+        ({"norm_eps": -1.0}, "eps is -1.0; wanted a number of at least 0"),
+        ({"norm_eps": "x"}, "eps is 'x'; wanted a number"),
+        ({"scale": "1"}, "scale is '1'; wanted a finite number, or None"),
+        ({"scale": float("nan")}, "scale is nan; wanted a finite number, or None"),
+        ({"backend": "fast"}, "backend is 'fast'; wanted one of"),
+        ({"conv_size": 2.5}, "conv_size is 2.5; wanted the taps"),
+        ({"hidden_size": "16"}, "hidden_size is '16'; wanted a whole number"),
+        ({"hidden_size": 16.0}, "hidden_size is 16.0; wanted a whole number"),
+        ({"num_heads": 4}, "num_heads is 4, and hidden_size / expand_ratio is 2; give one of the two"),
+        ({"num_heads": 3, "expand_ratio": None}, "hidden_size is 16 and num_heads 3; wanted a multiple"),
+        ({"expand_ratio": None}, "hidden_size is 16; wanted a multiple of 128, or expand_ratio or num_heads"),
         ({"q_activation": "relu"}, "q_activation is 'relu'; wanted one of"),
         ({"v_activation": "relu"}, "v_activation is 'relu'; wanted one of"),
         ({"conv_size": -1}, "conv_size is -1"),
         ({"hidden_size": 17}, "hidden_size is 17 and expand_ratio 8"),
         ({"hidden_size": 4}, "hidden_size is 4 and expand_ratio 8"),
-        ({"expand_ratio": 0}, "hidden_size is 16 and expand_ratio 0"),
+        ({"expand_ratio": 0}, "expand_ratio is 0; wanted a whole number of at least 1"),
     ],
     ids=str,
 )
@@ -65,9 +75,87 @@ def test_settings_that_do_not_fit_are_refused(settings, words):
         HGRN2Mixer(**({"hidden_size": 16, "expand_ratio": 8} | settings))
 
 
-def test_a_bound_split_in_heads_is_refused():
-    with pytest.raises(ValueError, match=r"lower_bound has shape \[2, 8\]; wanted \[D\] with D=16"):
-        HGRN2Mixer(16, 8)(torch.randn(1, 3, 16), torch.zeros(2, 8))
+def test_a_bound_may_be_split_in_heads_as_the_scan_takes_it():
+    torch.manual_seed(0)
+    mixer, x, bound = HGRN2Mixer(16, 8), torch.randn(1, 3, 16), torch.rand(16)
+    assert torch.equal(mixer(x, bound)[0], mixer(x, bound.view(2, 8))[0])
+    assert not torch.equal(mixer(x, bound)[0], mixer(x)[0])
+
+
+def test_sizes_of_heads_follow_from_each_other():
+    assert HGRN2Mixer(64, num_heads=4).expand_ratio == HGRN2Mixer(64, 16).expand_ratio == 16
+    assert HGRN2Mixer(256).num_heads == HGRN2Mixer(256, 128, num_heads=2).num_heads == 2
+    # the same scale as a model's
+    assert HGRN2Mixer(64, 16).scale == HGRN2Config(hidden_size=64, expand_ratio=16).head_scale
+    assert "2 heads of 8 x 8" in str(HGRN2Mixer(16, 8))
+
+
+X, BOUND = torch.ones(2, 3, 16), torch.full((16,), 0.5)
+STATE = {"recurrent": torch.zeros(2, 2, 8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"x": X[0]}, r"x is a tensor \[3, 16\] of torch.float32; wanted a tensor \[B, T, D\] with D=16"),
+        ({"x": X[..., :8]}, r"x is a tensor \[2, 3, 8\]"),
+        ({"x": X.numpy()}, "x is a ndarray; wanted a tensor"),
+        ({"x": [1.0]}, "x is a list"),
+        ({"x": X.double()}, "x has dtype torch.float64; the layer's weights have torch.float32"),
+        ({"x": X.long()}, "x has dtype torch.int64"),
+        ({"x": X.to("meta")}, "x is on meta and the layer on cpu"),
+        ({"lower_bound": BOUND.double()}, "lower_bound has dtype torch.float64; wanted torch.float32 beside x of"),
+        ({"lower_bound": BOUND.bfloat16()}, "lower_bound has dtype torch.bfloat16"),
+        ({"lower_bound": BOUND.view(8, 2)}, r"lower_bound .*; wanted a tensor \[D\] = \[16\], or \[H, K\] = \[2, 8\]"),
+        ({"lower_bound": 0.5}, "lower_bound is 0.5; wanted a tensor"),
+        ({"lower_bound": BOUND.numpy()}, "lower_bound is a ndarray"),
+        ({"lower_bound": BOUND * torch.nan}, r"lower_bound has values from nan to nan; wanted all in \[0, 1\)"),
+        ({"lower_bound": BOUND * 2}, "lower_bound has values from 1 to 1"),
+        ({"lower_bound": BOUND.to("meta")}, "lower_bound is on meta and x on cpu"),
+        ({"state": {}}, "state is .*; wanted a table with .*recurrent, as init_state gives it"),
+        ({"state": STATE["recurrent"]}, "state is a tensor"),
+        ({"state": {"recurrent": STATE["recurrent"][:1]}}, r"state: recurrent is .*; wanted a tensor \[2, 2, 8, 8\]"),
+        ({"state": {"recurrent": STATE["recurrent"].half()}}, "state: recurrent has dtype torch.float16"),
+        ({"state": {"recurrent": STATE["recurrent"].to("meta")}}, "state: recurrent is on meta and x on cpu"),
+        ({"mask": torch.ones(2, 4)}, r"mask is a tensor \[2, 4\] .*; wanted a tensor \[2, 3\], 0 where x is padding"),
+        ({"mask": [1]}, "mask is a list"),
+        ({"mask": torch.ones(2, 3, device="meta")}, "mask is on meta and x on cpu"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens packs sequences into one row, but the batch is 2"),
+        ({"x": X[:1], "cu_seqlens": [0, 3]}, "cu_seqlens is a list"),
+        ({"x": X[:1], "cu_seqlens": torch.tensor([0, 2])}, r"cu_seqlens is \[0, 2\]; wanted 0, then"),
+        ({"x": X[:1], "cu_seqlens": torch.tensor([0, 3]), "mask": torch.ones(1, 3)}, "mask and cu_seqlens were both"),
+    ],
+)
+@pytest.mark.parametrize("conv_size", [0, 4])
+def test_errors_name_the_mixers_own_arguments(arguments, words, conv_size):
+    mixer = HGRN2Mixer(16, 8, conv_size=conv_size)
+    arguments = {"x": X, "lower_bound": BOUND} | arguments
+    if conv_size and isinstance(state := arguments.get("state"), dict) and state:
+        arguments["state"] = mixer.init_state(2) | state
+    with pytest.raises(ValueError, match=words) as caught:
+        mixer(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("conv_size", [0, 4])
+def test_a_mask_of_numbers_is_a_mask(conv_size):
+    torch.manual_seed(0)
+    mixer, mask = HGRN2Mixer(16, 8, conv_size=conv_size), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    x = torch.randn(2, 4, 16)
+    assert torch.equal(mixer(x, mask=mask)[0], mixer(x, mask=mask.bool())[0])
+
+
+def test_a_state_from_the_start_is_no_state():
+    torch.manual_seed(0)
+    mixer, x = HGRN2Mixer(16, 8, conv_size=3), torch.randn(2, 4, 16)
+    assert torch.equal(mixer(x, state=mixer.init_state(2))[0], mixer(x)[0])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert mixer.init_state(2)["recurrent"].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+    assert mixer.double().init_state(2)["recurrent"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("floor", [0, 0.5, float("nan"), -70, "-3"])

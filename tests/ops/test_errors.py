@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,12 @@ TIED = [
     ("backend", "cuda", "backend", "'cuda'", "'chunked'"),
     ("q", None, "q", "None", "a tensor"),
     ("q", [[1.0]], "q", "a list", "a tensor"),
+    ("f", np.ones((2, 10, 2, 6)), "f", "a ndarray", "a tensor"),
+    ("lower_bound", np.ones((2, 6)), "lower_bound", "a ndarray", "a tensor"),
+    ("lower_bound", 0.5, "lower_bound", "0.5", "a tensor"),
+    ("initial_state", np.ones((2, 2, 6, 5)), "initial_state", "a ndarray", "a tensor"),
+    ("cu_seqlens", np.array([0, 10]), "cu_seqlens", "a ndarray", "a tensor"),
+    ("cu_seqlens", [0, 10], "cu_seqlens", "a list", "a tensor"),
     ("v", None, "v", "None", "a tensor"),
     ("f", None, "f", "None", "a tensor"),
     ("q", ones(2, 10, 2, 6).to_sparse(), "q", "torch.sparse_coo", "torch.strided"),

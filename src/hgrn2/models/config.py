@@ -8,6 +8,7 @@ from typing import Any
 
 from hgrn2.errors import UserError, check_types, unknown_key_message
 from hgrn2.nn.gates import LOWER_BOUNDS
+from hgrn2.nn.mixer import DEFAULT_EXPAND_RATIO
 from hgrn2.nn.mlp import GLU_ACTIVATIONS
 from hgrn2.nn.norm import NORMS
 from hgrn2.ops.checks import SMALLEST_FLOOR
@@ -17,8 +18,6 @@ MODEL_TYPE = "hgrn2"
 _LARGEST = 2**24
 # every layer is an object, even where nothing is computed
 _MOST_LAYERS = 4096
-# what expand_ratio is when neither it nor num_heads is given
-_EXPAND_RATIO = 128
 
 
 def _check(condition: bool, message: str) -> None:
@@ -206,7 +205,7 @@ class HGRN2Config:
         heads, width = self.num_heads, self.hidden_size
         # a value of another type is reported by the check of types
         if type(heads) is not int or type(width) is not int:
-            return _EXPAND_RATIO
+            return DEFAULT_EXPAND_RATIO
         _check(
             heads > 0 and width % heads == 0,
             f"num_heads is {heads}; wanted a number that divides {self._named('hidden_size')}",
@@ -216,7 +215,7 @@ class HGRN2Config:
     def _named(self, name: str) -> str:
         """The setting with its value, for a message that must not suggest it was given when it was not."""
         value = getattr(self, name)
-        default = _EXPAND_RATIO if name == "expand_ratio" else type(self).__dataclass_fields__[name].default
+        default = DEFAULT_EXPAND_RATIO if name == "expand_ratio" else type(self).__dataclass_fields__[name].default
         return f"{name} = {value}" + (" (the default)" if value == default else "")
 
     def __repr__(self) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from hgrn2.errors import UserError
 from hgrn2.models.config import HGRN2Config
+from hgrn2.models.inputs import check_state, checked_ids, checked_mask
 from hgrn2.models.outputs import LossOutput
 from hgrn2.models.state import ModelState
 from hgrn2.nn.attention import Attention
@@ -23,7 +25,8 @@ from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
 from hgrn2.nn.mlp import GatedMLP
 from hgrn2.nn.norm import Norm
 from hgrn2.ops import check_backend
-from hgrn2.ops.tiles import boundaries
+from hgrn2.ops.checks import check_cu_seqlens
+from hgrn2.shapes import describe
 
 
 class HGRN2Model(nn.Module):
@@ -31,12 +34,17 @@ class HGRN2Model(nn.Module):
 
     Args:
         config: what the model is made of.
-        backend: of the operator, see `hgrn2.ops.hgrn2_scan`.
+        backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
+
+    Attributes:
+        activation_checkpointing: compute the activations of every layer again in the backward pass instead of keeping
+            them: less memory for about a third more time, and the same numbers.
     """
 
     def __init__(self, config: HGRN2Config, backend: str = "auto"):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.use_lower_bound:
             self.lower_bounds = empty_bounds(config)
@@ -44,7 +52,7 @@ class HGRN2Model(nn.Module):
         self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
 
     def bounds(self) -> list[Tensor] | list[None]:
-        """The lower bound of each layer, [D] each in [0, 1), or None where there is none."""
+        """Returns the lower bound of each layer, [D] each in [0, 1), or None where there is none."""
         if not self.config.use_lower_bound:
             return [None] * len(self.layers)
         return bounds_of_layers(self.lower_bounds, self.config.lower_bound, self.config.recurrent_layers)
@@ -57,7 +65,11 @@ class HGRN2Model(nn.Module):
         mask: Tensor | None,
         keep_state: bool = True,
     ) -> tuple[Tensor, ModelState]:
-        """Arguments as `HGRN2LM.hidden_states`; hidden states [B, T, D] after the last norm, and the new state."""
+        """Runs the layers; arguments as in `HGRN2LM.hidden_states`, checked there.
+
+        Returns:
+            Hidden states [B, T, D] after the last norm, and the new state.
+        """
         x = self.embeddings(input_ids)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
@@ -65,9 +77,16 @@ class HGRN2Model(nn.Module):
         new_layers = []
         for i, (layer, bound) in enumerate(zip(self.layers, self.bounds(), strict=True)):
             before = None if state is None else state.layers[i]
-            x, layer_state = layer(x, bound, before, cu_seqlens, mask, keep_state)
+            x, layer_state = self._run(layer, x, bound, before, cu_seqlens, mask, keep_state)
             new_layers.append(layer_state)
         return self.norm(x), ModelState(tuple(new_layers))
+
+    def _run(self, layer: nn.Module, *arguments: Any) -> Any:
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return layer(*arguments)
+        # dropout is the only thing that draws numbers
+        draws = self.training and self.config.dropout > 0
+        return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=draws)
 
 
 def empty_bounds(config: HGRN2Config) -> nn.Parameter:
@@ -124,7 +143,7 @@ class HGRN2LM(nn.Module):
 
     Args:
         config: what the model is made of.
-        backend: of the operator, see `hgrn2.ops.hgrn2_scan`.
+        backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
 
     Example:
         >>> import torch
@@ -137,12 +156,30 @@ class HGRN2LM(nn.Module):
     def __init__(self, config: HGRN2Config, backend: str = "auto"):
         super().__init__()
         check_backend(backend)
+        if not isinstance(config, HGRN2Config):
+            raise UserError(
+                f"config is {describe(config)}; wanted an hgrn2.HGRN2Config, such as presets.tiny() or "
+                "HGRN2Config.from_dict(...)"
+            )
         self.config = config
         self.model = HGRN2Model(config, backend)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         if not self.lm_head.weight.is_meta:
             self.initialize()
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether the backward pass computes the activations of every layer again instead of keeping them.
+
+        Set it to train with less memory, for about a third more time; losses and gradients stay the same to the last
+        bit.
+        """
+        return self.model.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self.model.activation_checkpointing = on
 
     def tie_weights(self) -> None:
         """Makes head and embeddings one parameter where the config says so."""
@@ -212,49 +249,20 @@ class HGRN2LM(nn.Module):
             attention_mask: see input_ids.
             keep_state: whether the new state is wanted; without it, it has no tensors.
         """
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise UserError(
-                f"input_ids has shape {list(input_ids.shape)} and dtype {input_ids.dtype}; wanted [B, T], int64"
-            )
+        input_ids = checked_ids("input_ids", input_ids, "[B, T]", self.model.embeddings)
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise UserError(
                     "attention_mask and cu_seqlens were both given; packed sequences have no padding, drop the mask"
                 )
-            if attention_mask.shape != input_ids.shape:
-                raise UserError(
-                    f"attention_mask has shape {list(attention_mask.shape)}; wanted {list(input_ids.shape)}"
-                )
-            attention_mask = attention_mask.bool()
+            attention_mask = checked_mask(attention_mask, input_ids)
         num_sequences = input_ids.shape[0]
         if cu_seqlens is not None:
-            if input_ids.shape[0] != 1 or cu_seqlens.dim() != 1:
-                raise UserError(
-                    f"cu_seqlens is {list(cu_seqlens.shape)} beside input_ids {list(input_ids.shape)}; "
-                    "wanted [N + 1] and B = 1"
-                )
+            check_cu_seqlens(cu_seqlens, input_ids, False, "input_ids")
             num_sequences = cu_seqlens.shape[0] - 1
         if state is not None:
-            self._check_state(state, num_sequences)
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            if cu_seqlens is not None:
-                boundaries(cu_seqlens, input_ids.shape[1])
-            if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
-                raise UserError(
-                    f"input_ids has ids from {int(input_ids.min())} to {int(input_ids.max())}; "
-                    f"the vocabulary has 0 to {self.config.vocab_size - 1}"
-                )
+            check_state(state, len(self.model.layers), num_sequences, self.model.embeddings)
         return self.model(input_ids, state, cu_seqlens, attention_mask, keep_state)
-
-    def _check_state(self, state: ModelState, num_sequences: int) -> None:
-        if len(state.layers) != len(self.model.layers):
-            raise UserError(
-                f"state is of a model with {len(state.layers)} layers; this one has {len(self.model.layers)}"
-            )
-        for tensors in state.layers:
-            for name, x in tensors.items():
-                if x.shape[0] != num_sequences:
-                    raise UserError(f"state holds {x.shape[0]} sequences ({name}); the input has {num_sequences}")
 
     def loss(
         self,
@@ -288,6 +296,7 @@ class HGRN2LM(nn.Module):
             ...     optimizer.step()
             ...     optimizer.zero_grad()
         """
+        targets = checked_ids("targets", targets, "[B, T]", self.model.embeddings, IGNORE)
         if targets.shape != input_ids.shape:
             raise UserError(f"targets has shape {list(targets.shape)}; wanted {list(input_ids.shape)}, as input_ids")
         x, state = self.hidden_states(input_ids, state, cu_seqlens, keep_state=keep_state)
@@ -296,20 +305,28 @@ class HGRN2LM(nn.Module):
         return LossOutput(loss, (targets != IGNORE).sum(), state)
 
     def step(self, token_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One token of each sequence.
+        """Reads one token of each sequence.
 
         Args:
             token_ids: [B] int64.
-            state: of the tokens before.
+            state: of the tokens before, from an earlier call or `init_state`.
 
         Returns:
             logits [B, vocab_size] and the new state.
         """
+        token_ids = checked_ids("token_ids", token_ids, "[B]", self.model.embeddings)
         logits, state = self(token_ids.unsqueeze(1), state)
         return logits[:, 0], state
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> ModelState:
-        """The state before the first token, for batch_size sequences."""
+        """Makes the state before the first token.
+
+        Args:
+            batch_size: number of sequences.
+            device: where; None for that of the weights.
+        """
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise UserError(f"batch_size is {describe(batch_size)}; wanted the number of sequences")
         weight = self.model.embeddings.weight
         device = weight.device if device is None else torch.device(device)
         return ModelState(

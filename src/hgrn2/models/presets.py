@@ -11,6 +11,7 @@ from typing import Any
 
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.models.config import HGRN2Config
+from hgrn2.shapes import describe
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # fla and the checkpoints published in its layout
@@ -53,9 +54,15 @@ def variant(name: str, /, **keys: Any) -> HGRN2Config:
         name: "fla", "paper", "official-lm" or "official-lra".
         **keys: further keys of `HGRN2Config`; they win.
     """
+    _check_name("variants", name)
     if name not in VARIANTS:
         raise UserError(unknown_key_message("variants", name, VARIANTS))
     return HGRN2Config.from_dict(VARIANTS[name] | keys)
+
+
+def _check_name(what: str, name: str) -> None:
+    if not isinstance(name, str):
+        raise UserError(f"{what}: the name is {describe(name)}; wanted a word")
 
 
 def _sized(name: str, size: dict[str, Any], keys: dict[str, Any]) -> HGRN2Config:
@@ -130,6 +137,7 @@ def preset(name: str, /, **keys: Any) -> HGRN2Config:
         name: a key of `PRESETS`.
         **keys: further keys of `HGRN2Config`; they win.
     """
+    _check_name("presets", name)
     if name not in PRESETS:
         raise UserError(unknown_key_message("presets", name, PRESETS))
     return PRESETS[name](**keys)

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from hgrn2.nn.autocast import autocast_dtype
 from hgrn2.ops.norm import rms_norm
+from hgrn2.shapes import describe
 
 NORMS = ("rmsnorm", "layernorm")
 
@@ -26,8 +27,8 @@ class Norm(nn.Module):
         super().__init__()
         if kind not in NORMS:
             raise ValueError(f"norm is {kind!r}; wanted one of {', '.join(map(repr, NORMS))}")
-        if not eps >= 0:
-            raise ValueError(f"the norm's eps is {eps}; wanted at least 0")
+        if not isinstance(eps, int | float) or not eps >= 0:
+            raise ValueError(f"the norm's eps is {describe(eps)}; wanted a number of at least 0")
         self.kind, self.size, self.eps = kind, size, eps
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
         self.bias = nn.Parameter(torch.zeros(size)) if affine and kind == "layernorm" else None

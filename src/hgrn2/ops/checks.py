@@ -1,4 +1,4 @@
-"""What the public operators check before anything runs; all errors are ValueErrors, but for derivatives."""
+"""Checks of the public operators' arguments; all errors are ValueErrors, except those about derivatives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hgrn2.ops.tiles import boundaries
-from hgrn2.shapes import require_shape
+from hgrn2.shapes import describe, require_shape
 
 Q_ACTIVATIONS = ("silu", "sigmoid", "none")
 V_ACTIVATIONS = ("none", "silu")
@@ -18,7 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def state_dtype(q: Tensor) -> torch.dtype:
-    """Of states, and of all that is kept in the precision of states, beside q."""
+    """Return the dtype of states and lower bounds: float64 for float64 inputs, otherwise float32."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -45,18 +45,30 @@ def _check_choice(name: str, found: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {found!r}; wanted one of {', '.join(map(repr, known))}")
 
 
-def _check_like(name: str, x: Tensor, q: Tensor, dtype: torch.dtype) -> None:
-    # what is kept in float32 may stay so beside float64 inputs
+def _check_like(name: str, x: Tensor, q: Tensor, dtype: torch.dtype, beside: str = "q") -> None:
+    # float32 states and bounds are fine beside float64 inputs
     if x.dtype != dtype and (x.dtype, dtype) != (torch.float32, torch.float64):
-        raise ValueError(f"{name} has dtype {x.dtype}; wanted {dtype} beside q of dtype {q.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device} and q on {q.device}; move them to one device")
+        raise ValueError(f"{name} has dtype {x.dtype}; wanted {dtype} beside {beside} of dtype {q.dtype}")
+    check_device(name, x, beside, q)
+
+
+def check_device(name: str, x: Tensor, beside: str, other: Tensor) -> None:
+    """Raises a ValueError unless two tensors are on one device.
+
+    Args:
+        name: name of the first.
+        x: the first.
+        beside: name of the second.
+        other: the second.
+    """
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} and {beside} on {other.device}; move them to one device")
 
 
 def _check_tensors(**inputs: Tensor) -> None:
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
-            raise ValueError(f"{name} is {'None' if x is None else f'a {type(x).__name__}'}; wanted a tensor")
+            raise ValueError(f"{name} is {describe(x)}; wanted a tensor")
         if x.layout != torch.strided:
             raise ValueError(f"{name} has layout {x.layout}; wanted a dense tensor, torch.strided")
 
@@ -74,7 +86,7 @@ def _check_operands(q: Tensor, x: Tensor, v: Tensor, name: str) -> None:
 def check_scan(
     q: Tensor, x: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, name: str, debug: bool
 ) -> None:
-    """Tensors of a scan; x is the gate's pre-activation or the key, by its name."""
+    """Checks the tensors of a scan; x is the gate's pre-activation or the key, as `name` says."""
     _check_tensors(q=q, v=v)
     if q.dim() != 4 or v.dim() != 4:
         raise ValueError(
@@ -86,7 +98,7 @@ def check_scan(
     _check_operands(q, x, v, name)
     num_states = q.shape[0]
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q, debug)
+        check_cu_seqlens(cu_seqlens, q, debug)
         num_states = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         require_shape("initial_state", initial_state, "N H K V", (num_states, *q.shape[2:], v.shape[3]))
@@ -99,7 +111,7 @@ def _check_widths(q: Tensor, v: Tensor) -> None:
 
 
 def check_fixed_settings(min_log_decay: float | None, q_activation: str, v_activation: str) -> None:
-    """What is the same in every call of a layer."""
+    """Checks the settings that a layer has the same in every call."""
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
     # a trace may hold it as a symbol
@@ -118,7 +130,7 @@ def check_settings(
     q_activation: str = "none",
     v_activation: str = "none",
 ) -> None:
-    """What is no tensor."""
+    """Checks the settings of a call that are not tensors."""
     check_fixed_settings(min_log_decay, q_activation, v_activation)
     # a trace may hold the numbers as symbols
     if torch.compiler.is_compiling():
@@ -131,27 +143,34 @@ def check_settings(
         raise ValueError(f"reverse is {reverse!r}; wanted True or False")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool, beside: str = "q") -> None:
+    """Checks the bounds of packed sequences.
+
+    Args:
+        cu_seqlens: the bounds.
+        q: the packed rows [1, T, ...].
+        debug: look at values on an accelerator too.
+        beside: name of the packed rows.
+    """
     if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens is {cu_seqlens!r}; wanted a tensor [N + 1], int32 or int64")
+        raise ValueError(f"cu_seqlens is {describe(cu_seqlens)}; wanted a tensor [N + 1], int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens is {list(cu_seqlens.shape)} of dtype {cu_seqlens.dtype}; wanted [N + 1], int32 or int64"
         )
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1")
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}; move them to one device")
+    check_device("cu_seqlens", cu_seqlens, beside, q)
     if _values_are_at_hand(cu_seqlens, debug):
         boundaries(cu_seqlens, q.shape[1])
 
 
 def check_lower_bound(lower_bound: Tensor | None, q: Tensor, debug: bool) -> None:
-    """A lower bound beside q."""
+    """Checks a lower bound beside q [..., H, K]: shape, dtype, device and values."""
     if lower_bound is None:
         return
     require_shape("lower_bound", lower_bound, "H K", q.shape[-2:])
-    _check_like("lower_bound", lower_bound, q, state_dtype(q))
+    check_bound_like("lower_bound", lower_bound, q)
     if _values_are_at_hand(lower_bound, debug) and lower_bound.numel():
         low, high = (float(x) for x in lower_bound.detach().aminmax())
         # a NaN fails both comparisons
@@ -159,8 +178,13 @@ def check_lower_bound(lower_bound: Tensor | None, q: Tensor, debug: bool) -> Non
             raise ValueError(f"lower_bound has values from {low:g} to {high:g}; wanted all in [0, 1)")
 
 
+def check_bound_like(name: str, bound: Tensor, x: Tensor, beside: str = "q") -> None:
+    """Checks dtype and device of a lower bound or state beside an input, which has the name `beside`."""
+    _check_like(name, bound, x, state_dtype(x), beside)
+
+
 def check_log_decay(log_f: Tensor, q: Tensor, debug: bool) -> None:
-    """Log decays beside q."""
+    """Checks log decays beside q: shape, dtype, device and values."""
     require_shape("log_f", log_f, "B T H K", q.shape)
     _check_like("log_f", log_f, q, state_dtype(q))
     if _values_are_at_hand(log_f, debug) and log_f.numel() and not bool((log_f <= 0).all()):
@@ -168,7 +192,7 @@ def check_log_decay(log_f: Tensor, q: Tensor, debug: bool) -> None:
 
 
 def check_step(q: Tensor, f: Tensor, v: Tensor, state: Tensor) -> None:
-    """Tensors of a step."""
+    """Checks the tensors of a step."""
     _check_tensors(q=q, v=v)
     if q.dim() != 3 or v.dim() != 3:
         raise ValueError(

@@ -103,6 +103,8 @@ class TrainConfig:
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass; bfloat16 is autocast, with weights and optimizer in float32."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     compile: bool = False
     """Compile the loss with torch.compile: faster steps, minutes of waiting at the start."""
     device: str = "auto"

@@ -205,6 +205,7 @@ class _Parts:
         task = LanguageTask(data.train, data.validation, config, device, sampler, teacher)
         seed_everything(config.seed)
         model = HGRN2LM(model_config).to(device)
+        model.activation_checkpointing = config.activation_checkpointing
         return cls(model, task, config, data, frozen_names(model, config.freeze))
 
     def run(

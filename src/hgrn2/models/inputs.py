@@ -1,0 +1,86 @@
+"""Checks of what a language model is given, by the names its methods have for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hgrn2.errors import UserError
+from hgrn2.models.state import ModelState
+from hgrn2.shapes import describe
+
+_IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def checked_ids(name: str, ids: Tensor, shape: str, embeddings: nn.Embedding, ignored: int | None = None) -> Tensor:
+    """Returns token ids in int64.
+
+    Args:
+        name: name of the argument.
+        ids: what was given.
+        shape: the wanted axes, e.g. "[B, T]".
+        embeddings: of the model.
+        ignored: an id that is allowed beside those of the vocabulary.
+
+    Raises:
+        UserError: no tensor of whole numbers, other axes, another device than the model's, or an id that the vocabulary
+            does not have; values are looked at on the CPU only, where that waits for nothing.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in _IDS or ids.dim() != shape.count(",") + 1:
+        raise UserError(f"{name} is {describe(ids)}; wanted a tensor {shape} of int64")
+    if _is_elsewhere(ids, embeddings):
+        raise UserError(
+            f"{name} is on {ids.device} and the model on {embeddings.weight.device}; move one of them with .to()"
+        )
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        known = ids if ignored is None else ids[ids != ignored]
+        vocab_size = embeddings.num_embeddings
+        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < vocab_size:
+            also = "" if ignored is None else f", and {ignored} where no target counts"
+            raise UserError(
+                f"{name} has ids from {int(known.min())} to {int(known.max())}; "
+                f"the vocabulary has 0 to {vocab_size - 1}{also}"
+            )
+    return ids.long()
+
+
+def checked_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
+    """Returns an attention mask as bool, on the device of the ids.
+
+    Raises:
+        UserError: no tensor, or another shape.
+    """
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+        raise UserError(
+            f"attention_mask is {describe(mask)}; wanted a tensor {list(input_ids.shape)}, 0 where input_ids is padding"
+        )
+    return mask.to(input_ids.device).bool()
+
+
+def check_state(state: ModelState, num_layers: int, num_sequences: int, embeddings: nn.Embedding) -> None:
+    """Raises a UserError unless a state belongs to a model of so many layers, to so many sequences, and to its device.
+
+    Args:
+        state: what was given.
+        num_layers: layers of the model.
+        num_sequences: sequences of the input.
+        embeddings: of the model.
+    """
+    if not isinstance(state, ModelState):
+        raise UserError(f"state is {describe(state)}; wanted the ModelState that an earlier call or init_state gave")
+    if len(state.layers) != num_layers:
+        raise UserError(f"state is of a model with {len(state.layers)} layers; this one has {num_layers}")
+    for tensors in state.layers:
+        for name, x in tensors.items():
+            if x.shape[0] != num_sequences:
+                raise UserError(f"state holds {x.shape[0]} sequences ({name}); the input has {num_sequences}")
+            if _is_elsewhere(x, embeddings):
+                raise UserError(
+                    f"state is on {x.device} and the model on {embeddings.weight.device}; move it with state.to()"
+                )
+
+
+def _is_elsewhere(x: Tensor, embeddings: nn.Embedding) -> bool:
+    weight = embeddings.weight
+    # weights that a hook brings may be elsewhere until they are needed
+    return not weight.is_meta and x.device != weight.device and not hasattr(embeddings, "_hf_hook")
