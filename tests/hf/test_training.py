@@ -50,6 +50,18 @@ def test_activations_computed_again_give_the_same_gradients(name, reentrant):
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_activations_are_computed_again_as_in_our_own_model(name):
+    own, model = both(name)
+    ids = tokens(2, 12)
+    own.train().activation_checkpointing = True
+    checkpointed(model.train(), reentrant=False)
+    own.loss(ids[:, :-1], ids[:, 1:]).sum.backward()
+    model(ids, labels=ids, num_items_in_batch=1).loss.backward()
+    for key, p in own.named_parameters():
+        torch.testing.assert_close(gradients(model)[key], p.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_through_a_cache(name, recompute):
     _, model = both(name)

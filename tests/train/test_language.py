@@ -176,6 +176,20 @@ def test_a_run_and_its_resumption(data, tmp_path, changes):
         assert torch.equal(one, two), name
 
 
+@pytest.mark.parametrize("changes", [{}, {"stream": True, "precision": "bfloat16"}], ids=["packed", "streams"])
+def test_activation_checkpointing_changes_no_loss(data, tmp_path, changes):
+    found = []
+    for on in (False, True):
+        settings = TrainConfig.from_dict(
+            SETTINGS | changes | {"max_steps": 4, "validation_every": 0, "activation_checkpointing": on}
+        )
+        done = start_language_run(tmp_path / str(on), model_config(), settings, data, data_settings={})
+        assert done.model.activation_checkpointing is on
+        found.append(losses(tmp_path / str(on)))
+    assert found[0] == found[1]
+    assert len(found[0]) > 4
+
+
 def test_a_finished_run_can_be_given_more_steps(data, tmp_path):
     settings = TrainConfig.from_dict(SETTINGS)
     start_language_run(tmp_path / "run", model_config(), settings, data, data_settings={})
