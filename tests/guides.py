@@ -38,7 +38,7 @@ def run_blocks(path: Path) -> dict[str, Any]:
     return names
 
 
-def make_run(folder: Path) -> None:
+def make_run(folder: Path, data: dict[str, Any] | None = None) -> None:
     """A run with two checkpoints, of a model that was not trained."""
     tokenizer = train_bpe(["Once upon a time it rained, and then it stopped again"], 270)
     config = presets.variant(
@@ -49,7 +49,7 @@ def make_run(folder: Path) -> None:
         expand_ratio=8,
         intermediate_size=24,
     )
-    settings = {"model": config.to_dict(), "train": {}, "data": {}}
+    settings = {"model": config.to_dict(), "train": {}, "data": data or {}}
     create_run(folder, settings, tokenizer)
     store = CheckpointStore(folder, 2)
     for step in (1, 2):

@@ -252,7 +252,7 @@ def test_the_tokenizer_s_files_are_taken_along(tmp_path, capsys, tokenizer):
     for name in ("rag.jinja", "tool_use.jinja"):
         (fla / templates / name).write_text(name)
     run_cli(capsys, "convert", fla, "out", "--to", "hf")
-    there = sorted([*named, templates, "config.json", "model.safetensors", "tokenizer.json"])
+    there = sorted([*named, templates, "README.md", "config.json", "model.safetensors", "tokenizer.json"])
     assert sorted(os.listdir("out")) == there
     assert sorted(os.listdir(f"out/{templates}")) == ["rag.jinja", "tool_use.jinja"]
     for name in [*named, "tokenizer.json", f"{templates}/rag.jinja", f"{templates}/tool_use.jinja"]:
@@ -278,7 +278,8 @@ def test_token_ids_are_passed_on(value, tmp_path):
 def test_a_run_s_tokenizer_gets_the_form_of_transformers_too(run, capsys):
     run_cli(capsys, "convert", run, "out", "--to", "hf")
     assert sorted(os.listdir("out")) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
 
 

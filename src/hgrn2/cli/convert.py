@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from hgrn2.errors import UserError
+from hgrn2.layouts.card import opening_lines
 from hgrn2.settings import StartSettings, convert_model
 from hgrn2.train.display import size
 
@@ -51,3 +53,5 @@ def convert(
     )
     files = "" if written.num_shards == 1 else f" in {written.num_shards} files"
     print(f"{written.path}: {written.num_tensors} tensors, {size(written.num_bytes)}{files}")
+    if (to or "hf") == "hf":
+        print(f"opens in Python with\n{textwrap.indent(opening_lines(str(written.path)), '    ')}")

@@ -19,6 +19,7 @@ from hgrn2.data.staging import staged_directory
 from hgrn2.data.transformers_files import write_generation_config, write_transformers_files
 from hgrn2.errors import UserError
 from hgrn2.layouts import native
+from hgrn2.layouts.card import CARD_NAME, write_card
 from hgrn2.layouts.files import write_safetensors, write_text
 from hgrn2.layouts.layout import LAYOUTS
 from hgrn2.layouts.opening import FiniteCheck
@@ -136,6 +137,12 @@ def convert(
         _check_new(out)
         _write_weights(source, stage, table, specs, shards)
         settings |= _take_tokenizer(source, token_ids, tokenizer_dir, stage)
+        if to == "hf":
+            card = write_card(
+                out.name, source.config, source=source.path, settings=source.settings,
+                has_tokenizer=any(stage.glob("*tokenizer.json")), dtype=settings["dtype"],
+            )  # fmt: skip
+            write_text(stage / CARD_NAME, card)
         write_text(stage / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
     return Written(out, len(specs), sum(map(_bytes, specs.values())), len(shards))
 
