@@ -33,7 +33,10 @@ def main() -> int:
     # what is imported may print a traceback for Ctrl-C, or swallow it; there is nothing to tidy up yet
     if waiting is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from hgrn2 import cli
+    try:
+        from hgrn2 import cli
+    except ModuleNotFoundError as missing:
+        return _refuse_without(missing)
 
     # unless somebody has other plans for them, these too end a command so that it tidies up
     for name in ("SIGTERM", "SIGHUP"):
@@ -45,6 +48,16 @@ def main() -> int:
         return cli.main()
     except KeyboardInterrupt:
         return 130
+
+
+def _refuse_without(missing: ModuleNotFoundError) -> int:
+    """Say how to install a package that the command line needs; returns the exit status."""
+    if missing.name is None or missing.name.partition(".")[0] == "hgrn2":
+        raise missing
+    from hgrn2.extras import install_command
+
+    print(f"error: the command line needs {missing.name}: {install_command('train')}", file=sys.stderr)
+    return 2
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -26,6 +26,30 @@ else:
     settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("unhurried")
 
+# packages of the extras, by the names they are imported by; tests that need one are skipped without it
+EXTRAS = {
+    "accelerate", "datasets", "docstring_parser", "fla", "hypothesis", "lm_eval", "matplotlib", "numpy", "onnx",
+    "onnxruntime", "peft", "pyarrow", "rich", "safetensors", "tensorboard", "tokenizers", "transformers", "triton",
+    "trl", "tyro", "yaml", "zstandard",
+}  # fmt: skip
+
+
+class _Module(pytest.Module):
+    """A test file; skipped if it imports a package of an extra that is not installed."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            missing = error.__cause__
+            if isinstance(missing, ModuleNotFoundError) and (missing.name or "").partition(".")[0] in EXTRAS:
+                pytest.skip(f"{missing.name} is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return _Module.from_parent(parent, path=module_path)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from hgrn2.data import load_tokenizer
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.extras import install_command
 from hgrn2.json_files import parse_json, read_json_object
 from hgrn2.layouts.convert import Source, Written, convert, parse_size
 from hgrn2.layouts.mistaken import check_place
@@ -188,7 +190,9 @@ def model_config(
     elif path.is_file():
         found = read_json_object(path, "name a JSON file with a model's settings")
     else:
-        raise UserError(f"{unknown_key_message('model', model, presets.PRESETS)}; nor is it a file or a folder")
+        near = difflib.get_close_matches(model, presets.PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
+        raise UserError(f"model {model!r}: no such preset, file or folder; {hint}")
     config = HGRN2Config.from_dict(
         {"vocab_size": vocab_size} | found if vocab_size and "vocab_size" not in found else found
     )
@@ -249,7 +253,7 @@ def evaluate_tasks(
     try:
         from hgrn2.hf import harness
     except ModuleNotFoundError as missing:
-        raise UserError(f"--tasks needs {missing.name}, which is not installed: pip install 'hgrn2[eval]'") from None
+        raise UserError(f"--tasks needs {missing.name}, which is not installed: {install_command('eval')}") from None
     weights, folder = read_while_training(run, lambda: locate_model(run, which))
     tasks = harness.open_tasks(names, tasks_dir)
     model, tokenizer = harness.open_for_transformers(*load_model(run, which, device), folder)

@@ -177,7 +177,7 @@ def test_what_cannot_go_on_leaves_the_later_checkpoints(tmp_path, monkeypatch):
     before = checkpoint.checkpoints_of(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = TrainConfig.from_dict(SETTINGS | {"tensorboard": True})
-    with pytest.raises(UserError, match="tensorboard: not installed"):
+    with pytest.raises(UserError, match="tensorboard is not installed: pip install"):
         Trainer(TinyModel(), TinyTask(config), ROLES, config, tmp_path / "run", {}, before[0], display=Listener()).run()
     assert checkpoint.checkpoints_of(tmp_path / "run") == before
 

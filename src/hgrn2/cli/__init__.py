@@ -23,6 +23,8 @@ COMMANDS = {
     "plot": plot.plot,
     "tokenizer": tokenizer.tokenizer,
 }
+# what the short help shows of a command with many options
+COMMON = {"train": train.COMMON}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     call = status = None
     try:
         try:
-            call = parse(argv, COMMANDS)
+            call = parse(argv, COMMANDS, COMMON)
             status = call() or 0
         except SystemExit:
             # help

@@ -27,7 +27,9 @@ def convert(
     copy_qv: bool = False,
     seed: int = 0,
 ) -> None:
-    """Write a checkpoint in another layout, which is told from its own files, or start a model from a Transformer.
+    """Write a checkpoint in another layout, or start from a Transformer.
+
+    The layout of SOURCE is recognised from its files.
 
     Args:
         source: A run folder, a checkpoint, or a folder in the layout of hgrn2.hf, fla, hgru2-pytorch or a Transformer.

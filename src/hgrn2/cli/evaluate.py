@@ -38,9 +38,10 @@ def evaluate(
     device: str = "auto",
     json_out: Path | None = None,
 ) -> None:
-    """Perplexity and bits a byte of texts of any length; or tasks of lm-evaluation-harness.
+    """Measure perplexity and bits a byte of texts, or accuracy on tasks.
 
-    Memory does not grow with a text, except for models with attention layers that have no window.
+    Texts may be of any length; memory does not grow with them, except for models with attention layers that have no
+    window. Tasks are those of lm-evaluation-harness.
 
     Args:
         run: A run folder, a checkpoint, or a folder of another layout (see convert) with its tokenizer.json.

@@ -8,7 +8,9 @@ import tyro
 
 
 def plot(run: tyro.conf.Positional[Path]) -> None:
-    """Draw a run's pictures again: loss, lower bounds, forget gates, memory, state norm.
+    """Draw a run's pictures again.
+
+    They show loss, lower bounds, forget gates, memory and the norm of the state.
 
     Args:
         run: A run folder.

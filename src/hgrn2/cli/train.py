@@ -21,6 +21,13 @@ from hgrn2.settings import Start, data_settings, model_config, open_prepared, pr
 from hgrn2.train.config import BUDGETS, TrainConfig
 from hgrn2.train.freezing import COPIED
 
+# the options that most people need
+COMMON = (
+    "data", "validation", "tokenizer", "model", "from_", "set", "out", "config", "resume",
+    "max_steps", "max_tokens", "max_time_s", "batch_size", "seq_len", "grad_accumulation", "learning_rate",
+    "precision", "device", "seed", "validation_every", "checkpoint_every", "sample_every",
+)  # fmt: skip
+
 _DEFAULT_BUDGET = {"max_steps": 1000}
 _RUN = Path("runs/run")
 
@@ -55,7 +62,10 @@ def train(
     compressors: bool = False,
     settings: Annotated[TrainFlags, tyro.conf.OmitArgPrefixes] = TrainFlags(),
 ) -> int:
-    """Train a language model on text; without --data, on the source code of Python's standard library.
+    """Train a language model on text.
+
+    Without --data it reads the source code of Python's standard library; without a budget (--max-steps, --max-tokens
+    or --max-time-s) it takes 1,000 steps.
 
     Args:
         data: Text files, folders, globs, .jsonl(.zst), .parquet or hf:NAME datasets.

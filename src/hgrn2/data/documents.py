@@ -10,6 +10,7 @@ from typing import Any
 from hgrn2.data.hub import hub_reachable
 from hgrn2.data.text import cut_pieces, open_binary, read_error, read_text
 from hgrn2.errors import UserError
+from hgrn2.extras import install_command
 from hgrn2.json_files import parse_json
 
 
@@ -63,7 +64,7 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: reading .parquet needs the pyarrow package; pip install 'hgrn2[data]'") from error
+        raise UserError(f"{path}: reading .parquet needs pyarrow: {install_command('data')}") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -96,7 +97,7 @@ def hub_documents(spec: str, field: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"hf:{spec}: needs the datasets package; pip install 'hgrn2[data]'") from error
+        raise UserError(f"hf:{spec}: needs the package datasets: {install_command('data')}") from error
     if not Path(name).exists() and not hub_reachable():
         raise UserError(
             f"hf:{spec}: no such file or folder here, and the Hugging Face Hub cannot be reached (offline); "

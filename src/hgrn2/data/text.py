@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from hgrn2.errors import UserError
+from hgrn2.extras import install_command
 
 COMPRESSIONS = {".gz", ".xz", ".bz2", ".zst"}
 BLOCK_BYTES = 1 << 20
@@ -153,8 +154,7 @@ class _ZstReader(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            message = f"{path}: reading .zst needs the zstandard package; pip install 'hgrn2[data]'"
-            raise UserError(message) from error
+            raise UserError(f"{path}: reading .zst needs zstandard: {install_command('data')}") from error
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
         self._input = self._output = b""

@@ -12,6 +12,7 @@ from typing import Any
 
 from hgrn2.data.staging import staged_file
 from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.extras import install_command
 from hgrn2.json_files import parse_json
 
 METRICS_NAME = "metrics.jsonl"
@@ -201,8 +202,7 @@ def _tensorboard_writer(directory: Path, resume_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            "tensorboard: not installed; pip install 'hgrn2[tensorboard]', or leave the flag away"
-        ) from None
+        command = install_command("tensorboard")
+        raise UserError(f"tensorboard is not installed: {command}, or drop the setting") from None
     # purge_step hides the events of the steps that are about to be trained again, of a run begun anew all of them
     return SummaryWriter(str(directory), purge_step=resume_step + 1)

@@ -1,0 +1,120 @@
+"""The flags of a command, read from its signature and docstrings: for the help, and for hints after a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+import tyro
+
+Command = Callable[..., int | None]
+
+_POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1]
+
+_PLACEHOLDERS_OF_TYPES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+# of flags and fields by name, where the type says too little
+_PLACEHOLDERS = {
+    "batch_size": "N",
+    "data": "PATH",
+    "device": "DEVICE",
+    "files": "PATH",
+    "freeze": "PATTERNS",
+    "from_": "MODEL",
+    "keep_attention": "LAYERS",
+    "max_shard_size": "SIZE",
+    "max_time_s": "SECONDS",
+    "model": "MODEL",
+    "set": "KEY=VALUE",
+    "tasks": "TASK",
+    "teacher": "MODEL",
+    "text_field": "FIELD",
+    "tokenizer": "TOKENIZER",
+    "validation": "PATH",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag or positional argument.
+
+    Attributes:
+        field: name of the parameter or of the field of a dataclass, e.g. "max_steps".
+        is_positional: it has no name on the command line.
+        is_switch: it takes no value and has a `--no-` form.
+        placeholder: stands for its value in the help; empty for a switch.
+        text: what it does, with its default.
+    """
+
+    field: str
+    is_positional: bool
+    is_switch: bool
+    placeholder: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        """As it is typed, e.g. "--max-steps"; the placeholder of a positional."""
+        # a flag may be called as a keyword of Python's is
+        return self.placeholder if self.is_positional else f"--{self.field.removesuffix('_').replace('_', '-')}"
+
+    @property
+    def label(self) -> str:
+        """The name with the placeholder."""
+        return f"{self.name} {self.placeholder}" if self.placeholder and not self.is_positional else self.name
+
+
+def flags_of(function: Command) -> list[Flag]:
+    """Return the flags of a command in the order of its signature; a dataclass stands for its fields."""
+    found = []
+    hints = typing.get_type_hints(function, include_extras=True)
+    texts = _texts(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if dataclasses.is_dataclass(parameter.default):
+            found += _flags_of_fields(parameter.default)
+        else:
+            found.append(_flag(name, hints[name], parameter.default, texts.get(name, "")))
+    return found
+
+
+def _flags_of_fields(values: Any) -> list[Flag]:
+    hints, texts = typing.get_type_hints(type(values)), {}
+    for kind in reversed(type(values).__mro__[:-1]):
+        texts |= _texts(kind)
+    # `given` is no flag, see parsing.py
+    names = [field.name for field in dataclasses.fields(values) if field.name != "given"]
+    return [_flag(name, hints[name], getattr(values, name), texts.get(name, "")) for name in names]
+
+
+def _texts(thing: Any) -> dict[str, str]:
+    """The descriptions of parameters or fields by name."""
+    documented = docstring_parser.parse_from_object(thing)
+    return {p.arg_name: " ".join((p.description or "").split()) for p in documented.params}
+
+
+def _flag(name: str, hint: Any, default: Any, text: str) -> Flag:
+    marks = getattr(hint, "__metadata__", ())
+    kind = typing.get_args(hint)[0] if marks else hint
+    is_switch = kind is bool
+    is_positional = _POSITIONAL in marks
+    if default not in (None, inspect.Parameter.empty, False, (), "") and "(default" not in text:
+        text = f"{text.removesuffix('.')} (default: {default})."
+    placeholder = "" if is_switch else _placeholder(name, kind, is_positional)
+    return Flag(name, is_positional, is_switch, placeholder, text)
+
+
+def _placeholder(name: str, kind: Any, is_positional: bool) -> str:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(typing.get_args(kind))
+    several = typing.get_origin(kind) is tuple
+    if several:
+        kind = typing.get_args(kind)[0]
+    word = _PLACEHOLDERS.get(name) or (name.upper() if is_positional else _PLACEHOLDERS_OF_TYPES[kind])
+    return f"{word} [{word} ...]" if several else word
