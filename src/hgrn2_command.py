@@ -48,6 +48,8 @@ def main() -> int:
         return cli.main()
     except KeyboardInterrupt:
         return 130
+    finally:
+        _stop_tidying()
 
 
 def _refuse_without(missing: ModuleNotFoundError) -> int:
@@ -63,3 +65,12 @@ def _refuse_without(missing: ModuleNotFoundError) -> int:
 def _end(number: int, frame: FrameType | None) -> None:
     del frame
     sys.exit(128 + number)
+
+
+def _stop_tidying() -> None:
+    """Let further signals end the process at once: all is done, and Python would show an exception of theirs."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # those that are ignored, as by nohup, stay so
+        if number is not None and signal.getsignal(number) in (_end, signal.default_int_handler):
+            signal.signal(number, signal.SIG_DFL)

@@ -680,8 +680,8 @@ def test_other_signals_tidy_up_as_well(number, tmp_path, monkeypatch):
             (stage / "half").touch()
             os.kill(os.getpid(), number)
 
-    # main takes both
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    # main takes all of them
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = [signal.signal(each, signal.SIG_DFL) for each in numbers]
     monkeypatch.setattr(cli, "main", killed)
     try:
@@ -714,6 +714,23 @@ def test_ctrl_c_while_it_still_imports(ctrl_c, status, tmp_path):
         assert starting.returncode == status
     finally:
         starting.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_the_process_exits(number):
+    # a callback of Python's exit in which it comes would show its exception
+    script = (
+        "import atexit, os, sys, time, hgrn2_command\n"
+        f"atexit.register(lambda: (os.kill(os.getpid(), {int(number)}), time.sleep(10)))\n"
+        "sys.exit(hgrn2_command.main())"
+    )
+    ending = subprocess.run(
+        [sys.executable, "-c", script, "info", "tinny"], capture_output=True, text=True, check=False, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert ending.returncode == -number
+    assert re.fullmatch(r"error: [^\n]*tinny[^\n]*\n", ending.stderr)
 
 
 def test_the_installed_command_is_the_one_tested_here():

@@ -112,7 +112,7 @@ def test_a_damaged_set_is_an_error_until_rebuilt(corpus_dir, tmp_path):
     assert not prepare(corpus_dir, "bytes", out, rebuild=True).reused
     (out / "bytes_tokenizer.json").unlink()
     shutil.copy(train_bpe(["a b"], 260).save(tmp_path), out / "tokenizer.json")
-    with pytest.raises(UserError, match="not the one the tokens were made with"):
+    with pytest.raises(UserError, match="not the one the train tokens were made with"):
         PreparedData.open(out)
 
 
@@ -239,7 +239,6 @@ def test_sets_of_another_version_are_replaced(corpus_dir, tmp_path):
     prepare(corpus_dir, "bytes", out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
-    assert not is_prepared(out)
     with pytest.raises(UserError, match=r"format version 0"):
         PreparedData.open(out)
     assert not prepare(corpus_dir, "bytes", out).reused
@@ -515,3 +514,65 @@ def test_few_tasks_are_read_ahead(monkeypatch):
     assert next(encoded)[0] == 0
     assert len(read) <= 2
     encoded.close()
+
+
+def test_copies_stay_on_one_side(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(40):
+        for name in (f"{i:02}.txt", f"copy of {i:02}.txt"):
+            (folder / name).write_text(f"text number {i} " * 20)
+    prepared = prepare(folder, "bytes", tmp_path / "out", validation_fraction=0.2)
+    train, held_out = map(set, texts(prepared))
+    assert not train & held_out
+    assert len(train) + len(held_out) == 40
+    assert prepared.train.num_documents == 2 * len(train)
+    assert prepared.validation.num_documents == 2 * len(held_out)
+
+
+def test_copies_alone_cannot_be_split(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("the same")
+    with pytest.raises(UserError, match="all 3 documents hold the same text, so none can be held out"):
+        prepare(str(tmp_path / "*.txt"), "bytes", tmp_path / "out")
+
+
+def test_validation_data_that_is_training_data_too(tmp_path):
+    for name, texts in {"train": "abcdefghij", "held": "bxyg"}.items():
+        (tmp_path / name).mkdir()
+        for text in texts:
+            (tmp_path / name / f"{name}-{text}.txt").write_text(text * 100)
+    for _ in ("prepared", "used again"):
+        with pytest.warns(UserWarning, match=r"2 of 4 documents are in the training data as well \(held/held-b\.txt"):
+            prepare(tmp_path / "train", "bytes", tmp_path / "out", validation=tmp_path / "held")
+
+
+def test_json_lines_in_a_file_of_another_name_are_documents(tmp_path):
+    lines = "".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(20))
+    (tmp_path / "lines.json").write_text(lines)
+    prepared = prepare(tmp_path / "lines.json", "bytes", tmp_path / "out")
+    assert prepared.train.num_documents + prepared.validation.num_documents == 20
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "size"), [(50, "50 bytes"), (1500, "1.5 kB"), (2_500_000, "2.5 MB")]
+)  # fmt: skip
+def test_a_summary_of_little_text(tmp_path, num_bytes, size):
+    (tmp_path / "a.txt").write_text("a" * num_bytes)
+    (tmp_path / "b.txt").write_text("b")
+    prepared = prepare(tmp_path / "a.txt", "bytes", tmp_path / "out", validation=tmp_path / "b.txt")
+    assert f"(1 document, {size}), 2 validation tokens (1 document, 1 byte)" in prepared.summary()
+
+
+def test_sides_from_different_sets(corpus_dir, tmp_path):
+    one, two = (prepare(corpus_dir, "bytes", tmp_path / str(seed), seed=seed).directory for seed in (1, 2))
+    shutil.rmtree(one / "validation")
+    shutil.copytree(two / "validation", one / "validation")
+    with pytest.raises(UserError, match="training and validation tokens were not prepared together"):
+        PreparedData.open(one)
+    # an older set has neither a digest nor the fingerprints of its parts
+    manifest = json.loads((one / "manifest.json").read_text())
+    for key in ("hgrn2_digest", "fingerprints", "copies"):
+        del manifest[key]
+    (one / "manifest.json").write_text(json.dumps(manifest))
+    assert PreparedData.open(one).validation.num_tokens

@@ -112,7 +112,7 @@ def test_jsonl(tmp_path, suffix):
         ("[" * 100_000, r"d\.jsonl, line 2: not JSON .nested too deep"),
         ('{"text": "a\\u0000b"}', r"line 2: binary, not text \(NUL at character 1\); take it out"),
         ("[1]", "line 2: a JSON list, wanted an object"),
-        ('{"body": "x", "id": 1}', r"line 2: no field 'text' \(fields: body, id\)"),
+        ('{"body": "x", "id": 1}', r"line 2: no field 'text'; name .* with --text-field \(there: body, id\)"),
         ('{"text": 5}', "line 2: field 'text' holds int, wanted a string"),
         ('{"text": "\\ud800"}', "line 2: the text holds half a surrogate pair"),
     ],
@@ -145,7 +145,7 @@ def test_parquet(tmp_path):
     path = tmp_path / "d.parquet"
     parquet.write_table(pyarrow.table({"body": ["one", None, "", "two"], "id": [1, 2, 3, 4]}), path, row_group_size=2)
     assert read(path, text_field="body")[1] == {"d.parquet#1": "one", "d.parquet#4": "two"}
-    with pytest.raises(UserError, match=r"no column 'text' \(columns: body, id\)"):
+    with pytest.raises(UserError, match=r"no column 'text'; name .* --text-field \(there: body, id\)"):
         read(path)
     with pytest.raises(UserError, match="row 1: field 'id' holds int"):
         read(path, text_field="id")
@@ -203,7 +203,7 @@ def test_hub_errors(hub, monkeypatch):
         read("hf:missing")
     with pytest.raises(UserError, match=r"hf:binary, row 2: binary, not text \(NUL at character 2\)"):
         read("hf:binary")
-    with pytest.raises(UserError, match=r"hf:name, row 1: no field 'body' \(fields: text\)"):
+    with pytest.raises(UserError, match=r"hf:name, row 1: no field 'body'; .* --text-field \(there: text\)"):
         read("hf:name", text_field="body")
     with pytest.raises(UserError, match="no dataset named"):
         read("hf:")
@@ -315,3 +315,81 @@ def test_documents_are_read_lazily(tmp_path):
     assert ["".join(next(documents).pieces) for _ in range(3)] == ["good"] * 3
     with pytest.raises(UserError, match="line 4"):
         next(documents)
+
+
+def test_of_several_names_of_a_file_the_smallest_counts(tmp_path, monkeypatch):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text(f"text {i}")
+        (folder / f"z{i:02}.txt").symlink_to(folder / f"{i:02}.txt")
+    _, wanted = read(folder)
+    assert list(wanted) == [f"texts/{i:02}.txt" for i in range(20)]
+    walk, listdir = os.walk, os.listdir
+
+    def other_order(top, **options):
+        for place, folders, files in walk(top, **options):
+            yield place, folders[::-1], files[::-1]
+
+    monkeypatch.setattr(os, "walk", other_order)
+    monkeypatch.setattr(os, "listdir", lambda place: listdir(place)[::-1])
+    assert read(folder)[1] == wanted
+    assert set(read(f"{folder}/*.txt")[1]) == {f"{i:02}.txt" for i in range(20)}
+    # a name the user gave counts whatever it is
+    assert "z07.txt" in read(folder, folder / "z07.txt")[1]
+
+
+def test_globs_follow_no_links_to_folders(tmp_path):
+    folder = tmp_path / "g"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for name in ("a.txt", "deep/b.txt", "deep/er/c.txt", ".hidden/d.txt", "deep/.e.txt"):
+        (folder / name).write_text(name)
+    for link in ("x", "y", "deep/x"):
+        (folder / link).symlink_to(folder)
+    corpus, texts = read(f"{folder}/**/*.txt")
+    assert list(texts) == ["a.txt", "deep/b.txt", "deep/er/c.txt"]
+    assert corpus.skipped["link to a folder"] == 3
+    for pattern, wanted in [
+        ("**", ["a.txt", "deep/b.txt", "deep/er/c.txt"]),
+        ("**/**/*.txt", ["a.txt", "deep/b.txt", "deep/er/c.txt"]),
+        ("*/b.txt", ["deep/b.txt"]),
+        ("*/*/*", ["deep/er/c.txt"]),
+        (".h*/*", [".hidden/d.txt"]),
+        ("d??p/er/c.txt", ["deep/er/c.txt"]),
+        ("a.txt/*", None),
+        ("**/nothing", None),
+    ]:
+        if wanted is None:
+            with pytest.raises(UserError, match="no file to read"):
+                read(f"{folder}/{pattern}")
+        else:
+            assert list(read(f"{folder}/{pattern}")[1]) == wanted, pattern
+
+
+@pytest.mark.parametrize("name", ["c4.00000.json.gz", "part-00000", "lines.json", "lines.txt", "lines.jl"])
+def test_json_lines_under_another_name(tmp_path, name):
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    lines = b'{"text":"one small text","url":"x"}\n{"text":"another","url":"y"}\n'
+    path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    wanted = ["one small text", "another"]
+    assert list(read(path)[1].values()) == list(read(path.parent)[1].values()) == wanted
+    # asked about, if the text is under another key
+    with pytest.raises(UserError, match=r"line 1: no field 'body'; name .* with --text-field \(there: text, url\)"):
+        read(path, text_field="body")
+
+
+def test_other_json_is_text(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = {
+        "package.json": '{\n "name": "x"\n}\n', "line.json": '{"name": "x"}\n', "objects.json": '{"a": 1}\n{"a": 2}\n',
+        "set.txt": "{1, 2}\n", "array.json": '[\n {"text": "a"}]', "deep.json": "[" * 100_000,
+    }  # fmt: skip
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    assert read(folder)[1] == {f"in/{name}": text for name, text in texts.items()}
+    assert read(folder / "line.json")[1] == {"line.json": texts["line.json"]}
+    with pytest.raises(UserError, match="a JSON array of objects; write one object a line"):
+        read(folder / "array.json")

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hgrn2.data.copies import KeySet, text_key
 from hgrn2.data.documents import Document
 from hgrn2.data.split import TRAIN, VALIDATION, Split
 
@@ -49,7 +50,7 @@ def test_one_document_is_cut_without_loss(pieces, data):
     text = "".join(pieces)
     head_bytes = data.draw(st.integers(0, len(text.encode())))
     parts = {TRAIN: "", VALIDATION: ""}
-    for side, part in Split(0, 0, head_bytes).parts(Document("a", iter(pieces))):
+    for side, part, _ in Split(0, 0, head_bytes).assign([Document("a", iter(pieces))]):
         parts[side] += "".join(part.pieces)
     assert parts[TRAIN] + parts[VALIDATION] == text
 
@@ -58,7 +59,31 @@ def test_one_document_is_cut_at_a_line_end():
     text = "".join(f"line {i}\n" for i in range(1000))
     for pieces in ([text], [text[:4000], text[4000:]]):
         head, tail = (
-            "".join(part.pieces) for _, part in Split(0, 0, int(len(text) * 0.95)).parts(Document("a", iter(pieces)))
+            "".join(part.pieces)
+            for _, part, _ in Split(0, 0, int(len(text) * 0.95)).assign([Document("a", iter(pieces))])
         )
         assert head.endswith("\n")
         assert len(tail) / len(text) == pytest.approx(0.05, abs=0.002)
+
+
+@given(texts=st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40), seed=st.integers(0, 5))
+def test_copies_go_where_the_first_one_goes(texts, seed):
+    split = Split(seed, 2**63)
+    documents = [Document(f"{i}.txt", iter([text])) for i, text in enumerate(texts)]
+    found = [(side, document.name, is_first) for side, document, is_first in split.assign(documents)]
+    assert [name for _, name, _ in found] == [f"{i}.txt" for i in range(len(texts))]
+    first = {}
+    for (side, name, is_first), text in zip(found, texts, strict=True):
+        assert is_first is (text not in first)
+        assert side == first.setdefault(text, split.side(name))
+
+
+def test_keys_are_found_again_however_many_there_are():
+    keys = [text_key(str(i)) for i in range(20_000)]
+    found = KeySet()
+    for key in keys[:10_000]:
+        assert key not in found
+        found.add(key)
+    assert len(found) == 10_000
+    assert all(key in found for key in keys[:10_000])
+    assert not any(key in found for key in keys[10_000:])

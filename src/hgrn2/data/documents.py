@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import codecs
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hgrn2.data.hub import hub_reachable
 from hgrn2.data.text import cut_pieces, open_binary, read_error, read_text
-from hgrn2.errors import UserError
+from hgrn2.errors import UserError, visible
 from hgrn2.extras import install_command
 from hgrn2.json_files import parse_json
+
+# longer ones are cut, and then they are no JSON
+_MOST_LINE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,51 @@ def jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
         raise read_error(path, error) from error
 
 
+def holds_json_lines(path: Path, field: str, is_named: bool) -> bool:
+    """Whether a file holds JSON lines under another name, as C4's `.json.gz` do.
+
+    Args:
+        path: the file; its first two lines are read if it begins with a brace.
+        field: the key of the text. A file whose first line has it holds JSON lines.
+        is_named: named by the user, who is asked about objects without that key; a file found in a folder is text then.
+
+    Raises:
+        UserError: the file was named, and holds JSON objects without the key, or an array of objects.
+        NotText: it cannot be read.
+    """
+    try:
+        with open_binary(path) as stream:
+            if stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):
+                return False
+        with open_binary(path) as stream:
+            first, second = stream.readline(_MOST_LINE_BYTES), stream.readline(_MOST_LINE_BYTES)
+    except UserError:
+        raise
+    except Exception as error:
+        raise read_error(path, error) from error
+    row = _json_object(first)
+    if row is None:
+        start = (first + second).removeprefix(codecs.BOM_UTF8).lstrip()
+        if is_named and start[:1] == b"[" and start[1:].lstrip()[:1] == b"{":
+            raise UserError(
+                f"{path}: a JSON array of objects; write one object a line, as jq -c '.[]' does, to a .jsonl"
+            )
+        return False
+    if isinstance(row.get(field), str):
+        return True
+    if is_named and _json_object(second) is not None:
+        _row_text(row, field, f"{path}, line 1")
+    return False
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
 def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
     """One document a row, the string in a column; empty and null texts are left out.
 
@@ -69,7 +119,7 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if column not in names:
-                raise UserError(f"{path}: no column {column!r} (columns: {', '.join(names)}); name the text field")
+                raise UserError(f"{path}: no column {column!r}; {_name_field(names)}")
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for text in batch.column(0).to_pylist():
@@ -133,7 +183,7 @@ def _json_text(line: bytes, field: str, where: str) -> str:
 
 def _row_text(row: dict[str, Any], field: str, where: str) -> str:
     if field not in row:
-        raise UserError(f"{where}: no field {field!r} (fields: {', '.join(map(str, row))}); name the text field")
+        raise UserError(f"{where}: no field {field!r}; {_name_field(row)}")
     text = row[field]
     if text is None:
         return ""
@@ -142,6 +192,11 @@ def _row_text(row: dict[str, Any], field: str, where: str) -> str:
     if (nul := text.find("\0")) >= 0:
         raise UserError(f"{where}: binary, not text (NUL at character {nul}); take it out")
     return text
+
+
+def _name_field(keys: Iterable[Any]) -> str:
+    shown = ", ".join(visible(str(key), keep="")[:40] for key in itertools.islice(keys, 12))
+    return f"name the one that holds the text with --text-field (there: {shown or 'none'})"
 
 
 def _first_line(error: Exception) -> str:

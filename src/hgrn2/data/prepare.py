@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hgrn2.data.copies import KeySet, with_key
+from hgrn2.data.documents import holds_json_lines
 from hgrn2.data.encode import encode_pieces
 from hgrn2.data.find_tokenizer import bpe_request, load_tokenizer, train_bpe
 from hgrn2.data.pieces import Piece, cut_document
@@ -21,14 +24,21 @@ from hgrn2.data.progress import progress_bar
 from hgrn2.data.sources import STDLIB, Corpus, open_corpus
 from hgrn2.data.split import TRAIN, VALIDATION, Split
 from hgrn2.data.staging import Discard, staged_directory
+from hgrn2.data.text import NotText
 from hgrn2.data.tokenizer import ByteTokenizer, Tokenizer
-from hgrn2.data.tokens import MANIFEST_FILE, TokenDataset, read_manifest
-from hgrn2.data.writer import DEFAULT_SHARD_TOKENS, TokenWriter, token_dtype
-from hgrn2.errors import UserError
+from hgrn2.data.tokens import MANIFEST_FILE, REMEDY, TokenDataset, read_manifest, token_dtype
+from hgrn2.data.writer import DEFAULT_SHARD_TOKENS, TokenWriter
+from hgrn2.errors import UserError, visible
+from hgrn2.json_files import with_digest
 
 FORMAT = "hgrn2-prepared"
 FORMAT_VERSION = 1
 BPE_SAMPLE_BYTES = 50_000_000
+
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
+
+# of copies, in a warning
+_NAMES_SHOWN = 5
 
 # below this a pool of processes takes longer to start than the work takes
 _SERIAL_BELOW_BYTES = 32_000_000
@@ -93,21 +103,32 @@ class PreparedData:
 
     @classmethod
     def _open(cls, directory: Path, verify: bool | None, reused: bool) -> PreparedData:
-        manifest = read_manifest(directory, FORMAT, FORMAT_VERSION)
+        manifest = _read_set_manifest(directory)
         train = TokenDataset.open(directory / TRAIN, verify)
         validation = TokenDataset.open(directory / VALIDATION, verify)
         tokenizer = load_tokenizer(directory)
-        if tokenizer.fingerprint() != train.manifest["tokenizer_fingerprint"]:
-            raise UserError(f"{directory}: the tokenizer is not the one the tokens were made with; prepare again")
+        for side in (train, validation):
+            if tokenizer.fingerprint() != side.manifest["tokenizer_fingerprint"]:
+                raise UserError(
+                    f"{directory}: its tokenizer is not the one the {side.directory.name} tokens were made with; "
+                    f"{REMEDY}"
+                )
+            if side.vocab_size != tokenizer.vocab_size or side.eot_id != train.eot_id:
+                raise UserError(
+                    f"{side.directory}: vocab_size {side.vocab_size} or eot_id {side.eot_id} is not that of the "
+                    f"tokenizer ({tokenizer.vocab_size}) or of the training tokens ({train.eot_id}); {REMEDY}"
+                )
+        # none in older sets
+        made = manifest.get("fingerprints", {})
+        if made and made != {TRAIN: train.fingerprint, VALIDATION: validation.fingerprint}:
+            raise UserError(f"{directory}: training and validation tokens were not prepared together; {REMEDY}")
         tokenizer.name = train.manifest["tokenizer"]
         return cls(directory, train, validation, tokenizer, manifest, reused)
 
     def summary(self) -> str:
         """One line for people: sizes, and how many files were skipped and why."""
         line = (
-            f"{self.train.num_tokens:,} training tokens ({self.train.num_documents:,} documents, "
-            f"{self.train.num_text_bytes / 1e6:.1f} MB), {self.validation.num_tokens:,} validation tokens "
-            f"({self.validation.num_documents:,} documents, {self.validation.num_text_bytes / 1e6:.1f} MB), "
+            f"{_contents(self.train, 'training')}, {_contents(self.validation, 'validation')}, "
             f"tokenizer {self.tokenizer.name} with {self.tokenizer.vocab_size:,} tokens"
         )
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in self.manifest["skipped"].items())
@@ -123,6 +144,25 @@ class PreparedData:
             yield "the tokenizer does not keep the whole text, so bits a byte are not available"
 
 
+def _read_set_manifest(directory: Path) -> dict[str, Any]:
+    manifest = read_manifest(directory, FORMAT, FORMAT_VERSION)
+    for key in ("inputs", "settings", "skipped"):
+        if not isinstance(manifest.get(key), dict):
+            raise UserError(f"{directory / MANIFEST_FILE}: bad or missing entry {key!r}; {REMEDY}")
+    return manifest
+
+
+def _contents(dataset: TokenDataset, what: str) -> str:
+    num_bytes, count = dataset.num_text_bytes, dataset.num_documents
+    unit, factor = next((unit, factor) for unit, factor in _UNITS if num_bytes >= factor or factor == 1)
+    size = f"{num_bytes / factor:,.1f} {unit}" if factor > 1 else _counted(num_bytes, "byte")
+    return f"{dataset.num_tokens:,} {what} tokens ({_counted(count, 'document')}, {size})"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def _identity(directory: Path) -> tuple[int, int, int] | None:
     """Another one when the folder has been replaced; None while there is none."""
     try:
@@ -133,12 +173,9 @@ def _identity(directory: Path) -> tuple[int, int, int] | None:
 
 
 def is_prepared(directory: str | Path) -> bool:
-    """Whether a directory was made by `prepare`."""
-    try:
-        read_manifest(Path(directory), FORMAT, FORMAT_VERSION)
-    except UserError:
-        return False
-    return True
+    """Whether a directory was made by `prepare`; it may be damaged, which is said when it is opened."""
+    manifest = Path(directory) / MANIFEST_FILE
+    return manifest.is_file() and (Path(directory) / TRAIN / MANIFEST_FILE).is_file()
 
 
 def prepare(
@@ -217,6 +254,7 @@ def prepare(
         found = PreparedData.open(target)
         # else another process has replaced it since
         if _fits(found.manifest, inputs, settings):
+            _warn_of_copies(found)
             return found
     _check_replaceable(target)
     if num_workers is None:
@@ -236,10 +274,15 @@ def prepare(
             "inputs": inputs,
             "settings": settings,
             "skipped": _skipped(corpus, held_out),
+            "copies": {"num_documents": len(job.copies), "some": job.copies[:_NAMES_SHOWN]},
+            "fingerprints": {
+                side: TokenDataset.open(stage / side, verify=False).fingerprint for side in (TRAIN, VALIDATION)
+            },
         }
-        (stage / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (stage / MANIFEST_FILE).write_text(json.dumps(with_digest(manifest), indent=1) + "\n", encoding="utf-8")
     # what was written a moment ago needs no checksum
     found = PreparedData.open(target, verify=None if reused else False, reused=reused)
+    _warn_of_copies(found)
     if not _fits(found.manifest, inputs, settings):
         raise UserError(f"{target}: another process has put other data there meanwhile; name another directory")
     return found
@@ -258,6 +301,8 @@ class _Job:
     shard_tokens: int
     num_workers: int
     progress: bool | None
+    # names of the documents given for validation whose text is in the training data as well
+    copies: list[str] = field(default_factory=list)
 
     def run(self, split: Split) -> Tokenizer:
         """Write both datasets, again with a better split if one came out empty; return the tokenizer."""
@@ -294,16 +339,22 @@ class _Job:
 
     def _tagged_pieces(self, split: Split, tokenizer: Tokenizer) -> Iterator[tuple[tuple[str, bool], Piece]]:
         """Every piece with its side and whether it starts a document."""
-        for document in self.corpus.documents():
-            starts = False
-            for side, part in split.parts(document):
-                starts = True
-                for piece in cut_document(tokenizer, part.pieces):
-                    if starts:
-                        split.observe(document.name)
-                    yield (side, starts), piece
-                    starts = False
+        trained = KeySet()
+        for side, document, is_first in split.assign(self.corpus.documents()):
+            if is_first:
+                split.observe(document.name)
+            if is_first and self.held_out is not None:
+                key, document = with_key(document)
+                trained.add(key)
+            starts = True
+            for piece in cut_document(tokenizer, document.pieces):
+                yield (side, starts), piece
+                starts = False
+        self.copies.clear()
         for document in self.held_out.documents() if self.held_out is not None else ():
+            key, document = with_key(document)
+            if key in trained:
+                self.copies.append(document.name)
             starts = True
             for piece in cut_document(tokenizer, document.pieces):
                 yield (VALIDATION, starts), piece
@@ -322,6 +373,12 @@ class _Job:
             raise UserError(_nothing_left("training", self.corpus))
         if split.num_seen > 1:
             return split.better()
+        num_documents = train.num_documents + validation.num_documents
+        if split.head_bytes is None and num_documents > 1:
+            raise UserError(
+                f"all {num_documents:,} documents hold the same text, so none can be held out; give more data, or "
+                "validation data of its own"
+            )
         if split.head_bytes is None:
             return Split(split.seed, 0, int(num_text_bytes * (1 - self.validation_fraction)))
         raise UserError(
@@ -339,21 +396,35 @@ class _Job:
     def _training_sample(self, split: Split) -> Iterator[str]:
         """The first training texts, up to a number of bytes."""
         left = BPE_SAMPLE_BYTES
-        for document in self.corpus.documents():
-            for side, part in split.parts(document):
-                if side == VALIDATION:
-                    continue
-                for piece in part.pieces:
-                    yield piece
-                    left -= len(piece.encode("utf-8"))
-                    if left <= 0:
-                        return
+        for side, document, _ in split.assign(self.corpus.documents()):
+            if side == VALIDATION:
+                continue
+            for piece in document.pieces:
+                yield piece
+                left -= len(piece.encode("utf-8"))
+                if left <= 0:
+                    return
+
+
+def _warn_of_copies(data: PreparedData) -> None:
+    copies = data.manifest.get("copies")
+    # none in older sets
+    if isinstance(copies, dict) and copies.get("num_documents"):
+        count, some = copies["num_documents"], visible(", ".join(copies["some"]), keep="")
+        more = f" and {count - _NAMES_SHOWN:,} more" if count > _NAMES_SHOWN else ""
+        warnings.warn(
+            f"validation data: {count:,} of {_counted(data.validation.num_documents, 'document')} "
+            f"{'is' if count == 1 else 'are'} in the training data as well ({some}{more}); "
+            "the validation loss is too low by them: take them out of one of the two",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _first_split(corpus: Corpus, held_out: Corpus | None, fraction: float, seed: int) -> Split:
     if held_out is not None:
         return Split(seed, 0)
-    if len(corpus.sources) == 1 and corpus.num_bytes is not None:
+    if len(corpus.sources) == 1 and corpus.num_bytes is not None and _is_one_text(corpus):
         # known to be one document: saves reading it twice
         return Split(seed, 0, int(corpus.num_bytes * (1 - fraction)))
     split = Split(seed, int(fraction * 2**64))
@@ -363,6 +434,15 @@ def _first_split(corpus: Corpus, held_out: Corpus | None, fraction: float, seed:
             split.observe(source.name)
         return split.better() or Split(seed, split.below)
     return split
+
+
+def _is_one_text(corpus: Corpus) -> bool:
+    source = corpus.sources[0]
+    try:
+        return not holds_json_lines(Path(source.location), corpus.text_field, source.explicit)
+    except NotText:
+        # said when it is read
+        return True
 
 
 def _is_small(corpus: Corpus) -> bool:
@@ -398,7 +478,7 @@ def _is_current(target: Path, inputs: dict[str, Any], settings: dict[str, Any]) 
     if not (target / MANIFEST_FILE).is_file():
         return False
     try:
-        manifest = read_manifest(target, FORMAT, FORMAT_VERSION)
+        manifest = _read_set_manifest(target)
     except UserError:
         return False
     return _fits(manifest, inputs, settings)

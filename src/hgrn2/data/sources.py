@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import itertools
@@ -15,7 +16,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from hgrn2.data.documents import Document, hub_documents, jsonl_documents, parquet_documents, text_document
+from hgrn2.data.documents import (
+    Document,
+    holds_json_lines,
+    hub_documents,
+    jsonl_documents,
+    parquet_documents,
+    text_document,
+)
 from hgrn2.data.text import BLOCK_BYTES, COMPRESSIONS, NotText, cut_pieces, read_text
 from hgrn2.data.tokens import MANIFEST_FILE
 from hgrn2.errors import UserError
@@ -61,6 +69,8 @@ class Source:
         """The documents in order."""
         path = Path(self.location)
         match self.kind:
+            case "text" if holds_json_lines(path, text_field, self.explicit):
+                yield from jsonl_documents(self.name, path, text_field)
             case "text":
                 yield text_document(self.name, path)
             case "jsonl":
@@ -107,12 +117,14 @@ class Corpus:
         for source in self.sources:
             if source.kind == "text" and not source.explicit:
                 try:
-                    document = _checked_document(source)
+                    is_text = not holds_json_lines(Path(source.location), self.text_field, source.explicit)
+                    document = _checked_document(source) if is_text else None
                 except NotText as error:
                     found[error.reason] += 1
                     continue
-                yield document
-                continue
+                if document is not None:
+                    yield document
+                    continue
             document = None
             for document in source.documents(self.text_field):
                 yield document
@@ -167,11 +179,11 @@ def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "tex
             counts = f" (skipped: {counts})" if counts else ""
             raise UserError(f"data {str(spec)!r}: no file to read there{counts}; name text files or a folder with some")
         found.extend(sources)
-    # a file named and also found in a folder counts as named
+    # a file named and also found in a folder counts as named; of several names of one file, as links give it, the
+    # smallest counts, in whatever order the file system lists them
     unique: dict[str, Source] = {}
-    for source in found:
-        if source.location not in unique or source.explicit:
-            unique[source.location] = source
+    for source in sorted(found, key=lambda s: (not s.explicit, s.name)):
+        unique.setdefault(source.location, source)
     ordered = sorted(unique.values(), key=lambda s: (s.name, s.location))
     return Corpus([str(s) for s in specs], list(_with_unique_names(ordered)), text_field, skipped)
 
@@ -243,17 +255,48 @@ def _walk(root: Path, wanted: Callable[[str], bool], skipped: Counter[str]) -> I
         skipped["unreadable folder"] += 1
 
     for folder, subfolders, files in os.walk(root, onerror=count_unreadable):
-        subfolders[:] = [name for name in subfolders if wanted(name)]
+        subfolders[:] = sorted(name for name in subfolders if wanted(name))
         skipped.update("link to a folder" for name in subfolders if os.path.islink(os.path.join(folder, name)))
-        yield folder, files
+        yield folder, sorted(files)
 
 
 def _glob_sources(pattern: str, skipped: Counter[str]) -> Iterator[Source]:
     fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
-    for match in glob.iglob(pattern, recursive=True):
-        path = Path(match)
+    rest = Path(pattern).parts[len(fixed.parts) :]
+    for path in dict.fromkeys(_expand(fixed, rest, skipped)):
         if path.is_file():
             yield from _found_file(path, path.relative_to(fixed).as_posix(), skipped)
+
+
+def _expand(folder: Path, parts: Sequence[str], skipped: Counter[str]) -> Iterator[Path]:
+    """Yield what matches the parts of a glob below a folder, sorted; unlike `glob`, without following links to folders.
+
+    A link to a folder above itself would lead round in circles, more of them than could ever be counted.
+    """
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        for subfolder, files in _walk(folder, lambda name: not name.startswith("."), skipped):
+            if rest and rest[0] != "**":
+                yield from _expand(Path(subfolder), rest, skipped)
+            elif not rest:
+                yield from (Path(subfolder, name) for name in files if not name.startswith("."))
+        if rest and rest[0] == "**":
+            yield from _expand(folder, rest, skipped)
+        return
+    try:
+        names = sorted(fnmatch.filter(os.listdir(folder), part)) if glob.has_magic(part) else [part]
+    except NotADirectoryError:
+        return
+    except OSError:
+        skipped["unreadable folder"] += 1
+        return
+    for path in (folder / name for name in names if part.startswith(".") or not name.startswith(".") or name == part):
+        if not rest:
+            yield path
+        elif path.is_symlink() and path.is_dir():
+            skipped["link to a folder"] += 1
+        elif path.is_dir():
+            yield from _expand(path, rest, skipped)
 
 
 def _found_file(path: Path, name: str, skipped: Counter[str]) -> Iterator[Source]:
@@ -272,7 +315,8 @@ def _found_file(path: Path, name: str, skipped: Counter[str]) -> Iterator[Source
 def _file_source(path: Path, name: str, explicit: bool) -> Source:
     status = path.stat()
     inner = Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path
-    kinds: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+    kinds: dict[str, Kind] = dict.fromkeys((".jsonl", ".ndjson", ".ldjson", ".jl"), "jsonl")
+    kinds |= {".parquet": "parquet"}
     kind = kinds.get(inner.suffix.lower(), "text")
     if kind == "parquet" and inner != path:
         raise UserError(f"{path}: parquet is compressed inside already; decompress the file first")

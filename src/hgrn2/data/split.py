@@ -1,10 +1,11 @@
-"""Which documents are held out for validation, told by a hash of their names."""
+"""Which documents are held out for validation, told by a hash of their names; copies of a text stay on one side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from hgrn2.data.copies import NO_TEXT, KeySet, with_key
 from hgrn2.data.documents import Document
 from hgrn2.data.permutation import keyed_integer
 
@@ -20,7 +21,7 @@ class Split:
         below: a document is held out if the 64-bit hash of its name is below this.
         head_bytes: with a corpus of one document, how many bytes from its start are for training, counted to
             the next line end; None with several documents.
-        num_seen: documents observed so far.
+        num_seen: documents observed so far, each the first of its text.
     """
 
     seed: int
@@ -34,17 +35,40 @@ class Split:
         """The side a document belongs to."""
         return VALIDATION if self._key(name) < self.below else TRAIN
 
-    def parts(self, document: Document) -> Iterator[tuple[str, Document]]:
-        """The side a document belongs to, or both with their parts of it, to be read in this order."""
-        if self.head_bytes is None:
-            yield self.side(document.name), document
-            return
-        head = _Head(document.pieces, self.head_bytes)
-        yield TRAIN, Document(document.name, iter(head))
-        yield VALIDATION, Document(f"{document.name} (end)", head.tail())
+    def assign(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document, bool]]:
+        """The documents that have text, each with its side, to be read in this order.
+
+        Copies of a text go to the side of the first one. What is compared is a text's first piece, so texts that begin
+        alike for 64 Ki characters count as copies too.
+
+        Args:
+            documents: the corpus, in its order.
+
+        Yields:
+            The side, the document, and whether it is the first of its text. A corpus of one document comes in two
+            parts, one for each side; further copies of it are left out.
+        """
+        held_out, trained = KeySet(), KeySet()
+        for document in documents:
+            key, document = with_key(document)
+            if key == NO_TEXT:
+                continue
+            if self.head_bytes is not None:
+                if len(trained):
+                    continue
+                trained.add(key)
+                head = _Head(document.pieces, self.head_bytes)
+                yield TRAIN, Document(document.name, iter(head)), True
+                yield VALIDATION, Document(f"{document.name} (end)", head.tail()), False
+            elif key in trained or key in held_out:
+                yield TRAIN if key in trained else VALIDATION, document, False
+            else:
+                side = self.side(document.name)
+                (trained if side == TRAIN else held_out).add(key)
+                yield side, document, True
 
     def observe(self, name: str) -> None:
-        """Remember that a document with text was seen."""
+        """Remember that a document was seen, the first of its text."""
         key = self._key(name)
         self.num_seen += 1
         self._lowest, self._highest = min(self._lowest, key), max(self._highest, key)

@@ -10,18 +10,27 @@ predicted as the next one's.
 from __future__ import annotations
 
 import hashlib
-import json
+import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hgrn2.errors import UserError
+from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.json_files import DIGEST_KEY, check_digest, read_json_object
 
 FORMAT = "hgrn2-tokens"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 REMEDY = "prepare the data again (--rebuild)"
+
+_KEYS = {
+    FORMAT: {
+        "format", "version", "tokenizer", "tokenizer_fingerprint", "vocab_size", "eot_id", "dtype", "num_tokens",
+        "num_documents", "num_text_bytes", "num_unknown", "keeps_text", "shard_tokens", "shards", "documents", "pieces",
+    },
+    "hgrn2-prepared": {"format", "version", "inputs", "settings", "skipped", "copies", "fingerprints"},
+}  # fmt: skip
 
 # reading a GiB takes about a second: below it, checksums are worth their time at every start
 VERIFY_BELOW_BYTES = 1 << 30
@@ -57,7 +66,7 @@ class TokenDataset:
         self.eot_id: int = manifest["eot_id"]
         self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._shard_tokens: int = manifest["shard_tokens"]
-        self._shards = [np.memmap(directory / s["file"], self.dtype, mode="r") for s in manifest["shards"]]
+        self._shards = [_Shard(directory / s["file"], self.dtype) for s in manifest["shards"]]
         self.document_starts: np.ndarray = np.memmap(directory / manifest["documents"]["file"], "<i8", mode="r")
         pieces = np.memmap(directory / manifest["pieces"]["file"], "<i8", mode="r").reshape(-1, 2)
         self.piece_ends, self.piece_bytes = pieces[:, 0], pieces[:, 1]
@@ -77,15 +86,39 @@ class TokenDataset:
         """
         directory = Path(directory)
         manifest = read_manifest(directory, FORMAT, FORMAT_VERSION)
-        try:
-            files = [*manifest["shards"], manifest["documents"], manifest["pieces"]]
-            if verify is None:
-                verify = sum(entry["num_bytes"] for entry in files) < VERIFY_BELOW_BYTES
-            for entry in files:
-                _check_file(directory / entry["file"], entry["num_bytes"], entry["sha256"] if verify else None)
-            return cls(directory, manifest)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{directory / MANIFEST_FILE}: bad or missing entry {error}; {REMEDY}") from error
+        if fault := manifest_fault(manifest):
+            raise UserError(f"{directory / MANIFEST_FILE}: {fault}; {REMEDY}")
+        files = [*manifest["shards"], manifest["documents"], manifest["pieces"]]
+        if verify is None:
+            verify = sum(entry["num_bytes"] for entry in files) < VERIFY_BELOW_BYTES
+        for entry in files:
+            _check_file(directory / entry["file"], entry["num_bytes"], entry["sha256"] if verify else None)
+        dataset = cls(directory, manifest)
+        if fault := dataset._index_fault(whole=verify):
+            raise UserError(f"{directory}: {fault}; {REMEDY}")
+        return dataset
+
+    def _index_fault(self, whole: bool) -> str | None:
+        """Return what in the tokens contradicts the manifest, or None.
+
+        Args:
+            whole: look at every document; otherwise at the first and the last ones.
+        """
+        starts = self.document_starts if whole else self.document_starts[np.unique([0, self.num_documents - 1])]
+        ends, num_bytes = (
+            (self.piece_ends, self.piece_bytes) if whole else (self.piece_ends[-1:], self.piece_bytes[-1:])
+        )
+        if starts[0] != 0 or starts[-1] >= self.num_tokens or (np.diff(starts) <= 0).any():
+            return "documents.bin does not hold the starts of documents in order"
+        if ends[-1] != self.num_tokens or num_bytes[-1] != self.num_text_bytes:
+            return "num_tokens or num_text_bytes is not what pieces.bin says"
+        if ends[0] <= 0 or num_bytes[0] < 0 or (np.diff(ends) < 0).any() or (np.diff(num_bytes) < 0).any():
+            return "pieces.bin does not hold the ends of pieces in order"
+        for shard in np.unique(starts // self._shard_tokens):
+            inside = starts[starts // self._shard_tokens == shard] - shard * self._shard_tokens
+            if (self._shards[shard].read(0, self._shard_tokens)[inside] != self.eot_id).any():
+                return f"eot_id is {self.eot_id}, but documents start with another token"
+        return None
 
     @property
     def fingerprint(self) -> str:
@@ -119,7 +152,7 @@ class TokenDataset:
         done = 0
         while done < len(out):
             shard, offset = divmod(start + done, self._shard_tokens)
-            part = self._shards[shard][offset : offset + len(out) - done]
+            part = self._shards[shard].read(offset, offset + len(out) - done)
             out[done : done + len(part)] = part
             done += len(part)
 
@@ -140,24 +173,107 @@ class TokenDataset:
         return int(self.piece_bytes[index])
 
 
+class _Shard:
+    """A file of tokens, mapped into memory."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self._path = path
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._tokens = np.frombuffer(self._map, dtype)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        # touching what is mapped beyond the end of a file kills the process without a word; this is one system call
+        if self._map.size() < self._tokens.nbytes:
+            raise UserError(f"{self._path}: was cut short while it was being read; {REMEDY}, then resume the run")
+        return self._tokens[start:stop]
+
+
 def read_manifest(directory: Path, kind: str, version: int) -> dict[str, Any]:
     """Read and check manifest.json.
 
     Raises:
-        UserError: it is missing, not JSON, of another kind or of another version.
+        UserError: it is missing, not JSON, of another kind or of another version, or does not match its digest.
     """
     path = directory / MANIFEST_FILE
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {directory} is not prepared data") from error
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not JSON ({error}); {REMEDY}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+    if not path.exists():
+        raise UserError(f"{path}: cannot be read (No such file or directory); {directory} is not prepared data")
+    found = read_json_object(path, REMEDY)
+    if found.get("format") != kind:
         raise UserError(f"{path}: not a manifest of format {kind!r}; is this the right directory?")
-    if manifest.get("version") != version:
-        raise UserError(f"{path}: format version {manifest.get('version')}, this release reads {version}; {REMEDY}")
+    if found.get("version") != version:
+        raise UserError(f"{path}: format version {found.get('version')}, this release reads {version}; {REMEDY}")
+    manifest = check_digest(found, path, REMEDY)
+    # without a digest, as in older sets, an unknown key is a damaged one
+    if DIGEST_KEY not in found and (unknown := sorted(manifest.keys() - _KEYS[kind])):
+        raise UserError(f"{path}: {unknown_key_message('manifest', unknown[0], _KEYS[kind])}; {REMEDY}")
     return manifest
+
+
+def manifest_fault(manifest: dict[str, Any]) -> str | None:
+    """Return what is wrong with the manifest of a token dataset, or None; fields are compared with each other too."""
+    for key in ("num_tokens", "num_documents", "num_text_bytes", "vocab_size", "eot_id", "shard_tokens"):
+        least = 0 if key in ("eot_id", "num_text_bytes") else 1
+        if fault := _count_fault(manifest, key, least):
+            return fault
+    if fault := _count_fault({"num_unknown": 0, **manifest}, "num_unknown", 0):
+        return fault
+    if not isinstance(manifest.get("keeps_text", True), bool):
+        return "bad or missing entry 'keeps_text'"
+    for key in ("tokenizer", "tokenizer_fingerprint", "dtype"):
+        if not isinstance(manifest.get(key), str):
+            return f"bad or missing entry {key!r}"
+    num_tokens, vocab_size, shard_tokens = manifest["num_tokens"], manifest["vocab_size"], manifest["shard_tokens"]
+    dtype = token_dtype(vocab_size)
+    if manifest["dtype"] != dtype.name:
+        return f"dtype is {manifest['dtype']!r}, wanted {dtype.name!r} for a vocabulary of {vocab_size:,}"
+    if manifest["eot_id"] >= vocab_size:
+        return f"eot_id is {manifest['eot_id']}, but the vocabulary has {vocab_size:,} tokens"
+    shards = manifest.get("shards")
+    if not isinstance(shards, list):
+        return "bad or missing entry 'shards'"
+    entries = {f"shard {i}": entry for i, entry in enumerate(shards)}
+    for name, entry in (entries | {key: manifest.get(key) for key in ("documents", "pieces")}).items():
+        if fault := _entry_fault(entry):
+            return f"{name}: {fault}"
+    files = [entry["file"] for entry in (*shards, manifest["documents"], manifest["pieces"])]
+    if len(set(files)) < len(files):
+        return "a file is named more than once"
+    if len(shards) != -(-num_tokens // shard_tokens):
+        return f"{len(shards)} shards of {shard_tokens:,} tokens do not hold num_tokens = {num_tokens:,}"
+    for i, shard in enumerate(shards):
+        wanted = min(shard_tokens, num_tokens - i * shard_tokens)
+        if shard.get("num_tokens") != wanted or shard["num_bytes"] != wanted * dtype.itemsize:
+            return f"shard {i}: wanted {wanted:,} tokens of {dtype.itemsize} bytes"
+    if manifest["documents"]["num_bytes"] != 8 * manifest["num_documents"]:
+        return f"documents.bin does not hold num_documents = {manifest['num_documents']:,}"
+    pieces = manifest["pieces"]["num_bytes"]
+    return None if pieces and pieces % 16 == 0 else "pieces.bin does not hold pairs"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest little-endian type that holds every token id: uint16 up to 65536 tokens, or uint32."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def _count_fault(values: dict[str, Any], key: str, least: int) -> str | None:
+    value = values.get(key)
+    # more than any disk holds
+    if type(value) is int and least <= value < 2**56:
+        return None
+    return f"bad or missing entry {key!r}"
+
+
+def _entry_fault(entry: Any) -> str | None:
+    if not isinstance(entry, dict):
+        return "bad or missing entry"
+    name = entry.get("file")
+    # a manifest has no business outside its folder
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        return f"file is {name!r}, wanted the name of a file beside the manifest"
+    if not isinstance(entry.get("sha256"), str):
+        return "bad or missing entry 'sha256'"
+    return _count_fault(entry, "num_bytes", 0)
 
 
 def _check_file(path: Path, num_bytes: int, sha256: str | None) -> None:

@@ -12,14 +12,10 @@ import numpy as np
 
 from hgrn2.data.encode import EncodedPiece
 from hgrn2.data.tokenizer import Tokenizer
-from hgrn2.data.tokens import FORMAT, FORMAT_VERSION, MANIFEST_FILE
+from hgrn2.data.tokens import FORMAT, FORMAT_VERSION, MANIFEST_FILE, token_dtype
+from hgrn2.json_files import with_digest
 
 DEFAULT_SHARD_TOKENS = 100_000_000
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest little-endian type that holds every token id: uint16 up to 65536 tokens, or uint32."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 class TokenWriter:
@@ -85,7 +81,8 @@ class TokenWriter:
             "documents": self._write_integers("documents.bin", self._document_starts),
             "pieces": self._write_integers("pieces.bin", self._pieces),
         }
-        (self.directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(with_digest(manifest), indent=1) + "\n"
+        (self.directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
         return manifest
 
     def abandon(self) -> None:
