@@ -140,7 +140,7 @@ class _Reader:
         self.keeps_text = True
 
     def windows(self, window: int) -> Iterator[list[int]]:
-        """Yield runs of window + 1 tokens that overlap by one, from the first token to the end of text after the last."""
+        """Yield runs of window + 1 tokens that overlap by one, from the first token to the end of text after all."""
         waiting = list(self._tokenizer.start_ids)
         for piece in cut_document(self._tokenizer, self._blocks):
             waiting.extend(self._read(piece))

@@ -19,6 +19,7 @@ from hgrn2.data.staging import check_file_place, staged_file
 from hgrn2.data.text_stream import TextStream
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
+from hgrn2.json_files import parse_json
 from hgrn2.models import HGRN2LM, ModelState
 
 # tokens of a prompt read at a time: bounds the memory, not the prompt
@@ -299,9 +300,9 @@ def _read_state_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            about = json.loads(metadata.get("hgrn2", "{}"))
+            about = parse_json(metadata.get("hgrn2", "{}"))
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: no state can be read from it ({error}); name a file made with --state-out") from None
     if not isinstance(about, dict) or about.get("format") not in (_STATE_FORMAT, _OLD_STATE_FORMAT):
         raise UserError(f"{path}: not a state of this version; name a file made with --state-out")

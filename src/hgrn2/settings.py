@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from hgrn2.data import load_tokenizer
+from hgrn2.data.model_files import read_companions
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
-from hgrn2.data.tokenizer import Tokenizer
+from hgrn2.data.tokenizer import HFTokenizer, Tokenizer
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.extras import install_command
 from hgrn2.json_files import parse_json, read_json_object
@@ -284,7 +285,11 @@ class Start:
 
         def read() -> Start:
             folder, tokenizer_dir = locate_model(path)
-            return cls(open_folder(folder), find_tokenizer(tokenizer_dir), tokenizer_dir)
+            tokenizer = find_tokenizer(tokenizer_dir)
+            if isinstance(tokenizer, HFTokenizer):
+                # chat template, special tokens and settings of generation go with the model
+                tokenizer.companions = read_companions(tokenizer_dir, tokenizer.eot_id)
+            return cls(open_folder(folder), tokenizer, tokenizer_dir)
 
         return read_while_training(path, read)
 
@@ -292,6 +297,10 @@ class Start:
         """What `data_settings` takes unless told otherwise: data that is not prepared yet gets the model's tokens."""
         prepared_already = len(names) == 1 and is_prepared(names[0])
         return {} if self.tokenizer is None or prepared_already else {"tokenizer": str(self.tokenizer_dir)}
+
+    def own_tokenizer(self, data: PreparedData) -> PreparedData:
+        """The data with the model's tokenizer, which knows more of the model than the one kept with the tokens."""
+        return data if self.tokenizer is None else dataclasses.replace(data, tokenizer=self.tokenizer)
 
     def check_tokens(self, found: Tokenizer) -> None:
         """Raises UserError if the data is in other tokens than the model's."""

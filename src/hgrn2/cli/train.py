@@ -84,8 +84,8 @@ def train(
         compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
         settings: Training settings.
     """
-    from hgrn2.train.checkpoint import check_new_run
-    from hgrn2.train.run import choose_device, resume_language_run, start_language_run
+    from hgrn2.train.checkpoint import check_new_run, resume_point
+    from hgrn2.train.run import choose_device, find_tokenizer, resume_language_run, start_language_run
 
     given = {name: getattr(settings, name) for name in settings.given}
     # by name the default cannot go with --resume either
@@ -96,9 +96,9 @@ def train(
         if others := [f"--{name}" for name, value in own.items() if value]:
             raise UserError(f"--resume goes on with the run's own data and model; drop {' and '.join(others)}")
         prepared_data = open_prepared(resume, prepared, data)
-        result = resume_language_run(
-            resume, prepared_data, changes=given, sampler=_make_sampler(prepared_data.tokenizer)
-        )
+        # the run's own knows where a text of the model begins and ends
+        own_tokenizer = find_tokenizer(resume_point(resume)[0]) or prepared_data.tokenizer
+        result = resume_language_run(resume, prepared_data, changes=given, sampler=_make_sampler(own_tokenizer))
     else:
         file = read_toml(config)
         start = None if from_ is None else Start.open(from_)
@@ -135,6 +135,8 @@ def train(
         prepared_data, kept = prepare_data(sources, out, rebuild, check_tokenizer)
         # tokens that were prepared already may be of any tokenizer
         check_tokenizer(prepared_data.tokenizer)
+        if start is not None:
+            prepared_data = start.own_tokenizer(prepared_data)
         lm_config = configure(prepared_data.tokenizer.vocab_size)
         result = start_language_run(
             out, lm_config, train_config, prepared_data, data_settings=kept,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hgrn2.data.tokenizer import BYTES_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from hgrn2.errors import UserError
+from hgrn2.json_files import read_json_object
 
 if TYPE_CHECKING:
     import tokenizers
@@ -94,25 +95,23 @@ def companion_files(folder: Path) -> Iterator[Path]:
                 yield file
 
 
-def read_companions(folder: Path) -> dict[str, bytes]:
-    """Those files, by their path in the folder; generation_config.json is made of config.json where it is missing."""
+def read_companions(folder: Path, eot_id: int) -> dict[str, bytes]:
+    """Read those files, by their path in the folder.
+
+    Args:
+        folder: of a model.
+        eot_id: ends its texts if the folder does not say what does.
+
+    Returns:
+        The files. There is a generation_config.json among them unless there are none: its tokens belong to the model.
+    """
     found = {file.relative_to(folder).as_posix(): file.read_bytes() for file in companion_files(folder)}
     ids = check_token_ids(_read(folder / CONFIG_FILE), folder / CONFIG_FILE)
-    if ids and GENERATION_CONFIG_FILE not in found:
-        found[GENERATION_CONFIG_FILE] = (json.dumps(ids, indent=2) + "\n").encode()
+    if (ids or found) and GENERATION_CONFIG_FILE not in found:
+        found[GENERATION_CONFIG_FILE] = (json.dumps(ids or {"eos_token_id": eot_id}, indent=2) + "\n").encode()
     return found
 
 
 def _read(path: Path) -> dict[str, Any]:
     """An object from a JSON file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again from where it came") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); copy it again from where it came") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: found {type(found).__name__}, wanted an object; copy it again from where it came")
-    return found
+    return read_json_object(path, "copy it again from where it came") if path.is_file() else {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.data import load_tokenizer
+from hgrn2.data.model_files import GENERATION_CONFIG_FILE, TOKENIZER_FILES, check_token_ids
 from hgrn2.data.staging import staged_directory
 from hgrn2.data.transformers_files import write_generation_config, write_transformers_files
 from hgrn2.errors import UserError
@@ -29,13 +30,6 @@ from hgrn2.models import HGRN2Config
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# what a tokenizer may consist of, and how to write with the model
-_TOKENIZER_FILES = (
-    "*tokenizer*.json", "*.model", "tokenizer.model.*", "tekken.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "additional_chat_templates/*.jinja",
-    "generation_config.json",
-)  # fmt: skip
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -123,7 +117,7 @@ def convert(
         if train.get("teacher") is not None:
             train["teacher"] = Path(train["teacher"]).name
         settings[native.TRAIN_TABLE] = train
-    token_ids = _token_ids(source)
+    token_ids = _token_ids(source, tokenizer_dir)
     table = layout.tables(source.config, source.names)[0]
     specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}
     if dtype is not None:
@@ -169,31 +163,31 @@ def _check_new(out: Path) -> None:
         raise UserError(f"{out}: exists already; name a new folder")
 
 
-def _token_ids(source: Source) -> dict[str, Any]:
-    """Which tokens begin, end and fill a text, as far as the source's settings say it."""
-    known = {key: source.settings[key] for key in _TOKEN_IDS if key in source.settings}
-    for key, value in known.items():
-        ids = value if isinstance(value, list) else [value]
-        if value is not None and not all(type(token) is int for token in ids):
-            raise UserError(
-                f"{source.path / CONFIG_NAME}: {key} is {value!r}; wanted a whole number, a list of them, or null"
-            )
+def _token_ids(source: Source, tokenizer_dir: Path) -> dict[str, Any]:
+    """Which tokens begin, end and fill a text, as far as the source's settings say it.
+
+    A run says it beside its tokenizer, if the model it was started from did.
+    """
+    known = check_token_ids(source.settings, source.path / CONFIG_NAME)
+    beside = tokenizer_dir / GENERATION_CONFIG_FILE
+    if not known and beside.is_file():
+        return check_token_ids(read_json(beside), beside)
     return known
 
 
 def _take_tokenizer(source: Source, token_ids: dict[str, Any], tokenizer_dir: Path, stage: Path) -> dict[str, Any]:
-    """Copies the tokenizer's files; returns which tokens begin, end and fill a text, for config.json."""
-    for pattern in _TOKENIZER_FILES:
+    """Copy the tokenizer's files; return which tokens begin, end and fill a text, for config.json."""
+    for pattern in TOKENIZER_FILES:
         for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
             if file.suffix == ".json":
-                # one that is damaged would be noticed only by whoever wants to read a text
+                # a damaged one would otherwise be noticed only when a text is to be read
                 read_json(file)
             copy = stage / file.relative_to(tokenizer_dir)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
     if token_ids:
         return token_ids
-    # a run says nothing of them in its settings; they are our tokenizer's, which transformers opens in another form
+    # a run from nothing says nothing of them; they are our tokenizer's, which transformers opens in another form
     try:
         tokenizer = load_tokenizer(stage)
     except UserError:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hgrn2.data.model_files import companion_files
 from hgrn2.data.staging import sync_path, write_text_whole
 from hgrn2.errors import UserError
 from hgrn2.json_files import check_digest, parse_json, read_json_object, with_digest
@@ -328,8 +329,17 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if (run_dir / CONFIG_NAME).exists():
+            # files of the model that the earlier beginning was started from
+            sums = run_dir / SUMS_NAME
+            listed = sums.read_text(encoding="utf-8", errors="replace").split() if sums.is_file() else []
+            companions = [path for path in companion_files(run_dir) if path.name in listed]
             # first config.json, then the tokenizer, which may have another name than the new one
-            for old in (run_dir / CONFIG_NAME, run_dir / SUMS_NAME, *run_dir.glob("*tokenizer.json")):
+            for old in (
+                run_dir / CONFIG_NAME,
+                run_dir / SUMS_NAME,
+                *run_dir.glob("*tokenizer.json"),
+                *companions,
+            ):
                 old.unlink(missing_ok=True)
         if tokenizer is not None:
             before = set(run_dir.iterdir())
