@@ -116,19 +116,31 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
     except ImportError as error:
         raise UserError(f"{path}: reading .parquet needs pyarrow: {install_command('data')}") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             if column not in names:
                 raise UserError(f"{path}: no column {column!r}; {_name_field(names)}")
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     row += 1
-                    text = _row_text({column: text}, column, f"{path}, row {row}")
+                    text = _row_text({column: _parquet_value(value, path, row)}, column, f"{path}, row {row}")
                     if text:
                         yield Document(f"{name}#{row}", cut_pieces([text]), name)
-    except (pyarrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file ends in errors of many kinds
         raise UserError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
+
+
+def _parquet_value(value: Any, path: Path, row: int) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"{path}, row {row}: not UTF-8 (byte 0x{byte:02x} at offset {error.start}); convert it"
+        ) from None
 
 
 def hub_documents(spec: str, field: str) -> Iterator[Document]:

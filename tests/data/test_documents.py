@@ -1,0 +1,116 @@
+"""Damaged and hostile rows end in one line that names file and row, whatever the library that reads them says."""
+
+import bz2
+import gzip
+import json
+import lzma
+import random
+
+import pytest
+
+from hgrn2.data import open_corpus, prepare
+from hgrn2.errors import UserError
+
+
+def read(path, field="text"):
+    return [(document.name, "".join(document.pieces)) for document in open_corpus(path, field).documents()]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text":"half \xed\xa0\xbd"}', "not UTF-8: byte 0xed at offset 14"),
+        (b'{"text":"half \\ud83d"}', "half a surrogate pair"),
+        (b'{"\xed\xa0\xbd":"x"}', "not UTF-8"),
+        (b'{"te\\ud83d":"x"}', "no field 'text'"),
+        (b'{"text":"\xff"}', "not UTF-8: byte 0xff"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"text":' + b"[" * 100_000, "nested too deep"),
+        (b'{"text":"a","n":' + b"9" * 6000 + b"}", "thousands of digits"),
+        (b'{"text":"a\\u0000"}', "NUL at character 1"),
+        (b'{"text":NaN}', "holds float, wanted a string"),
+        (b'"x"', "a JSON str, wanted an object"),
+        (b"\0\0", "not JSON"),
+    ],
+)
+def test_lines_that_are_no_documents(tmp_path, line, message):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b'{"text":"fine"}\n' + line + b"\n")
+    for use in (read, lambda path: prepare(path, "bytes", tmp_path / "out")):
+        with pytest.raises(UserError, match=message) as caught:
+            use(path)
+        assert f"{path}, line 2: " in str(caught.value)
+        assert "\n" not in str(caught.value)
+        str(caught.value).encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["s.jsonl"]
+
+
+def test_parquet_columns_of_other_kinds(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    offsets = pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0")
+    bad = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ab\xff")])
+    for column, message in [
+        (bad, r"row 2: not UTF-8 \(byte 0xff at offset 0\)"),
+        (pa.array([b"ab"]), "row 1: field 'text' holds bytes"),
+        (pa.array([["ab"]]), "row 1: field 'text' holds list"),
+        (pa.array(["fine", "a\0"]), "row 2: binary"),
+    ]:
+        parquet.write_table(pa.table({"text": column}), path)
+        with pytest.raises(UserError, match=message) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+    parquet.write_table(pa.table({"text": pa.array(["a", None, "b"]).dictionary_encode()}), path)
+    assert read(path) == [("a.parquet#1", "a"), ("a.parquet#3", "b")]
+
+
+def test_damaged_parquet_files(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path, draws = tmp_path / "a.parquet", random.Random(0)
+    texts = [f"a text {i} é 模型" for i in range(200)]
+    table = pa.table({"text": texts})
+    for compression in ("none", "zstd"):
+        parquet.write_table(table, path, compression=compression, write_page_checksum=True)
+        data = path.read_bytes()
+        for _ in range(60):
+            damaged = bytearray(data)
+            damaged[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                found = [text for _, text in read(path)]
+            except UserError as error:
+                message = str(error)
+            else:
+                # a bit of what nobody reads, or of the statistics
+                assert found == texts
+                continue
+            assert str(path) in message
+            assert "\n" not in message
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
+def test_damaged_compressed_lines(tmp_path, suffix):
+    lines = "".join(json.dumps({"text": f"a text {i} é"}) + "\n" for i in range(200)).encode()
+    if suffix == ".zst":
+        compress = pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress
+    else:
+        compress = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix]
+    data, path, draws = compress(lines), tmp_path / f"a.jsonl{suffix}", random.Random(0)
+    refused = 0
+    for _ in range(40):
+        damaged = bytearray(data)
+        damaged[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = read(path)
+        except UserError as error:
+            refused += 1
+            message = str(error)
+        else:
+            assert len(found) == 200
+            continue
+        assert str(path) in message
+        assert "\n" not in message
+    assert refused > 30
