@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import os
-import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from hgrn2.data import load_tokenizer
 from hgrn2.data.model_files import read_companions
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
+from hgrn2.data.progress import announce
 from hgrn2.data.tokenizer import HFTokenizer, Tokenizer
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.extras import install_command
@@ -112,12 +111,7 @@ def prepare_data(
         names, sources["tokenizer"], target, validation=sources["validation"], text_field=sources["text_field"],
         rebuild=rebuild, check_tokenizer=check_tokenizer,
     )  # fmt: skip
-    # a closed standard error is no reason to stop
-    with contextlib.suppress(OSError):
-        print(
-            f"{'reusing' if prepared.reused else 'prepared'} {prepared.directory}: {prepared.summary()}",
-            file=sys.stderr,
-        )
+    announce(f"{'reusing' if prepared.reused else 'prepared'} {prepared.directory}: {prepared.summary()}")
     return prepared, {
         "prepared": str(prepared.directory),
         **{k: v for k, v in sources.items() if k != "prepared"},

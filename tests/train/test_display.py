@@ -1,10 +1,12 @@
 import errno
 import io
+import re
 import sys
 
 import pytest
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
+from hgrn2.data.progress import announce
 from hgrn2.train.display import LiveDisplay, PlainDisplay, duration, make_display, size
 
 RECORD = {
@@ -105,3 +107,73 @@ def test_the_terminal_decides():
 def test_units():
     assert [duration(s) for s in (None, 0, 65, 3723)] == ["?", "0:00", "1:05", "1:02:03"]
     assert [size(n) for n in (0, 900, 5 * 2**20, 2**30, 2**51)] == ["0 B", "900 B", "5.0 MiB", "1.0 GiB", "2,048.0 TiB"]
+
+
+class Screen:
+    """The rows that a terminal shows of what is written; it wraps long rows when it becomes narrower, as most do."""
+
+    def __init__(self, width):
+        self.width, self.rows, self.row, self.column = width, [""], 0, 0
+
+    def narrow(self, width):
+        rows = [[row[j : j + width] for j in range(0, max(len(row), 1), width)] for row in self.rows]
+        within = min(self.column, max(len(self.rows[self.row]) - 1, 0))
+        self.row, self.column = sum(map(len, rows[: self.row])) + within // width, within % width
+        self.rows, self.width = sum(rows, []), width
+
+    def write(self, text):
+        for word in re.findall(r"\x1b\[[?\d;]*[a-zA-Z]|.|\n", text):
+            if word == "\n":
+                self.row, self.column = self.row + 1, 0
+                self.rows += [""] * (self.row + 1 - len(self.rows))
+            elif word == "\r":
+                self.column = 0
+            elif word == "\x1b[1A":
+                self.row -= 1
+            elif word == "\x1b[2K":
+                self.rows[self.row] = ""
+            elif not word.startswith("\x1b"):
+                row = self.rows[self.row].ljust(self.column)
+                self.rows[self.row] = row[: self.column] + word + row[self.column + 1 :]
+                self.column += 1
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("narrower", [50, 40, 79])
+def test_a_narrower_terminal_keeps_one_panel(narrower, monkeypatch):
+    screen = Screen(80)
+    console = Console(file=screen, force_terminal=True, color_system=None)
+    monkeypatch.setattr(type(console), "size", property(lambda self: ConsoleDimensions(screen.width, 24)))
+    display = LiveDisplay(console)
+    display._live.auto_refresh = False
+    with display:
+        display.note("a note")
+        display.train(RECORD, 0.25, 95.0)
+        display.sample({"step": 12, "text": "a long line of text, " * 10})
+        display._live.refresh()
+        screen.narrow(narrower)
+        display._live.refresh()
+        screen.narrow(narrower - 5)
+        display.note("another note")
+        display.train(RECORD | {"step": 13}, 0.5, 95.0)
+    shown = "\n".join(screen.rows)
+    assert screen.rows[0] == "a note"
+    assert screen.rows[1] == "another note"
+    assert shown.count("training") == shown.count("step ") == shown.count("╭") == shown.count("╰") == 1
+    for whole in ("learning rate", "1.00e-03", "skipped steps", "123,456"):
+        assert whole in shown
+    assert max(map(len, screen.rows)) <= narrower - 5
+
+
+def test_news_break_between_words(capsys, monkeypatch):
+    news = "prepared runs/prepared/notes: 56,616 training tokens (28 documents), tokenizer bytes with 257 tokens"
+    announce(news)
+    assert capsys.readouterr().err == f"{news}\n"
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    announce(f"{news}\x1b")
+    rows = capsys.readouterr().err.splitlines()
+    assert max(map(len, rows)) <= 30
+    assert " ".join(rows) == f"{news}\ufffd"

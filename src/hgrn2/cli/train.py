@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from hgrn2.cli.output import tell
 from hgrn2.cli.parsing import Texts
+from hgrn2.data.progress import announce
 from hgrn2.data.staging import check_folder_place
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
@@ -125,7 +125,7 @@ def train(
         configure(None)
         check_new_run(out)
         if not has_budget:
-            tell("no budget given: 1,000 steps; --max-steps, --max-tokens or --max-time-s set another")
+            announce("no budget given: 1,000 steps; --max-steps, --max-tokens or --max-time-s set another")
 
         def check_tokenizer(found: Tokenizer) -> None:
             found.check_fits(configure(found.vocab_size).vocab_size)
@@ -177,7 +177,7 @@ def _report(run: Any, data: Any, out: Path, compressors: bool) -> None:
         print(f"held-out text: {_bits(record)} bits a byte, perplexity {record['val_perplexity']:.2f}")
     if compressors:
         _compare_compressors(data, record)
-    print(f"write with it:  hgrn2 generate {shlex.quote(str(out))} --prompt 'def '")
+    print(f"write with it:  hgrn2 generate {shlex.quote(str(out))} --prompt 'def'")
 
 
 def _bits(record: dict[str, Any]) -> str:

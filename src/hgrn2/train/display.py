@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleRenderable, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
 from hgrn2.errors import visible
+
+# columns that two pairs of a name and a figure take
+_TWO_PAIRS = 60
 
 
 class Display(Protocol):
@@ -97,6 +103,35 @@ class PlainDisplay:
             print(text, file=sys.stderr, flush=True)
 
 
+class _ResizedLive(Live):
+    """A live panel that leaves nothing behind when the terminal becomes narrower.
+
+    Terminals then wrap the lines that are on the screen, so that the panel takes more rows than rich erases.
+    """
+
+    _panel: RenderableType = ""
+    _width = 0
+    _drawn: Sequence[int] = ()
+
+    def get_renderable(self) -> RenderableType:
+        """Return what is to be drawn, and remember it."""
+        self._panel = super().get_renderable()
+        return self._panel
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Erase the rows that wrapping has added, before rich erases as many as it has drawn."""
+        width, height = self.console.size
+        if width < self._width:
+            added = sum(max(length - 1, 0) // width for length in self._drawn)
+            erase = [ControlType.CARRIAGE_RETURN, *[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * added]
+            renderables = [Control(*erase), *super().process_renderables(renderables)]
+        else:
+            renderables = super().process_renderables(renderables)
+        lines = self.console.render_lines(self._panel, pad=False)
+        self._width, self._drawn = width, [Segment.get_line_length(line) for line in lines[:height]]
+        return renderables
+
+
 class LiveDisplay:
     """A panel that stays in place: progress, figures, the last validation and the last sample."""
 
@@ -114,7 +149,7 @@ class LiveDisplay:
         self._record: dict[str, Any] = {}
         self._validation = "none yet"
         self._sample = ""
-        self._live = Live(self._panel(), console=console, refresh_per_second=4)
+        self._live = _ResizedLive(get_renderable=self._panel, console=console, refresh_per_second=4)
 
     def __enter__(self) -> LiveDisplay:
         with suppress(OSError):
@@ -122,7 +157,6 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.update(self._panel())
         # shows the last state
         with suppress(OSError):
             self._live.stop()
@@ -131,17 +165,14 @@ class LiveDisplay:
         """Move the bar and the figures."""
         self._record = record
         self._bar.update(self._task, completed=min(progress, 1.0), left=duration(eta_s))
-        self._live.update(self._panel())
 
     def validation(self, record: dict[str, Any]) -> None:
         """Replace the last validation."""
         self._validation = f"{validation_text(record)}  (step {record['step']})"
-        self._live.update(self._panel())
 
     def sample(self, record: dict[str, Any]) -> None:
         """Replace the last sample."""
         self._sample = visible(record["text"])
-        self._live.update(self._panel())
 
     def note(self, text: str) -> None:
         """A line above the panel."""
@@ -152,15 +183,20 @@ class LiveDisplay:
         figures = Table.grid(padding=(0, 3))
         record = self._record
         if record:
-            figures.add_row("step", f"{record['step']:,}", "tokens", f"{record['tokens']:,}")
-            figures.add_row("loss", _loss(record["loss"]), "smoothed", _loss(record["smoothed_loss"]))
-            figures.add_row(
-                "learning rate",
-                f"{record['learning_rate']:.2e}",
-                "tokens/s",
-                f"{record['tokens_per_s']:,.0f}",
-            )
-            figures.add_row("memory", size(record["memory_bytes"]), "skipped steps", str(record["skipped_steps"]))
+            pairs = [
+                ("step", f"{record['step']:,}"),
+                ("tokens", f"{record['tokens']:,}"),
+                ("loss", _loss(record["loss"])),
+                ("smoothed", _loss(record["smoothed_loss"])),
+                ("learning rate", f"{record['learning_rate']:.2e}"),
+                ("tokens/s", f"{record['tokens_per_s']:,.0f}"),
+                ("memory", size(record["memory_bytes"])),
+                ("skipped steps", str(record["skipped_steps"])),
+            ]
+            # a narrow terminal would break two pairs in the middle
+            num_pairs = 2 if self._console.width >= _TWO_PAIRS else 1
+            for i in range(0, len(pairs), num_pairs):
+                figures.add_row(*(word for pair in pairs[i : i + num_pairs] for word in pair))
         lines = Group(self._bar, figures, Text(f"validation  {self._validation}"))
         if not self._sample:
             return Group(lines)
