@@ -168,6 +168,12 @@ def test_embeddings_as_a_prompt(name):
     assert torch.equal(found.sequences, continued(own, ids, 6)[:, 5:])
 
 
+def test_embeddings_are_not_read_in_pieces():
+    _, model = both("fla")
+    with pytest.raises(UserError, match="transformers cuts ids into pieces, not inputs_embeds"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(tokens(2, 5)), prefill_chunk_size=2, **GREEDY)
+
+
 def test_without_a_prompt_a_text_begins_with_its_token():
     own, model = both("fla")
     found = model.generate(bos_token_id=7, **GREEDY).sequences

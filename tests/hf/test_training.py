@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Train
 
 from hgrn2.hf import HGRN2ForCausalLM, HGRN2ForSequenceClassification
 from tests.hf.cases import KINDS, Texts, arguments, both, hf_config, left_padded, losses, tokens
+from tests.models.cases import FULL
 
 # transformers renames what it still calls by the old name itself, as accelerate and peft do
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -153,6 +154,18 @@ def test_every_parameter_gets_a_gradient():
             # a shift of all keys of a query changes no attention weight
             if not key.endswith("k_proj.bias"):
                 assert p.grad.abs().sum() > 0, (name, key)
+
+
+@pytest.mark.parametrize("attending", [[1, 2], [0, 1, 2]])
+def test_bounds_that_no_later_layer_uses_have_a_gradient_of_zeros(attending):
+    # DistributedDataParallel waits for one
+    model = HGRN2ForCausalLM(hf_config("fla", attn=FULL | {"layers": attending})).bfloat16()
+    ids = tokens(2, 9)
+    out = model.train()(ids, labels=ids)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not model.model.lower_bounds.grad.any()
 
 
 def test_gradients_of_hidden_states():

@@ -101,6 +101,8 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if model_kwargs.get("inputs_embeds") is not None and generation_config.prefill_chunk_size is not None:
+            raise UserError("prefill_chunk_size: transformers cuts ids into pieces, not inputs_embeds; leave one out")
         # the library slices by these numbers, and gives a step whatever comes out. A mask of ones is a number to it
         read = places_read(model_kwargs.get(CACHE_NAME))
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")

@@ -19,9 +19,9 @@ from hgrn2.errors import UserError
 from hgrn2.hf.cache import CACHE_NAME, StateLayer, state_layers
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.hf.loading import check_loaded, classes_named_by
-from hgrn2.models.language import build_block, empty_bounds
+from hgrn2.models.language import build_block
 from hgrn2.nn.block import Block
-from hgrn2.nn.gates import bounds_of_layers
+from hgrn2.nn.gates import bounds_of_layers, touch_unused_bounds
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
 from hgrn2.ops.tiles import boundaries
@@ -142,7 +142,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
         own = config.model_config
         self.embeddings = nn.Embedding(own.vocab_size, own.hidden_size)
         if own.use_lower_bound:
-            self.lower_bounds = empty_bounds(own)
+            self.lower_bounds = nn.Parameter(torch.empty(own.num_hidden_layers, own.hidden_size))
         self._recurrent_layers = own.recurrent_layers
         self.layers = nn.ModuleList(build_block(own, i, kind=HGRN2Layer) for i in range(own.num_hidden_layers))
         self.norm = Norm(own.block_norm, own.hidden_size, own.norm_eps, own.elementwise_affine)
@@ -212,8 +212,10 @@ class HGRN2Model(HGRN2PreTrainedModel):
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
         x = functional.dropout(x, self.config.dropout, self.training)
+        bounds = self._bounds()
+        x = touch_unused_bounds(x, bounds, self._recurrent_layers)
         hidden: tuple[Tensor, ...] = ()
-        for i, (layer, bound) in enumerate(zip(self.layers, self._bounds(), strict=True)):
+        for i, (layer, bound) in enumerate(zip(self.layers, bounds, strict=True)):
             if keep_hidden:
                 hidden += (x,)
             before = states[i].before() if states is not None else None

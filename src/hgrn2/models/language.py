@@ -19,7 +19,7 @@ from hgrn2.models.outputs import LossOutput
 from hgrn2.models.state import ModelState
 from hgrn2.nn.attention import Attention
 from hgrn2.nn.block import Block
-from hgrn2.nn.gates import bounds_of_layers
+from hgrn2.nn.gates import bounds_of_layers, touch_unused_bounds
 from hgrn2.nn.loss import IGNORE, linear_cross_entropy
 from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
 from hgrn2.nn.mlp import GatedMLP
@@ -47,7 +47,8 @@ class HGRN2Model(nn.Module):
         self.activation_checkpointing = False
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.use_lower_bound:
-            self.lower_bounds = empty_bounds(config)
+            self.lower_bounds = nn.Parameter(torch.empty(config.num_hidden_layers, config.hidden_size))
+        self._recurrent_layers = config.recurrent_layers
         self.layers = nn.ModuleList(build_block(config, i, backend) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
 
@@ -55,7 +56,7 @@ class HGRN2Model(nn.Module):
         """Returns the lower bound of each layer, [D] each in [0, 1), or None where there is none."""
         if not self.config.use_lower_bound:
             return [None] * len(self.layers)
-        return bounds_of_layers(self.lower_bounds, self.config.lower_bound, self.config.recurrent_layers)
+        return bounds_of_layers(self.lower_bounds, self.config.lower_bound, self._recurrent_layers)
 
     def forward(
         self,
@@ -74,8 +75,10 @@ class HGRN2Model(nn.Module):
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
         x = functional.dropout(x, self.config.dropout, self.training)
+        bounds = self.bounds()
+        x = touch_unused_bounds(x, bounds, self._recurrent_layers)
         new_layers = []
-        for i, (layer, bound) in enumerate(zip(self.layers, self.bounds(), strict=True)):
+        for i, (layer, bound) in enumerate(zip(self.layers, bounds, strict=True)):
             before = None if state is None else state.layers[i]
             x, layer_state = self._run(layer, x, bound, before, cu_seqlens, mask, keep_state)
             new_layers.append(layer_state)
@@ -87,16 +90,6 @@ class HGRN2Model(nn.Module):
         # dropout is the only thing that draws numbers
         draws = self.training and self.config.dropout > 0
         return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=draws)
-
-
-def empty_bounds(config: HGRN2Config) -> nn.Parameter:
-    """Returns the uninitialized parameter behind the lower bounds, [L, D].
-
-    Where every layer attends, nothing reads it, and it asks for no gradient: DistributedDataParallel stops at a
-    parameter that never gets the one it asked for.
-    """
-    shape = (config.num_hidden_layers, config.hidden_size)
-    return nn.Parameter(torch.empty(shape), requires_grad=bool(config.recurrent_layers))
 
 
 def build_block(config: HGRN2Config, layer: int, backend: str = "auto", kind: type[Block] = Block) -> Block:

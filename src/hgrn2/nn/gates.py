@@ -51,3 +51,17 @@ def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int]) -> list
     if any(layer > 0 for layer in recurrent):
         bounds[0] = bounds[0].detach()
     return bounds
+
+
+def touch_unused_bounds(x: Tensor, bounds: Sequence[Tensor | None], recurrent: Sequence[int]) -> Tensor:
+    """Returns x [B, T, D] as it is, with a gradient of zeros for the bounds' parameter where every layer attends.
+
+    Without one, DistributedDataParallel would stop at the second step.
+
+    Args:
+        x: what the first layer reads.
+        bounds: from `bounds_of_layers`; the first row is 0.
+        recurrent: indices of the layers that use their bound.
+    """
+    first = bounds[0]
+    return x if recurrent or first is None else x + first.to(x.dtype)
