@@ -5,19 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hgrn2 import models, nn, ops
-    from hgrn2.models import HGRN2LM, AttentionConfig, HGRN2Config, ModelState, presets
+    from hgrn2.loading import load
+    from hgrn2.models import HGRN2LM, AttentionConfig, HGRN2Config, ModelState, Sampling, presets
     from hgrn2.nn import HGRN2Mixer
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "HGRN2LM", "AttentionConfig", "HGRN2Config", "HGRN2Mixer", "ModelState", "__version__", "models", "nn", "ops",
-    "presets",
+    "HGRN2LM", "AttentionConfig", "HGRN2Config", "HGRN2Mixer", "ModelState", "Sampling", "__version__", "load",
+    "models", "nn", "ops", "presets",
 ]  # fmt: skip
 
 _SUBPACKAGES = {"models", "nn", "ops"}
 # where public names live; in hgrn2.models if not here
-_HOMES = {"HGRN2Mixer": "hgrn2.nn"}
+_HOMES = {"HGRN2Mixer": "hgrn2.nn", "load": "hgrn2.loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,10 @@ class UserError(ValueError):
     """
 
 
+class MissingPackage(UserError, ImportError):
+    """A package of an extra is not installed; the message says how to install it."""
+
+
 def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
     """One line about an unknown key, with the nearest known ones.
 

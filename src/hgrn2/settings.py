@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from hgrn2.data import load_tokenizer
 from hgrn2.data.model_files import read_companions
 from hgrn2.data.prepare import PreparedData, is_prepared, prepare
 from hgrn2.data.progress import announce
@@ -26,10 +25,11 @@ from hgrn2.layouts.convert import Source, Written, convert, parse_size
 from hgrn2.layouts.mistaken import check_place
 from hgrn2.layouts.opening import ModelFolder, open_folder, read_folder_config
 from hgrn2.layouts.start import parse_layers, start_from_transformer
-from hgrn2.models import HGRN2LM, HGRN2Config, presets
+from hgrn2.loading import LoadedModel, load
+from hgrn2.models import HGRN2Config, presets
 from hgrn2.train.checkpoint import locate_model, read_config, read_while_training, resume_point
 from hgrn2.train.places import from_kept
-from hgrn2.train.run import check_same_tokens, choose_device, find_tokenizer
+from hgrn2.train.run import check_same_tokens, find_tokenizer
 
 
 def read_toml(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -194,24 +194,15 @@ def model_config(
     return config.replace(**keys) if keys else config
 
 
-def load_model(run: Path, which: str, device: str) -> tuple[HGRN2LM, Tokenizer]:
-    """A trained model in float32, ready for use, and its tokenizer.
+def load_model(run: str | Path, which: str = "latest", device: str = "auto") -> LoadedModel:
+    """Opens a trained model and its tokenizer; see `hgrn2.load`.
 
     Args:
         run: a run folder, a checkpoint, or a folder of any layout that holds the tokenizer as well.
         which: "latest" or "best" checkpoint of a run.
         device: "auto", "cpu", "cuda", ...
     """
-    place = choose_device(device)
-
-    def read() -> tuple[HGRN2LM, Tokenizer]:
-        folder, tokenizer_dir = locate_model(run, which)
-        saved = open_folder(folder)
-        tokenizer = load_tokenizer(tokenizer_dir)
-        tokenizer.check_fits(saved.config.vocab_size)
-        return saved.load(place), tokenizer
-
-    return read_while_training(run, read)
+    return load(run, which, device)
 
 
 def evaluate_tasks(

@@ -185,6 +185,8 @@ def test_activation_checkpointing_changes_no_loss(data, tmp_path, changes):
         )
         done = start_language_run(tmp_path / str(on), model_config(), settings, data, data_settings={})
         assert done.model.activation_checkpointing is on
+        opened = HGRN2LM.load(str(tmp_path / str(on)), device="cpu")
+        assert torch.equal(opened.lm_head.weight, done.model.lm_head.weight)
         found.append(losses(tmp_path / str(on)))
     assert found[0] == found[1]
     assert len(found[0]) > 4

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from hgrn2.errors import UserError
 from hgrn2.models.config import HGRN2Config
+from hgrn2.models.generation import generate
 from hgrn2.models.inputs import check_state, checked_ids, checked_mask
 from hgrn2.models.outputs import LossOutput
+from hgrn2.models.sampling import Sampling
 from hgrn2.models.state import ModelState
 from hgrn2.nn.attention import Attention
 from hgrn2.nn.block import Block
@@ -93,12 +96,12 @@ class HGRN2Model(nn.Module):
 
 
 def build_block(config: HGRN2Config, layer: int, backend: str = "auto", kind: type[Block] = Block) -> Block:
-    """One layer of a model.
+    """Makes one layer of a model.
 
     Args:
         config: what the model is made of.
-        layer: its index, which decides about the mixer in hybrids.
-        backend: of the operator, see `hgrn2.ops.hgrn2_scan`.
+        layer: its index from 0, which decides about the mixer in hybrids.
+        backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
         kind: the class to make, `Block` or one derived from it.
     """
     if config.attn is not None and layer in config.attn.layers:
@@ -208,7 +211,7 @@ class HGRN2LM(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """Logits of the next token at every place.
+        """Computes logits of the next token at every place.
 
         Args:
             input_ids: [B, T] int64.
@@ -233,14 +236,17 @@ class HGRN2LM(nn.Module):
         attention_mask: Tensor | None = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, ModelState]:
-        """What the head reads, [B, T, D], and the new state.
+        """Computes what the head reads.
 
         Args:
-            input_ids: as in `forward`, likewise state, cu_seqlens and attention_mask.
-            state: see input_ids.
-            cu_seqlens: see input_ids.
-            attention_mask: see input_ids.
+            input_ids: [B, T] int64.
+            state: of the tokens before, from an earlier call or `init_state`; None at a start.
+            cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, B = 1.
+            attention_mask: [B, T], 0 or False where a token is padding.
             keep_state: whether the new state is wanted; without it, it has no tensors.
+
+        Returns:
+            Hidden states [B, T, D] after the last norm, and the new state.
         """
         input_ids = checked_ids("input_ids", input_ids, "[B, T]", self.model.embeddings)
         if attention_mask is not None:
@@ -311,6 +317,79 @@ class HGRN2LM(nn.Module):
         logits, state = self(token_ids.unsqueeze(1), state)
         return logits[:, 0], state
 
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Tensor:
+        """Continues prompts token by token; needs nothing but torch, and no tokenizer.
+
+        `hgrn2.generate.Writer` goes from text to text and keeps the state for more.
+
+        Args:
+            input_ids: [B, T] int64, at least one token each.
+            max_tokens: most tokens to add.
+            sampling: how tokens are drawn; None for the defaults of `hgrn2.Sampling`.
+            attention_mask: [B, T], 0 or False where a shorter prompt is padded on the left.
+            stop_ids: ids that end a text. It keeps the id, and repeats it until every text has ended.
+
+        Returns:
+            [B, T + N] int64, the prompts and the N <= max_tokens tokens after them.
+
+        Raises:
+            UserError: arguments that do not fit, or a model whose outputs are not finite.
+
+        Example:
+            >>> import torch
+            >>> from hgrn2 import HGRN2LM, Sampling, presets
+            >>> model = HGRN2LM(presets.tiny(vocab_size=257))
+            >>> model.generate(torch.tensor([[72, 105]]), 5, Sampling(temperature=0)).shape
+            torch.Size([1, 7])
+        """
+        return generate(self, input_ids, max_tokens, sampling, attention_mask, stop_ids)
+
+    @classmethod
+    def load(cls, path: str | Path, checkpoint: str = "latest", device: torch.device | str = "auto") -> HGRN2LM:
+        """Opens a trained model; `hgrn2.load` opens its tokenizer as well.
+
+        Args:
+            path: a run folder, one of its checkpoints, or a folder of any layout that `hgrn2 convert` knows.
+            checkpoint: "latest", or "best" for the one with the best validation; of a run folder.
+            device: "cpu", "cuda", ...; "auto" takes the first GPU if there is one.
+
+        Returns:
+            The model in float32 and evaluation mode.
+
+        Raises:
+            UserError: no model there, damaged files, or no such device.
+            MissingPackage: a package of the extra "train" is not installed.
+        """
+        from hgrn2.loading import load_weights
+
+        return load_weights(path, checkpoint, device)
+
+    def save(self, folder: str | Path, tokenizer: Any = None) -> Path:
+        """Writes the model into a new folder, which `load`, `hgrn2.load` and every command open.
+
+        Args:
+            folder: a folder that does not exist yet; it appears whole or not at all.
+            tokenizer: from `hgrn2.load` or `hgrn2.data.load_tokenizer`, to write beside the model.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: the folder exists or cannot be written.
+            MissingPackage: a package of the extra "train" is not installed.
+        """
+        from hgrn2.loading import save_model
+
+        return save_model(self, folder, tokenizer)
+
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> ModelState:
         """Makes the state before the first token.
 
@@ -327,11 +406,11 @@ class HGRN2LM(nn.Module):
         )
 
     def num_parameters(self) -> int:
-        """Parameters, a tied matrix counted once."""
+        """Counts the parameters, a tied matrix once."""
         return sum(p.numel() for p in self.parameters())
 
     def parameter_roles(self) -> dict[str, str]:
-        """What each parameter is, by name.
+        """Says what each parameter is, by name.
 
         "matrix" (hidden weights of two axes), "embedding", "head", "vector" (norms, biases, convolutions) or
         "lower_bounds". Weight decay belongs on the first three only.
@@ -350,14 +429,14 @@ class HGRN2LM(nn.Module):
 
     @torch.no_grad()
     def gate_statistics(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[dict[str, Any]]:
-        """What the forget gates do on some text, for looking at a model.
+        """Measures the forget gates on some text, for looking at a model.
 
         Args:
             input_ids: [B, T] int64.
-            cu_seqlens: as in `forward`.
+            cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, B = 1; or None.
 
         Returns:
-            For each recurrent layer {"layer": index, "lower_bound": [D], "forget_gate": [B, T, D] float32,
+            For each recurrent layer {"layer": index from 0, "lower_bound": [D], "forget_gate": [B, T, D] float32,
             "state_norm": Frobenius norm of the final state, the mean over sequences and heads}.
         """
         statistics: list[dict[str, Any]] = []

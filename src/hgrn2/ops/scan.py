@@ -161,7 +161,7 @@ def gated_scan(
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same recurrence with a key of its own and the decay given as its logarithm.
+    """Runs the recurrence of `hgrn2_scan` with a key of its own and the decay given as its logarithm.
 
         S_t = Diag(exp(log_f_t)) S_{t-1} + k_t v_t^T        y_t = scale * S_t^T q_t
 
@@ -170,12 +170,12 @@ def gated_scan(
         k: [B, T, H, K].
         v: [B, T, H, V].
         log_f: [B, T, H, K], float32 (float64 for float64 inputs), at most 0; -inf is a full reset.
-        initial_state: as in `hgrn2_scan`, likewise cu_seqlens, reverse, scale and backend.
-        cu_seqlens: see initial_state.
-        reverse: see initial_state.
-        scale: see initial_state.
-        backend: see initial_state; "cuda" has no kernels for this operator.
-        debug: see initial_state.
+        initial_state: [N, H, K, V], float32 (float64 for float64 inputs); None means zeros.
+        cu_seqlens: [N + 1], int32 or int64: bounds of packed sequences, B = 1.
+        reverse: run from the last token to the first.
+        scale: factor of the outputs.
+        backend: "auto", "triton", "chunked" or "reference", as for `hgrn2_scan`; "cuda" has no kernels for it.
+        debug: check values on an accelerator too, which waits for it.
 
     Returns:
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V].
@@ -224,7 +224,7 @@ def hgrn2_step(
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token of `hgrn2_scan`, for decoding with a state of constant size; there is no floor, which is for training.
+    """Runs one token of `hgrn2_scan`, for decoding with a state of constant size; a floor is for training, not here.
 
     Args:
         q: [B, H, K], pre-activation of the output gate.
@@ -233,12 +233,12 @@ def hgrn2_step(
         state: [B, H, K, V], float32 (float64 for float64 inputs); changed only if `inplace`.
         lower_bound: [H, K], float32 in [0, 1); None means 0.
         scale: factor of the outputs.
-        q_activation: as in `hgrn2_scan`.
-        v_activation: as in `hgrn2_scan`.
+        q_activation: "silu", "sigmoid" or "none", applied to q.
+        v_activation: "none" or "silu", applied to v.
         inplace: write the new state over `state`, which saves its memory and, in a captured graph, its address.
-        backend: as in `hgrn2_scan`; "cuda" and "triton" are one kernel, Triton's. Without Triton all run the same few
-            element-wise operations.
-        debug: as in `hgrn2_scan`.
+        backend: "auto", "cuda", "triton", "chunked" or "reference". "cuda" and "triton" are one kernel, Triton's;
+            without Triton all run the same few element-wise operations.
+        debug: check values on an accelerator too, which waits for it.
 
     Returns:
         y [B, H, V] in q's dtype, and the new state.

@@ -1,0 +1,85 @@
+"""How the next token is drawn from logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hgrn2.errors import UserError, check_types
+
+# tokens of a prompt read at a time: bounds the memory, not the prompt
+PREFILL_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The filters apply in the order of the fields.
+
+    Attributes:
+        repetition_penalty: above 1, makes tokens that were already there less likely (arXiv 1909.05858).
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep this many of the likeliest; 0 keeps all.
+        top_p: keep the fewest tokens that together reach this probability (arXiv 1904.09751); 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest (arXiv 2407.01082); 0 keeps all.
+        seed: of the draws; None for a fresh one.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "sampling")
+        wanted = {
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
+            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**64, "at least -2^63 and below 2^64"),
+        }
+        for name, (good, text) in wanted.items():
+            if not good:
+                raise UserError(f"sampling: {name} is {getattr(self, name)}; wanted {text}")
+
+
+def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Draw one token of each row.
+
+    Args:
+        logits: [B, vocab].
+        sampling: how.
+        seen: [B, vocab] bool, tokens the repetition penalty falls on, or None.
+        generator: of the draws.
+
+    Returns:
+        [B] int64.
+    """
+    logits = logits.float()
+    if seen is not None and sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    # from the largest down, and no further: the smallest temperatures would give inf - inf
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        # by place, for equal logits may be more than top_k
+        kept = logits.topk(sampling.top_k, -1).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        p = ordered.softmax(-1)
+        # a token goes when those before it already reach top_p; the likeliest always stays
+        gone = p.cumsum(-1) - p >= sampling.top_p
+        logits = logits.masked_fill(torch.zeros_like(gone).scatter(-1, order, gone), -torch.inf)
+    if sampling.min_p > 0:
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p < sampling.min_p * p.amax(-1, keepdim=True), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
