@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hgrn2.models.sampling import PREFILL_TOKENS, Sampling, sample
 @torch.no_grad()
 def generate(
     model: Any, input_ids: Tensor, max_tokens: int, sampling: Sampling | None, attention_mask: Tensor | None,
-    stop_ids: Sequence[int],
+    stop_ids: Collection[int],
 ) -> Tensor:  # fmt: skip
     """Continues prompts; arguments as in `HGRN2LM.generate`."""
     input_ids = checked_ids("input_ids", input_ids, "[B, T]", model.model.embeddings)

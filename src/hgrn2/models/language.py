@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -324,7 +324,7 @@ class HGRN2LM(nn.Module):
         sampling: Sampling | None = None,
         *,
         attention_mask: Tensor | None = None,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Collection[int] = (),
     ) -> Tensor:
         """Continues prompts token by token; needs nothing but torch, and no tokenizer.
 
