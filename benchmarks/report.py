@@ -18,7 +18,7 @@ from pathlib import Path
 import environment  # noqa: F401  (before torch)
 import torch
 
-RATE_UNITS = ("tokens/s",)
+RATE_UNITS = ("tokens/s", "MB/s")
 
 
 @dataclass
@@ -209,7 +209,18 @@ def _print_table(title: str, device: object, rows: Sequence[Row]) -> None:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("hgrn2", "torch", "triton", "fla-core", "numpy", "onnx", "onnxruntime", "transformers"):
+    for name in (
+        "hgrn2",
+        "torch",
+        "triton",
+        "fla-core",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "transformers",
+        "tokenizers",
+        "datasets",
+    ):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

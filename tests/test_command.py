@@ -42,8 +42,10 @@ def test_the_users_own_choice_stays(chosen):
     assert turns(RUN, **chosen) > 0
 
 
-def test_importing_the_package_leaves_torch_out():
-    run_in_child("import sys, hgrn2; sys.exit('torch' in sys.modules)")
+@pytest.mark.parametrize("name", ["hgrn2", "hgrn2.data.encode"])
+def test_torch_is_imported_by_what_needs_it(name):
+    # it takes seconds, in each of as many processes that tokenise as there are cores
+    run_in_child(f"import sys, {name}; sys.exit('torch' in sys.modules)")
 
 
 def test_benchmarks_and_tests_run_as_the_command_does():

@@ -106,9 +106,9 @@ def _evaluate_texts(
     if attn is not None and attn.window_size is None and (num_bytes is None or num_bytes > _LONG_TEXT_BYTES):
         tell(f"note: {len(attn.layers)} layers attend to the whole text; time and memory grow with its length")
     by_source: dict[str, list[Score]] = {}
-    with progress_bar("scoring", num_bytes, None) as advance:
+    with progress_bar("scoring", num_bytes, None) as bar:
         for document in corpus.documents():
-            found = score(lm, tokenizer, document, window, advance)
+            found = score(lm, tokenizer, document, window, bar.advance)
             by_source.setdefault(document.source or document.name, []).append(found)
     if not by_source:
         raise UserError(f"{' '.join(files)}: no text in it; name other files")

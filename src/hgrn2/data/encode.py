@@ -1,17 +1,19 @@
-"""Pieces of text to tokens, in this process or in several, always in the order they came."""
+"""Encode pieces of text, in this process or in several, always in the order they came."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,25 +55,29 @@ def encode_pieces(
         pieces: (tag, piece) pairs; tags stay in this process.
         tokenizer: must be picklable if there are several workers.
         dtype: of the tokens given back.
-        num_workers: processes; 1 encodes in this one.
+        num_workers: processes; 1 encodes in threads of this one.
 
     Raises:
         UserError: a worker process died.
     """
+    pool: Executor
     if num_workers == 1:
-        for tags, task in _tasks(pieces):
-            yield from zip(tags, _encode(tokenizer, dtype, task), strict=True)
-        return
-    pool = ProcessPoolExecutor(
-        num_workers,
-        multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer, dtype),
-    )
+        # the tokenizers library uses all cores by itself; one thread waits for it while the other turns ids to arrays
+        pool = ThreadPoolExecutor(2, "encode")
+        encode = partial(_encode, tokenizer, dtype)
+    else:
+        pool = ProcessPoolExecutor(
+            num_workers,
+            multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            # serialised once: a large vocabulary takes longer than starting a process
+            initargs=(pickle.dumps(tokenizer), dtype),
+        )
+        encode = _encode_in_worker
     try:
         waiting: deque[tuple[list[Any], Future[list[EncodedPiece]]]] = deque()
         for tags, task in _tasks(pieces):
-            waiting.append((tags, pool.submit(_encode_in_worker, task)))
+            waiting.append((tags, pool.submit(encode, task)))
             # the bound keeps a corpus larger than memory out of memory
             if len(waiting) > 2 * num_workers:
                 done_tags, future = waiting.popleft()
@@ -85,6 +91,11 @@ def encode_pieces(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tasks(pieces: Iterable[tuple[Tag, Piece]]) -> Iterator[tuple[list[Tag], list[Piece]]]:
@@ -117,9 +128,9 @@ def _encode(tokenizer: Tokenizer, dtype: np.dtype, pieces: Sequence[Piece]) -> l
 _worker: tuple[Tokenizer, np.dtype]
 
 
-def _start_worker(tokenizer: Tokenizer, dtype: np.dtype) -> None:
+def _start_worker(pickled_tokenizer: bytes, dtype: np.dtype) -> None:
     global _worker
-    _worker = (tokenizer, dtype)
+    _worker = (pickle.loads(pickled_tokenizer), dtype)
     # one thread a process, or the tokenizer would start as many as there are cores in each
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # an interrupt from the keyboard reaches the parent, which ends the pool in order

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import urllib.request
 from urllib.parse import urlsplit
 
 
@@ -16,8 +15,11 @@ def hub_reachable() -> bool:
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return False
+    # takes a tenth of a second, and every process that tokenises imports this module
+    from urllib.request import getproxies
+
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    proxies = urllib.request.getproxies()
+    proxies = getproxies()
     if urlsplit(endpoint).scheme in proxies or "all" in proxies:
         return True
     try:

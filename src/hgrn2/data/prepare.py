@@ -17,10 +17,10 @@ from typing import Any
 
 from hgrn2.data.copies import KeySet, with_key
 from hgrn2.data.documents import holds_json_lines
-from hgrn2.data.encode import encode_pieces
+from hgrn2.data.encode import encode_pieces, num_cores
 from hgrn2.data.find_tokenizer import bpe_request, load_tokenizer, train_bpe
 from hgrn2.data.pieces import Piece, cut_document
-from hgrn2.data.progress import progress_bar
+from hgrn2.data.progress import Bar, progress_bar
 from hgrn2.data.sources import STDLIB, Corpus, open_corpus
 from hgrn2.data.split import TRAIN, VALIDATION, Split
 from hgrn2.data.staging import Discard, staged_directory
@@ -40,8 +40,9 @@ _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
 # of copies, in a warning
 _NAMES_SHOWN = 5
 
-# below this a pool of processes takes longer to start than the work takes
+# the tokenizers library uses all cores by itself; processes of ours scale better, but take a second to start
 _SERIAL_BELOW_BYTES = 32_000_000
+_SERIAL_BELOW_CORES = 5
 
 # of opening a set that another process may be replacing; the moment without one lasts two renames
 _ATTEMPTS = 10
@@ -209,7 +210,7 @@ def prepare(
             document its last part.
         text_field: key or column of the text in .jsonl, .parquet and Hub datasets.
         seed: chooses the documents held out.
-        num_workers: processes; None means one a core, or this process alone for a small corpus or bytes.
+        num_workers: processes; None means one a core, or this process alone for a small corpus, bytes or few cores.
         shard_tokens: tokens a shard.
         progress: show a progress bar on stderr; None means if that is a terminal.
         rebuild: prepare even if nothing has changed.
@@ -258,8 +259,9 @@ def prepare(
             return found
     _check_replaceable(target)
     if num_workers is None:
-        serial = isinstance(tokenizer, ByteTokenizer) or _is_small(corpus)
-        num_workers = 1 if serial else os.cpu_count() or 1
+        cores = num_cores()
+        serial = isinstance(tokenizer, ByteTokenizer) or cores < _SERIAL_BELOW_CORES or _is_small(corpus)
+        num_workers = 1 if serial else cores
     reused = True
     with staged_directory(target) as stage:
         # another process may have made it while this one waited its turn
@@ -332,10 +334,10 @@ class _Job:
         pieces = self._tagged_pieces(split, tokenizer)
         encoded = encode_pieces(pieces, tokenizer, dtype, self.num_workers)
         # closed at once on an error, so that no worker outlives this call
-        with progress_bar("preparing", total, self.progress) as advance, closing(encoded):
+        with progress_bar("preparing", total, self.progress) as bar, closing(encoded):
             for (side, starts), piece in encoded:
                 writers[side].add(piece, starts)
-                advance(piece.num_text_bytes)
+                bar.advance(piece.num_text_bytes)
 
     def _tagged_pieces(self, split: Split, tokenizer: Tokenizer) -> Iterator[tuple[tuple[str, bool], Piece]]:
         """Every piece with its side and whether it starts a document."""
@@ -389,21 +391,27 @@ class _Job:
     def _train_tokenizer(self, split: Split) -> Tokenizer:
         vocab_size = bpe_request(self.tokenizer)
         assert vocab_size is not None, f"not a request for a tokenizer: {self.tokenizer!r}"
-        tokenizer = train_bpe(self._training_sample(split), vocab_size)
+        total = self.corpus.num_bytes and min(self.corpus.num_bytes, BPE_SAMPLE_BYTES)
+        with progress_bar("reading text for the tokenizer", total, self.progress) as bar:
+            tokenizer = train_bpe(self._training_sample(split, bar), vocab_size)
         self.check_tokenizer(tokenizer)
         return tokenizer
 
-    def _training_sample(self, split: Split) -> Iterator[str]:
-        """The first training texts, up to a number of bytes."""
+    def _training_sample(self, split: Split, bar: Bar) -> Iterator[str]:
+        """Read the first training texts, up to a number of bytes."""
         left = BPE_SAMPLE_BYTES
         for side, document, _ in split.assign(self.corpus.documents()):
             if side == VALIDATION:
                 continue
             for piece in document.pieces:
                 yield piece
-                left -= len(piece.encode("utf-8"))
+                size = len(piece.encode("utf-8"))
+                bar.advance(size)
+                left -= size
                 if left <= 0:
+                    bar.pulse("training the tokenizer")
                     return
+        bar.pulse("training the tokenizer")
 
 
 def _warn_of_copies(data: PreparedData) -> None:

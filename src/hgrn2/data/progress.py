@@ -7,13 +7,27 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from hgrn2.errors import visible
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A bar on the screen, or nothing at all.
+
+    Attributes:
+        advance: moves it on by a number of bytes.
+        pulse: from here on shows another title and that work goes on, for work of unknown length.
+    """
+
+    advance: Callable[[int], None] = lambda num_bytes: None
+    pulse: Callable[[str], None] = lambda title: None
+
+
 @contextmanager
-def progress_bar(title: str, total_bytes: int | None, show: bool | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr and give a function that moves it on by a number of bytes.
+def progress_bar(title: str, total_bytes: int | None, show: bool | None) -> Iterator[Bar]:
+    """Show a bar on stderr and yield it.
 
     Args:
         title: stands before the bar.
@@ -21,7 +35,7 @@ def progress_bar(title: str, total_bytes: int | None, show: bool | None) -> Iter
         show: None means if stderr is a terminal.
     """
     if not (sys.stderr.isatty() if show is None else show):
-        yield lambda num_bytes: None
+        yield Bar()
         return
     from rich.console import Console
     from rich.progress import (
@@ -29,14 +43,21 @@ def progress_bar(title: str, total_bytes: int | None, show: bool | None) -> Iter
         DownloadColumn,
         Progress,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total_bytes)
-        yield lambda num_bytes: bar.advance(task, num_bytes)
+    console = Console(stderr=True)
+    measured = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(), *measured, console=console) as progress:
+        task = progress.add_task(title, total=total_bytes)
+
+        def pulse(title: str) -> None:
+            progress.columns = (*progress.columns[:2], TimeElapsedColumn())
+            progress.reset(task, description=title, total=None)
+
+        yield Bar(lambda num_bytes: progress.advance(task, num_bytes), pulse)
 
 
 def announce(line: str) -> None:
