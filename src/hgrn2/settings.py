@@ -134,9 +134,12 @@ def open_prepared(run: Path, prepared: Path | None = None, data: Sequence[str] =
     if not isinstance(settings, dict):
         settings = {}
     if data:
-        own = {key: settings.get(key, default) for key, default in _DATA_KEYS.items()}
-        own |= {"tokenizer": str(folder), "prepared": None if prepared is None else str(prepared)}
-        return prepare_data(data_settings(own, data=list(data)), folder, False, lambda _: None)[0]
+        # the split, the field and the rest are those of the run
+        own = {key: settings[key] for key in ("validation", "text_field") if key in settings}
+        named = data_settings(
+            own, data=list(data), tokenizer=str(folder), prepared=None if prepared is None else str(prepared)
+        )
+        return prepare_data(named, folder, False, lambda _: None)[0]
     if prepared is not None:
         return PreparedData.open(prepared)
     was_at = settings.get("run_was_at")

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -83,7 +84,7 @@ def test_no_file(tmp_path):
 def test_tensorboard_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     write(tmp_path, [1, 2, 3])
-    with pytest.raises(UserError, match=r"pip install 'hgrn2\[tensorboard\]'"):
+    with pytest.raises(UserError, match=r"pip install .*\[tensorboard\]'"):
         MetricsWriter(tmp_path, resume_step=1, tensorboard=True, before_dropping=lambda: pytest.fail("too early"))
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
 
@@ -131,3 +132,57 @@ def test_a_full_disk_keeps_the_records_there_were(tmp_path, monkeypatch):
         MetricsWriter(tmp_path, resume_step=1)
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_no_flipped_bit_of_a_record_is_read_without_a_word(tmp_path):
+    write(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    data, wanted = path.read_bytes(), read_metrics(tmp_path)
+    start = data.index(b"\n") + 1
+    for place in range(start - 2, len(data)):
+        for bit in range(8):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+            # what is read is what was written, as with 1E-5 for 1e-5
+            with contextlib.suppress(UserError):
+                assert read_metrics(tmp_path) == wanted, (place, bit)
+
+
+def test_lines_of_older_runs_and_of_other_tools(tmp_path):
+    write(tmp_path, [1])
+    path = tmp_path / "metrics.jsonl"
+    line = json.loads(path.read_text())
+    # in another layout and order, and a line without a checksum
+    own = {"kind": "validation", "step": 1, "val_loss": 2.0, "val_accuracy": 0.5, **REST}
+    path.write_text(json.dumps(dict(reversed(line.items())), separators=(",", ":")) + "\n" + json.dumps(own) + "\n")
+    assert [record["kind"] for record in read_metrics(tmp_path)] == ["train", "validation"]
+    assert "crc32" not in read_metrics(tmp_path)[0]
+    path.write_text(json.dumps(line | {"loss": 3.0}) + "\n")
+    with pytest.raises(UserError, match=r"line 1: damaged or edited \(its content does not match its crc32\)"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"kind": "trainn", "step": 1}', "unknown key 'trainn'; did you mean 'train'"),
+        (json.dumps({"kind": "train", "step": 1, "loss": 1.0, "grad_norn": 1.0, **REST}), "unknown key 'grad_norn'"),
+        (json.dumps({"kind": "validation", "step": 1, "val_loss": 1.0, "crc33": "01234567", **REST}), "key 'crc33'"),
+        ("[" * 200_000, "not JSON .nested too deep"),
+        ('{"kind": "start", "step": ' + "9" * 6000 + "}", "not JSON .a number of thousands of digits"),
+        ('{"kind": "start", "step": 1' + "0" * 4000 + ', "loss": 1}', "unknown key 'loss'"),
+        ('{"kind": "train", "step": 1, "loss": 1' + "0" * 400 + ', "tokens": 1, "elapsed_s": 1}', "loss is 10+[.]{3},"),
+        ('{"kind": "caf\udce9", "step": 1}', "not JSON .not UTF-8: byte 0xe9"),
+    ],
+)
+def test_lines_that_no_run_has_written(tmp_path, line, fault):
+    (tmp_path / "metrics.jsonl").write_bytes(line.encode("utf-8", "surrogateescape") + b"\n")
+    with pytest.raises(UserError, match=f"line 1: .*{fault}"):
+        read_metrics(tmp_path)
+
+
+def test_a_record_with_something_after_it_is_no_torn_one(tmp_path):
+    write(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
+    with pytest.raises(UserError, match="line 2: goes on after its record"):
+        read_metrics(tmp_path)

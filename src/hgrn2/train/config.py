@@ -251,7 +251,16 @@ class TrainConfig:
         with a warning.
         """
         steps = self.num_warmup_steps
-        if self.max_steps is not None and steps > self.max_steps:
+        if self.max_steps is None or steps <= self.max_steps:
+            return replace(self, warmup_steps=steps)
+        if self.warmup_steps is None:
+            warnings.warn(
+                f"train config: max_steps {self.max_steps} ends within the warmup of {steps} steps that is the default of "
+                f"schedule {self.schedule}; set warmup_steps",
+                UserWarning,
+                stacklevel=2,
+            )
+        else:
             steps = max(1, self.max_steps // 10)
             warnings.warn(
                 f"train config: a warmup of {self.num_warmup_steps} steps is longer than max_steps {self.max_steps}; "
