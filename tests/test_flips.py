@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -120,7 +121,9 @@ def _go_on(folder: Path) -> str:
 
 
 def _resume(run: Path) -> Any:
-    with contextlib.redirect_stderr(io.StringIO()) as shown:
+    # drawing takes longer than all the rest, and nobody reads pictures back
+    drawing = mock.patch("hgrn2.train.plots.plot_run", return_value=[])
+    with drawing, contextlib.redirect_stderr(io.StringIO()) as shown:
         found = resume_language_run(run, open_prepared(run), changes={"max_steps": 6}, sampler=lambda *_: "a sample")
     # also what it says
     notes = [line for line in shown.getvalue().splitlines() if line.startswith(("settings", "the learning", "metrics"))]
@@ -172,7 +175,7 @@ def campaign(num_flips: int, seed: int) -> Counter[str]:
 def test_flipped_bits_are_refused_or_harmless():
     seed = random.randrange(2**32)
     print(f"bits drawn with seed {seed}")
-    outcomes = campaign(24, seed)
+    outcomes = campaign(16, seed)
     assert set(outcomes) <= {"refused", "harmless"}, outcomes
     assert outcomes["refused"] > 0
 

@@ -255,7 +255,7 @@ class TrainConfig:
             return replace(self, warmup_steps=steps)
         if self.warmup_steps is None:
             warnings.warn(
-                f"train config: max_steps {self.max_steps} ends within the warmup of {steps} steps that is the default of "
+                f"train config: max_steps {self.max_steps} ends within the warmup of {steps} steps, the default of "
                 f"schedule {self.schedule}; set warmup_steps",
                 UserWarning,
                 stacklevel=2,
