@@ -165,6 +165,25 @@ def test_eval_has_a_row_a_file(run, tmp_path, capsys):
         assert all(name in shown for name in [*names, "total"])
 
 
+def test_bits_a_byte_are_not_available_where_words_are_lost(corpus, tmp_path, capsys):
+    from tests.data import families
+
+    families.make("wordlevel").save(tmp_path)
+    flags = ["--tokenizer", str(tmp_path), *TRAIN[2:]]
+    assert cli.main(["train", "--data", str(corpus), "--out", "run", *flags, "--compressors"]) == 0
+    shown = capsys.readouterr()
+    assert "tokens stand for text that the tokenizer does not know" in shown.err
+    assert "held-out text: no (the tokenizer does not keep the whole text) bits a byte" in shown.out
+    records = [record for record in read_metrics(Path("run")) if record["kind"] == "validation"]
+    assert [record["val_bits_per_byte"] for record in records] == [None] * len(records) != []
+    assert cli.main(["eval", "run", str(corpus / "0.txt"), "--json-out", "scores.json"]) == 0
+    shown = capsys.readouterr()
+    assert "n/a" in shown.out
+    assert "0.txt: " in shown.err
+    assert "stand for text that the tokenizer does not know" in shown.err
+    assert json.loads(Path("scores.json").read_text())["total"]["bits_per_byte"] is None
+
+
 def test_a_prompt_from_standard_input(run, capsys, monkeypatch, tmp_path):
     def write(*args):
         capsys.readouterr()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hgrn2.data import ByteTokenizer, HFTokenizer, TextStream
 from hgrn2.errors import UserError
-from hgrn2.generate import Sampling, Writer
+from hgrn2.generate import Sampling, Writer, space_warning
 from hgrn2.models import HGRN2LM, HGRN2Config
 from tests.data import families
 
@@ -210,3 +210,21 @@ def test_metadata_that_is_nested_too_deep(saved):
     save_file(load_file(path), path, {"hgrn2": "[" * 200_000})
     with pytest.raises(UserError, match="no state can be read from it"):
         Writer(model, ByteTokenizer(), Sampling()).load_state(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "warned"),
+    [
+        ("gpt2", "def ", True),
+        ("gpt2", "def", False),
+        ("gpt2", "def\n", False),
+        ("gpt2", " ", False),
+        ("llama", "a river ", True),
+        ("cl100k", "a river  ", True),
+        # its spaces are no tokens
+        ("wordpiece", "a river ", False),
+    ],
+)
+def test_a_space_at_the_end_of_a_prompt(name, prompt, warned):
+    assert (space_warning(families.make(name), prompt) is not None) == warned
+    assert space_warning(ByteTokenizer(), prompt) is None

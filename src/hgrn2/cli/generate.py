@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 import sys
 from pathlib import Path
@@ -99,6 +100,9 @@ def _piped_prompt() -> str:
         return ""
     if not stat.S_ISFIFO(mode) and not stat.S_ISREG(mode):
         return ""
+    # a pipe that nothing comes through would otherwise look like a slow model; Windows cannot ask
+    if stat.S_ISFIFO(mode) and os.name == "posix" and not select.select([sys.stdin], [], [], 2.0)[0]:
+        tell("waiting for the prompt on standard input; --prompt '' starts without one")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from hgrn2.data.text import PIECE_CHARS
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 
-# a document in which no place to cut is found is encoded whole up to here: about a gigabyte of memory
+# a document in which no place to cut is found is encoded whole up to here: about 350 MB of memory
 WHOLE_CHARS = 1 << 22
 # what is tried around a cut, and a shorter left side that has to give the same
 _TRIAL_CHARS = 256

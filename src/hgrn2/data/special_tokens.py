@@ -22,14 +22,12 @@ def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizer
         names: the tokens to hide.
 
     Returns:
-        The changed tokenizer; None if the tokens cannot come out anyway.
+        The changed tokenizer, which leaves no merges out at random either; None if there is nothing to change.
     """
     model = content["model"]
     reachable = _reachable(model, names)
-    plain = {
-        token["content"] for token in content["added_tokens"] if token["content"] in names and not token["special"]
-    }
-    if not reachable and not plain:
+    cut_out = any(token["content"] in names and not token["special"] for token in content["added_tokens"])
+    if not reachable and not cut_out and not model.get("dropout"):
         return None
     import tokenizers
 
@@ -42,6 +40,9 @@ def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizer
         model = model | {"vocab": [[new_names.get(token, token), score] for token, score in vocab]}
     if model.get("unk_token") in new_names:
         model = model | {"unk_token": new_names[model["unk_token"]]}
+    if model.get("dropout"):
+        # leaving merges out at random would give a text other tokens each time
+        model = model | {"dropout": None}
     if model.get("merges"):
         model = model | {"merges": [merge for merge in model["merges"] if not reachable & set(_merged(merge))]}
     added = [
