@@ -1,4 +1,4 @@
-"""`hgrn2 plot`: draw a run's pictures again."""
+"""`hgrn2 plot`: draw a run's report and pictures again."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ import tyro
 
 
 def plot(run: tyro.conf.Positional[Path]) -> None:
-    """Draw a run's pictures again.
+    """Draw a run's report and pictures again.
 
-    They show loss, lower bounds, forget gates, memory and the norm of the state.
+    They show loss, samples, what the layers remember, speed and settings; also while the run goes on.
 
     Args:
         run: A run folder.
     """
-    from hgrn2.train.plots import plot_run
+    from hgrn2.cli.output import tell
+    from hgrn2.extras import install_command
+    from hgrn2.train.report import write_report
 
+    print(write_report(run))
+    try:
+        from hgrn2.train.plots import plot_run
+    except ImportError as error:
+        tell(f"no pictures beside the report: {error.name} is not installed: {install_command('train')}")
+        return
     for path in plot_run(run):
         print(path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import shlex
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,7 +96,9 @@ def train(
         prepared_data = open_prepared(resume, prepared, data)
         # the run's own knows where a text of the model begins and ends
         own_tokenizer = find_tokenizer(resume_point(resume)[0]) or prepared_data.tokenizer
-        result = resume_language_run(resume, prepared_data, changes=given, sampler=_make_sampler(own_tokenizer))
+        result = resume_language_run(
+            resume, prepared_data, changes=given, sampler=_make_sampler(own_tokenizer), compressors=compressors
+        )
     else:
         file = read_toml(config)
         start = None if from_ is None else Start.open(from_)
@@ -141,8 +141,9 @@ def train(
         result = start_language_run(
             out, lm_config, train_config, prepared_data, data_settings=kept,
             start=None if start is None else start.model, sampler=_make_sampler(prepared_data.tokenizer),
+            compressors=compressors,
         )  # fmt: skip
-    _report(result, prepared_data, out if resume is None else resume, compressors)
+    _show_end(result)
     stopped_by = result.result.stopped_by
     return 128 + int(signal.Signals[stopped_by]) if stopped_by else 0
 
@@ -158,26 +159,25 @@ def _make_sampler(tokenizer: Any) -> Any:
     return sampler
 
 
-def _report(run: Any, data: Any, out: Path, compressors: bool) -> None:
-    from hgrn2.train.checkpoint import resume_point
+def _show_end(run: Any) -> None:
+    """Print what a run has reached, and where to look; the last line is the report's path."""
+    from hgrn2.train.hints import generate_command
+    from hgrn2.train.report.facts import RunFacts
 
-    out = resume_point(out)[0]
     result = run.result
-    if result.stopped_by:
-        return
-    if result.had_ended and not run.pictures:
-        # that it had ended has been said
-        if compressors:
-            _compare_compressors(data, result.last_validation)
-        return
-    for path in run.pictures:
-        print(f"picture  {path}")
-    record = result.last_validation
-    if record:
-        print(f"held-out text: {_bits(record)} bits a byte, perplexity {record['val_perplexity']:.2f}")
-    if compressors:
-        _compare_compressors(data, record)
-    print(f"write with it:  hgrn2 generate {shlex.quote(str(out))} --prompt 'def'")
+    # that a run had ended before has been said
+    if result.stopped_by is None and (run.pictures or not result.had_ended):
+        facts = RunFacts.read(result.run_dir)
+        record = result.last_validation
+        if record:
+            print(f"held-out text: {_bits(record)} bits a byte, perplexity {record['val_perplexity']:.2f} a token")
+        if facts.compressors:
+            _show_compressors(facts, record)
+        for path in run.pictures:
+            print(f"picture  {path}")
+        print(f"write with it:  {generate_command(result.run_dir, facts.prompt)}")
+    if run.report is not None:
+        print(f"report   {run.report}")
 
 
 def _bits(record: dict[str, Any]) -> str:
@@ -185,20 +185,15 @@ def _bits(record: dict[str, Any]) -> str:
     return "no (the tokenizer does not keep the whole text)" if bits is None else f"{bits:.3f}"
 
 
-def _compare_compressors(data: Any, record: dict[str, Any] | None) -> None:
-    import gzip
-    import lzma
+def _show_compressors(facts: Any, record: dict[str, Any] | None) -> None:
+    from hgrn2.train.hints import compressor_caveat
 
-    held_out = data.validation
-    # each document for itself, as it was encoded
-    bounds = [*held_out.document_starts, held_out.num_tokens]
-    documents = (held_out.tokens(start, stop) for start, stop in itertools.pairwise(bounds))
-    text = "".join(map(data.tokenizer.decode, documents)).encode("utf-8")
-    rows = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
-    print(f"bits a byte on the same {len(text):,} held-out bytes:")
+    held_out = facts.compressed_bytes
+    print(f"bits a byte on the same {held_out:,} held-out bytes:")
     if record:
         part = record["val_text_bytes"]
-        note = "" if part == len(text) else f"   (on {part:,} of them; raise --validation-tokens for all)"
+        note = "" if part == held_out else f"   (on {part:,} of them; raise --validation-tokens for all)"
         print(f"  this model  {_bits(record)}{note}")
-    for name, packed in rows.items():
-        print(f"  {name:<10}  {8 * len(packed) / len(text):.3f}")
+    for name, bits in facts.compressors.items():
+        print(f"  {name:<10}  {bits:.3f}")
+    print(f"  {compressor_caveat(facts.num_training_bytes, facts.num_parameters)}")

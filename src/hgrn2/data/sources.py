@@ -24,15 +24,31 @@ from hgrn2.data.documents import (
     parquet_documents,
     text_document,
 )
+from hgrn2.data.permutation import keyed_integer
 from hgrn2.data.text import BLOCK_BYTES, COMPRESSIONS, NotText, cut_pieces, read_text
 from hgrn2.data.tokens import MANIFEST_FILE
 from hgrn2.errors import UserError
 
 STDLIB = "stdlib"
+STDLIB_VALIDATION = "stdlib-validation"
 
 Kind = Literal["text", "jsonl", "parquet", "hub"]
 
-_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# beside tests and what was installed: folders of tables, of character sets and of help texts
+_STDLIB_LEFT_OUT = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
+    *("encodings", "pydoc_data"),
+}
+# modules that are tables for the most part; each version of Python has some of them
+_STDLIB_TABLES = {
+    *("_opcode_metadata.py", "html/entities.py", "locale.py", "msilib/schema.py", "msilib/sequence.py"),
+    *("re/_casefix.py", "stringprep.py"),
+}
+# of build settings, named after the platform
+_STDLIB_TABLE_PREFIX = "_sysconfigdata"
+# many small files are more like the rest than a few large ones
+_VALIDATION_BYTES = range(1000, 20_000)
+_VALIDATION_ONE_IN = 6
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*(:[\w.\[\]%:+-]+)?)?")
 # saves opening them; anything else that is not text is found out by reading it
 _BINARY_NAMES = (
@@ -157,7 +173,8 @@ def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "tex
     Args:
         specs: each one a text file, a folder (read recursively), a glob, .jsonl or .parquet (text and .jsonl
             also as .gz, .xz, .bz2 or .zst), "hf:NAME[:CONFIG[:SPLIT]]" or a plain Hub dataset name, or
-            "stdlib", the source code of this Python's own standard library, tests left out.
+            "stdlib", the source code of this Python's own standard library, tests and tables left out; or
+            "stdlib-validation", about sixty of its files that are like the rest, always the same.
         text_field: the key or column of the text in .jsonl, .parquet and Hub datasets.
 
     Raises:
@@ -197,8 +214,10 @@ def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"data {spec!r}: cannot be read: {reason}; name something that can be") from error
-    if spec == STDLIB:
-        yield from _stdlib_sources(skipped)
+    if spec in (STDLIB, STDLIB_VALIDATION):
+        for source in _stdlib_sources(skipped):
+            if spec == STDLIB or _is_for_validation(source):
+                yield source
     elif spec.startswith("hf:"):
         yield _hub_source(spec.removeprefix("hf:"))
     elif is_folder:
@@ -231,9 +250,17 @@ def _stdlib_sources(skipped: Counter[str]) -> Iterator[Source]:
     for folder, files in _walk(root, lambda name: name not in _STDLIB_LEFT_OUT, skipped):
         for name in files:
             path = Path(folder, name)
+            module = path.relative_to(root).as_posix()
+            if module in _STDLIB_TABLES or name.startswith(_STDLIB_TABLE_PREFIX):
+                continue
             # a few modules are empty, and empty files are no documents
             if path.suffix == ".py" and path.stat().st_size:
-                yield _file_source(path, f"stdlib/{path.relative_to(root).as_posix()}", explicit=False)
+                yield _file_source(path, f"stdlib/{module}", explicit=False)
+
+
+def _is_for_validation(source: Source) -> bool:
+    chosen = keyed_integer(STDLIB_VALIDATION, 0, source.name) % _VALIDATION_ONE_IN == 0
+    return chosen and source.num_bytes in _VALIDATION_BYTES
 
 
 def _folder_sources(root: Path, skipped: Counter[str]) -> Iterator[Source]:

@@ -73,6 +73,8 @@ class Trainer:
             None starts at the beginning, and removes whatever an earlier attempt left.
         display: where progress is shown; by default on standard error.
         check_lock: what `run_lock` gave: raises if the folder is another by now. Called before every checkpoint.
+        about: JSON values for the record of the start, such as sizes of model and data.
+        has_started: whether the record of the start is written; set by `run`.
     """
 
     model: nn.Module
@@ -85,6 +87,8 @@ class Trainer:
     frozen: Collection[str] = ()
     display: Display = field(default_factory=make_display)
     check_lock: Callable[[], None] = lambda: None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    has_started: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._counters = Counters()
@@ -171,7 +175,8 @@ class Trainer:
                 f"metrics.jsonl: {num_lost:,} of {self._saved_records:,} records up to step {counters.step} are gone; "
                 "training goes on, pictures will lack them"
             )
-        metrics.write({"kind": "start", "step": counters.step, **self._environment()})
+        metrics.write({"kind": "start", "step": counters.step, **self._environment(), **self.about})
+        self.has_started = True
         self._progress_at_start, self._session_started_s = self._progress(), time.monotonic()
         finished = self._progress() >= 1.0
         while not finished and stop.signal_name is None:

@@ -21,12 +21,13 @@ _CHECKSUM = "crc32"
 _COMMON = {"kind", "step", "tokens", "elapsed_s", _CHECKSUM}
 # what a line without a checksum may hold: anything else is a damaged name. A task's figures have names of their own
 _KEYS = {
-    "start": _COMMON | {"device", "num_threads", "torch", "hgrn2"},
+    "start": _COMMON | {"device", "num_threads", "torch", "hgrn2", "parameters", "data", "prompt"},
     "train": _COMMON
     | {"loss", "smoothed_loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes", "skipped_steps"},
     "validation": _COMMON | {"val_loss", "val_perplexity", "val_bits_per_byte", "val_tokens", "val_text_bytes"},
     "sample": _COMMON | {"text"},
     "unfreeze": _COMMON,
+    "compressors": _COMMON | {"text_bytes", "bits_per_byte"},
 }
 # figures that readers rely on, by the kind of record; those that may be null were not finite, or not measured
 _NUMBERS = {"train": ("tokens", "elapsed_s"), "validation": ("tokens", "elapsed_s")}
@@ -132,6 +133,17 @@ def _line(record: dict[str, Any]) -> str:
     # JSON has no NaN and no infinity: they become null
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps({**finite, _CHECKSUM: _checksum(finite)}, ensure_ascii=False) + "\n"
+
+
+def append_record(run_dir: Path, record: dict[str, Any]) -> None:
+    """Append one record to the metrics of a run that has ended.
+
+    Args:
+        run_dir: the run folder, locked.
+        record: "kind" and "step" say what it is.
+    """
+    with (run_dir / METRICS_NAME).open("a", encoding="utf-8") as file:
+        file.write(_line(record))
 
 
 class MetricsWriter:

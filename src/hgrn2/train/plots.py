@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from hgrn2.data.staging import staged_file
 from hgrn2.errors import UserError
+from hgrn2.train.curves import bits_per_nat, log_ticks, loss_limits, smooth, time_unit
 from hgrn2.train.gates import GATES_NAME, GateSummary
 from hgrn2.train.metrics import read_metrics
 
@@ -35,7 +36,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "font.size": 10,
 }
-_TRAIN, _VALIDATION, _BAND = "#2b6cb0", "#c05621", "#a9c6e8"
+_TRAIN, _VALIDATION, _BAND, _CAPTION = "#2b6cb0", "#c05621", "#a9c6e8", "#555555"
 
 
 def plot_run(run_dir: Path) -> list[Path]:
@@ -70,36 +71,53 @@ def plot_run(run_dir: Path) -> list[Path]:
 
 
 def loss_figure(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
-    """Loss against tokens and against time: every step faint, smoothed strong, validations marked."""
+    """Draw the loss against tokens and against time: every step faint, smoothed strong, validations marked."""
     losses = np.array([r["loss"] for r in train])
+    scale, unit = time_unit(max(r["elapsed_s"] for r in [*train, *validation]))
+    low, high = loss_limits(train, validation)
+    factor = bits_per_nat(validation)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        for axes, key, scale in ((left, "tokens", 1.0), (right, "elapsed_s", _time_unit(train)[0])):
-            x = np.array([r[key] for r in train]) / scale
+        for axes, key, one in ((left, "tokens", 1.0), (right, "elapsed_s", scale)):
+            x = np.array([r[key] for r in train]) / one
             axes.plot(x, losses, color=_BAND, linewidth=0.7)
-            axes.plot(x, _smooth(losses), color=_TRAIN, linewidth=1.8, label="training, smoothed")
+            axes.plot(x, smooth(losses), color=_TRAIN, linewidth=1.8, label="training, smoothed")
             axes.plot(
-                [r[key] / scale for r in validation],
+                [r[key] / one for r in validation],
                 [np.nan if r["val_loss"] is None else r["val_loss"] for r in validation],
-                color=_VALIDATION, marker="o", markersize=4, linewidth=1.4, label="validation",
+                color=_VALIDATION, marker="o", markersize=4, linewidth=1.0, linestyle=":", label="held-out text",
             )  # fmt: skip
-            axes.set_xlim(0, max(x[-1], *(r[key] / scale for r in validation), 0) * 1.02)
-        low, high = _loss_limits(train, validation)
+            axes.set_xlim(0, max(x[-1], *(r[key] / one for r in validation), 1e-9) * 1.02)
         left.set_ylim(low, high)
-        left.set(title="Loss against tokens", xlabel="training tokens", ylabel="loss (nats a token)")
+        left.set(title="Loss against tokens", xlabel="training tokens", ylabel="nats a token")
         left.xaxis.set_major_formatter(EngFormatter(sep=""))
-        right.set(title="Loss against time", xlabel=f"time ({_time_unit(train)[1]})")
-        right.legend(loc="upper right", title=_last_validation(validation), alignment="left")
+        right.set(title="Loss against time", xlabel=unit)
+        right.legend(loc="upper right")
+        if factor is not None:
+            bits = right.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
+            bits.set_ylabel("bits a byte of held-out text")
+        figure.supxlabel(_loss_caption(validation), fontsize=9, color=_CAPTION, x=0.01, ha="left")
     return figure
 
 
+def _loss_caption(validation: list[dict[str, Any]]) -> str:
+    caption = "Mean of -log p a token; faint: each step, line: mean over neighbouring steps."
+    measured = [r for r in validation if r["val_loss"] is not None]
+    if not measured:
+        return caption
+    last = measured[-1]
+    caption += f" Held-out text, never trained on, at the end: {last['val_loss']:.3f} nats a token"
+    bits = last.get("val_bits_per_byte")
+    return caption + ("." if bits is None else f", {bits:.3f} bits a byte.")
+
+
 def memory_figure(gates: GateSummary) -> Figure:
-    """What each layer remembers: lower bounds, forget gates, half-lives and the size of the state."""
+    """Draw what each layer remembers: lower bounds, forget gates, half-lives and the size of the state."""
     num_layers = len(gates.state_norm)
     layers = np.arange(num_layers)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 8), layout="constrained")
+        figure = Figure(figsize=(11, 8.4), layout="constrained")
         ((bounds, gate), (half_life, norm)) = figure.subplots(2, 2)
 
         _bands(bounds, layers, gates.lower_bound)
@@ -118,12 +136,12 @@ def memory_figure(gates: GateSummary) -> Figure:
 
         _bands(half_life, layers, gates.half_life_tokens)
         half_life.set_yscale("log")
-        half_life.set(title="Memory half-life", ylabel="half-life (tokens)")
+        half_life.set(title="Memory half-life", ylabel="tokens")
         half_life.legend(loc="upper left")
-        half_life.yaxis.set_major_formatter(EngFormatter(sep=""))
         low, high = half_life.get_ylim()
-        # within a decade or so the ticks between powers of ten are what there is to read
-        half_life.yaxis.set_minor_formatter((lambda x, _: f"{x:g}") if high < 30 * low else NullFormatter())
+        half_life.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
+        half_life.yaxis.set_major_formatter(EngFormatter(sep=""))
+        half_life.yaxis.set_minor_locator(NullLocator())
 
         norm.plot(layers, gates.state_norm, color=_TRAIN, marker="o", linewidth=1.8)
         norm.set(title="Norm of the state", ylabel="Frobenius norm of a head")
@@ -131,9 +149,15 @@ def memory_figure(gates: GateSummary) -> Figure:
         for axes in (bounds, gate, half_life, norm):
             axes.set_xlabel("layer")
             axes.set_xlim(-0.5, num_layers - 0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
             axes.xaxis.set_major_formatter(lambda x, _: str(gates.layer[int(x)]) if 0 <= x < num_layers else "")
-        figure.suptitle(f"Memory, measured on {int(gates.num_tokens):,} tokens of held-out text", x=0.01, ha="left")
+        figure.suptitle("What the layers remember", x=0.01, ha="left", fontweight="bold")
+        figure.supxlabel(
+            f"Measured on {int(gates.num_tokens):,} tokens of held-out text. Layer 0 comes first. The forget gate f "
+            "scales what a channel holds at every token and cannot fall below its bound;\nthe half-life is the number "
+            "of tokens after which half is forgotten, log 2 / mean(-log f).",
+            fontsize=9, color=_CAPTION, x=0.01, ha="left",
+        )  # fmt: skip
     return figure
 
 
@@ -143,36 +167,3 @@ def _bands(axes: Axes, layers: np.ndarray, values: np.ndarray) -> None:
     axes.vlines(layers, low, high, color=_BAND, linewidth=5, label="5 to 95 % of channels")
     axes.vlines(layers, lower, upper, color=_TRAIN, linewidth=5, alpha=0.75, label="25 to 75 %")
     axes.plot(layers, median, color=_VALIDATION, marker="o", markersize=5, linewidth=0, label="median")
-
-
-def _smooth(losses: np.ndarray) -> np.ndarray:
-    """Mean over a hundredth of the run to both sides of each step, less at the ends: it does not lag."""
-    num_steps = len(losses)
-    index = np.arange(num_steps)
-    reach = np.minimum(max(num_steps // 100, min(5, num_steps // 10)), index)
-    stop = np.minimum(index + reach + 1, num_steps)
-    sums = np.concatenate([[0.0], np.cumsum(losses)])
-    return (sums[stop] - sums[index - reach]) / (stop - index + reach)
-
-
-def _time_unit(train: list[dict[str, Any]]) -> tuple[float, str]:
-    last_s = train[-1]["elapsed_s"]
-    return (3600.0, "hours") if last_s > 7200 else (60.0, "minutes") if last_s > 120 else (1.0, "seconds")
-
-
-def _loss_limits(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> tuple[float, float]:
-    """Limits that the first few steps, far above the rest, do not dictate."""
-    losses = np.array([r["loss"] for r in train] + [r["val_loss"] for r in validation if r["val_loss"] is not None])
-    low, high = losses.min(), np.quantile(losses, 0.98)
-    margin = 0.08 * max(high - low, 1e-3)
-    return low - margin, high + margin
-
-
-def _last_validation(validation: list[dict[str, Any]]) -> str | None:
-    if not validation:
-        return None
-    last = validation[-1]
-    bits = last.get("val_bits_per_byte")
-    if bits is not None:
-        return f"at the end: {bits:.3f} bits a byte"
-    return None if last["val_loss"] is None else f"at the end: {last['val_loss']:.3f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 
 from hgrn2.data.find_tokenizer import load_tokenizer
 from hgrn2.data.prepare import PreparedData
-from hgrn2.data.sequential import sequential_windows
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.layouts.opening import ModelFolder, open_folder
@@ -22,17 +22,15 @@ from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import describe_end
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.distill import Teacher
+from hgrn2.train.ending import Ending, describe
 from hgrn2.train.freezing import frozen_names
-from hgrn2.train.gates import GATES_NAME, measure_gates
+from hgrn2.train.gates import GATES_NAME
 from hgrn2.train.language import LanguageTask, Sampler
 from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer, TrainResult
-from hgrn2.train.metrics import read_metrics
 from hgrn2.train.places import from_kept, to_kept
+from hgrn2.train.report import REPORT_NAME, write_report
 from hgrn2.train.rng import seed_everything
-
-# tokens of held-out text that the gates are measured on: enough for a histogram, little to hold at once
-_GATE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,13 @@ class LanguageRun:
         model: as it is after the last step.
         result: how the run ended.
         pictures: paths of the PNG files; empty if a signal stopped the run.
+        report: path of report.html; None if it could not be written.
     """
 
     model: HGRN2LM
     result: TrainResult
     pictures: list[Path]
+    report: Path | None
 
 
 def start_language_run(
@@ -60,6 +60,7 @@ def start_language_run(
     start: ModelFolder | None = None,
     sampler: Sampler | None = None,
     display: Display | None = None,
+    compressors: bool = False,
 ) -> LanguageRun:
     """Train a new model, or go on with the weights of one.
 
@@ -73,6 +74,7 @@ def start_language_run(
         start: where the first weights come from; None: drawn.
         sampler: writes samples from the model and a prompt; None: no samples.
         display: where progress is shown; by default on standard error.
+        compressors: at the end, record what gzip and xz make of the held-out text.
 
     Raises:
         UserError: settings that do not fit each other or the data (nothing is written), or as Trainer.run.
@@ -85,7 +87,7 @@ def start_language_run(
     config = {"model": model_config.to_dict(), "train": _kept(train_config, run_dir), "data": kept}
     with run_lock(run_dir) as check_lock:
         create_run(run_dir, config, data.tokenizer)
-        return parts.run(run_dir, config, None, display, check_lock)
+        return parts.run(run_dir, config, None, display, check_lock, compressors)
 
 
 def resume_language_run(
@@ -95,6 +97,7 @@ def resume_language_run(
     changes: Mapping[str, Any] | None = None,
     sampler: Sampler | None = None,
     display: Display | None = None,
+    compressors: bool = False,
 ) -> LanguageRun:
     """Go on with a run; on the CPU with the losses it would have had without the stop, to the last bit.
 
@@ -105,6 +108,7 @@ def resume_language_run(
             gets them once the checkpoint goes with them.
         sampler: as for start_language_run.
         display: as for start_language_run.
+        compressors: as for start_language_run.
 
     Raises:
         UserError: there is no run, its checkpoint is damaged, the data or the model is another, or as Trainer.run.
@@ -130,7 +134,7 @@ def resume_language_run(
         parts = _Parts.build(model_config, train_config, data, sampler)
         config["train"] = _kept(train_config, run_dir)
         config["data"] = _kept_data(config["data"], data, run_dir)
-        return parts.run(run_dir, config, checkpoint, display, check_lock)
+        return parts.run(run_dir, config, checkpoint, display, check_lock, compressors)
 
 
 def _kept(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
@@ -215,7 +219,9 @@ class _Parts:
         resume_from: Path | None,
         display: Display | None,
         check_lock: Callable[[], None],
+        compressors: bool,
     ) -> LanguageRun:
+        display = display or make_display()
         trainer = Trainer(
             model=self.model,
             task=self.task,
@@ -225,44 +231,35 @@ class _Parts:
             run_config=run_config,
             resume_from=resume_from,
             frozen=self.frozen,
-            display=display or make_display(),
+            display=display,
             check_lock=check_lock,
+            about=describe(self.model, self.data, self.config),
         )
-        result = trainer.run()
-        if result.had_ended and _has_pictures(run_dir):
-            trainer.display.note(f"{run_dir}: {describe_end(self.config, result.counters)}")
-            return LanguageRun(self.model, result, [])
-        pictures = [] if result.stopped_by else self._pictures(run_dir)
-        return LanguageRun(self.model, result, pictures)
-
-    def _pictures(self, run_dir: Path) -> list[Path]:
-        # matplotlib takes a second to import, which only the end of a run should wait for
-        from hgrn2.train.plots import plot_run
-
-        windows = sequential_windows(self.data.validation, _GATE_TOKENS, 1, max_tokens=_GATE_TOKENS)
-        batch = next(iter(windows)).to(choose_device(self.config.device))
-        self.model.eval()
         try:
-            gates = measure_gates(self.model, batch.input_ids, batch.cu_seqlens)
-            if gates is not None:
-                gates.save(run_dir)
-            else:
-                # of an earlier end of the run
-                (run_dir / GATES_NAME).unlink(missing_ok=True)
-            # the steps may all have been skipped, or the time have been up before the first
-            learnt = any(r["kind"] == "train" and r["loss"] is not None for r in read_metrics(run_dir))
-            return plot_run(run_dir) if learnt or gates is not None else []
-        except OSError as error:
-            raise UserError(
-                f"{run_dir}: trained, but the pictures cannot be written ({error.strerror}); "
-                f"free some space, then: hgrn2 train --resume {run_dir}"
-            ) from None
-        finally:
-            self.model.train()
+            result = trainer.run()
+        except UserError:
+            # what there is may show why it stopped
+            if trainer.has_started:
+                with suppress(UserError, OSError):
+                    check_lock()
+                    write_report(run_dir)
+            raise
+        ending = Ending(run_dir, self.model, self.data, choose_device(self.config.device), display.note)
+        if result.stopped_by:
+            return LanguageRun(self.model, result, [], ending.report())
+        if compressors:
+            ending.compare_compressors(result.counters.step)
+        elif result.had_ended and _is_drawn(run_dir):
+            display.note(f"{run_dir}: {describe_end(self.config, result.counters)}")
+            return LanguageRun(self.model, result, [], run_dir / REPORT_NAME)
+        report = ending.report()
+        return LanguageRun(self.model, result, ending.pictures(), report)
 
 
-def _has_pictures(run_dir: Path) -> bool:
-    """Whether the pictures of the end of a run were drawn; a full disk may have left out some."""
+def _is_drawn(run_dir: Path) -> bool:
+    """Whether report and pictures of the end of a run were drawn; a full disk may have left out some."""
+    if not (run_dir / REPORT_NAME).exists():
+        return False
     names = {path.name for path in (run_dir / "plots").glob("*.png")}
     return "memory.png" in names if (run_dir / GATES_NAME).exists() else bool(names)
 

@@ -1,0 +1,37 @@
+"""What general-purpose compressors make of a text, to stand beside a model's bits a byte."""
+
+from __future__ import annotations
+
+import lzma
+import zlib
+
+from hgrn2.data.tokenizer import Tokenizer
+from hgrn2.data.tokens import TokenDataset
+
+# gzip's format: deflate in a window of 2^15 with a header and a checksum
+_GZIP_WINDOW = 16 + zlib.MAX_WBITS
+
+
+def compressed_bits(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[dict[str, float], int]:
+    """Return the bits a byte that gzip -9 and xz -9 need for all text of a dataset, and the bytes of the text.
+
+    Args:
+        dataset: text as tokens; its documents are compressed end to end.
+        tokenizer: the tokenizer that made them.
+    """
+    compressors = {
+        "gzip -9": zlib.compressobj(9, zlib.DEFLATED, _GZIP_WINDOW),
+        "xz -9": lzma.LZMACompressor(preset=9),
+    }
+    sizes = dict.fromkeys(compressors, 0)
+    num_text_bytes = 0
+    starts = dataset.document_starts
+    for index in range(dataset.num_documents):
+        stop = int(starts[index + 1]) if index + 1 < dataset.num_documents else dataset.num_tokens
+        # after the end-of-text token that a document starts with
+        text = tokenizer.decode(dataset.tokens(int(starts[index]) + 1, stop)).encode("utf-8")
+        num_text_bytes += len(text)
+        for name, compressor in compressors.items():
+            sizes[name] += len(compressor.compress(text))
+    bits = {name: 8 * (sizes[name] + len(made.flush())) / max(num_text_bytes, 1) for name, made in compressors.items()}
+    return bits, num_text_bytes

@@ -1,0 +1,154 @@
+"""What a run folder tells about a run, gathered for its report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hgrn2.errors import UserError
+from hgrn2.train.checkpoint import read_config
+from hgrn2.train.curves import Record
+from hgrn2.train.gates import GATES_NAME, GateSummary
+from hgrn2.train.metrics import read_metrics
+
+_BUDGETS = {"max_steps": "step", "max_tokens": "tokens", "max_time_s": "elapsed_s"}
+
+
+def figure(record: Any, key: str) -> float | None:
+    """Return a number of a record; None where it is missing, not finite, or no number."""
+    value = record.get(key) if isinstance(record, dict) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run as its files describe it.
+
+    Attributes:
+        run_dir: the run folder.
+        records: of metrics.jsonl.
+        config: config.json; empty if it cannot be read.
+        gates: gates.npz; None if there is none, or it cannot be read.
+    """
+
+    run_dir: Path
+    records: list[Record]
+    config: dict[str, Any] = field(default_factory=dict)
+    gates: GateSummary | None = None
+
+    @classmethod
+    def read(cls, run_dir: Path) -> RunFacts:
+        """Read a run folder.
+
+        Raises:
+            UserError: it has no metrics, or damaged ones.
+        """
+        records = read_metrics(run_dir)
+        try:
+            config = read_config(run_dir)
+        except UserError:
+            config = {}
+        gates = None
+        if (run_dir / GATES_NAME).exists():
+            try:
+                gates = GateSummary.load(run_dir)
+            except UserError:
+                gates = None
+        return cls(run_dir, records, config, gates)
+
+    @cached_property
+    def steps(self) -> list[Record]:
+        """Training steps, skipped ones included."""
+        return self._of_kind("train")
+
+    @cached_property
+    def train(self) -> list[Record]:
+        """Training steps with a finite loss."""
+        return [r for r in self.steps if r["loss"] is not None]
+
+    @cached_property
+    def validation(self) -> list[Record]:
+        """Validations, those that were not finite included."""
+        return self._of_kind("validation")
+
+    @cached_property
+    def measured(self) -> list[Record]:
+        """Validations with a finite loss."""
+        return [r for r in self.validation if r["val_loss"] is not None]
+
+    @cached_property
+    def samples(self) -> list[Record]:
+        """Samples of the model's writing."""
+        return [r for r in self._of_kind("sample") if isinstance(r.get("text"), str)]
+
+    @cached_property
+    def starts(self) -> list[Record]:
+        """Starts and resumptions."""
+        return self._of_kind("start")
+
+    @cached_property
+    def compressors(self) -> dict[str, float]:
+        """Bits a byte of compressors on the held-out text; empty if they were not asked for."""
+        found = self._of_kind("compressors")
+        bits = found[-1].get("bits_per_byte") if found else None
+        return {name: rate for name in bits if (rate := figure(bits, name))} if isinstance(bits, dict) else {}
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Bytes of the text that the compressors' figures are of; 0 if there are none."""
+        found = self._of_kind("compressors")
+        return int(figure(found[-1], "text_bytes") or 0) if found else 0
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """Sizes of the data as the last start recorded them; empty for runs from before they were recorded."""
+        found = self._newest("data")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def num_training_bytes(self) -> int | None:
+        """Bytes of the text to train on, if recorded."""
+        found = figure(self.data.get("train"), "text_bytes")
+        return None if found is None else int(found)
+
+    @property
+    def prompt(self) -> str:
+        """The first words of a held-out document; empty if none were recorded."""
+        found = self._newest("prompt")
+        return found if isinstance(found, str) else ""
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Parameters of the model, if recorded."""
+        found = self._newest("parameters")
+        return found if isinstance(found, int) else None
+
+    @property
+    def last(self) -> Record | None:
+        """The last training step or validation."""
+        both = [r for r in self.records if r["kind"] in ("train", "validation")]
+        return both[-1] if both else None
+
+    @property
+    def progress(self) -> float | None:
+        """Used fraction of the budget; None where the settings name none."""
+        budgets = {k: b for k in _BUDGETS if isinstance(b := self.section("train").get(k), int | float) and b > 0}
+        if not budgets:
+            return None
+        last = self.last
+        return 0.0 if last is None else min(1.0, max(last[_BUDGETS[name]] / budget for name, budget in budgets.items()))
+
+    def section(self, name: str) -> dict[str, Any]:
+        """One table of the configuration: model, train or data."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
+
+    def _of_kind(self, kind: str) -> list[Record]:
+        return [r for r in self.records if r["kind"] == kind]
+
+    def _newest(self, key: str) -> Any:
+        return next((r[key] for r in reversed(self.starts) if key in r), None)

@@ -1,0 +1,91 @@
+"""The report's page: its sections in order, and the file they go into."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+import hgrn2
+from hgrn2.data.staging import write_text_whole
+from hgrn2.train.curves import Record, smooth, thin
+from hgrn2.train.report import sections
+from hgrn2.train.report.charts import MOST_POINTS
+from hgrn2.train.report.facts import RunFacts
+from hgrn2.train.report.words import plain, rich
+
+REPORT_NAME = "report.html"
+
+_SECTIONS = (
+    sections.summary, sections.learning, sections.samples, sections.memory, sections.running, sections.next_steps,
+    sections.data, sections.settings, sections.events,
+)  # fmt: skip
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html into a run folder from what is there: metrics.jsonl, config.json, gates.npz.
+
+    Args:
+        run_dir: the run folder; the run may be unfinished.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        UserError: the folder has no metrics, or damaged ones.
+        OSError: the file cannot be written; an earlier report is left as it was.
+    """
+    path = run_dir / REPORT_NAME
+    write_text_whole(path, render(RunFacts.read(run_dir)))
+    return path
+
+
+def render(facts: RunFacts) -> str:
+    """Return the whole page."""
+    here = files("hgrn2.train.report")
+    name = facts.run_dir.resolve().name
+    # a "<" in the data could end the element that holds it
+    points = json.dumps(series(facts), allow_nan=False).replace("<", "\\u003c")
+    return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
+        title=plain(name),
+        style=(here / "page.css").read_text(encoding="utf-8"),
+        name=rich(name),
+        sections="".join(section(facts) for section in _SECTIONS),
+        points=points,
+        script=(here / "page.js").read_text(encoding="utf-8"),
+        version=plain(hgrn2.__version__),
+        written=datetime.now().strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def series(facts: RunFacts) -> dict[str, Any]:
+    """Return the records behind the curves as metrics.jsonl has them, thinned out, for the read-out.
+
+    Returns:
+        "train" and "validation", each with lists of one length by key; empty before the first step.
+    """
+    train = facts.train
+    if not train:
+        return {}
+    chosen = thin(len(train), MOST_POINTS)
+    smoothed = smooth(np.array([r["loss"] for r in train], dtype=float))
+    keys = ("step", "tokens", "elapsed_s", "loss", "learning_rate", "grad_norm", "tokens_per_s")
+    held_out = [facts.measured[i] for i in thin(len(facts.measured), MOST_POINTS)]
+    return {
+        "train": _columns([train[i] for i in chosen], keys)
+        | {"smoothed": [round(float(smoothed[i]), 4) for i in chosen]},
+        "validation": _columns(held_out, ("step", "tokens", "elapsed_s", "val_loss", "val_bits_per_byte")),
+    }
+
+
+def _columns(records: list[Record], keys: tuple[str, ...]) -> dict[str, list[Any]]:
+    def finite(value: Any) -> Any:
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+    return {key: [finite(r.get(key)) for r in records] for key in keys}
