@@ -259,6 +259,18 @@ def test_nothing_before_a_text(one_run, tmp_path, monkeypatch):
     assert longest == [1]
 
 
+def test_every_end_of_a_text_stops_the_writing(one_run):
+    own, tokenizer, lm = open_run(one_run)
+    settings = {"until": ["never written"], "max_gen_toks": 6}
+    (whole,) = lm.generate_until(requests("generate_until", ("One", settings)), disable_tqdm=True)
+    first = tokenizer.encode("One" + whole)[len(tokenizer.encode("One"))]
+    tokenizer.end_ids |= {first}
+    model, theirs = open_for_transformers(own, tokenizer, one_run)
+    lm = HGRN2Harness(model, theirs, 1)
+    (found,) = lm.generate_until(requests("generate_until", ("One", settings)), disable_tqdm=True)
+    assert found == tokenizer.decode([first])
+
+
 @pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
 def test_no_requests(kind, one_run):
     assert getattr(open_run(one_run)[2], kind)([], disable_tqdm=True) == []

@@ -197,6 +197,8 @@ def open_for_transformers(
     model.load_state_dict(own.state_dict(), assign=True)
     model.tie_weights()
     unknown = range(len(theirs), own.config.vocab_size)
+    # every token that ends a text, of which config.json names one
+    model.generation_config.eos_token_id = sorted(tokenizer.end_ids)  # pyright: ignore[reportOptionalMemberAccess]
     # what the tokenizer does not know is never written
     model.generation_config.suppress_tokens = list(unknown) or None  # pyright: ignore[reportOptionalMemberAccess]
     model.config.name_or_path = str(folder)

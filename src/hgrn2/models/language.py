@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ class HGRN2Model(nn.Module):
         self._recurrent_layers = config.recurrent_layers
         self.layers = nn.ModuleList(build_block(config, i, backend) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
+        self._call_block: Callable[..., Any] | None = None
+
+    def compile_blocks(self) -> None:
+        """Compile a block with torch.compile; all layers of one kind share the result. Used while training alone."""
+        self._call_block = torch.compile(_call_block)
 
     def bounds(self) -> list[Tensor] | list[None]:
         """Returns the lower bound of each layer, [D] each in [0, 1), or None where there is none."""
@@ -88,11 +93,18 @@ class HGRN2Model(nn.Module):
         return self.norm(x), ModelState(tuple(new_layers))
 
     def _run(self, layer: nn.Module, *arguments: Any) -> Any:
+        # evaluation meets too many shapes for compiling to be worth its time
+        call = self._call_block if self.training and self._call_block is not None else _call_block
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return layer(*arguments)
+            return call(layer, *arguments)
         # dropout is the only thing that draws numbers
         draws = self.training and self.config.dropout > 0
-        return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=draws)
+        return checkpoint(call, layer, *arguments, use_reentrant=False, preserve_rng_state=draws)
+
+
+def _call_block(layer: nn.Module, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    # a function that is given the layer is traced once for all of them
+    return layer(*arguments)
 
 
 def build_block(config: HGRN2Config, layer: int, backend: str = "auto", kind: type[Block] = Block) -> Block:

@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from hgrn2.nn.autocast import autocast_dtype
+from hgrn2.ops.backends import triton_runs
 
 IGNORE = -100
 # rows of logits that exist at a time
 ROWS = 1024
+# on a GPU, where one kernel reads and writes a block of logits: bytes of a block
+_BLOCK_BYTES = 1 << 29
 
 
 # an operator of its own, not an autograd.Function: torch 2.11's compiler gives that silent zeros as gradients
@@ -25,6 +28,8 @@ def _loss_and_gradients(
     loss.zero_()
     d_weight.zero_()
     low_weight = weight.to(x.dtype)
+    if x.is_cuda and triton_runs(x.dtype):
+        return _in_triton(x, low_weight, targets, loss, dx, d_weight)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[0], ROWS):
             part, target = x[start : start + ROWS], targets[start : start + ROWS]
@@ -36,6 +41,26 @@ def _loss_and_gradients(
                 d_logits = (d_logits * (target != IGNORE).unsqueeze(-1)).to(x.dtype)
                 dx[start : start + ROWS] = d_logits @ low_weight
                 d_weight += d_logits.T @ part
+    return loss, dx, d_weight
+
+
+def _in_triton(
+    x: Tensor, weight: Tensor, targets: Tensor, loss: Tensor, dx: Tensor, d_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill the results of `_loss_and_gradients`; dx and d_weight are empty if no gradient is wanted."""
+    from hgrn2.ops.triton.cross_entropy import cross_entropy_
+
+    needs_gradient = dx.numel() > 0
+    rows = max(ROWS, _BLOCK_BYTES // (weight.shape[0] * x.element_size()))
+    with torch.autocast("cuda", enabled=False):
+        for start in range(0, x.shape[0], rows):
+            part = x[start : start + rows]
+            logits = part @ weight.T
+            loss += cross_entropy_(logits, targets[start : start + rows], IGNORE, needs_gradient).sum()
+            if needs_gradient:
+                torch.mm(logits, weight, out=dx[start : start + rows])
+                # the sum over tokens stays in float32
+                d_weight += torch.mm(logits.T, part, out_dtype=d_weight.dtype)
     return loss, dx, d_weight
 
 

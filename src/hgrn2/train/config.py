@@ -106,7 +106,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     compile: bool = False
-    """Compile the loss with torch.compile: faster steps, minutes of waiting at the start."""
+    """Compile the layers with torch.compile: faster steps, half a minute of waiting at the start."""
     device: str = "auto"
     """Torch device, such as cpu or cuda:0; auto: the first GPU, or the CPU."""
     num_threads: int | None = None

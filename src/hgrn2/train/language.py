@@ -55,11 +55,12 @@ class LanguageTask:
         self._sampler = sampler
         self._teacher = teacher
         self._carried: ModelState | None = None
-        self._compiled: Callable[..., Any] | None = None
 
     def next_batch(self) -> Batch:
         """The next batch, on the CPU, where its targets are counted without waiting for the device."""
-        return next(self._batches)
+        batch = next(self._batches)
+        # memory from which a copy to the device needs no waiting
+        return batch.pin_memory() if self._device.type == "cuda" else batch
 
     def num_tokens(self, batch: Batch) -> int:
         """Inputs of the batch."""
@@ -72,10 +73,6 @@ class LanguageTask:
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Cross entropy summed over the targets, nats; with a teacher, mixed with the divergence from it."""
         part = model.loss if self._teacher is None else model.hidden_states
-        if self._config.compile:
-            if self._compiled is None:
-                self._compiled = torch.compile(part)
-            part = self._compiled
         batch = batch.to(self._device, non_blocking=True)
         if self._teacher is not None:
             return self._teacher.loss(part, model.lm_head.weight, batch)

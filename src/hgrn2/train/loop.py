@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import hgrn2
 from hgrn2.errors import UserError, check_types
@@ -52,6 +52,43 @@ class TrainResult:
     last_validation: dict[str, Any] | None = None
     stopped_by: str | None = None
     had_ended: bool = False
+
+
+@dataclass
+class _LaunchedStep:
+    """A step whose work is on its way to the device, or done.
+
+    Attributes:
+        step: its number.
+        tokens: tokens of the run up to its end.
+        num_tokens: its own.
+        num_targets: targets that its loss is a sum over.
+        learning_rate: of AdamW.
+        started_s: by the monotonic clock.
+        values: the summed loss and the gradient's norm, once they are known.
+    """
+
+    step: int
+    tokens: int
+    num_tokens: int
+    num_targets: int
+    learning_rate: float
+    started_s: float
+    values: tuple[float, float] | None = None
+
+    def read_back(self, loss_sum: Tensor, norm: Tensor) -> None:
+        """Begin to copy the values from a GPU, without waiting for it."""
+        self._copy = torch.stack((loss_sum, norm.to(loss_sum.dtype))).to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def wait(self) -> tuple[float, float]:
+        """The summed loss and the gradient's norm."""
+        if self.values is None:
+            self._copied.synchronize()
+            loss_sum, norm = self._copy.tolist()
+            self.values = loss_sum, norm
+        return self.values
 
 
 @dataclass
@@ -98,6 +135,8 @@ class Trainer:
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
         self._saved_step = -1
         self._saved_records: int | None = None
+        self._launched: _LaunchedStep | None = None
+        self._last_end_s = 0.0
 
     def run(self) -> TrainResult:
         """Train until the budget is used up or a signal asks to stop.
@@ -182,6 +221,8 @@ class Trainer:
         while not finished and stop.signal_name is None:
             self._step(metrics)
             finished = self._progress() >= 1.0
+            if finished or stop.signal_name or self._is_looked_at(counters.step):
+                self._finish_step(metrics)
             new_best = (finished or _due(counters.step, config.validation_every)) and self._validate(metrics)
             # before the checkpoint: a run that goes on from there does not write again
             if finished or _due(counters.step, config.sample_every):
@@ -194,6 +235,7 @@ class Trainer:
         if finished and counters.validated_step != counters.step:
             self._validate(metrics)
             self._save(metrics)
+        self._finish_step(metrics)
         # a run that a signal has stopped
         if self._saved_step != counters.step:
             self._save(metrics)
@@ -203,6 +245,13 @@ class Trainer:
                 f"go on with: hgrn2 train --resume {self.run_dir}"
             )
         return finished
+
+    def _is_looked_at(self, step: int) -> bool:
+        """Whether something of the model is shown or saved after this step."""
+        config = self.config
+        return any(
+            _due(step, every) for every in (config.validation_every, config.sample_every, config.checkpoint_every)
+        )
 
     def _step(self, metrics: MetricsWriter) -> None:
         config, counters = self.config, self._counters
@@ -219,57 +268,82 @@ class Trainer:
             (batch_loss / num_targets).backward()
             loss_sum += batch_loss.detach()
 
-        loss = loss_sum.item() / num_targets
         gradients = [p.grad for p in self._optimizer.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        grad_norm = norm.item()
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
+        num_tokens = sum(self.task.num_tokens(batch) for batch in batches)
+        counters.step += 1
+        counters.tokens += num_tokens
+        launched = _LaunchedStep(counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s)
+        if self._optimizer.updates_without_waiting and not (config.freeze or config.stream):
+            self._optimizer.step_if_finite(loss_sum, norm, config.clip_norm)
+            launched.read_back(loss_sum, norm)
+            self._optimizer.zero_grad()
+            # of the step before, which the device has finished or is about to
+            self._finish_step(metrics)
+            self._launched = launched
+            return
+        loss, grad_norm = loss_sum.item(), norm.item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             if config.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self._optimizer.parameters, config.clip_norm, norm)
             self._optimizer.step()
+        else:
+            self.task.step_skipped()
+        self._optimizer.zero_grad()
+        launched.values = loss, grad_norm
+        self._launched = launched
+        self._finish_step(metrics)
+
+    def _finish_step(self, metrics: MetricsWriter) -> None:
+        """Record the step that was launched last, if it has not been; waits for the device where it must."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        counters = self._counters
+        loss_sum, grad_norm = launched.wait()
+        loss = loss_sum / launched.num_targets
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if is_finite:
             smoothed = counters.smoothed_loss
             counters.smoothed_loss = loss if smoothed is None else _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
             counters.skipped_in_a_row = 0
         else:
-            self.task.step_skipped()
             counters.skipped_steps += 1
             counters.skipped_in_a_row += 1
-        self._optimizer.zero_grad()
-
-        num_tokens = sum(self.task.num_tokens(batch) for batch in batches)
-        counters.step += 1
-        counters.tokens += num_tokens
-        counters.elapsed_s = time.monotonic() - self._started_s
+        now_s = time.monotonic()
+        counters.elapsed_s = now_s - self._started_s
+        # steps overlap where nothing waits: the time of one is that from the end of the last to its own
+        began_s = max(launched.started_s, self._last_end_s)
+        self._last_end_s = now_s
         record = {
             "kind": "train",
-            "step": counters.step,
-            "tokens": counters.tokens,
+            "step": launched.step,
+            "tokens": launched.tokens,
             "elapsed_s": round(counters.elapsed_s, 3),
             "loss": loss if math.isfinite(loss) else None,
             "smoothed_loss": counters.smoothed_loss,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "learning_rate": learning_rate,
-            "tokens_per_s": round(num_tokens / max(time.monotonic() - started_s, 1e-9), 1),
+            "learning_rate": launched.learning_rate,
+            "tokens_per_s": round(launched.num_tokens / max(now_s - began_s, 1e-9), 1),
             "memory_bytes": memory_bytes(self._device),
             "skipped_steps": counters.skipped_steps,
         }
         metrics.write(record)
         self.display.train(record, self._progress(), self._eta_s())
-        if not finite:
-            self._report_nonfinite(loss)
+        if not is_finite:
+            self._report_nonfinite(launched.step, loss)
         elif self._freezing.count(loss):
             metrics.write({"kind": "unfreeze", "step": counters.step, "tokens": counters.tokens})
             self.display.note(f"step {counters.step}: the loss improves no more; all weights learn from now on")
 
-    def _report_nonfinite(self, loss: float) -> None:
+    def _report_nonfinite(self, step: int, loss: float) -> None:
         counters = self._counters
         what = "gradient" if math.isfinite(loss) else "loss"
         skipped = f"{counters.skipped_steps} skipped so far"
-        self.display.note(f"step {counters.step} skipped: its {what} is not finite ({skipped})")
+        self.display.note(f"step {step} skipped: its {what} is not finite ({skipped})")
         if counters.skipped_in_a_row >= self.config.max_nonfinite:
             raise UserError(
-                f"{self.run_dir}: stopped at step {counters.step}, the {what} was not finite in "
+                f"{self.run_dir}: stopped at step {step}, the {what} was not finite in "
                 f"{counters.skipped_in_a_row} steps in a row; {self._last_good()}; "
                 "lower learning_rate or raise warmup_steps"
             )

@@ -108,6 +108,33 @@ class NamedOptimizer:
         for optimizer in self._optimizers:
             optimizer.step()
 
+    @property
+    def updates_without_waiting(self) -> bool:
+        """Whether `step_if_finite` can be called: every parameter is on a GPU, under fused AdamW."""
+        return all(
+            isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"] for optimizer in self._optimizers
+        ) and all(p.is_cuda for p in self._named.values())
+
+    def step_if_finite(self, loss: Tensor, norm: Tensor, clip_norm: float) -> None:
+        """Clip and update on the device alone; nothing changes if the loss or the norm is not finite.
+
+        The fused kernel divides by one number and looks at one flag, which were made for scaled losses.
+
+        Args:
+            loss: a scalar.
+            norm: of the whole gradient, a scalar.
+            clip_norm: largest norm; 0 does not clip.
+        """
+        skip = (~(loss.isfinite() & norm.isfinite())).float()
+        # as torch.nn.utils.clip_grads_with_norm_ has it
+        divisor = ((norm.float() + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else torch.ones_like(skip)
+        for optimizer in self._optimizers:
+            optimizer.grad_scale, optimizer.found_inf = divisor, skip  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for optimizer in self._optimizers:

@@ -210,6 +210,8 @@ class _Parts:
         seed_everything(config.seed)
         model = HGRN2LM(model_config).to(device)
         model.activation_checkpointing = config.activation_checkpointing
+        if config.compile:
+            model.model.compile_blocks()
         return cls(model, task, config, data, frozen_names(model, config.freeze))
 
     def run(

@@ -1,0 +1,90 @@
+"""The loop on a GPU: it reads a step's loss after the next step is on its way, and records the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hgrn2.train import checkpoint
+from hgrn2.train.config import TrainConfig
+from hgrn2.train.display import PlainDisplay
+from hgrn2.train.lock import run_lock
+from hgrn2.train.loop import Trainer
+from hgrn2.train.metrics import read_metrics
+from hgrn2.train.optim import NamedOptimizer
+from tests.train.tiny_run import ROLES, TinyModel, TinyTask
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+class GPUTask(TinyTask):
+    """TinyTask with its batches on the GPU."""
+
+    def next_batch(self):
+        ids, targets, position = super().next_batch()
+        return ids.cuda(), targets.cuda(), position
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.carried = self.carried.cuda()
+
+
+def run(run_dir, config, **task_settings):
+    resume_from = None
+    with run_lock(run_dir) as check_lock:
+        if (run_dir / "config.json").exists():
+            run_dir, resume_from = checkpoint.resume_point(run_dir)
+        else:
+            checkpoint.create_run(run_dir, {"train": config.to_dict()})
+        torch.manual_seed(0)
+        trainer = Trainer(
+            model=TinyModel(dropout=0.0).cuda(), task=GPUTask(config, **task_settings), roles=ROLES, config=config,
+            run_dir=run_dir, run_config={"train": config.to_dict()}, resume_from=resume_from, display=PlainDisplay(),
+            check_lock=check_lock,
+        )  # fmt: skip
+        return trainer.run()
+
+
+def records(run_dir):
+    keys = ("step", "tokens", "loss", "grad_norm", "learning_rate", "smoothed_loss", "skipped_steps", "val_loss")
+    return [[r.get(k) for k in keys] for r in read_metrics(run_dir) if r["kind"] in ("train", "validation")]
+
+
+SETTINGS = {"max_steps": 12, "batch_size": 4, "seq_len": 8, "learning_rate": 0.01, "validation_every": 5}
+
+
+@pytest.mark.parametrize("bad_batches", [(), (3, 4, 9)])
+def test_records_are_those_of_a_loop_that_waits(bad_batches, tmp_path, monkeypatch, capsys):
+    config = TrainConfig(**SETTINGS, checkpoint_every=4)
+    run(tmp_path / "fast", config, bad_batches=bad_batches)
+    monkeypatch.setattr(NamedOptimizer, "updates_without_waiting", False)
+    run(tmp_path / "waiting", config, bad_batches=bad_batches)
+    fast, waiting = records(tmp_path / "fast"), records(tmp_path / "waiting")
+    assert len(fast) == len(waiting)
+    for found, wanted in zip(fast, waiting, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_resumed_run_records_the_same(tmp_path, capsys):
+    config = TrainConfig(**SETTINGS, checkpoint_every=4)
+    run(tmp_path / "whole", config)
+    short = TrainConfig(**(SETTINGS | {"max_steps": 8}), schedule="constant", checkpoint_every=4)
+    whole = TrainConfig(**SETTINGS, schedule="constant", checkpoint_every=4)
+    run(tmp_path / "parts", short)
+    run(tmp_path / "parts", whole)
+    run(tmp_path / "one", whole)
+    last = [records(tmp_path / name)[-1] for name in ("parts", "one")]
+    assert last[0] == pytest.approx(last[1], rel=1e-5)
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path, capsys):
+    from hgrn2.errors import UserError
+
+    config = TrainConfig(**SETTINGS, max_nonfinite=3)
+    with pytest.raises(UserError, match="not finite in 3 steps in a row"):
+        run(tmp_path / "bad", config, bad_batches=tuple(range(4, 12)))
+    skipped = [r["step"] for r in read_metrics(tmp_path / "bad") if r["kind"] == "train" and r["loss"] is None]
+    assert skipped == [5, 6, 7]
