@@ -119,7 +119,7 @@ class Screen:
         rows = [[row[j : j + width] for j in range(0, max(len(row), 1), width)] for row in self.rows]
         within = min(self.column, max(len(self.rows[self.row]) - 1, 0))
         self.row, self.column = sum(map(len, rows[: self.row])) + within // width, within % width
-        self.rows, self.width = sum(rows, []), width
+        self.rows, self.width = [row for some in rows for row in some], width
 
     def write(self, text):
         for word in re.findall(r"\x1b\[[?\d;]*[a-zA-Z]|.|\n", text):
