@@ -166,7 +166,7 @@ def model_config(
     model = str(preset) if model is None else model
     for change in changes:
         key, sign, value = change.partition("=")
-        if not sign:
+        if not (key and sign):
             raise UserError(f"--set {change}: wanted KEY=VALUE")
         try:
             keys[key] = parse_json(value)

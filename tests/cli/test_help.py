@@ -78,7 +78,6 @@ def test_help_of_train(capsys):
 
 def test_version(capsys):
     assert shown(capsys, "--version") == f"hgrn2 {hgrn2.__version__}\n"
-    assert python("-m", "hgrn2", "--version").stdout == f"hgrn2 {hgrn2.__version__}\n"
 
 
 def test_presets_are_listed(capsys):
@@ -166,10 +165,22 @@ def test_tests_that_need_an_extra_are_skipped_without_it(tmp_path):
     for name in ("tyro", "safetensors"):
         (tmp_path / f"{name}.py").write_text(BLOCKED)
     root = Path(__file__).parents[2]
-    places = ["tests/test_cli.py", "tests/train/test_optim.py", "tests/test_command.py"]
+    places = ["tests/cli/test_mistakes.py", "tests/train/test_optim.py", "tests/test_command.py"]
     done = python(
         "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *places, path=(tmp_path, SOURCE), cwd=root
     )
     assert done.returncode == 0, done.stdout
     assert "tyro is not installed" in done.stdout
     assert "safetensors is not installed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], [], ["--version"], ["train", "--help-all"], ["--print-completion", "fish"], ["info"]]
+)
+def test_help_into_a_closed_pipe_is_quiet(args, capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert cli.main(args) == 0
+    assert capsys.readouterr().err == ""

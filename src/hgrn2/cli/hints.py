@@ -84,7 +84,7 @@ def explain(message: str, command: str, flags: Sequence[Flag]) -> str:
         return _unknown_words([word for word in words if word], command, flags)
     if choice := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", message):
         known = choice[3].replace("'", "").rstrip(",").split(", ")
-        near = difflib.get_close_matches(choice[1].strip("'"), known, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(choice[1].strip("'"), known, n=1, cutoff=0.7)
         wanted = f"did you mean {near[0]}? wanted" if near else "wanted"
         return f"{choice[2]} is {choice[1]}; {wanted} {_alternatives(known)}"
     if message.startswith("Missing from "):

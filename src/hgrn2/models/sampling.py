@@ -76,8 +76,9 @@ def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: t
     if sampling.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         p = ordered.softmax(-1)
-        # a token goes when those before it already reach top_p; the likeliest always stays
+        # a token goes when those before it already reach top_p; the likeliest stays, however small that is
         gone = p.cumsum(-1) - p >= sampling.top_p
+        gone[..., 0] = False
         logits = logits.masked_fill(torch.zeros_like(gone).scatter(-1, order, gone), -torch.inf)
     if sampling.min_p > 0:
         p = logits.softmax(-1)

@@ -199,6 +199,9 @@ class TrainConfig:
         if value < 0 or (value == 0 and not zero_allowed):
             wanted = "0 or more" if zero_allowed else "more than 0"
             raise UserError(f"train config: {name} is {value}; wanted {wanted}")
+        # the seed has a bound of its own
+        if isinstance(value, int) and value >= 2**63 and name != "seed":
+            raise UserError(f"train config: {name} has {len(str(value))} digits; wanted less than 2^63")
 
     def _check_together(self) -> None:
         if self.schedule == "inverse-sqrt" and self.num_warmup_steps == 0:
