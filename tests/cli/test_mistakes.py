@@ -185,7 +185,7 @@ def test_ctrl_c_is_quiet_in_every_command(name, capsys, monkeypatch):
         "tokenizer.check_folder_place",
     ):  # fmt: skip
         monkeypatch.setattr(f"hgrn2.cli.{work}", interrupted)
-    monkeypatch.setattr("hgrn2.train.plots.plot_run", interrupted)
+    monkeypatch.setattr("hgrn2.train.report.write_report", interrupted)
     words = {"info": ["tiny"], "convert": ["x", "y", "--to", "hf"], "eval": ["x", "file"], "train": []}
     assert cli.main([name, *words.get(name, ["x"])]) == 130
     assert capsys.readouterr() == ("", "")
