@@ -18,7 +18,7 @@ from pathlib import Path
 import environment  # noqa: F401  (before torch)
 import torch
 
-RATE_UNITS = ("tokens/s", "MB/s")
+RATE_UNITS = ("tokens/s", "MB/s", "steps/s")
 
 
 @dataclass

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hgrn2.data import train_bpe
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-NAMES = ("exact", "report", "rivals", "scan", "scan_cuda", "tables", "roofline")
+NAMES = ("exact", "report", "rivals", "scan", "scan_cuda", "tables", "roofline", "prepare", "beside")
 
 
 @pytest.fixture
@@ -301,3 +303,20 @@ def test_why_a_rival_is_missing(modules, monkeypatch):
     functions, rows = modules["scan_cuda"].operators()
     assert list(functions) == [modules["scan_cuda"].OURS]
     assert "does not run here" in rows[0].note
+
+
+def test_both_ways_of_preparing_give_as_many_tokens(modules, tmp_path):
+    pytest.importorskip("datasets")
+    prepare = modules["prepare"]
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\f".join(f"text number {i}\nand its second line: \u00e9\u4e2d\n" * (i + 1) for i in range(20)),
+        encoding="utf-8",
+    )
+    corpora = prepare.write_corpora([text], 5000, tmp_path / "corpora")
+    tokenizer = train_bpe(prepare.documents([text]), 280).save(tmp_path)
+    counts = {
+        prepare.run_candidate(candidate, corpora[kind], tokenizer, 1, tmp_path)[1]
+        for kind, candidate in (("jsonl", prepare.OURS), ("txt", prepare.OURS), ("txt", prepare.RIVAL))
+    }
+    assert len(counts) == 1
