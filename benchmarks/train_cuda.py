@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import environment  # noqa: F401  (before torch)
 import numpy as np
 import torch
 from report import Row, compare, report
