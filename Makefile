@@ -4,12 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# the beginning that is given; the samples in examples/demo.toml continue the same
+define DEMO_PROMPT
+def read_file(path, mode='r'):
+    """Read a file and return its lines."""
+    if
+endef
+export DEMO_PROMPT
+
 .PHONY: demo test lint install tables docs clean
 
 demo: $(VENV)/.demo
 	rm -rf runs/demo
 	$(BIN)/hgrn2 train --config examples/demo.toml --out runs/demo --compressors
-	$(BIN)/hgrn2 generate runs/demo --prompt "def" --max-tokens 120 --temperature 0.5 --seed 1
+	@echo; echo "A function it writes after its first lines were given:"; echo
+	@$(BIN)/hgrn2 generate runs/demo --prompt "$$DEMO_PROMPT" --max-tokens 160 --temperature 0.5 --top-p 0.9 --seed 1 \
+		--stop '\n\n\n' '\ndef ' '\nclass ' '\n    def '
+	@echo; echo "The whole run on one page: runs/demo/report.html"
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest

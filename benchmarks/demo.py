@@ -5,16 +5,15 @@ make demo && python benchmarks/demo.py runs/demo --out benchmarks/results/demo-c
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import sys
 from pathlib import Path
 
-import environment  # noqa: F401  (before torch)
 from report import Row, arguments, report
 
 from hgrn2.data.prepare import PreparedData
+from hgrn2.train.compressors import compressed_bits
+from hgrn2.train.places import from_kept
 
 
 def main() -> int:
@@ -24,18 +23,21 @@ def main() -> int:
     options = parser.parse_args()
     config = json.loads((options.run / "config.json").read_text(encoding="utf-8"))
     records = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    first = next(record for record in records if record["kind"] == "start")
     last = [record for record in records if record["kind"] == "validation"][-1]
-    held_out = (data := PreparedData.open(config["data"]["prepared"])).validation
-    text = data.tokenizer.decode(held_out.tokens(0, held_out.num_tokens)).encode("utf-8")
-    if last["val_text_bytes"] != len(text):
-        parser.error(f"the run was validated on {last['val_text_bytes']:,} of {len(text):,} held-out bytes")
+    data = PreparedData.open(from_kept(options.run, config["data"]["prepared"], config["data"].get("run_was_at")))
+    bits, num_bytes = compressed_bits(data.validation, data.tokenizer)
+    if last["val_text_bytes"] != num_bytes:
+        parser.error(f"the run was validated on {last['val_text_bytes']:,} of {num_bytes:,} held-out bytes")
+    read, size = data.train.num_text_bytes / 1e6, 4 * first["parameters"] / 1e6
+    before = f"trained on {read:.1f} MB of text of the same kind; its own {size:.1f} MB are not counted"
     rows = [
-        Row("the demo's model", last["val_bits_per_byte"], "bits/byte"),
-        Row("gzip -9", 8 * len(gzip.compress(text, 9)) / len(text), "bits/byte"),
-        Row("xz -9", 8 * len(lzma.compress(text, preset=9)) / len(text), "bits/byte"),
+        Row("the demo's model", last["val_bits_per_byte"], "bits/byte", note=before),
+        *(Row(name, rate, "bits/byte", note="starts from nothing") for name, rate in bits.items()),
         Row("training", last["elapsed_s"], "s", note=f"{last['step']} steps, {last['tokens']:,} tokens"),
     ]
-    report("demo", {"held-out bytes": len(text)}, rows, options.device, options.out)
+    settings = {"held-out bytes": num_bytes, "held-out files": data.validation.num_documents}
+    report("demo", settings, rows, options.device, options.out)
     return 0
 
 

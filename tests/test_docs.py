@@ -77,5 +77,13 @@ def test_the_demo_s_settings_exist():
 
     settings = tomllib.loads((ROOT / "examples" / "demo.toml").read_text(encoding="utf-8"))
     assert TrainConfig.from_dict(settings["train"]).max_time_s == 300
-    assert data_settings(settings["data"])["data"] == ["stdlib"]
+    found = data_settings(settings["data"])
+    assert (found["data"], found["validation"]) == (["stdlib"], ["stdlib-validation"])
+    # held-out text of the standard library says nothing of a model of something else
+    assert data_settings(settings["data"], data=["notes"])["validation"] == []
+    assert data_settings(settings["data"], data=["notes"], validation=["others"])["validation"] == ["others"]
+    # the beginning that the Makefile gives is the one that the samples on the way continue
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    prompt = makefile.split("define DEMO_PROMPT\n")[1].split("\nendef")[0]
+    assert settings["train"]["sample_prompt"] == prompt
     assert model_config(None, settings["model"], (), 4096).vocab_size == 4096

@@ -63,7 +63,10 @@ _DATA_KEYS = {
 
 
 def data_settings(file: dict[str, Any], **flags: Any) -> dict[str, Any]:
-    """What to read and how: defaults, over them the file's [data], over that the flags that were given."""
+    """Return what to read and how: defaults, over them the file's [data], over that the flags that were given.
+
+    The file's validation goes with the file's data, and is left out when other data is given.
+    """
     for key, value in file.items():
         if key not in _DATA_KEYS:
             raise UserError(unknown_key_message("data config", key, _DATA_KEYS))
@@ -72,6 +75,9 @@ def data_settings(file: dict[str, Any], **flags: Any) -> dict[str, Any]:
         if not all(isinstance(name, str) for name in names):
             raise UserError(f"data config: {key} is {value!r}; wanted a text{' or a list of texts' if several else ''}")
         file = file | {key: names if several else value}
+    if flags.get("data") and not flags.get("validation") and (dropped := file.get("validation")):
+        file = file | {"validation": []}
+        announce(f"validation {', '.join(dropped)} goes with the data of the file, not with --data; left out")
     found = _DATA_KEYS | file | {key: value for key, value in flags.items() if value not in (None, [])}
     for key, value in found.items():
         # an empty path would mean the current folder, and no path has a null character

@@ -385,6 +385,7 @@ def test_first_words(tmp_path):
         "ab\n" * 50: "ab",
         "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 60: "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 12,
         "# - *\n--- === ***\n": "",
+        "# -*- mode: python -*-\n\nimport sys\nfrom here import that\n": "from here import that",
     }
     for index, (text, prompt) in enumerate(wanted.items()):
         (tmp_path / "t").mkdir(exist_ok=True)

@@ -42,7 +42,8 @@ def first_words(dataset: TokenDataset, tokenizer: Tokenizer) -> str:
         *lines, rest = tokenizer.decode(tokens).split("\n")
         for line in lines or [rest]:
             prompt = _start_of(line)
-            if len(prompt.split()) >= 3:
+            # a comment or a heading is a worse beginning than words
+            if len(prompt.split()) >= 3 and prompt[0].isalpha():
                 return prompt
             best = best or prompt
     return best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,9 @@ def _sentence(facts: RunFacts) -> str:
     words.append(f"that has read {_in_words(last['tokens'])} tokens")
     names = facts.section("data").get("data")
     if isinstance(names, list) and names:
-        words.append("of " + ", ".join(str(n) for n in names[:3]) + (" and more" if len(names) > 3 else ""))
+        words.append(
+            "of " + ", ".join(Path(str(n)).name or str(n) for n in names[:3]) + (" and more" if len(names) > 3 else "")
+        )
     words.append(f"in {duration(last['elapsed_s'])}")
     device = facts.starts[-1].get("device") if facts.starts else None
     if isinstance(device, str):
