@@ -103,8 +103,11 @@ def _flag(name: str, hint: Any, default: Any, text: str) -> Flag:
     is_switch = kind is bool
     is_positional = _POSITIONAL in marks
     if default not in (None, inspect.Parameter.empty, False, (), "") and "(default" not in text:
-        text = f"{text.removesuffix('.')} (default: {default})."
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        text = f"{text.removesuffix('.')} (default: {shown})."
     placeholder = "" if is_switch else _placeholder(name, kind, is_positional)
+    if is_positional and default is None:
+        placeholder = f"[{placeholder}]"
     return Flag(name, is_positional, is_switch, placeholder, text)
 
 
@@ -117,4 +120,7 @@ def _placeholder(name: str, kind: Any, is_positional: bool) -> str:
     if several:
         kind = typing.get_args(kind)[0]
     word = _PLACEHOLDERS.get(name) or (name.upper() if is_positional else _PLACEHOLDERS_OF_TYPES[kind])
+    if several and is_positional:
+        # the parser takes none of them as well
+        return f"[{word} ...]"
     return f"{word} [{word} ...]" if several else word

@@ -45,18 +45,20 @@ def command_help(name: str, function: Command, common: Collection[str], *, all_f
     options = [flag for flag in flags if not flag.is_positional]
     first = [flag for flag in options if not common or flag.field in common]
     further = [flag for flag in options if flag not in first]
-    lines = [" ".join(["usage: hgrn2", name, *(flag.label for flag in positional), "[options]"]), ""]
+    usage = ["usage: hgrn2", name, *(flag.label for flag in positional), *(["[options]"] if options else [])]
+    lines = [" ".join(usage), ""]
     documented = docstring_parser.parse_from_object(function)
     for text in (documented.short_description, documented.long_description):
         lines += [*_wrap(" ".join(text.split()), ""), ""] if text else []
     if positional:
         lines += [*_rows(positional), ""]
-    lines += ["common options:" if further else "options:", *_rows(first)]
+    if first:
+        lines += ["common options:" if further else "options:", *_rows(first)]
     if further and all_flags:
         lines += ["", "further options:", *_rows(further)]
     elif further:
         lines += ["", f"{len(further)} further options: hgrn2 {name} --help-all"]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def _summary(function: Command) -> str:

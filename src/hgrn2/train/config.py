@@ -80,7 +80,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     muon_learning_rate: float | None = None
-    """Peak learning rate of Muon, in AdamW's scale (updates of equal size); unset: learning_rate."""
+    """Peak learning rate of Muon, in AdamW's scale (updates of equal size) (default: learning_rate)."""
     beta1: float = 0.9
     """Decay of AdamW's running mean of the gradient."""
     beta2: float = 0.95
@@ -95,11 +95,11 @@ class TrainConfig:
     schedule: Literal["cosine", "wsd", "inverse-sqrt", "constant"] = "cosine"
     """Shape of the learning rate after the warmup; wsd: warmup, stable, decay to the end."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate rises from zero; unset: 100, or max_steps / 10 if less (inverse-sqrt: 100)."""
+    """Steps in which the learning rate rises from zero (default: 100, at most max_steps / 10 but for inverse-sqrt)."""
     decay_fraction: float | None = None
-    """The last part of the budget, over which wsd decays; unset: 0.2."""
+    """The last part of the budget, over which wsd decays (default: 0.2)."""
     min_lr_fraction: float | None = None
-    """Learning rate that cosine and wsd go down to, as a fraction of the peak; unset: 0.1."""
+    """Learning rate that cosine and wsd go down to, as a fraction of the peak (default: 0.1)."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass; bfloat16 is autocast, with weights and optimizer in float32."""
@@ -110,22 +110,22 @@ class TrainConfig:
     device: str = "auto"
     """Torch device, such as cpu or cuda:0; auto: the first GPU, or the CPU."""
     num_threads: int | None = None
-    """Threads torch computes with on the CPU; unset: torch's choice. Another number changes the last bits."""
+    """Threads torch computes with on the CPU; another number changes the last bits (default: torch's choice)."""
     freeze: str = ""
     """Weights that wait: copied (all but the recurrent mixers' own) or patterns such as *.mlp.*; empty: none."""
     unfreeze_every: int | None = None
-    """Steps of an interval, whose mean loss is compared with that of the one before; 0: never; unset: 100."""
+    """Steps of an interval, whose mean loss is compared with that of the one before; 0: never (default: 100)."""
     unfreeze_threshold: float | None = None
-    """Improvement between two intervals, in nats a token, below which frozen weights begin to learn; unset: 0.02."""
+    """Improvement between two intervals, in nats a token, below which frozen weights begin to learn (default: 0.02)."""
 
     unfrozen_lr_fraction: float | None = None
-    """Learning rate of weights that were frozen, as a part of the others', after its own warmup; unset: 0.1."""
+    """Learning rate of weights that were frozen, as a part of the others', after its own warmup (default: 0.1)."""
     teacher: str | None = None
     """A model of the same tokens to learn from beside the text: a run, or a folder as for --from."""
     distill_weight: float | None = None
-    """Part of the loss that is the divergence from the teacher's predictions, 0 to 1; unset: 0.5."""
+    """Part of the loss that is the divergence from the teacher's predictions, 0 to 1 (default: 0.5)."""
     distill_temperature: float | None = None
-    """What both models' logits are divided by in that part; unset: 1."""
+    """What both models' logits are divided by in that part (default: 1)."""
 
     seed: int = 0
     """Seed of the weights, the data order and the dropout."""
