@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 	rm -rf runs/demo
 	$(BIN)/hgrn2 train --config examples/demo.toml --out runs/demo --compressors
 	@echo; echo "A function it writes after its first lines were given:"; echo
-	@$(BIN)/hgrn2 generate runs/demo --prompt "$$DEMO_PROMPT" --max-tokens 160 --temperature 0.5 --top-p 0.9 --seed 1 \
+	@$(BIN)/hgrn2 generate runs/demo --prompt "$$DEMO_PROMPT" --max-tokens 160 --temperature 0.4 --top-p 0.9 --seed 3 \
 		--stop '\n\n\n' '\ndef ' '\nclass ' '\n    def '
 	@echo; echo "The whole run on one page: runs/demo/report.html"
 
