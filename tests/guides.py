@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,18 @@ def small_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(some)})
 
 
+def exporter_to_onnx(_: pytest.MonkeyPatch) -> None:
+    """What it needs, or a skipped test; torch's exporter warns about itself."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("ignore", "# .*", UserWarning)
+
+
 # what lies in the folder where a guide's blocks run; those that are not named need nothing
 SETUPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "using.md": lambda _: make_run(Path("runs/RUN")),
     "data.md": small_standard_library,
+    "export.md": exporter_to_onnx,
 }

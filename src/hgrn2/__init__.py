@@ -16,7 +16,7 @@ __all__ = [
     "models", "nn", "ops", "presets",
 ]  # fmt: skip
 
-_SUBPACKAGES = {"models", "nn", "ops"}
+_SUBPACKAGES = {"models", "nn", "onnx", "ops"}
 # where public names live; in hgrn2.models if not here
 _HOMES = {"HGRN2Mixer": "hgrn2.nn", "load": "hgrn2.loading"}
 

@@ -169,7 +169,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
             attention_mask: [B, T], or [B, S + T] after S places that the cache has read; 0 where a place is padding.
             cache: what was read before, as an earlier call returned it; taken on in place.
             inputs_embeds: [B, T, D], what the embeddings would give; instead of input_ids.
-            use_cache: whether to return a cache; by default as the configuration says, and not in training.
+            use_cache: whether to return a cache; by default as the configuration says, and not in training or export.
             output_hidden_states: whether to return the input of every layer and the last layer's output, [B, T, D]
                 each, the last behind the final norm.
             cu_seq_lens_q: [N + 1] starts of sequences packed end to end and the total length, B = 1.
@@ -196,7 +196,9 @@ class HGRN2Model(HGRN2PreTrainedModel):
         if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
             _check_places(kwargs["position_ids"], mask, x)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and cu_seq_lens_q is None
+            # torch.export knows no cache among a program's results
+            is_wanted = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
+            use_cache = is_wanted and cu_seq_lens_q is None
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         states = None if cache is None else state_layers(cache, self.config.layer_types)

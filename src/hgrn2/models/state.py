@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.export
 from torch import Tensor
 
 from hgrn2.errors import UserError
@@ -123,3 +124,7 @@ class ModelState:
                     f"state: {name} has shape {list(found[name].shape)}, wanted {shape}; it is of another model"
                 )
         return ModelState.from_tensors({name: found[name].to(x) for name, x in wanted.items()})
+
+
+# torch.export and torch.func take a state as input and output
+torch.export.register_dataclass(ModelState, serialized_type_name="hgrn2.models.state.ModelState")

@@ -110,6 +110,9 @@ class Attention(nn.Module):
             count = count + state["position"]
         if mask is not None:
             k, v, valid = _close_gaps(k, v, valid)
+        if self.window_size is not None and torch.compiler.is_exporting():
+            # as many places whatever the length, which an exported program leaves open
+            k, v, valid = (self._fill_window(x) for x in (k, v, valid))
         first = self._first_kept(k.shape[1])
         return y, {"key": k[:, first:], "value": v[:, first:], "valid": valid[:, first:], "position": count}
 
@@ -164,7 +167,13 @@ class Attention(nn.Module):
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the last places among keys that are all tokens; [B, T, D]."""
         length, count = q.shape[1], k.shape[1]
-        if length == count and (self.window_size is None or count <= self.window_size):
+        if length == count and self.window_size is None:
+            return self._dot_product(q, k, v, None)
+        if torch.compiler.is_exporting():
+            # blocks would be counted now, and an exported program leaves the length open
+            key = torch.arange(count, device=q.device)
+            return self._dot_product(q, k, v, self._reaches(key[count - length :].unsqueeze(1), key))
+        if self.window_size is not None and length == count <= self.window_size:
             return self._dot_product(q, k, v, None)
         window = count if self.window_size is None else self.window_size
         block = max(window, WINDOW_BLOCK)
@@ -192,6 +201,12 @@ class Attention(nn.Module):
     def _first_kept(self, count: int) -> int:
         """The first of some keys that a later query can see."""
         return 0 if self.window_size is None else max(0, count - self.window_size + 1)
+
+    def _fill_window(self, x: Tensor) -> Tensor:
+        """The last window_size - 1 places of x [B, places, ...], filled up in front with zeros."""
+        assert self.window_size is not None
+        kept = self.window_size - 1
+        return torch.cat([x.new_zeros((x.shape[0], kept, *x.shape[2:])), x], 1).narrow(1, x.shape[1], kept)
 
     def _seen(self, valid: Tensor, length: int) -> Tensor:
         """Which of the keys, valid [B, keys], the last `length` places see, bool [B, T, keys]."""

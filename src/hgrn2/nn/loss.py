@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from hgrn2.nn.autocast import autocast_dtype
 from hgrn2.ops.backends import triton_runs
+from hgrn2.ops.export import is_onnx_export
 
 IGNORE = -100
 # rows of logits that exist at a time
@@ -82,12 +84,36 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.weight_dtype = inputs[1].dtype
 
 
+class _NoDerivative(torch.autograd.Function):
+    """Tensors as they are, whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "the loss has no second derivative; compute it from logits with torch.nn.functional.cross_entropy"
+        )
+
+
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
     dx, d_weight = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # results of the operator, they would pass for constants
+        dx, d_weight = _NoDerivative.apply(dx, d_weight)  # pyright: ignore[reportGeneralTypeIssues]
     return dx * grad.to(dx.dtype), (d_weight * grad).to(ctx.weight_dtype), None, None
 
 
 _loss_and_gradients.register_autograd(_backward, setup_context=_save)
+
+
+def _is_transformed() -> bool:
+    """Whether derivatives are taken that the operator does not have: by torch.func, or in forward mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -100,7 +126,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         A scalar in nats, float32 (float64 for float64).
+
+    Raises:
+        RuntimeError: a second derivative is computed, but for one by torch.func.
     """
     x = x.to(autocast_dtype(x) or x.dtype)
+    if is_onnx_export() or _is_transformed():
+        logits = (x @ weight.to(x.dtype).T).to(torch.promote_types(x.dtype, torch.float32))
+        return functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _loss_and_gradients(x, weight, targets, needs_gradient)[0]

@@ -127,7 +127,9 @@ class HGRN2Mixer(nn.Module):
         q, z, v, new_state = self.project(x, state, cu_seqlens, mask)
         recurrent = None if state is None else state["recurrent"]
         min_log_decay = self.min_log_decay if self.training else None
-        if recurrent is not None and x.shape[1] == 1 and cu_seqlens is None and min_log_decay is None:
+        # a length that an exported program leaves open is no step
+        is_step = isinstance(x.shape[1], int) and x.shape[1] == 1
+        if recurrent is not None and is_step and cu_seqlens is None and min_log_decay is None:
             y, recurrent = hgrn2_step(
                 q[:, 0],
                 z[:, 0],

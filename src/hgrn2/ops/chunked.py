@@ -345,7 +345,7 @@ def backward(
     reverse: bool,
     tile_chunks: int,
 ) -> Tensor:
-    """Gradient of `forward`; those of the inputs are left in the gate.
+    """Gradient of `forward`, run again if it kept no states; gradients of the inputs are left in the gate.
 
     Returns:
         The gradient of the initial state, [N, H, K, V].
@@ -354,6 +354,9 @@ def backward(
     plan = _plan(gate, cu_seqlens, tile_chunks)
     low = _low_dtype(gate)
     batch, _, heads, _ = q.shape
+    if not kept.shape[0] and plan.tiles:
+        # a forward pass that was exported kept none
+        *_, kept = forward(gate, initial_state, cu_seqlens, reverse, tile_chunks, keep_states=True)
     gate.allocate_gradients()
     packed = cu_seqlens is not None
     starts = _state_frame(initial_state, tuple(d_final_state.shape), packed, d_final_state)

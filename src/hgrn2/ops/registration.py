@@ -19,6 +19,7 @@ from hgrn2.ops.gates import FreeGate, TiedGate
 
 def _with_a_direct_way(
     operator: Callable[..., Any],
+    backend: str,
     forward: Callable[..., Any],
     setup: Callable[..., None],
     backward: Callable[..., Any],
@@ -28,6 +29,7 @@ def _with_a_direct_way(
 
     Args:
         operator: as registered.
+        backend: its name, for errors.
         forward: what it does.
         setup: saves for the backward pass what it needs, as torch.library's setup_context.
         backward: as for register_autograd, with the function that finds the gradients as a last argument.
@@ -46,13 +48,61 @@ def _with_a_direct_way(
             # the operator refuses a second derivative, if somebody asks for one
             return backward(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads, gradients)
 
+    under_transforms = _with_transforms(operator, backend, setup, backward)
+
     def call(*inputs: Any) -> Any:
         if not _nobody_looks_on(inputs):
-            return operator(*inputs)
+            return under_transforms(*inputs)
         recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         return Direct.apply(*inputs) if recorded else forward(*inputs)
 
     return call
+
+
+def _with_transforms(
+    operator: Callable[..., Any], backend: str, setup: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Lets torch.func differentiate an operator, which torch.library's own registration does not."""
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return operator(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    def call(*inputs: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+            return operator(*inputs)
+        try:
+            return Transformed.apply(*inputs)
+        except NotImplementedError as error:
+            if "jvp" not in str(error):
+                raise
+            # forward mode inside another transform, which `check_tangents` does not see
+            raise NotImplementedError(
+                f"backend {backend!r} has no derivative in forward mode; use backend='reference'"
+            ) from error
+
+    return call
+
+
+def _without_derivative(operator: Any, backend: str) -> Callable[..., Any]:
+    """Makes the derivative of a backward pass an error that says what to do."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"backend {backend!r} has no second derivative; use backend='reference'")
+
+    operator.register_autograd(refuse)
+    return _with_transforms(operator, backend, lambda ctx, inputs, output: None, refuse)
 
 
 def _nobody_looks_on(inputs: tuple[Any, ...]) -> bool:
@@ -65,7 +115,7 @@ def _nobody_looks_on(inputs: tuple[Any, ...]) -> bool:
 
 
 @torch.library.custom_op("hgrn2::chunked_scan", mutates_args=())
-def chunked_scan(
+def _chunked_scan_op(
     q: Tensor, f: Tensor, v: Tensor, lower_bound: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, reverse: bool, scale: float, q_activation: str, v_activation: str,
     min_log_decay: float | None, tile_chunks: int, keep_states: bool,
@@ -76,7 +126,7 @@ def chunked_scan(
         return chunked.forward(gate, initial_state, cu_seqlens, reverse, tile_chunks, keep_states)
 
 
-@chunked_scan.register_fake
+@_chunked_scan_op.register_fake
 def _(
     q,
     f,
@@ -144,9 +194,12 @@ def _chunked_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, output[2])
 
 
+_scan_gradients = _without_derivative(_scan_backward_op, "chunked")
+
+
 def _scan_backward(ctx, dy, d_final_state, _):
     q, f, v, lower_bound, initial_state, cu_seqlens, kept = ctx.saved_tensors
-    dq, df, dv, d_bound, d_initial = _scan_backward_op(
+    dq, df, dv, d_bound, d_initial = _scan_gradients(
         dy, d_final_state, q, f, v, lower_bound, initial_state, cu_seqlens, kept, *ctx.settings
     )
     d_bound = None if lower_bound is None else d_bound
@@ -154,11 +207,12 @@ def _scan_backward(ctx, dy, d_final_state, _):
     return dq, df, dv, d_bound, d_initial, *[None] * 8
 
 
-chunked_scan.register_autograd(_scan_backward, setup_context=_chunked_setup)
+_chunked_scan_op.register_autograd(_scan_backward, setup_context=_chunked_setup)
+chunked_scan = _with_transforms(_chunked_scan_op, "chunked", _chunked_setup, _scan_backward)
 
 
 @torch.library.custom_op("hgrn2::chunked_gated_scan", mutates_args=())
-def chunked_gated_scan(
+def _chunked_gated_scan_op(
     q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     reverse: bool, scale: float, tile_chunks: int, keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -169,7 +223,7 @@ def chunked_gated_scan(
         )
 
 
-@chunked_gated_scan.register_fake
+@_chunked_gated_scan_op.register_fake
 def _(q, k, v, log_f, initial_state, cu_seqlens, reverse, scale, tile_chunks, keep_states):
     return _empty_results(q, v, cu_seqlens, tile_chunks, keep_states)
 
@@ -193,16 +247,20 @@ def _(dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, revers
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_f, d_final_state))
 
 
+_gated_gradients = _without_derivative(_gated_backward_op, "chunked")
+
+
 def _gated_backward(ctx, dy, d_final_state, _):
     q, k, v, log_f, initial_state, cu_seqlens, kept = ctx.saved_tensors
-    dq, dk, dv, d_log_f, d_initial = _gated_backward_op(
+    dq, dk, dv, d_log_f, d_initial = _gated_gradients(
         dy, d_final_state, q, k, v, log_f, initial_state, cu_seqlens, kept, *ctx.settings
     )
     d_initial = None if initial_state is None else d_initial
     return dq, dk, dv, d_log_f, d_initial, *[None] * 5
 
 
-chunked_gated_scan.register_autograd(_gated_backward, setup_context=_chunked_setup)
+_chunked_gated_scan_op.register_autograd(_gated_backward, setup_context=_chunked_setup)
+chunked_gated_scan = _with_transforms(_chunked_gated_scan_op, "chunked", _chunked_setup, _gated_backward)
 
 
 def _triton_forward(
@@ -274,7 +332,10 @@ def _triton_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _triton_backward(ctx, dy, d_final_state, gradients=_triton_gradients_op):
+_triton_gradients_traced = _without_derivative(_triton_gradients_op, "triton")
+
+
+def _triton_backward(ctx, dy, d_final_state, gradients=_triton_gradients_traced):
     tensors = ctx.saved_tensors
     _, _, k, _, lower_bound, initial_state, _ = tensors
     dq, df, dk, dv, d_bound, d_initial = gradients(dy, d_final_state, *tensors, *ctx.settings)
@@ -285,7 +346,9 @@ def _triton_backward(ctx, dy, d_final_state, gradients=_triton_gradients_op):
 
 
 _triton_op.register_autograd(_triton_backward, setup_context=_triton_setup)
-triton_scan = _with_a_direct_way(_triton_op, _triton_forward, _triton_setup, _triton_backward, _triton_gradients)
+triton_scan = _with_a_direct_way(
+    _triton_op, "triton", _triton_forward, _triton_setup, _triton_backward, _triton_gradients
+)
 
 
 def _cuda_forward(
@@ -359,7 +422,10 @@ def _cuda_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _cuda_backward(ctx, dy, d_final_state, _, gradients=_cuda_gradients_op):
+_cuda_gradients_traced = _without_derivative(_cuda_gradients_op, "cuda")
+
+
+def _cuda_backward(ctx, dy, d_final_state, _, gradients=_cuda_gradients_traced):
     if dy is None:
         dy = torch.zeros_like(ctx.saved_tensors[2])
     *_, lower_bound, initial_state, _, _ = tensors = ctx.saved_tensors
@@ -371,7 +437,7 @@ def _cuda_backward(ctx, dy, d_final_state, _, gradients=_cuda_gradients_op):
 
 
 _cuda_op.register_autograd(_cuda_backward, setup_context=_cuda_setup)
-cuda_scan = _with_a_direct_way(_cuda_op, _cuda_forward, _cuda_setup, _cuda_backward, _cuda_gradients)
+cuda_scan = _with_a_direct_way(_cuda_op, "cuda", _cuda_forward, _cuda_setup, _cuda_backward, _cuda_gradients)
 
 
 @torch.library.custom_op("hgrn2::triton_step", mutates_args=())

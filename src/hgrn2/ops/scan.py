@@ -19,6 +19,7 @@ from hgrn2.ops.checks import (
     state_dtype,
 )
 from hgrn2.ops.cuda.plan import coarse_chunks
+from hgrn2.ops.export import free_scan, is_onnx_export, tied_scan
 from hgrn2.ops.gates import activate
 from hgrn2.ops.registration import (
     chunked_gated_scan,
@@ -83,7 +84,7 @@ def hgrn2_scan(
         ValueError: shapes, dtypes, devices, settings, values of cu_seqlens or of the lower bound that do not fit;
             values of tensors are checked where that needs no wait for an accelerator.
         NotImplementedError: a derivative in forward mode is asked of another backend than "reference".
-        RuntimeError: likewise a second derivative.
+        RuntimeError: likewise a second derivative, where it is computed.
 
     Example:
         >>> import torch, hgrn2
@@ -98,6 +99,11 @@ def hgrn2_scan(
     )
     check_lower_bound(lower_bound, q, debug)
     lower_bound, initial_state = _as_state(lower_bound, q), _as_state(initial_state, q)
+    if is_onnx_export():
+        return tied_scan(
+            q, f, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, v_activation,
+            min_log_decay,
+        )  # fmt: skip
     # a launch takes no larger batch
     plain = q.shape[0] < 1 << 16
     backend = _resolve(backend, q, v, plain)
@@ -106,7 +112,7 @@ def hgrn2_scan(
     if backend == "cuda":
         # rounded as every product of its kernels would
         v = activate(v, v_activation)
-        keep = _needs_gradient(q, f, v, lower_bound, initial_state) and q.dtype == torch.bfloat16
+        keep = _keeps_states(q, f, v, lower_bound, initial_state) and q.dtype == torch.bfloat16
         num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         batch, length, heads, _ = q.shape
         coarse = coarse_chunks(batch, length, heads, num_packed) if keep else 0
@@ -128,7 +134,7 @@ def hgrn2_scan(
             _initial_state(initial_state, q, v, cu_seqlens), cu_seqlens, reverse, scale,
         )  # fmt: skip
         return y.to(q.dtype), state
-    keep = _needs_gradient(q, f, v, lower_bound, initial_state)
+    keep = _keeps_states(q, f, v, lower_bound, initial_state)
     tile_chunks = chunks_per_tile(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype, q.device)
     y, state, _ = chunked_scan(
         q,
@@ -192,6 +198,8 @@ def gated_scan(
     check_settings(q, scale, reverse=reverse)
     check_log_decay(log_f, q, debug)
     log_f, initial_state = log_f.to(state_dtype(q)), _as_state(initial_state, q)
+    if is_onnx_export():
+        return free_scan(q, k, v, log_f, initial_state, cu_seqlens, reverse, float(scale))
     backend = _resolve(backend, q, v, plain=False)
     check_tangents(backend, q, k, v, log_f, initial_state)
     if backend == "triton":
@@ -202,7 +210,7 @@ def gated_scan(
         operands = (q.to(dtype), k.to(dtype), v.to(dtype), torch.exp(log_f))
         y, state = reference.recurrence(*operands, state, cu_seqlens, reverse, scale)
         return y.to(q.dtype), state
-    keep = _needs_gradient(q, k, v, log_f, initial_state)
+    keep = _keeps_states(q, k, v, log_f, initial_state)
     tile_chunks = chunks_per_tile(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype, q.device)
     y, state, _ = chunked_gated_scan(
         q, k, v, log_f, initial_state, cu_seqlens, reverse, float(scale), tile_chunks, keep
@@ -255,6 +263,8 @@ def hgrn2_step(
     check_settings(q, scale, q_activation=q_activation, v_activation=v_activation)
     check_lower_bound(lower_bound, q, debug)
     dtype = state_dtype(q)
+    if is_onnx_export():
+        backend = "chunked"
     if backend == "cuda":
         # a step is Triton's kernel whichever the scan's are; without Triton, a few operations of torch
         backend = "chunked" if q.is_cuda and not triton_runs() else "triton"
@@ -297,6 +307,12 @@ def _as_state(x: Tensor | None, q: Tensor) -> Tensor | None:
 
 def _needs_gradient(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _keeps_states(*inputs: Tensor | None) -> bool:
+    """Whether the forward pass keeps states for the backward pass, which otherwise computes them again."""
+    # how many there are depends on the length, which an exported program leaves open
+    return _needs_gradient(*inputs) and not torch.compiler.is_exporting()
 
 
 def _initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
