@@ -11,7 +11,7 @@ from pathlib import Path
 
 from report import Row, arguments, report
 
-from hgrn2.data.prepare import PreparedData
+from hgrn2.data.prepared import PreparedData
 from hgrn2.train.compressors import compressed_bits
 from hgrn2.train.places import from_kept
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import environment  # noqa: F401  (before torch)
 import numpy as np
@@ -51,7 +52,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the tables call it."""
+        """Name of the case in the tables."""
         return f"{self.preset}, {self.batch_size} x {self.seq_len}, {'compiled' if self.compiled else 'eager'}"
 
 
@@ -69,10 +70,10 @@ PEERS = ("llama", "fla")
 def train(case: Case, folder: Path) -> None:
     """Train in this process, as `hgrn2 train` does."""
     from hgrn2.data.encode import EncodedPiece
-    from hgrn2.data.prepare import PreparedData
+    from hgrn2.data.prepared import PreparedData
     from hgrn2.data.tokenizer import ByteTokenizer
-    from hgrn2.data.tokens import TokenDataset
-    from hgrn2.data.writer import TokenWriter, token_dtype
+    from hgrn2.data.tokens import TokenDataset, token_dtype
+    from hgrn2.data.writer import TokenWriter
     from hgrn2.models import presets
     from hgrn2.train.config import TrainConfig
     from hgrn2.train.run import start_language_run
@@ -100,16 +101,15 @@ def train(case: Case, folder: Path) -> None:
 def train_peer(name: str, folder: Path) -> None:
     """Train fla's HGRN2 or transformers' Llama of the 1.3B size, weights in bfloat16, fused AdamW, 8 x 2048."""
     torch.manual_seed(0)
-    size = {
+    size: dict[str, Any] = {
         "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 5632,
         "use_cache": False, "tie_word_embeddings": False,
     }  # fmt: skip
     if name == "llama":
         from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
-        config = LlamaConfig(**size, num_attention_heads=16)
-        config._attn_implementation = "sdpa"
-        kind = LlamaForCausalLM
+        config = LlamaConfig(**size | {"num_attention_heads": 16, "attn_implementation": "sdpa"})
+        kind: Any = LlamaForCausalLM
     else:
         from fla.models import HGRN2Config, HGRN2ForCausalLM  # pyright: ignore[reportMissingImports]
 

@@ -28,7 +28,8 @@ import environment  # noqa: F401  (before torch)
 import torch
 from report import Row, arguments, report
 
-from hgrn2.data.prepare import PreparedData, prepare
+from hgrn2.data.prepare import prepare
+from hgrn2.data.prepared import PreparedData
 from hgrn2.data.sources import open_corpus
 from hgrn2.data.tokens import MANIFEST_FILE
 from hgrn2.errors import UserError

@@ -23,7 +23,8 @@ from unittest import mock
 import pytest
 import torch
 
-from hgrn2.data.prepare import PreparedData, prepare
+from hgrn2.data.prepare import prepare
+from hgrn2.data.prepared import PreparedData
 from hgrn2.errors import UserError
 from hgrn2.generate import Sampling, Writer
 from hgrn2.models import HGRN2Config

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from hgrn2.data.model_files import read_companions
-from hgrn2.data.prepare import PreparedData, is_prepared, prepare
+from hgrn2.data.prepare import prepare
+from hgrn2.data.prepared import PreparedData, is_prepared
 from hgrn2.data.progress import announce
 from hgrn2.data.tokenizer import HFTokenizer, Tokenizer
 from hgrn2.errors import UserError, unknown_key_message

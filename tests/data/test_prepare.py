@@ -14,7 +14,8 @@ import pytest
 from hgrn2.data import ByteTokenizer, load_tokenizer, train_bpe
 from hgrn2.data.encode import encode_pieces
 from hgrn2.data.pieces import Piece
-from hgrn2.data.prepare import PreparedData, is_prepared, prepare
+from hgrn2.data.prepare import prepare
+from hgrn2.data.prepared import PreparedData, is_prepared
 from hgrn2.data.staging import staged_directory, write_text_whole
 from hgrn2.data.tokens import TokenDataset
 from hgrn2.data.writer import TokenWriter

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from hgrn2 import cli
-from hgrn2.data.prepare import PreparedData
+from hgrn2.data.prepared import PreparedData
 from hgrn2.errors import UserError
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
@@ -129,8 +129,10 @@ def test_a_run_that_has_ended_is_left_as_it_is(home, capsys):
     for flags in ([], ["--max-steps", 3]):
         assert resume(*flags) == 0
         shown = capsys.readouterr()
-        assert f"finished at 4 of {flags[1] if flags else 4} steps; --max-steps N goes on" in shown.err
-        assert shown.out == ""
+        assert f"finished at 4 of {flags[1] if flags else 4} steps; --max-steps N trains on" in shown.err
+        # the report is named, as at the end of every run
+        assert shown.out.startswith("report   ")
+        assert shown.out.count("\n") == 1
     assert before == {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
     # pictures that were not drawn are still to come
     shutil.rmtree("runs/m/plots")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from hgrn2.data.prepare import PreparedData
+from hgrn2.data.prepared import PreparedData
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2Config
 from hgrn2.train import checkpoint

@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hgrn2.data.find_tokenizer import load_tokenizer, train_bpe
-from hgrn2.data.prepare import PreparedData, is_prepared, prepare
+from hgrn2.data.prepare import prepare
+from hgrn2.data.prepared import PreparedData, is_prepared
 from hgrn2.data.sources import Corpus, open_corpus
 from hgrn2.data.text_stream import TextStream
 from hgrn2.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer

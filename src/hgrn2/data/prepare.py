@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,163 +19,29 @@ from hgrn2.data.documents import holds_json_lines
 from hgrn2.data.encode import encode_pieces, num_cores
 from hgrn2.data.find_tokenizer import bpe_request, load_tokenizer, train_bpe
 from hgrn2.data.pieces import Piece, cut_document
+from hgrn2.data.prepared import FORMAT, FORMAT_VERSION, PreparedData, read_set_manifest
 from hgrn2.data.progress import Bar, progress_bar
 from hgrn2.data.sources import STDLIB, Corpus, open_corpus
 from hgrn2.data.split import TRAIN, VALIDATION, Split
 from hgrn2.data.staging import Discard, staged_directory
 from hgrn2.data.text import NotText
 from hgrn2.data.tokenizer import ByteTokenizer, Tokenizer
-from hgrn2.data.tokens import MANIFEST_FILE, REMEDY, TokenDataset, read_manifest, token_dtype
+from hgrn2.data.tokens import MANIFEST_FILE, TokenDataset, token_dtype
 from hgrn2.data.writer import DEFAULT_SHARD_TOKENS, TokenWriter
 from hgrn2.errors import UserError, visible
 from hgrn2.json_files import with_digest
+from hgrn2.quantities import plural
 
-FORMAT = "hgrn2-prepared"
-FORMAT_VERSION = 1
 BPE_SAMPLE_BYTES = 50_000_000
 
-_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
-
-# of copies, in a warning
+# names of copies in a warning
 _NAMES_SHOWN = 5
 
 # the tokenizers library uses all cores by itself; processes of ours scale better, but take a second to start
 _SERIAL_BELOW_BYTES = 32_000_000
 _SERIAL_BELOW_CORES = 5
 
-# of opening a set that another process may be replacing; the moment without one lasts two renames
-_ATTEMPTS = 10
-_PAUSE_S = 0.01
-
 Specs = str | Path | Sequence[str | Path]
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """A prepared corpus.
-
-    Attributes:
-        directory: holds manifest.json, the tokenizer, train/ and validation/.
-        train: the training tokens.
-        validation: the held-out tokens.
-        tokenizer: the tokenizer that made them.
-        manifest: inputs, settings and what was skipped.
-        reused: True if it was there already and its inputs had not changed.
-    """
-
-    directory: Path
-    train: TokenDataset
-    validation: TokenDataset
-    tokenizer: Tokenizer
-    manifest: dict[str, Any]
-    reused: bool = True
-
-    def __repr__(self) -> str:
-        """One line: where the set lies and what it holds."""
-        return f"PreparedData({str(self.directory)!r}: {self.summary()})"
-
-    @classmethod
-    def open(cls, directory: str | Path, verify: bool | None = None, *, reused: bool = True) -> PreparedData:
-        """Open a directory made by `prepare`, whether or not its inputs still exist.
-
-        Args:
-            directory: the prepared set.
-            verify: as for `TokenDataset.open`.
-            reused: what the attribute says.
-
-        Raises:
-            UserError: not a prepared set, or damaged.
-        """
-        directory = Path(directory)
-        for _ in range(_ATTEMPTS - 1):
-            before = _identity(directory)
-            try:
-                opened = cls._open(directory, verify, reused)
-            except (UserError, OSError):
-                if before is not None and _identity(directory) == before:
-                    raise
-            else:
-                if _identity(directory) == before:
-                    return opened
-            # another process is putting a new set in its place: for a moment there is none, or parts of two
-            time.sleep(_PAUSE_S)
-        return cls._open(directory, verify, reused)
-
-    @classmethod
-    def _open(cls, directory: Path, verify: bool | None, reused: bool) -> PreparedData:
-        manifest = _read_set_manifest(directory)
-        train = TokenDataset.open(directory / TRAIN, verify)
-        validation = TokenDataset.open(directory / VALIDATION, verify)
-        tokenizer = load_tokenizer(directory)
-        for side in (train, validation):
-            if tokenizer.fingerprint() != side.manifest["tokenizer_fingerprint"]:
-                raise UserError(
-                    f"{directory}: its tokenizer is not the one the {side.directory.name} tokens were made with; "
-                    f"{REMEDY}"
-                )
-            if side.vocab_size != tokenizer.vocab_size or side.eot_id != train.eot_id:
-                raise UserError(
-                    f"{side.directory}: vocab_size {side.vocab_size} or eot_id {side.eot_id} is not that of the "
-                    f"tokenizer ({tokenizer.vocab_size}) or of the training tokens ({train.eot_id}); {REMEDY}"
-                )
-        # none in older sets
-        made = manifest.get("fingerprints", {})
-        if made and made != {TRAIN: train.fingerprint, VALIDATION: validation.fingerprint}:
-            raise UserError(f"{directory}: training and validation tokens were not prepared together; {REMEDY}")
-        tokenizer.name = train.manifest["tokenizer"]
-        return cls(directory, train, validation, tokenizer, manifest, reused)
-
-    def summary(self) -> str:
-        """One line for people: sizes, and how many files were skipped and why."""
-        line = (
-            f"{_contents(self.train, 'training')}, {_contents(self.validation, 'validation')}, "
-            f"tokenizer {self.tokenizer.name} with {self.tokenizer.vocab_size:,} tokens"
-        )
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in self.manifest["skipped"].items())
-        line += f"; skipped {skipped}" if skipped else ""
-        return line + "".join(f"; {note}" for note in self._losses())
-
-    def _losses(self) -> Iterator[str]:
-        """What the tokenizer lost of the text."""
-        num_unknown = self.train.num_unknown + self.validation.num_unknown
-        if num_unknown:
-            yield f"{num_unknown:,} tokens stand for text that the tokenizer does not know"
-        if not self.validation.keeps_text:
-            yield "the tokenizer does not keep the whole text, so bits a byte are not available"
-
-
-def _read_set_manifest(directory: Path) -> dict[str, Any]:
-    manifest = read_manifest(directory, FORMAT, FORMAT_VERSION)
-    for key in ("inputs", "settings", "skipped"):
-        if not isinstance(manifest.get(key), dict):
-            raise UserError(f"{directory / MANIFEST_FILE}: bad or missing entry {key!r}; {REMEDY}")
-    return manifest
-
-
-def _contents(dataset: TokenDataset, what: str) -> str:
-    num_bytes, count = dataset.num_text_bytes, dataset.num_documents
-    unit, factor = next((unit, factor) for unit, factor in _UNITS if num_bytes >= factor or factor == 1)
-    size = f"{num_bytes / factor:,.1f} {unit}" if factor > 1 else _counted(num_bytes, "byte")
-    return f"{dataset.num_tokens:,} {what} tokens ({_counted(count, 'document')}, {size})"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _identity(directory: Path) -> tuple[int, int, int] | None:
-    """Another one when the folder has been replaced; None while there is none."""
-    try:
-        found = directory.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def is_prepared(directory: str | Path) -> bool:
-    """Whether a directory was made by `prepare`; it may be damaged, which is said when it is opened."""
-    manifest = Path(directory) / MANIFEST_FILE
-    return manifest.is_file() and (Path(directory) / TRAIN / MANIFEST_FILE).is_file()
 
 
 def prepare(
@@ -421,7 +286,7 @@ def _warn_of_copies(data: PreparedData) -> None:
         count, some = copies["num_documents"], visible(", ".join(copies["some"]), keep="")
         more = f" and {count - _NAMES_SHOWN:,} more" if count > _NAMES_SHOWN else ""
         warnings.warn(
-            f"validation data: {count:,} of {_counted(data.validation.num_documents, 'document')} "
+            f"validation data: {count:,} of {plural(data.validation.num_documents, 'document')} "
             f"{'is' if count == 1 else 'are'} in the training data as well ({some}{more}); "
             "the validation loss is too low by them: take them out of one of the two",
             UserWarning,
@@ -486,7 +351,7 @@ def _is_current(target: Path, inputs: dict[str, Any], settings: dict[str, Any]) 
     if not (target / MANIFEST_FILE).is_file():
         return False
     try:
-        manifest = _read_set_manifest(target)
+        manifest = read_set_manifest(target)
     except UserError:
         return False
     return _fits(manifest, inputs, settings)

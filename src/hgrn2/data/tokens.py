@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,8 @@ MANIFEST_FILE = "manifest.json"
 REMEDY = "prepare the data again (--rebuild)"
 
 _KEYS = {
-    FORMAT: {
-        "format", "version", "tokenizer", "tokenizer_fingerprint", "vocab_size", "eot_id", "dtype", "num_tokens",
-        "num_documents", "num_text_bytes", "num_unknown", "keeps_text", "shard_tokens", "shards", "documents", "pieces",
-    },
-    "hgrn2-prepared": {"format", "version", "inputs", "settings", "skipped", "copies", "fingerprints"},
+    "format", "version", "tokenizer", "tokenizer_fingerprint", "vocab_size", "eot_id", "dtype", "num_tokens",
+    "num_documents", "num_text_bytes", "num_unknown", "keeps_text", "shard_tokens", "shards", "documents", "pieces",
 }  # fmt: skip
 
 # reading a GiB takes about a second: below it, checksums are worth their time at every start
@@ -85,7 +83,7 @@ class TokenDataset:
                 wanted.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory, FORMAT, FORMAT_VERSION)
+        manifest = read_manifest(directory, FORMAT, FORMAT_VERSION, _KEYS)
         if fault := manifest_fault(manifest):
             raise UserError(f"{directory / MANIFEST_FILE}: {fault}; {REMEDY}")
         files = [*manifest["shards"], manifest["documents"], manifest["pieces"]]
@@ -189,15 +187,21 @@ class _Shard:
         return self._tokens[start:stop]
 
 
-def read_manifest(directory: Path, kind: str, version: int) -> dict[str, Any]:
+def read_manifest(directory: Path, kind: str, version: int, known: Set[str]) -> dict[str, Any]:
     """Read and check manifest.json.
+
+    Args:
+        directory: the folder that holds it.
+        kind: the format that it has to name.
+        version: the version that it has to name.
+        known: every key of that format.
 
     Raises:
         UserError: it is missing, not JSON, of another kind or of another version, or does not match its digest.
     """
     path = directory / MANIFEST_FILE
     if not path.exists():
-        raise UserError(f"{path}: cannot be read (No such file or directory); {directory} is not prepared data")
+        raise UserError(f"{path}: no such file; {directory} is not prepared data")
     found = read_json_object(path, REMEDY)
     if found.get("format") != kind:
         raise UserError(f"{path}: not a manifest of format {kind!r}; is this the right directory?")
@@ -205,8 +209,8 @@ def read_manifest(directory: Path, kind: str, version: int) -> dict[str, Any]:
         raise UserError(f"{path}: format version {found.get('version')}, this release reads {version}; {REMEDY}")
     manifest = check_digest(found, path, REMEDY)
     # without a digest, as in older sets, an unknown key is a damaged one
-    if DIGEST_KEY not in found and (unknown := sorted(manifest.keys() - _KEYS[kind])):
-        raise UserError(f"{path}: {unknown_key_message('manifest', unknown[0], _KEYS[kind])}; {REMEDY}")
+    if DIGEST_KEY not in found and (unknown := sorted(manifest.keys() - known)):
+        raise UserError(f"{path}: {unknown_key_message('manifest', unknown[0], known)}; {REMEDY}")
     return manifest
 
 

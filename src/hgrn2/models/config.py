@@ -12,6 +12,7 @@ from hgrn2.nn.mixer import DEFAULT_EXPAND_RATIO
 from hgrn2.nn.mlp import GLU_ACTIVATIONS
 from hgrn2.nn.norm import NORMS
 from hgrn2.ops.checks import SMALLEST_FLOOR
+from hgrn2.quantities import plural
 
 MODEL_TYPE = "hgrn2"
 # of any width or count; the bytes of a matrix of two such sizes can still be counted
@@ -230,10 +231,10 @@ class HGRN2Config:
     def summary(self) -> str:
         """Sizes and kinds of layers in a few words."""
         attending = len(self.attn.layers) if self.attn else 0
-        layers = _counted(self.num_hidden_layers, "layer") + (f" ({attending} with attention)" if attending else "")
-        heads = f"{_counted(self.num_heads or 0, 'head')} of {self.expand_ratio} x {self.expand_ratio}"
+        layers = plural(self.num_hidden_layers, "layer") + (f" ({attending} with attention)" if attending else "")
+        heads = f"{plural(self.num_heads or 0, 'head')} of {self.expand_ratio} x {self.expand_ratio}"
         if self.attn and attending == self.num_hidden_layers:
-            heads = _counted(self.attn.num_heads, "head")
+            heads = plural(self.attn.num_heads, "head")
         return f"{layers}, width {self.hidden_size:,}, {heads}, vocabulary {self.vocab_size:,}"
 
     @property
@@ -274,10 +275,6 @@ class HGRN2Config:
         if {"hidden_size", "hidden_ratio"} & changes.keys():
             values["intermediate_size"] = None
         return self.from_dict(values | changes)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 _CHOICES = {

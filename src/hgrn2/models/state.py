@@ -10,6 +10,7 @@ import torch.export
 from torch import Tensor
 
 from hgrn2.errors import UserError
+from hgrn2.quantities import plural
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,10 @@ class ModelState:
     def __repr__(self) -> str:
         """One line: layers, sequences, bytes, dtypes and device."""
         tensors = [x for layer in self.layers for x in layer.values()]
-        parts = [f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"]
+        parts = [plural(len(self.layers), "layer")]
         if tensors:
-            n = self.num_sequences
             dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in tensors if x.is_floating_point()})
-            parts += [f"{n} sequence{'' if n == 1 else 's'}", f"{self.num_bytes:,} bytes", *dtypes]
+            parts += [plural(self.num_sequences, "sequence"), f"{self.num_bytes:,} bytes", *dtypes]
             parts.append(str(tensors[0].device))
         else:
             parts.append("no tensors kept")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hgrn2.data.prepare import PreparedData
+from hgrn2.data.prepared import PreparedData
 from hgrn2.data.sequential import sequential_windows
 from hgrn2.errors import UserError
 from hgrn2.extras import install_command

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hgrn2.data.find_tokenizer import load_tokenizer
-from hgrn2.data.prepare import PreparedData
+from hgrn2.data.prepared import PreparedData
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.layouts.opening import ModelFolder, open_folder

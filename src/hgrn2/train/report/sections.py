@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from hgrn2.quantities import plural
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.curves import Record, thin
 from hgrn2.train.hints import compressor_caveat, generate_command, program, resume_command
 from hgrn2.train.report.facts import RunFacts, figure
 from hgrn2.train.report.figures import gate_figures, loss_figures, small_figures
 from hgrn2.train.report.parts import code, details, pairs, section, table
-from hgrn2.train.report.words import compact, duration, number, plural, rich, size
+from hgrn2.train.report.words import compact, duration, number, rich, size
 
 _MOST_SAMPLES, _MOST_SAMPLE_CHARACTERS = 8, 1500
 _MOST_ROWS, _MOST_EVENTS = 60, 40

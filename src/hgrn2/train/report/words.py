@@ -7,6 +7,8 @@ import itertools
 import unicodedata
 from typing import Any
 
+from hgrn2.quantities import plural
+
 # line ends and tabs lay a text out; the joiners shape letters and emoji
 _KEPT = frozenset("\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}")
 _CONTROLS = (
@@ -59,11 +61,6 @@ def size(num_bytes: float) -> str:
         if num_bytes >= factor * 0.9995:
             return f"{num_bytes / factor:.3g} {unit}"
     return f"{num_bytes / 1e3:.3g} kB"
-
-
-def plural(count: int, noun: str) -> str:
-    """Such as 1 document, 2,000 documents."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
