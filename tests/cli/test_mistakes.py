@@ -96,7 +96,7 @@ def error_of(capsys, args):
         (["info", "--set", "hidden_size=8"], "--set changes a model; name one before it"),
         # places
         (["generate", ""], "RUN: '' is not a path"),
-        (["convert", "x", "", "--to", "hf"], "OUT: '' is not a path"),
+        (["convert", "x", "", "--to", "hf"], "SOURCE or OUT: '' is not a path"),
         (["generate", "\udcff"], "no model there"),
         (["generate", "x\x1by\nz"], "x\ufffdy\ufffdz: no model there"),
         (["generate", "file"], "file: no model there"),

@@ -94,7 +94,11 @@ def explain(message: str, command: str, flags: Sequence[Flag]) -> str:
         return f"{command}: {described} is missing" if len(missing) == 1 else f"{command}: {described} are missing"
     if valueless := re.match(r"Missing value for argument '(.*)'", message):
         return f"{valueless[1]}: its value is missing"
-    return message.removeprefix("Error parsing ").rstrip(".")
+    name, colon, reason = message.removeprefix("Error parsing ").rstrip(".").partition(": ")
+    if colon and not name.startswith("-"):
+        # the parser names positionals by their type
+        name = " or ".join(flag.name for flag in flags if flag.is_positional)
+    return f"{name}{colon}{reason}"
 
 
 def _unknown_words(words: Sequence[str], command: str, flags: Sequence[Flag]) -> str:

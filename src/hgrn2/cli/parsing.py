@@ -100,10 +100,7 @@ def parse(
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            call = tyro.cli(
-                _deferred(function), prog=f"hgrn2 {name}", registry=_types, args=words,
-                config=[tyro.conf.PositionalMetavarFromFieldName],
-            )  # fmt: skip
+            call = tyro.cli(_deferred(function), prog=f"hgrn2 {name}", registry=_types, args=words)
     except SystemExit as stop:
         # or a signal
         if stop.code != 2:
