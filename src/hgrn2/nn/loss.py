@@ -128,7 +128,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         A scalar in nats, float32 (float64 for float64).
 
     Raises:
-        RuntimeError: a second derivative is computed, but for one by torch.func.
+        RuntimeError: a second derivative is computed without torch.func.
     """
     x = x.to(autocast_dtype(x) or x.dtype)
     if is_onnx_export() or _is_transformed():
