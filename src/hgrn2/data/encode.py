@@ -14,6 +14,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,7 +69,7 @@ def encode_pieces(
     else:
         pool = ProcessPoolExecutor(
             num_workers,
-            multiprocessing.get_context("spawn"),
+            _process_context(),
             initializer=_start_worker,
             # serialised once: a large vocabulary takes longer than starting a process
             initargs=(pickle.dumps(tokenizer), dtype),
@@ -91,6 +92,15 @@ def encode_pieces(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _process_context() -> BaseContext:
+    """Processes forked from a server that has imported what workers need; where there is none, spawned one by one."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "tokenizers"])
+    return context
 
 
 def num_cores() -> int:
