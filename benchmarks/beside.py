@@ -35,10 +35,9 @@ def start_command(words: list[str], waiting: str) -> subprocess.Popen[bytes]:
     """Start `hgrn2` with these words, quietly."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
     path = os.pathsep.join([str(ROOT / "src"), env.get("PYTHONPATH", "")])
-    code = "import sys, hgrn2_command; sys.exit(hgrn2_command.main())"
     quiet = subprocess.DEVNULL
     return subprocess.Popen(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, "-m", "hgrn2", *words],
         env=env | WAITING[waiting] | {"PYTHONPATH": path},
         stdout=quiet,
         stderr=quiet,
@@ -89,7 +88,6 @@ def main() -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # every run keeps its tokens beside it
         for size in options.sizes:
             found: dict[str, list[float]] = {}
             written: dict[str, list[float]] = {}
@@ -103,7 +101,7 @@ def main() -> int:
                     found.setdefault(f"{size}, {waiting}: each of two", []).append(min(pair))
                     written.setdefault(f"{size}, {waiting}: generate alone", []).append(generate_s(model, waiting))
                     other = start_run(size, 100 * options.steps, Path(tempfile.mkdtemp(dir=folder)) / "run", waiting)
-                    # until it trains
+                    # until it has begun to train
                     time.sleep(10)
                     seconds = generate_s(model, waiting)
                     written.setdefault(f"{size}, {waiting}: generate beside a run", []).append(seconds)

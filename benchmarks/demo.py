@@ -13,7 +13,7 @@ from report import Row, arguments, report
 
 from hgrn2.data.prepared import PreparedData
 from hgrn2.train.compressors import compressed_bits
-from hgrn2.train.places import from_kept
+from hgrn2.train.places import from_saved_path
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     records = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     first = next(record for record in records if record["kind"] == "start")
     last = [record for record in records if record["kind"] == "validation"][-1]
-    data = PreparedData.open(from_kept(options.run, config["data"]["prepared"], config["data"].get("run_was_at")))
+    data = PreparedData.open(from_saved_path(options.run, config["data"]["prepared"], config["data"].get("run_was_at")))
     bits, num_bytes = compressed_bits(data.validation, data.tokenizer)
     if last["val_text_bytes"] != num_bytes:
         parser.error(f"the run was validated on {last['val_text_bytes']:,} of {num_bytes:,} held-out bytes")

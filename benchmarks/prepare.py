@@ -103,9 +103,7 @@ def prepare_rival(corpus: Path, tokenizer: Path, out: Path, num_proc: int) -> in
         return {"ids": [np.array([eot, *encoding.ids], np.uint16) for encoding in encoded]}
 
     features = datasets.Features({"ids": datasets.List(datasets.Value("uint16"))})
-    data = data.map(
-        encode, batched=True, remove_columns=data.column_names, num_proc=num_proc, features=features
-    )  # fmt: skip
+    data = data.map(encode, batched=True, remove_columns=data.column_names, num_proc=num_proc, features=features)
     num_tokens = 0
     with (out / "tokens.bin").open("wb") as file:
         for chunk in data.data.column("ids").chunks:
@@ -133,22 +131,11 @@ def run_command(corpus: Path, folder: Path, show: bool) -> dict[str, float]:
     """Time `hgrn2 train` of five steps from start to end; return seconds by part, as the run's records tell them."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    code = "import sys, hgrn2_command; sys.exit(hgrn2_command.main())"
-    words = [
-        "train",
-        "--data",
-        str(corpus),
-        "--tokenizer",
-        "bpe:16384",
-        "--max-steps",
-        "5",
-        "--out",
-        str(out),
-        "--rebuild",
-    ]
+    flags = ["--tokenizer", "bpe:16384", "--max-steps", "5", "--rebuild"]
+    words = ["-m", "hgrn2", "train", "--data", str(corpus), "--out", str(out), *flags]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     began, start = time.time(), time.perf_counter()
-    subprocess.run([sys.executable, "-c", code, *words], check=True, env=env, capture_output=not show, cwd=folder)
+    subprocess.run([sys.executable, *words], check=True, env=env, capture_output=not show, cwd=folder)
     seconds = {"whole command": time.perf_counter() - start}
     # the manifest is written last
     manifest = max(folder.rglob("train/manifest.json"), key=lambda path: path.stat().st_mtime)
@@ -211,7 +198,7 @@ def main() -> int:
                 note = f"round by round {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
                 names = {candidate: f"{size} MB {kind}: {candidate}" for candidate in rates}
                 rows += [row(names[c], r, "MB/s", note if c == OURS else None) for c, r in rates.items()]
-                # both of a round saw the machine in one mood
+                # the two sides of a round ran under the same load
                 ours = next(r for r in rows if r.name == names[OURS])
                 ours.peer, ours.ratio = names[RIVAL], statistics.median(ratios)
     settings = {"processes": options.num_proc, "vocab_size": options.vocab_size, "rounds": options.rounds}

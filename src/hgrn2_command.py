@@ -1,4 +1,4 @@
-"""Where the command `hgrn2` starts. Beside the package, so that it runs before torch is imported."""
+"""Entry point of the command `hgrn2`, outside the package so that it runs before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 from types import FrameType
 
-# any of these is a choice of the user's own
+# if any of these is set, the user has chosen
 _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -49,7 +49,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        _stop_tidying()
+        _restore_default_signals()
 
 
 def _refuse_without(missing: ModuleNotFoundError) -> int:
@@ -67,10 +67,10 @@ def _end(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _stop_tidying() -> None:
-    """Let further signals end the process at once: all is done, and Python would show an exception of theirs."""
+def _restore_default_signals() -> None:
+    """Let further signals end the process at once: the work is done, and a handler would only print a traceback."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        # those that are ignored, as by nohup, stay so
+        # ignored signals, as under nohup, stay ignored
         if number is not None and signal.getsignal(number) in (_end, signal.default_int_handler):
             signal.signal(number, signal.SIG_DFL)

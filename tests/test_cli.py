@@ -173,7 +173,7 @@ def test_bits_a_byte_are_not_available_where_words_are_lost(corpus, tmp_path, ca
     assert cli.main(["train", "--data", str(corpus), "--out", "run", *flags, "--compressors"]) == 0
     shown = capsys.readouterr()
     assert "tokens stand for text that the tokenizer does not know" in shown.err
-    assert "held-out text: no (the tokenizer does not keep the whole text) bits a byte" in shown.out
+    assert "held-out text: bits a byte n/a (the tokenizer does not keep the whole text), perplexity" in shown.out
     records = [record for record in read_metrics(Path("run")) if record["kind"] == "validation"]
     assert [record["val_bits_per_byte"] for record in records] == [None] * len(records) != []
     assert cli.main(["eval", "run", str(corpus / "0.txt"), "--json-out", "scores.json"]) == 0
@@ -584,7 +584,7 @@ def test_a_full_output(run, corpus, capsys, monkeypatch):
     for args in (["info", "tiny"], ["plot", run], ["eval", run, corpus / "0.txt"], ["generate", run], ["--help"]):
         with full_device() as full, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", full)
-            refused(capsys, args, "No space left on device; look to the disk, or to where the output goes")
+            refused(capsys, args, "No space left on device; check free space and the output destination")
 
 
 def test_an_output_without_a_reader_keeps_the_other_results(run, corpus, tmp_path, monkeypatch, capsys):

@@ -35,26 +35,26 @@ def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
     return f"{what}: unknown key {key!r}; {hint}"
 
 
-# marks that turn the direction of the text after them, and separators that end a line on some terminals
-_TURNING = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
+# marks that change the direction of text, and separators that end a line on some terminals
+_DIRECTION_MARKS = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
     r"""Return a text with every character that a terminal would obey shown as U+FFFD.
 
     Args:
-        text: what a model wrote, the name of a file, anything that others made up.
+        text: what a model wrote, the name of a file, anything from outside.
         keep: control characters that stay; the rest of C0, DEL, C1 and marks of direction are replaced.
 
     Example:
         >>> visible("red\x1b[31m")
         'red�[31m'
     """
-    return "".join("\ufffd" if _is_obeyed(c) and c not in keep else c for c in text)
+    return "".join("\ufffd" if _is_control(c) and c not in keep else c for c in text)
 
 
-def _is_obeyed(c: str) -> bool:
-    return c < " " or "\x7f" <= c < "\xa0" or c in _TURNING or "\ud800" <= c <= "\udfff"
+def _is_control(c: str) -> bool:
+    return c < " " or "\x7f" <= c < "\xa0" or c in _DIRECTION_MARKS or "\ud800" <= c <= "\udfff"
 
 
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "null"}

@@ -11,7 +11,7 @@ import torch
 
 from hgrn2.data.documents import Document
 from hgrn2.data.pieces import Piece, cut_document, keeps_text, piece_tokens
-from hgrn2.data.tokenizer import HFTokenizer, Tokenizer
+from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM
 
@@ -22,7 +22,7 @@ _NAMED_UNKNOWN = 5
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text.
+    """Figures of how well a model predicts a text.
 
     Attributes:
         name: the text's.
@@ -154,7 +154,7 @@ class _Reader:
     def _read(self, piece: Piece) -> list[int]:
         ids = piece_tokens(self._tokenizer, [piece])[0]
         num_unknown = self._tokenizer.count_unknown(ids)
-        if num_unknown and isinstance(self._tokenizer, HFTokenizer) and len(self.unknown) < _NAMED_UNKNOWN:
+        if num_unknown and len(self.unknown) < _NAMED_UNKNOWN:
             for part in self._tokenizer.unknown_parts(piece.text):
                 if len(self.unknown) < _NAMED_UNKNOWN:
                     self.unknown[part] = None

@@ -32,7 +32,7 @@ _SAMPLED = 64
 
 
 def _first(texts: Sequence[str], where: str) -> int | None:
-    """Where the first of some texts begins, or None."""
+    """Return the position of the first occurrence of any text, or None."""
     return min((at for text in texts if (at := where.find(text)) >= 0), default=None)
 
 
@@ -93,7 +93,7 @@ class Writer:
         """Continue a prompt, piece by piece as it is written.
 
         Args:
-            prompt: text to continue; may be empty. After a text that was read or written before, it goes on there.
+            prompt: text to continue; may be empty. It continues the text that was read or written before.
             max_tokens: most tokens to write.
             stop: texts that end the writing; they are not yielded.
 
@@ -200,20 +200,20 @@ class Writer:
             raise bad
         if not all(bool(x.isfinite().all()) for x in state.tensors().values()):
             raise UserError(f"{path}: holds numbers that are not finite; name a file made with --state-out")
-        # a seed asks for draws of its own; those of another device are made otherwise
+        # a seed replaces the saved generator; a generator of another device type cannot be restored
         if self.sampling.seed is None and generator.shape == self.generator.get_state().shape:
             try:
                 draws = torch.rand(4, generator=torch.Generator(self.device).set_state(generator), device=self.device)
             except (RuntimeError, TypeError):
                 raise bad from None
-            # one of nothing but zeros draws the same for ever
+            # an all-zero state draws the same number forever
             if bool((draws == draws[0]).all()):
                 raise bad
             self.generator.set_state(generator)
         elif generator.dtype != torch.uint8 or generator.dim() != 1:
             raise bad
         if not recent and "recent" not in about:
-            # files of earlier versions know no more of the text than this
+            # files of earlier versions hold no other tokens of the text
             recent = [token for token in pending if token not in self.tokenizer.end_ids]
         self.state, self.seen, self.pending, self.recent = state, seen.to(self.device), pending, recent
 
@@ -223,7 +223,7 @@ class Writer:
 
 
 def _read_state_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a state file says of itself, and its tensors; both are what was written."""
+    """Read the description and the tensors of a state file, verified by its checksum."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -29,7 +29,7 @@ from hgrn2.layouts.start import parse_layers, start_from_transformer
 from hgrn2.loading import LoadedModel, load
 from hgrn2.models import HGRN2Config, presets
 from hgrn2.train.checkpoint import locate_model, read_config, read_while_training, resume_point
-from hgrn2.train.places import from_kept
+from hgrn2.train.places import from_saved_path
 from hgrn2.train.run import check_same_tokens, find_tokenizer
 
 
@@ -155,7 +155,7 @@ def open_prepared(run: Path, prepared: Path | None = None, data: Sequence[str] =
             f"{folder}: config.json does not say where the prepared data is; restore it from a checkpoint, or name the "
             "data with --prepared"
         )
-    place = from_kept(folder, settings["prepared"], was_at)
+    place = from_saved_path(folder, settings["prepared"], was_at)
     if not place.exists():
         raise UserError(
             f"{place}: the prepared tokens of {folder} are not there; name their place with --prepared, or the text "
@@ -289,7 +289,7 @@ class Start:
         return read_while_training(path, read)
 
     def data_defaults(self, names: Sequence[str]) -> dict[str, Any]:
-        """What `data_settings` takes unless told otherwise: data that is not prepared yet gets the model's tokens."""
+        """Return defaults for `data_settings`: data that is not prepared yet gets the model's tokenizer."""
         prepared_already = len(names) == 1 and is_prepared(names[0])
         return {} if self.tokenizer is None or prepared_already else {"tokenizer": str(self.tokenizer_dir)}
 
@@ -304,7 +304,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class StartSettings:
-    """How recurrent layers take the place of a Transformer's attention, in the words of the command line.
+    """Settings for replacing a Transformer's attention by recurrent layers, as on the command line.
 
     Attributes:
         keep_attention: see `parse_layers`; None for no layer.

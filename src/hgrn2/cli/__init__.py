@@ -65,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and (
             status is not None or getattr(call, "func", None) is not train.train
         ):
-            # the reader has gone, as in `hgrn2 generate ... | head`; a run is not done for that, unless it has ended
+            # the reader has closed the pipe, as in `hgrn2 generate ... | head`; that fails only an unfinished training run
             release_output()
             return status or 0
         if error.filename is not None:
-            # a place that cannot be read or written, wherever it was met
-            return refuse(f"{error.filename}: {error.strerror}; name another place, or mend this one")
+            # a file or folder that cannot be read or written
+            return refuse(f"{error.filename}: {error.strerror}; name another path, or fix this one")
         if error.strerror is None:
             raise
-        return refuse(f"{error.strerror}; look to the disk, or to where the output goes")
+        return refuse(f"{error.strerror}; check free space and the output destination")
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -36,14 +36,14 @@ def convert(
         out: A folder that does not exist yet; it appears whole or not at all.
         to: hf (transformers, after import hgrn2.hf), fla, native (as runs are kept) or official (hgru2-pytorch);
             a start from a Transformer is written as hf unless named.
-        dtype: Of the new tensors; same leaves each as it is.
+        dtype: Precision of the new tensors; same keeps that of each.
         max_shard_size: Weights above this size are cut into several files; native is always one.
         checkpoint: Which checkpoint of a run.
         from_transformer: Put new recurrent layers into a Transformer (Llama, Mistral, Qwen2); the rest is copied.
         keep_attention: Layers that stay as they are: 3,7,11, every:4 (the last of each four), all or none.
         expand_ratio: Width of a head of the recurrent layers (default: that of the Transformer's heads).
         copy_qv: Start the recurrent layers' q and i from the attention's q and v.
-        seed: Of the new tensors.
+        seed: Draws the weights of the new layers.
     """
     start = StartSettings(keep_attention, expand_ratio, copy_qv, seed)
     if not from_transformer and start != StartSettings():

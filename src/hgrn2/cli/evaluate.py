@@ -80,7 +80,7 @@ def evaluate(
     else:
         table, result = _evaluate_texts(run, files, text_field, window, each, checkpoint, device)
         show = functools.partial(show_table, table)
-    # first, for nobody may be there any more to look at the table
+    # before the table, which may go to a closed pipe
     if json_out is not None:
         try:
             write_text_whole(json_out, result)

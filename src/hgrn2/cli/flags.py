@@ -59,8 +59,8 @@ class Flag:
 
     @property
     def name(self) -> str:
-        """As it is typed, e.g. "--max-steps"; the placeholder of a positional."""
-        # a flag may be called as a keyword of Python's is
+        """The flag as it is typed, e.g. "--max-steps"; for a positional, its placeholder."""
+        # a parameter named like a Python keyword ends in an underscore
         return self.placeholder if self.is_positional else f"--{self.field.removesuffix('_').replace('_', '-')}"
 
     @property

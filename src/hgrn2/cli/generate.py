@@ -47,10 +47,10 @@ def generate(
         top_p: Keep the likeliest tokens that together reach this probability.
         min_p: Keep tokens at least this fraction as likely as the likeliest.
         repetition_penalty: Above 1, tokens that were already there become less likely.
-        seed: For the same text again.
+        seed: The same seed writes the same text.
         stop: Texts that end the writing; \n means a line end.
-        state_in: Go on from a state file.
-        state_out: Write the state to a file, to go on from it later in the same time however long the text is.
+        state_in: Continue from a state file.
+        state_out: Write the state to a file, to continue later; loading it is as fast for a long text.
         checkpoint: Which checkpoint of a run.
         device: cpu, cuda or auto.
     """
@@ -81,7 +81,7 @@ def generate(
             print(shown(text), end="", flush=True)
         print(flush=True)
     except OSError:
-        # the reader of the text has gone, perhaps; the state is asked for all the same
+        # the reader may have closed the pipe; the state is still wanted
         if state_out is not None:
             writer.save_state(state_out)
         raise
@@ -92,7 +92,7 @@ def generate(
 
 
 def _piped_prompt() -> str:
-    """What a pipe or file gives as standard input, without the line end that `echo` adds; empty on a terminal."""
+    """Read a prompt from a pipe or file on standard input, without the line end of `echo`; empty on a terminal."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
@@ -100,7 +100,7 @@ def _piped_prompt() -> str:
         return ""
     if not stat.S_ISFIFO(mode) and not stat.S_ISREG(mode):
         return ""
-    # a pipe that nothing comes through would otherwise look like a slow model; Windows cannot ask
+    # an empty pipe that stays open would look like a slow model; select works on pipes except on Windows
     if stat.S_ISFIFO(mode) and os.name == "posix" and not select.select([sys.stdin], [], [], 2.0)[0]:
         tell("waiting for the prompt on standard input; --prompt '' starts without one")
     try:

@@ -1,4 +1,4 @@
-"""What was meant: one line about words that the parser did not take."""
+"""One-line explanations of parser errors, with a guess at what was meant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from hgrn2.cli.flags import Flag
 from hgrn2.models import HGRN2Config
 
-# names that other programs have; the first that the command has is meant
+# names that other programs use for a flag; of several, the first that the command has is meant
 _FLAGS = {
     "max-steps": "steps iters max-iters iterations num-steps train-steps epochs num-epochs num-train-epochs n-epochs",
     "max-tokens": "tokens n num-tokens length max-length max-new-tokens new-tokens num-predict",
@@ -72,7 +72,7 @@ def unknown_command(word: str, commands: Iterable[str]) -> str:
 
 
 def explain(message: str, command: str, flags: Sequence[Flag]) -> str:
-    """Return the parser's message in our words.
+    """Rephrase a message of the parser.
 
     Args:
         message: in one line.

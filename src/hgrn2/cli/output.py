@@ -1,4 +1,4 @@
-"""What commands print: tables, errors and warnings, into outputs that may be closed or full."""
+"""Print tables, errors and warnings to outputs that may be closed or full."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hgrn2.errors import visible
 
 
 def show_table(table: Any) -> None:
-    """Print a table of rich's."""
+    """Print a rich table."""
     from rich.console import Console
 
     # rich itself would end the process with status 1 where the reader has gone

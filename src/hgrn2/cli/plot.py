@@ -10,7 +10,7 @@ import tyro
 def plot(run: tyro.conf.Positional[Path]) -> None:
     """Draw a run's report and pictures again.
 
-    They show loss, samples, what the layers remember, speed and settings; also while the run goes on.
+    They show loss, samples, what the layers remember, speed and settings; the run may still be training.
 
     Args:
         run: A run folder.

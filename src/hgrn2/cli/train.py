@@ -86,7 +86,7 @@ def train(
     from hgrn2.train.run import choose_device, find_tokenizer, resume_language_run, start_language_run
 
     given = {name: getattr(settings, name) for name in settings.given}
-    # by name the default cannot go with --resume either
+    # --out cannot be combined with --resume, even if it names the default
     named_out, out = out, _RUN if out is None else out
     if resume is not None:
         own = {"validation": validation, "text-field": text_field, "tokenizer": tokenizer, "rebuild": rebuild,
@@ -94,7 +94,7 @@ def train(
         if others := [f"--{name}" for name, value in own.items() if value]:
             raise UserError(f"--resume goes on with the run's own data and model; drop {' and '.join(others)}")
         prepared_data = open_prepared(resume, prepared, data)
-        # the run's own knows where a text of the model begins and ends
+        # the run's own tokenizer knows where the model's texts begin and end
         own_tokenizer = find_tokenizer(resume_point(resume)[0]) or prepared_data.tokenizer
         result = resume_language_run(
             resume, prepared_data, changes=given, sampler=_make_sampler(own_tokenizer), compressors=compressors
@@ -149,7 +149,7 @@ def train(
 
 
 def _make_sampler(tokenizer: Any) -> Any:
-    """Writes the samples on the way; seeded, so that a resumed run writes the same."""
+    """Return a function that writes samples; seeded, so that a resumed run writes the same ones."""
     from hgrn2.generate import Sampling, Writer
 
     def sampler(model: Any, prompt: str) -> str:
@@ -165,12 +165,14 @@ def _show_end(run: Any) -> None:
     from hgrn2.train.report.facts import RunFacts
 
     result = run.result
-    # that a run had ended before has been said
+    # a note has said already that the run had ended before
     if result.stopped_by is None and (run.pictures or not result.had_ended):
         facts = RunFacts.read(result.run_dir)
         record = result.last_validation
         if record:
-            print(f"held-out text: {_bits(record)} bits a byte, perplexity {record['val_perplexity']:.2f} a token")
+            bits, unit = _bits(record), "bits a byte"
+            bits = f"{unit} {bits}" if record["val_bits_per_byte"] is None else f"{bits} {unit}"
+            print(f"held-out text: {bits}, perplexity {record['val_perplexity']:.2f} a token")
         if facts.compressors:
             _show_compressors(facts, record)
         for path in run.pictures:
@@ -182,7 +184,7 @@ def _show_end(run: Any) -> None:
 
 def _bits(record: dict[str, Any]) -> str:
     bits = record["val_bits_per_byte"]
-    return "no (the tokenizer does not keep the whole text)" if bits is None else f"{bits:.3f}"
+    return "n/a (the tokenizer does not keep the whole text)" if bits is None else f"{bits:.3f}"
 
 
 def _show_compressors(facts: Any, record: dict[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""Know a text again: which side the first copy of it went to, in eight bytes a document."""
+"""Recognise copies of a text, in eight bytes a document."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _FEWEST_WAITING = 1 << 12
 
 
 def text_key(text: str) -> int:
-    """A key of 63 bits; texts of any corpus that fits a disk are told apart by it, but for one chance in millions."""
+    """Return a 63-bit hash of a text; a collision within a corpus that fits on a disk is very unlikely."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def with_key(document: Document) -> tuple[int, Document]:
-    """The key of a document's first piece, and the document, still to be read; no text has the key of an empty one."""
+    """Return the key of a document's first piece, `NO_TEXT` without any, and a document that still yields it."""
     pieces = iter(document.pieces)
     first = next(pieces, "")
     return text_key(first), Document(document.name, itertools.chain([first] if first else [], pieces))
@@ -46,7 +46,7 @@ class KeySet:
         return index < len(self._sorted) and int(self._sorted[index]) == key
 
     def add(self, key: int) -> None:
-        """Put a key in that is not there yet."""
+        """Add a key that is not in the set yet."""
         self._waiting.add(key)
         if len(self._waiting) >= max(_FEWEST_WAITING, len(self._sorted) // 8):
             new = np.fromiter(self._waiting, dtype=np.uint64, count=len(self._waiting))

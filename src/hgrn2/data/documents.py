@@ -15,7 +15,7 @@ from hgrn2.errors import UserError, visible
 from hgrn2.extras import install_command
 from hgrn2.json_files import parse_json
 
-# longer ones are cut, and then they are no JSON
+# longer lines are cut, and then are not JSON
 _MOST_LINE_BYTES = 1 << 26
 
 

@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say about the model it belongs to: where its texts begin and end, and the rest."""
+"""Files that lie beside a model's tokenizer: where its texts begin and end, its chat template and other settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 GENERATION_CONFIG_FILE = "generation_config.json"
 CONFIG_FILE = "config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# what a tokenizer may consist of, and how to write with the model
+# files that a tokenizer may consist of, and the settings of generation
 TOKENIZER_FILES = (
     "*tokenizer*.json", "*.model", "tokenizer.model.*", "tekken.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "additional_chat_templates/*.jinja",
@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a folder says of the texts of its model.
+    """Settings of a model's folder about its texts.
 
     Attributes:
         eot: the token after a text by tokenizer_config.json; None if it names none.
@@ -43,10 +43,10 @@ class ModelFiles:
 
 
 def read_model_files(folder: Path) -> ModelFiles:
-    """Read the settings of transformers in a folder; a folder without any says nothing.
+    """Read the settings of transformers in a folder; a folder without any leaves everything unset.
 
     Raises:
-        UserError: a file cannot be read, or names something else than tokens.
+        UserError: a file cannot be read, or names something other than tokens.
     """
     tokenizer, generation, config = (
         _read(folder / name) for name in (TOKENIZER_CONFIG_FILE, GENERATION_CONFIG_FILE, CONFIG_FILE)
@@ -96,14 +96,14 @@ def companion_files(folder: Path) -> Iterator[Path]:
 
 
 def read_companions(folder: Path, eot_id: int) -> dict[str, bytes]:
-    """Read those files, by their path in the folder.
+    """Read the companion files, by their path in the folder.
 
     Args:
         folder: of a model.
         eot_id: ends its texts if the folder does not say what does.
 
     Returns:
-        The files. There is a generation_config.json among them unless there are none: its tokens belong to the model.
+        The files, with a generation_config.json if there are any, since its tokens belong to the model.
     """
     found = {file.relative_to(folder).as_posix(): file.read_bytes() for file in companion_files(folder)}
     ids = check_token_ids(_read(folder / CONFIG_FILE), folder / CONFIG_FILE)

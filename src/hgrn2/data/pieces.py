@@ -1,7 +1,7 @@
 """Documents cut into pieces that give, one after the other, the tokens of the whole document.
 
 A tokenizer is free to look at as much of a text as it likes, so a cut is only made where it is known, or was tried,
-that the tokens on both sides do not change.
+to leave the tokens on both sides unchanged.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Bar:
 
     Attributes:
         advance: moves it on by a number of bytes.
-        pulse: from here on shows another title and that work goes on, for work of unknown length.
+        pulse: shows another title and an indefinite bar, for work of unknown length.
     """
 
     advance: Callable[[int], None] = lambda num_bytes: None

@@ -1,4 +1,4 @@
-"""What the user names as data, turned into a sorted list of sources whose documents are read lazily."""
+"""Turn the names of data that a user gives into a sorted list of sources, whose documents are read lazily."""
 
 from __future__ import annotations
 

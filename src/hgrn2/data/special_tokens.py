@@ -1,4 +1,4 @@
-"""Control tokens kept out of what a text is encoded to, also where a vocabulary lists them among its words."""
+"""Keep control tokens out of encoded text, even where a vocabulary lists them among its words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizer
         names: the tokens to hide.
 
     Returns:
-        The changed tokenizer, which leaves no merges out at random either; None if there is nothing to change.
+        The changed tokenizer, without BPE dropout; None if there is nothing to change.
     """
     model = content["model"]
     reachable = _reachable(model, names)
@@ -41,7 +41,7 @@ def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizer
     if model.get("unk_token") in new_names:
         model = model | {"unk_token": new_names[model["unk_token"]]}
     if model.get("dropout"):
-        # leaving merges out at random would give a text other tokens each time
+        # BPE dropout would give a text different tokens each time
         model = model | {"dropout": None}
     if model.get("merges"):
         model = model | {"merges": [merge for merge in model["merges"] if not reachable & set(_merged(merge))]}

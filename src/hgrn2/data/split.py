@@ -1,4 +1,4 @@
-"""Which documents are held out for validation, told by a hash of their names; copies of a text stay on one side."""
+"""Hold documents out for validation by a hash of their names; copies of a text stay on one side."""
 
 from __future__ import annotations
 

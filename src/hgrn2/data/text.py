@@ -69,7 +69,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
 
 def read_error(path: Path, error: Exception) -> Exception:
-    """What to raise for an error met while reading a file: NotText, or the error itself if it is a bug."""
+    """Return the exception to raise for an error while reading a file: NotText, or the error itself if it is a bug."""
     damaged = isinstance(error, (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error))
     # zstandard is optional, so its error class is known by name; bz2 reports damage as a bare OSError
     damaged = damaged or type(error).__name__ == "ZstdError" or (path.suffix.lower() == ".bz2" and not _errno(error))

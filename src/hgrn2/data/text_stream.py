@@ -33,7 +33,7 @@ class TextStream:
         self._context: list[int] = []
         self._waiting: list[int] = []
         for token_id in before[-_CONTEXT_TOKENS:]:
-            # a character that is begun there ends here
+            # a character may begin there and end here
             self.push(token_id)
         self._take_context()
         self._is_new = True
@@ -58,15 +58,15 @@ class TextStream:
         return text
 
     def peek(self) -> str:
-        """What still waits, as it would be if nothing came after it."""
+        """Return the text that is held back, as it would be if nothing followed."""
         return self._fresh_text()
 
     def flush(self) -> str:
-        """What is left at the end; an unfinished character becomes U+FFFD."""
+        """Return the rest of the text at the end; an unfinished character becomes U+FFFD."""
         text = self._fresh_text() + self._utf8.decode(b"", final=True)
         self._take_context()
         self._utf8.reset()
-        # what was unfinished before the first token is not of this stream
+        # an unfinished character from before the first token does not belong to this stream
         return "" if self._is_new else text
 
     def _take_context(self) -> None:

@@ -47,7 +47,7 @@ _SEPARATORS = ("\n", ".", "-", "0")
 
 
 class Tokenizer(ABC):
-    """What the rest of the package asks of a tokenizer.
+    """Interface of a tokenizer to the rest of the package.
 
     Attributes:
         name: "bytes", a file name or a Hub name; for people.
@@ -116,8 +116,12 @@ class Tokenizer(ABC):
         return False
 
     def count_unknown(self, ids: np.ndarray) -> int:
-        """How many of the tokens stand for text that the vocabulary lacks."""
+        """Count the tokens that stand for text that the vocabulary lacks."""
         return 0
+
+    def unknown_parts(self, text: str) -> list[str]:
+        """The parts of a text that the vocabulary lacks, in order."""
+        return []
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
@@ -297,7 +301,7 @@ class HFTokenizer(Tokenizer):
         return token_id in self._byte_tokens
 
     def count_unknown(self, ids: np.ndarray) -> int:
-        """How many of the tokens stand for text that the vocabulary lacks."""
+        """Count the tokens that stand for text that the vocabulary lacks."""
         return 0 if self._unknown is None else int((np.asarray(ids) == self._unknown).sum())
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -331,7 +335,7 @@ class HFTokenizer(Tokenizer):
         path = Path(directory) / TOKENIZER_FILE
         write_text_whole(path, self.backend.to_str(pretty=True))
         if self._eot not in EOT_NAMES and TOKENIZER_CONFIG_FILE not in self.companions:
-            # by its name alone it would not be found again
+            # its name alone would not identify it when the file is read back
             write_text_whole(Path(directory) / TOKENIZER_CONFIG_FILE, json.dumps({"eos_token": self._eot}) + "\n")
         self._save_companions(directory)
         return path

@@ -1,4 +1,4 @@
-"""What the settings in a tokenizer.json show of its kind: bytes, bytes as a fallback, words cut at spaces."""
+"""Read the kind of a tokenizer from its tokenizer.json: bytes, byte fallback, words split at spaces."""
 
 from __future__ import annotations
 

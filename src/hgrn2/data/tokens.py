@@ -162,6 +162,18 @@ class TokenDataset:
         """
         return self._bytes_before(stop) - self._bytes_before(start)
 
+    def document_tokens(self, index: int, most: int | None = None) -> np.ndarray:
+        """Read the tokens of a document, without the end-of-text token it starts with.
+
+        Args:
+            index: of the document.
+            most: read no more tokens than this; None reads all of them.
+        """
+        start = int(self.document_starts[index]) + 1
+        is_last = index + 1 == self.num_documents
+        stop = self.num_tokens if is_last else int(self.document_starts[index + 1])
+        return self.tokens(start, stop if most is None else min(stop, start + most))
+
     def _bytes_before(self, position: int) -> int:
         if position == 0:
             return 0

@@ -34,7 +34,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 class Source(Protocol):
-    """Where a model to write comes from: a checkpoint (`ModelFolder`), or a start from one (`TransformerStart`)."""
+    """Source of a model to write: a checkpoint (`ModelFolder`), or a start from one (`TransformerStart`)."""
 
     @property
     def path(self) -> Path:
@@ -67,7 +67,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """What a conversion wrote.
+    """Result of a conversion.
 
     Attributes:
         path: the new folder.
@@ -164,9 +164,9 @@ def _check_new(out: Path) -> None:
 
 
 def _token_ids(source: Source, tokenizer_dir: Path) -> dict[str, Any]:
-    """Which tokens begin, end and fill a text, as far as the source's settings say it.
+    """Return the tokens that begin, end and pad a text, if the source's settings name them.
 
-    A run says it beside its tokenizer, if the model it was started from did.
+    A run has them beside its tokenizer, if the model it was started from did.
     """
     known = check_token_ids(source.settings, source.path / CONFIG_NAME)
     beside = tokenizer_dir / GENERATION_CONFIG_FILE
@@ -176,7 +176,7 @@ def _token_ids(source: Source, tokenizer_dir: Path) -> dict[str, Any]:
 
 
 def _take_tokenizer(source: Source, token_ids: dict[str, Any], tokenizer_dir: Path, stage: Path) -> dict[str, Any]:
-    """Copy the tokenizer's files; return which tokens begin, end and fill a text, for config.json."""
+    """Copy the tokenizer's files; return the tokens that begin, end and pad a text, for config.json."""
     for pattern in TOKENIZER_FILES:
         for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
             if file.suffix == ".json":
@@ -187,7 +187,7 @@ def _take_tokenizer(source: Source, token_ids: dict[str, Any], tokenizer_dir: Pa
             shutil.copyfile(file, copy)
     if token_ids:
         return token_ids
-    # a run from nothing says nothing of them; they are our tokenizer's, which transformers opens in another form
+    # a run that was trained from scratch names none; they are our tokenizer's, which transformers opens in another form
     try:
         tokenizer = load_tokenizer(stage)
     except UserError:

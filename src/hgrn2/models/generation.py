@@ -1,4 +1,4 @@
-"""Token ids after token ids: the loop that reads a prompt and draws what follows."""
+"""Generate token ids: the loop that reads a prompt and draws what follows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of what a language model is given, by the names its methods have for it."""
+"""Checks of a language model's inputs, with errors that name the methods' own arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits."""
+"""Draw the next token from logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PREFILL_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The filters apply in the order of the fields.
+    """Settings of drawing the next token. The filters apply in the order of the fields.
 
     Attributes:
         repetition_penalty: above 1, makes tokens that were already there less likely (arXiv 1909.05858).

@@ -42,5 +42,5 @@ class Norm(nn.Module):
         return functional.layer_norm(x.to(computed), (self.size,), self.weight, self.bias, self.eps).to(dtype)
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Settings that print(model) shows."""
         return f"{self.kind}, {self.size}, eps={self.eps}, affine={self.weight is not None}"

@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on, read and verified.
+    """Everything that a run resumes from, read and verified.
 
     Attributes:
         path: the checkpoint's folder.
@@ -298,7 +298,7 @@ def read_while_training(run: Path, read: Callable[[], T]) -> T:
 
 
 def check_new_run(run_dir: Path) -> None:
-    """Raises UserError if a run cannot begin in the folder: it holds one with a checkpoint, or one that goes on."""
+    """Raises UserError if a run cannot begin in the folder: it holds one with a checkpoint, or one that is training."""
     _check_free(run_dir)
     if (run_dir / LOCK_NAME).exists():
         with run_lock(run_dir):
@@ -420,7 +420,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
 
 
 def _way_out(path: Path) -> str:
-    """What to type instead of a bad checkpoint."""
+    """Return advice on what to name instead of a bad checkpoint."""
     if path.parent.name != FOLDER_NAME or not is_checkpoint_name(path.name):
         return "restore the folder from a copy"
     for older in reversed(checkpoints_of(path.parent.parent)):

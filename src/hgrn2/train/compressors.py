@@ -1,4 +1,4 @@
-"""What general-purpose compressors make of a text, to stand beside a model's bits a byte."""
+"""Sizes of a text under general-purpose compressors, to compare with a model's bits a byte."""
 
 from __future__ import annotations
 
@@ -25,11 +25,8 @@ def compressed_bits(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[dict[s
     }
     sizes = dict.fromkeys(compressors, 0)
     num_text_bytes = 0
-    starts = dataset.document_starts
     for index in range(dataset.num_documents):
-        stop = int(starts[index + 1]) if index + 1 < dataset.num_documents else dataset.num_tokens
-        # after the end-of-text token that a document starts with
-        text = tokenizer.decode(dataset.tokens(int(starts[index]) + 1, stop)).encode("utf-8")
+        text = tokenizer.decode(dataset.document_tokens(index)).encode("utf-8")
         num_text_bytes += len(text)
         for name, compressor in compressors.items():
             sizes[name] += len(compressor.compress(text))

@@ -40,16 +40,16 @@ _NOT_NEGATIVE = [
 _MOST_THREADS = 4096
 # of one step, whose batches are in memory at once
 _MOST_TOKENS = 2**26
-# Muon's updates are of one size, and beyond float32 torch cannot be told
+# Muon's updates all have one size; rates beyond float32 make torch fail
 _LARGEST_MUON_RATE = 1e6
-# by default
+# the default warmup
 _MOST_WARMUP_STEPS = 100
 BUDGETS = ("max_steps", "max_tokens", "max_time_s")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train: budget, batch, optimizer, schedule, and what to record on the way.
+    """Settings of training: budget, batch, optimizer, schedule, and what to record on the way.
 
     At least one budget is needed; with several, the run ends at the first that is used up, and the learning
     rate's schedule runs on the largest used fraction.
@@ -250,8 +250,8 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """The settings with which a run begins: defaults that depend on the budget become numbers of their own.
 
-        So they stay when the run is resumed with a longer budget. A warmup that is longer than the budget is lowered,
-        with a warning.
+        They then stay the same when the run is resumed with a longer budget. A warmup that is longer than the budget is
+        lowered, with a warning.
         """
         steps = self.num_warmup_steps
         if self.max_steps is None or steps <= self.max_steps:

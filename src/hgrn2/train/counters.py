@@ -1,4 +1,4 @@
-"""Where a run is, and what has changed since a checkpoint of it was written."""
+"""Counters of a run's progress, and lines about settings that changed since a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hgrn2.train.schedule import lr_fraction, used_fraction
 
 @dataclass
 class Counters:
-    """Where a run is; travels in every checkpoint's state.json.
+    """Progress of a run; travels in every checkpoint's state.json.
 
     Attributes:
         step: optimizer steps, skipped ones included.
@@ -76,7 +76,7 @@ def describe_end(config: TrainConfig, counters: Counters) -> str:
 
 def _next_rate(settings: dict[str, Any], counters: Counters) -> float:
     with warnings.catch_warnings():
-        # of settings without effect, which have been shown
+        # warnings about settings without effect have been shown already
         warnings.simplefilter("ignore")
         config = TrainConfig.from_dict(settings)
     progress = used_fraction(config, counters.step, counters.tokens, counters.elapsed_s)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere.
+"""Display of a running training: a live panel on a terminal, plain lines elsewhere.
 
 A terminal or a reader that has gone is no reason to stop training: what cannot be shown is left out.
 """

@@ -1,12 +1,11 @@
-"""What a run leaves beside its checkpoints when it ends: gates, report, pictures. None of them can fail the run."""
+"""Files that a run writes when it ends: gates, report, pictures. A failure to write one does not fail the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,9 +15,7 @@ from hgrn2.errors import UserError
 from hgrn2.extras import install_command
 from hgrn2.models import HGRN2LM
 from hgrn2.train.compressors import compressed_bits
-from hgrn2.train.config import TrainConfig
 from hgrn2.train.gates import GATES_NAME, measure_gates
-from hgrn2.train.hints import first_words
 from hgrn2.train.metrics import append_record, read_metrics
 from hgrn2.train.report import write_report
 
@@ -26,39 +23,16 @@ from hgrn2.train.report import write_report
 _GATE_TOKENS = 8192
 
 
-def describe(model: HGRN2LM, data: PreparedData, config: TrainConfig) -> dict[str, Any]:
-    """Return what a run's first record says of the model and the data, for its report.
-
-    Args:
-        model: to train.
-        data: prepared tokens.
-        config: the settings.
-
-    Returns:
-        parameters, data (sizes of both parts), prompt (a few words to continue); JSON values.
-    """
-    prompt = config.sample_prompt
-    if not prompt.isprintable() or prompt != prompt.strip() or not prompt:
-        prompt = first_words(data.validation, data.tokenizer)
-    sizes = {
-        side: {"documents": part.num_documents, "text_bytes": part.num_text_bytes, "tokens": part.num_tokens}
-        for side, part in (("train", data.train), ("validation", data.validation))
-    }
-    about = {"tokenizer": data.tokenizer.name, "vocab_size": data.tokenizer.vocab_size}
-    skipped = data.manifest.get("skipped", {})
-    return {"parameters": model.num_parameters(), "data": {**about, **sizes, "skipped": skipped}, "prompt": prompt}
-
-
 @dataclass(frozen=True)
 class Ending:
-    """Writes what a run leaves.
+    """Writes the files that a run leaves beside its checkpoints.
 
     Attributes:
         run_dir: the run folder, locked.
         model: as it is after the last step.
         data: what it was trained on.
         device: where the model is.
-        note: shows a line to the person; what cannot be written is noted so.
+        note: shows a line to the user, such as about a file that cannot be written.
     """
 
     run_dir: Path
@@ -69,9 +43,9 @@ class Ending:
 
     def report(self) -> Path | None:
         """Measure the gates and write the report; None if it could not be written."""
-        with self._noted("the gates", GATES_NAME):
+        with self._failure_as_note("the gates", GATES_NAME):
             self._measure_gates()
-        with self._noted("the report", "report.html"):
+        with self._failure_as_note("the report", "report.html"):
             return write_report(self.run_dir)
         return None
 
@@ -83,7 +57,7 @@ class Ending:
         """
         bits, num_bytes = compressed_bits(self.data.validation, self.data.tokenizer)
         record = {"kind": "compressors", "step": step, "text_bytes": num_bytes, "bits_per_byte": bits}
-        with self._noted("the compressors' figures", "metrics.jsonl"):
+        with self._failure_as_note("the compressors' figures", "metrics.jsonl"):
             append_record(self.run_dir, record)
 
     def pictures(self) -> list[Path]:
@@ -94,8 +68,8 @@ class Ending:
         except ImportError as error:
             self.note(f"no pictures beside the report: {error.name} is not installed: {install_command('train')}")
             return []
-        with self._noted("the pictures", "plots"):
-            # the steps may all have been skipped, or the time have been up before the first
+        with self._failure_as_note("the pictures", "plots"):
+            # every step may have been skipped, or the time may have run out before the first
             has_learnt = any(r["kind"] == "train" and r["loss"] is not None for r in read_metrics(self.run_dir))
             return plot_run(self.run_dir) if has_learnt or (self.run_dir / GATES_NAME).exists() else []
         return []
@@ -108,14 +82,14 @@ class Ending:
             gates = measure_gates(self.model, batch.input_ids, batch.cu_seqlens)
         finally:
             self.model.train()
-        # those of an earlier end of the run would pass for today's
+        # gates measured at an earlier end of the run would pass for current ones
         (self.run_dir / GATES_NAME).unlink(missing_ok=True)
         if gates is not None:
             gates.save(self.run_dir)
 
     @contextmanager
-    def _noted(self, what: str, name: str) -> Any:
-        """Turn what goes wrong into a note: the checkpoint is written, and the run has done its work."""
+    def _failure_as_note(self, what: str, name: str) -> Iterator[None]:
+        """Turn a failure into a note: the checkpoint is written, and the run has done its work."""
         try:
             yield
         except (OSError, UserError) as error:

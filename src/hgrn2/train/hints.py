@@ -1,4 +1,4 @@
-"""What to do next with a run, as commands to copy: the end of a run shows them, and its report."""
+"""Next steps with a run as commands to copy, shown in its report and when it ends."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.data.tokens import TokenDataset
+from hgrn2.train.config import BUDGETS
 
-# of the beginning of a document: enough for a few words of any language
+# tokens read from the start of a document: enough for a few words of any language
 _READ_TOKENS = 96
 _MOST_WORDS, _MOST_CHARACTERS = 5, 40
-# a longer word is of a text without spaces, and is cut
+# a longer word comes from a text without spaces, and is cut
 _LONGEST_WORD, _CUT_CHARACTERS = 24, 12
 _DOCUMENTS = 32
 
@@ -33,12 +34,8 @@ def first_words(dataset: TokenDataset, tokenizer: Tokenizer) -> str:
     """
     best = ""
     for index in range(min(_DOCUMENTS, dataset.num_documents)):
-        start = int(dataset.document_starts[index]) + 1
-        stop = dataset.num_tokens
-        if index + 1 < dataset.num_documents:
-            stop = int(dataset.document_starts[index + 1])
-        tokens = dataset.tokens(start, min(stop, start + _READ_TOKENS))
-        # of the last line there may be more than was read
+        tokens = dataset.document_tokens(index, _READ_TOKENS)
+        # the last line may be longer than what was read
         *lines, rest = tokenizer.decode(tokens).split("\n")
         for line in lines or [rest]:
             prompt = _start_of(line)
@@ -59,7 +56,7 @@ def _start_of(line: str) -> str:
         words.pop()
     if len(words[0]) > _LONGEST_WORD:
         return words[0][:_CUT_CHARACTERS]
-    # with the spaces that are there
+    # keep the original spaces between the words
     return re.match(r"\s*".join(map(re.escape, words)), line)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
@@ -95,7 +92,7 @@ def resume_command(run_dir: Path, settings: Mapping[str, Any], is_finished: bool
     """
     words = [program(), "train", "--resume", shlex.quote(str(run_dir))]
     if is_finished:
-        for name in ("max_steps", "max_tokens", "max_time_s"):
+        for name in BUDGETS:
             if isinstance(budget := settings.get(name), int | float):
                 words += [f"--{name.replace('_', '-')}", f"{2 * budget:g}" if budget < 1e5 else str(round(2 * budget))]
     return " ".join(words)

@@ -35,7 +35,7 @@ _SMOOTHING = 0.95
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
         run_dir: the run folder.
@@ -148,7 +148,7 @@ class Trainer:
         """
         try:
             self._store.remove_leftovers()
-            with _a_state_of_a_run(self.resume_from):
+            with _corrupt_state_as_user_error(self.resume_from):
                 self._restore()
             if self._has_ended():
                 return self._result(finished=True, had_ended=True)
@@ -476,8 +476,8 @@ class Trainer:
 
 
 @contextmanager
-def _a_state_of_a_run(checkpoint: Path | None) -> Iterator[None]:
-    """What a state.json leads to whose checksum is right, but which a run has not written."""
+def _corrupt_state_as_user_error(checkpoint: Path | None) -> Iterator[None]:
+    """Turn errors from a state.json with the right checksum and the wrong content into a UserError."""
     try:
         yield
     except UserError:

@@ -22,13 +22,14 @@ from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import describe_end
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.distill import Teacher
-from hgrn2.train.ending import Ending, describe
+from hgrn2.train.ending import Ending
 from hgrn2.train.freezing import frozen_names
 from hgrn2.train.gates import GATES_NAME
+from hgrn2.train.hints import first_words
 from hgrn2.train.language import LanguageTask, Sampler
 from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer, TrainResult
-from hgrn2.train.places import from_kept, to_kept
+from hgrn2.train.places import from_saved_path, to_saved_path
 from hgrn2.train.report import REPORT_NAME, write_report
 from hgrn2.train.rng import seed_everything
 
@@ -83,8 +84,8 @@ def start_language_run(
     parts = _Parts.build(model_config, train_config, data, sampler)
     if start is not None:
         start.load_into(parts.model)
-    kept = _kept_data(data_settings, data, run_dir) | {"fingerprints": _fingerprints(data)}
-    config = {"model": model_config.to_dict(), "train": _kept(train_config, run_dir), "data": kept}
+    kept = _saved_data_settings(data_settings, data, run_dir) | {"fingerprints": _fingerprints(data)}
+    config = {"model": model_config.to_dict(), "train": _saved_train_settings(train_config, run_dir), "data": kept}
     with run_lock(run_dir) as check_lock:
         create_run(run_dir, config, data.tokenizer)
         return parts.run(run_dir, config, None, display, check_lock, compressors)
@@ -115,7 +116,7 @@ def resume_language_run(
     """
     run_dir, _ = resume_point(path)
     with run_lock(run_dir) as check_lock:
-        # what a kill left may be the newest checkpoint
+        # a killed process may have left the newest checkpoint under its temporary name
         CheckpointStore(run_dir, 1).remove_leftovers()
         # again: until now another process may have written and removed checkpoints
         _, checkpoint = resume_point(path)
@@ -129,32 +130,55 @@ def resume_language_run(
         model_config = HGRN2Config.from_dict(config["model"])
         if checkpoint is not None:
             _check_model(run_dir, model_config, checkpoint)
-        before = _opened(config["train"], run_dir, config["data"].get("run_was_at"))
+        before = _restore_train_settings(config["train"], run_dir, config["data"].get("run_was_at"))
         train_config = TrainConfig.from_dict({**before, **(changes or {})})
         parts = _Parts.build(model_config, train_config, data, sampler)
-        config["train"] = _kept(train_config, run_dir)
-        config["data"] = _kept_data(config["data"], data, run_dir)
+        config["train"] = _saved_train_settings(train_config, run_dir)
+        config["data"] = _saved_data_settings(config["data"], data, run_dir)
         return parts.run(run_dir, config, checkpoint, display, check_lock, compressors)
 
 
-def _kept(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
-    """Return the settings as a run keeps them: it may be resumed from another folder."""
-    teacher = None if config.teacher is None else to_kept(run_dir, config.teacher)
+def _saved_train_settings(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """Return the settings as config.json holds them: the run may be resumed from another folder."""
+    teacher = None if config.teacher is None else to_saved_path(run_dir, config.teacher)
     return config.to_dict() | {"teacher": teacher}
 
 
-def _kept_data(settings: Mapping[str, Any], data: PreparedData, run_dir: Path) -> dict[str, Any]:
-    return {**settings, "prepared": to_kept(run_dir, data.directory), "run_was_at": os.path.realpath(run_dir)}
+def _saved_data_settings(settings: Mapping[str, Any], data: PreparedData, run_dir: Path) -> dict[str, Any]:
+    return {**settings, "prepared": to_saved_path(run_dir, data.directory), "run_was_at": os.path.realpath(run_dir)}
 
 
-def _opened(settings: Mapping[str, Any], run_dir: Path, was_at: str | None) -> dict[str, Any]:
-    """Undo `_kept`, and fill in the warmup of older runs, which kept no number for the default."""
+def _restore_train_settings(settings: Mapping[str, Any], run_dir: Path, was_at: str | None) -> dict[str, Any]:
+    """Undo `_saved_train_settings`, and fill in the warmup of older runs, which kept no number for the default."""
     found = dict(settings)
     if isinstance(teacher := found.get("teacher"), str):
-        found["teacher"] = str(from_kept(run_dir, teacher, was_at))
+        found["teacher"] = str(from_saved_path(run_dir, teacher, was_at))
     if found.get("warmup_steps") is None:
         found["warmup_steps"] = TrainConfig.from_dict(found).num_warmup_steps
     return found
+
+
+def _describe_start(model: HGRN2LM, data: PreparedData, config: TrainConfig) -> dict[str, Any]:
+    """Return facts about the model and the data for the record of a run's start.
+
+    Args:
+        model: to train.
+        data: prepared tokens.
+        config: the settings.
+
+    Returns:
+        parameters, data (sizes of both parts), prompt (a few words to continue); JSON values.
+    """
+    prompt = config.sample_prompt
+    if not prompt.isprintable() or prompt != prompt.strip() or not prompt:
+        prompt = first_words(data.validation, data.tokenizer)
+    sizes = {
+        side: {"documents": part.num_documents, "text_bytes": part.num_text_bytes, "tokens": part.num_tokens}
+        for side, part in (("train", data.train), ("validation", data.validation))
+    }
+    about = {"tokenizer": data.tokenizer.name, "vocab_size": data.tokenizer.vocab_size}
+    skipped = data.manifest.get("skipped", {})
+    return {"parameters": model.num_parameters(), "data": {**about, **sizes, "skipped": skipped}, "prompt": prompt}
 
 
 def _fingerprints(data: PreparedData) -> dict[str, str]:
@@ -235,12 +259,12 @@ class _Parts:
             frozen=self.frozen,
             display=display,
             check_lock=check_lock,
-            about=describe(self.model, self.data, self.config),
+            about=_describe_start(self.model, self.data, self.config),
         )
         try:
             result = trainer.run()
         except UserError:
-            # what there is may show why it stopped
+            # the report may show why the run stopped
             if trainer.has_started:
                 with suppress(UserError, OSError):
                     check_lock()
@@ -259,7 +283,7 @@ class _Parts:
 
 
 def _is_drawn(run_dir: Path) -> bool:
-    """Whether report and pictures of the end of a run were drawn; a full disk may have left out some."""
+    """Whether the report and all pictures of a run exist; a full disk may have prevented some."""
     if not (run_dir / REPORT_NAME).exists():
         return False
     names = {path.name for path in (run_dir / "plots").glob("*.png")}

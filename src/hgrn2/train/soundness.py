@@ -1,4 +1,4 @@
-"""What makes a checkpoint a good one: its files, their checksums, and the step its name and its state agree on."""
+"""Checks of a checkpoint: its files, their checksums, and that its name and its state agree on the step."""
 
 from __future__ import annotations
 

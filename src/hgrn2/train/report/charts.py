@@ -39,7 +39,7 @@ class Axis:
     unit: float = 1.0
 
     def percent(self, value: float) -> float:
-        """Where a value lies, cut off at the ends."""
+        """Return the position of a value, clipped to 0 and 100."""
         scale = math.log if self.is_log else float
         low, high = scale(self.low), scale(self.high)
         if high <= low:
@@ -247,7 +247,7 @@ def _y(percent: float) -> str:
 
 
 def _y_free(axis: Axis, value: float) -> str:
-    """A height that may lie outside, where the line leaves the picture."""
+    """Return a height that may lie outside the chart, where the line leaves it."""
     height = _SIZE * (1 - (value - axis.low) / (axis.high - axis.low))
     return f"{min(9999.0, max(-9999.0, height)):.1f}".removesuffix(".0")
 

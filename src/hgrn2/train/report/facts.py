@@ -1,4 +1,4 @@
-"""What a run folder tells about a run, gathered for its report."""
+"""Facts about a run, gathered from its folder for the report."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +16,7 @@ from hgrn2.data.staging import write_text_whole
 from hgrn2.train.curves import Record, smooth, thin
 from hgrn2.train.report import sections
 from hgrn2.train.report.charts import MOST_POINTS
-from hgrn2.train.report.facts import RunFacts
+from hgrn2.train.report.facts import RunFacts, figure
 from hgrn2.train.report.words import plain, rich
 
 REPORT_NAME = "report.html"
@@ -85,7 +84,4 @@ def series(facts: RunFacts) -> dict[str, Any]:
 
 
 def _columns(records: list[Record], keys: tuple[str, ...]) -> dict[str, list[Any]]:
-    def finite(value: Any) -> Any:
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-    return {key: [finite(r.get(key)) for r in records] for key in keys}
+    return {key: [figure(r, key) for r in records] for key in keys}

@@ -315,12 +315,9 @@ def next_steps(facts: RunFacts) -> str:
         ("Draw this page again", f"{word} plot {place}"),
     ]
     python = (
-        "from pathlib import Path\n\n"
-        "from hgrn2.generate import Sampling, Writer\n"
-        "from hgrn2.settings import load_model\n\n"
-        f'model, tokenizer = load_model(Path({str(run)!r}), "latest", "auto")\n'
-        "writer = Writer(model, tokenizer, Sampling(temperature=0.7, seed=1))\n"
-        f'print("".join(writer.write({prompt!r}, 100)))'
+        "import hgrn2\n\n"
+        f"loaded = hgrn2.load({str(run)!r})\n"
+        f"print(loaded.write({prompt!r}, 100, hgrn2.Sampling(temperature=0.7, seed=1)))"
     )
     items = "".join(f"<dt>{title}</dt><dd>{code(text)}</dd>" for title, text in [*commands, ("From Python", python)])
     return section("next", "Where to go from here", f'<dl class="commands">{items}</dl>')
