@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and (
             status is not None or getattr(call, "func", None) is not train.train
         ):
-            # the reader has closed the pipe, as in `hgrn2 generate ... | head`; that fails only an unfinished training run
+            # the reader has closed the pipe, as in `hgrn2 generate ... | head`. for an unfinished run it is an error
             release_output()
             return status or 0
         if error.filename is not None:
