@@ -1,4 +1,4 @@
-"""What the model has read, in transformers' cache."""
+"""The model's states in transformers' cache."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class StateLayer(CacheLayerMixin):
         self._map(lambda x: x.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
-        """As before the first token."""
+        """Reset to the state before the first token."""
         self.num_tokens.zero_()
         if not self.is_compileable:
             self.state = {}

@@ -389,7 +389,7 @@ def _map_texts(value: Any, function: Any) -> Any:
 
 
 def _task_reason(error: Exception) -> str:
-    """What is wrong, and what to do where the network is."""
+    """Return what is wrong, and what to do on a machine with network access."""
     chain = list(_chain(error))
     offline = any("offline" in f"{type(x).__name__} {x}".lower() or isinstance(x, ConnectionError) for x in chain)
     if offline:
@@ -421,7 +421,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _without_attempts() -> Iterator[None]:
-    """Where the Hub cannot be reached, what is not in the local cache is refused at once, not after many attempts."""
+    """Refuse at once, without retries, what is not in the local cache while the Hub cannot be reached."""
     places: list[Any] = [huggingface_hub.constants, datasets.config]
     before = [place.HF_HUB_OFFLINE for place in places]
     offline = not hub_reachable()

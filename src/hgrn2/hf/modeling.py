@@ -37,7 +37,7 @@ class HGRN2Layer(GradientCheckpointingLayer, Block):
 
 
 class HGRN2PreTrainedModel(PreTrainedModel):
-    """What the classes share: configuration, initial weights, and what the library may do with them."""
+    """Base of the classes: configuration, initial weights, and the features that the library may use."""
 
     config_class = HGRN2Config
     base_model_prefix = "model"
@@ -244,7 +244,7 @@ def _only_one(a: Any, b: Any, names: tuple[str, str]) -> Any:
 
 
 def _padding(attention_mask: Tensor | None, x: Tensor, cache: Cache | None) -> Tensor | None:
-    """Which of the new places are tokens, [B, T] bool; None if all are."""
+    """Return a mask of the new places that are tokens, [B, T] bool; None if all are."""
     if attention_mask is None:
         return None
     batch, length = x.shape[:2]
@@ -267,7 +267,7 @@ def _padding(attention_mask: Tensor | None, x: Tensor, cache: Cache | None) -> T
 
 
 def places_read(cache: Cache | None) -> int:
-    """How many places a cache holds that this model filled."""
+    """Count the places of a cache that this model filled."""
     first = cache.layers[0] if cache is not None and cache.layers else None
     return first.get_seq_length() if isinstance(first, StateLayer) else 0
 

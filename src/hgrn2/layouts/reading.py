@@ -35,7 +35,7 @@ _NAMES_SHOWN = 8
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor is before it is read.
+    """Description of a tensor before it is read.
 
     Attributes:
         shape: its sizes.

@@ -209,7 +209,7 @@ class Attention(nn.Module):
         return torch.cat([x.new_zeros((x.shape[0], kept, *x.shape[2:])), x], 1).narrow(1, x.shape[1], kept)
 
     def _seen(self, valid: Tensor, length: int) -> Tensor:
-        """Which of the keys, valid [B, keys], the last `length` places see, bool [B, T, keys]."""
+        """Return which keys, valid [B, keys], the last `length` places see, bool [B, T, keys]."""
         # counted in tokens: padding may lie between the cache and new keys
         key = valid.cumsum(1)
         query = key[:, key.shape[1] - length :]

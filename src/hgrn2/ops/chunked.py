@@ -320,7 +320,7 @@ def forward(
 
 
 def _bad_values(v: Tensor) -> Tensor | None:
-    """Where values are not finite, or None when all are, which a CPU knows at the price of a sum.
+    """Return where values are not finite, or None when all are, which costs one sum on a CPU.
 
     A product of matrices would spread them to the tokens before, as 0 times them.
     """
@@ -330,7 +330,7 @@ def _bad_values(v: Tensor) -> Tensor | None:
 
 
 def _from_then_on(bad: Tensor, reverse: bool) -> Tensor:
-    """Which places of chunks [M, C, V] come with or after a bad one of their column."""
+    """Return a mask of the places of chunks [M, C, V] at or after a non-finite one in their column."""
     counts = bad.flip(1).cumsum(1).flip(1) if reverse else bad.cumsum(1)
     return counts > 0
 
@@ -411,7 +411,7 @@ def kept_states_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, tile_chun
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the work is cut."""
+    """Division of the work into chunks and tiles."""
 
     tiles: list[Tile]
     chunk_size: int

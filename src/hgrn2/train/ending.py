@@ -55,9 +55,9 @@ class Ending:
         Args:
             step: the run's last.
         """
-        bits, num_bytes = compressed_bits(self.data.validation, self.data.tokenizer)
-        record = {"kind": "compressors", "step": step, "text_bytes": num_bytes, "bits_per_byte": bits}
         with self._failure_as_note("the compressors' figures", "metrics.jsonl"):
+            bits, num_bytes = compressed_bits(self.data.validation, self.data.tokenizer)
+            record = {"kind": "compressors", "step": step, "text_bytes": num_bytes, "bits_per_byte": bits}
             append_record(self.run_dir, record)
 
     def pictures(self) -> list[Path]:

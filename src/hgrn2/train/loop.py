@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import hgrn2
 from hgrn2.errors import UserError, check_types
@@ -23,6 +23,7 @@ from hgrn2.train.counters import Counters, describe_changes
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.freezing import Freezing
 from hgrn2.train.interrupt import StopRequest
+from hgrn2.train.launched import LaunchedStep
 from hgrn2.train.metrics import METRICS_NAME, MetricsWriter, read_metrics
 from hgrn2.train.optim import NamedOptimizer
 from hgrn2.train.rng import rng_state, seed_everything, set_rng_state, shielded_rng
@@ -52,43 +53,6 @@ class TrainResult:
     last_validation: dict[str, Any] | None = None
     stopped_by: str | None = None
     had_ended: bool = False
-
-
-@dataclass
-class _LaunchedStep:
-    """A step whose work is on its way to the device, or done.
-
-    Attributes:
-        step: its number.
-        tokens: tokens of the run up to its end.
-        num_tokens: its own.
-        num_targets: targets that its loss is a sum over.
-        learning_rate: of AdamW.
-        started_s: by the monotonic clock.
-        values: the summed loss and the gradient's norm, once they are known.
-    """
-
-    step: int
-    tokens: int
-    num_tokens: int
-    num_targets: int
-    learning_rate: float
-    started_s: float
-    values: tuple[float, float] | None = None
-
-    def read_back(self, loss_sum: Tensor, norm: Tensor) -> None:
-        """Begin to copy the values from a GPU, without waiting for it."""
-        self._copy = torch.stack((loss_sum, norm.to(loss_sum.dtype))).to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
-
-    def wait(self) -> tuple[float, float]:
-        """The summed loss and the gradient's norm."""
-        if self.values is None:
-            self._copied.synchronize()
-            loss_sum, norm = self._copy.tolist()
-            self.values = loss_sum, norm
-        return self.values
 
 
 @dataclass
@@ -135,7 +99,7 @@ class Trainer:
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
         self._saved_step = -1
         self._saved_records: int | None = None
-        self._launched: _LaunchedStep | None = None
+        self._launched: LaunchedStep | None = None
         self._last_end_s = 0.0
 
     def run(self) -> TrainResult:
@@ -273,7 +237,7 @@ class Trainer:
         num_tokens = sum(self.task.num_tokens(batch) for batch in batches)
         counters.step += 1
         counters.tokens += num_tokens
-        launched = _LaunchedStep(counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s)
+        launched = LaunchedStep(counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s)
         if self._optimizer.updates_without_waiting and not (config.freeze or config.stream):
             self._optimizer.step_if_finite(loss_sum, norm, config.clip_norm)
             launched.read_back(loss_sum, norm)
