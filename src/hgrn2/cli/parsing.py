@@ -49,7 +49,7 @@ def _plain_type(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] |
             return word
         if optional and word == "None":
             return None
-        # Path("") is the current folder, which nobody means by it
+        # Path("") is the current folder, which an empty word does not mean
         if kind is Path and not word:
             raise ValueError("'' is not a path")
         try:

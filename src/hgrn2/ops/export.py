@@ -207,7 +207,7 @@ _OPERATORS = ("chunked_scan", "chunked_gated_scan", "triton_scan", "triton_step"
 
 
 def _decomposition(operator: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """What takes an operator's arguments and returns its results, computed here."""
+    """Return a function that takes an operator's arguments and computes its results from simpler operators."""
     schema = operator._schema
     names = [argument.name for argument in schema.arguments]
 
@@ -226,7 +226,7 @@ def _decomposition(operator: Any) -> Callable[..., tuple[Tensor, ...]]:
             activations = given["q_activation"], given.get("v_activation", "none")
             floor = given.get("min_log_decay")
             y, state = tied_scan(q, f, v, given["lower_bound"], state, *settings, *activations, floor)
-        # a backward pass is not exported, so nobody reads states kept for it
+        # a backward pass is not exported, so the states kept for it are not needed
         kept = [q.new_zeros(0) for _ in schema.returns[2:]]
         return y.squeeze(1) if is_step else y, state, *kept
 
