@@ -35,7 +35,7 @@ install: $(VENV)/.dev
 
 # tables of README and docs, from the committed results
 tables: $(VENV)/.dev
-	$(BIN)/python benchmarks/tables.py README.md docs/kernels.md
+	$(BIN)/python benchmarks/tables.py README.md docs/kernels.md docs/measurements.md
 
 docs: $(VENV)/.dev
 	$(PIP_INSTALL) mkdocs

@@ -6,6 +6,8 @@ A table stands between two comments and is redrawn from the result files whose n
     ... anything here is replaced by benchmarks/results/scan*.json ...
     <!-- /table:scan -->
 
+A few rows against their peers stand between <!-- headline --> and <!-- /headline -->; `headline.toml` names them.
+
     python benchmarks/tables.py README.md            redraw
     python benchmarks/tables.py --check README.md    exit 1 if that would change anything
 """
@@ -16,15 +18,18 @@ import argparse
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
-from report import HEADER, cells
+from report import HEADER, RATE_UNITS, cells
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_VERSIONS = ("torch", "triton", "fla-core", "onnxruntime", "transformers")
 MARKERS = re.compile(
     r"(?P<open><!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<close><!-- /table:(?P=name) -->)", re.DOTALL
 )
+HEADLINE_FILE = Path(__file__).resolve().parent / "headline.toml"
+HEADLINE_MARKERS = re.compile(r"(?P<open><!-- headline -->\n)(?P<body>.*?)(?P<close><!-- /headline -->)", re.DOTALL)
 
 
 def table(results: list[dict]) -> str:
@@ -46,6 +51,30 @@ def table(results: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def headline(results_dir: Path) -> str:
+    """A Markdown table of the rows that headline.toml names, each beside its peer in the same result.
+
+    Args:
+        results_dir: holds the JSON files; the newest whose name starts with a row's `result` is read.
+
+    Raises:
+        FileNotFoundError: there is no such result.
+        KeyError: a result has no row of a name.
+    """
+    lines = ["| measured | hgrn2 | peer | ratio |", "| --- | ---: | ---: | ---: |"]
+    for entry in tomllib.loads(HEADLINE_FILE.read_text(encoding="utf-8"))["row"]:
+        files = sorted(results_dir.glob(f"{entry['result']}*.json"))
+        if not files:
+            raise FileNotFoundError(f"no {entry['result']}*.json in {results_dir} for {HEADLINE_FILE.name}")
+        rows = {row["name"]: row for row in json.loads(files[-1].read_text(encoding="utf-8"))["rows"]}
+        ours, peer = rows[entry["ours"]], rows[entry["peer"]]
+        ratio = ours["value"] / peer["value"] if ours["unit"] in RATE_UNITS else peer["value"] / ours["value"]
+        lines.append(
+            f"| {entry['what']} | {cells(ours)[1]} | {entry['peer_name']}: {cells(peer)[1]} | {ratio:.2f}x |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def redraw(text: str, results_dir: Path) -> str:
     """The text with every marked table drawn anew.
 
@@ -64,7 +93,8 @@ def redraw(text: str, results_dir: Path) -> str:
         results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         return f"{match['open']}\n{table(results)}\n{match['close']}"
 
-    return MARKERS.sub(draw, text)
+    text = MARKERS.sub(draw, text)
+    return HEADLINE_MARKERS.sub(lambda match: f"{match['open']}\n{headline(results_dir)}\n{match['close']}", text)
 
 
 def main() -> int:
@@ -79,7 +109,7 @@ def main() -> int:
         try:
             old = file.read_text(encoding="utf-8")
             new = redraw(old, options.results)
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, json.JSONDecodeError, KeyError) as error:
             print(f"error: {file}: {error}", file=sys.stderr)
             return 2
         if new != old:
