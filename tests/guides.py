@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hgrn2.cli import main
 from hgrn2.data import train_bpe
 from hgrn2.models import HGRN2LM, presets
 from hgrn2.train.checkpoint import CheckpointStore, create_run, model_tensors
@@ -80,9 +81,16 @@ def exporter_to_onnx(_: pytest.MonkeyPatch) -> None:
     warnings.filterwarnings("ignore", "# .*", UserWarning)
 
 
+def make_run_and_convert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run of the tutorial, and the folder it is converted to."""
+    make_run(Path("runs/notes"))
+    assert main(["convert", "runs/notes", "notes-model", "--to", "hf"]) == 0
+
+
 # what lies in the folder where a guide's blocks run; those that are not named need nothing
 SETUPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "using.md": lambda _: make_run(Path("runs/RUN")),
     "data.md": small_standard_library,
     "export.md": exporter_to_onnx,
+    "tutorial.md": make_run_and_convert,
 }
