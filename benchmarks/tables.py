@@ -69,9 +69,7 @@ def headline(results_dir: Path) -> str:
         rows = {row["name"]: row for row in json.loads(files[-1].read_text(encoding="utf-8"))["rows"]}
         ours, peer = rows[entry["ours"]], rows[entry["peer"]]
         ratio = ours["value"] / peer["value"] if ours["unit"] in RATE_UNITS else peer["value"] / ours["value"]
-        lines.append(
-            f"| {entry['what']} | {cells(ours)[1]} | {entry['peer_name']}: {cells(peer)[1]} | {ratio:.2f}x |"
-        )
+        lines.append(f"| {entry['what']} | {cells(ours)[1]} | {entry['peer_name']}: {cells(peer)[1]} | {ratio:.2f}x |")
     return "\n".join(lines) + "\n"
 
 
