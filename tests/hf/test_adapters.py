@@ -174,5 +174,7 @@ def test_prefix_tuning_is_refused_for_what_it_does(name):
     tuned = get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL))
     with pytest.raises(UserError, match=r"layer 0 was filled .* by prefix tuning, which puts keys and values where"):
         tuned(input_ids=tokens(2, 5))
+    with pytest.raises(UserError, match=r"layer 0 was filled .* by prefix tuning, which puts keys and values where"):
+        tuned(input_ids=tokens(1, 4), attention_mask=torch.ones(1, 4, dtype=torch.long))
     with pytest.raises(UserError, match="use prompt tuning or LoRA"):
         tuned.generate(input_ids=tokens(2, 5), max_new_tokens=2)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -119,6 +120,46 @@ def test_a_file_s_own_auto_map_goes_before_the_empty_one(tmp_path):
 def test_contradictions_and_unknown_keys_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
         HGRN2Config(**SIZE, **keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_act", "gelu", "hidden_act is 'gelu'; wanted 'swish', for our model computes nothing else"),
+        ("hidden_act", "silu", "hidden_act cannot be set to 'silu': .* set glu_activation"),
+        ("rope_theta", 5.0, "rope_theta cannot be set to 5.0: .* set the rope_theta of attn"),
+        ("rope_parameters", {"rope_theta": 5.0}, "set the rope_theta of attn"),
+        ("num_layers", 5, "set num_hidden_layers"),
+        ("attention_dropout", 0.1, "no model here has it"),
+        ("fuse_norm", True, "a setting of fla's files"),
+        ("decoder_layers", 5, "a setting of hgru2-pytorch's files"),
+        ("lower_bonud", "exclusive", "did you mean 'lower_bound'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fla", "full-attention"])
+def test_a_setting_that_the_model_would_not_read_cannot_be_set(name, key, value, message):
+    config = hf_config(name)
+    with pytest.raises(UserError, match=message):
+        setattr(config, key, value)
+    assert not hasattr(config, key)
+
+
+def test_attributes_that_change_nothing_may_be_set(tmp_path):
+    config = hf_config("fla")
+    config.max_position_embeddings = 5
+    config.attention_dropout = 0.0
+    config.rope_parameters = None
+    config.torch_dtype = "float32"
+    config.num_attention_heads = config.num_heads
+    config.save_pretrained(tmp_path)
+    again = HGRN2Config.from_pretrained(tmp_path)
+    assert again.max_position_embeddings == 5
+    assert again.model_config == config_of("fla")
+    # what a tool notes for itself
+    config.note = "mine"
+    assert config.note == "mine"
+    # a model reads more than so many tokens
+    assert hgrn2.hf.HGRN2Model(config)(torch.arange(9)[None]).last_hidden_state.shape[1] == 9
 
 
 def test_a_later_contradiction_is_refused_when_the_model_is_made():

@@ -282,6 +282,34 @@ def test_a_loss_function_of_one_s_own_is_called(packed):
         model(ids, labels=tokens(1, 4))
 
 
+def test_a_loss_function_of_none_is_the_usual_one():
+    _, model = both("fla")
+    ids = tokens(1, 9)
+    wanted = model(ids, labels=ids).loss
+    model.loss_function = None
+    assert_same(model(ids, labels=ids).loss, wanted)
+    model.loss_function = lambda **_: torch.tensor(7.0)
+    assert model(ids, labels=ids).loss == 7
+    model.loss_function = None
+    assert_same(model(ids, labels=ids).loss, wanted)
+    with pytest.raises(UserError, match="loss_function is 'mean'; wanted a function, or None for the usual loss"):
+        model.loss_function = "mean"
+
+
+def test_a_loss_function_may_be_a_module():
+    class Seven(torch.nn.Module):
+        def forward(self, **_):
+            return torch.tensor(7.0)
+
+    _, model = both("fla")
+    ids = tokens(1, 9)
+    wanted = model(ids, labels=ids).loss
+    model.loss_function = Seven()
+    assert model(ids, labels=ids).loss == 7
+    model.loss_function = None
+    assert_same(model(ids, labels=ids).loss, wanted)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_packed_sequences(name):
     _, model = both(name)

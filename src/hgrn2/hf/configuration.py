@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from hgrn2.errors import UserError
+from hgrn2.hf.foreign import check_settable
 from hgrn2.layouts.keys import TRANSFORMERS_KEYS
 from hgrn2.layouts.layout import LAYOUTS, recognise
 from hgrn2.models import config as own
@@ -72,6 +73,16 @@ class HGRN2Config(PreTrainedConfig):
         if layer_types not in (None, self.layer_types):
             raise UserError(f"model config: layer_types is {layer_types}; attn says {self.layer_types}, leave one out")
         super().__init__(**rest)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Sets an attribute, unless it is a setting under a name that the model would not read.
+
+        Raises:
+            UserError: it is, see `hgrn2.hf.foreign.check_settable`.
+        """
+        is_known = key.startswith("_") or key in _LIBRARY_KEYS or key in self.attribute_map or hasattr(type(self), key)
+        if is_known or check_settable(key, value, _FIELDS):
+            super().__setattr__(key, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

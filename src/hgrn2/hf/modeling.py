@@ -50,6 +50,21 @@ class HGRN2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
+    @property
+    def loss_function(self) -> Any:
+        """The function that forms the loss: the library's for this class, or one that was assigned."""
+        # a module that is assigned is registered by torch, past any setter
+        module = self._modules.get("loss_function")
+        return PreTrainedModel.loss_function.fget(self) if module is None else module  # pyright: ignore
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        if value is not None and not callable(value):
+            raise UserError(f"loss_function is {value!r}; wanted a function, or None for the usual loss")
+        self.__dict__.pop("_loss_function", None)
+        if value is not None:
+            self._loss_function = value
+
     @classmethod
     def from_pretrained(
         cls,
@@ -192,16 +207,17 @@ class HGRN2Model(HGRN2PreTrainedModel):
                 raise UserError("cu_seq_lens_q: packed sequences are one row, without a cache or an attention_mask")
             if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 boundaries(cu_seq_lens_q, x.shape[1])
-        mask = _padding(attention_mask, x, cache)
-        if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
-            _check_places(kwargs["position_ids"], mask, x)
         if use_cache is None:
             # torch.export knows no cache among a program's results
             is_wanted = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
             use_cache = is_wanted and cu_seq_lens_q is None
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
+        # before the mask, whose width would be blamed where something else has filled the cache
         states = None if cache is None else state_layers(cache, self.config.layer_types)
+        mask = _padding(attention_mask, x, cache)
+        if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
+            _check_places(kwargs["position_ids"], mask, x)
         if states is not None and states[0].batch_size not in (-1, x.shape[0]):
             raise UserError(f"cache holds {states[0].batch_size} sequences; the input has {x.shape[0]}")
         # before any layer has read anything

@@ -1,0 +1,79 @@
+"""Settings by the names that other models' configurations have for them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+from hgrn2.errors import UserError
+from hgrn2.layouts.layout import LAYOUTS
+
+_POSITIONS = "the rope_theta of attn, where layers attend"
+_OUR_NAMES = {
+    "activation_function": "glu_activation",
+    "attention_bias": "the qkv_bias of attn, where layers attend",
+    "d_model": "hidden_size",
+    "embd_pdrop": "dropout",
+    "ffn_dim": "intermediate_size",
+    "hidden_act": "glu_activation",
+    "hidden_dropout": "dropout",
+    "hidden_dropout_prob": "dropout",
+    "layer_norm_eps": "norm_eps",
+    "layer_norm_epsilon": "norm_eps",
+    "mlp_bias": "use_bias",
+    "n_embd": "hidden_size",
+    "n_head": "num_heads",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "resid_pdrop": "dropout",
+    "rms_norm_eps": "norm_eps",
+    "rope_parameters": _POSITIONS,
+    "rope_theta": _POSITIONS,
+}
+# no model here has these
+_NOT_THERE = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+# turning these off changes nothing
+_MAY_BE_OFF = (*_NOT_THERE, "rope_parameters")
+_OTHER_LAYOUTS = ("fla", "official")
+# high enough that a name of another meaning passes
+_MISSPELT = 0.85
+
+
+def check_settable(key: str, value: Any, fields: Collection[str]) -> bool:
+    """Refuses to set an attribute that would be believed to change the model and would not.
+
+    Names that no configuration gives a meaning to are left alone: tools keep notes of their own there.
+
+    Args:
+        key: the attribute, none of transformers' own.
+        value: what it is to be set to.
+        fields: names of the model's settings.
+
+    Returns:
+        Whether the attribute is to be kept; false where it turns off what no model here has.
+
+    Raises:
+        UserError: the key is a setting of another layout or kind of model, or a misspelt one of this model's.
+    """
+    if key in fields:
+        return True
+    if key in _MAY_BE_OFF and not value:
+        # a file with it could not be read back
+        return False
+    if key in _NOT_THERE:
+        raise UserError(f"{key} cannot be set to {value!r}: no model here has it; leave it out")
+    other = next((LAYOUTS[name] for name in _OTHER_LAYOUTS if key in LAYOUTS[name].signature), None)
+    if other is not None and other.name == "fla":
+        # a value that is refused in its file is refused here for the same reason
+        other.read_config({key: value})
+    if key in _OUR_NAMES:
+        raise UserError(f"{key} cannot be set to {value!r}: the model does not read it; set {_OUR_NAMES[key]}")
+    if other is not None:
+        raise UserError(f"{key} cannot be set to {value!r}: it is a setting of {other.title}'s files; leave it out")
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=_MISSPELT)
+    if near:
+        raise UserError(f"{key} cannot be set to {value!r}: the model does not read it; did you mean {near[0]!r}?")
+    return True
