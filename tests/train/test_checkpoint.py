@@ -303,3 +303,57 @@ def test_an_empty_checkpoint_is_named_once(store, run_dir):
             load()
         assert str(caught.value).count(str(empty)) == 1
         assert f"the newest good one before it is {good}" in str(caught.value)
+
+
+@pytest.mark.parametrize("harm", ["junk\n", "[" * 200_000, "a" * 64 + "\n", "\n"])
+def test_damaged_checksums_are_named_with_their_line(store, run_dir, harm):
+    good, bad = save(store, 1), save(store, 2)
+    sums = bad / "SHA256SUMS"
+    lines = sums.read_text()
+    for content, number in ((harm, 1), (lines + harm, 6)):
+        sums.write_text(content)
+        for load in (lambda: checkpoint.locate_model(run_dir), lambda: checkpoint.load_checkpoint(bad)):
+            with pytest.raises(UserError) as caught:
+                load()
+            wanted = f"SHA256SUMS: damaged, line {number}; the newest good one before it is {good}"
+            assert wanted in str(caught.value)
+    sums.write_text(lines)
+    (run_dir / "SHA256SUMS").write_text(harm)
+    with pytest.raises(UserError, match=r"run: SHA256SUMS: damaged, line 1; restore it from a copy of the run, or"):
+        checkpoint.locate_model(run_dir)
+
+
+def test_checksums_that_sha256sum_wrote_of_binary_files(store):
+    path = save(store, 1)
+    (path / "SHA256SUMS").write_text((path / "SHA256SUMS").read_text().replace("  ", " *"))
+    checkpoint.load_checkpoint(path)
+
+
+def test_a_link_that_leads_nowhere_is_pruned_as_a_checkpoint_is(store, run_dir):
+    folder = run_dir / "checkpoints"
+    # the best is not forgotten while its disk is away, and a newer one is not old
+    for step, target in ((1, "/nowhere"), (2, "step-00000002"), (3, "/nowhere"), (9, "step-00000009")):
+        (folder / f"step-{step:08d}").symlink_to(target)
+    for step in (4, 5):
+        save(store, step, 3)
+    assert names(run_dir) == ["step-00000003", "step-00000004", "step-00000005", "step-00000009"]
+    assert (folder / "step-00000003").is_symlink()
+    store.set_aside_after(5)
+    save(store, 6, 6)
+    assert names(run_dir) == ["step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize("harm", ["config", "empty", "loop"])
+def test_a_damaged_checkpoint_that_is_named(store, run_dir, harm):
+    good, bad = save(store, 1), save(store, 2)
+    if harm == "config":
+        (bad / "config.json").unlink()
+    else:
+        shutil.rmtree(bad)
+        bad.mkdir() if harm == "empty" else bad.symlink_to(bad.name)
+    assert checkpoint.resume_point(bad) == checkpoint.resume_point(run_dir) == (run_dir, bad)
+    missing = "config.json" if harm == "config" else "SHA256SUMS"
+    for read in (checkpoint.read_checkpoint_config, checkpoint.load_checkpoint, checkpoint.locate_model):
+        with pytest.raises(UserError) as caught:
+            read(bad)
+        assert f"{missing} is missing; the newest good one before it is {good}" in str(caught.value)

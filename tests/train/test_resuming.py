@@ -227,3 +227,32 @@ def test_lost_records_are_said(home, capsys):
     path.write_text("".join(lines[:-2]))
     assert resume("--max-steps", 5) == 0
     assert "metrics.jsonl: 2 of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["as it was", "copied", "linked"])
+@pytest.mark.parametrize("harm", ["config", "empty", "loop"])
+def test_a_newest_checkpoint_without_settings_is_named_with_the_one_before(home, capsys, place, harm):
+    bad = home / "runs/m/checkpoints/step-00000004"
+    if harm == "config":
+        (bad / "config.json").unlink()
+    else:
+        shutil.rmtree(bad)
+        bad.mkdir() if harm == "empty" else bad.symlink_to(bad.name)
+    if place == "copied":
+        shutil.copytree(home / "runs/m", home / "runs/copy", symlinks=True)
+    elif place == "linked":
+        (home / "runs/copy").symlink_to("m")
+    run = "runs/m" if place == "as it was" else "runs/copy"
+    assert cli.main(["train", "--resume", run, "--max-steps", "5"]) == 2
+    missing = "config.json" if harm == "config" else "SHA256SUMS"
+    good = home / run / "checkpoints/step-00000002"
+    assert f"{missing} is missing; the newest good one before it is {good}" in capsys.readouterr().err
+
+
+def test_damaged_checksums_of_the_tokenizer_are_refused(home, capsys):
+    sums = home / "runs/m/SHA256SUMS"
+    sums.write_text("junk\n")
+    for command in (["generate", "runs/m", "--max-tokens", "2"], ["train", "--resume", "runs/m", "--max-steps", "5"]):
+        assert cli.main(command) == 2
+        assert "runs/m: SHA256SUMS: damaged, line 1; restore it from a copy of the run" in capsys.readouterr().err
+    assert sums.read_text() == "junk\n"

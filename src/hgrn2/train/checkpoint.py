@@ -36,12 +36,11 @@ from hgrn2.train.soundness import (
     STATE_NAME,
     SUMS_NAME,
     TASK_NAME,
+    check_tokenizer,
     find_fault,
     is_checkpoint_name,
     is_of_step,
     looks_whole,
-    read_sums,
-    verify,
 )
 
 FOLDER_NAME = "checkpoints"
@@ -160,13 +159,16 @@ class CheckpointStore:
     def _retain(self, newest: Path, best_step: int | None) -> None:
         for path in self._folder.glob(f"{_SET_ASIDE}step-*"):
             # one that was renamed is not the one that its name says has been replaced
-            if is_of_step(path, path.name.removeprefix(_SET_ASIDE)):
+            if is_of_step(path, path.name.removeprefix(_SET_ASIDE)) or _leads_nowhere(path):
                 self._remove(path)
         # a renamed or truncated one is not counted, so that it pushes no good one out; nor is it removed
-        whole = [path for path in checkpoints_of(self._folder.parent) if looks_whole(path, path.name)]
+        found = checkpoints_of(self._folder.parent)
+        whole = [path for path in found if looks_whole(path, path.name)]
         kept = {*whole[-self._keep_last :], newest}
-        for path in whole:
-            if path not in kept and _step_of(path) != best_step:
+        oldest_kept = min(map(_step_of, kept))
+        for path in found:
+            is_old_link = _leads_nowhere(path) and _step_of(path) < oldest_kept
+            if (path in whole or is_old_link) and path not in kept and _step_of(path) != best_step:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -183,6 +185,11 @@ def _delete(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Whether it is a symbolic link to something that is gone, or a loop of links."""
+    return path.is_symlink() and not path.exists()
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
@@ -237,26 +244,15 @@ def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
         if fault := find_fault(folder, folder.name, only):
             raise UserError(f"model {folder}: {fault}; {_way_out(folder)}")
     tokenizer_dir = folder.parent.parent if is_checkpoint else folder
-    if is_checkpoint and (tokenizer_dir / SUMS_NAME).exists():
-        _check_tokenizer(tokenizer_dir)
+    if is_checkpoint:
+        check_tokenizer(tokenizer_dir)
     return folder, tokenizer_dir
-
-
-def _check_tokenizer(run_dir: Path) -> None:
-    """Raise UserError if the tokenizer of a run is not the one it was trained with."""
-    try:
-        sums = read_sums(run_dir)
-        verify(run_dir, tuple(sums))
-        tokenizers = [path.name for path in run_dir.glob("*tokenizer.json")]
-        if others := sorted(set(tokenizers) - sums.keys()):
-            raise ValueError(f"{others[0]} is not among the files in {SUMS_NAME}")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir}: {error}; restore it from a copy, or from the prepared data") from None
 
 
 def _model_folder(path: Path, which: str) -> Path:
     check_place(path)
-    if find_weights(path) is not None:
+    # what a damaged checkpoint lacks is said by its checks
+    if find_weights(path) is not None or _is_checkpoint(path):
         return path
     found = checkpoints_of(path)
     if not found:
@@ -381,12 +377,28 @@ def resume_point(path: Path) -> tuple[Path, Path | None]:
     """
     check_place(path)
     path = Path(os.path.abspath(path))
-    if path.parent.name == FOLDER_NAME and path.is_dir():
+    if _is_checkpoint(path) or (path.parent.name == FOLDER_NAME and path.is_dir()):
         return path.parent.parent, path
     if not (path / CONFIG_NAME).is_file():
         raise UserError(f"{path}: no run to resume there; name a folder that has {CONFIG_NAME} and {FOLDER_NAME}/")
     found = checkpoints_of(path)
     return path, found[-1] if found else None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether it is where a run keeps a checkpoint, damaged or not."""
+    return path.parent.name == FOLDER_NAME and is_checkpoint_name(path.name) and os.path.lexists(path)
+
+
+def read_checkpoint_config(path: Path) -> dict[str, Any]:
+    """Return the settings that a checkpoint was written with, verified by their checksum.
+
+    Raises:
+        UserError: the file is missing or was changed; the newest older checkpoint that is good is named.
+    """
+    if fault := find_fault(path, path.name, (CONFIG_NAME,)):
+        raise UserError(f"checkpoint {path}: {fault}; {_way_out(path)}")
+    return read_config(path)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

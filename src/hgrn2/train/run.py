@@ -17,7 +17,14 @@ from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.layouts.opening import ModelFolder, open_folder
 from hgrn2.models import HGRN2LM, HGRN2Config
-from hgrn2.train.checkpoint import CheckpointStore, create_run, locate_model, read_config, resume_point
+from hgrn2.train.checkpoint import (
+    CheckpointStore,
+    create_run,
+    locate_model,
+    read_checkpoint_config,
+    read_config,
+    resume_point,
+)
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import describe_end
 from hgrn2.train.display import Display, make_display
@@ -32,6 +39,7 @@ from hgrn2.train.loop import Trainer, TrainResult
 from hgrn2.train.places import from_saved_path, to_saved_path
 from hgrn2.train.report import REPORT_NAME, write_report
 from hgrn2.train.rng import seed_everything
+from hgrn2.train.soundness import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ def resume_language_run(
         # again: until now another process may have written and removed checkpoints
         _, checkpoint = resume_point(path)
         config = read_config(run_dir)
+        check_tokenizer(run_dir)
         for key in ("model", "train", "data"):
             if not isinstance(config.get(key), dict):
                 raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
@@ -200,7 +209,7 @@ def _check_data(run_dir: Path, wanted: Any, data: PreparedData) -> None:
 
 def _check_model(run_dir: Path, config: HGRN2Config, checkpoint: Path) -> None:
     """Raise UserError if the settings of the run are not those that the checkpoint's weights were trained with."""
-    saved = read_config(checkpoint).get("model")
+    saved = read_checkpoint_config(checkpoint).get("model")
     if not isinstance(saved, dict):
         raise UserError(f"{checkpoint}/config.json: no 'model' settings; name an older checkpoint")
     now, before = config.to_dict(), HGRN2Config.from_dict(saved).to_dict()

@@ -1,9 +1,11 @@
-"""Checks of a checkpoint: its files, their checksums, and that its name and its state agree on the step."""
+"""Checks of a checkpoint (files, checksums, a name and a state of the same step) and of a run's tokenizer."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from hgrn2.errors import UserError
 from hgrn2.json_files import parse_json
 from hgrn2.layouts.files import sha256_of
 
@@ -14,6 +16,8 @@ TASK_NAME = "task.safetensors"
 STATE_NAME = "state.json"
 SUMS_NAME = "SHA256SUMS"
 FILES = (MODEL_NAME, OPTIMIZER_NAME, TASK_NAME, STATE_NAME, CONFIG_NAME)
+# two spaces before the name, or a star, with which sha256sum marks binary files
+_SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -86,8 +90,38 @@ def verify(path: Path, names: tuple[str, ...]) -> None:
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """Checksums by name, from a folder's SHA256SUMS; a ValueError if there is no such file."""
+    """Return checksums by name, from a folder's SHA256SUMS.
+
+    Raises:
+        ValueError: there is no such file, or a line of it is no checksum and name; the message says which.
+        OSError: it cannot be read.
+    """
     if not (path / SUMS_NAME).is_file():
         raise ValueError(f"{SUMS_NAME} is missing")
     lines = (path / SUMS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    sums = {}
+    for number, line in enumerate(lines, start=1):
+        match = _SUMS_LINE.fullmatch(line)
+        if match is None or not match[2].isprintable():
+            raise ValueError(f"{SUMS_NAME}: damaged, line {number}")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def check_tokenizer(run_dir: Path) -> None:
+    """Raise UserError if the tokenizer of a run is not the one it was trained with; older runs have no checksums."""
+    if not (run_dir / SUMS_NAME).exists():
+        return
+    try:
+        sums = read_sums(run_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{run_dir}: {error}; restore it from a copy of the run, or remove it if you trust the tokenizer there"
+        ) from None
+    try:
+        verify(run_dir, tuple(sums))
+        tokenizers = [path.name for path in run_dir.glob("*tokenizer.json")]
+        if others := sorted(set(tokenizers) - sums.keys()):
+            raise ValueError(f"{others[0]} is not among the files in {SUMS_NAME}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir}: {error}; restore it from a copy, or from the prepared data") from None
