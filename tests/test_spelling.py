@@ -41,6 +41,42 @@ def test_the_space_before_the_first_word():
     assert TextStream(tokenizer, [1]).push(3) == "river" == TextStream(tokenizer).push(3)
 
 
+class AlwaysRiver(HGRN2LM):
+    """Says token 3, whatever it reads."""
+
+    def hidden_states(self, ids, state=None, **options):
+        x, state = super().hidden_states(ids, state, **options)
+        with torch.no_grad():
+            self.lm_head.weight.zero_()
+            self.lm_head.weight[3] = x[0, -1]
+        return x, state
+
+
+@pytest.mark.parametrize("kind", ["an unknown token", "no token"])
+def test_the_space_after_words_that_the_vocabulary_lacks(kind, tmp_path):
+    vocab = {"<unk>": 0, "</s>": 1, "a": 2, "▁river": 3}
+    has_unknown = kind == "an unknown token"
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>") if has_unknown else models.BPE(vocab, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens(["</s>", "<unk>"])
+    tokenizer = HFTokenizer(backend)
+    assert tokenizer.encode("zz") == ([0] if has_unknown else [])
+    model = AlwaysRiver(HGRN2Config(vocab_size=4, hidden_size=8, expand_ratio=8, num_hidden_layers=1)).eval()
+
+    def writer():
+        return Writer(model, tokenizer, Sampling(temperature=0))
+
+    assert written(writer(), "zz", 3) == " river river river"
+    assert written(writer(), "zz", 3, stop=[" river r"]) == ""
+    assert written(writer(), "", 3) == "river river river"
+    if has_unknown:
+        first, second = writer(), writer()
+        assert written(first, "zz", 0) == ""
+        first.save_state(tmp_path / "state")
+        second.load_state(tmp_path / "state")
+        assert written(second, "", 2) == " river river"
+
+
 @pytest.mark.parametrize("name", families.MAKERS)
 def test_a_stream_gives_the_text_of_the_whole(name):
     tokenizer, draws = families.make(name), random.Random(0)

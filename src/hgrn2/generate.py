@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -109,7 +110,9 @@ class Writer:
         ids = self.tokenizer.continue_text(prompt, self.tokenizer.decode(self.recent))
         self.pending += ids
         self._remember(ids)
-        decoder = TextStream(self.tokenizer, self.recent)
+        # words that the vocabulary lacks are text too, though they decode to nothing
+        after_text = bool(prompt.strip()) or self.tokenizer.count_unknown(np.array(self.recent, np.int64)) > 0
+        decoder = TextStream(self.tokenizer, self.recent, after_text=after_text)
         self.num_written, self.ended_by = 0, "length"
         held = ""
         # enough characters are held back that a stop text never shows its beginning

@@ -18,6 +18,7 @@ class TextStream:
         tokenizer: decodes.
         before: tokens that the text continues, such as a prompt's. Many vocabularies mark words by the space before:
             a text begins without that space and continues with it.
+        after_text: there was text before, even if its tokens decode to nothing, as unknown words do.
 
     Example:
         >>> from hgrn2.data import ByteTokenizer
@@ -26,12 +27,13 @@ class TextStream:
         ['', 'é']
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, after_text: bool = False):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # for tokens whose text depends on their neighbours: what was handed out last, and what still waits
         self._context: list[int] = []
         self._waiting: list[int] = []
+        self._after_text = after_text
         for token_id in before[-_CONTEXT_TOKENS:]:
             # a character may begin there and end here
             self.push(token_id)
@@ -76,5 +78,7 @@ class TextStream:
     def _fresh_text(self) -> str:
         if not self._waiting:
             return ""
-        before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._waiting)[len(before) :]
+        # after text that leaves no token to decode, they are spelt as after themselves
+        context = self._context or (self._waiting if self._after_text else [])
+        before = self._tokenizer.decode(context)
+        return self._tokenizer.decode(context + self._waiting)[len(before) :]
