@@ -98,7 +98,7 @@ def test_pieces_end_at_line_ends_where_there_are_some():
     assert list(cut_pieces(["abcdefgh"], 3)) == ["abc", "def", "gh"]
 
 
-def test_pieces_give_the_tokens_of_the_whole():
+def test_a_byte_level_tokenizer_cuts_at_the_same_line_ends():
     text = "def f(x):\n    return x\n\n\nprint(f(1))\nprint(f(2))  # twice\n\n" * 50
     tokenizer = train_bpe([text], 300)
     pieces = list(cut_pieces([text], 200))

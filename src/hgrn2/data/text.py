@@ -17,7 +17,7 @@ from hgrn2.extras import install_command
 
 COMPRESSIONS = {".gz", ".xz", ".bz2", ".zst"}
 BLOCK_BYTES = 1 << 20
-# the unit of tokenisation: long documents take constant memory, and bytes are known at every piece's end
+# long documents are read and encoded in constant memory
 PIECE_CHARS = 1 << 16
 
 
@@ -108,9 +108,9 @@ def read_text(path: Path) -> Iterator[str]:
 def cut_pieces(blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[str]:
     """Cut a text into pieces of at most piece_chars characters, whatever blocks it comes in; none is empty.
 
-    A cut falls after a line end between two characters that are no space, where byte-level tokenizers cut
-    anyway, so that a text in pieces gives the same tokens as the whole; failing that after any line end,
-    failing that anywhere.
+    A cut falls after a line end between two characters that are not white space, failing that after any line end,
+    failing that anywhere. These are pieces to read and to train a tokenizer on; encoded one by one they may give
+    other tokens than the whole text, see `hgrn2.data.pieces.cut_document`.
     """
     rest = ""
     for block in blocks:
