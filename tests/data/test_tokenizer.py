@@ -243,3 +243,15 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, bpe, monkeypatch, name):
         tokenizer.save(tmp_path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_vocabulary_without_an_unknown_token_refuses_what_it_lacks():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["</s>"])
+    tokenizer = HFTokenizer(backend)
+    assert tokenizer.encode("a a") == [1, 1]
+    with pytest.raises(UserError, match=r"cannot encode some of the text \(.*UNK.*\); give it an unknown token"):
+        tokenizer.encode("a river")

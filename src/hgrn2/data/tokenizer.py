@@ -306,7 +306,13 @@ class HFTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int64 arrays; uses all cores."""
-        encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(
+                f"tokenizer {self.name!r} cannot encode some of the text ({error}); give it an unknown token, or use "
+                "another tokenizer"
+            ) from error
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def unknown_parts(self, text: str) -> list[str]:
