@@ -209,13 +209,23 @@ def test_hub_errors(hub, monkeypatch):
         read("hf:")
     monkeypatch.setattr("hgrn2.data.documents.hub_reachable", lambda: False)
     with pytest.raises(UserError, match=r"hf:name: no such file or folder here, .*\(offline\)"):
-        read("name")
+        read("hf:name")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install .*\[data\]'"):
         read("hf:name")
 
 
-@pytest.mark.parametrize("spec", ["none.txt", "./none", "none/none.jsonl", "/none", "a b"])
+@pytest.mark.parametrize(("spec", "near"), [("note", "notes"), ("./note", "notes"), ("deep/nots.txt", "deep/note.txt")])
+def test_a_misspelt_name_is_no_dataset(spec, near, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes", "deep"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "deep" / "note.txt").write_text("a text")
+    with pytest.raises(UserError, match=f"no such file or folder; did you mean '{near}'\\?"):
+        read(spec)
+
+
+@pytest.mark.parametrize("spec", ["none.txt", "./none", "none/none.jsonl", "/none", "a b", "none"])
 def test_nothing_there(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no such file or folder"):

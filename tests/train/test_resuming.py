@@ -129,7 +129,8 @@ def test_a_run_that_has_ended_is_left_as_it_is(home, capsys):
     for flags in ([], ["--max-steps", 3]):
         assert resume(*flags) == 0
         shown = capsys.readouterr()
-        assert f"finished at 4 of {flags[1] if flags else 4} steps; --max-steps N trains on" in shown.err
+        wanted = f"finished: 4 of {flags[1] if flags else 4} steps used; to train on, give a larger budget in all: "
+        assert wanted + "--max-steps N" in shown.err
         # the report is named, as at the end of every run
         assert shown.out.startswith("report   ")
         assert shown.out.count("\n") == 1

@@ -45,3 +45,14 @@ def test_lr_fraction_is_the_product_of_warmup_and_shape(name):
     }[name]
     for found, expected in zip(at.values(), wanted, strict=True):
         assert expected is None or found == pytest.approx(expected)
+
+
+def test_a_short_run_is_not_all_warmup():
+    timed = TrainConfig(max_time_s=60, schedule="constant")
+    assert schedule.lr_fraction(timed, 0, 0.0) == 0.01
+    # thirty steps fill the minute
+    assert [schedule.lr_fraction(timed, step, step / 30) for step in (1, 3, 29)] == pytest.approx([1 / 3, 1.0, 1.0])
+    # a thousand do
+    assert schedule.lr_fraction(timed, 49, 0.049) == 0.5
+    assert TrainConfig(max_tokens=16 * 1024 * 30).num_warmup_steps == 3
+    assert TrainConfig(max_tokens=10**9).num_warmup_steps == 100

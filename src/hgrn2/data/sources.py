@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import glob
 import hashlib
@@ -231,10 +232,13 @@ def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
         raise UserError(f"data {spec!r}: no such file or folder, for the link leads nowhere; name the file itself")
     elif glob.has_magic(spec):
         yield from _glob_sources(str(path), skipped)
-    elif _HUB_NAME.fullmatch(spec) and not path.suffix and spec[0] not in "./~":
+    elif "/" in spec and _HUB_NAME.fullmatch(spec) and not path.suffix and spec[0] not in "./~":
         yield _hub_source(spec)
     else:
-        raise UserError(f"data {spec!r}: no such file or folder (a Hugging Face dataset is named hf:NAME)")
+        here = path.parent if path.parent.is_dir() else Path()
+        near = difflib.get_close_matches(path.name, sorted(os.listdir(here)), n=1, cutoff=0.7)
+        meant = f"did you mean {str(path.parent / near[0])!r}? " if near else ""
+        raise UserError(f"data {spec!r}: no such file or folder; {meant}A Hugging Face dataset is named hf:NAME")
 
 
 def _hub_source(name: str) -> Source:

@@ -95,7 +95,7 @@ class TrainConfig:
     schedule: Literal["cosine", "wsd", "inverse-sqrt", "constant"] = "cosine"
     """Shape of the learning rate after the warmup; wsd: warmup, stable, decay to the end."""
     warmup_steps: int | None = None
-    """Steps in which the learning rate rises from zero (default: 100, at most max_steps / 10 but for inverse-sqrt)."""
+    """Steps in which the learning rate rises from zero (default: 100, at most a tenth of the budget)."""
     decay_fraction: float | None = None
     """The last part of the budget, over which wsd decays (default: 0.2)."""
     min_lr_fraction: float | None = None
@@ -243,9 +243,10 @@ class TrainConfig:
         if self.warmup_steps is not None:
             return self.warmup_steps
         # inverse-sqrt is the same whatever the budget, and its shape depends on the warmup
-        if self.max_steps is None or self.schedule == "inverse-sqrt":
+        if self.schedule == "inverse-sqrt":
             return _MOST_WARMUP_STEPS
-        return min(_MOST_WARMUP_STEPS, self.max_steps // 10)
+        budgets = [self.max_steps, None if self.max_tokens is None else self.max_tokens // self.tokens_per_step]
+        return min([_MOST_WARMUP_STEPS, *(steps // 10 for steps in budgets if steps is not None)])
 
     def resolved(self) -> TrainConfig:
         """The settings with which a run begins: defaults that depend on the budget become numbers of their own.

@@ -71,7 +71,7 @@ def describe_end(config: TrainConfig, counters: Counters) -> str:
     units = {"max_steps": "steps", "max_tokens": "tokens", "max_time_s": "s"}
     parts = [f"{used[name]:,.0f} of {budget:,.0f} {units[name]}" for name, budget in ends.items()]
     flags = " and ".join(f"--{name.replace('_', '-')} N" for name in ends)
-    return f"finished at {' and '.join(parts)}; {flags} trains on"
+    return f"finished: {' and '.join(parts)} used; to train on, give a larger budget in all: {flags}"
 
 
 def _next_rate(settings: dict[str, Any], counters: Counters) -> float:

@@ -6,6 +6,9 @@ import math
 
 from hgrn2.train.config import TrainConfig
 
+# part of a budget of time
+_LONGEST_WARMUP = 0.1
+
 
 def warmup(step: int, warmup_steps: int) -> float:
     """Linear rise: 1 / warmup_steps at step 0, 1 from step warmup_steps - 1 on."""
@@ -61,4 +64,8 @@ def lr_fraction(config: TrainConfig, step: int, progress: float) -> float:
         "inverse-sqrt": lambda: inverse_sqrt(step, config.num_warmup_steps),
         "constant": lambda: 1.0,
     }[config.schedule]
-    return warmup(step, config.num_warmup_steps) * shape()
+    rise = warmup(step, config.num_warmup_steps)
+    if config.max_steps is None and config.max_tokens is None:
+        # how many steps a budget of time holds is not known in advance; few of them must not all be warmup
+        rise = max(rise, min(1.0, progress / _LONGEST_WARMUP))
+    return rise * shape()
