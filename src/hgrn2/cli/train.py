@@ -124,8 +124,6 @@ def train(
         configure = functools.partial(model_config, model, file["model"], set)
         configure(None)
         check_new_run(out)
-        if not has_budget:
-            announce("no budget given: 1,000 steps; --max-steps, --max-tokens or --max-time-s set another")
 
         def check_tokenizer(found: Tokenizer) -> None:
             found.check_fits(configure(found.vocab_size).vocab_size)
@@ -138,6 +136,8 @@ def train(
         if start is not None:
             prepared_data = start.own_tokenizer(prepared_data)
         lm_config = configure(prepared_data.tokenizer.vocab_size)
+        if not has_budget:
+            announce("no budget given: 1,000 steps; --max-steps, --max-tokens or --max-time-s set another")
         result = start_language_run(
             out, lm_config, train_config, prepared_data, data_settings=kept,
             start=None if start is None else start.model, sampler=_make_sampler(prepared_data.tokenizer),

@@ -50,20 +50,17 @@ class HGRN2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
-    @property
-    def loss_function(self) -> Any:
-        """The function that forms the loss: the library's for this class, or one that was assigned."""
-        # a module that is assigned is registered by torch, past any setter
-        module = self._modules.get("loss_function")
-        return PreTrainedModel.loss_function.fget(self) if module is None else module  # pyright: ignore
-
-    @loss_function.setter
-    def loss_function(self, value: Any) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute; `loss_function` takes a function or module, and None for the library's own."""
+        if name != "loss_function":
+            super().__setattr__(name, value)
+            return
         if value is not None and not callable(value):
             raise UserError(f"loss_function is {value!r}; wanted a function, or None for the usual loss")
         self.__dict__.pop("_loss_function", None)
         if value is not None:
-            self._loss_function = value
+            # past torch, which would make a module a part of the model and save it
+            self.__dict__["_loss_function"] = value
 
     @classmethod
     def from_pretrained(
