@@ -211,7 +211,7 @@ def test_no_budget_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hgrn2.train.run.start_language_run", start)
     (tmp_path / "notes.txt").write_text("a small text\n" * 20)
     assert cli.main(["train", "--data", "notes.txt", *FLAGS]) == 2
-    assert capsys.readouterr().err.startswith("no budget given: 1,000 steps; ")
+    assert "\nno budget given: 1,000 steps; " in capsys.readouterr().err
 
 
 def test_a_changed_tokenizer_of_a_run_is_refused(home, capsys):
