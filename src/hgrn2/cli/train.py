@@ -92,7 +92,7 @@ def train(
         own = {"validation": validation, "text-field": text_field, "tokenizer": tokenizer, "rebuild": rebuild,
                "model": model, "from": from_, "set": set, "config": config, "out": named_out}  # fmt: skip
         if others := [f"--{name}" for name, value in own.items() if value]:
-            raise UserError(f"--resume goes on with the run's own data and model; drop {' and '.join(others)}")
+            raise UserError(f"--resume continues with the run's own data and model; drop {' and '.join(others)}")
         prepared_data = open_prepared(resume, prepared, data)
         # the run's own tokenizer knows where the model's texts begin and end
         own_tokenizer = find_tokenizer(resume_point(resume)[0]) or prepared_data.tokenizer

@@ -16,7 +16,7 @@ from hgrn2.nn.loss import IGNORE
 
 @dataclass(frozen=True, order=True)
 class _Span:
-    """Tokens [start, stop) of one document; not whole if the document goes on after them."""
+    """Tokens [start, stop) of one document; not whole if the document continues after them."""
 
     start: int
     stop: int

@@ -128,7 +128,7 @@ class Tokenizer(ABC):
         return self.encode_batch([text])[0].tolist()
 
     def continue_text(self, text: str, before: str) -> list[int]:
-        """Token ids of a text that goes on where another ends.
+        """Token ids of a text that continues another.
 
         Many tokenizers mark the start of a text as if a space stood there; in the middle of one that would be a space
         too many.

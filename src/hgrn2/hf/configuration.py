@@ -107,7 +107,7 @@ class HGRN2Config(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What each layer keeps: "linear_attention" (a state), "full_attention" or "sliding_attention"."""
+        """Kind of each layer's state: "linear_attention" (a state), "full_attention" or "sliding_attention"."""
         attn = self.attn or {"layers": ()}
         attending = "full_attention" if self.sliding_window is None else "sliding_attention"
         return [attending if i in attn["layers"] else "linear_attention" for i in range(self.num_hidden_layers)]

@@ -1,4 +1,4 @@
-"""What a checkpoint may lack when transformers opens it: a head that another class had no use for, and nothing else."""
+"""Checks that a checkpoint opened by transformers lacks nothing but a head that another class had no use for."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_loaded(
     Raises:
         CheckpointError: tensors are missing, or of other shapes; they are listed, with what to do.
     """
-    # a name that is none of ours says nothing
+    # the name of another project's class says nothing
     ours = [name for name in written_by or () if name in _CLASSES] or [_LANGUAGE_MODEL]
     head_is_new = set(opened_by).isdisjoint(ours)
     missing = sorted(name for name in found["missing_keys"] if name.startswith(body) or not head_is_new)
