@@ -25,7 +25,7 @@ from report import Row, arguments, compare, report, row
 from torch import Tensor
 
 from hgrn2.models import HGRN2LM, presets
-from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
+from hgrn2.nn.mixers.hgrn2 import HGRN2Mixer, forget_gate
 from hgrn2.ops import hgrn2_scan
 from hgrn2.ops.reference import floored
 

@@ -33,9 +33,9 @@ from hgrn2.data.prepared import PreparedData
 from hgrn2.data.sources import open_corpus
 from hgrn2.data.tokens import MANIFEST_FILE
 from hgrn2.errors import UserError
-from hgrn2.layouts.convert import convert
-from hgrn2.layouts.opening import open_folder
-from hgrn2.layouts.start import parse_layers, start_from_transformer
+from hgrn2.formats.convert import convert
+from hgrn2.formats.opening import open_folder
+from hgrn2.formats.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2Config
 from hgrn2.train.checkpoint import read_config
 from hgrn2.train.config import TrainConfig

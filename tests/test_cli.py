@@ -19,9 +19,9 @@ import torch
 import hgrn2.data
 import hgrn2_command
 from hgrn2 import cli
-from hgrn2.data.staging import staged_directory
 from hgrn2.models import HGRN2Config
 from hgrn2.settings import data_settings, prepare_data
+from hgrn2.storage.staging import staged_directory
 from hgrn2.train.checkpoint import checkpoints_of
 from hgrn2.train.metrics import read_metrics
 
@@ -209,7 +209,7 @@ def test_control_characters_are_shown_to_a_terminal(run, tmp_path, capsys, monke
     assert cli.main(["eval", str(run), str(name)]) == 0
     (tmp_path / "d.jsonl").write_text('{"\\u001b[31m\\n": 1}\n')
     refused(capsys, ["eval", run, tmp_path / "d.jsonl"], "no field 'text'")
-    monkeypatch.setattr("hgrn2.generate.Writer.write", lambda *args: iter(["a\x1b[2Jb\r\n"]))
+    monkeypatch.setattr("hgrn2.inference.writing.Writer.write", lambda *args: iter(["a\x1b[2Jb\r\n"]))
     capsys.readouterr()
     assert cli.main(["generate", str(run), "--prompt", "\x07"]) == 0
     # a pipe gets what the model wrote

@@ -26,7 +26,7 @@ import torch
 from hgrn2.data.prepare import prepare
 from hgrn2.data.prepared import PreparedData
 from hgrn2.errors import UserError
-from hgrn2.generate import Sampling, Writer
+from hgrn2.inference.writing import Sampling, Writer
 from hgrn2.models import HGRN2Config
 from hgrn2.settings import load_model, open_prepared
 from hgrn2.train.checkpoint import checkpoints_of, load_checkpoint

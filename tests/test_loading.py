@@ -13,7 +13,7 @@ import hgrn2
 from hgrn2 import HGRN2LM, Sampling, presets
 from hgrn2.data import load_tokenizer
 from hgrn2.errors import UserError
-from hgrn2.generate import Writer
+from hgrn2.inference.writing import Writer
 from tests.models.cases import config_of, make_model, tokens
 
 SIZE = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "expand_ratio": 8, "intermediate_size": 24}

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hgrn2.data import ByteTokenizer, HFTokenizer, TextStream
 from hgrn2.errors import UserError
-from hgrn2.generate import Sampling, Writer, space_warning
+from hgrn2.inference.writing import Sampling, Writer, space_warning
 from hgrn2.models import HGRN2LM, HGRN2Config
 from tests.data import families
 

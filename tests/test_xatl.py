@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from hgrn2.data import train_bpe
-from hgrn2.nn.attention import Attention
+from hgrn2.nn.mixers.attention import Attention
 from hgrn2.train import plots
 from hgrn2.train.metrics import read_metrics
-from tests.layouts.published import write
-from tests.layouts.test_start import LLAMA, TENSORS
+from tests.formats.published import write
+from tests.formats.test_start import LLAMA, TENSORS
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = ("report", "pretrained", "xatl")

@@ -9,16 +9,50 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+# what can be wrong with an input; programs and tests look at the code, people at the message
+CODES = {
+    "invalid-value": "a value of the wrong type, range, shape, dtype or device",
+    "contradiction": "inputs that cannot stand together",
+    "unknown-name": "a key, option, preset, backend or command that does not exist",
+    "not-found": "a file, folder or entry that is not there",
+    "already-exists": "a place that is taken, or a name that is registered twice",
+    "unreadable": "a file that cannot be opened or is not in the expected format",
+    "damaged": "a file that is not what was written",
+    "version": "a file of a version that cannot be read",
+    "mismatch": "parts of different models, tokenizers, data or runs",
+    "unsupported": "something valid that this layout, backend or model cannot do",
+    "unavailable": "a package, device or connection that this machine does not have",
+    "in-use": "a folder that another process holds",
+    "unwritable": "a place that cannot be written, or a full disk",
+    "not-finite": "values that became infinite or not a number",
+    "incomplete": "a part that lacks something its protocol asks for",
+}
+
 
 class UserError(ValueError):
-    """Input the user gave cannot be used; the message says what, where, what was wanted and what to do.
+    """Input that cannot be used; the message says what, where, what was wanted and what to do.
 
     The command line prints it as one line and exits with status 2; from Python it is a ValueError.
+
+    Args:
+        message: for people.
+        code: for programs; one of `CODES`.
+
+    Attributes:
+        code: as given.
     """
+
+    def __init__(self, message: str, code: str = "invalid-value") -> None:
+        super().__init__(message)
+        assert code in CODES, f"unknown error code {code!r}"
+        self.code = code
 
 
 class MissingPackage(UserError, ImportError):
     """A package of an extra is not installed; the message says how to install it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "unavailable")
 
 
 def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:

@@ -41,7 +41,7 @@ class LoadedModel(NamedTuple):
     ) -> str:
         """Continues a prompt.
 
-        `hgrn2.generate.Writer` does the same piece by piece, and keeps the state for more.
+        `hgrn2.inference.writing.Writer` does the same piece by piece, and keeps the state for more.
 
         Args:
             prompt: text to continue; may be empty.
@@ -52,7 +52,7 @@ class LoadedModel(NamedTuple):
         Returns:
             What follows the prompt.
         """
-        from hgrn2.generate import Writer
+        from hgrn2.inference.writing import Writer
 
         return "".join(Writer(self.model, self.tokenizer, sampling or Sampling()).write(prompt, max_tokens, stop))
 
@@ -80,7 +80,7 @@ def load(path: str | Path, checkpoint: str = "latest", device: str | torch.devic
         from hgrn2.data import load_tokenizer
 
     def read(place: Path, tokenizer_dir: Path, to: torch.device) -> LoadedModel:
-        from hgrn2.layouts.opening import open_folder
+        from hgrn2.formats.opening import open_folder
 
         saved = open_folder(place)
         tokenizer = load_tokenizer(tokenizer_dir)
@@ -93,7 +93,7 @@ def load(path: str | Path, checkpoint: str = "latest", device: str | torch.devic
 def load_weights(path: str | Path, checkpoint: str = "latest", device: str | torch.device = "auto") -> HGRN2LM:
     """Opens a trained model without its tokenizer, which may be missing; arguments as for `load`."""
     with _needs_extra("HGRN2LM.load"):
-        from hgrn2.layouts.opening import open_folder
+        from hgrn2.formats.opening import open_folder
     return _read(path, checkpoint, device, lambda place, _, to: open_folder(place).load(to))
 
 
@@ -120,7 +120,7 @@ def _read(path: str | Path, checkpoint: str, device: str | torch.device, read: A
 def save_model(model: HGRN2LM, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """Writes a model into a new folder, whole or not at all; see `HGRN2LM.save`."""
     with _needs_extra("HGRN2LM.save"):
-        from hgrn2.layouts.convert import convert
+        from hgrn2.formats.convert import convert
     if not isinstance(folder, str | Path) or not str(folder):
         raise UserError(f"folder is {describe(folder)}; wanted the name of a new folder")
     with tempfile.TemporaryDirectory() as beside:
@@ -132,7 +132,7 @@ def save_model(model: HGRN2LM, folder: str | Path, tokenizer: Tokenizer | None =
 
 @dataclass(frozen=True)
 class _InMemory:
-    """A model in memory, as `hgrn2.layouts.convert.convert` reads one."""
+    """A model in memory, as `hgrn2.formats.convert.convert` reads one."""
 
     path: Path
     config: HGRN2Config

@@ -21,13 +21,13 @@ from hgrn2.data.progress import announce
 from hgrn2.data.tokenizer import HFTokenizer, Tokenizer
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.extras import install_command
-from hgrn2.json_files import parse_json, read_json_object
-from hgrn2.layouts.convert import Source, Written, convert, parse_size
-from hgrn2.layouts.mistaken import check_place
-from hgrn2.layouts.opening import ModelFolder, open_folder, read_folder_config
-from hgrn2.layouts.start import parse_layers, start_from_transformer
+from hgrn2.formats.convert import Source, Written, convert, parse_size
+from hgrn2.formats.mistaken import check_place
+from hgrn2.formats.opening import ModelFolder, open_folder, read_folder_config
+from hgrn2.formats.start import parse_layers, start_from_transformer
 from hgrn2.loading import LoadedModel, load
 from hgrn2.models import HGRN2Config, presets
+from hgrn2.storage.json_files import parse_json, read_json_object
 from hgrn2.train.checkpoint import locate_model, read_config, read_while_training, resume_point
 from hgrn2.train.places import from_saved_path
 from hgrn2.train.run import check_same_tokens, find_tokenizer
@@ -247,7 +247,7 @@ def evaluate_tasks(
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; wanted at least 1")
     try:
-        from hgrn2.hf import harness
+        from hgrn2.evaluation import harness
     except ModuleNotFoundError as missing:
         raise UserError(f"--tasks needs {missing.name}, which is not installed: {install_command('eval')}") from None
     weights, folder = read_while_training(run, lambda: locate_model(run, which))
@@ -327,7 +327,7 @@ def convert_model(
     Args:
         source: a run folder, a checkpoint, or a folder of any layout.
         out: a folder that does not exist yet.
-        to: a name in `hgrn2.layouts.layout.LAYOUTS`.
+        to: a name in `hgrn2.formats.layout.LAYOUTS`.
         dtype: "same", or torch's name of one.
         max_shard_size: see `parse_size`.
         which: "latest" or "best" checkpoint of a run.

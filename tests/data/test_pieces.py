@@ -11,7 +11,7 @@ from hgrn2.data import pieces as pieces_module
 from hgrn2.data.documents import Document
 from hgrn2.data.pieces import cut_document, keeps_text, piece_tokens
 from hgrn2.errors import UserError
-from hgrn2.evaluate import score
+from hgrn2.inference.scoring import score
 from hgrn2.models import HGRN2LM, HGRN2Config
 from tests.data import families
 

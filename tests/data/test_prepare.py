@@ -16,10 +16,10 @@ from hgrn2.data.encode import encode_pieces
 from hgrn2.data.pieces import Piece
 from hgrn2.data.prepare import prepare
 from hgrn2.data.prepared import PreparedData, is_prepared
-from hgrn2.data.staging import staged_directory, write_text_whole
 from hgrn2.data.tokens import TokenDataset
 from hgrn2.data.writer import TokenWriter
 from hgrn2.errors import UserError
+from hgrn2.storage.staging import staged_directory, write_text_whole
 
 
 def texts(prepared):
@@ -367,7 +367,7 @@ def test_an_old_set_is_not_lost_between_the_two_renames(tmp_path, monkeypatch, k
         patch.setattr(Path, "rename", rename)
         if killed:
             # no tidying up
-            patch.setattr("hgrn2.data.staging._recover", lambda target: None)
+            patch.setattr("hgrn2.storage.staging._recover", lambda target: None)
         with pytest.raises(KeyboardInterrupt), staged_directory(target) as stage:
             (stage / "new").touch()
     if killed:

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hgrn2.cli import main
 from hgrn2.data.prepare import prepare
-from hgrn2.generate import Sampling, Writer
 from hgrn2.hf import HGRN2ForCausalLM
+from hgrn2.inference.writing import Sampling, Writer
 from hgrn2.models import HGRN2Config
 from hgrn2.settings import convert_model, load_model
 from hgrn2.train import checkpoint

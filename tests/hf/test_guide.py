@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hgrn2.cli import main
-from hgrn2.generate import Sampling, Writer
+from hgrn2.inference.writing import Sampling, Writer
 from hgrn2.settings import load_model
 from tests.guides import ROOT, make_run, run_blocks
 

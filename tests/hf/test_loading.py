@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hgrn2.errors import UserError
+from hgrn2.formats.convert import convert
+from hgrn2.formats.opening import open_folder
 from hgrn2.hf import HGRN2ForCausalLM, HGRN2ForSequenceClassification
-from hgrn2.layouts.convert import convert
-from hgrn2.layouts.opening import open_folder
+from tests.formats.published import FLA_CONFIG, draw, fla_shapes, merged, write
 from tests.hf.cases import both, hf_config, tokens
-from tests.layouts.published import FLA_CONFIG, draw, fla_shapes, merged, write
 
 AUTO = {"base": AutoModel, "language": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
 LOST = "model.layers.1.attn.q_proj.weight"

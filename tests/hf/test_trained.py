@@ -13,7 +13,7 @@ from hgrn2 import cli
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hgrn2[eval]'")
 import datasets
 
-from hgrn2.hf import harness
+from hgrn2.evaluation import harness
 from hgrn2.train import plots
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.toml"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hgrn2.nn import attention
-from hgrn2.nn.attention import Attention
+from hgrn2.nn.mixers.attention import Attention
 from tests.numerics import relative_error
 
 pytestmark = [

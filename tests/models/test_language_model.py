@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
-from hgrn2.nn.mixer import HGRN2Mixer
+from hgrn2.nn.mixers.hgrn2 import HGRN2Mixer
 from tests.models.cases import FULL, SIZE, config_of, make_model, tokens
 
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from hgrn2.data import ByteTokenizer, load_tokenizer
 from hgrn2.errors import UserError
-from hgrn2.layouts.files import write_safetensors
+from hgrn2.storage.files import write_safetensors
+from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
-from hgrn2.train.lock import run_lock
 from tests.train.tiny_run import TinyModel, saved_tensors
 
 CONFIG = {"model": {"hidden_size": 8}, "train": {"max_steps": 3}}

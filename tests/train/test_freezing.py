@@ -9,11 +9,11 @@ from torch import nn
 
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config
+from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
 from hgrn2.train.freezing import Freezing, frozen_names
-from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.optim import NamedOptimizer

@@ -12,11 +12,11 @@ import torch
 
 from hgrn2 import cli
 from hgrn2.data import prepare, train_bpe
-from hgrn2.layouts.opening import open_folder
+from hgrn2.formats.opening import open_folder
 from hgrn2.train import plots
 from hgrn2.train.metrics import read_metrics
-from tests.layouts.published import FLA_CONFIG, draw, fla_shapes, write
-from tests.layouts.test_start import LLAMA, TENSORS
+from tests.formats.published import FLA_CONFIG, draw, fla_shapes, write
+from tests.formats.test_start import LLAMA, TENSORS
 from tests.train.tiny_run import saved_tensors
 
 FLAGS = [

@@ -10,14 +10,14 @@ import torch
 from hgrn2.data.batches import Batch
 from hgrn2.data.prepare import prepare
 from hgrn2.errors import UserError
-from hgrn2.layouts.opening import open_folder
+from hgrn2.formats.opening import open_folder
 from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.settings import Start, convert_model, load_model
+from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
 from hgrn2.train.language import LanguageTask, carried_loss, text_figures
-from hgrn2.train.lock import run_lock
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.run import choose_device, resume_language_run, start_language_run
 from tests.train.tiny_run import saved_tensors
@@ -326,7 +326,7 @@ def test_reading_the_newest_checkpoint_while_it_is_removed(data, tmp_path, monke
         return open_folder(folder, **options)
 
     # generate and eval go through hgrn2.load, which imports it when it is called
-    for module in ("hgrn2.settings", "hgrn2.layouts.opening"):
+    for module in ("hgrn2.settings", "hgrn2.formats.opening"):
         monkeypatch.setattr(f"{module}.open_folder", too_late)
     assert read(tmp_path / "run")
     assert opened == [newest, checkpoint.checkpoints_of(tmp_path / "run")[-1]]

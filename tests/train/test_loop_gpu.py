@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
-from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.optim import NamedOptimizer

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from hgrn2.data.prepared import PreparedData
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2Config
+from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
-from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer, TrainResult
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.run import resume_language_run, start_language_run

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from hgrn2.errors import UserError
-from hgrn2.layouts.card import opening_lines
+from hgrn2.formats.card import opening_lines
 from hgrn2.settings import StartSettings, convert_model
 from hgrn2.train.display import size
 

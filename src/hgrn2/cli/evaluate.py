@@ -12,12 +12,12 @@ import tyro
 
 from hgrn2.cli.output import show_table, tell
 from hgrn2.cli.parsing import Texts
-from hgrn2.data.staging import check_file_place, write_text_whole
 from hgrn2.errors import UserError, visible
 from hgrn2.settings import evaluate_tasks, load_model
+from hgrn2.storage.staging import check_file_place, write_text_whole
 
 if TYPE_CHECKING:
-    from hgrn2.evaluate import Score
+    from hgrn2.inference.scoring import Score
 
 # from here on, layers that attend to a whole text are worth a word
 _LONG_TEXT_BYTES = 100_000
@@ -95,7 +95,7 @@ def _evaluate_texts(
     """Return a table for people, and JSON."""
     from hgrn2.data import open_corpus
     from hgrn2.data.progress import progress_bar
-    from hgrn2.evaluate import score, total
+    from hgrn2.inference.scoring import score, total
 
     if window < 1:
         raise UserError(f"--window is {window}; wanted at least 1")

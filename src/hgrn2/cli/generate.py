@@ -13,9 +13,9 @@ import tyro
 
 from hgrn2.cli.output import tell
 from hgrn2.cli.parsing import Texts
-from hgrn2.data.staging import check_file_place
 from hgrn2.errors import UserError, visible
 from hgrn2.settings import load_model
+from hgrn2.storage.staging import check_file_place
 
 
 def generate(
@@ -54,7 +54,7 @@ def generate(
         checkpoint: Which checkpoint of a run.
         device: cpu, cuda or auto.
     """
-    from hgrn2.generate import Sampling, Writer, space_warning
+    from hgrn2.inference.writing import Sampling, Writer, space_warning
 
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}; wanted at least 1")

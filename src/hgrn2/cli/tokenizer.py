@@ -7,8 +7,8 @@ from pathlib import Path
 import tyro
 
 from hgrn2.cli.parsing import Texts
-from hgrn2.data.staging import check_folder_place, staged_directory
 from hgrn2.errors import UserError
+from hgrn2.storage.staging import check_folder_place, staged_directory
 
 
 def tokenizer(

@@ -12,10 +12,10 @@ import tyro
 
 from hgrn2.cli.parsing import Texts
 from hgrn2.data.progress import announce
-from hgrn2.data.staging import check_folder_place
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.settings import Start, data_settings, model_config, open_prepared, prepare_data, read_toml
+from hgrn2.storage.staging import check_folder_place
 from hgrn2.train.config import BUDGETS, TrainConfig
 from hgrn2.train.freezing import COPIED
 
@@ -150,7 +150,7 @@ def train(
 
 def _make_sampler(tokenizer: Any) -> Any:
     """Return a function that writes samples; seeded, so that a resumed run writes the same ones."""
-    from hgrn2.generate import Sampling, Writer
+    from hgrn2.inference.writing import Sampling, Writer
 
     def sampler(model: Any, prompt: str) -> str:
         writer = Writer(model, tokenizer, Sampling(temperature=0.8, top_p=0.95, seed=0))

@@ -13,7 +13,7 @@ from hgrn2.data.hub import hub_reachable
 from hgrn2.data.text import cut_pieces, open_binary, read_error, read_text
 from hgrn2.errors import UserError, visible
 from hgrn2.extras import install_command
-from hgrn2.json_files import parse_json
+from hgrn2.storage.json_files import parse_json
 
 # longer lines are cut, and then are not JSON
 _MOST_LINE_BYTES = 1 << 26

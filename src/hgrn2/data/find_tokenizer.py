@@ -18,7 +18,7 @@ from hgrn2.data.tokenizer import (
     Tokenizer,
 )
 from hgrn2.errors import UserError
-from hgrn2.json_files import parse_json
+from hgrn2.storage.json_files import parse_json
 
 _BPE_REQUEST = re.compile(r"bpe:(\d+)")
 # as of a model; the library ends the process for some that are larger

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hgrn2.data.tokenizer import BYTES_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from hgrn2.errors import UserError
-from hgrn2.json_files import read_json_object
+from hgrn2.storage.json_files import read_json_object
 
 if TYPE_CHECKING:
     import tokenizers

@@ -23,14 +23,14 @@ from hgrn2.data.prepared import FORMAT, FORMAT_VERSION, PreparedData, read_set_m
 from hgrn2.data.progress import Bar, progress_bar
 from hgrn2.data.sources import STDLIB, Corpus, open_corpus
 from hgrn2.data.split import TRAIN, VALIDATION, Split
-from hgrn2.data.staging import Discard, staged_directory
 from hgrn2.data.text import NotText
 from hgrn2.data.tokenizer import ByteTokenizer, Tokenizer
 from hgrn2.data.tokens import MANIFEST_FILE, TokenDataset, token_dtype
 from hgrn2.data.writer import DEFAULT_SHARD_TOKENS, TokenWriter
 from hgrn2.errors import UserError, visible
-from hgrn2.json_files import with_digest
 from hgrn2.quantities import plural
+from hgrn2.storage.json_files import with_digest
+from hgrn2.storage.staging import Discard, staged_directory
 
 BPE_SAMPLE_BYTES = 50_000_000
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hgrn2.data.special_tokens import hide_tokens
-from hgrn2.data.staging import write_text_whole, write_whole
 from hgrn2.data.tokenizer_kinds import byte_level_table, fallback_tokens, keeps_every_byte, splits_as_gpt2, unknown_id
 from hgrn2.errors import UserError
+from hgrn2.storage.staging import write_text_whole, write_whole
 
 if TYPE_CHECKING:
     import tokenizers

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hgrn2.errors import UserError, unknown_key_message
-from hgrn2.json_files import DIGEST_KEY, check_digest, read_json_object
+from hgrn2.storage.json_files import DIGEST_KEY, check_digest, read_json_object
 
 FORMAT = "hgrn2-tokens"
 FORMAT_VERSION = 1

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hgrn2.data.model_files import GENERATION_CONFIG_FILE
-from hgrn2.data.staging import write_text_whole
 from hgrn2.data.tokenizer import EOT_NAMES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, HFTokenizer, Tokenizer
 from hgrn2.data.tokenizer_kinds import byte_alphabet
+from hgrn2.storage.staging import write_text_whole
 
 
 def write_transformers_files(tokenizer: Tokenizer, directory: str | Path) -> None:

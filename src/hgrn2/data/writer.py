@@ -13,7 +13,7 @@ import numpy as np
 from hgrn2.data.encode import EncodedPiece
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.data.tokens import FORMAT, FORMAT_VERSION, MANIFEST_FILE, token_dtype
-from hgrn2.json_files import with_digest
+from hgrn2.storage.json_files import with_digest
 
 DEFAULT_SHARD_TOKENS = 100_000_000
 

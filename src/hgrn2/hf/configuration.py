@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from hgrn2.errors import UserError
+from hgrn2.formats.keys import TRANSFORMERS_KEYS
+from hgrn2.formats.layout import LAYOUTS, recognise
 from hgrn2.hf.foreign import check_settable
-from hgrn2.layouts.keys import TRANSFORMERS_KEYS
-from hgrn2.layouts.layout import LAYOUTS, recognise
 from hgrn2.models import config as own
 
 _FIELDS = [field.name for field in dataclasses.fields(own.HGRN2Config)]
@@ -27,7 +27,7 @@ class HGRN2Config(PreTrainedConfig):
     """Every key of `hgrn2.models.HGRN2Config`, beside those of transformers.
 
     Read are a config.json of `save_pretrained`, of `hgrn2 train` and of flash-linear-attention, told apart by their
-    keys (`hgrn2.layouts.layout.recognise`); written is the first kind.
+    keys (`hgrn2.formats.layout.recognise`); written is the first kind.
 
     Args:
         use_cache: whether the model returns its state.

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from hgrn2.errors import UserError
-from hgrn2.layouts.layout import LAYOUTS
+from hgrn2.formats.layout import LAYOUTS
 
 _POSITIONS = "the rope_theta of attn, where layers attend"
 _OUR_NAMES = {

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hgrn2.errors import UserError
-from hgrn2.layouts.reading import CONFIG_NAME
-from hgrn2.layouts.tables import Misfits
+from hgrn2.formats.reading import CONFIG_NAME
+from hgrn2.formats.tables import Misfits
 
 # the class of a config.json that names none, as those of runs
 _LANGUAGE_MODEL = "HGRN2ForCausalLM"

@@ -8,7 +8,7 @@ from typing import Any
 
 from hgrn2.errors import UserError, check_types, unknown_key_message
 from hgrn2.nn.gates import LOWER_BOUNDS
-from hgrn2.nn.mixer import DEFAULT_EXPAND_RATIO
+from hgrn2.nn.mixers.hgrn2 import DEFAULT_EXPAND_RATIO
 from hgrn2.nn.mlp import GLU_ACTIVATIONS
 from hgrn2.nn.norm import NORMS
 from hgrn2.ops.checks import SMALLEST_FLOOR

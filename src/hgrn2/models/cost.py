@@ -10,7 +10,7 @@ import torch
 
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.language import HGRN2LM
-from hgrn2.nn.attention import WINDOW_BLOCK
+from hgrn2.nn.mixers.attention import WINDOW_BLOCK
 from hgrn2.ops.tiles import CHUNK_SIZE
 
 # AdamW keeps two float32 numbers a parameter beside the weight

@@ -20,11 +20,11 @@ from hgrn2.models.inputs import check_state, checked_ids, checked_mask
 from hgrn2.models.outputs import LossOutput
 from hgrn2.models.sampling import Sampling
 from hgrn2.models.state import ModelState
-from hgrn2.nn.attention import Attention
 from hgrn2.nn.block import Block
 from hgrn2.nn.gates import bounds_of_layers, touch_unused_bounds
 from hgrn2.nn.loss import IGNORE, linear_cross_entropy
-from hgrn2.nn.mixer import HGRN2Mixer, forget_gate
+from hgrn2.nn.mixers.attention import Attention
+from hgrn2.nn.mixers.hgrn2 import HGRN2Mixer, forget_gate
 from hgrn2.nn.mlp import GatedMLP
 from hgrn2.nn.norm import Norm
 from hgrn2.ops import check_backend
@@ -340,7 +340,7 @@ class HGRN2LM(nn.Module):
     ) -> Tensor:
         """Continues prompts token by token; needs nothing but torch, and no tokenizer.
 
-        `hgrn2.generate.Writer` goes from text to text and keeps the state for more.
+        `hgrn2.inference.writing.Writer` goes from text to text and keeps the state for more.
 
         Args:
             input_ids: [B, T] int64, at least one token each.

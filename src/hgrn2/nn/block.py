@@ -10,7 +10,7 @@ class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        attn: the token mixer, called as `hgrn2.nn.mixer.HGRN2Mixer` is. The block does not ask which.
+        attn: the token mixer, called as `hgrn2.nn.mixers.hgrn2.HGRN2Mixer` is. The block does not ask which.
         mlp: the channel mixer.
         attn_norm: norm before the token mixer.
         mlp_norm: norm before the channel mixer.
@@ -32,7 +32,7 @@ class Block(nn.Module):
         mask: Tensor | None,
         keep_state: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Arguments as `hgrn2.nn.mixer.HGRN2Mixer.forward`."""
+        """Arguments as `hgrn2.nn.mixers.hgrn2.HGRN2Mixer.forward`."""
         y, new_state = self.attn(self.attn_norm(x), lower_bound, state, cu_seqlens, mask, keep_state=keep_state)
         x = x + functional.dropout(y, self.dropout, self.training)
         y = self.mlp(self.mlp_norm(x))

@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hgrn2.data.model_files import companion_files
-from hgrn2.data.staging import sync_path, write_text_whole
 from hgrn2.errors import UserError
-from hgrn2.json_files import check_digest, parse_json, read_json_object, with_digest
-from hgrn2.layouts.files import sha256_of, write_safetensors, write_text
-from hgrn2.layouts.mistaken import check_place
-from hgrn2.layouts.reading import find_weights
-from hgrn2.train.lock import LOCK_NAME, run_lock
+from hgrn2.formats.mistaken import check_place
+from hgrn2.formats.reading import find_weights
+from hgrn2.storage.files import sha256_of, write_safetensors, write_text
+from hgrn2.storage.json_files import check_digest, parse_json, read_json_object, with_digest
+from hgrn2.storage.lock import LOCK_NAME, run_lock
+from hgrn2.storage.staging import sync_path, write_text_whole
 from hgrn2.train.soundness import (
     CONFIG_NAME,
     MODEL_NAME,

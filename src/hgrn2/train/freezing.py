@@ -10,7 +10,7 @@ from torch import nn
 
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM
-from hgrn2.nn.mixer import HGRN2Mixer
+from hgrn2.nn.mixers.hgrn2 import HGRN2Mixer
 from hgrn2.train.config import TrainConfig
 
 COPIED = "copied"

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgrn2.data.staging import staged_file
 from hgrn2.errors import UserError
+from hgrn2.storage.staging import staged_file
 
 GATES_NAME = "gates.npz"
 _NUM_BINS = 50

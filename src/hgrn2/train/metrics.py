@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hgrn2.data.staging import staged_file
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.extras import install_command
-from hgrn2.json_files import parse_json
+from hgrn2.storage.json_files import parse_json
+from hgrn2.storage.staging import staged_file
 
 METRICS_NAME = "metrics.jsonl"
 # of the record without it; lines of older runs, and lines that people append, have none

@@ -12,8 +12,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from hgrn2.data.staging import staged_file
 from hgrn2.errors import UserError
+from hgrn2.storage.staging import staged_file
 from hgrn2.train.curves import bits_per_nat, log_ticks, loss_limits, smooth, time_unit
 from hgrn2.train.gates import GATES_NAME, GateSummary
 from hgrn2.train.metrics import read_metrics

@@ -15,8 +15,9 @@ from hgrn2.data.find_tokenizer import load_tokenizer
 from hgrn2.data.prepared import PreparedData
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
-from hgrn2.layouts.opening import ModelFolder, open_folder
+from hgrn2.formats.opening import ModelFolder, open_folder
 from hgrn2.models import HGRN2LM, HGRN2Config
+from hgrn2.storage.lock import run_lock
 from hgrn2.train.checkpoint import (
     CheckpointStore,
     create_run,
@@ -34,7 +35,6 @@ from hgrn2.train.freezing import frozen_names
 from hgrn2.train.gates import GATES_NAME
 from hgrn2.train.hints import first_words
 from hgrn2.train.language import LanguageTask, Sampler
-from hgrn2.train.lock import run_lock
 from hgrn2.train.loop import Trainer, TrainResult
 from hgrn2.train.places import from_saved_path, to_saved_path
 from hgrn2.train.report import REPORT_NAME, write_report

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from hgrn2.errors import UserError
-from hgrn2.json_files import parse_json
-from hgrn2.layouts.files import sha256_of
+from hgrn2.storage.files import sha256_of
+from hgrn2.storage.json_files import parse_json
 
 CONFIG_NAME = "config.json"
 MODEL_NAME = "model.safetensors"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import hgrn2
-from hgrn2.data.staging import write_text_whole
+from hgrn2.storage.staging import write_text_whole
 from hgrn2.train.curves import Record, smooth, thin
 from hgrn2.train.report import sections
 from hgrn2.train.report.charts import MOST_POINTS

@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness; nothing else imports lm_eval."""

@@ -1,0 +1,208 @@
+"""The settings of fla's layout (flash-linear-attention, any version up to 0.6.0) and ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hgrn2.errors import UserError
+from hgrn2.formats.keys import check_keys, refuse, require, warn_of_training_keys
+from hgrn2.formats.tables import Table
+from hgrn2.models import AttentionConfig, HGRN2Config
+from hgrn2.models.config import MODEL_TYPE
+
+_WHAT = "fla config"
+
+# eps of the norm after the scan: fla calls it without the config's, so its default holds
+MIXER_NORM_EPS = 1e-5
+
+# the same in both layouts; their defaults agree
+_SHARED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "use_lower_bound",
+    "use_short_conv", "conv_size", "tie_word_embeddings", "initializer_range",
+)  # fmt: skip
+# keys that only fla's files have, and by which they are known
+SIGNATURE = (
+    "attn_mode", "hidden_act", "rms_norm_eps", "share_conv_kernel", "attnres_block_size", "fuse_norm", "fuse_swiglu",
+    "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp",
+)  # fmt: skip
+# of them, those that decide how fast, or how a loss is formed, not what the model computes
+_INERT = ("fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
+_KNOWN = (
+    *_SHARED, "expand_ratio", "hidden_ratio", "norm_eps", "rms_norm_eps", "elementwise_affine", "attn", "attn_mode",
+    "hidden_act", "attnres_block_size", "share_conv_kernel",
+)  # fmt: skip
+_ATTN_KEYS = ("layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta", "qk_norm")
+# one and the same function, computed in three ways
+_ATTN_MODES = ("chunk", "fused_chunk", "fused_recurrent")
+
+
+def read_config(values: Mapping[str, Any]) -> HGRN2Config:
+    """A config.json of fla's layout, as our configuration.
+
+    Old spellings are read (`rms_norm_eps`, `attn_mode = "fused_chunk"`, `num_heads` null or given, `expand_ratio` null
+    beside num_heads). `elementwise_affine` is about the norm after the scan alone in fla: the norms of the blocks
+    always have a weight. That norm's eps is 1e-5 in fla whatever `norm_eps` says, so `mixer_norm_eps` is set to this.
+
+    Args:
+        values: the file's keys; transformers' own and those that only decide about speed are passed over.
+
+    Raises:
+        UserError: an unknown key, a setting whose computation our model does not have, or values that contradict each
+            other (head counts among them).
+
+    Example:
+        >>> read_config({"model_type": "hgrn2", "hidden_size": 256, "attn_mode": "chunk"}).num_heads
+        2
+    """
+    values = check_keys(values, _WHAT, _KNOWN, _INERT)
+    keys = {key: values[key] for key in _SHARED if key in values}
+    if values.get("attn_mode", "chunk") not in _ATTN_MODES:
+        refuse(_WHAT, "attn_mode", values["attn_mode"], f"one of {', '.join(_ATTN_MODES)}")
+    if values.get("hidden_act", "swish") not in ("swish", "silu"):
+        refuse(_WHAT, "hidden_act", values["hidden_act"], "'swish'")
+    if values.get("attnres_block_size") is not None:
+        refuse(
+            _WHAT, "attnres_block_size", values["attnres_block_size"], "null (attention over residuals is not there)"
+        )
+    if values.get("share_conv_kernel") and values.get("use_short_conv"):
+        refuse(
+            _WHAT, "share_conv_kernel", values["share_conv_kernel"], "false (each projection has its own convolution)"
+        )
+    if values.get("hidden_ratio") is not None:
+        keys["hidden_ratio"] = values["hidden_ratio"]
+    keys["expand_ratio"] = _expand_ratio(values)
+    keys["norm_eps"] = _norm_eps(values)
+    affine = values.get("elementwise_affine", True)
+    keys["mixer_norm_affine"] = False if affine is None else affine
+    keys["attn"] = _read_attention(values.get("attn"))
+    return HGRN2Config.from_dict({**keys, "mixer_norm_eps": MIXER_NORM_EPS})
+
+
+def _expand_ratio(values: Mapping[str, Any]) -> Any:
+    """The width of a head, which a file may say by the number of heads alone."""
+    ratio, heads = values.get("expand_ratio", 128), values.get("num_heads")
+    if ratio is not None:
+        return ratio
+    if heads is None:
+        raise UserError(f"{_WHAT}: expand_ratio and num_heads are both null; one of them must be given")
+    hidden_size = values.get("hidden_size", HGRN2Config.hidden_size)
+    if type(heads) is not int or type(hidden_size) is not int or heads < 1 or hidden_size % heads:
+        raise UserError(f"{_WHAT}: num_heads is {heads!r}, which does not divide hidden_size = {hidden_size!r}")
+    return hidden_size // heads
+
+
+def _norm_eps(values: Mapping[str, Any]) -> Any:
+    new, old = values.get("norm_eps"), values.get("rms_norm_eps")
+    if new is not None and old is not None and new != old:
+        raise UserError(f"{_WHAT}: norm_eps = {new!r} contradicts rms_norm_eps = {old!r}; leave one of them out")
+    return next((eps for eps in (new, old) if eps is not None), HGRN2Config.norm_eps)
+
+
+def _read_attention(attn: Any) -> dict[str, Any] | None:
+    """The attention layers; fla has them as one table, or as a list of tables."""
+    if attn is None:
+        return None
+    tables = [attn] if isinstance(attn, Mapping) else attn
+    if not isinstance(tables, Sequence) or not all(isinstance(table, Mapping) for table in tables):
+        raise UserError(f"{_WHAT}: attn is {attn!r}; wanted a table, a list of tables or null")
+    read = [_read_attention_table(table) for table in tables]
+    read = [table for table in read if table["layers"]]
+    if not read:
+        return None
+    first = read[0]
+    for table in read[1:]:
+        for key in first.keys() - {"layers"}:
+            if table[key] != first[key]:
+                raise UserError(
+                    f"{_WHAT}: attn.{key} is {first[key]!r} at layers {first['layers']} and {table[key]!r} at layers "
+                    f"{table['layers']}; our model has one kind of attention"
+                )
+    return first | {"layers": [layer for table in read for layer in table["layers"]]}
+
+
+def _read_attention_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    for key in table:
+        if key not in _ATTN_KEYS:
+            raise UserError(f"{_WHAT}: unknown key attn.{key}; known keys: {', '.join(_ATTN_KEYS)}")
+    for key in ("layers", "num_heads"):
+        if key not in table:
+            raise UserError(f"{_WHAT}: no attn.{key}; wanted layers and num_heads")
+    if not isinstance(table["layers"], list | tuple):
+        raise UserError(f"{_WHAT}: attn.layers is {table['layers']!r}; wanted a list")
+    if table.get("qk_norm"):
+        refuse(_WHAT, "attn.qk_norm", table["qk_norm"], "false (fla's HGRN2 hybrids have none)")
+    theta = table.get("rope_theta", 10000.0)
+    if theta is None:
+        refuse(_WHAT, "attn.rope_theta", theta, "a base above 0 (fla always rotates)")
+    kv_heads = table.get("num_kv_heads")
+    return {
+        "layers": list(table["layers"]),
+        "num_heads": table["num_heads"],
+        "num_kv_heads": table["num_heads"] if kv_heads is None else kv_heads,
+        "qkv_bias": table.get("qkv_bias", False),
+        "window_size": table.get("window_size"),
+        "rope_theta": theta,
+    }
+
+
+def write_config(config: HGRN2Config) -> dict[str, Any]:
+    """The inverse of `read_config`: the keys that fla 0.6.0 reads, as plain values for JSON.
+
+    Settings that matter in training alone (`dropout`, `min_log_decay`) have no place there; they are left out with a
+    warning.
+
+    Raises:
+        UserError: a setting that fla's layout cannot say; it is named.
+    """
+    wanted: dict[str, Any] = {
+        "q_activation": "silu", "v_activation": "none", "mixer_norm": "rmsnorm", "mixer_norm_eps": MIXER_NORM_EPS,
+        "block_norm": "rmsnorm", "elementwise_affine": True, "glu_activation": "silu", "use_bias": False,
+        "scale_embedding": False, "head_scale": config.expand_ratio**-0.5,
+    }  # fmt: skip
+    if config.use_lower_bound:
+        wanted["lower_bound"] = "inclusive"
+    require(config, "fla", wanted)
+    if config.attn is not None and config.attn.rope_theta is None:
+        raise UserError("fla's layout cannot say attn.rope_theta = None; there attention always has positions")
+    warn_of_training_keys(config, "fla", {"dropout": (0,), "min_log_decay": (None,)})
+    return {
+        "model_type": MODEL_TYPE,
+        **{key: getattr(config, key) for key in _SHARED},
+        "expand_ratio": config.expand_ratio,
+        "hidden_ratio": config.hidden_ratio,
+        "elementwise_affine": config.mixer_norm_affine,
+        "norm_eps": config.norm_eps,
+        "attn": None if config.attn is None else _write_attention(config.attn),
+        "attn_mode": "chunk",
+        "hidden_act": "swish",
+        "max_position_embeddings": 2048,
+        "use_cache": True,
+        "fuse_norm": True,
+        "fuse_swiglu": True,
+        "fuse_cross_entropy": True,
+        "fuse_linear_cross_entropy": False,
+        "use_l2warp": False,
+    }
+
+
+def tables(config: HGRN2Config, names: Sequence[str]) -> tuple[Table, ...]:
+    """Which of our tensors each tensor of a file holds: today's form, and the one from before February 2025.
+
+    Our names are fla's. Older files have the two inner matrices of a channel mixer in one, the gate's rows first.
+
+    Args:
+        config: of the model, which does not matter here.
+        names: of our tensors.
+    """
+    del config
+    merged = {}
+    for name in names:
+        if ".up_proj." not in name:
+            merged[name] = (name, name.replace(".gate_proj.", ".up_proj.")) if ".gate_proj." in name else (name,)
+    return {name: (name,) for name in names}, merged
+
+
+def _write_attention(attn: AttentionConfig) -> dict[str, Any]:
+    return dataclasses.asdict(attn) | {"layers": list(attn.layers)}

@@ -1,0 +1,95 @@
+"""The layouts there are, and which of them a config.json is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hgrn2.errors import UserError
+from hgrn2.formats import fla, native, official, transformer
+from hgrn2.formats.tables import Table
+from hgrn2.models import HGRN2Config
+from hgrn2.models.config import MODEL_TYPE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint says what it is.
+
+    Attributes:
+        name: as `hgrn2 convert --to` takes it.
+        title: for messages.
+        signature: keys of its config.json that no other layout has.
+        read_config: from its config.json to our configuration.
+        write_config: the inverse.
+        tables: from our configuration and the names of our tensors to which of them each tensor of a file holds; the
+            first table is the one that is written.
+        architecture: the class that transformers opens it with; None for a layout that is not written.
+        derived: ends of the names of tensors that follow from the settings, which a file may hold or not.
+    """
+
+    name: str
+    title: str
+    signature: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any]], HGRN2Config]
+    write_config: Callable[[HGRN2Config], dict[str, Any]]
+    tables: Callable[[HGRN2Config, Sequence[str]], tuple[Table, ...]]
+    architecture: str | None = None
+    derived: tuple[str, ...] = ()
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            "native", "a run", (native.TABLE,), native.read_run_config, native.write_run_config, native.tables,
+            "HGRN2ForCausalLM",
+        ),
+        Layout(
+            "hf", "hgrn2.hf", native.SIGNATURE, native.read_config, native.write_config, native.tables,
+            "HGRN2ForCausalLM",
+        ),
+        Layout(
+            "fla", "fla", fla.SIGNATURE, fla.read_config, fla.write_config, fla.tables, "HGRN2ForCausalLM"
+        ),
+        Layout(
+            "official", "hgru2-pytorch", official.SIGNATURE, official.read_config, official.write_config,
+            official.tables, "Hgrn2ForCausalLM",
+        ),
+    )
+}  # fmt: skip
+
+
+def _cannot_write(config: HGRN2Config) -> dict[str, Any]:
+    raise UserError(f"a Transformer's layout is read, not written ({config.num_hidden_layers} layers)")
+
+
+# read, and told by the model type; never written
+TRANSFORMER = Layout(
+    transformer.NAME, "a Transformer", (), transformer.read_config, _cannot_write, transformer.tables,
+    derived=transformer.DERIVED,
+)  # fmt: skip
+
+
+def recognise(values: Mapping[str, Any]) -> Layout:
+    """The layout of a config.json: a Transformer's by its model type, one of ours by keys that it alone has.
+
+    Raises:
+        UserError: another model type, no such key, or keys of two layouts.
+    """
+    found = values.get("model_type", MODEL_TYPE)
+    if found in transformer.MODEL_TYPES:
+        return TRANSFORMER
+    if found != MODEL_TYPE:
+        others = ", ".join(transformer.READ)
+        raise UserError(f"model_type is {found!r}; wanted {MODEL_TYPE!r}, or of a Transformer one of {others}")
+    told = {name: [key for key in layout.signature if key in values] for name, layout in LAYOUTS.items()}
+    told = {name: keys for name, keys in told.items() if keys}
+    if len(told) > 1:
+        keys = " and ".join(f"{keys[0]} of {LAYOUTS[name].title}" for name, keys in told.items())
+        raise UserError(f"keys of more than one layout, {keys}; take those out that are not this model's")
+    if not told:
+        some = ", ".join(f"{layout.signature[0]!r} ({layout.title})" for layout in LAYOUTS.values())
+        raise UserError(f"no key that tells which layout it is of, such as {some}; use the config.json of the model")
+    return LAYOUTS[next(iter(told))]

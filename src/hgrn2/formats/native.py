@@ -1,0 +1,68 @@
+"""Settings in our own words: those of a run, and those that our transformers classes save."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hgrn2.errors import UserError
+from hgrn2.formats.keys import check_keys
+from hgrn2.formats.tables import Table
+from hgrn2.models import HGRN2Config
+from hgrn2.models.config import MODEL_TYPE
+from hgrn2.storage.json_files import DIGEST_KEY, check_digest
+
+_KEYS = tuple(field.name for field in dataclasses.fields(HGRN2Config))
+# keys that only our files have, and by which they are known
+SIGNATURE = (
+    "glu_activation", "lower_bound", "q_activation", "v_activation", "scale", "mixer_norm", "mixer_norm_eps",
+    "mixer_norm_affine", "block_norm", "use_bias", "scale_embedding", "min_log_decay", "dropout",
+)  # fmt: skip
+# the tables of a run's config.json: the model's settings, how it was trained, and on what
+TABLE = "model"
+TRAIN_TABLE = "train"
+_TABLES = (TABLE, TRAIN_TABLE, "data")
+
+
+def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
+    """The config.json of a run: the model's settings are one of its tables.
+
+    Raises:
+        UserError: an unknown key, values that contradict each other, settings beside the table, or tables that do not
+            match the file's digest.
+    """
+    if DIGEST_KEY in values:
+        # transformers adds keys of its own on the way here
+        covered = {key: values[key] for key in (*_TABLES, DIGEST_KEY) if key in values}
+        check_digest(covered, "config of a run", "restore it from a copy; training settings are changed with flags")
+        values = {key: value for key, value in values.items() if key != DIGEST_KEY}
+    mixed = [key for key in _KEYS if key in values]
+    if mixed:
+        raise UserError(f"{', '.join(mixed)} beside the table {TABLE!r}; put all settings of the model into the table")
+    return HGRN2Config.from_dict(check_keys(values, "config of a run", _TABLES)[TABLE])
+
+
+def read_config(values: Mapping[str, Any]) -> HGRN2Config:
+    """The config.json of our transformers classes: our keys beside transformers' own.
+
+    Raises:
+        UserError: an unknown key, or values that contradict each other.
+    """
+    return HGRN2Config.from_dict(check_keys(values, "hgrn2 config", _KEYS))
+
+
+def write_run_config(config: HGRN2Config) -> dict[str, Any]:
+    """The inverse of `read_run_config`; the model type is what transformers looks for."""
+    return {"model_type": MODEL_TYPE, TABLE: config.to_dict()}
+
+
+def write_config(config: HGRN2Config) -> dict[str, Any]:
+    """The inverse of `read_config`."""
+    return config.to_dict()
+
+
+def tables(config: HGRN2Config, names: Sequence[str]) -> tuple[Table, ...]:
+    """Every tensor under its own name."""
+    del config
+    return ({name: (name,) for name in names},)

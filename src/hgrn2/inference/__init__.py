@@ -1,0 +1,6 @@
+"""Writing text with a trained model, and measuring how well it predicts text."""
+
+from hgrn2.inference.scoring import Score, score
+from hgrn2.inference.writing import Writer
+
+__all__ = ["Score", "Writer", "score"]

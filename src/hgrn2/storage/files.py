@@ -1,0 +1,90 @@
+"""Files that are on the disk when the call returns, with their checksums taken on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hgrn2.storage.staging import sync_path
+
+# names of the safetensors format, https://huggingface.co/docs/safetensors
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
+    """Write a safetensors file tensor by tensor, fsync it, and return its SHA-256.
+
+    The library's own writer reports a full disk as text in a general error and needs a second pass for the
+    checksum; this one raises the operating system's error and holds one tensor at a time.
+
+    Args:
+        path: file to make.
+        tensors: any device; copied to the CPU one at a time.
+        read: gives the values by name when their turn comes; the tensors then only say shapes and dtypes, and may be
+            on the meta device.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    # widest elements first keeps every tensor aligned to its element size
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    # without this key older versions of transformers refuse a file
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            digest.update(piece)
+            file.write(piece)
+        for name in names:
+            tensor = tensors[name] if read is None else read(name)
+            assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape), name
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> str:
+    """Write a text file, fsync it, and return its SHA-256."""
+    data = text.encode()
+    path.write_bytes(data)
+    sync_path(path)
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
