@@ -19,7 +19,7 @@ from hgrn2.data.prepared import PreparedData, is_prepared
 from hgrn2.data.tokens import TokenDataset
 from hgrn2.data.writer import TokenWriter
 from hgrn2.errors import UserError
-from hgrn2.storage.staging import staged_directory, write_text_whole
+from hgrn2.storage.staging import staged_directory, write_text_atomic
 
 
 def texts(prepared):
@@ -268,7 +268,7 @@ def test_limits_on_sizes(corpus_dir, tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(TokenWriter, "add", add)
-    message = "limit on file sizes; nothing was kept" if code == errno.EFBIG else "the disk is full"
+    message = "file size limit; nothing was kept" if code == errno.EFBIG else "the disk is full"
     with pytest.raises(UserError, match=message):
         prepare(corpus_dir, "bytes", tmp_path / "out")
     assert os.listdir(tmp_path) == ["corpus"]
@@ -440,7 +440,7 @@ def test_threads_that_write_the_same_file(tmp_path):
     def work(letter):
         for _ in range(20):
             try:
-                write_text_whole(path, letter * 1000)
+                write_text_atomic(path, letter * 1000)
             except OSError as error:
                 errors.append(error)
 

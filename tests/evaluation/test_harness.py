@@ -501,7 +501,7 @@ def refused(capsys, args, message):
         (["--tasks", "empty/choices.yaml"], "task 'empty/choices.yaml' cannot be opened: its data has no rows"),
         (["--tasks", "none-left.yaml"], "task 'none-left.yaml' cannot be opened: its data has no rows"),
         (["--tasks", "no-text.yaml"], "task 'no-text.yaml' cannot be opened"),
-        (["--tasks", "bad-metric.yaml"], "task 'bad-metric.yaml': metric 'acccc' is none of the harness's"),
+        (["--tasks", "bad-metric.yaml"], "task 'bad-metric.yaml': metric 'acccc' is neither the harness's"),
         (["--tasks", "function.yaml"], "task 'function.yaml' cannot be opened: ImportError"),
         (["--tasks", "tasks/function.yaml"], "task 'tasks/function.yaml' cannot be opened: ImportError"),
         (["--tasks", "no-name.yaml"], "no-name.yaml: names no task (a line task: NAME) and no group"),

@@ -10,7 +10,7 @@ from torch import nn
 
 from hgrn2.data import ByteTokenizer, load_tokenizer
 from hgrn2.errors import UserError
-from hgrn2.storage.files import write_safetensors
+from hgrn2.storage.hashed import write_safetensors
 from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
 from tests.train.tiny_run import TinyModel, saved_tensors

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from hgrn2.errors import UserError
-from hgrn2.storage.files import write_safetensors
+from hgrn2.storage.hashed import write_safetensors
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.optim import NamedOptimizer
 from tests.train.tiny_run import ROLES, TinyModel

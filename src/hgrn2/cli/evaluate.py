@@ -14,7 +14,7 @@ from hgrn2.cli.output import show_table, tell
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError, visible
 from hgrn2.settings import evaluate_tasks, load_model
-from hgrn2.storage.staging import check_file_place, write_text_whole
+from hgrn2.storage.staging import check_writable_file, write_text_atomic
 
 if TYPE_CHECKING:
     from hgrn2.inference.scoring import Score
@@ -70,7 +70,7 @@ def evaluate(
     if flags and others:
         raise UserError(f"{' and '.join(flags)}: for tasks, {' and '.join(others)}: for texts; evaluate one of them")
     if json_out is not None:
-        check_file_place(json_out)
+        check_writable_file(json_out)
     if tasks:
         table, result = evaluate_tasks(
             run, tasks, tasks_dir=tasks_dir, batch_size=batch_size, num_fewshot=num_fewshot, limit=limit,
@@ -83,7 +83,7 @@ def evaluate(
     # before the table, which may go to a closed pipe
     if json_out is not None:
         try:
-            write_text_whole(json_out, result)
+            write_text_atomic(json_out, result)
         except OSError as error:
             raise UserError(f"{json_out}: cannot be written ({error.strerror}); name another file") from None
     show()

@@ -15,7 +15,7 @@ from hgrn2.cli.output import tell
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError, visible
 from hgrn2.settings import load_model
-from hgrn2.storage.staging import check_file_place
+from hgrn2.storage.staging import check_writable_file
 
 
 def generate(
@@ -66,7 +66,7 @@ def generate(
         prompt = _piped_prompt()
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     if state_out is not None:
-        check_file_place(state_out)
+        check_writable_file(state_out)
     lm, tokenizer = load_model(run, checkpoint, device)
     writer = Writer(lm, tokenizer, sampling)
     if state_in is not None:

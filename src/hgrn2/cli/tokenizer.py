@@ -8,7 +8,7 @@ import tyro
 
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError
-from hgrn2.storage.staging import check_folder_place, staged_directory
+from hgrn2.storage.staging import check_writable_folder, staged_directory
 
 
 def tokenizer(
@@ -27,7 +27,7 @@ def tokenizer(
     """
     from hgrn2.data import open_corpus, train_bpe
 
-    check_folder_place(out)
+    check_writable_folder(out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: exists already; name another folder")
     pieces = (piece for document in open_corpus(data, text_field).documents() for piece in document.pieces)

@@ -15,7 +15,7 @@ from hgrn2.data.progress import announce
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.settings import Start, data_settings, model_config, open_prepared, prepare_data, read_toml
-from hgrn2.storage.staging import check_folder_place
+from hgrn2.storage.staging import check_writable_folder
 from hgrn2.train.config import BUDGETS, TrainConfig
 from hgrn2.train.freezing import COPIED
 
@@ -120,7 +120,7 @@ def train(
             raise UserError("--freeze copied: nothing is copied without --from; name a folder with it")
         # mistakes show before the work of preparing
         choose_device(train_config.device)
-        check_folder_place(out)
+        check_writable_folder(out)
         configure = functools.partial(model_config, model, file["model"], set)
         configure(None)
         check_new_run(out)

@@ -133,7 +133,8 @@ class _Batches(Iterator[Batch], ABC):
             if state.get(name) != now:
                 raise UserError(
                     f"data position: saved with {name} {state.get(name)!r}, now it is {now!r}; resume with the "
-                    "same data and settings"
+                    "same data and settings",
+                    "mismatch",
                 )
         self.position = int(state["position"])
 
@@ -331,5 +332,6 @@ def _check_length(dataset: TokenDataset, needed: int, what: str) -> None:
     if dataset.num_tokens < needed:
         raise UserError(
             f"{dataset.directory}: the data has {dataset.num_tokens:,} tokens, but {what} needs {needed:,}; "
-            "use a shorter seq_len, a smaller batch_size or more data"
+            "use a shorter seq_len, a smaller batch_size or more data",
+            "contradiction",
         )

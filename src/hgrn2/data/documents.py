@@ -86,7 +86,8 @@ def holds_json_lines(path: Path, field: str, is_named: bool) -> bool:
         start = (first + second).removeprefix(codecs.BOM_UTF8).lstrip()
         if is_named and start[:1] == b"[" and start[1:].lstrip()[:1] == b"{":
             raise UserError(
-                f"{path}: a JSON array of objects; write one object a line, as jq -c '.[]' does, to a .jsonl"
+                f"{path}: a JSON array of objects; write one object a line, as jq -c '.[]' does, to a .jsonl",
+                "unreadable",
             )
         return False
     if isinstance(row.get(field), str):
@@ -114,12 +115,12 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: reading .parquet needs pyarrow: {install_command('data')}") from error
+        raise UserError(f"{path}: reading .parquet needs pyarrow: {install_command('data')}", "unavailable") from error
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             if column not in names:
-                raise UserError(f"{path}: no column {column!r}; {_name_field(names)}")
+                raise UserError(f"{path}: no column {column!r}; {_name_field(names)}", "not-found")
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for value in batch.column(0):
@@ -130,7 +131,7 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
     except UserError:
         raise
     except Exception as error:  # a damaged file ends in errors of many kinds
-        raise UserError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
+        raise UserError(f"{path}: not a readable parquet file: {_first_line(error)}", "unreadable") from error
 
 
 def _parquet_value(value: Any, path: Path, row: int) -> Any:
@@ -139,7 +140,7 @@ def _parquet_value(value: Any, path: Path, row: int) -> Any:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(
-            f"{path}, row {row}: not UTF-8 (byte 0x{byte:02x} at offset {error.start}); convert it"
+            f"{path}, row {row}: not UTF-8 (byte 0x{byte:02x} at offset {error.start}); convert it", "unreadable"
         ) from None
 
 
@@ -159,11 +160,12 @@ def hub_documents(spec: str, field: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"hf:{spec}: needs the package datasets: {install_command('data')}") from error
+        raise UserError(f"hf:{spec}: needs the package datasets: {install_command('data')}", "unavailable") from error
     if not Path(name).exists() and not hub_reachable():
         raise UserError(
             f"hf:{spec}: no such file or folder here, and the Hugging Face Hub cannot be reached (offline); "
-            "connect, or name files"
+            "connect, or name files",
+            "unavailable",
         )
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
@@ -174,35 +176,39 @@ def hub_documents(spec: str, field: str) -> Iterator[Document]:
     except UserError:
         raise
     except Exception as error:  # the library lets errors of many others through
-        raise UserError(f"hf:{spec}: cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+        raise UserError(
+            f"hf:{spec}: cannot be read: {type(error).__name__}: {_first_line(error)}", "unreadable"
+        ) from error
 
 
 def _json_text(line: bytes, field: str, where: str) -> str:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); mend the line or take it out") from None
+        raise UserError(f"{where}: not JSON ({error}); mend the line or take it out", "unreadable") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON {type(row).__name__}, wanted an object with the key {field!r}")
+        raise UserError(f"{where}: a JSON {type(row).__name__}, wanted an object with the key {field!r}", "unreadable")
     text = _row_text(row, field, where)
     if b"\\u" in line:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(f"{where}: the text holds half a surrogate pair, which is no character") from error
+            raise UserError(
+                f"{where}: the text holds half a surrogate pair, which is no character", "unreadable"
+            ) from error
     return text
 
 
 def _row_text(row: dict[str, Any], field: str, where: str) -> str:
     if field not in row:
-        raise UserError(f"{where}: no field {field!r}; {_name_field(row)}")
+        raise UserError(f"{where}: no field {field!r}; {_name_field(row)}", "not-found")
     text = row[field]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UserError(f"{where}: field {field!r} holds {type(text).__name__}, wanted a string")
+        raise UserError(f"{where}: field {field!r} holds {type(text).__name__}, wanted a string", "unreadable")
     if (nul := text.find("\0")) >= 0:
-        raise UserError(f"{where}: binary, not text (NUL at character {nul}); take it out")
+        raise UserError(f"{where}: binary, not text (NUL at character {nul}); take it out", "unreadable")
     return text
 
 

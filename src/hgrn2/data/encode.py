@@ -88,7 +88,8 @@ def encode_pieces(
     except BrokenProcessPool as error:
         raise UserError(
             "preparing data: a worker process ended early (out of memory, or a script without "
-            "`if __name__ == '__main__':`); run again with num_workers=1"
+            "`if __name__ == '__main__':`); run again with num_workers=1",
+            "unavailable",
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

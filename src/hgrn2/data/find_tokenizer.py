@@ -87,7 +87,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     if bpe_request(spec) is not None:
-        raise UserError(f"tokenizer {spec!r} is still to be trained; prepare data with it, or use train_bpe")
+        raise UserError(
+            f"tokenizer {spec!r} is still to be trained; prepare data with it, or use train_bpe", "unsupported"
+        )
     path = Path(spec).expanduser()
     if path.is_dir():
         return _load_directory(path)
@@ -95,7 +97,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return _load_file(path)
     looks_like_path = isinstance(spec, Path) or path.suffix in {".json", ".model"} or str(spec)[:1] in "./~"
     if looks_like_path or not _HUB_NAME.fullmatch(str(spec)):
-        raise UserError(f"tokenizer {str(spec)!r}: no such file or directory")
+        raise UserError(f"tokenizer {str(spec)!r}: no such file or directory", "not-found")
     return _load_hub(str(spec))
 
 
@@ -107,25 +109,30 @@ def _load_directory(path: Path) -> Tokenizer:
         return _load_file(path / TOKENIZER_FILE, read_model_files(path))
     sentencepiece = sorted(path.glob("*.model"))
     if sentencepiece:
-        raise UserError(_sentencepiece_message(sentencepiece[0]))
-    raise UserError(f"tokenizer {str(path)!r}: the directory holds no {TOKENIZER_FILE}; give one that does, or 'bytes'")
+        raise UserError(_sentencepiece_message(sentencepiece[0]), "unsupported")
+    raise UserError(
+        f"tokenizer {str(path)!r}: the directory holds no {TOKENIZER_FILE}; give one that does, or 'bytes'", "not-found"
+    )
 
 
 def _load_file(path: Path, about: ModelFiles | None = None) -> Tokenizer:
     if path.suffix == ".model":
-        raise UserError(_sentencepiece_message(path))
+        raise UserError(_sentencepiece_message(path), "unsupported")
     if path.suffix == ".gguf":
         write = f"AutoTokenizer.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained('OUT')"
         raise UserError(
-            f"tokenizer {str(path)!r} is a GGUF file; write a folder of it in Python, by transformers: {write}"
+            f"tokenizer {str(path)!r} is a GGUF file; write a folder of it in Python, by transformers: {write}",
+            "unsupported",
         )
     try:
         data = path.read_bytes()
         content = parse_json(data)
     except OSError as error:
-        raise UserError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from error
+        raise UserError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}", "unreadable") from error
     except ValueError as error:
-        raise UserError(f"tokenizer {str(path)!r} is not JSON ({error}); copy it again from where it came") from error
+        raise UserError(
+            f"tokenizer {str(path)!r} is not JSON ({error}); copy it again from where it came", "unreadable"
+        ) from error
     if content == BYTES_MARKER:
         return ByteTokenizer()
     tokenizer = HFTokenizer.from_json(data.decode("utf-8-sig"), str(path), eot=about.eot if about else None)
@@ -146,11 +153,13 @@ def _load_hub(name: str) -> Tokenizer:
         if not online:
             raise UserError(
                 f"tokenizer {name!r}: no such file, not in the local cache, and the Hugging Face Hub cannot "
-                "be reached (offline); connect, or give a tokenizer.json or 'bytes'"
+                "be reached (offline); connect, or give a tokenizer.json or 'bytes'",
+                "unavailable",
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"tokenizer {name!r}: no such file, and no {TOKENIZER_FILE} from the Hugging Face Hub: {reason}"
+            f"tokenizer {name!r}: no such file, and no {TOKENIZER_FILE} from the Hugging Face Hub: {reason}",
+            "not-found",
         ) from error
     return HFTokenizer.from_json(Path(path).read_text(encoding="utf-8"), name)
 

@@ -85,7 +85,8 @@ def cut_document(tokenizer: Tokenizer, blocks: Iterable[str], piece_chars: int =
                 if searched >= max(WHOLE_CHARS, piece_chars):
                     raise UserError(
                         f"tokenizer {tokenizer.name!r}: no place to cut in {searched:,} characters of a text; break "
-                        "its lines, or use the tokenizer 'bytes'"
+                        "its lines, or use the tokenizer 'bytes'",
+                        "unsupported",
                     )
                 continue
             end, next_context = found

@@ -94,7 +94,9 @@ def prepare(
     if held_out is not None:
         corpus = corpus.without(held_out)
         if not corpus.sources:
-            raise UserError("all training data is also named as validation data; name other files for one of them")
+            raise UserError(
+                "all training data is also named as validation data; name other files for one of them", "contradiction"
+            )
     vocab_size = bpe_request(tokenizer)
     if isinstance(tokenizer, (str, Path)) and vocab_size is None:
         tokenizer = load_tokenizer(tokenizer)
@@ -151,7 +153,9 @@ def prepare(
     found = PreparedData.open(target, verify=None if reused else False, reused=reused)
     _warn_of_copies(found)
     if not _fits(found.manifest, inputs, settings):
-        raise UserError(f"{target}: another process has put other data there meanwhile; name another directory")
+        raise UserError(
+            f"{target}: another process has put other data there meanwhile; name another directory", "in-use"
+        )
     return found
 
 
@@ -234,10 +238,10 @@ class _Job:
             return None
         if self.held_out is not None:
             empty = self.corpus if not train.num_documents else self.held_out
-            raise UserError(_nothing_left("training" if empty is self.corpus else "validation", empty))
+            raise UserError(_nothing_left("training" if empty is self.corpus else "validation", empty), "not-found")
         num_text_bytes = train.num_text_bytes + validation.num_text_bytes
         if num_text_bytes == 0:
-            raise UserError(_nothing_left("training", self.corpus))
+            raise UserError(_nothing_left("training", self.corpus), "not-found")
         if split.num_seen > 1:
             return split.better()
         num_documents = train.num_documents + validation.num_documents
@@ -369,4 +373,6 @@ def _check_replaceable(target: Path) -> None:
     manifest = target / MANIFEST_FILE
     # a set of another version or with damage elsewhere may be replaced
     if not manifest.is_file() or FORMAT not in manifest.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{target}: exists and is not prepared data; choose another directory or remove it")
+        raise UserError(
+            f"{target}: exists and is not prepared data; choose another directory or remove it", "already-exists"
+        )

@@ -87,17 +87,21 @@ class PreparedData:
             if tokenizer.fingerprint() != side.manifest["tokenizer_fingerprint"]:
                 raise UserError(
                     f"{directory}: its tokenizer is not the one the {side.directory.name} tokens were made with; "
-                    f"{REMEDY}"
+                    f"{REMEDY}",
+                    "mismatch",
                 )
             if side.vocab_size != tokenizer.vocab_size or side.eot_id != train.eot_id:
                 raise UserError(
                     f"{side.directory}: vocab_size {side.vocab_size} or eot_id {side.eot_id} is not that of the "
-                    f"tokenizer ({tokenizer.vocab_size}) or of the training tokens ({train.eot_id}); {REMEDY}"
+                    f"tokenizer ({tokenizer.vocab_size}) or of the training tokens ({train.eot_id}); {REMEDY}",
+                    "mismatch",
                 )
         # none in older sets
         made = manifest.get("fingerprints", {})
         if made and made != {TRAIN: train.fingerprint, VALIDATION: validation.fingerprint}:
-            raise UserError(f"{directory}: training and validation tokens were not prepared together; {REMEDY}")
+            raise UserError(
+                f"{directory}: training and validation tokens were not prepared together; {REMEDY}", "mismatch"
+            )
         tokenizer.name = train.manifest["tokenizer"]
         return cls(directory, train, validation, tokenizer, manifest, reused)
 
@@ -129,7 +133,7 @@ def read_set_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory, FORMAT, FORMAT_VERSION, _KEYS)
     for key in ("inputs", "settings", "skipped"):
         if not isinstance(manifest.get(key), dict):
-            raise UserError(f"{directory / MANIFEST_FILE}: bad or missing entry {key!r}; {REMEDY}")
+            raise UserError(f"{directory / MANIFEST_FILE}: bad or missing entry {key!r}; {REMEDY}", "damaged")
     return manifest
 
 

@@ -195,7 +195,9 @@ def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "tex
         if not sources:
             counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
             counts = f" (skipped: {counts})" if counts else ""
-            raise UserError(f"data {str(spec)!r}: no file to read there{counts}; name text files or a folder with some")
+            raise UserError(
+                f"data {str(spec)!r}: no file to read there{counts}; name text files or a folder with some", "not-found"
+            )
         found.extend(sources)
     # a file named and also found in a folder counts as named; of several names of one file, as links give it, the
     # smallest counts, in whatever order the file system lists them
@@ -214,7 +216,7 @@ def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
         is_folder, exists, is_link = path.is_dir(), path.exists(), path.is_symlink()
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"data {spec!r}: cannot be read: {reason}; name something that can be") from error
+        raise UserError(f"data {spec!r}: cannot be read: {reason}; name something that can be", "unreadable") from error
     if spec in (STDLIB, STDLIB_VALIDATION):
         for source in _stdlib_sources(skipped):
             if spec == STDLIB or _is_for_validation(source):
@@ -226,10 +228,14 @@ def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
     elif exists:
         # its documents may be read twice, which a pipe does not allow
         if not path.is_file():
-            raise UserError(f"data {spec!r}: a pipe or device, not a file; write it to a file first and name that")
+            raise UserError(
+                f"data {spec!r}: a pipe or device, not a file; write it to a file first and name that", "unsupported"
+            )
         yield _file_source(path, path.name, explicit=True)
     elif is_link:
-        raise UserError(f"data {spec!r}: no such file or folder, for the link leads nowhere; name the file itself")
+        raise UserError(
+            f"data {spec!r}: no such file or folder, for the link leads nowhere; name the file itself", "not-found"
+        )
     elif glob.has_magic(spec):
         yield from _glob_sources(str(path), skipped)
     elif "/" in spec and _HUB_NAME.fullmatch(spec) and not path.suffix and spec[0] not in "./~":
@@ -238,7 +244,9 @@ def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
         here = path.parent if path.parent.is_dir() else Path()
         near = difflib.get_close_matches(path.name, sorted(os.listdir(here)), n=1, cutoff=0.7)
         meant = f"did you mean {str(path.parent / near[0])!r}? " if near else ""
-        raise UserError(f"data {spec!r}: no such file or folder; {meant}A Hugging Face dataset is named hf:NAME")
+        raise UserError(
+            f"data {spec!r}: no such file or folder; {meant}A Hugging Face dataset is named hf:NAME", "not-found"
+        )
 
 
 def _hub_source(name: str) -> Source:
@@ -250,7 +258,7 @@ def _hub_source(name: str) -> Source:
 def _stdlib_sources(skipped: Counter[str]) -> Iterator[Source]:
     root = Path(sysconfig.get_paths()["stdlib"])
     if not (root / "os.py").is_file():
-        raise UserError(f"data 'stdlib': this Python keeps no source code in {root}; name other data")
+        raise UserError(f"data 'stdlib': this Python keeps no source code in {root}; name other data", "unavailable")
     for folder, files in _walk(root, lambda name: name not in _STDLIB_LEFT_OUT, skipped):
         for name in files:
             path = Path(folder, name)
@@ -269,7 +277,9 @@ def _is_for_validation(source: Source) -> bool:
 
 def _folder_sources(root: Path, skipped: Counter[str]) -> Iterator[Source]:
     if (root / MANIFEST_FILE).is_file() and (root / "train" / MANIFEST_FILE).is_file():
-        raise UserError(f"data {str(root)!r}: is a prepared set, not text; open it with hgrn2.data.PreparedData.open")
+        raise UserError(
+            f"data {str(root)!r}: is a prepared set, not text; open it with hgrn2.data.PreparedData.open", "unsupported"
+        )
     for folder, files in _walk(root, lambda name: not name.startswith(".") and name != "__pycache__", skipped):
         for name in files:
             path = Path(folder, name)
@@ -350,7 +360,7 @@ def _file_source(path: Path, name: str, explicit: bool) -> Source:
     kinds |= {".parquet": "parquet"}
     kind = kinds.get(inner.suffix.lower(), "text")
     if kind == "parquet" and inner != path:
-        raise UserError(f"{path}: parquet is compressed inside already; decompress the file first")
+        raise UserError(f"{path}: parquet is compressed inside already; decompress the file first", "unsupported")
     return Source(name, kind, str(path.resolve()), explicit, status.st_size, status.st_mtime_ns)
 
 

@@ -154,7 +154,9 @@ class _ZstReader(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise UserError(f"{path}: reading .zst needs zstandard: {install_command('data')}") from error
+            raise UserError(
+                f"{path}: reading .zst needs zstandard: {install_command('data')}", "unavailable"
+            ) from error
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
         self._input = self._output = b""

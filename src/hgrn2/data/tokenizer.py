@@ -18,7 +18,7 @@ import numpy as np
 from hgrn2.data.special_tokens import hide_tokens
 from hgrn2.data.tokenizer_kinds import byte_level_table, fallback_tokens, keeps_every_byte, splits_as_gpt2, unknown_id
 from hgrn2.errors import UserError
-from hgrn2.storage.staging import write_text_whole, write_whole
+from hgrn2.storage.staging import write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     import tokenizers
@@ -150,14 +150,15 @@ class Tokenizer(ABC):
         if self.vocab_size > model_vocab_size:
             raise UserError(
                 f"tokenizer {self.name!r} has {self.vocab_size} tokens but the model has vocab_size "
-                f"{model_vocab_size}; use the model's own tokenizer, or vocab_size >= {self.vocab_size}"
+                f"{model_vocab_size}; use the model's own tokenizer, or vocab_size >= {self.vocab_size}",
+                "mismatch",
             )
 
     def _save_companions(self, directory: str | Path) -> None:
         for name, data in self.companions.items():
             path = Path(directory) / name
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, data)
+            write_bytes_atomic(path, data)
 
 
 class ByteTokenizer(Tokenizer):
@@ -201,7 +202,7 @@ class ByteTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> Path:
         """Write a marker file, since bytes need no vocabulary."""
         path = Path(directory) / BYTES_FILE
-        write_text_whole(path, json.dumps(BYTES_MARKER, indent=2) + "\n")
+        write_text_atomic(path, json.dumps(BYTES_MARKER, indent=2) + "\n")
         self._save_companions(directory)
         return path
 
@@ -237,13 +238,14 @@ class HFTokenizer(Tokenizer):
         self.name = name
         vocab = backend.get_vocab(with_added_tokens=True)
         if not vocab:
-            raise UserError(f"tokenizer {name!r} has an empty vocabulary")
+            raise UserError(f"tokenizer {name!r} has an empty vocabulary", "unsupported")
         self.vocab_size = max(vocab.values()) + 1
         self._eot = next((found for found in (*EOT_NAMES, eot) if found in vocab), None)
         if self._eot is None:
             raise UserError(
                 f"tokenizer {name!r} has no end-of-text token (looked for {', '.join(EOT_NAMES)}); "
-                "add one of these as a special token"
+                "add one of these as a special token",
+                "unsupported",
             )
         self.eot_id = vocab[self._eot]
         self.end_ids = frozenset({self.eot_id})
@@ -267,7 +269,9 @@ class HFTokenizer(Tokenizer):
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{name}: not a tokenizer.json that the tokenizers library reads: {error}") from error
+            raise UserError(
+                f"{name}: not a tokenizer.json that the tokenizers library reads: {error}", "unreadable"
+            ) from error
         return cls(backend, name, eot=eot)
 
     def __reduce__(self):
@@ -311,7 +315,8 @@ class HFTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exception
             raise UserError(
                 f"tokenizer {self.name!r} cannot encode some of the text ({error}); give it an unknown token, or use "
-                "another tokenizer"
+                "another tokenizer",
+                "unsupported",
             ) from error
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
@@ -339,10 +344,10 @@ class HFTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> Path:
         """Write tokenizer.json, and the companions if there are any."""
         path = Path(directory) / TOKENIZER_FILE
-        write_text_whole(path, self.backend.to_str(pretty=True))
+        write_text_atomic(path, self.backend.to_str(pretty=True))
         if self._eot not in EOT_NAMES and TOKENIZER_CONFIG_FILE not in self.companions:
             # its name alone would not identify it when the file is read back
-            write_text_whole(Path(directory) / TOKENIZER_CONFIG_FILE, json.dumps({"eos_token": self._eot}) + "\n")
+            write_text_atomic(Path(directory) / TOKENIZER_CONFIG_FILE, json.dumps({"eos_token": self._eot}) + "\n")
         self._save_companions(directory)
         return path
 

@@ -85,7 +85,7 @@ class TokenDataset:
         directory = Path(directory)
         manifest = read_manifest(directory, FORMAT, FORMAT_VERSION, _KEYS)
         if fault := manifest_fault(manifest):
-            raise UserError(f"{directory / MANIFEST_FILE}: {fault}; {REMEDY}")
+            raise UserError(f"{directory / MANIFEST_FILE}: {fault}; {REMEDY}", "damaged")
         files = [*manifest["shards"], manifest["documents"], manifest["pieces"]]
         if verify is None:
             verify = sum(entry["num_bytes"] for entry in files) < VERIFY_BELOW_BYTES
@@ -93,7 +93,7 @@ class TokenDataset:
             _check_file(directory / entry["file"], entry["num_bytes"], entry["sha256"] if verify else None)
         dataset = cls(directory, manifest)
         if fault := dataset._index_fault(whole=verify):
-            raise UserError(f"{directory}: {fault}; {REMEDY}")
+            raise UserError(f"{directory}: {fault}; {REMEDY}", "damaged")
         return dataset
 
     def _index_fault(self, whole: bool) -> str | None:
@@ -195,7 +195,9 @@ class _Shard:
     def read(self, start: int, stop: int) -> np.ndarray:
         # touching what is mapped beyond the end of a file kills the process without a word; this is one system call
         if self._map.size() < self._tokens.nbytes:
-            raise UserError(f"{self._path}: was cut short while it was being read; {REMEDY}, then resume the run")
+            raise UserError(
+                f"{self._path}: was cut short while it was being read; {REMEDY}, then resume the run", "damaged"
+            )
         return self._tokens[start:stop]
 
 
@@ -213,16 +215,18 @@ def read_manifest(directory: Path, kind: str, version: int, known: Set[str]) -> 
     """
     path = directory / MANIFEST_FILE
     if not path.exists():
-        raise UserError(f"{path}: no such file; {directory} is not prepared data")
+        raise UserError(f"{path}: no such file; {directory} is not prepared data", "not-found")
     found = read_json_object(path, REMEDY)
     if found.get("format") != kind:
-        raise UserError(f"{path}: not a manifest of format {kind!r}; is this the right directory?")
+        raise UserError(f"{path}: not a manifest of format {kind!r}; is this the right directory?", "unreadable")
     if found.get("version") != version:
-        raise UserError(f"{path}: format version {found.get('version')}, this release reads {version}; {REMEDY}")
+        raise UserError(
+            f"{path}: format version {found.get('version')}, this release reads {version}; {REMEDY}", "version"
+        )
     manifest = check_digest(found, path, REMEDY)
     # without a digest, as in older sets, an unknown key is a damaged one
     if DIGEST_KEY not in found and (unknown := sorted(manifest.keys() - known)):
-        raise UserError(f"{path}: {unknown_key_message('manifest', unknown[0], known)}; {REMEDY}")
+        raise UserError(f"{path}: {unknown_key_message('manifest', unknown[0], known)}; {REMEDY}", "damaged")
     return manifest
 
 
@@ -296,14 +300,14 @@ def _check_file(path: Path, num_bytes: int, sha256: str | None) -> None:
     try:
         found_bytes = path.stat().st_size
         if found_bytes != num_bytes:
-            raise UserError(f"{path}: {found_bytes:,} bytes, the manifest says {num_bytes:,}; {REMEDY}")
+            raise UserError(f"{path}: {found_bytes:,} bytes, the manifest says {num_bytes:,}; {REMEDY}", "damaged")
         if sha256 is None:
             return
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}", "unreadable") from error
     if found != sha256:
         raise UserError(
-            f"{path}: content changed (sha256 {found[:12]}..., the manifest says {sha256[:12]}...); {REMEDY}"
+            f"{path}: content changed (sha256 {found[:12]}..., the manifest says {sha256[:12]}...); {REMEDY}", "damaged"
         )

@@ -9,7 +9,7 @@ from typing import Any
 from hgrn2.data.model_files import GENERATION_CONFIG_FILE
 from hgrn2.data.tokenizer import EOT_NAMES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, HFTokenizer, Tokenizer
 from hgrn2.data.tokenizer_kinds import byte_alphabet
-from hgrn2.storage.staging import write_text_whole
+from hgrn2.storage.staging import write_text_atomic
 
 
 def write_transformers_files(tokenizer: Tokenizer, directory: str | Path) -> None:
@@ -49,7 +49,7 @@ def write_transformers_files(tokenizer: Tokenizer, directory: str | Path) -> Non
         "model_input_names": ["input_ids", "attention_mask"],
     }
     for name, values in ((TOKENIZER_FILE, content), (TOKENIZER_CONFIG_FILE, settings)):
-        write_text_whole(Path(directory) / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write_text_atomic(Path(directory) / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_generation_config(tokenizer: Tokenizer, vocab_size: int, directory: str | Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def write_generation_config(tokenizer: Tokenizer, vocab_size: int, directory: st
     values: dict[str, Any] = dict(ids)
     if vocab_size > tokenizer.vocab_size:
         values["suppress_tokens"] = list(range(tokenizer.vocab_size, vocab_size))
-    write_text_whole(Path(directory) / GENERATION_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+    write_text_atomic(Path(directory) / GENERATION_CONFIG_FILE, json.dumps(values, indent=2) + "\n")
     return ids
 
 

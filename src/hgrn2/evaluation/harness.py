@@ -170,7 +170,7 @@ class _Finite(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         # -inf is what tokens that are never written get
         if not bool(scores.logsumexp(-1).isfinite().all()):
-            raise UserError(NOT_FINITE)
+            raise UserError(NOT_FINITE, "not-finite")
         return scores
 
 
@@ -216,7 +216,8 @@ def _open_tokenizer(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerBa
         except Exception as error:  # whatever a damaged or foreign file makes of several libraries
             raise UserError(
                 f"{place}: transformers cannot open the tokenizer ({_reason(error)}); mend {TOKENIZER_CONFIG_FILE} or "
-                "take it away"
+                "take it away",
+                "unreadable",
             ) from error
     if found.eos_token_id is None:
         found.eos_token = found.convert_ids_to_tokens(tokenizer.eot_id)
@@ -250,7 +251,7 @@ def evaluate_tasks(lm: HGRN2Harness, tasks: Sequence[Task | Group], **settings: 
         # how torch says on a CPU that there is no memory
         if "DefaultCPUAllocator" in str(error):
             raise
-        raise UserError(f"tasks cannot be run: {_reason(error)}") from error
+        raise UserError(f"tasks cannot be run: {_reason(error)}", "unsupported") from error
     assert found is not None, "the first process gets results"
     return found
 
@@ -295,7 +296,7 @@ def open_tasks(names: Sequence[str], folder: Path | None = None) -> list[Task | 
         tops: dict[str, Task | Group] = {key: group for key, group in groups.items() if key not in inner}
         tops = tops or dict(loaded["tasks"])
         if twice := opened.keys() & tops.keys():
-            raise UserError(f"task {min(twice)!r} is named twice; leave one out")
+            raise UserError(f"task {min(twice)!r} is named twice; leave one out", "contradiction")
         opened |= tops
     return list(opened.values())
 
@@ -303,7 +304,7 @@ def open_tasks(names: Sequence[str], folder: Path | None = None) -> list[Task | 
 def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
     """Knows all the tasks named."""
     if folder is not None and not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one with task files (.yaml)")
+        raise UserError(f"{folder}: no such folder; name one with task files (.yaml)", "not-found")
     files = [name for name in names if Path(name).suffix in {".yaml", ".yml"}]
     for path in [*files, *sorted(folder.rglob("*.yaml") if folder else ())]:
         _check_task_file(Path(path))
@@ -320,7 +321,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> TaskManager:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see lm-eval ls tasks, or name a .yaml"
-            raise UserError(f"no task named {name!r}; {hint}")
+            raise UserError(f"no task named {name!r}; {hint}", "unknown-name")
     return manager
 
 
@@ -332,7 +333,8 @@ def _check_metrics(name: str, task: Task) -> None:
     functions = getattr(task, "_metric_fn_list", None) or {}
     if unknown := [metric for metric, function in functions.items() if function is None]:
         raise UserError(
-            f"task {name!r}: metric {unknown[0]!r} is none of the harness's, nor was it found on the Hub; mend its name"
+            f"task {name!r}: metric {unknown[0]!r} is neither the harness's nor on the Hub; correct its name",
+            "unknown-name",
         )
 
 
@@ -341,9 +343,11 @@ def _check_task_file(path: Path) -> None:
     try:
         load_yaml(path, resolve_func=False)
     except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}); name a task file") from None
+        raise UserError(
+            f"{error.filename or path}: cannot be read ({error.strerror}); name a task file", "unreadable"
+        ) from None
     except Exception as error:
-        raise UserError(f"{path}: not a task file: {_reason(error)}") from None
+        raise UserError(f"{path}: not a task file: {_reason(error)}", "unreadable") from None
 
 
 def _entry(path: Path) -> Entry:
@@ -352,7 +356,7 @@ def _entry(path: Path) -> Entry:
     except ValueError:
         found = None
     if found is None or not isinstance(found.name, str):
-        raise UserError(f"{path}: names no task (a line task: NAME) and no group; name another file")
+        raise UserError(f"{path}: names no task (a line task: NAME) and no group; name another file", "unreadable")
     return found
 
 

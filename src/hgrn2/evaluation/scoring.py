@@ -69,7 +69,7 @@ def score_pairs(
         batch = sorted(order[start : start + num_rows], key=lambda i: -len(pairs[i][1]))
         nats, is_greedy = _score_batch(model, [pairs[i] for i in batch], piece_tokens)
         if not bool(nats.isfinite().all()):
-            raise UserError(NOT_FINITE)
+            raise UserError(NOT_FINITE, "not-finite")
         yield [(i, Scored(*found)) for i, *found in zip(batch, nats.tolist(), is_greedy.tolist(), strict=True)]
 
 

@@ -25,7 +25,7 @@ from hgrn2.formats.opening import FiniteCheck
 from hgrn2.formats.reading import CONFIG_NAME, SAFETENSORS_NAME, read_json
 from hgrn2.formats.tables import Table, stack
 from hgrn2.models import HGRN2Config
-from hgrn2.storage.files import write_safetensors, write_text
+from hgrn2.storage.hashed import write_safetensors, write_text
 from hgrn2.storage.staging import staged_directory
 
 MAX_SHARD_BYTES = 5_000_000_000

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hgrn2.errors import UserError
-from hgrn2.storage.files import SAFETENSORS_DTYPES
+from hgrn2.storage.hashed import SAFETENSORS_DTYPES
 from hgrn2.storage.json_files import read_json_object
 
 CONFIG_NAME = "config.json"

@@ -104,10 +104,11 @@ def score(
         nats, state = nats + float(found[0]), found[2]
         num_tokens += tokens.shape[1] - 1
     if reader.num_bytes == 0:
-        raise UserError(f"{document.name}: no text in it; name another file")
+        raise UserError(f"{document.name}: no text in it; name another file", "unreadable")
     if not math.isfinite(nats):
         raise UserError(
-            f"{document.name}: the loss is {nats}; the model's weights are not finite, use another checkpoint"
+            f"{document.name}: the loss is {nats}; the model's weights are not finite, use another checkpoint",
+            "not-finite",
         )
     return Score(
         document.name, nats, num_tokens, reader.num_bytes, reader.num_unknown, tuple(reader.unknown),

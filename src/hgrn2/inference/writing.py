@@ -20,7 +20,7 @@ from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, ModelState
 from hgrn2.models.sampling import PREFILL_TOKENS, Sampling, sample
 from hgrn2.storage.json_files import parse_json
-from hgrn2.storage.staging import check_file_place, staged_file
+from hgrn2.storage.staging import check_writable_file, staged_file
 
 _STATE_FORMAT = "hgrn2-state-3"
 # without a checksum and the recent tokens
@@ -157,7 +157,7 @@ class Writer:
         self.pending = []
         logits = self.model.lm_head(x[:, -1])[:, : self.tokenizer.vocab_size]
         if not bool(logits.isfinite().all()):
-            raise UserError("generate: the model's outputs are not finite; use another checkpoint")
+            raise UserError("generate: the model's outputs are not finite; use another checkpoint", "not-finite")
         return logits
 
     def save_state(self, path: Path) -> None:
@@ -168,13 +168,13 @@ class Writer:
         }  # fmt: skip
         tensors = self.state.tensors() | {"seen": self.seen, "generator": self.generator.get_state()}
         tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
-        check_file_place(path)
+        check_writable_file(path)
         try:
             with staged_file(path) as partial:
                 save_file(tensors, partial, {"hgrn2": json.dumps(about), "sha256": _digest(about, tensors)})
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{path}: the state cannot be written ({error}); name another file or free some space"
+                f"{path}: the state cannot be written ({error}); name another file or free some space", "unwritable"
             ) from None
 
     def load_state(self, path: Path) -> None:
@@ -185,10 +185,10 @@ class Writer:
         """
         about, tensors = _read_state_file(path)
         if about.get("tokenizer") != self.tokenizer.fingerprint():
-            raise UserError(f"{path}: made with another tokenizer; name the model it was made with")
+            raise UserError(f"{path}: made with another tokenizer; name the model it was made with", "mismatch")
         if about.get("model") != _fingerprint(self.model):
-            raise UserError(f"{path}: made with another model; name the model it was made with")
-        bad = UserError(f"{path}: incomplete or damaged; name a file made with --state-out")
+            raise UserError(f"{path}: made with another model; name the model it was made with", "mismatch")
+        bad = UserError(f"{path}: incomplete or damaged; name a file made with --state-out", "damaged")
         try:
             seen, generator = tensors.pop("seen"), tensors.pop("generator")
             pending, recent = about["pending"], about.get("recent", [])
@@ -202,7 +202,9 @@ class Writer:
         if seen.shape != self.seen.shape or seen.dtype != torch.bool:
             raise bad
         if not all(bool(x.isfinite().all()) for x in state.tensors().values()):
-            raise UserError(f"{path}: holds numbers that are not finite; name a file made with --state-out")
+            raise UserError(
+                f"{path}: holds numbers that are not finite; name a file made with --state-out", "not-finite"
+            )
         # a seed replaces the saved generator; a generator of another device type cannot be restored
         if self.sampling.seed is None and generator.shape == self.generator.get_state().shape:
             try:
@@ -233,15 +235,18 @@ def _read_state_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             about = parse_json(metadata.get("hgrn2", "{}"))
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: no state can be read from it ({error}); name a file made with --state-out") from None
+        raise UserError(
+            f"{path}: no state can be read from it ({error}); name a file made with --state-out", "unreadable"
+        ) from None
     if not isinstance(about, dict) or about.get("format") not in (_STATE_FORMAT, _OLD_STATE_FORMAT):
-        raise UserError(f"{path}: not a state of this version; name a file made with --state-out")
+        raise UserError(f"{path}: not a state of this version; name a file made with --state-out", "version")
     digest = metadata.get("sha256")
     if digest is None and about["format"] == _OLD_STATE_FORMAT:
         return about, tensors
     if digest != _digest(about, tensors):
         raise UserError(
-            f"{path}: damaged or edited (its content does not match its checksum); name another made with --state-out"
+            f"{path}: damaged or edited (its content does not match its checksum); name another made with --state-out",
+            "damaged",
         )
     return about, tensors
 

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all: staged and hashed writes, checksums, locks."""
+"""Atomic and checksummed writes, JSON that may be damaged, and locks."""

@@ -1,6 +1,6 @@
-"""Read JSON that may be damaged or hostile, and keep a digest inside files that have no checksum beside them.
+"""Parse JSON that may be damaged or hostile, and store a digest inside files that have no separate checksum.
 
-Every JSON file of the project is parsed here, so that whatever is in it ends in one line and never in a traceback.
+Every JSON file of the project is parsed here, so that a bad file gives a one-line error and never a traceback.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON.
 
     Args:
-        text: bytes have to be UTF-8; a byte order mark is dropped.
+        text: the JSON; bytes must be UTF-8, and a byte order mark is dropped.
 
     Raises:
-        ValueError: it is not JSON, is nested too deep, or holds a number of thousands of digits; the message is one
-            line without the place.
+        ValueError: not JSON, nested too deep, or an integer with thousands of digits. The message is one line and
+            does not name the file.
     """
     try:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
@@ -35,7 +35,7 @@ def parse_json(text: str | bytes) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
     except ValueError:
-        # Python's limit on the digits of whole numbers
+        # Python limits the digits of an integer
         raise ValueError("a number of thousands of digits") from None
 
 
@@ -47,38 +47,40 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
         remedy: what to do about a damaged file, for the message.
 
     Raises:
-        UserError: it cannot be read, is not JSON, or holds something other than an object.
+        UserError: the file cannot be read, is not JSON, or does not hold an object.
     """
     try:
         found = parse_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}", "unreadable") from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+        raise UserError(f"{path}: not JSON ({error}); {remedy}", "unreadable") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: found {type(found).__name__}, wanted an object; {remedy}")
+        raise UserError(f"{path}: found {type(found).__name__}, wanted an object; {remedy}", "unreadable")
     return found
 
 
 def with_digest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with their digest as a last key."""
+    """Return the values with their digest as the last key."""
     return {**values, DIGEST_KEY: _digest(values)}
 
 
 def check_digest(values: Mapping[str, Any], where: object, remedy: str) -> dict[str, Any]:
-    """Return the values without their digest; those that have none are taken as they are.
+    """Return the values without their digest; values without a digest pass unchecked.
 
     Args:
-        values: an object as `with_digest` made it, after a trip through JSON. Layout and order do not matter.
+        values: an object made by `with_digest` and read back from JSON; layout and key order do not matter.
         where: the file, for the message.
         remedy: what to do about a mismatch, for the message.
 
     Raises:
-        UserError: a value, a key or the digest was changed.
+        UserError: a value, a key or the digest has changed.
     """
     rest = {key: value for key, value in values.items() if key != DIGEST_KEY}
     if DIGEST_KEY in values and values[DIGEST_KEY] != _digest(rest):
-        raise UserError(f"{where}: damaged or edited (its content does not match its {DIGEST_KEY}); {remedy}")
+        raise UserError(
+            f"{where}: damaged or edited (its content does not match its {DIGEST_KEY}); {remedy}", "damaged"
+        )
     return rest
 
 
@@ -86,6 +88,6 @@ def _digest(values: Mapping[str, Any]) -> str:
     try:
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     except RecursionError:
-        # no digest of ours is over anything as deep
+        # we never write anything this deep, so no stored digest can match
         return ""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A directory or file that appears whole or not at all."""
+"""Atomic writes: a directory or file appears complete, or not at all."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from hgrn2.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where two processes must not prepare the same directory at once
+except ImportError:  # Windows has none; two processes must not prepare the same directory there at once
     fcntl = None
 
-# each one lost means that another process got further, so a handful would do
+# every failed attempt means that another process made progress, so a handful would do
 _ATTEMPTS = 100
 
 
 class Discard(Exception):
-    """Raised inside `staged_directory` to drop the new directory and keep the target, without an error."""
+    """Raise inside `staged_directory` to drop the new directory and keep the target without an error."""
 
 
 @contextlib.contextmanager
 def staged_directory(target: Path, replace: bool = True) -> Iterator[Path]:
-    """Give an empty directory beside the target; on success it is synced and takes the target's place.
+    """Yield an empty directory beside the target; on success, sync it and rename it to the target.
+
+    On any exception the new directory is removed, with the parent folders made for it, and the target stays as it
+    was. A second process that wants the same target waits for the first. Leftovers of a killed process are removed by
+    the next one.
 
     Args:
         target: the directory to make.
-        replace: whether one that is there by then gives way; otherwise it stays, and the new one is dropped.
-
-    On any exception it is removed and the target stays as it was. A second process that wants the same target
-    waits for the first. What a killed process left is cleared by the next one. Parent folders made for it go too.
+        replace: replace a target that exists at the end; otherwise keep it and drop the new directory.
 
     Raises:
-        UserError: the place cannot be written, the disk is full or a file would pass a limit on its size.
+        UserError: the target cannot be written, the disk is full, or a file would exceed the file size limit.
     """
     stage = target.with_name(f".{target.name}.partial")
     lock = None
@@ -53,9 +54,9 @@ def staged_directory(target: Path, replace: bool = True) -> Iterator[Path]:
             yield stage
             _sync_tree(stage)
             if replace:
-                _put_in_place(stage, target)
+                _replace_target(stage, target)
             else:
-                _put_beside(stage, target)
+                _move_unless_taken(stage, target)
         except BaseException as error:
             shutil.rmtree(stage, ignore_errors=True)
             if replace:
@@ -64,21 +65,26 @@ def staged_directory(target: Path, replace: bool = True) -> Iterator[Path]:
                 raise
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise UserError(f"{target}: the disk is full; nothing was kept, free some space and run again") from error
+            raise UserError(
+                f"{target}: the disk is full; nothing was kept, free some space and run again", "unwritable"
+            ) from error
         if error.errno == errno.EFBIG:
             raise UserError(
-                f"{target}: a file would pass the limit on file sizes; nothing was kept, raise the limit "
-                "(ulimit -f unlimited, or another file system) and run again"
+                f"{target}: a file would exceed the file size limit; nothing was kept, raise the limit "
+                "(ulimit -f unlimited, or another file system) and run again",
+                "unwritable",
             ) from error
         if error.errno in {
             errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
         }:  # fmt: skip
-            raise UserError(f"{target}: cannot be written: {error.strerror}; choose another directory") from error
+            raise UserError(
+                f"{target}: cannot be written: {error.strerror}; choose another directory", "unwritable"
+            ) from error
         raise
     finally:
         if lock is not None:
             os.close(lock)
-        # empty only after a failure; nearest first
+        # only empty after a failure; innermost folder first
         with contextlib.suppress(OSError):
             for folder in new_parents:
                 folder.rmdir()
@@ -86,10 +92,10 @@ def staged_directory(target: Path, replace: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Give the name of a file beside the path; on success it is synced and takes the path's place, else removed.
+    """Yield a temporary path beside the path; on success, sync the file and rename it, otherwise remove it.
 
     Raises:
-        OSError: the place cannot be written.
+        OSError: the file cannot be written.
     """
     partial = _partial(path)
     try:
@@ -101,59 +107,65 @@ def staged_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file that appears complete and synced, or not at all; a file that was there stays until then.
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically: synced, then renamed over an existing file.
 
     Raises:
-        OSError: it cannot be written; nothing half-written is left.
+        OSError: the file cannot be written; no partial file is left.
     """
-    write_whole(path, text.encode("utf-8"))
+    write_bytes_atomic(path, text.encode("utf-8"))
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file of bytes as `write_text_whole` writes a text."""
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a file of bytes atomically: synced, then renamed over an existing file.
+
+    Raises:
+        OSError: the file cannot be written; no partial file is left.
+    """
     with staged_file(path) as partial:
         partial.write_bytes(data)
 
 
-def check_file_place(path: Path) -> None:
-    """Make sure that a file can be written, before the work whose result it will hold.
+def check_writable_file(path: Path) -> None:
+    """Check that a file can be written, before the work whose result it will hold.
 
     Raises:
-        UserError: its folder is missing or cannot be written, or something that is no file is there.
+        UserError: its folder is missing or not writable, or the path is not a regular file.
     """
     try:
-        # a device would be replaced by a file
+        # the final rename would replace a device by a file
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: cannot be written, for it is no file; name a file")
+            raise UserError(f"{path}: cannot be written: not a regular file; name a file", "unwritable")
         partial = _partial(path)
         partial.touch()
         partial.unlink()
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name a file in a folder that exists") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); name a file in a folder that exists", "unwritable"
+        ) from None
 
 
-def check_folder_place(path: Path) -> None:
-    """Make sure that a folder can be made and written, before the work whose result it will hold.
+def check_writable_folder(path: Path) -> None:
+    """Check that a folder can be made and written, before the work whose result it will hold.
 
     Raises:
-        UserError: it, or the nearest folder above it that exists, cannot be written.
+        UserError: the folder, or its nearest existing parent, is not writable.
     """
     try:
-        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder", "unwritable") from None
 
 
 def _partial(path: Path) -> Path:
-    # threads of one process, and processes of several machines with one disk, may write the same file
+    # threads of one process, or processes on machines that share a disk, may write the same file
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
 def _lock_directory(stage: Path) -> int | None:
-    """Create the directory and hold an exclusive lock on it, which ends with the process."""
+    """Create the directory and return an exclusive lock on it; the system releases it when the process ends."""
     while True:
         _make_directory(stage)
         if fcntl is None:
@@ -165,9 +177,9 @@ def _lock_directory(stage: Path) -> int | None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            # some network file systems know no locks
+            # some network file systems have no locks
             return lock
-        # while we waited, the directory may have become another process's finished target
+        # another process may have renamed the directory to its target while this one waited
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), os.stat(stage)):
                 return lock
@@ -175,9 +187,9 @@ def _lock_directory(stage: Path) -> int | None:
 
 
 def _make_directory(path: Path) -> None:
-    """Make it and its parents, where other processes may rename or remove the same ones at the same moment."""
+    """Make a directory and its parents while other processes may rename or remove the same ones."""
     for _ in range(_ATTEMPTS - 1):
-        # what mkdir found there, or put its directory into, may be gone when it looks again
+        # a folder that mkdir found, or just made, may be gone when it looks again
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             path.mkdir(parents=True, exist_ok=True)
             return
@@ -199,7 +211,7 @@ def _sync_tree(root: Path) -> None:
 
 
 def sync_path(path: str | Path) -> None:
-    """Bring a file to the disk; of a directory, the names in it, so that renames survive a power cut."""
+    """Flush a file to the disk, or the entries of a directory, so that renames survive a power cut."""
     if os.path.isdir(path) and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -209,14 +221,16 @@ def sync_path(path: str | Path) -> None:
         os.close(handle)
 
 
-def _put_beside(stage: Path, target: Path) -> None:
-    # no rename of directories that refuses an empty one of that name, which holds nothing that could be lost
+def _move_unless_taken(stage: Path, target: Path) -> None:
+    # rename replaces an empty directory of that name, which loses nothing
     try:
         stage.rename(target)
     except OSError as error:
         if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
             raise
-        raise UserError(f"{target}: was made by another process meanwhile and stays; name a new folder") from None
+        raise UserError(
+            f"{target}: was made by another process meanwhile and stays; name a new folder", "already-exists"
+        ) from None
     sync_path(target.parent)
 
 
@@ -225,7 +239,7 @@ def _old(target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Finish, or take back, what a process left that was stopped between the two renames of `_put_in_place`."""
+    """Complete or undo `_replace_target` after a process was killed between its two renames."""
     old = _old(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -233,7 +247,7 @@ def _recover(target: Path) -> None:
         old.rename(target)
 
 
-def _put_in_place(stage: Path, target: Path) -> None:
+def _replace_target(stage: Path, target: Path) -> None:
     old = _old(target)
     if target.exists():
         target.rename(old)

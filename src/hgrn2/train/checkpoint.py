@@ -25,10 +25,10 @@ from hgrn2.data.model_files import companion_files
 from hgrn2.errors import UserError
 from hgrn2.formats.mistaken import check_place
 from hgrn2.formats.reading import find_weights
-from hgrn2.storage.files import sha256_of, write_safetensors, write_text
+from hgrn2.storage.hashed import sha256_of, write_safetensors, write_text
 from hgrn2.storage.json_files import check_digest, parse_json, read_json_object, with_digest
 from hgrn2.storage.lock import LOCK_NAME, run_lock
-from hgrn2.storage.staging import sync_path, write_text_whole
+from hgrn2.storage.staging import sync_path, write_text_atomic
 from hgrn2.train.soundness import (
     CONFIG_NAME,
     MODEL_NAME,
@@ -341,7 +341,7 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
             before = set(run_dir.iterdir())
             tokenizer.save(run_dir)
             saved = sorted(path for path in set(run_dir.iterdir()) - before if path.is_file())
-            write_text_whole(run_dir / SUMS_NAME, "".join(f"{sha256_of(path)}  {path.name}\n" for path in saved))
+            write_text_atomic(run_dir / SUMS_NAME, "".join(f"{sha256_of(path)}  {path.name}\n" for path in saved))
         write_config(run_dir, config)
     except OSError as error:
         raise UserError(f"{run_dir}: cannot make the run folder ({error.strerror}); name another folder") from None
@@ -349,7 +349,7 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Replace the run's config.json in one move."""
-    write_text_whole(run_dir / CONFIG_NAME, json.dumps(with_digest(config), indent=1))
+    write_text_atomic(run_dir / CONFIG_NAME, json.dumps(with_digest(config), indent=1))
     sync_path(run_dir)
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from hgrn2.errors import UserError
-from hgrn2.storage.files import sha256_of
+from hgrn2.storage.hashed import sha256_of
 from hgrn2.storage.json_files import parse_json
 
 CONFIG_NAME = "config.json"

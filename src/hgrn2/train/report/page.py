@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import hgrn2
-from hgrn2.storage.staging import write_text_whole
+from hgrn2.storage.staging import write_text_atomic
 from hgrn2.train.curves import Record, smooth, thin
 from hgrn2.train.report import sections
 from hgrn2.train.report.charts import MOST_POINTS
@@ -41,7 +41,7 @@ def write_report(run_dir: Path) -> Path:
         OSError: the file cannot be written; an earlier report is left as it was.
     """
     path = run_dir / REPORT_NAME
-    write_text_whole(path, render(RunFacts.read(run_dir)))
+    write_text_atomic(path, render(RunFacts.read(run_dir)))
     return path
 
 

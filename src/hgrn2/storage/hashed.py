@@ -1,4 +1,4 @@
-"""Files that are on the disk when the call returns, with their checksums taken on the way."""
+"""Write files with their SHA-256 computed on the way and fsync them before the call returns."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ SAFETENSORS_DTYPES = {
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None) -> str:
     """Write a safetensors file tensor by tensor, fsync it, and return its SHA-256.
 
-    The library's own writer reports a full disk as text in a general error and needs a second pass for the
-    checksum; this one raises the operating system's error and holds one tensor at a time.
+    The writer of the safetensors package reports a full disk as text in a general error and needs a second pass for
+    the checksum. This one raises the operating system's error and holds one tensor in memory at a time.
 
     Args:
-        path: file to make.
-        tensors: any device; copied to the CPU one at a time.
-        read: gives the values by name when their turn comes; the tensors then only say shapes and dtypes, and may be
-            on the meta device.
+        path: the file to write.
+        tensors: tensors by name, on any device; copied to the CPU one at a time.
+        read: returns the tensor of a name just before it is written. With it, `tensors` gives shapes and dtypes only
+            and may hold meta tensors.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file cannot be written.
     """
-    # widest elements first keeps every tensor aligned to its element size
+    # widest dtypes first: every tensor is then aligned to its element size
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    # without this key older versions of transformers refuse a file
+    # older versions of transformers refuse a file without this key
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -85,6 +85,6 @@ def write_text(path: Path, text: str) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """Return the SHA-256 of a file as hex digits; reads the file in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
