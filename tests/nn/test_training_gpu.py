@@ -132,3 +132,27 @@ def test_compiled_blocks_compute_the_same_and_are_traced_once():
     # the first layer's bound needs no gradient: a graph of its own
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_training_keeps_the_states_of_the_forward_pass():
+    torch.compiler.reset()
+    config = presets.tiny(vocab_size=300, hidden_size=256, num_hidden_layers=2, expand_ratio=128)
+    model = HGRN2LM(config).cuda().train()
+    model.model.compile_blocks()
+    ids = torch.randint(300, (2, 200), device="cuda")
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model.loss(ids, ids, keep_state=False)[0]
+        loss.backward()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    names = {event.name for event in profile.events()}
+    # of Triton's backward pass, which computes the states again
+    assert not [name for name in names if name.startswith("chunk_")]
+    assert [name for name in names if name.startswith("forward_outputs")]
+    torch.compiler.reset()

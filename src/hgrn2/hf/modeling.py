@@ -24,6 +24,7 @@ from hgrn2.nn.block import Block
 from hgrn2.nn.gates import bounds_of_layers, touch_unused_bounds
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
+from hgrn2.ops.export import is_exporting
 from hgrn2.ops.tiles import boundaries
 
 _GIVE_BOUNDS = (
@@ -206,7 +207,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
                 boundaries(cu_seq_lens_q, x.shape[1])
         if use_cache is None:
             # torch.export knows no cache among a program's results
-            is_wanted = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
+            is_wanted = self.config.use_cache and not self.training and not is_exporting()
             use_cache = is_wanted and cu_seq_lens_q is None
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)

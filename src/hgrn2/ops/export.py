@@ -29,9 +29,15 @@ LINEAR_ATTENTION = (STANDARD, "com.microsoft")
 _linear_attention: ContextVar[str | None] = ContextVar("linear_attention", default=None)
 
 
+def is_exporting() -> bool:
+    """Whether the call is being traced by `torch.export` or `torch.onnx.export`."""
+    # torch.compiler.is_exporting() is true under torch.compile as well, up to torch 2.11 at least
+    return torch.compiler._is_exporting_flag
+
+
 def is_onnx_export() -> bool:
     """Whether the call is being traced by `torch.onnx.export`."""
-    return torch.compiler.is_exporting() and _is_in_onnx_export()
+    return is_exporting() and _is_in_onnx_export()
 
 
 # a compiler would take it for false

@@ -19,7 +19,7 @@ from hgrn2.ops.checks import (
     state_dtype,
 )
 from hgrn2.ops.cuda.plan import coarse_chunks
-from hgrn2.ops.export import free_scan, is_onnx_export, tied_scan
+from hgrn2.ops.export import free_scan, is_exporting, is_onnx_export, tied_scan
 from hgrn2.ops.gates import activate
 from hgrn2.ops.registration import (
     chunked_gated_scan,
@@ -312,7 +312,7 @@ def _needs_gradient(*inputs: Tensor | None) -> bool:
 def _keeps_states(*inputs: Tensor | None) -> bool:
     """Whether the forward pass keeps states for the backward pass, which otherwise computes them again."""
     # how many there are depends on the length, which an exported program leaves open
-    return _needs_gradient(*inputs) and not torch.compiler.is_exporting()
+    return _needs_gradient(*inputs) and not is_exporting()
 
 
 def _initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hgrn2.ops.export import is_exporting
+
 AttentionState = dict[str, Tensor]
 
 # queries that look into a window are taken this many at a time, or a window if that is more
@@ -110,7 +112,7 @@ class Attention(nn.Module):
             count = count + state["position"]
         if mask is not None:
             k, v, valid = _close_gaps(k, v, valid)
-        if self.window_size is not None and torch.compiler.is_exporting():
+        if self.window_size is not None and is_exporting():
             # as many places whatever the length, which an exported program leaves open
             k, v, valid = (self._fill_window(x) for x in (k, v, valid))
         first = self._first_kept(k.shape[1])
@@ -169,7 +171,7 @@ class Attention(nn.Module):
         length, count = q.shape[1], k.shape[1]
         if length == count and self.window_size is None:
             return self._dot_product(q, k, v, None)
-        if torch.compiler.is_exporting():
+        if is_exporting():
             # blocks would be counted now, and an exported program leaves the length open
             key = torch.arange(count, device=q.device)
             return self._dot_product(q, k, v, self._reaches(key[count - length :].unsqueeze(1), key))
