@@ -32,16 +32,17 @@ from hgrn2.data.prepare import prepare
 from hgrn2.data.prepared import PreparedData
 from hgrn2.data.sources import open_corpus
 from hgrn2.data.tokens import MANIFEST_FILE
+from hgrn2.devices import choose_device
 from hgrn2.errors import UserError
 from hgrn2.formats.convert import convert
 from hgrn2.formats.opening import open_folder
+from hgrn2.formats.run_folder import read_config
 from hgrn2.formats.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2Config
-from hgrn2.train.checkpoint import read_config
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.language import LanguageTask
 from hgrn2.train.metrics import METRICS_NAME, read_metrics
-from hgrn2.train.run import choose_device, start_language_run
+from hgrn2.train.run import start_language_run
 
 # of a piece of held-out text, for each token of a sequence
 CHARACTERS = 4

@@ -19,10 +19,10 @@ import torch
 import hgrn2.data
 import hgrn2_command
 from hgrn2 import cli
+from hgrn2.data.settings import data_settings, prepare_data
+from hgrn2.formats.run_folder import checkpoints_of
 from hgrn2.models import HGRN2Config
-from hgrn2.settings import data_settings, prepare_data
 from hgrn2.storage.staging import staged_directory
-from hgrn2.train.checkpoint import checkpoints_of
 from hgrn2.train.metrics import read_metrics
 
 MODEL = ["hidden_size=16", "num_hidden_layers=2", "expand_ratio=8", "intermediate_size=24"]
@@ -543,8 +543,8 @@ def test_where_no_file_can_be_written_is_known_before_the_work(place, run, corpu
     def work(*args):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(cli.generate, "load_model", work)
-    monkeypatch.setattr(cli.evaluate, "load_model", work)
+    monkeypatch.setattr(cli.generate, "load", work)
+    monkeypatch.setattr(cli.evaluate, "load", work)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     before = listing(tmp_path)
@@ -644,7 +644,7 @@ def test_a_lack_of_memory(error, capsys, monkeypatch):
     def load(*args):
         raise error
 
-    monkeypatch.setattr(cli.generate, "load_model", load)
+    monkeypatch.setattr(cli.generate, "load", load)
     refused(capsys, ["generate", "run"], "out of memory.*lower batch_size or seq_len")
 
 
@@ -652,7 +652,7 @@ def test_a_mistake_of_ours_is_not_called_a_lack_of_memory(monkeypatch):
     def load(*args):
         raise RuntimeError("shapes")
 
-    monkeypatch.setattr(cli.generate, "load_model", load)
+    monkeypatch.setattr(cli.generate, "load", load)
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main(["generate", "run"])
 

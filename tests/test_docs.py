@@ -72,7 +72,8 @@ def test_links_lead_to_files(path):
 def test_the_demo_s_settings_exist():
     import tomllib
 
-    from hgrn2.settings import data_settings, model_config
+    from hgrn2.cli.model_config import model_config
+    from hgrn2.data.settings import data_settings
     from hgrn2.train.config import TrainConfig
 
     settings = tomllib.loads((ROOT / "examples" / "demo.toml").read_text(encoding="utf-8"))

@@ -26,14 +26,16 @@ import torch
 from hgrn2.data.prepare import prepare
 from hgrn2.data.prepared import PreparedData
 from hgrn2.errors import UserError
+from hgrn2.formats.run_folder import checkpoints_of
 from hgrn2.inference.writing import Sampling, Writer
+from hgrn2.loading import load
 from hgrn2.models import HGRN2Config
-from hgrn2.settings import load_model, open_prepared
-from hgrn2.train.checkpoint import checkpoints_of, load_checkpoint
+from hgrn2.train.checkpoint import load_checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.gates import GateSummary
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.run import resume_language_run, start_language_run
+from hgrn2.train.run_data import open_prepared
 
 SETTINGS = {
     "max_steps": 4, "batch_size": 2, "seq_len": 16, "validation_every": 2, "checkpoint_every": 2, "sample_every": 2,
@@ -54,7 +56,7 @@ def make(folder: Path) -> None:
     start_language_run(
         folder / "run", config, TrainConfig.from_dict(SETTINGS), data, data_settings={}, sampler=lambda *_: "a sample"
     )
-    writer = Writer(*load_model(folder / "run", "latest", "cpu"), Sampling(temperature=0))
+    writer = Writer(*load(folder / "run", "latest", "cpu"), Sampling(temperature=0))
     "".join(writer.write("a small", 5))
     writer.save_state(folder / "state")
 
@@ -87,7 +89,7 @@ def _outcome(act: Any) -> Any:
 
 
 def _load(run: Path) -> Any:
-    model, tokenizer = load_model(run, "latest", "cpu")
+    model, tokenizer = load(run, "latest", "cpu")
     return tokenizer.fingerprint(), _hash(dict(model.named_parameters()))
 
 
@@ -116,7 +118,7 @@ def _without_times(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _go_on(folder: Path) -> str:
-    writer = Writer(*load_model(folder / "run", "latest", "cpu"), Sampling(temperature=0))
+    writer = Writer(*load(folder / "run", "latest", "cpu"), Sampling(temperature=0))
     writer.load_state(folder / "state")
     return "".join(writer.write("", 8))
 

@@ -107,8 +107,8 @@ def _read(path: str | Path, checkpoint: str, device: str | torch.device, read: A
         read: from the folder of the weights, that of the tokenizer and the device to the result.
     """
     with _needs_extra("opening a model"):
-        from hgrn2.train.checkpoint import locate_model, read_while_training
-        from hgrn2.train.run import choose_device
+        from hgrn2.devices import choose_device
+        from hgrn2.formats.run_folder import locate_model, read_while_training
     if not isinstance(path, str | Path) or not str(path):
         raise UserError(f"path is {describe(path)}; wanted a run folder, a checkpoint, or a folder with a model")
     if checkpoint not in ("latest", "best"):

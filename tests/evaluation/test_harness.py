@@ -21,8 +21,8 @@ from hgrn2.formats.convert import convert
 from hgrn2.formats.opening import open_folder
 from hgrn2.inference.scoring import score
 from hgrn2.inference.writing import Sampling, Writer
+from hgrn2.loading import load
 from hgrn2.models import HGRN2LM, presets
-from hgrn2.settings import load_model
 from hgrn2.train.checkpoint import CheckpointStore, create_run, model_tensors
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hgrn2[eval]'")
@@ -104,7 +104,7 @@ def one_run(tmp_path_factory):
 
 
 def open_run(folder, dtype=torch.float64, batch_size: int | str = 3):
-    own, tokenizer = load_model(folder, "latest", "cpu")
+    own, tokenizer = load(folder, "latest", "cpu")
     lm = HGRN2Harness(*open_for_transformers(own.to(dtype), tokenizer, folder), batch_size)
     return own, tokenizer, lm
 

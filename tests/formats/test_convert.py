@@ -14,8 +14,9 @@ from hgrn2.errors import UserError
 from hgrn2.formats import convert as convert_module
 from hgrn2.formats.convert import convert, parse_size
 from hgrn2.formats.opening import open_folder
+from hgrn2.formats.run_folder import read_config
 from hgrn2.models import HGRN2LM, presets
-from hgrn2.train.checkpoint import CheckpointStore, create_run, model_tensors, read_config
+from hgrn2.train.checkpoint import CheckpointStore, create_run, model_tensors
 from tests.formats.command_line import refused, run_cli
 from tests.formats.published import (
     FLA_CONFIG,

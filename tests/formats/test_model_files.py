@@ -12,7 +12,7 @@ from hgrn2 import cli
 from hgrn2.data import HFTokenizer, load_tokenizer
 from hgrn2.errors import UserError
 from hgrn2.inference.writing import Sampling, Writer
-from hgrn2.settings import load_model
+from hgrn2.loading import load
 from tests.data import families
 
 
@@ -65,7 +65,7 @@ def test_every_end_of_a_text_ends_it(tmp_path):
     assert model.generate(torch.tensor([[0]]), max_new_tokens=5, do_sample=False).tolist() == [[0, 3]]
 
     def write():
-        return "".join(Writer(*load_model(tmp_path, "latest", "cpu"), Sampling(temperature=0)).write("a", 5))
+        return "".join(Writer(*load(tmp_path, "latest", "cpu"), Sampling(temperature=0)).write("a", 5))
 
     assert write() == ""
     # the tokenizer's settings alone say it as well, and generation_config.json before config.json
@@ -134,7 +134,7 @@ def test_a_text_begins_as_the_folder_says(tmp_path):
         out = model.generate(
             input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=16, do_sample=False
         )
-        writer = Writer(*load_model(tmp_path, "latest", "cpu"), Sampling(temperature=0))
+        writer = Writer(*load(tmp_path, "latest", "cpu"), Sampling(temperature=0))
         text = "".join(writer.write(prompt, 16))
         whole = theirs.decode(out[0], skip_special_tokens=True)
         assert prompt + text == whole

@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hgrn2.cli import main
 from hgrn2.data.prepare import prepare
+from hgrn2.formats import run_folder
+from hgrn2.formats.convert_model import convert_model
 from hgrn2.hf import HGRN2ForCausalLM
 from hgrn2.inference.writing import Sampling, Writer
+from hgrn2.loading import load
 from hgrn2.models import HGRN2Config
-from hgrn2.settings import convert_model, load_model
-from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.run import start_language_run
 
@@ -44,7 +45,7 @@ def folders(request, tmp_path_factory):
 
 def written(folder, prompt, count):
     """The greedy tokens of `hgrn2 generate`, those of the prompt and the token before it included."""
-    own, tokenizer = load_model(folder, "latest", "cpu")
+    own, tokenizer = load(folder, "latest", "cpu")
     writer = Writer(own, tokenizer, Sampling(temperature=0))
     ids = [*writer.pending, *tokenizer.encode(prompt)]
     for _ in writer.write(prompt, count):
@@ -96,7 +97,7 @@ def test_its_settings(folders):
     _, converted = folders
     model = AutoModelForCausalLM.from_pretrained(converted)
     tokenizer = AutoTokenizer.from_pretrained(converted)
-    own = load_model(converted, "latest", "cpu")[1]
+    own = load(converted, "latest", "cpu")[1]
     ids = {own.eot_id}
     for settings in (model.config, model.generation_config, tokenizer):
         assert {settings.bos_token_id, settings.eos_token_id, settings.pad_token_id} == ids
@@ -116,7 +117,7 @@ def test_older_folders_and_checkpoints_open_by_their_class(folders, tmp_path):
     # as it was before transformers was thought of
     (tmp_path / "config.json").write_text(json.dumps({"data": {}, **{key: config[key] for key in ("model", "train")}}))
     (tmp_path / "model.safetensors").write_bytes((converted / "model.safetensors").read_bytes())
-    for folder in (tmp_path, checkpoint.checkpoints_of(run)[-1]):
+    for folder in (tmp_path, run_folder.checkpoints_of(run)[-1]):
         found = HGRN2ForCausalLM.from_pretrained(folder).state_dict()
         assert all(torch.equal(found[name], x) for name, x in wanted.items())
         with pytest.raises(ValueError, match="model_type"):
@@ -151,7 +152,7 @@ def test_state_files_go_from_the_run_to_what_is_converted(folders, tmp_path, cap
     main(["generate", str(run), "--prompt", PROMPT, *flags, "--state-out", state])
     capsys.readouterr()
     main(["generate", str(converted), *flags, "--state-in", state])
-    own, tokenizer = load_model(run, "latest", "cpu")
+    own, tokenizer = load(run, "latest", "cpu")
     text = "".join(Writer(own, tokenizer, Sampling(temperature=0)).write(PROMPT, 16))
     shown = capsys.readouterr().out.rstrip("\n")
     assert shown

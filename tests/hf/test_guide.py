@@ -6,7 +6,7 @@ import pytest
 
 from hgrn2.cli import main
 from hgrn2.inference.writing import Sampling, Writer
-from hgrn2.settings import load_model
+from hgrn2.loading import load
 from tests.guides import ROOT, make_run, run_blocks
 
 GUIDE = ROOT / "docs" / "guide" / "huggingface.md"
@@ -25,7 +25,7 @@ def test_the_guide(tmp_path, monkeypatch, capsys):
     assert type(names["whole"]).__name__ == "HGRN2ForCausalLM"
     assert 0 < names["loss"] < 10
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    own, own_tokenizer = load_model(tmp_path / "tuned", "latest", "cpu")
+    own, own_tokenizer = load(tmp_path / "tuned", "latest", "cpu")
     writer = Writer(own, own_tokenizer, Sampling(temperature=0))
     assert "".join(writer.write("Once", 5))
     for folder in ("tuned", "merged"):

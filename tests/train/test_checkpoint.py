@@ -10,6 +10,7 @@ from torch import nn
 
 from hgrn2.data import ByteTokenizer, load_tokenizer
 from hgrn2.errors import UserError
+from hgrn2.formats import run_folder
 from hgrn2.storage.hashed import write_safetensors
 from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
@@ -74,7 +75,7 @@ def test_round_trip(store):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), wanted.parameters(), strict=True))
     assert read.optimizer == {"head.weight/step": torch.tensor(7.0)}
     assert read.state["step"] == 7
-    assert checkpoint.read_config(path) == CONFIG
+    assert run_folder.read_config(path) == CONFIG
 
 
 def test_sums_file_is_what_sha256sum_reads(store):
@@ -155,12 +156,12 @@ def test_a_failed_save_leaves_nothing(store, run_dir, monkeypatch):
 
 
 def test_resume_point(store, run_dir, tmp_path):
-    assert checkpoint.resume_point(run_dir) == (run_dir, None)
+    assert run_folder.resume_point(run_dir) == (run_dir, None)
     one, two = save(store, 1), save(store, 2)
-    assert checkpoint.resume_point(run_dir) == (run_dir, two)
-    assert checkpoint.resume_point(one) == (run_dir, one)
+    assert run_folder.resume_point(run_dir) == (run_dir, two)
+    assert run_folder.resume_point(one) == (run_dir, one)
     with pytest.raises(UserError, match="no run to resume there"):
-        checkpoint.resume_point(tmp_path)
+        run_folder.resume_point(tmp_path)
 
 
 def test_a_run_is_not_overwritten(store, run_dir):
@@ -176,7 +177,7 @@ def test_a_run_without_a_checkpoint_is_begun_anew(run_dir):
         checkpoint.check_new_run(run_dir)
     checkpoint.check_new_run(run_dir)
     checkpoint.create_run(run_dir, CONFIG | {"train": {"seed": 7}}, ByteTokenizer())
-    assert checkpoint.read_config(run_dir)["train"] == {"seed": 7}
+    assert run_folder.read_config(run_dir)["train"] == {"seed": 7}
     assert not (run_dir / "tokenizer.json").exists()
 
 
@@ -198,14 +199,14 @@ def test_reading_while_checkpoints_come_and_go(store, run_dir):
     read = []
 
     def gone_at_first():
-        newest = checkpoint.checkpoints_of(run_dir)[-1]
+        newest = run_folder.checkpoints_of(run_dir)[-1]
         read.append(newest.name)
         if len(read) < 3:
             save(store, 2 + 2 * len(read))
             save(store, 3 + 2 * len(read))
         return checkpoint.load_checkpoint(newest)
 
-    found = checkpoint.read_while_training(run_dir, gone_at_first)
+    found = run_folder.read_while_training(run_dir, gone_at_first)
     assert found.path.name == "step-00000007"
     assert read == ["step-00000001", "step-00000005", "step-00000007"]
 
@@ -216,17 +217,17 @@ def test_reading_a_damaged_checkpoint_fails_at_once(store, run_dir):
 
     def damaged():
         read.append(1)
-        return checkpoint.load_checkpoint(checkpoint.checkpoints_of(run_dir)[-1])
+        return checkpoint.load_checkpoint(run_folder.checkpoints_of(run_dir)[-1])
 
     with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
-        checkpoint.read_while_training(run_dir, damaged)
+        run_folder.read_while_training(run_dir, damaged)
     assert len(read) == 1
 
 
 def test_broken_config(run_dir):
     (run_dir / "config.json").write_text('{"model": ')
     with pytest.raises(UserError, match="not JSON"):
-        checkpoint.read_config(run_dir)
+        run_folder.read_config(run_dir)
 
 
 def test_saved_model_from_run_checkpoint_and_folder(store, run_dir, tmp_path):
@@ -239,14 +240,14 @@ def test_saved_model_from_run_checkpoint_and_folder(store, run_dir, tmp_path):
     for file in (best / "model.safetensors", best / "config.json", *run_dir.glob("*tokenizer*.json")):
         shutil.copy(file, out)
     for source, which in ((best, "latest"), (run_dir, "best"), (out, "latest")):
-        folder, tokenizer_dir = checkpoint.locate_model(source, which)
+        folder, tokenizer_dir = run_folder.locate_model(source, which)
         torch.manual_seed(1)
         assert torch.equal(saved_tensors(source, which)["head.weight"], TinyModel().head.weight)
-        assert checkpoint.read_config(folder) == CONFIG
+        assert run_folder.read_config(folder) == CONFIG
         assert load_tokenizer(tokenizer_dir).name == "bytes"
-    assert checkpoint.locate_model(run_dir)[0].name == "step-00000003"
+    assert run_folder.locate_model(run_dir)[0].name == "step-00000003"
     with pytest.raises(UserError, match="no model there"):
-        checkpoint.locate_model(tmp_path)
+        run_folder.locate_model(tmp_path)
 
 
 def test_tied_weights_are_written_once_and_both_come_back(store):
@@ -278,8 +279,8 @@ def test_folders_that_only_look_like_checkpoints_are_ignored(store, run_dir):
     path = save(store, 1)
     for name in ("step-²", "step-", "step-٣", "step-1x"):
         (run_dir / "checkpoints" / name).mkdir()
-    assert checkpoint.checkpoints_of(run_dir) == [path]
-    assert checkpoint.locate_model(run_dir)[0] == path
+    assert run_folder.checkpoints_of(run_dir) == [path]
+    assert run_folder.locate_model(run_dir)[0] == path
     with pytest.raises(UserError, match="restore the folder from a copy"):
         checkpoint.load_checkpoint(run_dir / "checkpoints" / "step-²")
 
@@ -287,18 +288,18 @@ def test_folders_that_only_look_like_checkpoints_are_ignored(store, run_dir):
 def test_the_best_checkpoint_is_gone(store, run_dir):
     best = save(store, 1, 1)
     newest = save(store, 2, 1)
-    assert checkpoint.locate_model(run_dir, "best")[0] == best
+    assert run_folder.locate_model(run_dir, "best")[0] == best
     shutil.rmtree(best)
     with pytest.raises(UserError, match="the best checkpoint, of step 1, is gone; use the latest"):
-        checkpoint.locate_model(run_dir, "best")
-    assert checkpoint.locate_model(run_dir)[0] == newest
+        run_folder.locate_model(run_dir, "best")
+    assert run_folder.locate_model(run_dir)[0] == newest
 
 
 def test_an_empty_checkpoint_is_named_once(store, run_dir):
     good = save(store, 1)
     empty = run_dir / "checkpoints" / "step-99999999"
     empty.mkdir()
-    for load in (lambda: checkpoint.locate_model(run_dir), lambda: checkpoint.load_checkpoint(empty)):
+    for load in (lambda: run_folder.locate_model(run_dir), lambda: checkpoint.load_checkpoint(empty)):
         with pytest.raises(UserError) as caught:
             load()
         assert str(caught.value).count(str(empty)) == 1
@@ -312,7 +313,7 @@ def test_damaged_checksums_are_named_with_their_line(store, run_dir, harm):
     lines = sums.read_text()
     for content, number in ((harm, 1), (lines + harm, 6)):
         sums.write_text(content)
-        for load in (lambda: checkpoint.locate_model(run_dir), lambda: checkpoint.load_checkpoint(bad)):
+        for load in (lambda: run_folder.locate_model(run_dir), lambda: checkpoint.load_checkpoint(bad)):
             with pytest.raises(UserError) as caught:
                 load()
             wanted = f"SHA256SUMS: damaged, line {number}; the newest good one before it is {good}"
@@ -320,7 +321,7 @@ def test_damaged_checksums_are_named_with_their_line(store, run_dir, harm):
     sums.write_text(lines)
     (run_dir / "SHA256SUMS").write_text(harm)
     with pytest.raises(UserError, match=r"run: SHA256SUMS: damaged, line 1; restore it from a copy of the run, or"):
-        checkpoint.locate_model(run_dir)
+        run_folder.locate_model(run_dir)
 
 
 def test_checksums_that_sha256sum_wrote_of_binary_files(store):
@@ -351,9 +352,9 @@ def test_a_damaged_checkpoint_that_is_named(store, run_dir, harm):
     else:
         shutil.rmtree(bad)
         bad.mkdir() if harm == "empty" else bad.symlink_to(bad.name)
-    assert checkpoint.resume_point(bad) == checkpoint.resume_point(run_dir) == (run_dir, bad)
+    assert run_folder.resume_point(bad) == run_folder.resume_point(run_dir) == (run_dir, bad)
     missing = "config.json" if harm == "config" else "SHA256SUMS"
-    for read in (checkpoint.read_checkpoint_config, checkpoint.load_checkpoint, checkpoint.locate_model):
+    for read in (run_folder.read_checkpoint_config, checkpoint.load_checkpoint, run_folder.locate_model):
         with pytest.raises(UserError) as caught:
             read(bad)
         assert f"{missing} is missing; the newest good one before it is {good}" in str(caught.value)

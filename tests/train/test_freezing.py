@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hgrn2.errors import UserError
+from hgrn2.formats import run_folder
 from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
@@ -190,14 +191,14 @@ def run(run_dir, resume=False, **changes):
         trainer = Trainer(
             model=TinyModel(), task=TinyTask(config, bad_batches=(5,)), roles=ROLES, config=config, run_dir=run_dir,
             run_config={"train": config.to_dict()}, display=PlainDisplay(), frozen=FROZEN if config.freeze else (),
-            resume_from=checkpoint.resume_point(run_dir)[1] if resume else None,
+            resume_from=run_folder.resume_point(run_dir)[1] if resume else None,
         )  # fmt: skip
         trainer.run()
     return trainer
 
 
 def models(run_dir):
-    return {int(path.name[5:]): checkpoint.load_checkpoint(path) for path in checkpoint.checkpoints_of(run_dir)}
+    return {int(path.name[5:]): checkpoint.load_checkpoint(path) for path in run_folder.checkpoints_of(run_dir)}
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +235,7 @@ def test_resuming_from_any_checkpoint(frozen_run, tmp_path, capfd):
     for number in (3, step - step % 3, step - step % 3 + 3):
         copy = tmp_path / str(number)
         shutil.copytree(frozen_run, copy)
-        for path in checkpoint.checkpoints_of(copy):
+        for path in run_folder.checkpoints_of(copy):
             if int(path.name[5:]) > number:
                 shutil.rmtree(path)
         run(copy, resume=True)
@@ -262,7 +263,7 @@ def test_freezing_changes_the_run(frozen_run, tmp_path):
 
 
 def test_a_checkpoint_from_before_there_was_freezing(frozen_run, tmp_path):
-    path = checkpoint.checkpoints_of(frozen_run)[0]
+    path = run_folder.checkpoints_of(frozen_run)[0]
     old = checkpoint.load_checkpoint(path)
     state = {key: value for key, value in old.state.items() if key != "freezing"}
     folder = tmp_path / "run"

@@ -12,6 +12,7 @@ import pytest
 
 import hgrn2
 from hgrn2.data.prepare import prepare
+from hgrn2.formats import run_folder
 from hgrn2.train import checkpoint
 from tests.train.tiny_run import (
     losses,
@@ -125,7 +126,7 @@ def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
         assert process.exitcode in (-signal.SIGKILL, 0)
         if process.exitcode == 0:
             break
-    for path in checkpoint.checkpoints_of(run_dir):
+    for path in run_folder.checkpoints_of(run_dir):
         checkpoint.load_checkpoint(path)
     run_language(run_dir, settings, data_dir)
     assert losses(run_dir) == losses(tmp_path / "uninterrupted")
@@ -147,8 +148,8 @@ def test_signals_write_a_checkpoint_and_end_well(processes, uninterrupted, tmp_p
     run_dir = tmp_path / "run"
     process = start(processes, run_dir, SETTINGS, 23, numbers, target=run_in_a_terminal_until_signals)
     assert end_of(process) == 0
-    assert [path.name for path in checkpoint.checkpoints_of(run_dir)][-1] == "step-00000023"
-    checkpoint.load_checkpoint(checkpoint.checkpoints_of(run_dir)[-1])
+    assert [path.name for path in run_folder.checkpoints_of(run_dir)][-1] == "step-00000023"
+    checkpoint.load_checkpoint(run_folder.checkpoints_of(run_dir)[-1])
     assert losses(run_dir)[-1][0] == 23
     run(run_dir, SETTINGS)
     assert losses(run_dir) == uninterrupted
@@ -179,7 +180,7 @@ def test_a_disk_that_fills_up(processes, uninterrupted, tmp_path):
     assert end_of(process) == 0
     found = json.loads(run_dir.with_suffix(".error").read_text())
     assert found["errno"] is not None
-    newest = checkpoint.checkpoints_of(run_dir)[-1]
+    newest = run_folder.checkpoints_of(run_dir)[-1]
     assert f"last good checkpoint: {newest}" in found["text"]
     assert f"hgrn2 train --resume {run_dir}" in found["text"]
     assert (run_dir / "metrics.jsonl").stat().st_size == 30_001

@@ -9,17 +9,21 @@ import torch
 
 from hgrn2.data.batches import Batch
 from hgrn2.data.prepare import prepare
+from hgrn2.devices import choose_device
 from hgrn2.errors import UserError
+from hgrn2.formats import run_folder
+from hgrn2.formats.convert_model import convert_model
 from hgrn2.formats.opening import open_folder
+from hgrn2.loading import load
 from hgrn2.models import HGRN2LM, HGRN2Config
-from hgrn2.settings import Start, convert_model, load_model
 from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
 from hgrn2.train.language import LanguageTask, carried_loss, text_figures
 from hgrn2.train.metrics import read_metrics
-from hgrn2.train.run import choose_device, resume_language_run, start_language_run
+from hgrn2.train.run import resume_language_run, start_language_run
+from hgrn2.train.start import Start
 from tests.train.tiny_run import saved_tensors
 
 SETTINGS = {
@@ -166,11 +170,11 @@ def test_a_run_and_its_resumption(data, tmp_path, changes):
     wanted = losses(run_dir)
     first = [r["loss"] for r in read_metrics(run_dir) if r["kind"] == "train"]
     assert first[-1] < first[0]
-    for path in checkpoint.checkpoints_of(run_dir)[::-2]:
+    for path in run_folder.checkpoints_of(run_dir)[::-2]:
         resume_language_run(path, data, sampler=sampler)
         assert losses(run_dir) == wanted
 
-    again = HGRN2LM(HGRN2Config.from_dict(checkpoint.read_config(run_dir)["model"]))
+    again = HGRN2LM(HGRN2Config.from_dict(run_folder.read_config(run_dir)["model"]))
     checkpoint.load_model_tensors(again, saved_tensors(run_dir), run_dir)
     for (name, one), (_, two) in zip(again.named_parameters(), done.model.named_parameters(), strict=True):
         assert torch.equal(one, two), name
@@ -197,7 +201,7 @@ def test_a_finished_run_can_be_given_more_steps(data, tmp_path):
     start_language_run(tmp_path / "run", model_config(), settings, data, data_settings={})
     done = resume_language_run(tmp_path / "run", data, changes={"max_steps": 15})
     assert done.result.counters.step == 15
-    assert checkpoint.read_config(tmp_path / "run")["train"]["max_steps"] == 15
+    assert run_folder.read_config(tmp_path / "run")["train"]["max_steps"] == 15
 
 
 @pytest.mark.parametrize(
@@ -244,7 +248,7 @@ def test_a_refused_resumption_leaves_the_run_as_it_was(data, tmp_path, changes, 
     before = (run_dir / "config.json").read_text()
     given = dict(changes)
     if given.pop("damage", False):
-        (checkpoint.checkpoints_of(run_dir)[-1] / "model.safetensors").write_bytes(b"")
+        (run_folder.checkpoints_of(run_dir)[-1] / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=message):
         resume_language_run(run_dir, data, changes=given)
     assert (run_dir / "config.json").read_text() == before
@@ -312,12 +316,12 @@ def read_by_convert(run_dir):
 
 
 @pytest.mark.parametrize(
-    "read", [lambda run_dir: load_model(run_dir, "latest", "cpu"), Start.open, read_by_convert],
+    "read", [lambda run_dir: load(run_dir, "latest", "cpu"), Start.open, read_by_convert],
     ids=["generate", "from", "convert"],
 )  # fmt: skip
 def test_reading_the_newest_checkpoint_while_it_is_removed(data, tmp_path, monkeypatch, read):
     start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
-    newest, opened = checkpoint.checkpoints_of(tmp_path / "run")[-1], []
+    newest, opened = run_folder.checkpoints_of(tmp_path / "run")[-1], []
 
     def too_late(folder, **options):
         opened.append(folder)
@@ -326,10 +330,10 @@ def test_reading_the_newest_checkpoint_while_it_is_removed(data, tmp_path, monke
         return open_folder(folder, **options)
 
     # generate and eval go through hgrn2.load, which imports it when it is called
-    for module in ("hgrn2.settings", "hgrn2.formats.opening"):
+    for module in ("hgrn2.train.start", "hgrn2.formats.convert_model", "hgrn2.formats.opening"):
         monkeypatch.setattr(f"{module}.open_folder", too_late)
     assert read(tmp_path / "run")
-    assert opened == [newest, checkpoint.checkpoints_of(tmp_path / "run")[-1]]
+    assert opened == [newest, run_folder.checkpoints_of(tmp_path / "run")[-1]]
 
 
 class Meddling(PlainDisplay):
@@ -367,7 +371,7 @@ def test_a_folder_that_is_another_by_now_is_left_alone(data, tmp_path, resumed, 
     with pytest.raises(UserError, match="removed, or replaced by another run"):
         train(Meddling(7, replace))
     if begun_anew:
-        assert [path.name for path in checkpoint.checkpoints_of(run_dir)] == ["step-00000003"]
+        assert [path.name for path in run_folder.checkpoints_of(run_dir)] == ["step-00000003"]
     else:
         assert not run_dir.exists()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hgrn2.errors import UserError
+from hgrn2.formats import run_folder
 from hgrn2.train import checkpoint, loop
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.loop import Trainer
@@ -154,7 +155,7 @@ def test_no_periodic_checkpoint_while_steps_are_skipped(tmp_path, bad):
     """The step before the first that is skipped may have spoilt the weights: the older checkpoints are worth more."""
     settings = SETTINGS | {"max_steps": 9, "checkpoint_every": 1, "validation_every": 0, "keep_last": 100}
     result = run(tmp_path / "run", settings, task_settings={"bad_batches": bad}, display=Listener())
-    steps = [int(path.name[5:]) for path in checkpoint.checkpoints_of(result.run_dir)]
+    steps = [int(path.name[5:]) for path in run_folder.checkpoints_of(result.run_dir)]
     assert steps == [step for step in range(1, 10) if step - 1 not in bad]
 
 
@@ -167,19 +168,19 @@ def test_a_sampler_that_fails_is_a_note(tmp_path):
     config = TrainConfig.from_dict(SETTINGS | {"max_steps": 6})
     checkpoint.create_run(tmp_path / "run", {})
     Trainer(TinyModel(), Speechless(config), ROLES, config, tmp_path / "run", {}, display=listener).run()
-    assert checkpoint.checkpoints_of(tmp_path / "run")[-1].name == "step-00000006"
+    assert run_folder.checkpoints_of(tmp_path / "run")[-1].name == "step-00000006"
     assert listener.notes == ["step 6: no sample (the model's outputs are not finite)"]
     assert [r["step"] for r in kinds(tmp_path / "run", "validation")] == [6]
 
 
 def test_what_cannot_go_on_leaves_the_later_checkpoints(tmp_path, monkeypatch):
     run(tmp_path / "run", SETTINGS | {"keep_last": 100}, display=Listener())
-    before = checkpoint.checkpoints_of(tmp_path / "run")
+    before = run_folder.checkpoints_of(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = TrainConfig.from_dict(SETTINGS | {"tensorboard": True})
     with pytest.raises(UserError, match="tensorboard is not installed: pip install"):
         Trainer(TinyModel(), TinyTask(config), ROLES, config, tmp_path / "run", {}, before[0], display=Listener()).run()
-    assert checkpoint.checkpoints_of(tmp_path / "run") == before
+    assert run_folder.checkpoints_of(tmp_path / "run") == before
 
 
 def test_a_nonfinite_gradient_of_a_finite_loss_is_skipped(tmp_path):
@@ -205,7 +206,7 @@ def test_resuming_from_every_checkpoint_gives_the_same_losses(tmp_path, optimize
     settings = SETTINGS | {"optimizer": optimizer, "keep_last": 100, "grad_accumulation": 2}
     run(tmp_path / "run", settings, display=Listener())
     wanted = losses(tmp_path / "run")
-    found = checkpoint.checkpoints_of(tmp_path / "run")
+    found = run_folder.checkpoints_of(tmp_path / "run")
     assert len(found) >= 6
     for path in reversed(found):
         config = TrainConfig.from_dict(settings)
@@ -234,8 +235,8 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     checkpoint.create_run(tmp_path / "run", {})
     result = Trainer(TinyModel(), Worsening(config), ROLES, config, tmp_path / "run", {}, display=Listener()).run()
     assert result.counters.best == {"step": 16, "val_loss": 1.0}
-    assert [p.name for p in checkpoint.checkpoints_of(result.run_dir)] == ["step-00000016", "step-00000030"]
-    assert checkpoint.locate_model(result.run_dir, "best")[0].name == "step-00000016"
+    assert [p.name for p in run_folder.checkpoints_of(result.run_dir)] == ["step-00000016", "step-00000030"]
+    assert run_folder.locate_model(result.run_dir, "best")[0].name == "step-00000016"
 
 
 @pytest.mark.parametrize(

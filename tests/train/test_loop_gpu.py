@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hgrn2.formats import run_folder
 from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
@@ -36,7 +37,7 @@ def run(run_dir, config, **task_settings):
     resume_from = None
     with run_lock(run_dir) as check_lock:
         if (run_dir / "config.json").exists():
-            run_dir, resume_from = checkpoint.resume_point(run_dir)
+            run_dir, resume_from = run_folder.resume_point(run_dir)
         else:
             checkpoint.create_run(run_dir, {"train": config.to_dict()})
         torch.manual_seed(0)

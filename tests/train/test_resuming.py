@@ -12,7 +12,7 @@ import pytest
 from hgrn2 import cli
 from hgrn2.data.prepared import PreparedData
 from hgrn2.errors import UserError
-from hgrn2.train import checkpoint
+from hgrn2.formats import run_folder
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.schedule import lr_fraction
@@ -152,7 +152,7 @@ def test_a_run_that_has_ended_is_left_as_it_is(home, capsys):
     ],
 )
 def test_another_model_than_the_checkpoints_is_refused(home, capsys, change, message):
-    before = checkpoint.checkpoints_of(home / "runs/m")
+    before = run_folder.checkpoints_of(home / "runs/m")
     edit(home / "runs/m/config.json", change, keep_digest=True)
     assert resume("--max-steps", 5) == 2
     assert "damaged or edited (its content does not match its hgrn2_digest)" in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_another_model_than_the_checkpoints_is_refused(home, capsys, change, mes
     edit(home / "runs/m/config.json", lambda config: None)
     assert resume("--max-steps", 5) == 2
     assert message in capsys.readouterr().err
-    assert checkpoint.checkpoints_of(home / "runs/m") == before
+    assert run_folder.checkpoints_of(home / "runs/m") == before
 
 
 def test_changed_settings_are_named(home, capsys):

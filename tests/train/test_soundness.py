@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from hgrn2.errors import UserError
+from hgrn2.formats import run_folder
+from hgrn2.formats.soundness import looks_whole
 from hgrn2.train import checkpoint
-from hgrn2.train.soundness import looks_whole
 from tests.train.tiny_run import losses, run
 
 SETTINGS = {
@@ -47,7 +48,7 @@ def test_a_renamed_checkpoint_is_refused_and_stays(run_dir):
     with pytest.raises(UserError, match=r"renamed, its state is of step 6; rename it to step-00000006; no older"):
         run(run_dir, SETTINGS | {"max_steps": 50, "checkpoint_every": 0})
     with pytest.raises(UserError, match="rename it to step-00000006"):
-        checkpoint.locate_model(run_dir)
+        run_folder.locate_model(run_dir)
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     folder(run_dir, 99).rename(folder(run_dir, 6))
     assert run(run_dir, SETTINGS | {"max_steps": 8}).counters.step == 8
@@ -110,7 +111,7 @@ def test_a_bad_checkpoint_pushes_no_good_one_out(run_dir, harm):
         # out of the way, where the run goes on from an older one
         checkpoint.CheckpointStore(run_dir, 2).set_aside_after(6)
     run(run_dir, SETTINGS | {"max_steps": 8})
-    whole = [path.name for path in checkpoint.checkpoints_of(run_dir) if looks_whole(path, path.name)]
+    whole = [path.name for path in run_folder.checkpoints_of(run_dir) if looks_whole(path, path.name)]
     assert whole == ["step-00000006", "step-00000008"]
     assert len(names(run_dir)) == 3
 

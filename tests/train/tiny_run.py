@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from hgrn2.data.prepared import PreparedData
 from hgrn2.errors import UserError
+from hgrn2.formats import run_folder
 from hgrn2.models import HGRN2Config
 from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint
@@ -36,7 +37,7 @@ ROLES = {
 
 def saved_tensors(path: Path, which: str = "latest") -> dict[str, torch.Tensor]:
     """The weights of a run, a checkpoint, or another folder with a model."""
-    folder, _ = checkpoint.locate_model(path, which)
+    folder, _ = run_folder.locate_model(path, which)
     return load_file(folder / checkpoint.MODEL_NAME)
 
 
@@ -124,7 +125,7 @@ def run(run_dir: Path, settings: dict, *, task_settings: dict | None = None, dis
     resume_from = None
     with run_lock(run_dir) as check_lock:
         if (run_dir / "config.json").exists():
-            run_dir, resume_from = checkpoint.resume_point(run_dir)
+            run_dir, resume_from = run_folder.resume_point(run_dir)
         else:
             checkpoint.create_run(run_dir, {"train": config.to_dict()})
         torch.manual_seed(config.seed)
@@ -134,7 +135,7 @@ def run(run_dir: Path, settings: dict, *, task_settings: dict | None = None, dis
             roles=ROLES,
             config=config,
             run_dir=run_dir,
-            run_config=checkpoint.read_config(run_dir),
+            run_config=run_folder.read_config(run_dir),
             resume_from=resume_from,
             display=display or PlainDisplay(),
             check_lock=check_lock,

@@ -10,7 +10,8 @@ import tyro
 
 from hgrn2.errors import UserError
 from hgrn2.formats.card import opening_lines
-from hgrn2.settings import StartSettings, convert_model
+from hgrn2.formats.convert_model import convert_model
+from hgrn2.formats.start import StartSettings
 from hgrn2.train.display import size
 
 

@@ -13,7 +13,8 @@ import tyro
 from hgrn2.cli.output import show_table, tell
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError, visible
-from hgrn2.settings import evaluate_tasks, load_model
+from hgrn2.evaluation.tasks import evaluate_tasks
+from hgrn2.loading import load
 from hgrn2.storage.staging import check_writable_file, write_text_atomic
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _evaluate_texts(
 
     if window < 1:
         raise UserError(f"--window is {window}; wanted at least 1")
-    lm, tokenizer = load_model(run, checkpoint, device)
+    lm, tokenizer = load(run, checkpoint, device)
     corpus = open_corpus(files, text_field)
     num_bytes = corpus.num_bytes
     attn = lm.config.attn

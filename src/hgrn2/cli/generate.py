@@ -14,7 +14,7 @@ import tyro
 from hgrn2.cli.output import tell
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError, visible
-from hgrn2.settings import load_model
+from hgrn2.loading import load
 from hgrn2.storage.staging import check_writable_file
 
 
@@ -67,7 +67,7 @@ def generate(
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     if state_out is not None:
         check_writable_file(state_out)
-    lm, tokenizer = load_model(run, checkpoint, device)
+    lm, tokenizer = load(run, checkpoint, device)
     writer = Writer(lm, tokenizer, sampling)
     if state_in is not None:
         writer.load_state(state_in)

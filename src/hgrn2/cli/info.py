@@ -6,12 +6,12 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
+from hgrn2.cli.model_config import model_config
 from hgrn2.cli.output import show_table
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError
 from hgrn2.models.cost import cost, cost_table
 from hgrn2.models.presets import PRESETS
-from hgrn2.settings import model_config
 from hgrn2.train.display import size
 
 

@@ -10,14 +10,18 @@ from typing import Annotated, Any
 
 import tyro
 
+from hgrn2.cli.config_file import read_toml
+from hgrn2.cli.model_config import model_config
 from hgrn2.cli.parsing import Texts
 from hgrn2.data.progress import announce
+from hgrn2.data.settings import data_settings, prepare_data
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
-from hgrn2.settings import Start, data_settings, model_config, open_prepared, prepare_data, read_toml
 from hgrn2.storage.staging import check_writable_folder
 from hgrn2.train.config import BUDGETS, TrainConfig
 from hgrn2.train.freezing import COPIED
+from hgrn2.train.run_data import open_prepared
+from hgrn2.train.start import Start
 
 # the options that most people need
 COMMON = (
@@ -82,8 +86,11 @@ def train(
         compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
         settings: Training settings.
     """
-    from hgrn2.train.checkpoint import check_new_run, resume_point
-    from hgrn2.train.run import choose_device, find_tokenizer, resume_language_run, start_language_run
+    from hgrn2.data.find_tokenizer import tokenizer_of
+    from hgrn2.devices import choose_device
+    from hgrn2.formats.run_folder import resume_point
+    from hgrn2.train.checkpoint import check_new_run
+    from hgrn2.train.run import resume_language_run, start_language_run
 
     given = {name: getattr(settings, name) for name in settings.given}
     # --out cannot be combined with --resume, even if it names the default
@@ -95,7 +102,7 @@ def train(
             raise UserError(f"--resume continues with the run's own data and model; drop {' and '.join(others)}")
         prepared_data = open_prepared(resume, prepared, data)
         # the run's own tokenizer knows where the model's texts begin and end
-        own_tokenizer = find_tokenizer(resume_point(resume)[0]) or prepared_data.tokenizer
+        own_tokenizer = tokenizer_of(resume_point(resume)[0]) or prepared_data.tokenizer
         result = resume_language_run(
             resume, prepared_data, changes=given, sampler=_make_sampler(own_tokenizer), compressors=compressors
         )

@@ -169,3 +169,25 @@ def _sentencepiece_message(path: Path) -> str:
         f"tokenizer {str(path)!r} is a SentencePiece model, which tokenizers cannot read; convert "
         "it to tokenizer.json with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     )
+
+
+def tokenizer_of(folder: Path) -> Tokenizer | None:
+    """Return the tokenizer of a folder, or None if it has none."""
+    try:
+        return load_tokenizer(folder)
+    except UserError:
+        if any(folder.glob("*tokenizer.json")):
+            raise
+        return None
+
+
+def check_same_tokens(own: Tokenizer | None, data: Tokenizer, what: str) -> None:
+    """Raise UserError if a model has a tokenizer and the data is in other tokens.
+
+    Args:
+        own: the model's; None where it has none, and the vocabulary's size is all there is to compare.
+        data: the data's.
+        what: the model, for the message.
+    """
+    if own is not None and own.fingerprint() != data.fingerprint():
+        raise UserError(f"{what}: knows other tokens than those of the data ({data.name!r}); use its own tokenizer")

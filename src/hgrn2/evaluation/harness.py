@@ -57,7 +57,7 @@ class HGRN2Harness(_HFLM):
 
     Example:
         >>> import lm_eval                                                                  # doctest: +SKIP
-        >>> lm = HGRN2Harness(*open_for_transformers(*load_model(run, "latest", "cpu"), run))   # doctest: +SKIP
+        >>> lm = HGRN2Harness(*open_for_transformers(*hgrn2.load(run, "latest", "cpu"), run))   # doctest: +SKIP
         >>> lm_eval.simple_evaluate(lm, tasks=["lambada_openai"])                           # doctest: +SKIP
     """
 

@@ -202,3 +202,20 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     if not re.fullmatch(r"\d{1,6}(, ?\d{1,6})*", text):
         raise UserError(f"layers {text!r}: wanted numbers such as 3,7,11, or every:4, all or none")
     return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    """Settings for replacing a Transformer's attention by recurrent layers, as on the command line.
+
+    Attributes:
+        keep_attention: see `parse_layers`; None for no layer.
+        expand_ratio: see `start_from_transformer`, likewise copy_qv and seed.
+        copy_qv: see expand_ratio.
+        seed: see expand_ratio.
+    """
+
+    keep_attention: str | None = None
+    expand_ratio: int | None = None
+    copy_qv: bool = False
+    seed: int = 0

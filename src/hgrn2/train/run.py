@@ -11,21 +11,17 @@ from typing import Any
 
 import torch
 
-from hgrn2.data.find_tokenizer import load_tokenizer
+from hgrn2.data.find_tokenizer import check_same_tokens, tokenizer_of
 from hgrn2.data.prepared import PreparedData
 from hgrn2.data.tokenizer import Tokenizer
+from hgrn2.devices import choose_device
 from hgrn2.errors import UserError
 from hgrn2.formats.opening import ModelFolder, open_folder
+from hgrn2.formats.run_folder import locate_model, read_checkpoint_config, read_config, resume_point
+from hgrn2.formats.soundness import check_tokenizer
 from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.storage.lock import run_lock
-from hgrn2.train.checkpoint import (
-    CheckpointStore,
-    create_run,
-    locate_model,
-    read_checkpoint_config,
-    read_config,
-    resume_point,
-)
+from hgrn2.train.checkpoint import CheckpointStore, create_run
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import describe_end
 from hgrn2.train.display import Display, make_display
@@ -39,7 +35,6 @@ from hgrn2.train.loop import Trainer, TrainResult
 from hgrn2.train.places import from_saved_path, to_saved_path
 from hgrn2.train.report import REPORT_NAME, write_report
 from hgrn2.train.rng import seed_everything
-from hgrn2.train.soundness import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -312,57 +307,5 @@ def _open_teacher(config: TrainConfig, student: HGRN2Config, tokenizer: Tokenize
             f"teacher {folder}: has a vocabulary of {opened.config.vocab_size}, the model one of "
             f"{student.vocab_size}; wanted the same tokens"
         )
-    check_same_tokens(find_tokenizer(tokenizer_dir), tokenizer, f"teacher {folder}")
+    check_same_tokens(tokenizer_of(tokenizer_dir), tokenizer, f"teacher {folder}")
     return Teacher(opened.load(device), config)
-
-
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder, or None if it has none."""
-    try:
-        return load_tokenizer(folder)
-    except UserError:
-        if any(folder.glob("*tokenizer.json")):
-            raise
-        return None
-
-
-def check_same_tokens(own: Tokenizer | None, data: Tokenizer, what: str) -> None:
-    """Raises UserError if a model has a tokenizer and the data is in other tokens.
-
-    Args:
-        own: the model's; None where it has none, and the vocabulary's size is all there is to compare.
-        data: the data's.
-        what: the model, for the message.
-    """
-    if own is not None and own.fingerprint() != data.fingerprint():
-        raise UserError(f"{what}: knows other tokens than those of the data ({data.name!r}); use its own tokenizer")
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the torch device of a name; "auto" is the first GPU, or the CPU.
-
-    Raises:
-        UserError: torch does not know the name, or the device is not there.
-    """
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if num_gpus else "cpu")
-    kind, _, index = name.partition(":")
-    if kind in ("cuda", "gpu") and not num_gpus:
-        raise UserError(f"device {name!r} cannot be used: no CUDA here; use cpu")
-    wanted = "auto, cpu or cuda" if num_gpus else "auto or cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        hint = "did you mean cuda?" if kind == "gpu" else f"wanted {wanted}"
-        raise UserError(f"device {name!r} is not known; {hint}") from None
-    if kind == "cuda" and index and int(index) >= num_gpus:
-        raise UserError(f"device {name!r} cannot be used: the last GPU here is cuda:{num_gpus - 1}; use cuda")
-    try:
-        if device.type == "meta" or (device.type == "cpu" and device.index):
-            raise RuntimeError("it computes nothing" if device.type == "meta" else "there is one CPU")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used: {reason}; use {wanted}") from None
-    return device

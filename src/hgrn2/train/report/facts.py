@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hgrn2.errors import UserError
-from hgrn2.train.checkpoint import read_config
+from hgrn2.formats.run_folder import read_config
 from hgrn2.train.curves import Record
 from hgrn2.train.gates import GATES_NAME, GateSummary
 from hgrn2.train.metrics import read_metrics

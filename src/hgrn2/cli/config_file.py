@@ -1,0 +1,30 @@
+"""The configuration file of `hgrn2 train`."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from hgrn2.errors import UserError, unknown_key_message
+
+
+def read_toml(path: Path | None) -> dict[str, dict[str, Any]]:
+    """The tables [model], [train] and [data] of a file; empty ones without a file or where it has none."""
+    tables: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "data": {}}
+    if path is None:
+        return tables
+    try:
+        with path.open("rb") as file:
+            found = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a TOML file") from None
+    except (ValueError, RecursionError) as error:
+        # not TOML, not UTF-8, a number of thousands of digits, or tables nested as deep
+        raise UserError(f"{path}: not TOML ({error}); see docs/guide/training.md") from None
+    for key, value in found.items():
+        if key not in tables:
+            raise UserError(unknown_key_message(str(path), key, tables))
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {key} is {value!r}; wanted a table, [{key}]")
+    return tables | found

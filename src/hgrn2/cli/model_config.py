@@ -1,0 +1,54 @@
+"""A model's configuration from words: a preset, a file or a folder, and changes to it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hgrn2.errors import UserError
+from hgrn2.formats.mistaken import check_place
+from hgrn2.formats.opening import read_folder_config
+from hgrn2.models import HGRN2Config, presets
+from hgrn2.storage.json_files import parse_json, read_json_object
+
+
+def model_config(
+    model: str | None, file: dict[str, Any], changes: Sequence[str], vocab_size: int | None
+) -> HGRN2Config:
+    """A preset, or the configuration in a file or run, with changes; the tokenizer sets the vocabulary by default."""
+    keys = dict(file)
+    preset = keys.pop("preset", "tiny")
+    model = str(preset) if model is None else model
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not (key and sign):
+            raise UserError(f"--set {change}: wanted KEY=VALUE")
+        try:
+            keys[key] = parse_json(value)
+        except ValueError as error:
+            # a word needs no quotes; what begins as JSON does is meant to be JSON
+            if value.lstrip()[:1] in ("[", "{") or value.isdecimal():
+                raise UserError(f"--set {key}: not JSON ({error}); wanted a setting of a model") from None
+            keys[key] = value
+    if not model:
+        raise UserError("model '': names nothing; name a preset, a file or a folder")
+    if model in presets.PRESETS:
+        if vocab_size is not None:
+            keys = {"vocab_size": vocab_size} | keys
+        return presets.preset(model, **keys)
+    path = Path(model)
+    check_place(path)
+    if path.is_dir():
+        found = read_folder_config(path)[2].to_dict()
+    elif path.is_file():
+        found = read_json_object(path, "name a JSON file with a model's settings")
+    else:
+        near = difflib.get_close_matches(model, presets.PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
+        raise UserError(f"model {model!r}: no such preset, file or folder; {hint}")
+    config = HGRN2Config.from_dict(
+        {"vocab_size": vocab_size} | found if vocab_size and "vocab_size" not in found else found
+    )
+    return config.replace(**keys) if keys else config
