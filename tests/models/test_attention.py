@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hgrn2.nn import attention
+from hgrn2.nn.mixers import attention
 
 
 def query(dtype=torch.bfloat16, size=64, length=5, is_cuda=True):

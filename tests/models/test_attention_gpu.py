@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hgrn2.nn import attention
+from hgrn2.nn.mixers import attention
 from hgrn2.nn.mixers.attention import Attention
 from tests.numerics import relative_error
 
