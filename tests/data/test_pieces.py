@@ -10,10 +10,10 @@ from hgrn2.data import ByteTokenizer, HFTokenizer, prepare
 from hgrn2.data import pieces as pieces_module
 from hgrn2.data.documents import Document
 from hgrn2.data.pieces import cut_document, keeps_text, piece_tokens
-from hgrn2.errors import UserError
 from hgrn2.inference.scoring import score
 from hgrn2.models import HGRN2LM, HGRN2Config
 from tests.data import families
+from tests.refusals import refuses
 
 WORDS = [
     "a river", "rivers", " ", "  ", "\n", "\n\n", "模型", "the", " dog", ". ", "it's", "é", "\t", "🙂", "12345", "</s>",
@@ -68,7 +68,7 @@ def test_without_a_place_to_cut_a_document_stays_whole_up_to_a_limit(name, monke
     assert found == tokenizer.encode(text)
     assert num_pieces == 1
     monkeypatch.setattr(pieces_module, "WHOLE_CHARS", 8000)
-    with pytest.raises(UserError, match=r"no place to cut in 8,000 characters .* use the tokenizer 'bytes'") as caught:
+    with refuses("unsupported", tokenizer.name, "8,000", "'bytes'") as caught:
         list(cut_document(tokenizer, [text], 1000))
     assert "\n" not in str(caught.value)
     assert len(list(cut_document(ByteTokenizer(), [text[:5000], text[5000:]], 1000))) == 2

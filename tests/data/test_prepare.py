@@ -18,8 +18,8 @@ from hgrn2.data.prepare import prepare
 from hgrn2.data.prepared import PreparedData, is_prepared
 from hgrn2.data.tokens import TokenDataset
 from hgrn2.data.writer import TokenWriter
-from hgrn2.errors import UserError
 from hgrn2.storage.staging import staged_directory, write_text_atomic
+from tests.refusals import refuses
 
 
 def texts(prepared):
@@ -108,12 +108,12 @@ def test_a_damaged_set_is_an_error_until_rebuilt(corpus_dir, tmp_path):
     prepare(corpus_dir, "bytes", out)
     shard = out / "train" / "tokens-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
-    with pytest.raises(UserError, match=r"tokens-00000\.bin: content changed.*--rebuild"):
+    with refuses("damaged", "tokens-00000.bin", "--rebuild"):
         prepare(corpus_dir, "bytes", out)
     assert not prepare(corpus_dir, "bytes", out, rebuild=True).reused
     (out / "bytes_tokenizer.json").unlink()
     shutil.copy(train_bpe(["a b"], 260).save(tmp_path), out / "tokenizer.json")
-    with pytest.raises(UserError, match="not the one the train tokens were made with"):
+    with refuses("mismatch", out, "train"):
         PreparedData.open(out)
 
 
@@ -181,27 +181,27 @@ def test_validation_data_given(corpus_dir, tmp_path):
 
 
 def test_validation_data_that_is_all_there_is(corpus_dir, tmp_path):
-    with pytest.raises(UserError, match="all training data is also named as validation data"):
+    with refuses("contradiction", "validation"):
         prepare(corpus_dir, "bytes", tmp_path / "out", validation=corpus_dir)
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "bad.txt").write_bytes(b"\0")
-    with pytest.raises(UserError, match=r"no text for validation in .*/v \(skipped: 1 binary\)"):
+    with refuses("not-found", tmp_path / "v", "1 binary"):
         prepare(corpus_dir, "bytes", tmp_path / "out", validation=tmp_path / "v")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code", "names"),
     [
-        (b"\0", r"no text for training in .* \(skipped: 1 binary\); name other data"),
-        (b"x", "too few to hold some out"),
+        (b"\0", "not-found", ["1 binary"]),
+        (b"x", "invalid-value", [1]),
     ],
 )
-def test_nothing_left(tmp_path, content, message):
+def test_nothing_left(tmp_path, content, code, names):
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "a.txt").write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with refuses(code, *names):
         prepare(folder, "bytes", tmp_path / "out")
     assert os.listdir(tmp_path) == ["corpus"]
 
@@ -212,7 +212,7 @@ def test_bad_input_leaves_the_old_set_alone(corpus_dir, tmp_path):
     before = files(out)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "good"}\n' * 5 + "bad")
-    with pytest.raises(UserError, match=r"bad\.jsonl, line 6: not JSON"):
+    with refuses("unreadable", bad, "line 6"):
         prepare(bad, "bytes", out)
     assert files(out) == before
     assert leftovers(out) == []
@@ -220,7 +220,7 @@ def test_bad_input_leaves_the_old_set_alone(corpus_dir, tmp_path):
 
 @pytest.mark.parametrize("options", [{"validation_fraction": 0.0}, {"validation_fraction": 1}, {"num_workers": 0}])
 def test_bad_settings(corpus_dir, tmp_path, options):
-    with pytest.raises(UserError, match=r"wanted more than 0|must be at least 1"):
+    with refuses("invalid-value", *options):
         prepare(corpus_dir, "bytes", tmp_path / "out", **options)
 
 
@@ -228,10 +228,10 @@ def test_nothing_of_the_users_is_overwritten(corpus_dir, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for target in (tmp_path / "mine", corpus_dir / "00.txt"):
-        with pytest.raises(UserError, match="exists and is not prepared data"):
+        with refuses("already-exists", target):
             prepare(corpus_dir, "bytes", target)
     assert (tmp_path / "mine" / "thesis.txt").exists()
-    with pytest.raises(UserError, match="cannot be written"):
+    with refuses("unwritable", corpus_dir / "00.txt" / "below"):
         prepare(corpus_dir, "bytes", corpus_dir / "00.txt" / "below")
 
 
@@ -240,7 +240,7 @@ def test_sets_of_another_version_are_replaced(corpus_dir, tmp_path):
     prepare(corpus_dir, "bytes", out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(UserError, match=r"format version 0"):
+    with refuses("version", "version 0"):
         PreparedData.open(out)
     assert not prepare(corpus_dir, "bytes", out).reused
     assert is_prepared(out)
@@ -248,7 +248,7 @@ def test_sets_of_another_version_are_replaced(corpus_dir, tmp_path):
 
 def test_a_prepared_set_is_no_text(corpus_dir, tmp_path):
     prepare(corpus_dir, "bytes", tmp_path / "out")
-    with pytest.raises(UserError, match="is a prepared set"):
+    with refuses("unsupported", tmp_path / "out"):
         prepare(tmp_path / "out", "bytes", tmp_path / "other")
 
 
@@ -257,7 +257,7 @@ def test_full_disk(corpus_dir, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(TokenWriter, "add", add)
-    with pytest.raises(UserError, match="the disk is full; nothing was kept"):
+    with refuses("unwritable", tmp_path / "out", "disk is full"):
         prepare(corpus_dir, "bytes", tmp_path / "out")
     assert os.listdir(tmp_path) == ["corpus"]
 
@@ -268,8 +268,7 @@ def test_limits_on_sizes(corpus_dir, tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(TokenWriter, "add", add)
-    message = "file size limit; nothing was kept" if code == errno.EFBIG else "the disk is full"
-    with pytest.raises(UserError, match=message):
+    with refuses("unwritable", tmp_path / "out", "ulimit" if code == errno.EFBIG else "disk is full"):
         prepare(corpus_dir, "bytes", tmp_path / "out")
     assert os.listdir(tmp_path) == ["corpus"]
 
@@ -280,7 +279,7 @@ def test_a_failure_takes_the_parent_folders_it_made(corpus_dir, tmp_path, monkey
 
     monkeypatch.setattr(TokenWriter, "add", add)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="the disk is full"):
+    with refuses("unwritable", tmp_path / "mine" / "new" / "prepared" / "out"):
         prepare(corpus_dir, "bytes", tmp_path / "mine" / "new" / "prepared" / "out")
     assert os.listdir(tmp_path / "mine") == []
 
@@ -429,7 +428,7 @@ def test_a_set_of_another_process_is_not_taken_for_ours(corpus_dir, tmp_path, mo
         return real(directory, *args, **options)
 
     monkeypatch.setattr(PreparedData, "open", open_late)
-    with pytest.raises(UserError, match="another process has put other data there meanwhile"):
+    with refuses("in-use", target):
         prepare(corpus_dir, "bytes", target)
 
 
@@ -480,7 +479,7 @@ def test_staging_where_no_folder_can_be(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for parent in ("file", "link"):
-        with pytest.raises(UserError, match="cannot be written"), staged_directory(tmp_path / parent / "t"):
+        with refuses("unwritable", tmp_path / parent / "t"), staged_directory(tmp_path / parent / "t"):
             pass
 
 
@@ -502,7 +501,7 @@ class DyingTokenizer(ByteTokenizer):
 
 
 def test_a_dead_worker_is_an_error():
-    with pytest.raises(UserError, match="a worker process ended early"):
+    with refuses("unavailable", "num_workers=1"):
         list(encode_pieces([(0, Piece("text"))], DyingTokenizer(), "<u2", 2))
 
 
@@ -538,7 +537,7 @@ def test_copies_stay_on_one_side(tmp_path):
 def test_copies_alone_cannot_be_split(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("the same")
-    with pytest.raises(UserError, match="all 3 documents hold the same text, so none can be held out"):
+    with refuses("invalid-value", "all 3 documents"):
         prepare(str(tmp_path / "*.txt"), "bytes", tmp_path / "out")
 
 
@@ -573,7 +572,7 @@ def test_sides_from_different_sets(corpus_dir, tmp_path):
     one, two = (prepare(corpus_dir, "bytes", tmp_path / str(seed), seed=seed).directory for seed in (1, 2))
     shutil.rmtree(one / "validation")
     shutil.copytree(two / "validation", one / "validation")
-    with pytest.raises(UserError, match="training and validation tokens were not prepared together"):
+    with refuses("mismatch", one):
         PreparedData.open(one)
     # an older set has neither a digest nor the fingerprints of its parts
     manifest = json.loads((one / "manifest.json").read_text())

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from hgrn2.errors import UserError
 from hgrn2.evaluation import scoring
 from hgrn2.evaluation.scoring import affordable_rows, score_pairs
 from hgrn2.models.cost import cost
 from tests.hf.cases import KINDS, both, tokens
+from tests.refusals import refuses
 
 LENGTHS = [(1, 1), (1, 40), (30, 3), (7, 1), (7, 9), (50, 20), (2, 2)]
 
@@ -119,7 +119,7 @@ def test_rows_that_fit_a_gpu(monkeypatch):
 def test_outputs_that_are_not_finite():
     _, model = both("fla", torch.float32)
     nn.init.constant_(model.model.norm.weight, float("nan"))
-    with pytest.raises(UserError, match="not finite; use another checkpoint"):
+    with refuses("not-finite"):
         scored(model, [([1], [2])], 1)
 
 

@@ -1,4 +1,4 @@
-"""Text to batches: sources, tokenizers, prepared token datasets, and iterators over them."""
+"""Text to batches: sources, tokenizers, prepared token datasets, and iterators over batches."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ __all__ = [
     "train_bpe",
 ]
 
-# these need torch, which a process that only tokenises does without: they are imported when first used
+# these need torch; a process that only tokenises does not, so they are imported on first use
 _WITH_TORCH = {
     "Batch": "batches",
     "PackedBatches": "batches",

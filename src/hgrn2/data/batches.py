@@ -1,7 +1,7 @@
-"""Batches for training: random windows packed so that documents do not see each other, or parallel streams.
+"""Training batches: random windows, packed so that documents do not see each other, or parallel streams.
 
-The tokens are taken as a circle: the last document's end is predicted as the first document's end-of-text
-token. So a corpus of N tokens has exactly N targets, and each is a target once an epoch.
+The tokens form a circle: the last token of the last document predicts the end-of-text token of the first. So a corpus
+of N tokens has exactly N targets, and each is a target once an epoch.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from hgrn2.nn.loss import IGNORE
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens and what is to be predicted from them.
+    """Input tokens and their targets, in one of two forms.
 
-    Two forms. Plain: rows of equal length, one sequence each. Packed: B = 1, several sequences end to end,
-    cut at cu_seqlens. In a packed batch of streams, carry_from and carry_to tie the sequences to the state
-    carried from batch to batch, one state a stream:
+    Plain: rows of equal length, one sequence each. Packed: B = 1, several concatenated sequences with boundaries
+    cu_seqlens. In a packed batch of streams, carry_from and carry_to map sequences to the states carried from batch to
+    batch, one state per stream:
 
         initial_state[n] = carried[carry_from[n]] if carry_from[n] >= 0 else 0    for the N sequences
         carried[b] = final_state[carry_to[b]]                                     for the streams
 
     Attributes:
         input_ids: int64 [B, T].
-        targets: int64 [B, T], the token after each input; -100 where nothing is to be predicted.
-        cu_seqlens: int32 [N + 1], starts of the packed sequences and their end; None in the plain form.
-        state_reset: bool [num_streams], True where a stream starts anew and its carried state must be zero;
-            None if no state is carried. In the packed form carry_from says so already.
-        carry_from: int64 [N], the stream whose carried state a sequence starts from, or -1 for zero; None if
-            no state is carried, and in the plain form, where row b is stream b.
-        carry_to: int64 [num_streams], the sequence whose final state each stream carries on; None as
-            carry_from.
-        num_text_bytes: bytes of the documents that end in this batch, for bits a byte; 0 in training batches.
+        targets: int64 [B, T], the token after each input; -100 for inputs without a target.
+        cu_seqlens: int32 [N + 1], starts of the packed sequences and the end of the last; None in the plain form.
+        state_reset: bool [num_streams], True if a stream restarts and its carried state must be zero; None if no
+            state is carried. In the packed form carry_from already accounts for it.
+        carry_from: int64 [N], the stream whose state a sequence starts from, or -1 for a zero state; None if no state
+            is carried, and in the plain form, where row b is stream b.
+        carry_to: int64 [num_streams], the sequence whose final state becomes the state of each stream; None whenever
+            carry_from is None.
+        num_text_bytes: bytes of the documents that end in this batch, for bits per byte; 0 in training batches.
     """
 
     input_ids: torch.Tensor
@@ -53,11 +53,11 @@ class Batch:
     num_text_bytes: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch with its tensors on a device."""
+        """Return the batch with its tensors on a device."""
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from which copies to a GPU do not wait."""
+        """Return the batch in pinned memory, from which copies to a GPU are asynchronous."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -66,13 +66,13 @@ class Batch:
 
 
 class _Batches(Iterator[Batch], ABC):
-    """Endless batches, of which the one at a position depends on the arguments alone.
+    """Endless batches; the batch at a position depends only on the arguments.
 
     Attributes:
-        position: of the next batch.
-        num_windows: positions of an epoch.
-        step_size: by how much one batch moves the position on.
-        num_streams: streams on all ranks; None where no state is carried.
+        position: position of the next batch.
+        num_windows: positions per epoch.
+        step_size: positions per batch.
+        num_streams: number of streams on all ranks; None if no state is carried.
     """
 
     num_windows: int
@@ -103,15 +103,15 @@ class _Batches(Iterator[Batch], ABC):
 
     @abstractmethod
     def _cut(self) -> None:
-        """Set num_windows and step_size, and whatever else follows from the arguments."""
+        """Set num_windows, step_size and everything else derived from the arguments."""
 
     @abstractmethod
     def batch_at(self, position: int) -> Batch:
-        """The batch at a position."""
+        """Return the batch at a position."""
 
     @property
     def epoch(self) -> float:
-        """Epochs begun so far, with the fraction of the present one."""
+        """Number of epochs read so far, with the fraction of the current one."""
         return self.position / self.num_windows
 
     def __next__(self) -> Batch:
@@ -120,14 +120,14 @@ class _Batches(Iterator[Batch], ABC):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
+        """Return the position, with the data and settings it belongs to."""
         return {"position": self.position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; carried states are the caller's to restore.
+        """Continue from a saved position; the caller restores the carried states.
 
         Raises:
-            UserError: it was saved with other data, another seq_len, seed or number of streams on all ranks.
+            UserError: saved with other data, or another seq_len, seed or number of streams on all ranks.
         """
         for name, now in self._identity().items():
             if state.get(name) != now:
@@ -144,26 +144,23 @@ class _Batches(Iterator[Batch], ABC):
 
 
 class PackedBatches(_Batches):
-    """Endless random batches; the position in them is one integer.
+    """Endless random batches; the position is one integer.
 
-    Every epoch cuts the circle of tokens at a random phase into windows of seq_len inputs (the last shorter)
-    and visits them in a keyed random order. The order is that of one sequence of samples shared by all ranks:
-    batch i of rank r holds samples (i * world_size + r) * batch_size and the batch_size - 1 after it. So
-    batch i of all ranks together depends on batch_size * world_size alone, and a position saved with one
-    world_size can be loaded with another.
-
-    A batch is packed: input_ids [1, batch_size * seq_len], with cu_seqlens cut at every window and every
-    document. With reset_at_documents=False it is plain, [batch_size, seq_len], and documents in a window see
-    those before.
+    Every epoch cuts the circle of tokens at a random phase into windows of seq_len inputs (the last is shorter) and
+    visits them in a keyed random order. All ranks share one sequence of samples: batch i of rank r holds the
+    batch_size samples from (i * world_size + r) * batch_size on. So batch i of all ranks together depends only on
+    batch_size * world_size, and a position saved with one world_size can be loaded with another.
 
     Args:
         dataset: the tokens.
-        batch_size: windows a batch, on each rank.
-        seq_len: inputs a window.
-        seed: of the phase and the order.
-        rank: of this process, 0 <= rank < world_size.
+        batch_size: windows per batch on each rank.
+        seq_len: inputs per window.
+        seed: seed of the phase and the order.
+        rank: rank of this process, 0 <= rank < world_size.
         world_size: number of processes.
-        reset_at_documents: see above.
+        reset_at_documents: True gives packed batches, input_ids [1, batch_size * seq_len] with cu_seqlens at every
+            window and document. False gives plain ones, [batch_size, seq_len], in which a document sees those before
+            it in its window.
 
     Raises:
         UserError: the dataset is shorter than one window.
@@ -180,7 +177,7 @@ class PackedBatches(_Batches):
         self._orders: dict[int, Permutation] = {}
 
     def batch_at(self, position: int) -> Batch:
-        """The batch at a position, which is the number of samples all ranks consumed before it."""
+        """Return the batch at a position, counted in samples consumed by all ranks."""
         first = position + self.rank * self.batch_size
         samples = np.arange(first, first + self.batch_size)
         windows = np.empty((self.batch_size, self.seq_len + 1), dtype=np.int64)
@@ -203,33 +200,31 @@ class PackedBatches(_Batches):
 
     def _order(self, epoch: int) -> Permutation:
         if epoch not in self._orders:
-            # one is enough, since epochs come one after the other
+            # keep one: epochs are read in order
             self._orders = {epoch: Permutation(self.num_windows, keyed_integer("order", self.seed, epoch))}
         return self._orders[epoch]
 
 
 class StreamBatches(_Batches):
-    """Endless batches of parallel streams, state carried from one to the next (truncated backpropagation).
+    """Endless batches of parallel streams that carry state (truncated backpropagation through time).
 
-    The circle of tokens, begun at a random phase every epoch, is cut into batch_size * world_size parts of
-    equal length; stream s reads part s from its start to its end, seq_len tokens a batch, and all start anew
-    together with the next epoch. Rank r has streams r * batch_size and the batch_size - 1 after it. The last
-    window of an epoch is filled up with tokens that have no target.
+    Every epoch cuts the circle of tokens, from a random phase on, into batch_size * world_size parts of equal length.
+    Stream s reads part s in order, seq_len tokens per batch, and all streams restart with the next epoch. Rank r has
+    the batch_size streams from r * batch_size on. The last window of an epoch is padded with tokens without targets.
 
-    A window may hold document boundaries, and the state must not cross them. So a batch is packed: window b
-    is cut at its documents; the sequence at its start continues stream b, unless it starts a document or the
-    stream is new; the others start from zero; the state after the last is carried on. `Batch.carry_from` and
-    `Batch.carry_to` say so in indices. With reset_at_documents=False the batch is plain, [batch_size,
-    seq_len], row b continues stream b, and `Batch.state_reset` tells where it starts anew.
+    State must not cross document boundaries, so a batch is packed: window b is cut at its documents. Its first sequence
+    continues stream b unless it starts a document or the stream is new; the others start from a zero state; the final
+    state of the last one is carried on. `Batch.carry_from` and `Batch.carry_to` hold this as indices.
 
     Args:
         dataset: the tokens.
         batch_size: streams on each rank.
-        seq_len: tokens a stream and batch.
-        seed: of the phase.
-        rank: of this process, 0 <= rank < world_size.
+        seq_len: tokens per stream and batch.
+        seed: seed of the phase.
+        rank: rank of this process, 0 <= rank < world_size.
         world_size: number of processes.
-        reset_at_documents: see above.
+        reset_at_documents: True gives packed batches. False gives plain ones, [batch_size, seq_len]: row b continues
+            stream b across documents, and `Batch.state_reset` marks the rows that restart.
 
     Raises:
         UserError: the parts are shorter than one window.
@@ -241,12 +236,12 @@ class StreamBatches(_Batches):
         bounds = np.arange(count + 1) * self.dataset.num_tokens // count
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         self._starts, self._stops = bounds[:-1][mine], bounds[1:][mine]
-        # the same on all ranks, so that they stay in step
+        # equal on all ranks, so that they stay in step
         self.num_windows = -(-int(np.diff(bounds).max()) // self.seq_len)
         self.step_size = 1
 
     def batch_at(self, position: int) -> Batch:
-        """The batch at a position, which is the number of batches before it."""
+        """Return the batch at a position, counted in batches."""
         epoch, window = divmod(position, self.num_windows)
         phase = _phase(self.dataset, self.seed, epoch)
         starts = self._starts + window * self.seq_len
@@ -263,14 +258,13 @@ class StreamBatches(_Batches):
 def pack_streams(
     inputs: list[np.ndarray], targets: list[np.ndarray], streams: np.ndarray, fresh: np.ndarray, eot_id: int
 ) -> Batch:
-    """One packed batch of the next windows of several streams, cut at their documents.
+    """Pack the next windows of several streams into one batch, cut at their documents.
 
     Args:
-        inputs: of each window, int64 [T_i], T_i >= 1.
-        targets: alike.
-        streams: int [num_windows], the stream each window belongs to, ascending.
-        fresh: bool [num_streams], streams that start anew. A stream without a window carries on an arbitrary
-            state.
+        inputs: input ids of each window, int64 [T_i], T_i >= 1.
+        targets: targets of each window, int64 [T_i].
+        streams: int [num_windows], the stream of each window, ascending.
+        fresh: bool [num_streams], the streams that restart. The state of a stream without a window is arbitrary.
         eot_id: the token that starts a document.
     """
     flat = np.concatenate(inputs)
@@ -296,7 +290,7 @@ def pack_streams(
 
 
 def _inputs_and_targets(windows: np.ndarray, num_targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split windows [B, T + 1] into inputs and targets [B, T], a row's first num_targets of which count."""
+    """Split windows [B, T + 1] into inputs and targets [B, T]; only the first num_targets [B] of a row are kept."""
     inputs = windows[:, :-1].copy()
     targets = windows[:, 1:].copy()
     targets[np.arange(targets.shape[1]) >= num_targets[:, None]] = IGNORE

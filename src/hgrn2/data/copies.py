@@ -1,4 +1,4 @@
-"""Recognise copies of a text, in eight bytes a document."""
+"""Detect duplicate texts with eight bytes of memory a document."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from hgrn2.data.documents import Document
 
-# keys in a Python set before they join the sorted array, which grows by at least an eighth at a time
+# keys collected in a Python set before they are merged into the sorted array, which grows by at least an eighth
 _FEWEST_WAITING = 1 << 12
 
 
@@ -20,7 +20,7 @@ def text_key(text: str) -> int:
 
 
 def with_key(document: Document) -> tuple[int, Document]:
-    """Return the key of a document's first piece, `NO_TEXT` without any, and a document that still yields it."""
+    """Return the key of a document's first piece (`NO_TEXT` if it is empty) and a document that still yields it."""
     pieces = iter(document.pieces)
     first = next(pieces, "")
     return text_key(first), Document(document.name, itertools.chain([first] if first else [], pieces))
@@ -30,7 +30,7 @@ NO_TEXT = text_key("")
 
 
 class KeySet:
-    """A set of keys that takes as little memory as an array of them."""
+    """A set of integer keys, stored as compactly as an array."""
 
     def __init__(self) -> None:
         self._sorted = np.empty(0, dtype=np.uint64)
@@ -46,7 +46,7 @@ class KeySet:
         return index < len(self._sorted) and int(self._sorted[index]) == key
 
     def add(self, key: int) -> None:
-        """Add a key that is not in the set yet."""
+        """Add a key that is not yet in the set."""
         self._waiting.add(key)
         if len(self._waiting) >= max(_FEWEST_WAITING, len(self._sorted) // 8):
             new = np.fromiter(self._waiting, dtype=np.uint64, count=len(self._waiting))

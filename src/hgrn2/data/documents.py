@@ -1,4 +1,4 @@
-"""Documents inside files: a whole text file, the lines of .jsonl, the rows of .parquet or a Hub dataset."""
+"""Read documents: whole text files, lines of .jsonl, rows of .parquet or of a Hub dataset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hgrn2.errors import UserError, visible
 from hgrn2.extras import install_command
 from hgrn2.storage.json_files import parse_json
 
-# longer lines are cut, and then are not JSON
+# longer lines are cut, and are then not JSON
 _MOST_LINE_BYTES = 1 << 26
 
 
@@ -24,9 +24,9 @@ class Document:
     """A text and its name.
 
     Attributes:
-        name: unique in its corpus and independent of where the files lie.
-        pieces: the text in order, in pieces of bounded size; can be iterated once.
-        source: the name of the file or dataset it is a row of; empty for a file that is one document.
+        name: unique in its corpus and independent of the location of the files.
+        pieces: the text in pieces of bounded size; can be iterated once.
+        source: the file or dataset of which the document is a row; empty if the file is one document.
     """
 
     name: str
@@ -35,15 +35,15 @@ class Document:
 
 
 def text_document(name: str, path: Path) -> Document:
-    """A text file as one document; a NotText error comes while its pieces are read."""
+    """Return a text file as one document; reading its pieces may raise NotText."""
     return Document(name, cut_pieces(read_text(path)))
 
 
 def jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
-    """One document a line, the string under a key; lines with an empty text are left out.
+    """Yield one document a line, the string under a key; lines without text are skipped.
 
     Raises:
-        UserError: a line is not a JSON object, has no such string, or holds a NUL; the message names the line.
+        UserError: a line is not a JSON object, lacks the string, or holds a NUL; the message names the line.
     """
     try:
         with open_binary(path) as stream:
@@ -60,16 +60,16 @@ def jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
 
 
 def holds_json_lines(path: Path, field: str, is_named: bool) -> bool:
-    """Whether a file holds JSON lines under another name, as C4's `.json.gz` do.
+    """Return whether a file holds JSON lines under another suffix, as C4's `.json.gz` files do.
 
     Args:
-        path: the file; its first two lines are read if it begins with a brace.
-        field: the key of the text. A file whose first line has it holds JSON lines.
-        is_named: named by the user, who is asked about objects without that key; a file found in a folder is text then.
+        path: the file; if it starts with a brace, its first two lines are read.
+        field: the key of the text; a file whose first line has it holds JSON lines.
+        is_named: the user named the file, so JSON objects without the key are an error. In a folder they are text.
 
     Raises:
-        UserError: the file was named, and holds JSON objects without the key, or an array of objects.
-        NotText: it cannot be read.
+        UserError: the file was named and holds JSON objects without the key, or an array of objects.
+        NotText: the file cannot be read.
     """
     try:
         with open_binary(path) as stream:
@@ -106,10 +106,10 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 
 
 def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
-    """One document a row, the string in a column; empty and null texts are left out.
+    """Yield one document a row, the string in a column; empty and null texts are skipped.
 
     Raises:
-        UserError: pyarrow is missing, the file is damaged, it has no such column of strings, or a row holds a NUL.
+        UserError: pyarrow is missing, the file is damaged or lacks the column of strings, or a row holds a NUL.
     """
     try:
         import pyarrow
@@ -130,7 +130,7 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[Document]:
                         yield Document(f"{name}#{row}", cut_pieces([text]), name)
     except UserError:
         raise
-    except Exception as error:  # a damaged file ends in errors of many kinds
+    except Exception as error:  # a damaged file raises errors of many types
         raise UserError(f"{path}: not a readable parquet file: {_first_line(error)}", "unreadable") from error
 
 
@@ -145,15 +145,15 @@ def _parquet_value(value: Any, path: Path, row: int) -> Any:
 
 
 def hub_documents(spec: str, field: str) -> Iterator[Document]:
-    """One document a row of a Hugging Face dataset, streamed; empty texts are left out.
+    """Stream a Hugging Face dataset, one document a row; empty texts are skipped.
 
     Args:
-        spec: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (CONFIG may be empty); the split is "train" if not given.
-        field: the column.
+        spec: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (CONFIG may be empty); the default split is "train".
+        field: the column of the text.
 
     Raises:
-        UserError: datasets is missing, the Hub cannot be reached, there is no such dataset or column, or a
-            row holds a NUL.
+        UserError: the datasets package is missing, the Hub cannot be reached, the dataset or column does not exist,
+            or a row holds a NUL.
     """
     name, _, rest = spec.partition(":")
     config, _, split = rest.partition(":")
@@ -175,7 +175,7 @@ def hub_documents(spec: str, field: str) -> Iterator[Document]:
                 yield Document(f"hf:{spec}#{number}", cut_pieces([text]), f"hf:{spec}")
     except UserError:
         raise
-    except Exception as error:  # the library lets errors of many others through
+    except Exception as error:  # the library passes on errors of many other packages
         raise UserError(
             f"hf:{spec}: cannot be read: {type(error).__name__}: {_first_line(error)}", "unreadable"
         ) from error
@@ -185,7 +185,7 @@ def _json_text(line: bytes, field: str, where: str) -> str:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); mend the line or take it out", "unreadable") from None
+        raise UserError(f"{where}: not JSON ({error}); correct or remove the line", "unreadable") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, wanted an object with the key {field!r}", "unreadable")
     text = _row_text(row, field, where)
@@ -208,7 +208,7 @@ def _row_text(row: dict[str, Any], field: str, where: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} holds {type(text).__name__}, wanted a string", "unreadable")
     if (nul := text.find("\0")) >= 0:
-        raise UserError(f"{where}: binary, not text (NUL at character {nul}); take it out", "unreadable")
+        raise UserError(f"{where}: binary, not text (NUL at character {nul}); remove it", "unreadable")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Encode pieces of text, in this process or in several, always in the order they came."""
+"""Encode pieces of text in one process or several, in input order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hgrn2.data.pieces import Piece, keeps_text, piece_tokens
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 
-# enough text in a task to make its way to a worker and back cheap beside its tokenisation
+# enough text in a task that sending it to a worker is cheap beside tokenising it
 _TASK_CHARS = 1 << 20
 _TASK_PIECES = 4096
 
@@ -35,10 +35,10 @@ class EncodedPiece:
     """A piece of text as tokens.
 
     Attributes:
-        tokens: 1-D, of the dataset's dtype.
+        tokens: 1-D array of the dataset's dtype.
         num_text_bytes: UTF-8 bytes of the text.
-        num_unknown: tokens that stand for text the vocabulary lacks.
-        keeps_text: whether the text can be told from the tokens.
+        num_unknown: number of unknown tokens, which replace text that the vocabulary lacks.
+        keeps_text: whether decoding the tokens restores the text.
     """
 
     tokens: np.ndarray
@@ -54,16 +54,16 @@ def encode_pieces(
 
     Args:
         pieces: (tag, piece) pairs; tags stay in this process.
-        tokenizer: must be picklable if there are several workers.
-        dtype: of the tokens given back.
-        num_workers: processes; 1 encodes in threads of this one.
+        tokenizer: the tokenizer; must be picklable for several workers.
+        dtype: dtype of the returned tokens.
+        num_workers: number of processes; 1 encodes in threads of this process.
 
     Raises:
         UserError: a worker process died.
     """
     pool: Executor
     if num_workers == 1:
-        # the tokenizers library uses all cores by itself; one thread waits for it while the other turns ids to arrays
+        # the tokenizers library uses all cores itself; one thread waits for it while the other converts ids to arrays
         pool = ThreadPoolExecutor(2, "encode")
         encode = partial(_encode, tokenizer, dtype)
     else:
@@ -71,7 +71,7 @@ def encode_pieces(
             num_workers,
             _process_context(),
             initializer=_start_worker,
-            # serialised once: a large vocabulary takes longer than starting a process
+            # pickled once: for a large vocabulary that takes longer than starting a process
             initargs=(pickle.dumps(tokenizer), dtype),
         )
         encode = _encode_in_worker
@@ -79,7 +79,7 @@ def encode_pieces(
         waiting: deque[tuple[list[Any], Future[list[EncodedPiece]]]] = deque()
         for tags, task in _tasks(pieces):
             waiting.append((tags, pool.submit(encode, task)))
-            # the bound keeps a corpus larger than memory out of memory
+            # the bound keeps memory constant for a corpus of any size
             if len(waiting) > 2 * num_workers:
                 done_tags, future = waiting.popleft()
                 yield from zip(done_tags, future.result(), strict=True)
@@ -96,7 +96,7 @@ def encode_pieces(
 
 
 def _process_context() -> BaseContext:
-    """Processes forked from a server that has imported what workers need; where there is none, spawned one by one."""
+    """Return a fork server that has imported what workers need; a spawn context where there is no fork server."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -105,7 +105,7 @@ def _process_context() -> BaseContext:
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -142,15 +142,15 @@ _worker: tuple[Tokenizer, np.dtype]
 def _start_worker(pickled_tokenizer: bytes, dtype: np.dtype) -> None:
     global _worker
     _worker = (pickle.loads(pickled_tokenizer), dtype)
-    # one thread a process, or the tokenizer would start as many as there are cores in each
+    # otherwise the tokenizer of each process would start one thread a core
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # an interrupt from the keyboard reaches the parent, which ends the pool in order
+    # Ctrl-C reaches the parent as well, which shuts the pool down in order
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this process when the parent is killed, which would otherwise leave it waiting for ever."""
+    """Exit when the parent is killed; without this the worker would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         with contextlib.suppress(OSError):

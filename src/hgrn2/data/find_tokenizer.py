@@ -1,4 +1,4 @@
-"""Tokenizers by what the user names: trained, from a file, or from the Hugging Face Hub."""
+"""Load the tokenizer that the user names, from a file or the Hugging Face Hub, or train one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hgrn2.errors import UserError
 from hgrn2.storage.json_files import parse_json
 
 _BPE_REQUEST = re.compile(r"bpe:(\d+)")
-# as of a model; the library ends the process for some that are larger
+# limit of a model's vocabulary too; for some larger values the library aborts the process
 _MOST_TOKENS = 2**24
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def bpe_request(spec: object) -> int | None:
-    """The vocabulary size in "bpe:4096", a tokenizer still to be trained; None for anything else."""
+    """Return the vocabulary size in "bpe:4096", which asks for a trained tokenizer; None for anything else."""
     match = _BPE_REQUEST.fullmatch(spec) if isinstance(spec, str) else None
     if match is None:
         return None
@@ -38,12 +38,12 @@ def bpe_request(spec: object) -> int | None:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
-    """Train a byte-level BPE; the same texts give the same tokenizer.
+    """Train a byte-level BPE tokenizer; deterministic.
 
     Args:
         texts: the training texts, iterated once.
-        vocab_size: wanted number of tokens, the 256 bytes and "<|endoftext|>" (id 0) included; a small corpus
-            may give fewer.
+        vocab_size: number of tokens, including the 256 bytes and "<|endoftext|>" (id 0). A small corpus may give
+            fewer.
 
     Raises:
         UserError: vocab_size is below 257 (the bytes and the end of text) or above 2^24.
@@ -72,11 +72,11 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        spec: "bytes", a tokenizer.json, a directory that holds one (or was written by `Tokenizer.save`), or
-            the name of a model on the Hugging Face Hub, which is looked up in the local cache when offline.
+        spec: "bytes", a tokenizer.json, a directory that holds one or was written by `Tokenizer.save`, or the name
+            of a model on the Hugging Face Hub. Offline, the name is looked up in the local cache.
 
     Raises:
-        UserError: nothing usable there; the message says what was found.
+        UserError: no usable tokenizer was found; the message says what was.
 
     Example:
         >>> load_tokenizer("bytes").vocab_size
@@ -88,7 +88,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if bpe_request(spec) is not None:
         raise UserError(
-            f"tokenizer {spec!r} is still to be trained; prepare data with it, or use train_bpe", "unsupported"
+            f"tokenizer {spec!r} has yet to be trained; prepare data with it, or use train_bpe", "unsupported"
         )
     path = Path(spec).expanduser()
     if path.is_dir():
@@ -102,7 +102,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def _load_directory(path: Path) -> Tokenizer:
-    # a folder of bytes may hold a tokenizer.json of the same tokens for transformers
+    # the folder of a byte tokenizer may hold an equivalent tokenizer.json for transformers
     if (path / BYTES_FILE).is_file():
         return _load_file(path / BYTES_FILE)
     if (path / TOKENIZER_FILE).is_file():

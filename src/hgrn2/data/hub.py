@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be reached, told at once rather than after many retries."""
+"""Check whether the Hugging Face Hub can be reached, without waiting for retries."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from urllib.parse import urlsplit
 
 
 def hub_reachable() -> bool:
-    """True unless the Hub is switched off (HF_HUB_OFFLINE) or its host name does not resolve.
+    """Return False if HF_HUB_OFFLINE is set or the Hub's host name does not resolve.
 
-    Behind a proxy names are resolved by the proxy, so there the answer is True and the request itself
-    decides.
+    Behind a proxy the result is True: the proxy resolves names, so only the request itself can tell.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return False
-    # takes a tenth of a second, and every process that tokenises imports this module
+    # this import takes a tenth of a second, and every tokenising process imports this module
     from urllib.request import getproxies
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")

@@ -1,4 +1,4 @@
-"""Files that lie beside a model's tokenizer: where its texts begin and end, its chat template and other settings."""
+"""Files beside a model's tokenizer: start and end tokens, chat template, generation settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 GENERATION_CONFIG_FILE = "generation_config.json"
 CONFIG_FILE = "config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# files that a tokenizer may consist of, and the settings of generation
+# files that belong to a tokenizer, and the generation settings
 TOKENIZER_FILES = (
     "*tokenizer*.json", "*.model", "tokenizer.model.*", "tekken.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "additional_chat_templates/*.jinja",
@@ -28,13 +28,13 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Settings of a model's folder about its texts.
+    """Settings in a model's folder that say how its texts start and end.
 
     Attributes:
-        eot: the token after a text by tokenizer_config.json; None if it names none.
-        end_ids: ids that end a text when the model writes them, by generation_config.json or config.json.
-        begins_as_template: whether texts of the model begin as the template in its tokenizer.json says. Otherwise they
-            begin with the end of text, as those of a model trained here from nothing do.
+        eot: the EOS token of tokenizer_config.json; None if it names none.
+        end_ids: ids that end generation, from generation_config.json or config.json.
+        begins_as_template: texts begin as the template in tokenizer.json says. Otherwise they begin with the
+            end-of-text token, as for models trained from scratch by this package.
     """
 
     eot: str | None
@@ -43,10 +43,10 @@ class ModelFiles:
 
 
 def read_model_files(folder: Path) -> ModelFiles:
-    """Read the settings of transformers in a folder; a folder without any leaves everything unset.
+    """Read transformers' settings in a folder; without such files every setting is unset.
 
     Raises:
-        UserError: a file cannot be read, or names something other than tokens.
+        UserError: a file cannot be read, or a token id in it is not a number.
     """
     tokenizer, generation, config = (
         _read(folder / name) for name in (TOKENIZER_CONFIG_FILE, GENERATION_CONFIG_FILE, CONFIG_FILE)
@@ -62,14 +62,14 @@ def read_model_files(folder: Path) -> ModelFiles:
 
 
 def check_token_ids(settings: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The settings that say which tokens begin, end and fill a text.
+    """Return the BOS, EOS and padding ids among some settings.
 
     Args:
-        settings: of a config.json or a generation_config.json.
+        settings: the content of a config.json or generation_config.json.
         where: the file, for the message.
 
     Raises:
-        UserError: one is neither a number, nor a list of numbers, nor null.
+        UserError: an id is neither a number, nor a list of numbers, nor null.
     """
     found = {key: settings[key] for key in TOKEN_IDS if key in settings}
     for key, value in found.items():
@@ -80,15 +80,15 @@ def check_token_ids(settings: dict[str, Any], where: Path) -> dict[str, Any]:
 
 
 def template_start(backend: tokenizers.Tokenizer) -> list[int]:
-    """The tokens that a tokenizer's own template puts before a text."""
+    """Return the tokens that the tokenizer's own template puts before a text."""
     with_template = backend.encode("0", add_special_tokens=True)
-    # what is after the text belongs to its end
+    # special tokens after the text mark its end
     marks = with_template.special_tokens_mask
     return with_template.ids[: marks.index(0)] if 0 in marks else []
 
 
 def companion_files(folder: Path) -> Iterator[Path]:
-    """The files of a model's folder that go with its tokenizer, tokenizer.json apart."""
+    """Yield the files in a model's folder that belong to its tokenizer, except tokenizer.json."""
     for pattern in TOKENIZER_FILES:
         for file in sorted(folder.glob(pattern)):
             if file.is_file() and file.name not in (TOKENIZER_FILE, BYTES_FILE):
@@ -96,14 +96,15 @@ def companion_files(folder: Path) -> Iterator[Path]:
 
 
 def read_companions(folder: Path, eot_id: int) -> dict[str, bytes]:
-    """Read the companion files, by their path in the folder.
+    """Read the companion files of a tokenizer.
 
     Args:
-        folder: of a model.
-        eot_id: ends its texts if the folder does not say what does.
+        folder: the folder of a model.
+        eot_id: the end token if the folder names none.
 
     Returns:
-        The files, with a generation_config.json if there are any, since its tokens belong to the model.
+        The contents by path relative to the folder. If there are any files, generation_config.json is among them,
+        made from the token ids of the model if need be.
     """
     found = {file.relative_to(folder).as_posix(): file.read_bytes() for file in companion_files(folder)}
     ids = check_token_ids(_read(folder / CONFIG_FILE), folder / CONFIG_FILE)
@@ -113,5 +114,5 @@ def read_companions(folder: Path, eot_id: int) -> dict[str, bytes]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; empty if there is no such file."""
+    """Return the object in a JSON file; empty if the file does not exist."""
     return read_json_object(path, "copy it again from where it came") if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""A keyed random order of 0 .. size-1 that is computed, not stored."""
+"""A keyed random permutation of 0 .. size-1 that is computed, not stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NUM_ROUNDS = 8
 
 
 def keyed_integer(*key: int | str | bytes) -> int:
-    """A 64-bit integer that depends on the key alone, the same on every machine and in every process."""
+    """Return a 64-bit hash of the key, the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
@@ -18,8 +18,7 @@ class Permutation:
     """A pseudo-random bijection on range(size) with O(1) memory and O(1) random access.
 
     An unbalanced Feistel network over the smallest power of two that holds size (Luby and Rackoff, 1988),
-    with cycle walking: a value that falls outside the range is sent through the network again until it falls
-    inside.
+    with cycle walking: a value outside the range goes through the network again until it falls inside.
 
     Args:
         size: number of elements, at least 1.
@@ -39,7 +38,7 @@ class Permutation:
         self._keys = [np.uint64(keyed_integer("feistel", key, i)) for i in range(_NUM_ROUNDS)]
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        """Images of int64 indices in [0, size), as int64 of the same shape."""
+        """Map int64 indices in [0, size) to their images, int64 of the same shape."""
         value = self._network(index.astype(np.uint64))
         while (outside := value >= self.size).any():
             value[outside] = self._network(value[outside])
@@ -49,7 +48,7 @@ class Permutation:
         low = value & np.uint64((1 << self._low_bits) - 1)
         high = value >> np.uint64(self._low_bits)
         for i, key in enumerate(self._keys):
-            # each half in turn is changed by a function of the other, which is undone by doing it again
+            # each half in turn is xored with a function of the other, which is its own inverse
             if i % 2 == 0:
                 low ^= _mix(high, key) >> np.uint64(64 - self._low_bits)
             else:

@@ -1,7 +1,7 @@
-"""Documents cut into pieces that give, one after the other, the tokens of the whole document.
+"""Cut documents into pieces whose tokens, concatenated, are the tokens of the whole document.
 
-A tokenizer is free to look at as much of a text as it likes, so a cut is only made where it is known, or was tried,
-to leave the tokens on both sides unchanged.
+A tokenizer may look at any amount of context, so a document is only cut where the tokens on both sides are known, or
+have been checked, to stay the same.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from hgrn2.data.text import PIECE_CHARS
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 
-# a document in which no place to cut is found is encoded whole up to here: about 350 MB of memory
+# without a place to cut, a document is encoded whole up to this length: about 350 MB of memory
 WHOLE_CHARS = 1 << 22
-# what is tried around a cut, and a shorter left side that has to give the same
+# text encoded on each side of a cut to check it, and a shorter left side that must give the same tokens
 _TRIAL_CHARS = 256
 _SHORT_TRIAL_CHARS = 97
-# what a piece may have before it, so that its first word is not taken for the start of a text
+# context given to a piece, so that its first word is not encoded as the start of a text
 _CONTEXT_CHARS = 16
-# places tried for a cut, of each kind
+# candidate cuts checked, of each kind
 _MOST_TRIALS = 24
 
 
@@ -32,8 +32,8 @@ class Piece:
     """A part of a document.
 
     Attributes:
-        text: the part.
-        context: characters before it that the tokenizer has to see. Their tokens belong to the piece before.
+        text: the text of the piece.
+        context: characters before it that the tokenizer must see; their tokens belong to the previous piece.
     """
 
     text: str
@@ -41,7 +41,7 @@ class Piece:
 
 
 def piece_tokens(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[np.ndarray]:
-    """Token ids of each piece, one 1-D integer array a piece."""
+    """Return the token ids of each piece, one 1-D integer array a piece."""
     encoded = tokenizer.encode_batch([piece.context + piece.text for piece in pieces])
     contexts = sorted({piece.context for piece in pieces if piece.context})
     sizes = dict(zip(contexts, map(len, tokenizer.encode_batch(contexts)), strict=True)) if contexts else {}
@@ -49,9 +49,9 @@ def piece_tokens(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[np.ndarr
 
 
 def keeps_text(tokenizer: Tokenizer, piece: Piece, ids: np.ndarray) -> bool:
-    """Whether the text of a piece can be told from its tokens; a space at its very start does not count.
+    """Return whether decoding the tokens restores the text of a piece, up to a space at its start.
 
-    A normalizer may have changed it (lower case, line ends), or a vocabulary may lack some of it.
+    It does not if a normalizer changed the text (lower case, line ends) or the vocabulary lacks parts of it.
     """
     if tokenizer.is_lossless:
         return True
@@ -61,24 +61,24 @@ def keeps_text(tokenizer: Tokenizer, piece: Piece, ids: np.ndarray) -> bool:
 
 
 def cut_document(tokenizer: Tokenizer, blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[Piece]:
-    """Cut a document into pieces of about piece_chars characters, whatever blocks it comes in; none is empty.
+    """Cut a document into non-empty pieces of about piece_chars characters, independent of the input blocks.
 
-    Memory is bounded: where no place to cut is found, a piece grows up to `WHOLE_CHARS`.
+    Memory is bounded: if no place to cut is found, a piece grows to at most `WHOLE_CHARS` characters.
 
     Raises:
-        UserError: there is none in as many characters.
+        UserError: no place to cut in that many characters.
     """
     if tokenizer.splits_anywhere:
         yield from (Piece(block) for block in blocks if block)
         return
     rest, context = "", ""
-    # how much of the rest was searched in vain
+    # characters of the rest that were searched without finding a cut
     searched = 0
     for block in blocks:
         rest += block
         while len(rest) >= searched + piece_chars + _TRIAL_CHARS:
             stop = searched + piece_chars
-            # no further back than the middle, or pieces would get small
+            # search only the second half, or pieces would become small
             found = _find_cut(tokenizer, rest, searched or piece_chars // 2, stop)
             if found is None:
                 searched = stop
@@ -97,7 +97,7 @@ def cut_document(tokenizer: Tokenizer, blocks: Iterable[str], piece_chars: int =
 
 
 def _find_cut(tokenizer: Tokenizer, text: str, start: int, stop: int) -> tuple[int, str] | None:
-    """The last good place for a cut in [start, stop), and the context of what comes after; None if there is none."""
+    """Return the last valid cut in [start, stop) and the context of the piece after it; None without one."""
     for places in (_line_ends(text, start, stop), _spaces(text, start, stop)):
         for place in itertools.islice(places, _MOST_TRIALS):
             if tokenizer.splits_at_spaces:
@@ -109,7 +109,7 @@ def _find_cut(tokenizer: Tokenizer, text: str, start: int, stop: int) -> tuple[i
 
 
 def _line_ends(text: str, start: int, stop: int) -> Iterator[int]:
-    """Places after a line end between two characters that are no space, from the last one back."""
+    """Yield the positions after line ends between two non-space characters, last first."""
     end = text.rfind("\n", start, stop)
     while end > start:
         if not text[end - 1].isspace() and not text[end + 1].isspace():
@@ -118,18 +118,18 @@ def _line_ends(text: str, start: int, stop: int) -> Iterator[int]:
 
 
 def _spaces(text: str, start: int, stop: int) -> Iterator[int]:
-    """Places before white space, from the last one back, where none of the words around is long."""
+    """Yield the positions before white space where no long word is near, last first."""
     for place in range(stop - 1, start, -1):
         if not text[place].isspace() or text[place - 1].isspace():
             continue
         before, after = text[max(place - _SHORT_TRIAL_CHARS, 0) : place], text[place : place + _TRIAL_CHARS]
-        # inside a run of one kind of character, a pattern may count from its start
+        # within a long run of one kind of character, a pattern may depend on the start of the run
         if any(map(str.isspace, before)) and not after.isspace():
             yield place
 
 
 def _try_cut(tokenizer: Tokenizer, text: str, place: int) -> str | None:
-    """The context with which what comes after a place has the tokens of the whole; None if the place is no good."""
+    """Return the context that the text after a cut needs to keep its tokens; None if the cut changes tokens."""
     after = text[place : place + _TRIAL_CHARS]
     befores = [text[max(place - size, 0) : place] for size in (_TRIAL_CHARS, _SHORT_TRIAL_CHARS)]
     contexts = ["", text[max(place - _CONTEXT_CHARS, 0) : place]]
@@ -137,7 +137,7 @@ def _try_cut(tokenizer: Tokenizer, text: str, place: int) -> str | None:
     encoded = [ids.tolist() for ids in tokenizer.encode_batch([*heads, *(head + after for head in heads)])]
     tails = []
     for head, whole in zip(encoded[: len(heads)], encoded[len(heads) :], strict=True):
-        # None where the place is inside a token, or the tokens before it depend on what comes after
+        # None if the cut is inside a token, or the tokens before it depend on the text after it
         tails.append(whole[len(head) :] if whole[: len(head)] == head else None)
     wanted, *others, plain, with_context = tails
     if wanted is None or any(tail != wanted for tail in others):

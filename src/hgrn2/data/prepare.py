@@ -1,4 +1,4 @@
-"""Tokenise a corpus once, into training and validation token datasets that later runs map into memory."""
+"""Tokenise a corpus once into training and validation token datasets, which later runs memory-map."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from hgrn2.storage.staging import Discard, staged_directory
 
 BPE_SAMPLE_BYTES = 50_000_000
 
-# names of copies in a warning
+# number of copies named in a warning
 _NAMES_SHOWN = 5
 
-# the tokenizers library uses all cores by itself; processes of ours scale better, but take a second to start
+# the tokenizers library uses all cores itself; several processes scale better but take a second to start
 _SERIAL_BELOW_BYTES = 32_000_000
 _SERIAL_BELOW_CORES = 5
 
@@ -59,31 +59,32 @@ def prepare(
     rebuild: bool = False,
     check_tokenizer: Callable[[Tokenizer], None] | None = None,
 ) -> PreparedData:
-    """Tokenise a corpus into out_dir, or reuse what is there if neither inputs nor settings have changed.
+    """Tokenise a corpus into out_dir, or reuse the set there if neither inputs nor settings have changed.
 
-    The tokens do not depend on the number of workers, on the order of the sources, or on where they lie.
+    The tokens do not depend on the number of workers, or on the order or location of the sources.
 
     Args:
-        sources: files, folders, globs, Hub datasets or "stdlib"; see `open_corpus`.
-        tokenizer: a tokenizer, what `load_tokenizer` takes, or "bpe:4096" to train a byte-level BPE of that
-            size on the first 50 MB of the training documents.
-        out_dir: replaced as a whole when the new set is complete; anything there that is not a prepared set
-            is an error.
-        validation: sources of validation data; files among them are left out of training. Without any, whole
+        sources: files, folders, globs, Hub datasets or "stdlib", as for `open_corpus`.
+        tokenizer: a tokenizer, anything `load_tokenizer` takes, or "bpe:4096" to train a byte-level BPE of that size
+            on the first 50 MB of the training documents.
+        out_dir: the folder of the set, replaced as a whole once the new set is complete. It must not hold anything
+            but a prepared set.
+        validation: sources of validation data; files among them are excluded from training. Without any, whole
             documents are held out, chosen by a hash of their names.
-        validation_fraction: how many documents to hold out, in (0, 1); at least one, and of a corpus of one
-            document its last part.
+        validation_fraction: fraction of documents to hold out, in (0, 1); at least one document, or the last part of
+            a single document.
         text_field: key or column of the text in .jsonl, .parquet and Hub datasets.
-        seed: chooses the documents held out.
-        num_workers: processes; None means one a core, or this process alone for a small corpus, bytes or few cores.
-        shard_tokens: tokens a shard.
-        progress: show a progress bar on stderr; None means if that is a terminal.
+        seed: seed of the choice of documents to hold out.
+        num_workers: number of processes; None means one per core, or this process alone for a small corpus, the byte
+            tokenizer or few cores.
+        shard_tokens: tokens per shard.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal.
         rebuild: prepare even if nothing has changed.
-        check_tokenizer: called with the tokenizer as soon as it is known, before the corpus is tokenised; what it
-            raises goes to the caller, and nothing is kept.
+        check_tokenizer: called with the tokenizer as soon as it is known, before the corpus is tokenised. If it raises,
+            nothing is kept and the error is passed on.
 
     Raises:
-        UserError: something named cannot be used, nothing is left to hold out, or out_dir cannot be written.
+        UserError: a source cannot be used, nothing is left to hold out, or out_dir cannot be written.
     """
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction is {validation_fraction}, wanted more than 0 and less than 1")
@@ -104,7 +105,7 @@ def prepare(
         tokenizer = str(tokenizer)
     check = check_tokenizer or (lambda _: None)
     if vocab_size is not None:
-        # no byte-level BPE is smaller: what this one is refused for need not wait for the training
+        # the smallest byte-level BPE there can be: if even this one fails the check, fail before training
         check(train_bpe((), 257))
     elif isinstance(tokenizer, Tokenizer):
         check(tokenizer)
@@ -116,11 +117,11 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     inputs = _describe_inputs(corpus, held_out)
-    # of a link, the folder it leads to is the one to replace
+    # if out_dir is a link, replace the folder it points to
     target = Path(os.path.realpath(Path(out_dir).expanduser()))
     if not rebuild and _is_current(target, inputs, settings):
         found = PreparedData.open(target)
-        # else another process has replaced it since
+        # otherwise another process has replaced it since the check
         if _fits(found.manifest, inputs, settings):
             _warn_of_copies(found)
             return found
@@ -131,7 +132,7 @@ def prepare(
         num_workers = 1 if serial else cores
     reused = True
     with staged_directory(target) as stage:
-        # another process may have made it while this one waited its turn
+        # another process may have made the set while this one waited for the lock
         if not rebuild and _is_current(target, inputs, settings):
             raise Discard
         reused = False
@@ -149,7 +150,7 @@ def prepare(
             },
         }
         (stage / MANIFEST_FILE).write_text(json.dumps(with_digest(manifest), indent=1) + "\n", encoding="utf-8")
-    # what was written a moment ago needs no checksum
+    # a set written a moment ago needs no checksum
     found = PreparedData.open(target, verify=None if reused else False, reused=reused)
     _warn_of_copies(found)
     if not _fits(found.manifest, inputs, settings):
@@ -161,7 +162,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Job:
-    """One preparation: what goes in, where it goes and how."""
+    """One preparation: its inputs, its target and its settings."""
 
     stage: Path
     corpus: Corpus
@@ -172,7 +173,7 @@ class _Job:
     shard_tokens: int
     num_workers: int
     progress: bool | None
-    # names of the documents given for validation whose text is in the training data as well
+    # names of validation documents whose text is also in the training data
     copies: list[str] = field(default_factory=list)
 
     def run(self, split: Split) -> Tokenizer:
@@ -202,14 +203,14 @@ class _Job:
         total = None if None in sizes else sum(size for size in sizes if size is not None)
         pieces = self._tagged_pieces(split, tokenizer)
         encoded = encode_pieces(pieces, tokenizer, dtype, self.num_workers)
-        # closed at once on an error, so that no worker outlives this call
+        # close the generator on an error, so that no worker outlives this call
         with progress_bar("preparing", total, self.progress) as bar, closing(encoded):
             for (side, starts), piece in encoded:
                 writers[side].add(piece, starts)
                 bar.advance(piece.num_text_bytes)
 
     def _tagged_pieces(self, split: Split, tokenizer: Tokenizer) -> Iterator[tuple[tuple[str, bool], Piece]]:
-        """Every piece with its side and whether it starts a document."""
+        """Yield every piece with its side and whether it starts a document."""
         trained = KeySet()
         for side, document, is_first in split.assign(self.corpus.documents()):
             if is_first:
@@ -232,7 +233,7 @@ class _Job:
                 starts = False
 
     def _better_split(self, split: Split, writers: dict[str, TokenWriter]) -> Split | None:
-        """None if both sides have documents; a split to try next; or UserError if there is none."""
+        """Return None if both sides have documents, else the split to try next; UserError if there is none."""
         train, validation = writers[TRAIN], writers[VALIDATION]
         if train.num_documents and validation.num_documents:
             return None
@@ -267,7 +268,7 @@ class _Job:
         return tokenizer
 
     def _training_sample(self, split: Split, bar: Bar) -> Iterator[str]:
-        """Read the first training texts, up to a number of bytes."""
+        """Yield the first training texts, up to `BPE_SAMPLE_BYTES` in all."""
         left = BPE_SAMPLE_BYTES
         for side, document, _ in split.assign(self.corpus.documents()):
             if side == VALIDATION:
@@ -285,14 +286,14 @@ class _Job:
 
 def _warn_of_copies(data: PreparedData) -> None:
     copies = data.manifest.get("copies")
-    # none in older sets
+    # older sets have none
     if isinstance(copies, dict) and copies.get("num_documents"):
         count, some = copies["num_documents"], visible(", ".join(copies["some"]), keep="")
         more = f" and {count - _NAMES_SHOWN:,} more" if count > _NAMES_SHOWN else ""
         warnings.warn(
             f"validation data: {count:,} of {plural(data.validation.num_documents, 'document')} "
             f"{'is' if count == 1 else 'are'} in the training data as well ({some}{more}); "
-            "the validation loss is too low by them: take them out of one of the two",
+            "they make the validation loss too low: remove them from one of the two",
             UserWarning,
             stacklevel=3,
         )
@@ -302,11 +303,11 @@ def _first_split(corpus: Corpus, held_out: Corpus | None, fraction: float, seed:
     if held_out is not None:
         return Split(seed, 0)
     if len(corpus.sources) == 1 and corpus.num_bytes is not None and _is_one_text(corpus):
-        # known to be one document: saves reading it twice
+        # known to be one document, so it need not be read twice
         return Split(seed, 0, int(corpus.num_bytes * (1 - fraction)))
     split = Split(seed, int(fraction * 2**64))
     if len(corpus.sources) > 1 and all(source.kind == "text" for source in corpus.sources):
-        # the names are known: a side that would stay empty is known before anything is read
+        # the names are known, so an empty side is detected before anything is read
         for source in corpus.sources:
             split.observe(source.name)
         return split.better() or Split(seed, split.below)
@@ -318,7 +319,7 @@ def _is_one_text(corpus: Corpus) -> bool:
     try:
         return not holds_json_lines(Path(source.location), corpus.text_field, source.explicit)
     except NotText:
-        # said when it is read
+        # reading the file reports the error
         return True
 
 
@@ -351,7 +352,7 @@ def _describe_inputs(corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
 
 
 def _is_current(target: Path, inputs: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether the target was made from the same files with the same settings."""
+    """Return whether the target was made from the same files with the same settings."""
     if not (target / MANIFEST_FILE).is_file():
         return False
     try:
@@ -367,11 +368,11 @@ def _fits(manifest: dict[str, Any], inputs: dict[str, Any], settings: dict[str, 
 
 
 def _check_replaceable(target: Path) -> None:
-    """Raise UserError if the target is something of the user's own."""
+    """Raise UserError if the target holds anything but a prepared set."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     manifest = target / MANIFEST_FILE
-    # a set of another version or with damage elsewhere may be replaced
+    # a damaged set, or one of another version, may be replaced
     if not manifest.is_file() or FORMAT not in manifest.read_text(encoding="utf-8", errors="replace"):
         raise UserError(
             f"{target}: exists and is not prepared data; choose another directory or remove it", "already-exists"

@@ -1,4 +1,4 @@
-"""A prepared corpus on the disk: training and validation tokens with their tokenizer, opened and checked as one set."""
+"""A prepared corpus on disk: training and validation tokens with their tokenizer, checked and opened as one set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEYS = {"format", "version", "inputs", "settings", "skipped", "copies", "finger
 
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
 
-# attempts to open a set that another process may be replacing; it is missing only between two renames
+# retries while another process replaces the set, which is missing only between two renames
 _ATTEMPTS = 10
 _PAUSE_S = 0.01
 
@@ -31,12 +31,12 @@ class PreparedData:
     """A prepared corpus.
 
     Attributes:
-        directory: holds manifest.json, the tokenizer, train/ and validation/.
+        directory: folder with manifest.json, the tokenizer, train/ and validation/.
         train: the training tokens.
         validation: the held-out tokens.
         tokenizer: the tokenizer that made them.
-        manifest: inputs, settings and what was skipped.
-        reused: True if it was there already and its inputs had not changed.
+        manifest: inputs, settings and counts of skipped files.
+        reused: True if the set existed and its inputs had not changed.
     """
 
     directory: Path
@@ -47,20 +47,21 @@ class PreparedData:
     reused: bool = True
 
     def __repr__(self) -> str:
-        """One line: where the set lies and what it holds."""
+        """Return one line with the directory and the summary."""
         return f"PreparedData({str(self.directory)!r}: {self.summary()})"
 
     @classmethod
     def open(cls, directory: str | Path, verify: bool | None = None, *, reused: bool = True) -> PreparedData:
-        """Open a directory made by `prepare`, whether or not its inputs still exist.
+        """Open a directory made by `prepare`; its inputs need not exist any more.
 
         Args:
             directory: the prepared set.
-            verify: as for `TokenDataset.open`.
+            verify: True reads every file and compares checksums, False compares sizes only, None compares checksums
+                of sets below 1 GiB.
             reused: value of the attribute.
 
         Raises:
-            UserError: not a prepared set, or damaged.
+            UserError: the directory is not a prepared set, or it is damaged.
         """
         directory = Path(directory)
         for _ in range(_ATTEMPTS - 1):
@@ -73,7 +74,7 @@ class PreparedData:
             else:
                 if _identity(directory) == before:
                     return opened
-            # another process is putting a new set in its place: for a moment there is none, or parts of two
+            # another process is replacing the set: for a moment it is missing, or parts of both are read
             time.sleep(_PAUSE_S)
         return cls._open(directory, verify, reused)
 
@@ -96,7 +97,7 @@ class PreparedData:
                     f"tokenizer ({tokenizer.vocab_size}) or of the training tokens ({train.eot_id}); {REMEDY}",
                     "mismatch",
                 )
-        # none in older sets
+        # older sets have none
         made = manifest.get("fingerprints", {})
         if made and made != {TRAIN: train.fingerprint, VALIDATION: validation.fingerprint}:
             raise UserError(
@@ -106,7 +107,7 @@ class PreparedData:
         return cls(directory, train, validation, tokenizer, manifest, reused)
 
     def summary(self) -> str:
-        """One line for people: sizes, and how many files were skipped and why."""
+        """Return one line for people: sizes, skipped files with the reasons, and losses of the tokenizer."""
         line = (
             f"{_contents(self.train, 'training')}, {_contents(self.validation, 'validation')}, "
             f"tokenizer {self.tokenizer.name} with {self.tokenizer.vocab_size:,} tokens"
@@ -116,7 +117,7 @@ class PreparedData:
         return line + "".join(f"; {note}" for note in self._losses())
 
     def _losses(self) -> Iterator[str]:
-        """Yield a note for each way in which the tokens fall short of the text."""
+        """Yield a note for each kind of text that the tokens lost."""
         num_unknown = self.train.num_unknown + self.validation.num_unknown
         if num_unknown:
             yield f"{num_unknown:,} tokens stand for text that the tokenizer does not know"
@@ -125,10 +126,10 @@ class PreparedData:
 
 
 def read_set_manifest(directory: Path) -> dict[str, Any]:
-    """Read the manifest of a whole set.
+    """Read the manifest of a prepared set.
 
     Raises:
-        UserError: it is missing, damaged, or not the manifest of a prepared set.
+        UserError: the manifest is missing, damaged, or of another format.
     """
     manifest = read_manifest(directory, FORMAT, FORMAT_VERSION, _KEYS)
     for key in ("inputs", "settings", "skipped"):
@@ -145,7 +146,7 @@ def _contents(dataset: TokenDataset, what: str) -> str:
 
 
 def _identity(directory: Path) -> tuple[int, int, int] | None:
-    """Return a value that changes when the folder is replaced; None while there is no folder."""
+    """Return a value that changes when the folder is replaced; None if the folder is missing."""
     try:
         found = directory.stat()
     except OSError:
@@ -154,6 +155,6 @@ def _identity(directory: Path) -> tuple[int, int, int] | None:
 
 
 def is_prepared(directory: str | Path) -> bool:
-    """Whether a directory was made by `prepare`. Damage only shows when it is opened."""
+    """Return whether a directory was made by `prepare`; damage is only found when the set is opened."""
     manifest = Path(directory) / MANIFEST_FILE
     return manifest.is_file() and (Path(directory) / TRAIN / MANIFEST_FILE).is_file()

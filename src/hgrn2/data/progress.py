@@ -1,4 +1,4 @@
-"""A progress bar over bytes of text, and lines of news."""
+"""A progress bar over bytes of text, and one-line notices on stderr."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hgrn2.errors import visible
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar on the screen, or nothing at all.
+    """Callbacks that drive a progress bar; the defaults do nothing.
 
     Attributes:
-        advance: moves it on by a number of bytes.
-        pulse: shows another title and an indefinite bar, for work of unknown length.
+        advance: advances the bar by a number of bytes.
+        pulse: replaces the title and shows an indefinite bar, for work of unknown length.
     """
 
     advance: Callable[[int], None] = lambda num_bytes: None
@@ -30,9 +30,9 @@ def progress_bar(title: str, total_bytes: int | None, show: bool | None) -> Iter
     """Show a bar on stderr and yield it.
 
     Args:
-        title: stands before the bar.
-        total_bytes: None if unknown.
-        show: None means if stderr is a terminal.
+        title: printed before the bar.
+        total_bytes: the length of the bar; None if unknown.
+        show: whether to show the bar; None shows it if stderr is a terminal.
     """
     if not (sys.stderr.isatty() if show is None else show):
         yield Bar()
@@ -61,9 +61,9 @@ def progress_bar(title: str, total_bytes: int | None, show: bool | None) -> Iter
 
 
 def announce(line: str) -> None:
-    """Print a line of news on stderr, broken between words where a terminal is narrower."""
+    """Print a notice on stderr, wrapped at words to the width of the terminal."""
     line = visible(line)
-    # a closed standard error is no reason to stop
+    # a closed stderr must not stop the run
     with suppress(OSError):
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns

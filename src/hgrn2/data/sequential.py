@@ -1,4 +1,4 @@
-"""Every token of a dataset once, with its whole context: for exact perplexity and bits a byte."""
+"""Batches that read every token of a dataset once with its full context, for exact perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hgrn2.nn.loss import IGNORE
 
 @dataclass(frozen=True, order=True)
 class _Span:
-    """Tokens [start, stop) of one document; not whole if the document continues after them."""
+    """Tokens [start, stop) of one document; `whole` is False if the document continues after them."""
 
     start: int
     stop: int
@@ -25,17 +25,17 @@ class _Span:
 
 
 class SequentialWindows:
-    """Whole documents read by parallel streams with state carried along; iterate as often as you like.
+    """Whole documents read by parallel streams that carry state; can be iterated any number of times.
 
-    Batches are packed and tied by carry_from and carry_to as those of `StreamBatches`; the number of streams
-    is batch_size throughout, but towards the end, when some have no more documents, batches are shorter. The
-    sum of `Batch.num_text_bytes` over all batches is `num_text_bytes`.
+    Batches are packed and linked by carry_from and carry_to as in `StreamBatches`. There are always batch_size streams,
+    but batches become shorter towards the end as streams run out of documents. `Batch.num_text_bytes`, summed over
+    all batches, is `num_text_bytes`.
 
     Attributes:
-        num_tokens: targets in all, the ends of documents included.
-        num_text_bytes: UTF-8 bytes of the text these targets stand for.
-        num_documents: documents, the last of them perhaps cut.
-        num_streams: batch_size.
+        num_tokens: number of targets, including the ends of documents.
+        num_text_bytes: UTF-8 bytes of the text behind these targets.
+        num_documents: number of documents; the last one may be cut.
+        num_streams: equal to batch_size.
     """
 
     def __init__(self, dataset: TokenDataset, seq_len: int, batch_size: int, max_tokens: int | None = None):
@@ -47,7 +47,7 @@ class SequentialWindows:
         self.num_streams = batch_size
         self.num_documents = len(spans)
         self.num_text_bytes = sum(span.num_text_bytes for span in spans)
-        # the last token of a cut document has no target, whose bytes would not be counted
+        # the last token of a cut document has no target: its bytes are not counted
         self.num_tokens = sum(span.stop - span.start - (not span.whole) for span in spans)
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class SequentialWindows:
             fresh = np.zeros(self.num_streams, dtype=bool)
 
     def _windows(self, spans: list[_Span]) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Inputs, targets and bytes of a stream's windows; the documents lie end to end."""
+        """Yield inputs, targets and text bytes of the windows of a stream, whose documents are concatenated."""
         inputs: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         room, num_text_bytes = self._seq_len, 0
@@ -84,7 +84,7 @@ class SequentialWindows:
                 stop = min(start + room, span.stop)
                 window = self._dataset.tokens(start, min(stop + 1, span.stop))
                 if stop == span.stop:
-                    # a document's end is predicted as the next one's start
+                    # the target at the end of a document is the start of the next one
                     window = np.append(window, self._dataset.eot_id if span.whole else IGNORE)
                     num_text_bytes += span.num_text_bytes
                 inputs.append(window[:-1])
@@ -101,14 +101,14 @@ class SequentialWindows:
 def sequential_windows(
     dataset: TokenDataset, seq_len: int, batch_size: int, max_tokens: int | None = None
 ) -> SequentialWindows:
-    """Batches that cover every token once, each predicted from all of its document before it.
+    """Return batches that cover every token once, each predicted from everything before it in its document.
 
     Args:
         dataset: the tokens.
-        seq_len: tokens a stream and batch; changes no result, only the memory it takes.
-        batch_size: parallel streams.
-        max_tokens: cover no more than about this many: whole documents in a fixed random order, the last of
-            which is cut at the end of a piece of text (64 KiB), where bytes are known exactly.
+        seq_len: tokens per stream and batch; changes the memory needed but not the result.
+        batch_size: number of parallel streams.
+        max_tokens: limit on the tokens covered: whole documents in a fixed random order, the last of them cut at the
+            end of a piece of text (64 KiB), where its byte count is known exactly.
 
     Example:
         windows = sequential_windows(prepared.validation, seq_len=1024, batch_size=8)
@@ -118,7 +118,7 @@ def sequential_windows(
 
 
 def _choose(dataset: TokenDataset, max_tokens: int | None) -> list[_Span]:
-    """Documents in order, all of them or a fixed random sample."""
+    """Return the spans of all documents, or of a fixed random sample, in order."""
     bounds = np.append(dataset.document_starts, dataset.num_tokens)
     num_documents = dataset.num_documents
     if max_tokens is None or max_tokens >= dataset.num_tokens:
@@ -143,7 +143,7 @@ def _whole(dataset: TokenDataset, bounds: np.ndarray, index: int) -> _Span:
 
 
 def _cut(dataset: TokenDataset, span: _Span, num_tokens: int, at_least_one: bool) -> _Span | None:
-    """The pieces of a document that fit."""
+    """Return the span of the pieces of a document that fit; None if none fits."""
     first, last = np.searchsorted(dataset.piece_ends, [span.start, span.start + num_tokens], side="right")
     if last == first:
         if not at_least_one:
@@ -154,7 +154,7 @@ def _cut(dataset: TokenDataset, span: _Span, num_tokens: int, at_least_one: bool
 
 
 def _distribute(spans: list[_Span], num_streams: int) -> list[list[_Span]]:
-    """Give the longest document left to the stream with the fewest tokens; each reads its own in order."""
+    """Assign documents, longest first, to the stream with the fewest tokens; each stream reads its own in order."""
     streams: list[list[_Span]] = [[] for _ in range(num_streams)]
     load = [(0, stream) for stream in range(num_streams)]
     for span in sorted(spans, key=lambda s: (s.start - s.stop, s.start)):

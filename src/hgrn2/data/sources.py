@@ -1,4 +1,4 @@
-"""Turn the names of data that a user gives into a sorted list of sources, whose documents are read lazily."""
+"""Resolve the data that the user names into a sorted list of sources, whose documents are read lazily."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ STDLIB_VALIDATION = "stdlib-validation"
 
 Kind = Literal["text", "jsonl", "parquet", "hub"]
 
-# beside tests and what was installed: folders of tables, of character sets and of help texts
+# tests, installed packages, and folders of tables, character sets and help texts
 _STDLIB_LEFT_OUT = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
     *("encodings", "pydoc_data"),
 }
-# modules that are tables for the most part; each version of Python has some of them
+# modules that are mostly tables; not every version of Python has all of them
 _STDLIB_TABLES = {
     *("_opcode_metadata.py", "html/entities.py", "locale.py", "msilib/schema.py", "msilib/sequence.py"),
     *("re/_casefix.py", "stringprep.py"),
 }
-# of build settings, named after the platform
+# build settings; the file name includes the platform
 _STDLIB_TABLE_PREFIX = "_sysconfigdata"
-# many small files are more like the rest than a few large ones
+# many small files represent the rest better than a few large ones
 _VALIDATION_BYTES = range(1000, 20_000)
 _VALIDATION_ONE_IN = 6
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*(:[\w.\[\]%:+-]+)?)?")
-# saves opening them; anything else that is not text is found out by reading it
+# skipped without opening; other binary files are detected by reading them
 _BINARY_NAMES = (
     ".7z .a .arrow .avi .bin .bmp .class .ckpt .db .dll .dylib .eot .exe .gguf .gif .h5 .ico .idx .jar "
     ".jpeg .jpg .mkv .mov .mp3 .mp4 .npy .npz .o .ogg .onnx .otf .pack .pdf .pickle .pkl .png .ppt .pptx "
@@ -66,13 +66,12 @@ class Source:
     """A file or Hub dataset that holds documents.
 
     Attributes:
-        name: of the source; the name of its document, or the stem of its documents' names.
-        kind: how documents are found in it.
-        location: the path, or for a Hub dataset NAME[:CONFIG[:SPLIT]].
-        explicit: named by the user rather than found in a folder, so that bad content is an error and not
-            skipped.
+        name: the name of its document, or the prefix of its documents' names.
+        kind: format of the source.
+        location: the path, or NAME[:CONFIG[:SPLIT]] of a Hub dataset.
+        explicit: named by the user rather than found in a folder, so bad content is an error and not skipped.
         num_bytes: size of the file; 0 for a Hub dataset.
-        mtime_ns: its modification time.
+        mtime_ns: modification time of the file.
     """
 
     name: str
@@ -83,7 +82,7 @@ class Source:
     mtime_ns: int = 0
 
     def documents(self, text_field: str) -> Iterator[Document]:
-        """The documents in order."""
+        """Yield the documents in order."""
         path = Path(self.location)
         match self.kind:
             case "text" if holds_json_lines(path, text_field, self.explicit):
@@ -100,13 +99,13 @@ class Source:
 
 @dataclass
 class Corpus:
-    """Sources in an order that depends on their names, not on the order or place they were given in.
+    """Sources, sorted by name, independent of the order in which they were given and of their location.
 
     Attributes:
-        specs: what the user named.
-        sources: sorted by name.
+        specs: the data as the user named it.
+        sources: the sources, sorted by name.
         text_field: the key or column of the text in .jsonl, .parquet and Hub datasets.
-        skipped: how many files were left out, by reason; those found while reading are added by `documents`.
+        skipped: number of skipped files by reason; `documents` adds those it finds while reading.
     """
 
     specs: list[str]
@@ -116,19 +115,18 @@ class Corpus:
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of text if known before reading: None with compressed files, .jsonl, .parquet or the Hub."""
+        """Bytes of text, if known before reading; None with compressed files, .jsonl, .parquet or the Hub."""
         if all(s.kind == "text" and Path(s.location).suffix.lower() not in COMPRESSIONS for s in self.sources):
             return sum(s.num_bytes for s in self.sources)
         return None
 
     def documents(self) -> Iterator[Document]:
-        """Every document in order, read lazily.
+        """Yield every document in order, read lazily.
 
         Raises:
-            UserError: a file cannot be used and was named by the user; if it was found in a folder, it is
-                counted in `skipped` instead.
+            UserError: a file that the user named cannot be used. One found in a folder is counted in `skipped` instead.
         """
-        # counted afresh, so that a second reading does not count twice
+        # start from the listing, so that a second reading does not count twice
         found = Counter(self._skipped_at_listing)
         self.skipped = found
         for source in self.sources:
@@ -154,12 +152,12 @@ class Corpus:
         self._skipped_at_listing = Counter(self.skipped)
 
     def fingerprint(self) -> str:
-        """Hex digest of every file's path, size and modification time; of a Hub dataset, the name alone."""
+        """Return a hex digest of path, size and modification time of every file, and of the names of Hub datasets."""
         entries = [[s.kind, s.name, s.location, s.num_bytes, s.mtime_ns, s.explicit] for s in self.sources]
         return hashlib.sha256(json.dumps([self.text_field, entries]).encode()).hexdigest()
 
     def without(self, other: Corpus) -> Corpus:
-        """This corpus less the files that are also in another."""
+        """Return this corpus without the files that are also in another."""
         locations = {s.location for s in other.sources}
         kept = [s for s in self.sources if s.location not in locations]
         skipped = Counter(self.skipped)
@@ -169,17 +167,17 @@ class Corpus:
 
 
 def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "text") -> Corpus:
-    """Find the sources behind what the user named.
+    """Find the sources that the user names.
 
     Args:
-        specs: each one a text file, a folder (read recursively), a glob, .jsonl or .parquet (text and .jsonl
-            also as .gz, .xz, .bz2 or .zst), "hf:NAME[:CONFIG[:SPLIT]]" or a plain Hub dataset name, or
-            "stdlib", the source code of this Python's own standard library, tests and tables left out; or
-            "stdlib-validation", about sixty of its files that are like the rest, always the same.
+        specs: any number of: a text file; a folder, read recursively; a glob; .jsonl or .parquet (text and .jsonl also
+            as .gz, .xz, .bz2 or .zst); "hf:NAME[:CONFIG[:SPLIT]]" or a plain Hub dataset name; "stdlib", the source
+            code of Python's standard library without tests and tables; "stdlib-validation", a fixed sample of about
+            sixty of its files.
         text_field: the key or column of the text in .jsonl, .parquet and Hub datasets.
 
     Raises:
-        UserError: something named does not exist or holds nothing to read.
+        UserError: a source does not exist or holds nothing to read.
 
     Example:
         >>> open_corpus("stdlib").sources[0].name
@@ -199,8 +197,8 @@ def open_corpus(specs: str | Path | Sequence[str | Path], text_field: str = "tex
                 f"data {str(spec)!r}: no file to read there{counts}; name text files or a folder with some", "not-found"
             )
         found.extend(sources)
-    # a file named and also found in a folder counts as named; of several names of one file, as links give it, the
-    # smallest counts, in whatever order the file system lists them
+    # a file both named and found in a folder counts as named; a file with several names (links) takes the smallest
+    # one, whatever the order of the listing
     unique: dict[str, Source] = {}
     for source in sorted(found, key=lambda s: (not s.explicit, s.name)):
         unique.setdefault(source.location, source)
@@ -226,16 +224,14 @@ def _resolve(spec: str, skipped: Counter[str]) -> Iterator[Source]:
     elif is_folder:
         yield from _folder_sources(path, skipped)
     elif exists:
-        # its documents may be read twice, which a pipe does not allow
+        # documents may be read twice, which a pipe does not allow
         if not path.is_file():
             raise UserError(
                 f"data {spec!r}: a pipe or device, not a file; write it to a file first and name that", "unsupported"
             )
         yield _file_source(path, path.name, explicit=True)
     elif is_link:
-        raise UserError(
-            f"data {spec!r}: no such file or folder, for the link leads nowhere; name the file itself", "not-found"
-        )
+        raise UserError(f"data {spec!r}: a broken link: no such file or folder; name the file itself", "not-found")
     elif glob.has_magic(spec):
         yield from _glob_sources(str(path), skipped)
     elif "/" in spec and _HUB_NAME.fullmatch(spec) and not path.suffix and spec[0] not in "./~":
@@ -265,7 +261,7 @@ def _stdlib_sources(skipped: Counter[str]) -> Iterator[Source]:
             module = path.relative_to(root).as_posix()
             if module in _STDLIB_TABLES or name.startswith(_STDLIB_TABLE_PREFIX):
                 continue
-            # a few modules are empty, and empty files are no documents
+            # some modules are empty files
             if path.suffix == ".py" and path.stat().st_size:
                 yield _file_source(path, f"stdlib/{module}", explicit=False)
 
@@ -290,7 +286,7 @@ def _folder_sources(root: Path, skipped: Counter[str]) -> Iterator[Source]:
 
 
 def _walk(root: Path, wanted: Callable[[str], bool], skipped: Counter[str]) -> Iterator[tuple[str, list[str]]]:
-    """Every folder from the root down with its files' names; links to folders are not followed but counted."""
+    """Yield every folder from the root down with its file names; links to folders are counted, not followed."""
 
     def count_unreadable(error: OSError) -> None:
         skipped["unreadable folder"] += 1
@@ -310,9 +306,9 @@ def _glob_sources(pattern: str, skipped: Counter[str]) -> Iterator[Source]:
 
 
 def _expand(folder: Path, parts: Sequence[str], skipped: Counter[str]) -> Iterator[Path]:
-    """Yield what matches the parts of a glob below a folder, sorted; unlike `glob`, without following links to folders.
+    """Yield the sorted matches of a glob below a folder; unlike `glob`, do not follow links to folders.
 
-    A link to a folder above itself would lead round in circles, more of them than could ever be counted.
+    Links to parent folders make cycles, which `glob` would follow exponentially often.
     """
     part, rest = parts[0], parts[1:]
     if part == "**":
@@ -373,7 +369,7 @@ def _with_unique_names(sources: list[Source]) -> Iterator[Source]:
 
 
 def _checked_document(source: Source) -> Document:
-    """A text file found in a folder, known to be good before the first piece is handed out."""
+    """Return a text file found in a folder as a document, after checking all of it."""
     path = Path(source.location)
     if source.num_bytes <= BLOCK_BYTES and path.suffix.lower() not in COMPRESSIONS:
         return Document(source.name, cut_pieces(list(read_text(path))))

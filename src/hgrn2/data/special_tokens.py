@@ -1,4 +1,4 @@
-"""Keep control tokens out of encoded text, even where a vocabulary lists them among its words."""
+"""Keep control tokens out of encoded text, even if the vocabulary lists them as words."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
 
 def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizers.Tokenizer | None:
-    """A tokenizer that encodes as another does, but never gives certain tokens.
+    """Return a copy of a tokenizer that never produces certain tokens.
 
-    `encode_special_tokens` alone is not enough: the models of SentencePiece, WordLevel and WordPiece find a token by
-    its spelling if it stands in their vocabulary, and added tokens that are not marked special are cut out first. Here
-    these tokens keep their ids under names that no text holds.
+    `encode_special_tokens` alone is not enough: SentencePiece, WordLevel and WordPiece models match a token by its
+    spelling if it is in their vocabulary, and added tokens not marked special are extracted first. The copy keeps the
+    ids of these tokens under names that cannot occur in a text.
 
     Args:
-        content: a tokenizer.json.
+        content: the content of a tokenizer.json.
         names: the tokens to hide.
 
     Returns:
-        The changed tokenizer, without BPE dropout; None if there is nothing to change.
+        The changed tokenizer, without BPE dropout; None if nothing has to change.
     """
     model = content["model"]
     reachable = _reachable(model, names)
@@ -31,7 +31,7 @@ def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizer
         return None
     import tokenizers
 
-    # no text holds a null character: files with one are refused as binary
+    # a null character cannot occur in a text: files with one are refused as binary
     new_names = {name: f"\0{name}\0" for name in reachable}
     vocab = model["vocab"]
     if isinstance(vocab, dict):
@@ -41,7 +41,7 @@ def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizer
     if model.get("unk_token") in new_names:
         model = model | {"unk_token": new_names[model["unk_token"]]}
     if model.get("dropout"):
-        # BPE dropout would give a text different tokens each time
+        # with BPE dropout the same text would give different tokens each time
         model = model | {"dropout": None}
     if model.get("merges"):
         model = model | {"merges": [merge for merge in model["merges"] if not reachable & set(_merged(merge))]}
@@ -51,7 +51,7 @@ def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizer
         else token
         for token in content["added_tokens"]
     ]
-    # a template refers to tokens by their old names
+    # a template would refer to the tokens by their old names
     changed = {**content, "model": model, "added_tokens": added, "post_processor": None}
     backend = tokenizers.Tokenizer.from_str(json.dumps(changed, ensure_ascii=False))
     backend.no_truncation()
@@ -61,19 +61,19 @@ def hide_tokens(content: Mapping[str, Any], names: Collection[str]) -> tokenizer
 
 
 def _reachable(model: Mapping[str, Any], names: Collection[str]) -> set[str]:
-    """Those of the names that the model may find in a text."""
+    """Return those of the names that the model could produce from a text."""
     vocab = model["vocab"]
     listed = {
         token for token in (vocab if isinstance(vocab, dict) else (entry[0] for entry in vocab)) if token in names
     }
     if model["type"] != "BPE" or model.get("ignore_merges"):
         return listed
-    # a byte-pair encoding gives single characters, and what its merges make of them
+    # BPE produces single characters and the results of its merges only
     made = {token for merge in model["merges"] for token in _merged(merge)}
     return {token for token in listed if len(token) == 1 or token in made}
 
 
 def _merged(merge: str | list[str]) -> tuple[str, str, str]:
-    """The two parts of a merge and what they become."""
+    """Return the two parts of a merge and their concatenation."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left, right, left + right

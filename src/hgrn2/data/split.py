@@ -1,4 +1,4 @@
-"""Hold documents out for validation by a hash of their names; copies of a text stay on one side."""
+"""Hold out documents for validation by a hash of their names; copies of a text stay on the same side."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TRAIN, VALIDATION = "train", "validation"
 
 @dataclass
 class Split:
-    """Assigns whole documents to training or validation; knows a better way if one side stays empty.
+    """Assign whole documents to training or validation; `better` finds another threshold if one side stays empty.
 
     Attributes:
-        seed: another seed holds out other documents.
-        below: a document is held out if the 64-bit hash of its name is below this.
-        head_bytes: with a corpus of one document, how many bytes from its start are for training, counted to
-            the next line end; None with several documents.
-        num_seen: documents observed so far, each the first of its text.
+        seed: seed of the hash; other seeds hold out other documents.
+        below: threshold; documents whose 64-bit name hash is below it are held out.
+        head_bytes: for a corpus of one document, the bytes from its start used for training, extended to the next
+            line end; None for several documents.
+        num_seen: distinct documents observed so far.
     """
 
     seed: int
@@ -32,21 +32,21 @@ class Split:
     _highest: int = -1
 
     def side(self, name: str) -> str:
-        """The side a document belongs to."""
+        """Return the side of a document, "train" or "validation"."""
         return VALIDATION if self._key(name) < self.below else TRAIN
 
     def assign(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document, bool]]:
-        """The documents that have text, each with its side, to be read in this order.
+        """Yield the non-empty documents with their sides, to be read in this order.
 
-        Copies of a text go to the side of the first one. What is compared is a text's first piece, so texts that begin
-        alike for 64 Ki characters count as copies too.
+        Copies of a text go to the side of the first one. Only the first piece is compared, so texts whose first
+        64 Ki characters agree count as copies too.
 
         Args:
-            documents: the corpus, in its order.
+            documents: the documents of the corpus, in order.
 
         Yields:
-            The side, the document, and whether it is the first of its text. A corpus of one document comes in two
-            parts, one for each side; further copies of it are left out.
+            The side, the document, and whether its text is seen for the first time. The document of a corpus of one
+            document comes in two parts, one for each side, and further copies of it are dropped.
         """
         held_out, trained = KeySet(), KeySet()
         for document in documents:
@@ -68,15 +68,15 @@ class Split:
                 yield side, document, True
 
     def observe(self, name: str) -> None:
-        """Remember that a document was seen, the first of its text."""
+        """Record a document whose text is seen for the first time."""
         key = self._key(name)
         self.num_seen += 1
         self._lowest, self._highest = min(self._lowest, key), max(self._highest, key)
 
     def better(self) -> Split | None:
-        """After all documents were seen: None if both sides have some, or else a split with which they do.
+        """Return None if both sides have documents, else a split that gives each at least one.
 
-        Needs at least two documents seen.
+        Call it after all documents have been observed; needs at least two.
         """
         if self.below <= self._lowest:
             return Split(self.seed, self._lowest + 1)
@@ -89,7 +89,7 @@ class Split:
 
 
 class _Head:
-    """The first bytes of a text up to a line end, and then what is left."""
+    """The start of a text, cut at a line end, and then the rest of it."""
 
     def __init__(self, pieces: Iterator[str], num_bytes: int):
         self._pieces = pieces
@@ -117,7 +117,7 @@ class _Head:
 
 
 def _line_end_near(text: str, position: int) -> int:
-    """A cut after the first line end from a position on, or the last one before, or just there."""
+    """Return a cut near a position: after the next line end, else after the previous one, else at the position."""
     after = text.find("\n", max(position - 1, 0)) + 1
     if 0 < after < len(text):
         return after

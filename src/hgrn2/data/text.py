@@ -1,4 +1,4 @@
-"""Text files read in blocks: decompressed, checked to be UTF-8, cut into pieces at line ends."""
+"""Read text files in blocks: decompress, check that they are UTF-8, and cut at line ends."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ PIECE_CHARS = 1 << 16
 
 
 class NotText(UserError):
-    """A file gives no UTF-8 text.
+    """A file does not hold UTF-8 text.
 
     Attributes:
-        reason: "empty", "binary", "not UTF-8", "damaged" or "unreadable", for counting.
+        reason: "empty", "binary", "not UTF-8", "damaged" or "unreadable"; skipped files are counted by it.
+        code: "damaged" for that reason, otherwise "unreadable".
     """
 
     def __init__(self, message: str, reason: str):
-        super().__init__(message)
+        super().__init__(message, "damaged" if reason == "damaged" else "unreadable")
         self.reason = reason
 
 
@@ -37,7 +38,7 @@ def open_binary(path: Path) -> BinaryIO:
     """Open a file for reading bytes, decompressing .gz, .xz, .bz2 and .zst.
 
     Raises:
-        UserError: .zst without the zstandard package.
+        UserError: a .zst file, and the zstandard package is missing.
         OSError: the file cannot be opened.
     """
     match path.suffix.lower():
@@ -53,7 +54,7 @@ def open_binary(path: Path) -> BinaryIO:
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """Blocks of a file's decompressed bytes.
+    """Yield a file's decompressed bytes in blocks.
 
     Raises:
         NotText: the file cannot be read or its compressed data is damaged.
@@ -71,7 +72,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 def read_error(path: Path, error: Exception) -> Exception:
     """Return the exception to raise for an error while reading a file: NotText, or the error itself if it is a bug."""
     damaged = isinstance(error, (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error))
-    # zstandard is optional, so its error class is known by name; bz2 reports damage as a bare OSError
+    # zstandard is optional, so its error is recognised by name; bz2 reports damage as an OSError without errno
     damaged = damaged or type(error).__name__ == "ZstdError" or (path.suffix.lower() == ".bz2" and not _errno(error))
     if damaged:
         return NotText(
@@ -83,7 +84,7 @@ def read_error(path: Path, error: Exception) -> Exception:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in blocks; a byte order mark at the start is dropped.
+    """Yield the text of a UTF-8 file in blocks, without a byte order mark.
 
     Raises:
         NotText: the file is empty, holds a NUL byte or is not UTF-8; the message names the byte offset.
@@ -106,17 +107,17 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def cut_pieces(blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[str]:
-    """Cut a text into pieces of at most piece_chars characters, whatever blocks it comes in; none is empty.
+    """Cut a text into non-empty pieces of at most piece_chars characters, independent of the input blocks.
 
-    A cut falls after a line end between two characters that are not white space, failing that after any line end,
-    failing that anywhere. These are pieces to read and to train a tokenizer on; encoded one by one they may give
-    other tokens than the whole text, see `hgrn2.data.pieces.cut_document`.
+    Cuts fall after a line end between two non-space characters if there is one, else after any line end, else
+    anywhere. The pieces are for reading and for training a tokenizer. Encoded one by one they may give other tokens
+    than the whole text; `hgrn2.data.pieces.cut_document` makes pieces that do not.
     """
     rest = ""
     for block in blocks:
         rest += block
         start = 0
-        # one character more than a piece, to see what follows its last line end
+        # one character more than a piece, to see the one after its last line end
         while len(rest) - start > piece_chars:
             stop = _cut(rest, start, start + piece_chars)
             yield rest[start:stop]
@@ -128,7 +129,7 @@ def cut_pieces(blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterato
 
 def _cut(text: str, start: int, stop: int) -> int:
     last = end = text.rfind("\n", start, stop)
-    # no further back than the middle, or pieces would get small
+    # search only the second half, or pieces would become small
     middle = (start + stop) // 2
     while end > middle and (text[end - 1].isspace() or text[end + 1].isspace()):
         end = text.rfind("\n", middle, end)
@@ -148,7 +149,7 @@ def _decode(decoder: codecs.IncrementalDecoder, block: bytes, offset: int, path:
 
 
 class _ZstReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file; unlike the library's own reader it notices a cut file."""
+    """Reader of a .zst file; unlike the library's own reader it detects a truncated file."""
 
     def __init__(self, path: Path):
         try:

@@ -1,4 +1,4 @@
-"""Tokens to text as they come, never half a character."""
+"""Decode tokens to text one at a time, in complete characters."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 from hgrn2.data.tokenizer import Tokenizer
 
-# tokens before the first one that its text may depend on
+# the text of a token may depend on this many tokens before it
 _CONTEXT_TOKENS = 32
 
 
 class TextStream:
-    """Decodes token by token and hands out what no later token can change: complete characters only.
+    """Decode token by token and return only text that later tokens cannot change.
 
     Args:
-        tokenizer: decodes.
-        before: tokens that the text continues, such as a prompt's. Many vocabularies mark words by the space before:
-            a text begins without that space and continues with it.
-        after_text: there was text before, even if its tokens decode to nothing, as unknown words do.
+        tokenizer: the tokenizer that decodes.
+        before: tokens that the text continues, such as those of a prompt. Many vocabularies include the space before a
+            word in its token; it is dropped at the start of a text and kept in the middle.
+        after_text: text came before, even if its tokens decode to nothing, as unknown tokens do.
 
     Example:
         >>> from hgrn2.data import ByteTokenizer
@@ -30,23 +30,23 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, after_text: bool = False):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # for tokens whose text depends on their neighbours: what was handed out last, and what still waits
+        # for tokens whose text depends on their neighbours: the tokens already returned, and those still held back
         self._context: list[int] = []
         self._waiting: list[int] = []
         self._after_text = after_text
         for token_id in before[-_CONTEXT_TOKENS:]:
-            # a character may begin there and end here
+            # a character may start in the context and end in this stream
             self.push(token_id)
         self._take_context()
         self._is_new = True
 
     def push(self, token_id: int) -> str:
-        """The text that became complete with this token; often empty."""
+        """Return the text that this token completes; often empty."""
         self._is_new = False
         try:
             data = self._tokenizer.token_bytes(int(token_id))
         except ValueError:
-            # an untrained model with a padded vocabulary may say anything
+            # an untrained model may sample ids from the padding of its vocabulary
             data = "\ufffd".encode()
         if data is not None:
             return self._utf8.decode(data)
@@ -60,7 +60,7 @@ class TextStream:
         return text
 
     def peek(self) -> str:
-        """Return the text that is held back, as it would be if nothing followed."""
+        """Return the held-back text as it would read if no token followed."""
         return self._fresh_text()
 
     def flush(self) -> str:
@@ -68,7 +68,7 @@ class TextStream:
         text = self._fresh_text() + self._utf8.decode(b"", final=True)
         self._take_context()
         self._utf8.reset()
-        # an unfinished character from before the first token does not belong to this stream
+        # a character left unfinished by the context does not belong to this stream
         return "" if self._is_new else text
 
     def _take_context(self) -> None:
@@ -78,7 +78,7 @@ class TextStream:
     def _fresh_text(self) -> str:
         if not self._waiting:
             return ""
-        # after text that leaves no token to decode, they are spelt as after themselves
+        # if the text before has no decodable tokens, decode these as if they followed themselves
         context = self._context or (self._waiting if self._after_text else [])
         before = self._tokenizer.decode(context)
         return self._tokenizer.decode(context + self._waiting)[len(before) :]

@@ -1,7 +1,7 @@
-"""Text to token ids and back: bytes without any file, or any Hugging Face tokenizer.
+"""Tokenizers: plain bytes without a file, or any Hugging Face tokenizer.
 
-Every tokenizer here has an end-of-text token. It is the document separator, the start symbol, and never
-comes out of `encode`: control tokens written in a text are encoded as the plain characters they are.
+Every tokenizer has an end-of-text token, which separates documents and starts a text. `encode` never produces it:
+control tokens written in a text are encoded as plain characters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hgrn2.storage.staging import write_bytes_atomic, write_text_atomic
 if TYPE_CHECKING:
     import tokenizers
 
-# the names under which published tokenizers keep their end-of-text token, most specific first
+# names of the end-of-text token in published tokenizers, most specific first
 EOT_NAMES = (
     "<|endoftext|>",
     "</s>",
@@ -40,23 +40,23 @@ BYTES_FILE = "bytes_tokenizer.json"
 BYTES_MARKER = {"format": "hgrn2-tokenizer", "name": "bytes"}
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
-# characters before a text that decide how its first word is written
+# characters before a text that can affect how its first word is encoded
 _CONTEXT_CHARS = 16
-# texts after which every tokenizer starts afresh, for where the true context and the text make one token
+# fallback contexts, for when the last character before a text and its first one form a single token
 _SEPARATORS = ("\n", ".", "-", "0")
 
 
 class Tokenizer(ABC):
-    """Interface of a tokenizer to the rest of the package.
+    """Interface of a tokenizer.
 
     Attributes:
-        name: "bytes", a file name or a Hub name; for people.
-        vocab_size: one more than the largest token id.
+        name: "bytes", a file name or a Hub name; used in messages.
+        vocab_size: the largest token id plus one.
         eot_id: the end-of-text token, which separates documents.
-        end_ids: tokens that end a text when a model writes them; the end of text is always among them.
+        end_ids: tokens that end generation, including eot_id.
         start_ids: tokens that a model reads before a text.
-        companions: other files of the model the tokenizer belongs to, by their path in its folder, such as its chat
-            template; `save` writes them.
+        companions: other files of the tokenizer's model, such as its chat template, by their path in its folder; `save`
+            writes them too.
     """
 
     name: str
@@ -68,33 +68,33 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, one 1-D integer array a text, no special tokens added."""
+        """Return the token ids of each text, one 1-D integer array a text, without special tokens."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """Text of token ids; special tokens (the end of text among them) give nothing.
+        """Return the text of token ids; special tokens, such as the end of text, decode to nothing.
 
         Args:
             ids: token ids.
-            errors: for bytes that are not UTF-8 and ids outside the vocabulary: "replace", "ignore" or
+            errors: how to handle bytes that are not UTF-8 and ids outside the vocabulary: "replace", "ignore" or
                 "strict".
         """
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes of a token, b"" if it is special; None if its text depends on its neighbours."""
+        """Return the bytes of a token, b"" if it is special; None if its text depends on its neighbours."""
 
     @abstractmethod
     def save(self, directory: str | Path) -> Path:
-        """Write the tokenizer into a directory, from which `load_tokenizer` reads it; return the file.
+        """Write the tokenizer into a directory for `load_tokenizer`; return the path of the file.
 
         Raises:
-            OSError: it cannot be written; what was there before stays.
+            OSError: the file cannot be written; an existing file stays as it was.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex digest; equal for tokenizers that encode alike."""
+        """Return a hex digest, equal for tokenizers that encode alike."""
 
     @property
     def splits_anywhere(self) -> bool:
@@ -103,39 +103,39 @@ class Tokenizer(ABC):
 
     @property
     def splits_at_spaces(self) -> bool:
-        """Whether a text may be cut before any white space, and after a line end between two other characters."""
+        """Whether a text may be cut before white space, and after a line end between two non-space characters."""
         return False
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every text can be told from its tokens; False where that has to be seen text by text."""
+        """Whether decoding restores every text; False if each text has to be checked."""
         return False
 
     def is_inside_run(self, token_id: int) -> bool:
-        """Whether tokens to come may change the text of a token that stands last."""
+        """Return whether later tokens may change the text of this token at the end of a sequence."""
         return False
 
     def count_unknown(self, ids: np.ndarray) -> int:
-        """Count the tokens that stand for text that the vocabulary lacks."""
+        """Return the number of unknown tokens, which replace text that the vocabulary lacks."""
         return 0
 
     def unknown_parts(self, text: str) -> list[str]:
-        """The parts of a text that the vocabulary lacks, in order."""
+        """Return the parts of a text that the vocabulary lacks, in order."""
         return []
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, no special tokens added."""
+        """Return the token ids of a text, without special tokens."""
         return self.encode_batch([text])[0].tolist()
 
     def continue_text(self, text: str, before: str) -> list[int]:
-        """Token ids of a text that continues another.
+        """Return the token ids of a text that continues another.
 
-        Many tokenizers mark the start of a text as if a space stood there; in the middle of one that would be a space
-        too many.
+        Many tokenizers encode the start of a text as if a space came before it. In the middle of a text that space
+        would be wrong.
 
         Args:
             text: the text to encode.
-            before: what it comes after; its own tokens stay as they are.
+            before: the text before it, already encoded; its tokens do not change.
         """
         if not text or not before or self.splits_anywhere:
             return self.encode(text)
@@ -186,41 +186,41 @@ class ByteTokenizer(Tokenizer):
         return True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, uint8 arrays."""
+        """Return the token ids of each text as uint8 arrays."""
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """Text of token ids; the end of text gives nothing."""
+        """Return the text of token ids; the end-of-text token decodes to nothing."""
         return _join_bytes(self, ids, errors)
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The byte itself; none for the end of text."""
+        """Return the byte itself, b"" for the end-of-text token."""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return bytes([token_id]) if token_id < 256 else b""
 
     def save(self, directory: str | Path) -> Path:
-        """Write a marker file, since bytes need no vocabulary."""
+        """Write a marker file; bytes need no vocabulary."""
         path = Path(directory) / BYTES_FILE
         write_text_atomic(path, json.dumps(BYTES_MARKER, indent=2) + "\n")
         self._save_companions(directory)
         return path
 
     def fingerprint(self) -> str:
-        """Hex digest."""
+        """Return a hex digest."""
         return hashlib.sha256(b"hgrn2 bytes 257").hexdigest()
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face tokenizer (the `tokenizers` library), used without its own special-token template.
+    """A Hugging Face tokenizer (`tokenizers` library) without its template of special tokens.
 
     Args:
         backend: the tokenizer; its truncation and padding are switched off.
-        name: for people.
-        eot: the end-of-text token where none of `EOT_NAMES` is in the vocabulary.
+        name: name used in messages.
+        eot: the end-of-text token if the vocabulary has none of `EOT_NAMES`.
 
     Raises:
-        UserError: it has no end-of-text token.
+        UserError: the tokenizer has no end-of-text token.
     """
 
     def __init__(
@@ -263,7 +263,16 @@ class HFTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, text: str, name: str = "tokenizer", eot: str | None = None) -> HFTokenizer:
-        """Open the text of a tokenizer.json; see the class for the arguments."""
+        """Make a tokenizer from the text of a tokenizer.json.
+
+        Args:
+            text: the content of the file.
+            name: name used in messages.
+            eot: the end-of-text token if the vocabulary has none of `EOT_NAMES`.
+
+        Raises:
+            UserError: the tokenizers library cannot read the text, or there is no end-of-text token.
+        """
         import tokenizers
 
         try:
@@ -278,12 +287,12 @@ class HFTokenizer(Tokenizer):
         return HFTokenizer.from_json, (self.backend.to_str(), self.name, self._eot)
 
     def follow(self, eot: str | None, end_ids: Collection[int], start_ids: Sequence[int]) -> None:
-        """Begin and end texts as a model's folder says.
+        """Adopt the start and end tokens that a model's folder names.
 
         Args:
-            eot: a token that ends a text, beside the end of text.
-            end_ids: further ones; those outside the vocabulary are never written.
-            start_ids: tokens before a text; empty leaves the end of text there.
+            eot: a token that ends generation, besides the end-of-text token; None adds none.
+            end_ids: further end tokens; ids outside the vocabulary are ignored.
+            start_ids: tokens before a text; if empty, a text still starts with the end-of-text token.
         """
         named = None if eot is None else self.backend.token_to_id(eot)
         ends = [*end_ids, *([] if named is None else [named])]
@@ -292,24 +301,24 @@ class HFTokenizer(Tokenizer):
 
     @property
     def splits_at_spaces(self) -> bool:
-        """Whether its pre-tokenizer is GPT-2's, which cuts at every white space."""
+        """Whether the pre-tokenizer is GPT-2's, which splits at all white space."""
         return self._splits_at_spaces
 
     @property
     def is_lossless(self) -> bool:
-        """Whether it is byte-level, and knows every byte."""
+        """Whether the tokenizer is byte-level and knows every byte."""
         return self._is_lossless
 
     def is_inside_run(self, token_id: int) -> bool:
-        """Whether it stands for a byte of a character outside the vocabulary: bytes in a row are decoded together."""
+        """Return whether the token is a fallback byte; consecutive fallback bytes are decoded together."""
         return token_id in self._byte_tokens
 
     def count_unknown(self, ids: np.ndarray) -> int:
-        """Count the tokens that stand for text that the vocabulary lacks."""
+        """Return the number of unknown tokens, which replace text that the vocabulary lacks."""
         return 0 if self._unknown is None else int((np.asarray(ids) == self._unknown).sum())
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int64 arrays; uses all cores."""
+        """Return the token ids of each text as int64 arrays; uses all cores."""
         try:
             encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
@@ -321,19 +330,19 @@ class HFTokenizer(Tokenizer):
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def unknown_parts(self, text: str) -> list[str]:
-        """The parts of a text that the vocabulary lacks, in order."""
+        """Return the parts of a text that the vocabulary lacks, in order."""
         encoding = self._encoder.encode(text, add_special_tokens=False)
         found = zip(encoding.ids, encoding.offsets, strict=True)
         return [text[start:stop] for token_id, (start, stop) in found if token_id == self._unknown]
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """Text of token ids; special tokens give nothing."""
+        """Return the text of token ids; special tokens decode to nothing."""
         if self._bytes is not None:
             return _join_bytes(self, ids, errors)
         return self.backend.decode([int(i) for i in ids if int(i) not in self._special], skip_special_tokens=True)
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes of a byte-level token; None for tokenizers of another kind, b"" for their special tokens."""
+        """Return the bytes of a token, b"" if it is special; None if the tokenizer is not byte-level."""
         if self._bytes is None:
             return b"" if token_id in self._special else None
         found = self._bytes.get(token_id)
@@ -346,13 +355,13 @@ class HFTokenizer(Tokenizer):
         path = Path(directory) / TOKENIZER_FILE
         write_text_atomic(path, self.backend.to_str(pretty=True))
         if self._eot not in EOT_NAMES and TOKENIZER_CONFIG_FILE not in self.companions:
-            # its name alone would not identify it when the file is read back
+            # the name is not among EOT_NAMES, so loading could not identify it otherwise
             write_text_atomic(Path(directory) / TOKENIZER_CONFIG_FILE, json.dumps({"eos_token": self._eot}) + "\n")
         self._save_companions(directory)
         return path
 
     def fingerprint(self) -> str:
-        """Hex digest of the serialised tokenizer, without the template of special tokens that is never used."""
+        """Return a hex digest of the serialised tokenizer without its unused template of special tokens."""
         text = self.backend.to_str()
         if self.backend.post_processor is not None:
             content = json.loads(text) | {"post_processor": None}

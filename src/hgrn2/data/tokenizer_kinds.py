@@ -1,4 +1,4 @@
-"""Read the kind of a tokenizer from its tokenizer.json: bytes, byte fallback, words split at spaces."""
+"""Derive properties of a tokenizer from its tokenizer.json: byte-level, byte fallback, splits at spaces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The parts of a normalizer, pre-tokenizer or decoder, in order; Sequences are unfolded."""
+    """Return the parts of a normalizer, pre-tokenizer or decoder in order, with Sequences flattened."""
     if component is None:
         return []
     if component["type"] != "Sequence":
@@ -18,7 +18,7 @@ def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 def byte_level_table(
     content: dict[str, Any], vocab: dict[str, int], added: set[int], special: Collection[int]
 ) -> dict[int, bytes] | None:
-    """Bytes of every token of a byte-level tokenizer; None if the tokenizer is of another kind."""
+    """Return the bytes of every token of a byte-level tokenizer; None for other kinds of tokenizer."""
     kinds = {part["type"] for part in _parts(content.get("decoder"), "decoders")}
     if "ByteLevel" not in kinds or not kinds <= {"ByteLevel", "Fuse"}:
         return None
@@ -35,12 +35,12 @@ def byte_level_table(
 
 
 def unknown_id(model: dict[str, Any], vocab: dict[str, int]) -> int | None:
-    """The token for text that the vocabulary lacks; None if there is none."""
+    """Return the id of the unknown token; None if the tokenizer has none."""
     return model["unk_id"] if model["type"] == "Unigram" else vocab.get(model.get("unk_token") or "")
 
 
 def fallback_tokens(content: dict[str, Any], vocab: dict[str, int]) -> frozenset[int]:
-    """Tokens that a decoder with byte fallback takes for single bytes."""
+    """Return the ids of the tokens that a decoder with byte fallback reads as single bytes."""
     kinds = {part["type"] for part in _parts(content.get("decoder"), "decoders")}
     if "ByteFallback" not in kinds:
         return frozenset()
@@ -48,7 +48,7 @@ def fallback_tokens(content: dict[str, Any], vocab: dict[str, int]) -> frozenset
 
 
 def splits_as_gpt2(content: dict[str, Any], hidden: Collection[str]) -> bool:
-    """Whether words end at white space by GPT-2's pattern, with nothing put before a text and nothing else cut out."""
+    """Return whether words are split by GPT-2's pattern alone: no prefix space, normalizer or added tokens."""
     split = content.get("pre_tokenizer") or {}
     is_gpt2 = split.get("type") == "ByteLevel" and not split["add_prefix_space"] and split.get("use_regex", True)
     others = [token["content"] for token in content["added_tokens"] if token["content"] not in hidden]
@@ -56,7 +56,7 @@ def splits_as_gpt2(content: dict[str, Any], hidden: Collection[str]) -> bool:
 
 
 def keeps_every_byte(content: dict[str, Any], vocab: dict[str, int], hidden: Collection[str]) -> bool:
-    """Whether a byte-level tokenizer gives back every text, as far as its settings show it."""
+    """Return whether the settings of a byte-level tokenizer show that decoding restores every text."""
     kept = {"ByteLevel", "Split", "Digits"}
     splits = _parts(content.get("pre_tokenizer"), "pretokenizers")
     plain = all(part["type"] in kept and part.get("behavior") != "Removed" for part in splits)
@@ -71,7 +71,7 @@ def keeps_every_byte(content: dict[str, Any], vocab: dict[str, int], hidden: Col
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies, to the byte."""
+    """Return the map from the printable characters of byte-level vocabularies to their bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]

@@ -1,10 +1,10 @@
-"""Memory-mapped token shards, read only, with O(1) access to any position.
+"""Memory-mapped, read-only token shards with O(1) access to any position.
 
-A dataset is a directory: raw little-endian shards of equal length (the last may be shorter), `documents.bin`
-(the position of every document's first token), `pieces.bin` (pairs: the position after a piece of text, and
-the UTF-8 bytes of all text up to there) and `manifest.json`. A document is the end-of-text token followed by
-its text, so the first token of a text is predicted from the end-of-text token, and the end of a document is
-predicted as the next one's.
+A dataset is a directory of raw little-endian shards of equal length (the last may be shorter), `documents.bin` (the
+position of the first token of every document), `pieces.bin` (pairs: the position after a piece of text, and the UTF-8
+bytes of all text up to there) and `manifest.json`. A document is the end-of-text token followed by its text. So the
+first token of a text is predicted from the end-of-text token, and the last one predicts the end-of-text token of the
+next document.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.storage.hashed import sha256_of
 from hgrn2.storage.json_files import DIGEST_KEY, check_digest, read_json_object
 
 FORMAT = "hgrn2-tokens"
@@ -30,26 +31,26 @@ _KEYS = {
     "num_documents", "num_text_bytes", "num_unknown", "keeps_text", "shard_tokens", "shards", "documents", "pieces",
 }  # fmt: skip
 
-# reading a GiB takes about a second: below it, checksums are worth their time at every start
+# reading a GiB takes about a second; smaller sets are verified every time they are opened
 VERIFY_BELOW_BYTES = 1 << 30
 
 
 class TokenDataset:
-    """The tokens of many documents, one after the other. Made by `TokenDataset.open`.
+    """The concatenated tokens of many documents. Open one with `TokenDataset.open`.
 
     Attributes:
-        directory: where the files are.
-        manifest: the manifest as read.
-        num_tokens: tokens in all, the end-of-text tokens included.
-        num_documents: documents in all.
+        directory: the folder of the files.
+        manifest: the content of manifest.json.
+        num_tokens: number of tokens, including the end-of-text tokens.
+        num_documents: number of documents.
         num_text_bytes: UTF-8 bytes of the documents' text.
-        num_unknown: tokens that stand for text the vocabulary lacks; 0 for sets of earlier versions.
-        keeps_text: whether the text can be told from the tokens; True for sets of earlier versions.
-        vocab_size: of the tokenizer.
-        eot_id: the token that starts every document.
-        document_starts: int64 [num_documents], position of every document's end-of-text token; memory-mapped.
-        piece_ends: int64 [num_pieces], positions after each piece of text; every document ends at one.
-        piece_bytes: int64 [num_pieces], UTF-8 bytes of all text up to each piece's end.
+        num_unknown: number of unknown tokens, which replace text the vocabulary lacks; 0 for sets of earlier versions.
+        keeps_text: whether decoding restores the text; True for sets of earlier versions.
+        vocab_size: vocabulary of the tokenizer.
+        eot_id: the end-of-text token, which starts every document.
+        document_starts: int64 [num_documents], position of the first token of every document; memory-mapped.
+        piece_ends: int64 [num_pieces], position after each piece of text; every document ends at one.
+        piece_bytes: int64 [num_pieces], UTF-8 bytes of all text up to the end of each piece.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
@@ -74,13 +75,12 @@ class TokenDataset:
         """Open a dataset.
 
         Args:
-            directory: holds manifest.json.
-            verify: True reads every file and compares checksums, False compares sizes only; None (the
-                default) means True for sets below 1 GiB.
+            directory: the folder with manifest.json.
+            verify: True reads every file and compares checksums, False compares sizes only; None means True for sets
+                below 1 GiB.
 
         Raises:
-            UserError: a file is missing, truncated or changed; the message names it, what was found and
-                wanted.
+            UserError: a file is missing, truncated or changed; the message names it, and what was found and wanted.
         """
         directory = Path(directory)
         manifest = read_manifest(directory, FORMAT, FORMAT_VERSION, _KEYS)
@@ -97,10 +97,10 @@ class TokenDataset:
         return dataset
 
     def _index_fault(self, whole: bool) -> str | None:
-        """Return what in the tokens contradicts the manifest, or None.
+        """Return how the tokens contradict the manifest; None if they do not.
 
         Args:
-            whole: look at every document; otherwise at the first and the last ones.
+            whole: check every document; otherwise only the first and the last.
         """
         starts = self.document_starts if whole else self.document_starts[np.unique([0, self.num_documents - 1])]
         ends, num_bytes = (
@@ -134,7 +134,7 @@ class TokenDataset:
         )
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """A copy of tokens [start, stop) as int64; the range may span shards."""
+        """Return a copy of tokens [start, stop) as int64; the range may span shards."""
         out = np.empty(max(stop - start, 0), dtype=np.int64)
         self.copy_into(out, start)
         return out
@@ -155,10 +155,10 @@ class TokenDataset:
             done += len(part)
 
     def text_bytes(self, start: int, stop: int) -> int:
-        """UTF-8 bytes of the text in tokens [start, stop); both must be 0 or the end of a piece or document.
+        """Return the UTF-8 bytes of the text in tokens [start, stop); both must be 0 or the end of a piece.
 
         Raises:
-            ValueError: a position lies within a piece, where bytes are not recorded.
+            ValueError: a position is inside a piece, where the byte count is not recorded.
         """
         return self._bytes_before(stop) - self._bytes_before(start)
 
@@ -166,8 +166,8 @@ class TokenDataset:
         """Read the tokens of a document, without the end-of-text token it starts with.
 
         Args:
-            index: of the document.
-            most: read no more tokens than this; None reads all of them.
+            index: index of the document.
+            most: maximum number of tokens to read; None reads all.
         """
         start = int(self.document_starts[index]) + 1
         is_last = index + 1 == self.num_documents
@@ -184,7 +184,7 @@ class TokenDataset:
 
 
 class _Shard:
-    """A file of tokens, mapped into memory."""
+    """A memory-mapped file of tokens."""
 
     def __init__(self, path: Path, dtype: np.dtype):
         self._path = path
@@ -193,7 +193,7 @@ class _Shard:
         self._tokens = np.frombuffer(self._map, dtype)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        # touching what is mapped beyond the end of a file kills the process without a word; this is one system call
+        # reading mapped pages beyond the end of the file kills the process; this check is one system call
         if self._map.size() < self._tokens.nbytes:
             raise UserError(
                 f"{self._path}: was cut short while it was being read; {REMEDY}, then resume the run", "damaged"
@@ -206,12 +206,12 @@ def read_manifest(directory: Path, kind: str, version: int, known: Set[str]) -> 
 
     Args:
         directory: the folder that holds it.
-        kind: the format that it has to name.
-        version: the version that it has to name.
-        known: every key of that format.
+        kind: the format it must name.
+        version: the version it must name.
+        known: all keys of that format.
 
     Raises:
-        UserError: it is missing, not JSON, of another kind or of another version, or does not match its digest.
+        UserError: the file is missing, not JSON, of another format or version, or does not match its digest.
     """
     path = directory / MANIFEST_FILE
     if not path.exists():
@@ -224,14 +224,14 @@ def read_manifest(directory: Path, kind: str, version: int, known: Set[str]) -> 
             f"{path}: format version {found.get('version')}, this release reads {version}; {REMEDY}", "version"
         )
     manifest = check_digest(found, path, REMEDY)
-    # without a digest, as in older sets, an unknown key is a damaged one
+    # older sets have no digest: an unknown key there means damage
     if DIGEST_KEY not in found and (unknown := sorted(manifest.keys() - known)):
         raise UserError(f"{path}: {unknown_key_message('manifest', unknown[0], known)}; {REMEDY}", "damaged")
     return manifest
 
 
 def manifest_fault(manifest: dict[str, Any]) -> str | None:
-    """Return what is wrong with the manifest of a token dataset, or None; fields are compared with each other too."""
+    """Return what is wrong with the manifest of a token dataset, or None; checks the fields against each other too."""
     for key in ("num_tokens", "num_documents", "num_text_bytes", "vocab_size", "eot_id", "shard_tokens"):
         least = 0 if key in ("eot_id", "num_text_bytes") else 1
         if fault := _count_fault(manifest, key, least):
@@ -272,13 +272,13 @@ def manifest_fault(manifest: dict[str, Any]) -> str | None:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest little-endian type that holds every token id: uint16 up to 65536 tokens, or uint32."""
+    """Return the smallest little-endian dtype for the token ids: uint16 up to 65536 tokens, otherwise uint32."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 def _count_fault(values: dict[str, Any], key: str, least: int) -> str | None:
     value = values.get(key)
-    # more than any disk holds
+    # 2**56 is more than any disk holds
     if type(value) is int and least <= value < 2**56:
         return None
     return f"bad or missing entry {key!r}"
@@ -288,7 +288,7 @@ def _entry_fault(entry: Any) -> str | None:
     if not isinstance(entry, dict):
         return "bad or missing entry"
     name = entry.get("file")
-    # a manifest has no business outside its folder
+    # a manifest may only name files in its own folder
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
         return f"file is {name!r}, wanted the name of a file beside the manifest"
     if not isinstance(entry.get("sha256"), str):
@@ -303,8 +303,7 @@ def _check_file(path: Path, num_bytes: int, sha256: str | None) -> None:
             raise UserError(f"{path}: {found_bytes:,} bytes, the manifest says {num_bytes:,}; {REMEDY}", "damaged")
         if sha256 is None:
             return
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}", "unreadable") from error
     if found != sha256:

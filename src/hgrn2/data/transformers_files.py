@@ -1,4 +1,4 @@
-"""A tokenizer's files in the form transformers opens, beside or instead of our own."""
+"""Write a tokenizer in the files that transformers opens, beside or instead of our own."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hgrn2.storage.staging import write_text_atomic
 
 
 def write_transformers_files(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, so that `AutoTokenizer` gives our tokens.
+    """Write tokenizer.json and tokenizer_config.json, so that `AutoTokenizer` returns our tokens.
 
-    A text begins with the end-of-text token there, as `hgrn2 generate` begins it; `add_special_tokens=False` leaves it
-    out. Unlike our tokenizers, theirs take the end of text for that token where it is written in a text.
+    Texts begin with the end-of-text token, as in `hgrn2 generate`; `add_special_tokens=False` omits it. Unlike our
+    tokenizers, those of transformers parse "<|endoftext|>" written in a text as that token.
 
     Args:
-        tokenizer: of the bytes, or a Hugging Face one.
-        directory: a folder that exists.
+        tokenizer: a byte tokenizer or a Hugging Face tokenizer.
+        directory: an existing folder.
 
     Raises:
         OSError: a file cannot be written.
@@ -43,7 +43,7 @@ def write_transformers_files(tokenizer: Tokenizer, directory: str | Path) -> Non
         "bos_token": eot,
         "eos_token": eot,
         "pad_token": eot,
-        # what comes last in a row is what is gone on from
+        # generation continues from the last position of a row
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
@@ -53,15 +53,15 @@ def write_transformers_files(tokenizer: Tokenizer, directory: str | Path) -> Non
 
 
 def write_generation_config(tokenizer: Tokenizer, vocab_size: int, directory: str | Path) -> dict[str, Any]:
-    """Write generation_config.json, so that `generate` starts, ends and chooses as `hgrn2 generate` does.
+    """Write generation_config.json, so that `generate` uses the same start, end and tokens as `hgrn2 generate`.
 
     Args:
-        tokenizer: the model's.
-        vocab_size: the model's, which may be larger than the tokenizer's; what is beyond it is never written.
-        directory: a folder that exists.
+        tokenizer: the model's tokenizer.
+        vocab_size: vocabulary of the model, which may be larger than the tokenizer's; the extra ids are suppressed.
+        directory: an existing folder.
 
     Returns:
-        The ids of the tokens before, after and beside a text, which belong into config.json as well.
+        The ids of the BOS, EOS and padding tokens, which belong in config.json as well.
 
     Raises:
         OSError: the file cannot be written.
@@ -75,7 +75,7 @@ def write_generation_config(tokenizer: Tokenizer, vocab_size: int, directory: st
 
 
 def _bytes_content(eot: str, eot_id: int) -> dict[str, Any]:
-    """A byte-level vocabulary without merges: its tokens are the bytes."""
+    """Return a tokenizer.json with a byte-level vocabulary and no merges, so that every token is one byte."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     alphabet = sorted(byte_alphabet().items(), key=lambda item: item[1])
     special = {"content": eot, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

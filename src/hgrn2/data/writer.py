@@ -1,4 +1,4 @@
-"""Writes the directory of a TokenDataset."""
+"""Write the directory of a TokenDataset."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DEFAULT_SHARD_TOKENS = 100_000_000
 
 
 class TokenWriter:
-    """Appends documents, piece by piece, and writes the manifest at the end.
+    """Append documents piece by piece; `close` writes the manifest.
 
     Args:
-        directory: created; must not exist.
-        tokenizer: whose tokens these are.
+        directory: the directory to create; must not exist.
+        tokenizer: the tokenizer that makes the tokens.
         shard_tokens: tokens in every shard but the last.
     """
 
@@ -45,11 +45,11 @@ class TokenWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents started so far."""
+        """Number of documents started so far."""
         return len(self._document_starts)
 
     def add(self, piece: EncodedPiece, starts_document: bool) -> None:
-        """Append a piece of text, as the start of a new document or the continuation of the last one."""
+        """Append a piece of text that starts a new document or continues the last one."""
         if starts_document:
             self._document_starts.append(self.num_tokens)
             self._append(self._eot)
@@ -60,7 +60,7 @@ class TokenWriter:
         self._pieces.extend((self.num_tokens, self.num_text_bytes))
 
     def close(self) -> dict[str, Any]:
-        """Write the rest and the manifest; return the manifest."""
+        """Write the last shard, the index files and the manifest; return the manifest."""
         if self._file is not None:
             self._end_shard()
         manifest = {
@@ -86,7 +86,7 @@ class TokenWriter:
         return manifest
 
     def abandon(self) -> None:
-        """Close the open file, if any; the directory is of no use any more."""
+        """Close the open file without finishing the dataset; the directory is unusable afterwards."""
         if self._file is not None:
             self._file.close()
 
