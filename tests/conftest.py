@@ -26,12 +26,26 @@ else:
     settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("unhurried")
 
+from tests.shards import add_options, run_in_shards
+
 # packages of the extras, by the names they are imported by; tests that need one are skipped without it
 EXTRAS = {
     "accelerate", "datasets", "docstring_parser", "fla", "hypothesis", "lm_eval", "matplotlib", "numpy", "onnx",
     "onnxruntime", "peft", "pyarrow", "rich", "safetensors", "tensorboard", "tokenizers", "transformers", "triton",
     "trl", "tyro", "yaml", "zstandard",
 }  # fmt: skip
+
+
+def pytest_addoption(parser, pluginmanager):
+    add_options(parser)
+    if not pluginmanager.has_plugin("timeout"):
+        # pyproject.toml sets it, and an unknown setting is an error
+        parser.addini("timeout", "ignored, as pytest-timeout is not installed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    return run_in_shards(session)
 
 
 class _Module(pytest.Module):

@@ -1,7 +1,7 @@
 """The operators on a GPU: kernels compiled, against the float64 recurrence, in hostile shapes, gates and memory.
 
-Kernels are compiled for many shapes, which takes far longer than to run them: processes side by side compile those of
-the selected cases first, into Triton's cache.
+Kernels are compiled for many shapes, which takes far longer than to run them: `tests/shards.py` spreads the tests over
+processes, which share Triton's cache.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -165,28 +163,6 @@ def exact(op, inputs, backend="reference", **settings):
 def exact_in_chunks(op, inputs, **settings):
     """For long sequences; in float64 the chunked form has the recurrence's digits (`test_agreement.py`)."""
     return exact(op, inputs, "chunked", **settings)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels(request):
-    """Compiles what the selected cases need, in processes side by side."""
-    if not torch.cuda.is_available():
-        return
-    chosen = {
-        CASES.index(item.callspec.params["case"])
-        for item in request.session.items
-        if hasattr(item, "callspec") and "case" in item.callspec.params and "test_gpu" in item.nodeid
-    }
-    workers = min(len(chosen) // 2, os.cpu_count() or 1, 16)
-    shards = [sorted(chosen)[i::workers] for i in range(workers)]
-
-    def compile_shard(shard: list[int]) -> None:
-        # what fails here fails again, and is told, in its own test
-        command = [sys.executable, __file__, *map(str, shard)]
-        subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=400, check=False)
-
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        list(pool.map(compile_shard, shards))
 
 
 @pytest.fixture
@@ -655,6 +631,7 @@ def test_steps_match_the_scan():
     assert relative_error(state, end).rms <= ORDINARY_RMS
 
 
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements():
     # rows, and elements of one batch entry after the other, whose places do not fit 32 bits
     batch, length, heads, width = 9, 1 << 17, 16, 128
@@ -674,6 +651,7 @@ def test_more_than_two_to_the_31_elements():
         assert relative_error(y[-1:, -100:], wanted[:, -100:]).rms <= 1e-2
 
 
+@pytest.mark.large
 def test_one_row_of_more_than_two_to_the_31_elements():
     length, heads, width = (1 << 20) + 70, 16, 128
     assert length * heads * width > 2**31
@@ -695,6 +673,7 @@ def test_one_row_of_more_than_two_to_the_31_elements():
             assert relative_error(found[:, rows, h], wanted[:, rows]).rms <= SAME_RMS[torch.bfloat16]
 
 
+@pytest.mark.large
 def test_heads_far_apart():
     # the third head begins 2**31 elements after the first; a place lost to 32 bits would end this process's use of the
     # GPU, so that another does it
@@ -815,18 +794,3 @@ def test_a_model_on_the_gpu_has_the_logits_of_the_cpu():
             logits, state = model.step(ids[:, t].cuda(), state)
             parts.append(logits.unsqueeze(1))
     assert relative_error(torch.cat(parts, 1).cpu(), expected).rms <= EXTREME_RMS
-
-
-def compile_cases(indices: list[int]) -> None:
-    """Runs cases for nothing but the kernels they leave in Triton's cache."""
-    for index in indices:
-        case = CASES[index]
-        call = partial(run, case.op, case.inputs(), backend=case.backend, **case.settings())
-        try:
-            call()
-        except Exception as error:
-            print(f"{case}: {error}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    compile_cases([int(word) for word in sys.argv[1:]])

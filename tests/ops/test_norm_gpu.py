@@ -41,6 +41,7 @@ def test_no_worse_than_one_rounding(shape, dtype, out):
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+@pytest.mark.large
 def test_rows_beyond_two_to_the_31_elements():
     x = torch.zeros((1 << 20) + 3, 2048, device="cuda", dtype=torch.bfloat16)
     x[-1] = torch.arange(2048, device="cuda")

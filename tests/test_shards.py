@@ -1,0 +1,69 @@
+"""Tests in several processes: each runs once, what fails is told, and a process that ends takes nothing with it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFTEST = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.shards import add_options as pytest_addoption, run_in_shards as pytest_runtestloop
+"""
+TESTS = """
+import os
+import pytest
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return 1
+
+@pytest.mark.parametrize("i", range(9))
+def test_passes(i, shared):
+    with open(os.environ["RAN"], "a") as file:
+        file.write(f"{i}\\n")
+
+def test_fails():
+    assert 1 == 2, "one is not two"
+
+def test_ends_the_process():
+    os._exit(5)
+
+@pytest.mark.skip(reason="left out")
+def test_skipped():
+    pass
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "conftest.py").write_text(CONFTEST.format(root=str(ROOT)))
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider\nmarkers = large\n")
+    (tmp_path / "test_some.py").write_text(TESTS)
+    return tmp_path
+
+
+def run(folder, *flags):
+    command = [sys.executable, "-m", "pytest", "-q", *flags]
+    environment = {"PATH": "", "RAN": str(folder / "ran")}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_test_runs_once_and_is_reported(folder):
+    done = run(folder, "--shards", "2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert sorted((folder / "ran").read_text().split()) == [str(i) for i in range(9)]
+    assert "2 failed, 9 passed, 1 skipped" in done.stdout
+    assert "one is not two" in done.stdout
+    assert "ended with status 5" in done.stdout
+
+
+def test_a_selection_and_the_first_failure(folder):
+    done = run(folder, "--shards", "2", "-k", "passes or skipped")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "9 passed, 1 skipped, 2 deselected" in done.stdout
+    done = run(folder, "--shards", "2", "-x", "-k", "fails or skipped")
+    assert done.returncode == 1
+    assert "stopping after 1 failures" in done.stdout
