@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
-from hgrn2.data.encode import EncodedPiece
-from hgrn2.data.tokenizer import ByteTokenizer
-from hgrn2.data.tokens import TokenDataset
-from hgrn2.data.writer import TokenWriter
+if TYPE_CHECKING:
+    from hgrn2.data.tokens import TokenDataset
 
 
 @pytest.fixture(scope="session")
 def make_dataset(tmp_path_factory) -> Callable[..., TokenDataset]:
     """Builds a byte dataset from documents, each a text or a list of pieces."""
+    # here, so that tests are collected without the extras
+    import numpy as np
+
+    from hgrn2.data.encode import EncodedPiece
+    from hgrn2.data.tokenizer import ByteTokenizer
+    from hgrn2.data.tokens import TokenDataset
+    from hgrn2.data.writer import TokenWriter
 
     def make(documents: Iterable[str | list[str]], shard_tokens: int = 1 << 20) -> TokenDataset:
         directory = tmp_path_factory.mktemp("tokens") / "set"
