@@ -206,3 +206,13 @@ def test_no_folder_to_keep_it_in(driver, tmp_path, monkeypatch):
     monkeypatch.setattr(compiler.Path, "home", no_home)
     compiler._module("source", (), 1)
     assert driver.loaded == [b"kernels"] * 2
+
+
+@pytest.mark.parametrize("num_packed", [1, 8, 64])
+@pytest.mark.parametrize("heads", [4, 6, 16])
+def test_parts_of_the_backward_pass_are_equally_long(heads, num_packed):
+    cut = plan.Plan(1, 32768, heads, plan.coarse_chunks(1, 32768, heads, num_packed), num_packed)
+    # chunks that one multiprocessor walks, one launch after the other, and those there would be without idle ones
+    walked = sum(part.segment for part in cut.parts)
+    least = cut.chunks * heads / plan.MULTIPROCESSORS
+    assert walked <= least + len(cut.parts) + 1

@@ -65,8 +65,10 @@ def passes(batch: int, chunks: int, heads: int) -> Passes:
     group = -(-heads // -(-heads // most))
     rows = max(1, batch * group)
     segments = max(1, min(chunks, MULTIPROCESSORS // rows))
-    coarse = max(SHORTEST_WALK, STATES // (rows * segments))
-    return Passes(group, segments, max(1, min(coarse, -(-chunks // segments))))
+    most = max(SHORTEST_WALK, STATES // (rows * segments))
+    # parts of equal length: a short last one would keep few multiprocessors busy
+    parts = max(1, -(-chunks // (segments * most)))
+    return Passes(group, segments, max(1, -(-chunks // (segments * parts))))
 
 
 def coarse_chunks(batch: int, length: int, heads: int, num_packed: int = 0) -> int:
