@@ -31,8 +31,9 @@ import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from hgrn2.evaluation import harness
-from hgrn2.evaluation.harness import HGRN2Harness, open_for_transformers, open_tasks
+from hgrn2.evaluation import harness, harness_tasks
+from hgrn2.evaluation.harness import HGRN2Harness, open_for_transformers
+from hgrn2.evaluation.harness_tasks import open_tasks
 from tests.refusals import refuses
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +74,7 @@ def _alone(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     # as on a machine without a network
-    monkeypatch.setattr(harness, "hub_reachable", lambda: False)
+    monkeypatch.setattr(harness_tasks, "hub_reachable", lambda: False)
 
 
 def make_run(folder, variant, tokenizer, change=lambda lm: None):
@@ -379,8 +380,8 @@ def test_groups_of_local_tasks(one_run, tmp_path, monkeypatch, capsys):
              "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean"}]}  # fmt: skip
     (folder / "group.yaml").write_text(yaml.safe_dump(group))
     # the thousands of tasks that come with the harness take many seconds to look through, and one test does
-    manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **x: manager(**(x | {"include_defaults": False})))
+    manager = harness_tasks.TaskManager
+    monkeypatch.setattr(harness_tasks, "TaskManager", lambda **x: manager(**(x | {"include_defaults": False})))
     found = open_tasks(["both", "documents"], folder)
     assert [getattr(x, "name", None) or x.task_name for x in found] == ["both", "documents"]
     results = harness.evaluate_tasks(open_run(one_run)[2], found, bootstrap_iters=0)
@@ -435,9 +436,11 @@ _Loader.add_constructor("!function", lambda loader, node: node.value)
 
 def test_commands_of_the_guide(one_run, tmp_path, capsys, monkeypatch):
     # two of the folders of tasks that come with the harness instead of all
-    manager, own = harness.TaskManager, Path(lm_eval.tasks.__file__).parent
+    manager, own = harness_tasks.TaskManager, Path(lm_eval.tasks.__file__).parent
     some = {"include_defaults": False, "include_path": [own / "lambada", own / "piqa"]}
-    monkeypatch.setattr(harness, "TaskManager", lambda **x: manager(**(x if "include_defaults" in x else x | some)))
+    monkeypatch.setattr(
+        harness_tasks, "TaskManager", lambda **x: manager(**(x if "include_defaults" in x else x | some))
+    )
     section = (
         (ROOT / "docs/guide/huggingface.md").read_text(encoding="utf-8").split("## Evaluate\n")[1].split("\n## ")[0]
     )

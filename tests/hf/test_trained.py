@@ -13,7 +13,7 @@ from hgrn2 import cli
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hgrn2[eval]'")
 import datasets
 
-from hgrn2.evaluation import harness
+from hgrn2.evaluation import harness_tasks
 from hgrn2.train import plots
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.toml"
@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     # as on a machine without a network
-    monkeypatch.setattr(harness, "hub_reachable", lambda: False)
+    monkeypatch.setattr(harness_tasks, "hub_reachable", lambda: False)
     # samples and pictures take longer than the run, and are tested elsewhere
     monkeypatch.setattr(cli.train, "_make_sampler", lambda tokenizer: None)
     monkeypatch.setattr(plots, "plot_run", lambda run: [])

@@ -1,4 +1,4 @@
-"""How likely continuations of any length are after contexts of any length: read in pieces, with the state carried."""
+"""Score continuations of any length after contexts of any length, read in pieces with carried state."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hgrn2.hf.cache import StateLayer
 from hgrn2.hf.language import HGRN2ForCausalLM
 from hgrn2.models.cost import cost
 
-# of all rows together, read at a time: bounds the memory, not the texts
+# tokens per forward pass over all rows; bounds the memory, not the length of texts
 PIECE_TOKENS = 4096
-# logits that exist at a time, 64 MB of them in float32
+# logits in memory at a time, 64 MB in float32
 PIECE_LOGITS = 2**24
-# rows that are chosen when none are asked for, and the memory that their states may take where it is not known
+# most rows that "auto" chooses, and the memory for their states where the free memory is unknown
 MOST_ROWS = 64
 STATE_BYTES = 2**30
-# what a model is refused with, here and where it writes
+# message for scoring and generation
 NOT_FINITE = "the model's outputs are not finite; use another checkpoint"
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -30,11 +30,11 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Scored:
-    """How likely a continuation is.
+    """Score of a continuation.
 
     Attributes:
-        nats: log p of all its tokens, summed; 0 or below.
-        is_greedy: whether each of them was the likeliest.
+        nats: sum of log p over its tokens, <= 0.
+        is_greedy: whether every token was the most likely one.
     """
 
     nats: float
@@ -45,27 +45,27 @@ class Scored:
 def score_pairs(
     model: HGRN2ForCausalLM, pairs: Sequence[Pair], num_rows: int, piece_tokens: int = PIECE_TOKENS
 ) -> Iterator[list[tuple[int, Scored]]]:
-    """Predicts every token of each continuation from all tokens before it.
+    """Predict every token of each continuation from all tokens before it.
 
-    A context that several continuations share is read once for those of a batch. Beside the tokens themselves, what is
-    held at a time does not depend on any length (but for the keys and values of attention layers in hybrids).
+    Continuations in a batch that share a context read it once. Apart from the tokens, memory does not depend on any
+    length, except for the keys and values of attention layers in hybrids.
 
     Args:
-        model: in evaluation mode.
-        pairs: token ids of context and continuation, one or more each.
+        model: the model, in evaluation mode.
+        pairs: token ids of contexts and continuations, at least one each.
         num_rows: pairs read at a time.
-        piece_tokens: tokens of a forward pass, those of all rows together; does not change the result.
+        piece_tokens: tokens per forward pass over all rows; does not change the result.
 
     Yields:
-        After every batch, the numbers of its pairs and what came out.
+        For every batch, the indices of its pairs with their scores.
 
     Raises:
         UserError: the model's outputs are not finite.
     """
-    # what belongs together in one batch: the same contexts, and nearly equal lengths
+    # put equal contexts and similar lengths in one batch
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), list(pairs[i][0]), -len(pairs[i][1])))
     for start in range(0, len(order), num_rows):
-        # rows that end leave from the back
+        # longest first: finished rows are dropped from the end
         batch = sorted(order[start : start + num_rows], key=lambda i: -len(pairs[i][1]))
         nats, is_greedy = _score_batch(model, [pairs[i] for i in batch], piece_tokens)
         if not bool(nats.isfinite().all()):
@@ -74,26 +74,26 @@ def score_pairs(
 
 
 def affordable_rows(model: HGRN2ForCausalLM, longest: int) -> int:
-    """How many rows to read at a time: their states fit half of the GPU memory that is free, elsewhere a GiB.
+    """Return the number of rows whose states fit half of the free GPU memory, or one GiB on other devices.
 
     Args:
-        model: on its device.
-        longest: tokens of the longest text; matters where attention layers keep something of each.
+        model: the model, on its device.
+        longest: tokens of the longest text; matters for attention layers, which keep keys and values.
     """
     costs = cost(model.config.model_config)
     window = model.config.sliding_window
     kept = longest if window is None else min(longest, window)
-    # states are selected and replaced, so there are two of them for a moment
+    # selecting rows copies the states, so two exist for a moment
     bytes_per_row = 2 * (costs.state_bytes + kept * costs.attention_bytes_per_token)
     free = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else STATE_BYTES
     return max(1, min(MOST_ROWS, free // bytes_per_row))
 
 
 def _score_batch(model: HGRN2ForCausalLM, pairs: Sequence[Pair], piece_tokens: int) -> tuple[Tensor, Tensor]:
-    """What is scored: nats [R] float64 and is_greedy [R] bool, on the CPU; the longest continuation comes first."""
+    """Return nats [R] float64 and is_greedy [R] bool on the CPU; the longest continuation must come first."""
     contexts = list(dict.fromkeys(tuple(context) for context, _ in pairs))
     number = {context: i for i, context in enumerate(contexts)}
-    # a context's last token is read with the continuation, whose first it predicts
+    # the last token of a context predicts the first one of the continuation, so they are read together
     cache = _read([context[:-1] for context in contexts], model, piece_tokens)
     _select(cache, torch.tensor([number[tuple(context)] for context, _ in pairs]))
 
@@ -110,7 +110,7 @@ def _score_batch(model: HGRN2ForCausalLM, pairs: Sequence[Pair], piece_tokens: i
             rows = left
         stop = start + max(1, piece_tokens // rows)
         x = model.model(inputs[:rows, start:stop].to(model.device), cache=cache, use_cache=True).last_hidden_state
-        # what follows the end of a row is read for the shape's sake
+        # tokens after the end of a row are padding
         real = torch.arange(start, start + x.shape[1]) < lengths[:rows, None]
         log_p, greedy = _log_p(model, x[real.to(x.device)], targets[:rows, start:stop][real].to(x.device))
         row = real.nonzero()[:, 0]
@@ -121,7 +121,7 @@ def _score_batch(model: HGRN2ForCausalLM, pairs: Sequence[Pair], piece_tokens: i
 
 
 def _read(texts: Sequence[Sequence[int]], model: HGRN2ForCausalLM, piece_tokens: int) -> DynamicCache:
-    """The states behind some texts; shorter ones, and those of no tokens, are filled up on the left."""
+    """Return the states after reading some texts, padded on the left; texts may be empty."""
     cache = DynamicCache(config=model.config)
     lengths = torch.tensor([len(text) for text in texts])
     longest = int(lengths.max())
@@ -139,13 +139,13 @@ def _read(texts: Sequence[Sequence[int]], model: HGRN2ForCausalLM, piece_tokens:
 
 def _select(cache: DynamicCache, rows: Tensor) -> None:
     for layer in cache.layers:
-        # transformers' own until something was read, which no context of one token is
+        # layers stay transformers' own until something is read; contexts of one token read nothing
         if isinstance(layer, StateLayer):
             layer.batch_select_indices(rows)
 
 
 def _log_p(model: HGRN2ForCausalLM, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """For targets [M] after x [M, D]: log p [M] float64, and whether it is the likeliest [M] bool, on the CPU."""
+    """Return log p of the targets [M] given x [M, D] as float64 [M], and whether each is the argmax [M], on the CPU."""
     log_ps, greedy = [], []
     size = max(1, PIECE_LOGITS // model.config.vocab_size)
     for part, target in zip(x.split(size), targets.split(size), strict=True):

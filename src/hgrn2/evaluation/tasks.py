@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, from words to a table; imports the harness only when it is called."""
+"""Evaluate a model folder on tasks of lm-evaluation-harness; the harness is imported on the first call."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def evaluate_tasks(
     """Run tasks of lm-evaluation-harness.
 
     Args:
-        run: as for `hgrn2.load`.
-        names: of tasks and of task files; several may stand in one word, with commas between them.
+        run: a run folder, a checkpoint or a folder of any published layout, as for `hgrn2.load`.
+        names: tasks and task files; one string may hold several, separated by commas.
         tasks_dir: a folder of further task files.
         batch_size: a number or "auto".
         num_fewshot: solved examples before each question; None leaves it to the task.
-        limit: most questions of a task; None for all.
-        which: as for `hgrn2.load`, like device.
-        device: see which.
+        limit: maximum number of questions per task; None means all.
+        which: the checkpoint of a run to load, "latest", "best" or a step, as for `hgrn2.load`.
+        device: the device to load the model on, as for `hgrn2.load`.
 
     Returns:
-        A table for people and the harness's JSON.
+        A table for people, and the harness's results as JSON.
 
     Raises:
-        UserError: a number out of range, an extra that is not installed, no such task, data that is not there.
+        UserError: a number is out of range, an extra is not installed, or a task or its data does not exist.
     """
     words = [name if Path(name).exists() else name.split(",") for name in names]
     names = [name.strip() for word in words for name in ([word] if isinstance(word, str) else word) if name.strip()]
-    # nine digits are more than any memory holds, and int() refuses thousands
+    # no memory holds batches of ten digits, and int() refuses thousands of digits
     if batch_size != "auto" and not (batch_size.isdecimal() and len(batch_size) < 10 and int(batch_size) > 0):
         raise UserError(f"--batch-size is {batch_size}; wanted a number from 1 to 999999999, or auto")
     if num_fewshot is not None and num_fewshot < 0:
@@ -43,13 +43,15 @@ def evaluate_tasks(
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; wanted at least 1")
     try:
-        from hgrn2.evaluation import harness
+        from hgrn2.evaluation import harness, harness_tasks
     except ModuleNotFoundError as missing:
-        raise UserError(f"--tasks needs {missing.name}, which is not installed: {install_command('eval')}") from None
+        raise UserError(
+            f"--tasks needs {missing.name}, which is not installed: {install_command('eval')}", "unavailable"
+        ) from None
     weights, folder = read_while_training(run, lambda: locate_model(run, which))
-    tasks = harness.open_tasks(names, tasks_dir)
+    tasks = harness_tasks.open_tasks(names, tasks_dir)
     model, tokenizer = harness.open_for_transformers(*load(run, which, device), folder)
-    # as the results name it
+    # the harness copies this name into its results
     model.config.name_or_path = str(weights)
     lm = harness.HGRN2Harness(model, tokenizer, batch_size)
     results = harness.evaluate_tasks(lm, tasks, num_fewshot=num_fewshot, limit=limit)

@@ -1,4 +1,4 @@
-"""Writing text with a trained model, and measuring how well it predicts text."""
+"""Generate text with a model, and measure how well it predicts text."""
 
 from hgrn2.inference.scoring import Score, score
 from hgrn2.inference.writing import Writer

@@ -1,4 +1,4 @@
-"""Perplexity and bits a byte of texts of any length; in constant memory, unless the model has full attention."""
+"""Perplexity and bits per byte of texts of any length, in constant memory unless the model has full attention."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM
 
 WINDOW_TOKENS = 2048
-# parts that the vocabulary lacks are named up to this number
+# number of unknown parts of a text that are named
 _NAMED_UNKNOWN = 5
 
 
 @dataclass(frozen=True)
 class Score:
-    """Figures of how well a model predicts a text.
+    """How well a model predicts a text.
 
     Attributes:
-        name: the text's.
-        nats: summed over its tokens and the end-of-text token.
-        num_tokens: what was predicted.
+        name: name of the text.
+        nats: sum of -log p over its tokens and the end-of-text token.
+        num_tokens: number of predicted tokens.
         num_bytes: UTF-8 bytes of the text.
-        num_unknown: tokens that stand for text the vocabulary lacks.
-        unknown: the first few different parts of the text that it lacks.
-        keeps_text: whether the text can be told from its tokens.
+        num_unknown: number of unknown tokens, which replace text that the vocabulary lacks.
+        unknown: the first few distinct parts of the text that the vocabulary lacks.
+        keeps_text: whether decoding the tokens restores the text.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats a token); inf where that does not fit a float."""
+        """exp(nats per token); inf if it does not fit a float."""
         mean = self.nats / self.num_tokens
         return math.exp(mean) if mean < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers, and with a compressor's output; None if the tokens do not keep the text."""
+        """Bits per byte, comparable between tokenizers and with compressors; None if the tokens lose text."""
         return self.nats / math.log(2) / self.num_bytes if self.keeps_text else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON values; what is not available or not finite is None."""
+        """Return the score as JSON values; None for values that are not available or not finite."""
         return {
             "name": self.name, "nats": self.nats, "num_tokens": self.num_tokens, "num_bytes": self.num_bytes,
             "num_unknown": self.num_unknown, "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
@@ -62,7 +62,7 @@ class Score:
         }  # fmt: skip
 
     def losses(self) -> str | None:
-        """Say in one line what the tokenizer lost of the text; None if nothing."""
+        """Return one line about text that the tokenizer lost; None if it lost nothing."""
         if self.num_unknown:
             some = ", ".join(map(repr, self.unknown))
             one = self.num_unknown == 1
@@ -72,7 +72,7 @@ class Score:
             lost = "the tokenizer changes the text (letter case, spaces or line ends)"
         else:
             return None
-        return f"{self.name}: {lost}; bits a byte are not available, and perplexity is of what is left"
+        return f"{self.name}: {lost}; bits per byte are not available, and perplexity is of what is left"
 
 
 @torch.no_grad()
@@ -86,11 +86,11 @@ def score(
     """Predict every token of a text from all tokens before it.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
-        document: a name and the text in pieces, read as they are needed.
-        window: tokens of a forward pass; the state goes from window to window, so it does not change the result.
-        on_bytes: called with the UTF-8 bytes of each piece that was read.
+        model: the model, in evaluation mode.
+        tokenizer: the model's tokenizer.
+        document: the text with its name; its pieces are read as needed.
+        window: tokens per forward pass; the state is carried between windows, so it does not change the result.
+        on_bytes: called with the number of UTF-8 bytes of each piece read.
 
     Raises:
         UserError: the text is empty.
@@ -132,7 +132,7 @@ def total(scores: Iterable[Score], name: str = "total") -> Score:
 
 
 class _Reader:
-    """Turns a text into tokens, and counts what goes by."""
+    """Encode a text in windows of tokens and count bytes and unknown tokens."""
 
     def __init__(self, tokenizer: Tokenizer, blocks: Iterable[str], on_bytes: Callable[[int], None] | None):
         self._tokenizer, self._blocks, self._on_bytes = tokenizer, blocks, on_bytes
@@ -141,7 +141,7 @@ class _Reader:
         self.keeps_text = True
 
     def windows(self, window: int) -> Iterator[list[int]]:
-        """Yield runs of window + 1 tokens that overlap by one, from the first token to the end of text after all."""
+        """Yield windows of window + 1 tokens that overlap by one, from the start tokens to the end-of-text token."""
         waiting = list(self._tokenizer.start_ids)
         for piece in cut_document(self._tokenizer, self._blocks):
             waiting.extend(self._read(piece))

@@ -1,4 +1,4 @@
-"""Write text with a model: sampling, stop strings, and a state that can be saved and continued."""
+"""Generate text with a model: sampling, stop strings, and a state that can be saved and continued."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from hgrn2.storage.json_files import parse_json
 from hgrn2.storage.staging import check_writable_file, staged_file
 
 _STATE_FORMAT = "hgrn2-state-3"
-# without a checksum and the recent tokens
+# has no checksum and no recent tokens
 _OLD_STATE_FORMAT = "hgrn2-state-2"
-# enough to know whether a word was begun, and how
+# enough context to encode the text that follows
 _RECENT_TOKENS = 32
 EndedBy = Literal["length", "stop", "end-of-text"]
-# numbers of each tensor by which models are told apart
+# values of each tensor that go into the fingerprint of a model
 _SAMPLED = 64
 
 
@@ -38,9 +38,9 @@ def _first(texts: Sequence[str], where: str) -> int | None:
 
 
 def space_warning(tokenizer: Tokenizer, prompt: str) -> str | None:
-    """Say in one line that a prompt ends in a space which belongs to the word after it; None if it does not.
+    """Return a one-line warning if a prompt ends in a space that belongs to the next word's token; otherwise None.
 
-    Many vocabularies hold " word" as one token; after a space of its own, a model has seldom seen the start of a word.
+    Many vocabularies have " word" as one token. In their training data a separate space rarely precedes a word.
     """
     if tokenizer.splits_anywhere or not prompt.endswith(" ") or not prompt.strip():
         return None
@@ -51,26 +51,26 @@ def space_warning(tokenizer: Tokenizer, prompt: str) -> str | None:
 
 
 def _fingerprint(model: HGRN2LM) -> str:
-    """Tells models apart by their settings and the first numbers of each tensor, which training changes."""
+    """Return a hash of the model's settings and the first values of each parameter, which training changes."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, x in model.named_parameters():
-        # in one dtype, as a state goes from one to another
+        # in one dtype: a state may be continued by the same model in another dtype
         some = x.detach().flatten()[:_SAMPLED].to("cpu", torch.bfloat16)
         digest.update(name.encode() + bytes(some.view(torch.uint8).tolist()))
     return digest.hexdigest()
 
 
 class Writer:
-    """Read prompts and write after them, with everything read and written kept in the state.
+    """Generate text after prompts; the state keeps everything read and written so far.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
-        sampling: how tokens are drawn.
+        model: the model, in evaluation mode.
+        tokenizer: the model's tokenizer.
+        sampling: how tokens are sampled.
 
     Attributes:
-        num_written: tokens that the last `write` drew, the one that ended the text included.
-        ended_by: what ended it: "length" (max_tokens), "stop" (a stop text) or "end-of-text".
+        num_written: number of tokens sampled by the last `write`, including the one that ended the text.
+        ended_by: why the last `write` stopped: "length" (max_tokens), "stop" (a stop text) or "end-of-text".
     """
 
     def __init__(self, model: HGRN2LM, tokenizer: Tokenizer, sampling: Sampling):
@@ -82,25 +82,25 @@ class Writer:
         else:
             self.generator.manual_seed(sampling.seed)
         self.state = model.init_state(1)
-        # tokens that belong to the text but not yet to the state
+        # tokens of the text that the model has not read yet
         self.pending = list(tokenizer.start_ids)
-        # the last tokens of the text so far: what comes next is spelt after them
+        # the last tokens of the text, as context for decoding the next ones
         self.recent: list[int] = []
         self.seen = torch.zeros((1, tokenizer.vocab_size), dtype=torch.bool, device=self.device)
         self.num_written = 0
         self.ended_by: EndedBy = "length"
 
     def write(self, prompt: str, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[str]:
-        """Continue a prompt, piece by piece as it is written.
+        """Continue a prompt and yield the text as it is generated.
 
         Args:
-            prompt: text to continue; may be empty. It continues the text that was read or written before.
-            max_tokens: most tokens to write.
-            stop: texts that end the writing; they are not yielded.
+            prompt: text to continue, appended to everything read or written before; may be empty.
+            max_tokens: maximum number of tokens to generate.
+            stop: texts that end the generation; they are not yielded.
 
         Yields:
-            Text, always whole characters. Ends at max_tokens, a stop text or a token that ends a text. Joined after the
-            prompt, the text is what the tokenizer makes of all the tokens together.
+            Text in whole characters, until max_tokens, a stop text or an end token. Appended to the prompt, it equals
+            the decoding of all tokens together.
 
         Raises:
             UserError: a stop text is empty.
@@ -110,12 +110,12 @@ class Writer:
         ids = self.tokenizer.continue_text(prompt, self.tokenizer.decode(self.recent))
         self.pending += ids
         self._remember(ids)
-        # words that the vocabulary lacks are text too, though they decode to nothing
+        # unknown tokens are text too, although they decode to nothing
         after_text = bool(prompt.strip()) or self.tokenizer.count_unknown(np.array(self.recent, np.int64)) > 0
         decoder = TextStream(self.tokenizer, self.recent, after_text=after_text)
         self.num_written, self.ended_by = 0, "length"
         held = ""
-        # enough characters are held back that a stop text never shows its beginning
+        # hold back enough characters that no part of a stop text is yielded
         longest = max((len(text) for text in stop), default=0)
         for _ in range(max_tokens):
             token = int(sample(self._read(), self.sampling, self.seen, self.generator))
@@ -149,7 +149,7 @@ class Writer:
 
     @torch.no_grad()
     def _read(self) -> Tensor:
-        """Read what is pending into the state; return logits [1, tokens the tokenizer knows]."""
+        """Feed the pending tokens to the model; return logits [1, vocab_size of the tokenizer]."""
         tokens = torch.tensor([self.pending], device=self.device)
         self.seen[0, tokens[0]] = True
         for part in tokens.split(PREFILL_TOKENS, 1):
@@ -161,7 +161,14 @@ class Writer:
         return logits
 
     def save_state(self, path: Path) -> None:
-        """Write the state whole or not at all; `load_state` continues from it."""
+        """Write the state to a file atomically; `load_state` continues from it.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         about = {
             "format": _STATE_FORMAT, "pending": self.pending, "recent": self.recent,
             "tokenizer": self.tokenizer.fingerprint(), "model": _fingerprint(self.model),
@@ -181,7 +188,7 @@ class Writer:
         """Continue from a saved state.
 
         Raises:
-            UserError: the file is missing, damaged, or of another model or tokenizer.
+            UserError: the file is missing, damaged, or belongs to another model or tokenizer.
         """
         about, tensors = _read_state_file(path)
         if about.get("tokenizer") != self.tokenizer.fingerprint():
@@ -194,7 +201,7 @@ class Writer:
             pending, recent = about["pending"], about.get("recent", [])
             state = ModelState.from_tensors(tensors).check_like(self.state)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}", error.code) from None
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise bad from None
         if not self._is_text(pending) or not pending or not self._is_text(recent):
@@ -205,20 +212,20 @@ class Writer:
             raise UserError(
                 f"{path}: holds numbers that are not finite; name a file made with --state-out", "not-finite"
             )
-        # a seed replaces the saved generator; a generator of another device type cannot be restored
+        # an explicit seed replaces the saved generator; a generator of another device type cannot be restored
         if self.sampling.seed is None and generator.shape == self.generator.get_state().shape:
             try:
                 draws = torch.rand(4, generator=torch.Generator(self.device).set_state(generator), device=self.device)
             except (RuntimeError, TypeError):
                 raise bad from None
-            # an all-zero state draws the same number forever
+            # a generator with an all-zero state returns the same number forever
             if bool((draws == draws[0]).all()):
                 raise bad
             self.generator.set_state(generator)
         elif generator.dtype != torch.uint8 or generator.dim() != 1:
             raise bad
         if not recent and "recent" not in about:
-            # files of earlier versions hold no other tokens of the text
+            # files of earlier versions have only the pending tokens
             recent = [token for token in pending if token not in self.tokenizer.end_ids]
         self.state, self.seen, self.pending, self.recent = state, seen.to(self.device), pending, recent
 
@@ -228,7 +235,7 @@ class Writer:
 
 
 def _read_state_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the description and the tensors of a state file, verified by its checksum."""
+    """Read the metadata and tensors of a state file and verify its checksum."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -252,7 +259,7 @@ def _read_state_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _digest(about: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Hex digest of everything in a state file."""
+    """Return a hex digest of the metadata and tensors of a state file."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())

@@ -1,4 +1,4 @@
-"""report.html: what a run did, on one page that needs no network and no other file."""
+"""Write report.html, a self-contained page about a training run."""
 
 from hgrn2.train.report.page import REPORT_NAME, write_report
 

@@ -1,4 +1,4 @@
-"""Charts of the report as HTML: lines in an SVG that stretches, text and dots placed over it at their own size."""
+"""Charts as HTML: lines in a stretched SVG, with text and dots of fixed size placed over it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 from hgrn2.train.curves import log_ticks, nice_ticks, thin
 from hgrn2.train.report.words import plain, rich
 
-# more points than this are more than a screen shows
+# about as many points as a screen can show
 MOST_POINTS = 400
 _SIZE = 1000
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values laid over 0 to 100 percent.
+    """A range of values mapped to 0 to 100 percent.
 
     Attributes:
         low: value at 0 percent.
         high: value at 100 percent.
-        label: what is measured, with its unit.
-        form: a tick's text.
-        is_log: whether equal distances are equal factors.
-        most_ticks: about how many ticks there is room for.
-        unit: what the ticks count, in the values' own unit: 60 for minutes where the values are seconds.
+        label: quantity and unit.
+        form: formats the text of a tick.
+        is_log: whether the scale is logarithmic.
+        most_ticks: approximate maximum number of ticks.
+        unit: unit of the ticks in units of the values, e.g. 60 for ticks in minutes of values in seconds.
     """
 
     low: float
@@ -47,7 +47,7 @@ class Axis:
         return min(100.0, max(0.0, 100 * (scale(value) - low) / (high - low)))
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Percent and text of each tick."""
+        """Return the position in percent and the text of each tick."""
         if not self.is_log:
             values = nice_ticks(self.low / self.unit, self.high / self.unit, self.most_ticks)
         else:
@@ -57,7 +57,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """Points joined by a line, in a colour that the style sheet names after its role."""
+    """A polyline; the style sheet defines the colour of its role."""
 
     x: Sequence[float]
     y: Sequence[float | None]
@@ -66,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Band:
-    """The range between the least and the largest value of neighbouring points."""
+    """The range between the minimum and maximum of neighbouring points."""
 
     x: np.ndarray
     y: np.ndarray
@@ -75,7 +75,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Label:
-    """A few words beside a point; `side` is where they stand: above, below, or on a level line across the chart."""
+    """Text at a point; `side` is its position: above, below, or on a horizontal line across the chart."""
 
     x: float
     y: float
@@ -86,7 +86,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Moment:
-    """A vertical line at something that happened."""
+    """A vertical line that marks an event."""
 
     x: float
     text: str
@@ -97,21 +97,21 @@ def line_chart(
     dots: Sequence[Line] = (), labels: Sequence[Label] = (), moments: Sequence[Moment] = (), right: Axis | None = None,
     x_key: str = "", is_small: bool = False,
 ) -> str:  # fmt: skip
-    """Draw a chart.
+    """Return a line chart.
 
     Args:
         title: heading of the chart.
         x: horizontal axis.
         y: vertical axis, on the left.
-        lines: drawn from the first to the last.
-        summary: what the chart shows in one sentence, for people who do not see it.
-        bands: drawn below the lines.
-        dots: points marked one by one.
-        labels: words on the chart.
-        moments: what happened when.
-        right: a second scale for the same heights.
-        x_key: series of the page's data that the x axis shows, for the read-out; empty: no read-out.
-        is_small: half the height.
+        lines: lines, drawn in order.
+        summary: the content of the chart in one sentence, for screen readers.
+        bands: bands drawn below the lines.
+        dots: series whose points are marked.
+        labels: text on the chart.
+        moments: vertical lines at events.
+        right: a second vertical axis, on the right.
+        x_key: key of the x values in the data of the page, for the read-out; empty means no read-out.
+        is_small: draw at half the height.
     """
     shapes = [f'<path class="grid" d="{"".join(f"M0 {_y(p)}H{_SIZE}" for p, _ in y.ticks())}"/>']
     shapes += [f'<path class="moment" d="M{_x(x.percent(m.x))} 0V{_SIZE}"/>' for m in moments]
@@ -147,15 +147,15 @@ def line_chart(
 
 
 def strip_chart(title: str, note: str, x: Axis, layers: Sequence[int], values: np.ndarray, summary: str) -> str:
-    """Draw the spread of each layer's channels: a row a layer, with the median and two ranges around it.
+    """Return a chart with one row per layer: the median over channels and two ranges around it.
 
     Args:
         title: heading of the chart.
-        note: how to read it; HTML.
-        x: the axis along a row.
-        layers: the rows' names, L of them.
-        values: [L, D], the channels of every layer; with one channel a dot alone.
-        summary: for people who do not see it.
+        note: explanation below the title, as HTML.
+        x: the horizontal axis of every row.
+        layers: names of the L rows.
+        values: [L, D], the values of all channels; with D = 1 only a dot is drawn.
+        summary: the content of the chart in one sentence, for screen readers.
     """
     rows = []
     for row in values:
@@ -168,16 +168,16 @@ def strip_chart(title: str, note: str, x: Axis, layers: Sequence[int], values: n
 def density_chart(
     title: str, note: str, x: Axis, layers: Sequence[int], counts: np.ndarray, edges: np.ndarray, summary: str
 ) -> str:
-    """Draw a histogram a layer as a row of shades; a shade is a factor of ten in share.
+    """Return a chart with one histogram per layer, drawn as shades, two per factor of ten.
 
     Args:
         title: heading of the chart.
-        note: how to read it; HTML.
-        x: the axis along a row.
-        layers: the rows' names, L of them.
-        counts: [L, bins].
-        edges: [bins + 1].
-        summary: for people who do not see it.
+        note: explanation below the title, as HTML.
+        x: the horizontal axis of every row.
+        layers: names of the L rows.
+        counts: [L, bins], the histograms.
+        edges: [bins + 1], the edges of the bins.
+        summary: the content of the chart in one sentence, for screen readers.
     """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     rows = []
@@ -185,7 +185,7 @@ def density_chart(
         paths: dict[int, str] = {}
         for share, left, stop in zip(row, edges[:-1], edges[1:], strict=True):
             if share >= 1e-4:
-                # two shades a decade, from one in ten thousand to all
+                # two shades per decade, from 1e-4 to 1
                 shade = min(8, 1 + int(2 * (math.log10(share) + 4)))
                 start = _x(x.percent(left))
                 paths[shade] = paths.get(shade, "") + f"M{start} 0H{_x(x.percent(stop))}V1H{start}"
@@ -199,7 +199,7 @@ def _rows(
 ) -> str:
     ticks = "".join(f'<span class="tick x" style="left:{_css(p)}">{rich(t)}</span>' for p, t in x.ticks())
     lines = "".join(f'<i class="grid" style="left:{_css(p)}"></i>' for p, _ in x.ticks())
-    # names of a few of very many rows
+    # label only some of many rows
     every = 1 if len(layers) <= 16 else 2 if len(layers) <= 32 else 4
     cells = "".join(
         f'<div class="row"><b>{layer if index % every == 0 else ""}</b>{row}</div>'
@@ -247,7 +247,7 @@ def _y(percent: float) -> str:
 
 
 def _y_free(axis: Axis, value: float) -> str:
-    """Return a height that may lie outside the chart, where the line leaves it."""
+    """Return a vertical position that may lie outside the chart."""
     height = _SIZE * (1 - (value - axis.low) / (axis.high - axis.low))
     return f"{min(9999.0, max(-9999.0, height)):.1f}".removesuffix(".0")
 

@@ -1,4 +1,4 @@
-"""Facts about a run, gathered from its folder for the report."""
+"""Read the facts about a run from its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BUDGETS = {"max_steps": "step", "max_tokens": "tokens", "max_time_s": "elapsed_
 
 
 def figure(record: Any, key: str) -> float | None:
-    """Return a number of a record; None where it is missing, not finite, or no number."""
+    """Return a finite number from a record; None if it is missing or anything else."""
     value = record.get(key) if isinstance(record, dict) else None
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if is_number else None
@@ -30,9 +30,9 @@ class RunFacts:
 
     Attributes:
         run_dir: the run folder.
-        records: of metrics.jsonl.
-        config: config.json; empty if it cannot be read.
-        gates: gates.npz; None if there is none, or it cannot be read.
+        records: the records of metrics.jsonl.
+        config: the content of config.json; empty if it cannot be read.
+        gates: the content of gates.npz; None if it is missing or cannot be read.
     """
 
     run_dir: Path
@@ -45,7 +45,7 @@ class RunFacts:
         """Read a run folder.
 
         Raises:
-            UserError: it has no metrics, or damaged ones.
+            UserError: metrics.jsonl is missing or damaged.
         """
         records = read_metrics(run_dir)
         try:
@@ -62,7 +62,7 @@ class RunFacts:
 
     @cached_property
     def steps(self) -> list[Record]:
-        """Training steps, skipped ones included."""
+        """Training steps, including skipped ones."""
         return self._of_kind("train")
 
     @cached_property
@@ -72,7 +72,7 @@ class RunFacts:
 
     @cached_property
     def validation(self) -> list[Record]:
-        """Validations, those that were not finite included."""
+        """Validations, including those that were not finite."""
         return self._of_kind("validation")
 
     @cached_property
@@ -82,7 +82,7 @@ class RunFacts:
 
     @cached_property
     def samples(self) -> list[Record]:
-        """Samples of the model's writing."""
+        """Text samples of the model."""
         return [r for r in self._of_kind("sample") if isinstance(r.get("text"), str)]
 
     @cached_property
@@ -92,38 +92,38 @@ class RunFacts:
 
     @cached_property
     def compressors(self) -> dict[str, float]:
-        """Bits a byte of compressors on the held-out text; empty if they were not asked for."""
+        """Bits per byte of compressors on the held-out text; empty if they were not measured."""
         found = self._of_kind("compressors")
         bits = found[-1].get("bits_per_byte") if found else None
         return {name: rate for name in bits if (rate := figure(bits, name))} if isinstance(bits, dict) else {}
 
     @property
     def compressed_bytes(self) -> int:
-        """Bytes of the text that the compressors' figures are of; 0 if there are none."""
+        """Bytes of the text that the compressors compressed; 0 if they were not measured."""
         found = self._of_kind("compressors")
         return int(figure(found[-1], "text_bytes") or 0) if found else 0
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """Sizes of the data as the last start recorded them; empty for runs from before they were recorded."""
+        """Sizes of the data from the last start record; empty for runs of older versions."""
         found = self._newest("data")
         return found if isinstance(found, dict) else {}
 
     @property
     def num_training_bytes(self) -> int | None:
-        """Bytes of the text to train on, if recorded."""
+        """Bytes of the training text; None if not recorded."""
         found = figure(self.data.get("train"), "text_bytes")
         return None if found is None else int(found)
 
     @property
     def prompt(self) -> str:
-        """The first words of a held-out document; empty if none were recorded."""
+        """The first words of a held-out document; empty if not recorded."""
         found = self._newest("prompt")
         return found if isinstance(found, str) else ""
 
     @property
     def num_parameters(self) -> int | None:
-        """Parameters of the model, if recorded."""
+        """Number of parameters of the model; None if not recorded."""
         found = self._newest("parameters")
         return found if isinstance(found, int) else None
 
@@ -135,7 +135,7 @@ class RunFacts:
 
     @property
     def progress(self) -> float | None:
-        """Used fraction of the budget; None where the settings name none."""
+        """Fraction of the budget used; None if the settings have no budget."""
         budgets = {k: b for k in _BUDGETS if isinstance(b := self.section("train").get(k), int | float) and b > 0}
         if not budgets:
             return None
@@ -143,7 +143,7 @@ class RunFacts:
         return 0.0 if last is None else min(1.0, max(last[_BUDGETS[name]] / budget for name, budget in budgets.items()))
 
     def section(self, name: str) -> dict[str, Any]:
-        """One table of the configuration: model, train or data."""
+        """Return one section of the configuration: model, train or data."""
         found = self.config.get(name)
         return found if isinstance(found, dict) else {}
 

@@ -1,4 +1,4 @@
-"""The report's figures: what is drawn on which axes."""
+"""Draw the report's figures: losses, speed, learning rate, gradient norm and gates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hgrn2.train.report.words import compact
 
 
 def loss_figures(facts: RunFacts) -> list[str]:
-    """Loss against tokens and against time."""
+    """Return the figures of the loss against tokens and against time."""
     train, measured = facts.train, facts.measured
     losses = np.array([r["loss"] for r in train], dtype=float)
     smoothed = smooth(losses)
@@ -39,7 +39,7 @@ def loss_figures(facts: RunFacts) -> list[str]:
         held_out = Line([r[key] for r in measured], [r["val_loss"] for r in measured], "held-out")
         labels = _curve_labels(at, smoothed, measured, key, y, list(levels.values()))
         for index, (name, value) in enumerate(sorted(levels.items(), key=lambda item: item[1])):
-            # the lower of two lines is named below it
+            # put the label of the lowest line below it
             side = "level under" if index == 0 and len(levels) > 1 else "level"
             labels.append(Label(x.high, value, f"{name}  {facts.compressors[name]:.2f}", "level", side))
         figure = line_chart(
@@ -56,7 +56,7 @@ def loss_figures(facts: RunFacts) -> list[str]:
 def _curve_labels(
     at: np.ndarray, smoothed: np.ndarray, measured: list[Record], key: str, y: Axis, levels: list[float]
 ) -> list[Label]:
-    """Names beside the curves: over the training curve on its way down, and at the last held-out dot."""
+    """Return labels of the curves: above the falling training curve, and at the last held-out point."""
     height = y.high - y.low
     labels = []
     low_enough = np.flatnonzero(smoothed < y.high - 0.35 * height)
@@ -80,23 +80,23 @@ def _loss_summary(smoothed: np.ndarray, measured: list[Record], against: str) ->
 
 
 def _moments(facts: RunFacts, key: str) -> list[Moment]:
-    """Resumptions and unfreezing, where the curves may bend for it."""
+    """Return markers for resumptions and unfreezing, which may bend the curves."""
     found = [(r["step"], "resumed") for r in facts.starts if r["step"] > 0]
     found += [(r["step"], "all weights learn") for r in facts.records if r["kind"] == "unfreeze"]
     where = {r["step"]: r[key] for r in facts.steps}
     moments = [Moment(where[step], text) for step, text in found if step in where]
-    # many resumptions need no words
+    # with many resumptions, draw the lines without labels
     return moments if len(moments) <= 4 else [Moment(m.x, "") for m in moments[:100]]
 
 
 def small_figures(facts: RunFacts) -> list[str]:
-    """Speed, learning rate and norm of the gradient against time."""
+    """Return the figures of speed, learning rate and gradient norm against time."""
     x, steps = _time_axis(facts), facts.steps
     figures = []
     for key, title, unit in (
         ("tokens_per_s", "Speed", "tokens a second"),
         ("learning_rate", "Learning rate", "learning rate"),
-        ("grad_norm", "Norm of the gradient", "before clipping"),
+        ("grad_norm", "Gradient norm", "before clipping"),
     ):
         found = [(r["elapsed_s"], r[key]) for r in steps if isinstance(r.get(key), int | float)]
         if not found:
@@ -118,7 +118,7 @@ def small_figures(facts: RunFacts) -> list[str]:
 
 
 def gate_figures(gates: GateSummary) -> list[str]:
-    """Half-life, forget gate, lower bound and norm of the state, a row a layer."""
+    """Return the figures of half-life, forget gate, lower bound and state norm, one row per layer."""
     layers = [int(layer) for layer in gates.layer]
     half_lives = gates.half_life_tokens
     low, high = (float(v) for v in np.quantile(half_lives, [0.001, 0.999]))
@@ -129,7 +129,7 @@ def gate_figures(gates: GateSummary) -> list[str]:
     top = float(gates.state_norm.max()) or 1.0
     return [
         strip_chart(
-            "Memory half-life", "Tokens after which half of what a channel held is forgotten.",
+            "Memory half-life", "Tokens after which a channel has forgotten half of its content.",
             Axis(low, high, "tokens", compact, is_log=True), layers, half_lives,
             f"Median half-life by layer: shortest {compact(medians[shortest])} tokens in layer {layers[shortest]}, "
             f"longest {compact(medians[longest])} in layer {layers[longest]}.",
@@ -139,19 +139,19 @@ def gate_figures(gates: GateSummary) -> list[str]:
             gates.forget_gate_edges, "Histogram of the forget gate for each layer.",
         ),
         strip_chart(
-            "Lower bound", "The forget gate cannot fall below it; learned, a number a channel.",
+            "Lower bound", "Learned minimum of the forget gate, one value per channel.",
             Axis(0.0, 1.0, "lower bound of f", "{:g}".format), layers, gates.lower_bound,
             "Learned lower bound of the forget gate for each layer; the table below has the medians.",
         ),
         strip_chart(
-            "Norm of the state", "Frobenius norm of a head's state after the text, mean over heads.",
+            "State norm", "Frobenius norm of a head's final state, averaged over heads.",
             Axis(0.0, 1.1 * top, "norm", "{:g}".format), layers, gates.state_norm[:, None],
             "Norm of the final state for each layer; the table below has the numbers.",
         ),
     ]  # fmt: skip
 
 
-# two shades a decade of share, as density_chart draws them
+# two shades per decade, as in density_chart
 _KEY = (
     '<span class="key"><i class="s1"></i> 0.01 % <i class="s3"></i> 0.1 % <i class="s5"></i> 1 % '
     '<i class="s7"></i> 10 %</span>'

@@ -1,4 +1,4 @@
-"""The report's page: its sections in order, and the file they go into."""
+"""Assemble the report's sections into a page and write it to a file."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _SECTIONS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html into a run folder from what is there: metrics.jsonl, config.json, gates.npz.
+    """Write report.html into a run folder from its metrics.jsonl, config.json and gates.npz.
 
     Args:
         run_dir: the run folder; the run may be unfinished.
 
     Returns:
-        Path of the report.
+        The path of the report.
 
     Raises:
-        UserError: the folder has no metrics, or damaged ones.
-        OSError: the file cannot be written; an earlier report is left as it was.
+        UserError: metrics.jsonl is missing or damaged.
+        OSError: the file cannot be written; an earlier report stays as it was.
     """
     path = run_dir / REPORT_NAME
     write_text_atomic(path, render(RunFacts.read(run_dir)))
@@ -49,7 +49,7 @@ def render(facts: RunFacts) -> str:
     """Return the whole page."""
     here = files("hgrn2.train.report")
     name = facts.run_dir.resolve().name
-    # a "<" in the data could end the element that holds it
+    # "<" in the data could close the script element
     points = json.dumps(series(facts), allow_nan=False).replace("<", "\\u003c")
     return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
         title=plain(name),
@@ -64,10 +64,10 @@ def render(facts: RunFacts) -> str:
 
 
 def series(facts: RunFacts) -> dict[str, Any]:
-    """Return the records behind the curves as metrics.jsonl has them, thinned out, for the read-out.
+    """Return the data behind the curves, thinned out, for the interactive read-out.
 
     Returns:
-        "train" and "validation", each with lists of one length by key; empty before the first step.
+        "train" and "validation", each a dict of equally long lists; empty before the first step.
     """
     train = facts.train
     if not train:

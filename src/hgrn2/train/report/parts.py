@@ -1,4 +1,4 @@
-"""Pieces of HTML that the report's sections are made of."""
+"""HTML building blocks of the report's sections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_VALUE_CHARACTERS = 300
 
 
 def section(key: str, heading: str, body: str) -> str:
-    """Return a section under a heading; the key names it in links."""
+    """Return a section with a heading; the key is its anchor."""
     return (
         f'<section id="{key}" aria-labelledby="{key}-heading">\n'
         f'<h2 id="{key}-heading">{heading}</h2>\n{body}\n</section>\n'
@@ -20,18 +20,18 @@ def section(key: str, heading: str, body: str) -> str:
 
 
 def code(text: str) -> str:
-    """Return text to copy."""
+    """Return a block of code for copying."""
     return f'<pre class="code" tabindex="0" dir="ltr"><code>{rich(text)}</code></pre>'
 
 
 def pairs(found: Iterable[tuple[str, Any]]) -> str:
-    """Return names with their values, in columns; empty without any."""
+    """Return names and values in columns; an empty string if there are none."""
     cells = "".join(f"<div><dt>{rich(name)}</dt><dd>{rich(_value(value))}</dd></div>" for name, value in found)
     return f'<dl class="pairs">{cells}</dl>' if cells else ""
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table whose first column names its rows."""
+    """Return a table; the first column holds the row headers."""
     titles = "".join(f'<th scope="col">{rich(title)}</th>' for title in head)
     lines = [
         f'<tr><th scope="row">{rich(first)}</th>{"".join(f"<td>{rich(cell)}</td>" for cell in cells)}</tr>'
@@ -44,7 +44,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def details(title: str, body: str) -> str:
-    """Return something folded away under its title."""
+    """Return a collapsed block under a title."""
     return f"<details><summary>{rich(title)}</summary>{body}</details>"
 
 

@@ -1,4 +1,4 @@
-"""The report's sections, each from the facts of a run; empty where there is nothing to show."""
+"""The report's sections. Each function returns HTML, or an empty string if there is nothing to show."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_ROWS, _MOST_EVENTS = 60, 40
 
 
 def summary(facts: RunFacts) -> str:
-    """Return the run in a sentence and its most important numbers."""
+    """Return one sentence about the run and its key figures."""
     tiles = []
     if facts.measured:
         newest = facts.measured[-1]
@@ -85,7 +85,7 @@ def _status(facts: RunFacts) -> str:
 
 
 def _speed(facts: RunFacts) -> float | None:
-    """Tokens a second over all steps, without the validations and samples between them."""
+    """Return tokens per second over all steps, excluding validations and samples."""
     tokens, seconds, before = 0.0, 0.0, 0
     for record in facts.steps:
         own, before = record["tokens"] - before, record["tokens"]
@@ -96,20 +96,20 @@ def _speed(facts: RunFacts) -> float | None:
 
 
 def learning(facts: RunFacts) -> str:
-    """Return the curves of the loss, how to read them, and the validations."""
+    """Return the loss curves, an explanation and a table of validations."""
     if not facts.train:
         return section("loss", "Loss", "<p>No step with a finite loss is recorded.</p>") if facts.steps else ""
     notes = [
-        "Loss is the mean of -log p over the tokens, where p is the probability the model gave to the token that came; "
-        "less is better. The pale band is every step, the line the mean over neighbouring steps, the dots are held-out "
-        "text, which the model is never trained on."
+        "Loss is the mean of -log p over tokens, where p is the probability that the model gave to the actual token; "
+        "lower is better. The pale band shows every step, the line a moving average, and the dots the loss on held-out "
+        "text, which is never used for training."
     ]
     newest = facts.measured[-1] if facts.measured else {}
     tokens, num_bytes = figure(newest, "val_tokens"), figure(newest, "val_text_bytes")
     if figure(newest, "val_bits_per_byte") is not None and tokens and num_bytes:
         notes.append(
-            "The scale on the right is the same in bits a byte of the held-out text "
-            f"({plural(int(tokens), 'token')}, {size(num_bytes)}), which can be compared between tokenizers."
+            "The right-hand scale shows the same loss in bits per byte of the held-out text "
+            f"({plural(int(tokens), 'token')}, {size(num_bytes)}), which is comparable between tokenizers."
         )
     if facts.compressors:
         notes.append(_caveat(facts))
@@ -121,7 +121,7 @@ def learning(facts: RunFacts) -> str:
 def _caveat(facts: RunFacts) -> str:
     rates = " and ".join(f"{rich(name)} {bits:.3f}" for name, bits in facts.compressors.items())
     caveat = compressor_caveat(facts.num_training_bytes, facts.num_parameters)
-    return f"Bits a byte of compressors on the same held-out bytes: {rates}. {rich(caveat)}"
+    return f"Bits per byte of compressors on the same held-out bytes: {rates}. {rich(caveat)}"
 
 
 def _validation_table(facts: RunFacts) -> str:
@@ -141,7 +141,7 @@ def _validation_table(facts: RunFacts) -> str:
 
 
 def samples(facts: RunFacts) -> str:
-    """Return what the model wrote on the way."""
+    """Return text samples from the course of training."""
     if not facts.samples:
         return ""
     prompt = facts.section("train").get("sample_prompt")
@@ -159,22 +159,22 @@ def samples(facts: RunFacts) -> str:
         cards.append(
             f'<figure class="sample"><figcaption>{when}</figcaption><pre tabindex="0" dir="ltr">{body}</pre></figure>'
         )
-    note = "What the model wrote on the way, from the earliest to the last" + (
+    note = "Text that the model generated during training, from the first to the last sample" + (
         f" ({len(chosen)} of {len(facts.samples)} samples)." if len(chosen) < len(facts.samples) else "."
     )
-    note += " The highlighted beginning was given." if prompt else ""
+    note += " The highlighted start is the prompt." if prompt else ""
     return section("samples", "Samples", f'<p class="note">{note}</p>\n<div class="samples">{"".join(cards)}</div>')
 
 
 def memory(facts: RunFacts) -> str:
-    """Return what the gates of each layer do."""
+    """Return figures and a table about the gates of each layer."""
     gates = facts.gates
     if gates is None:
         return ""
     note = (
-        "Each layer multiplies what it holds by a forget gate at every token: near 1 it keeps, near 0 it forgets. "
-        f"Measured on {plural(int(gates.num_tokens), 'token')} of held-out text. A row is a layer, and layer 0 comes "
-        "first; the dot is its median channel, the strong bar the middle half of its channels, the pale one the middle "
+        "Each layer multiplies its state by a forget gate at every token: near 1 it keeps the state, near 0 it erases it. "
+        f"Measured on {plural(int(gates.num_tokens), 'token')} of held-out text. Each row is a layer, starting with "
+        "layer 0. The dot is the median channel, the dark bar the middle half of the channels, the pale bar the middle "
         "90 %."
     )
     head = ["layer", "lower bound", "half-life (tokens)", "half-life, 5 to 95 % of channels", "norm of the state"]
@@ -194,7 +194,7 @@ def _quantiles(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def running(facts: RunFacts) -> str:
-    """Return speed, memory and the optimizer's course."""
+    """Return speed, memory, learning rate and gradient norm."""
     if not facts.train:
         return ""
     found: list[tuple[str, str]] = []
@@ -212,7 +212,7 @@ def running(facts: RunFacts) -> str:
 
 
 def data(facts: RunFacts) -> str:
-    """Return the size of the data and where it came from."""
+    """Return the size and sources of the data."""
     kept, sizes = facts.section("data"), facts.data
     rows = []
     for side, title in (("train", "training"), ("validation", "held out")):
@@ -229,7 +229,7 @@ def data(facts: RunFacts) -> str:
     found.append(("tokenizer", kept.get("tokenizer")))
     if (vocab_size := figure(sizes, "vocab_size")) is not None:
         found.append(("vocabulary", plural(int(vocab_size), "token")))
-    found.append(("files left out", _counts(sizes.get("skipped"))))
+    found.append(("files skipped", _counts(sizes.get("skipped"))))
     found.append(("prepared tokens", kept.get("prepared")))
     body += pairs((name, value) for name, value in found if value)
     return section("data", "Data", body) if body else ""
@@ -244,11 +244,11 @@ def _counts(found: Any) -> str:
 
 
 def settings(facts: RunFacts) -> str:
-    """Return the configuration, what was chosen before what was left alone."""
+    """Return the configuration: changed settings first, then the defaults."""
     blocks = []
-    usual = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
+    defaults = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
     train = facts.section("train")
-    chosen = {k: v for k, v in train.items() if k not in usual or usual[k] != v}
+    chosen = {k: v for k, v in train.items() if k not in defaults or defaults[k] != v}
     rest = {k: v for k, v in train.items() if k not in chosen}
     if facts.section("model"):
         blocks.append(f"<h3>Model</h3>{pairs(facts.section('model').items())}")
@@ -260,7 +260,7 @@ def settings(facts: RunFacts) -> str:
 
 
 def events(facts: RunFacts) -> str:
-    """Return what happened when: starts, skipped steps, unfreezing, the best validation, the end."""
+    """Return a list of events: starts, skipped steps, unfreezing, the best validation, the end."""
     events: list[tuple[int, str]] = []
     before: Record | None = None
     for record in facts.starts:
@@ -274,9 +274,9 @@ def events(facts: RunFacts) -> str:
         before = record
     skipped = [r["step"] for r in facts.steps if r["loss"] is None]
     for first, last in _runs(skipped):
-        how_many = "skipped" if first == last else f"and those up to {last:,} skipped"
+        how_many = "skipped" if first == last else f"to {last:,} skipped"
         events.append((first, f"{how_many}: loss or gradient not finite"))
-    events += [(r["step"], "frozen weights began to learn") for r in facts.records if r["kind"] == "unfreeze"]
+    events += [(r["step"], "frozen weights unfrozen") for r in facts.records if r["kind"] == "unfreeze"]
     events += [(r["step"], "validation not finite") for r in facts.validation if r["val_loss"] is None]
     if facts.measured:
         best = min(facts.measured, key=lambda r: r["val_loss"])
@@ -293,7 +293,7 @@ def events(facts: RunFacts) -> str:
 
 
 def _runs(steps: list[int]) -> list[tuple[int, int]]:
-    """First and last of each run of neighbours."""
+    """Return the first and last step of each run of consecutive steps."""
     found: list[tuple[int, int]] = []
     for step in steps:
         if found and step == found[-1][1] + 1:
@@ -304,15 +304,18 @@ def _runs(steps: list[int]) -> list[tuple[int, int]]:
 
 
 def next_steps(facts: RunFacts) -> str:
-    """Return what to do with the run now, to copy."""
+    """Return commands for the next steps, for copying."""
     run, prompt, is_finished = facts.run_dir, facts.prompt, facts.progress == 1.0
     word, place = program(), shlex.quote(str(run))
     commands = [
-        ("Write with it", generate_command(run, prompt)),
-        ("Train on" if is_finished else "Finish the run", resume_command(run, facts.section("train"), is_finished)),
-        ("Measure it on another text", f"{word} eval {place} book.txt"),
+        ("Generate text", generate_command(run, prompt)),
+        (
+            "Continue training" if is_finished else "Finish the run",
+            resume_command(run, facts.section("train"), is_finished),
+        ),
+        ("Evaluate on another text", f"{word} eval {place} book.txt"),
         ("Convert it for transformers", f"{word} convert {place} converted --to hf"),
-        ("Draw this page again", f"{word} plot {place}"),
+        ("Regenerate this page", f"{word} plot {place}"),
     ]
     python = (
         "import hgrn2\n\n"
@@ -320,4 +323,4 @@ def next_steps(facts: RunFacts) -> str:
         f"print(loaded.write({prompt!r}, 100, hgrn2.Sampling(temperature=0.7, seed=1)))"
     )
     items = "".join(f"<dt>{title}</dt><dd>{code(text)}</dd>" for title, text in [*commands, ("From Python", python)])
-    return section("next", "Where to go from here", f'<dl class="commands">{items}</dl>')
+    return section("next", "Next steps", f'<dl class="commands">{items}</dl>')

@@ -1,4 +1,4 @@
-"""Text and numbers as they stand on the page: escaped, with control characters made visible."""
+"""Format text and numbers for the page: escaped, with control characters made visible."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from hgrn2.quantities import plural
 
-# line ends and tabs lay a text out; the joiners shape letters and emoji
+# line ends and tabs are layout; joiners shape letters and emoji
 _KEPT = frozenset("\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}")
 _CONTROLS = (
     *("NUL", "SOH", "STX", "ETX", "EOT", "ENQ", "ACK", "BEL", "BS", "TAB", "LF", "VT", "FF", "CR", "SO", "SI"),
@@ -19,12 +19,12 @@ _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def plain(text: object) -> str:
-    """Return escaped text for attributes and titles; what cannot be seen is named in brackets."""
+    """Return escaped text for attributes and titles; invisible characters are replaced by their names."""
     return "".join(html.escape(_name(c) if _is_unseen(c) else c) for c in str(text))
 
 
 def rich(text: object) -> str:
-    """Return escaped text for the body of the page; what cannot be seen is named and set apart."""
+    """Return escaped text for the body; invisible characters are replaced by their marked-up names."""
     parts = []
     for unseen, characters in itertools.groupby(str(text), _is_unseen):
         if unseen:
@@ -39,22 +39,22 @@ def _is_unseen(c: str) -> bool:
 
 
 def _name(c: str) -> str:
-    """Such as ESC for an escape character and U+202E for a change of direction."""
+    """Return the name of a character, e.g. ESC for the escape character and U+202E for a direction mark."""
     code = ord(c)
     return _CONTROLS[code] if code < len(_CONTROLS) else f"U+{code:04X}"
 
 
 def compact(value: float) -> str:
-    """Such as 950, 12.3k, 1.55M."""
+    """Return a number in three digits with a unit: 950, 12.3k, 1.55M."""
     for factor, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # what would round to a thousand of the smaller unit is one of the larger
+        # 999.5 and more of the smaller unit would round to 1000
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.3g}{sign}"
     return f"{value:.3g}"
 
 
 def size(num_bytes: float) -> str:
-    """Such as 900 bytes, 12 kB, 9.7 MB: decimal, as for files."""
+    """Return a size in decimal units: 900 bytes, 12 kB, 9.7 MB."""
     if num_bytes < 1000:
         return plural(int(num_bytes), "byte")
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
@@ -64,7 +64,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 45 s, 5 min 14 s, 2 h 3 min."""
+    """Return a duration in words: 45 s, 5 min 14 s, 2 h 3 min."""
     if seconds < 59.5:
         return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
     minutes, second = divmod(round(seconds), 60)
@@ -75,5 +75,5 @@ def duration(seconds: float) -> str:
 
 
 def number(value: Any, form: str = ",.3f") -> str:
-    """Return a figure that may be missing or not finite."""
+    """Return a formatted number, or "not finite" for None."""
     return format(value, form) if isinstance(value, int | float) and not isinstance(value, bool) else "not finite"
