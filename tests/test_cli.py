@@ -104,7 +104,7 @@ def test_resuming_with_more_steps(run, tmp_path, capsys):
     assert cli.main(["train", "--resume", str(copy), "--max-steps", "12"]) == 0
     out = capsys.readouterr().out
     assert "picture" in out
-    assert "bits a byte" in out
+    assert "bits per byte" in out
     assert [r["step"] for r in read_metrics(copy) if r["kind"] == "train"][-1] == 12
     # another setting that was not named is as it was
     assert json.loads((copy / "config.json").read_text())["train"]["seq_len"] == 32
@@ -173,7 +173,7 @@ def test_bits_a_byte_are_not_available_where_words_are_lost(corpus, tmp_path, ca
     assert cli.main(["train", "--data", str(corpus), "--out", "run", *flags, "--compressors"]) == 0
     shown = capsys.readouterr()
     assert "tokens stand for text that the tokenizer does not know" in shown.err
-    assert "held-out text: bits a byte n/a (the tokenizer does not keep the whole text), perplexity" in shown.out
+    assert "held-out text: bits per byte n/a (the tokenizer does not keep the whole text), perplexity" in shown.out
     records = [record for record in read_metrics(Path("run")) if record["kind"] == "validation"]
     assert [record["val_bits_per_byte"] for record in records] == [None] * len(records) != []
     assert cli.main(["eval", "run", str(corpus / "0.txt"), "--json-out", "scores.json"]) == 0

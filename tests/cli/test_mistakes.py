@@ -121,7 +121,7 @@ def error_of(capsys, args):
         (["train", "--max-steps", "-1"], "max_steps is -1; wanted more than 0"),
         (["train", "--max-steps", HUGE], "max_steps has 400 digits; wanted less than 2.63"),
         (["train", "--validation-every", HUGE], "wanted less than 2.63"),
-        (["train", "--batch-size", "99999999"], "tokens a step"),
+        (["train", "--batch-size", "99999999"], "tokens per step"),
         (["train", "--seed", HUGE], "wanted less than 2.64"),
         (["train", "--learning-rate", "fast"], "--learning-rate: 'fast' is not a number"),
         (["train", "--learning-rate", "NaN"], "learning_rate is nan; wanted a finite number"),

@@ -173,7 +173,7 @@ def test_a_prepared_set_knows_what_was_lost(tmp_path):
         prepared = prepare(files, families.make(name), tmp_path / name, num_workers=1, validation_fraction=0.4)
         assert prepared.validation.keeps_text == prepared.train.keeps_text == kept
         assert (prepared.train.num_unknown > 0) != kept
-        assert ("bits a byte are not available" in prepared.summary()) != kept
+        assert ("bits per byte are not available" in prepared.summary()) != kept
         if name == "llama":
             # the long document was cut, and nobody sees it
             texts = set()

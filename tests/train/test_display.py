@@ -34,7 +34,7 @@ def test_plain_lines(capsys):
     show(PlainDisplay())
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "step 12   25%  loss 2.5000  lr 1.00e-03  4,321 tokens/s  left 1:35  1.5 GiB  skipped 2"
-    assert lines[1] == "step 12  validation: loss 2.0000, perplexity 7.39 a token, 1.2500 bits a byte"
+    assert lines[1] == "step 12  validation: loss 2.0000, perplexity 7.39 per token, 1.2500 bits per byte"
     assert "def [bold]f():" in lines
     assert lines[-1] == "a note [with brackets]"
 
@@ -60,7 +60,7 @@ def test_live_display_shows_everything():
         "2.5000",
         "1.5 GiB",
         "left 1:35",
-        "1.2500 bits a byte",
+        "1.2500 bits per byte",
         "def [bold]f():",
     ):
         assert part in text, part

@@ -72,7 +72,7 @@ def losses(run_dir):
 
 
 def test_figures_by_hand():
-    # 8 tokens of 1 bit each stand for 4 bytes: 2 bits a byte, perplexity 2
+    # 8 tokens of 1 bit each stand for 4 bytes: 2 bits per byte, perplexity 2
     figures = text_figures(8 * math.log(2), num_tokens=8, num_text_bytes=4)
     assert figures["val_loss"] == pytest.approx(math.log(2))
     assert figures["val_perplexity"] == pytest.approx(2.0)

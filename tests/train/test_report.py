@@ -170,7 +170,7 @@ def test_the_numbers_are_the_records(run_dir, page):
     last = [r for r in read_metrics(run_dir) if r["kind"] == "validation"][-1]
     for wanted in (f"{last['val_bits_per_byte']:.3f}", "12.50", "2.6 million parameters", "3.69 million tokens",
                    "12 min 27 s", "gzip -9 1.770", "9.33 MB", "406 kB", "62", "541", "1.00 GiB",
-                   "4,935 tokens a second", "resumed (device cuda, torch now 2.14)", "to 8 skipped",
+                   "4,935 tokens per second", "resumed (device cuda, torch now 2.14)", "to 8 skipped",
                    "9.3 MB of text of the same kind",
                    "its own size (10.4 MB) is not counted", "finished"):  # fmt: skip
         assert wanted in shown, wanted

@@ -177,9 +177,9 @@ def _show_end(run: Any) -> None:
         facts = RunFacts.read(result.run_dir)
         record = result.last_validation
         if record:
-            bits, unit = _bits(record), "bits a byte"
+            bits, unit = _bits(record), "bits per byte"
             bits = f"{unit} {bits}" if record["val_bits_per_byte"] is None else f"{bits} {unit}"
-            print(f"held-out text: {bits}, perplexity {record['val_perplexity']:.2f} a token")
+            print(f"held-out text: {bits}, perplexity {record['val_perplexity']:.2f} per token")
         if facts.compressors:
             _show_compressors(facts, record)
         for path in run.pictures:
@@ -198,7 +198,7 @@ def _show_compressors(facts: Any, record: dict[str, Any] | None) -> None:
     from hgrn2.train.hints import compressor_caveat
 
     held_out = facts.compressed_bytes
-    print(f"bits a byte on the same {held_out:,} held-out bytes:")
+    print(f"bits per byte on the same {held_out:,} held-out bytes:")
     if record:
         part = record["val_text_bytes"]
         note = "" if part == held_out else f"   (on {part:,} of them; raise --validation-tokens for all)"

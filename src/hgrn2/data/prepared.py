@@ -122,7 +122,7 @@ class PreparedData:
         if num_unknown:
             yield f"{num_unknown:,} tokens stand for text that the tokenizer does not know"
         if not self.validation.keeps_text:
-            yield "the tokenizer does not keep the whole text, so bits a byte are not available"
+            yield "the tokenizer does not keep the whole text, so bits per byte are not available"
 
 
 def read_set_manifest(directory: Path) -> dict[str, Any]:

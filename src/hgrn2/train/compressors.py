@@ -1,4 +1,4 @@
-"""Sizes of a text under general-purpose compressors, to compare with a model's bits a byte."""
+"""Sizes of a text under general-purpose compressors, to compare with a model's bits per byte."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 
 def compressed_bits(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[dict[str, float], int]:
-    """Return the bits a byte that gzip -9 and xz -9 need for all text of a dataset, and the bytes of the text.
+    """Return the bits per byte that gzip -9 and xz -9 need for all text of a dataset, and the bytes of the text.
 
     Args:
         dataset: text as tokens; its documents are compressed end to end.

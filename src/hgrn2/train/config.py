@@ -116,7 +116,7 @@ class TrainConfig:
     unfreeze_every: int | None = None
     """Steps of an interval, whose mean loss is compared with that of the one before; 0: never (default: 100)."""
     unfreeze_threshold: float | None = None
-    """Improvement between two intervals, in nats a token, below which frozen weights begin to learn (default: 0.02)."""
+    """Improvement between two intervals, in nats per token, below which frozen weights are unfrozen (default: 0.02)."""
 
     unfrozen_lr_fraction: float | None = None
     """Learning rate of weights that were frozen, as a part of the others', after its own warmup (default: 0.1)."""
@@ -160,7 +160,7 @@ class TrainConfig:
         if self.tokens_per_step > _MOST_TOKENS:
             raise UserError(
                 f"train config: batch_size * seq_len * grad_accumulation is {self.tokens_per_step}; wanted at most "
-                f"{_MOST_TOKENS} tokens a step"
+                f"{_MOST_TOKENS} tokens per step"
             )
         if self.teacher is not None and (not self.teacher or "\0" in self.teacher):
             raise UserError(f"train config: teacher is {self.teacher!r}; wanted a run, or a folder with a model")

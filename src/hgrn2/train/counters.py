@@ -22,7 +22,7 @@ class Counters:
         elapsed_s: wall clock of the run so far, without the time it stood still.
         skipped_steps: steps whose loss or gradient was not finite.
         skipped_in_a_row: how many of those came last.
-        smoothed_loss: running mean of the finite losses, nats a target.
+        smoothed_loss: running mean of the finite losses, nats per target.
         validated_step: step of the last validation.
         best: {"step", "val_loss"} of the best validation.
     """

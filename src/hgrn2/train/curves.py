@@ -35,7 +35,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def bits_per_nat(validation: list[Record]) -> float | None:
-    """Return the factor from nats a token to bits a byte on the held-out text; None where it was not measured."""
+    """Return the factor from nats per token to bits per byte on the held-out text; None where it was not measured."""
     for record in reversed(validation):
         loss, bits = record["val_loss"], record.get("val_bits_per_byte")
         if loss and bits:

@@ -207,9 +207,9 @@ def validation_text(record: dict[str, Any]) -> str:
     """The figures of a validation record in words."""
     parts = [f"loss {record['val_loss']:.4f}"]
     if "val_perplexity" in record:
-        parts.append(f"perplexity {record['val_perplexity']:.2f} a token")
+        parts.append(f"perplexity {record['val_perplexity']:.2f} per token")
     if record.get("val_bits_per_byte") is not None:
-        parts.append(f"{record['val_bits_per_byte']:.4f} bits a byte")
+        parts.append(f"{record['val_bits_per_byte']:.4f} bits per byte")
     return ", ".join(parts)
 
 

@@ -140,10 +140,10 @@ def text_figures(nats: float, num_tokens: int, num_text_bytes: int, keeps_text: 
         nats: summed over the targets.
         num_tokens: number of targets.
         num_text_bytes: UTF-8 bytes of the text they stand for.
-        keeps_text: whether the text can be told from its tokens; otherwise bits a byte would flatter the tokenizer.
+        keeps_text: whether the text can be told from its tokens; otherwise bits per byte would flatter the tokenizer.
 
     Returns:
-        val_loss (nats a token), val_perplexity (its exp), val_bits_per_byte (comparable between tokenizers; None if
+        val_loss (nats per token), val_perplexity (its exp), val_bits_per_byte (comparable between tokenizers; None if
         the tokens do not keep the text), and what they were measured on: val_tokens, val_text_bytes.
     """
     loss = nats / num_tokens

@@ -90,26 +90,26 @@ def loss_figure(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -
             )  # fmt: skip
             axes.set_xlim(0, max(x[-1], *(r[key] / one for r in validation), 1e-9) * 1.02)
         left.set_ylim(low, high)
-        left.set(title="Loss against tokens", xlabel="training tokens", ylabel="nats a token")
+        left.set(title="Loss against tokens", xlabel="training tokens", ylabel="nats per token")
         left.xaxis.set_major_formatter(EngFormatter(sep=""))
         right.set(title="Loss against time", xlabel=unit)
         right.legend(loc="upper right")
         if factor is not None:
             bits = right.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
-            bits.set_ylabel("bits a byte of held-out text")
+            bits.set_ylabel("bits per byte of held-out text")
         figure.supxlabel(_loss_caption(validation), fontsize=9, color=_CAPTION, x=0.01, ha="left")
     return figure
 
 
 def _loss_caption(validation: list[dict[str, Any]]) -> str:
-    caption = "Mean of -log p a token; faint: each step, line: mean over neighbouring steps."
+    caption = "Mean of -log p per token; faint: every step, line: moving average."
     measured = [r for r in validation if r["val_loss"] is not None]
     if not measured:
         return caption
     last = measured[-1]
-    caption += f" Held-out text, never trained on, at the end: {last['val_loss']:.3f} nats a token"
+    caption += f" Held-out text, never trained on, at the end: {last['val_loss']:.3f} nats per token"
     bits = last.get("val_bits_per_byte")
-    return caption + ("." if bits is None else f", {bits:.3f} bits a byte.")
+    return caption + ("." if bits is None else f", {bits:.3f} bits per byte.")
 
 
 def memory_figure(gates: GateSummary) -> Figure:

@@ -30,8 +30,8 @@ def loss_figures(facts: RunFacts) -> list[str]:
     factor = bits_per_nat(facts.validation)
     levels = {name: bits / factor for name, bits in facts.compressors.items()} if factor else {}
     low, high = min([low, *(v - 0.04 * (high - low) for v in levels.values())]), max([high, *levels.values()])
-    y = Axis(low, high, "nats a token", "{:g}".format)
-    right = None if factor is None else Axis(low * factor, high * factor, "bits a byte", "{:g}".format)
+    y = Axis(low, high, "nats per token", "{:g}".format)
+    right = None if factor is None else Axis(low * factor, high * factor, "bits per byte", "{:g}".format)
     figures = []
     for key, x in (("tokens", _tokens_axis(facts)), ("elapsed_s", _time_axis(facts))):
         at = np.array([r[key] for r in train], dtype=float)
@@ -73,7 +73,7 @@ def _curve_labels(
 
 
 def _loss_summary(smoothed: np.ndarray, measured: list[Record], against: str) -> str:
-    words = f"Training loss against {against}: from {smoothed[0]:.2f} to {smoothed[-1]:.2f} nats a token."
+    words = f"Training loss against {against}: from {smoothed[0]:.2f} to {smoothed[-1]:.2f} nats per token."
     if measured:
         words += f" Held-out loss at the end: {measured[-1]['val_loss']:.2f}."
     return words + " The table below has the numbers."
@@ -94,7 +94,7 @@ def small_figures(facts: RunFacts) -> list[str]:
     x, steps = _time_axis(facts), facts.steps
     figures = []
     for key, title, unit in (
-        ("tokens_per_s", "Speed", "tokens a second"),
+        ("tokens_per_s", "Speed", "tokens per second"),
         ("learning_rate", "Learning rate", "learning rate"),
         ("grad_norm", "Gradient norm", "before clipping"),
     ):

@@ -33,11 +33,11 @@
     heldOut.step.forEach((step, at) => { if (step <= train.step[i]) before = at; });
     if (before >= 0) {
       const bits = heldOut.val_bits_per_byte[before];
-      found.push("held-out " + figure(heldOut.val_loss[before], 5) + (bits === null ? "" : ", " + figure(bits, 4) + " bits a byte")
+      found.push("held-out " + figure(heldOut.val_loss[before], 5) + (bits === null ? "" : ", " + figure(bits, 4) + " bits per byte")
         + " (step " + whole.format(heldOut.step[before]) + ")");
     }
     found.push("learning rate " + figure(train.learning_rate[i], 3) + ", gradient " + figure(train.grad_norm[i], 3));
-    if (train.tokens_per_s[i] !== null) found.push(whole.format(Math.round(train.tokens_per_s[i])) + " tokens a second");
+    if (train.tokens_per_s[i] !== null) found.push(whole.format(Math.round(train.tokens_per_s[i])) + " tokens per second");
     return found;
   }
 

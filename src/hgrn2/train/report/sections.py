@@ -28,17 +28,17 @@ def summary(facts: RunFacts) -> str:
         newest = facts.measured[-1]
         bits, perplexity = figure(newest, "val_bits_per_byte"), figure(newest, "val_perplexity")
         if bits is not None:
-            tiles.append(("bits a byte", f"{bits:.3f}", "of held-out text; fewer is better"))
+            tiles.append(("bits per byte", f"{bits:.3f}", "of held-out text; fewer is better"))
         if perplexity is not None:
             tiles.append(("perplexity", f"{perplexity:,.2f}", "a token of held-out text"))
         if bits is None:
-            tiles.append(("validation loss", f"{newest['val_loss']:.4f}", "nats a target"))
+            tiles.append(("validation loss", f"{newest['val_loss']:.4f}", "nats per target"))
     last = facts.last
     if last is not None:
         tiles.append(("read", compact(last["tokens"]), f"tokens, {plural(last['step'], 'step')}"))
         tiles.append(("time", duration(last["elapsed_s"]), _status(facts)))
     if (speed := _speed(facts)) is not None:
-        tiles.append(("speed", compact(speed), "tokens a second"))
+        tiles.append(("speed", compact(speed), "tokens per second"))
     cells = "".join(
         f"<div><dt>{rich(name)}</dt><dd><b>{rich(value)}</b> <span>{rich(note)}</span></dd></div>"
         for name, value, note in tiles
@@ -129,7 +129,7 @@ def _validation_table(facts: RunFacts) -> str:
         return ""
     chosen = [facts.validation[i] for i in thin(len(facts.validation), _MOST_ROWS)]
     has_bits = any("val_bits_per_byte" in r for r in chosen)
-    head = ["step", "tokens", "time", "loss (nats)", *(["perplexity", "bits a byte"] if has_bits else [])]
+    head = ["step", "tokens", "time", "loss (nats)", *(["perplexity", "bits per byte"] if has_bits else [])]
     rows = []
     for r in chosen:
         cells = [f"{r['step']:,}", f"{r['tokens']:,}", duration(r["elapsed_s"]), number(r["val_loss"], ",.4f")]
@@ -172,9 +172,9 @@ def memory(facts: RunFacts) -> str:
     if gates is None:
         return ""
     note = (
-        "Each layer multiplies its state by a forget gate at every token: near 1 it keeps the state, near 0 it erases it. "
-        f"Measured on {plural(int(gates.num_tokens), 'token')} of held-out text. Each row is a layer, starting with "
-        "layer 0. The dot is the median channel, the dark bar the middle half of the channels, the pale bar the middle "
+        "Each layer multiplies its state by a forget gate at every token: near 1 it keeps the state, near 0 it erases "
+        f"it. Measured on {plural(int(gates.num_tokens), 'token')} of held-out text. Each row is a layer, layer 0 first. "
+        "The dot is the median channel, the dark bar the middle half of the channels, the pale bar the middle "
         "90 %."
     )
     head = ["layer", "lower bound", "half-life (tokens)", "half-life, 5 to 95 % of channels", "norm of the state"]
@@ -199,7 +199,7 @@ def running(facts: RunFacts) -> str:
         return ""
     found: list[tuple[str, str]] = []
     if (speed := _speed(facts)) is not None:
-        found.append(("speed while training", f"{speed:,.0f} tokens a second"))
+        found.append(("speed while training", f"{speed:,.0f} tokens per second"))
     if peak := max((figure(r, "memory_bytes") or 0 for r in facts.steps), default=0):
         found.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
     skipped = len(facts.steps) - len(facts.train)
@@ -219,7 +219,7 @@ def data(facts: RunFacts) -> str:
         documents, num_bytes, tokens = (figure(sizes.get(side), k) for k in ("documents", "text_bytes", "tokens"))
         if documents is not None and num_bytes is not None and tokens:
             rows.append([title, f"{documents:,}", size(num_bytes), f"{tokens:,}", f"{num_bytes / tokens:.2f}"])
-    body = table(["", "documents", "text", "tokens", "bytes a token"], rows) if rows else ""
+    body = table(["", "documents", "text", "tokens", "bytes per token"], rows) if rows else ""
     if facts.last is not None and (tokens := figure(sizes.get("train"), "tokens")):
         share = facts.last["tokens"] / tokens
         passes = f"{share:.0%} of the training text" if share < 1 else f"{share:.1f} times the training text"
@@ -280,7 +280,7 @@ def events(facts: RunFacts) -> str:
     events += [(r["step"], "validation not finite") for r in facts.validation if r["val_loss"] is None]
     if facts.measured:
         best = min(facts.measured, key=lambda r: r["val_loss"])
-        events.append((best["step"], f"best validation, {best['val_loss']:.4f} nats a token"))
+        events.append((best["step"], f"best validation, {best['val_loss']:.4f} nats per token"))
     if facts.last is not None and facts.progress is not None and facts.progress >= 1:
         events.append((facts.last["step"], "budget used up"))
     events.sort(key=lambda event: event[0])
