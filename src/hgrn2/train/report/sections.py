@@ -173,7 +173,7 @@ def memory(facts: RunFacts) -> str:
         return ""
     note = (
         "Each layer multiplies its state by a forget gate at every token: near 1 it keeps the state, near 0 it erases "
-        f"it. Measured on {plural(int(gates.num_tokens), 'token')} of held-out text. Each row is a layer, layer 0 first. "
+        f"it. Measured on {plural(int(gates.num_tokens), 'token')} of held-out text. Every row is one layer. "
         "The dot is the median channel, the dark bar the middle half of the channels, the pale bar the middle "
         "90 %."
     )
