@@ -39,7 +39,7 @@ def evaluate(
     device: str = "auto",
     json_out: Path | None = None,
 ) -> None:
-    """Measure perplexity and bits per byte of texts, or accuracy on tasks.
+    """Measure perplexity and bits per byte of texts, or scores on tasks.
 
     Texts may be of any length; memory does not grow with them, except for models with attention layers that have no
     window. Tasks are those of lm-evaluation-harness.
