@@ -1,7 +1,9 @@
-# make demo: train, look, write.   make test: everything CI runs.
+# make demo: train, look, write.   make test: everything CI runs.   make fast: the tests that take less than two minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# processes that run the tests; each takes up to 3 GiB
+JOBS ?= 2
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # the beginning that is given; the samples in examples/demo.toml continue the same
@@ -12,7 +14,7 @@ def read_file(path, mode='r'):
 endef
 export DEMO_PROMPT
 
-.PHONY: demo test lint install tables docs clean
+.PHONY: demo test fast lint install tables docs clean
 
 demo: $(VENV)/.demo
 	rm -rf runs/demo
@@ -23,7 +25,12 @@ demo: $(VENV)/.demo
 	@echo; echo "The whole run on one page: runs/demo/report.html"
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --shards $(JOBS)
+
+# while working: every room, without the tests that take long
+fast: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest --shards $(JOBS) -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

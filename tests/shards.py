@@ -26,6 +26,7 @@ _MOST_SHARDS = 12
 _FEW_TESTS = 16
 _POLL_S = 0.1
 _LOG_CHARACTERS = 3000
+_NAMES = "names.json"
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -77,8 +78,12 @@ class _Shard:
     def __init__(self, session: pytest.Session) -> None:
         options = session.config.option
         self._session, self._folder, self._index = session, options.shard_folder, options.shard
-        first = self._index * len(session.items) // options.shard_count
-        self._order = [*range(first, len(session.items)), *range(first)]
+        # by name: what was collected here may be in another order
+        names = json.loads((self._folder / _NAMES).read_text(encoding="utf-8"))
+        items = {item.nodeid: item for item in session.items}
+        self._items = [items[name] for name in names]
+        first = self._index * len(names) // options.shard_count
+        self._order = [*range(first, len(names)), *range(first)]
         self._file = (self._folder / f"{self._index}.jsonl").open("a", encoding="utf-8")
         session.config.pluginmanager.register(self)
 
@@ -92,8 +97,7 @@ class _Shard:
         while current is not None:
             # the next test decides which fixtures stay
             following = next(unclaimed, None)
-            items = self._session.items
-            item, next_item = items[current], None if following is None else items[following]
+            item, next_item = self._items[current], None if following is None else self._items[following]
             self._write(started=current)
             with self._alone() if item.get_closest_marker("large") else contextlib.nullcontext():
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=next_item)
@@ -140,6 +144,8 @@ class _Runner:
         self._shards: list[_Process] = []
 
     def run(self) -> None:
+        names = [item.nodeid for item in self._session.items]
+        (self._folder / _NAMES).write_text(json.dumps(names), encoding="utf-8")
         try:
             for _ in range(self._count):
                 self._start()

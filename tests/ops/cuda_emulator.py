@@ -91,10 +91,20 @@ class Emulator:
 
     def _build(self, source: str, definitions: tuple[str, ...]) -> ctypes.CDLL:
         command = [os.environ.get("CXX", "g++"), *OPTIONS, *definitions, "-x", "c++", "-"]
-        path = self.folder / f"{hashlib.sha256(repr((source, command)).encode()).hexdigest()}.so"
+        path = self.folder / f"{hashlib.sha256(repr((source, command, _native_target())).encode()).hexdigest()}.so"
         if not path.exists():
-            subprocess.run([*command, "-o", str(path)], input=source, text=True, check=True, timeout=300)
+            # whole or not at all: another process may build the same
+            new = path.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, "-o", str(new)], input=source, text=True, check=True, timeout=300)
+            new.replace(path)
         return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def _native_target() -> str:
+    """Return what the compiler defines here: its version and the processor's instructions among it."""
+    command = [os.environ.get("CXX", "g++"), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache

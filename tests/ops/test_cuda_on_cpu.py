@@ -28,8 +28,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    return Emulator(tmp_path_factory.mktemp("kernels"))
+def emulator(request):
+    """What it builds is kept beside pytest's own cache, by what it was built from."""
+    return Emulator(request.config.cache.mkdir("cuda-emulator"))
 
 
 @pytest.fixture
