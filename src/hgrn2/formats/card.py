@@ -10,6 +10,7 @@ from typing import Any
 from hgrn2.models import HGRN2Config
 from hgrn2.models.config import MODEL_TYPE
 from hgrn2.models.cost import cost
+from hgrn2.models.pattern import ATTENTION
 
 CARD_NAME = "README.md"
 # the Hub's metadata: lines between two rows of dashes at the top of a card
@@ -47,8 +48,10 @@ def write_card(
     costs = cost(config)
     found = _license_of(source / CARD_NAME)
     data = _data_of(settings)
-    attending = config.num_hidden_layers - len(config.recurrent_layers)
+    attending = config.layer_mixers.count(ATTENTION)
     kinds = "all recurrent" if not attending else f"{attending} of them attend, the others are recurrent"
+    if config.layers is not None:
+        kinds = "; ".join(f"{name} at {layers}" for name, layers in config.described_layers.items())
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- hgrn2"]
     if found is not None:
         header.append(f"license: {found}")
@@ -60,7 +63,7 @@ def write_card(
     ]
     if has_tokenizer:
         loading.append(f"tokenizer = AutoTokenizer.from_pretrained({name!r})")
-    from_transformer = settings.get("model_type", MODEL_TYPE) != MODEL_TYPE and config.recurrent_layers
+    from_transformer = settings.get("model_type", MODEL_TYPE) != MODEL_TYPE and attending < config.num_hidden_layers
     started = (
         " It was started from a Transformer: its recurrent layers are new and untrained." if from_transformer else ""
     )

@@ -94,7 +94,14 @@ def write_config(config: HGRN2Config) -> dict[str, Any]:
     require(
         config,
         "hgru2-pytorch",
-        {"attn": None, "use_short_conv": False, "use_lower_bound": True, "lower_bound": "inclusive", "head_scale": 1.0},
+        {
+            "layers": None,
+            "attn": None,
+            "use_short_conv": False,
+            "use_lower_bound": True,
+            "lower_bound": "inclusive",
+            "head_scale": 1.0,
+        },
     )
     norm = "layernorm" if config.block_norm == "layernorm" else "simplermsnorm"
     require(config, "hgru2-pytorch", _NORMS[norm])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -28,8 +28,6 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutp
 # layers of the library's caches that this model's can take the place of; any other promises what they cannot keep
 _STATIC = (StaticLayer, StaticSlidingWindowLayer)
 _REPLACEABLE = (LinearAttentionLayer, DynamicLayer, DynamicSlidingWindowLayer, *_STATIC)
-# what grows along its second axis in an attention layer; what it begins with may be padding, which `valid` says
-_GROWING = ("key", "value", "valid")
 
 
 class StateLayer(CacheLayerMixin):
@@ -44,6 +42,7 @@ class StateLayer(CacheLayerMixin):
     Args:
         kind: "linear_attention", "full_attention" or "sliding_attention".
         size: for attention, places the layer always has; None: it grows. Those not yet used come first, as padding.
+        growing: names of the tensors that grow along their second axis.
     """
 
     # nothing can be said about the tensors before the first call
@@ -51,9 +50,9 @@ class StateLayer(CacheLayerMixin):
     # a state has no memory of single tokens
     is_croppable = False
 
-    def __init__(self, kind: str, size: int | None = None) -> None:
+    def __init__(self, kind: str, size: int | None = None, growing: Sequence[str] = ()) -> None:
         super().__init__()
-        self.kind, self.size = kind, size
+        self.kind, self.size, self.growing = kind, size, growing
         self.state: dict[str, Tensor] = {}
         # a tensor: as a number it would be compiled into a step
         self.num_tokens = torch.zeros((), dtype=torch.long)
@@ -103,7 +102,7 @@ class StateLayer(CacheLayerMixin):
         """
         tracing = torch.compiler.is_compiling()
         for name, new in state.items():
-            if self.size is not None and name in _GROWING:
+            if self.size is not None and name in self.growing:
                 new = _of_size(new, self.size)
             old = self.state.get(name)
             in_place = old is not None and old.shape == new.shape and not (new.requires_grad or old.requires_grad)
@@ -188,12 +187,42 @@ def _of_size(x: Tensor, size: int) -> Tensor:
     return functional.pad(x, (*[0, 0] * (x.dim() - 2), missing, 0)) if missing else x
 
 
-def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
+class CacheStates(MutableSequence[Any]):
+    """States of the layers as `hgrn2.models.backbone.run_layers` reads and replaces them, kept in a cache.
+
+    Args:
+        layers: of the cache.
+        num_tokens: places that the pass reads.
+    """
+
+    def __init__(self, layers: Sequence[StateLayer], num_tokens: int) -> None:
+        self._layers, self._num_tokens = layers, num_tokens
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._layers[index].before() or None
+
+    def __setitem__(self, index: Any, state: Any) -> None:
+        self._layers[index].replace(state, self._num_tokens)
+
+    def __delitem__(self, index: Any) -> NoReturn:
+        raise TypeError("a model has the layers it has")
+
+    def insert(self, index: int, value: Any) -> NoReturn:
+        """Refused: a model has the layers it has."""
+        del index, value
+        raise TypeError("a model has the layers it has")
+
+
+def state_layers(cache: Cache, kinds: Sequence[str], growing: Sequence[Sequence[str]]) -> list[StateLayer]:
     """The layers of a cache, made this model's own at the first call.
 
     Args:
         cache: a `DynamicCache` or a `StaticCache`, new or used by this model before.
         kinds: what each layer of the model is, `HGRN2Config.layer_types`.
+        growing: names of the tensors of each layer's state that grow with the tokens read.
 
     Raises:
         UserError: another kind of cache, or one that another model filled.
@@ -202,7 +231,7 @@ def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
         raise UserError(f"cache is an offloaded {type(cache).__name__}; wanted one that stays on the device")
     layers: list[Any] = cache.layers
     if not layers:
-        layers.extend(StateLayer(kind) for kind in kinds)
+        layers.extend(StateLayer(kind, None, names) for kind, names in zip(kinds, growing, strict=True))
     if len(layers) != len(kinds):
         raise UserError(f"cache has {len(layers)} layers, the model {len(kinds)}; it is of another model")
     for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
@@ -219,5 +248,5 @@ def state_layers(cache: Cache, kinds: Sequence[str]) -> list[StateLayer]:
                 f"cache: layer {i} was filled by another model, or by prefix tuning, which puts keys and values where "
                 "HGRN2 keeps states; give a new cache or one that this model returned, and use prompt tuning or LoRA"
             )
-        layers[i] = StateLayer(kind, layer.max_cache_len if isinstance(layer, _STATIC) else None)
+        layers[i] = StateLayer(kind, layer.max_cache_len if isinstance(layer, _STATIC) else None, growing[i])
     return layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -14,6 +15,8 @@ from hgrn2.formats.keys import TRANSFORMERS_KEYS
 from hgrn2.formats.layout import LAYOUTS, recognise
 from hgrn2.hf.foreign import check_settable
 from hgrn2.models import config as own
+from hgrn2.models.pattern import complete, read_options
+from hgrn2.nn.mixers import find_mixer
 
 _FIELDS = [field.name for field in dataclasses.fields(own.HGRN2Config)]
 # what may stand beside the model's settings: in files, and as arguments of PreTrainedConfig
@@ -48,6 +51,8 @@ class HGRN2Config(PreTrainedConfig):
     # as transformers calls the state, before and since its version 5.24
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_heads"}
+    # set in models whose layers are named by a pattern
+    layers = mixers = None
     # TRL reads it where the class is not one of transformers' own. read-only, as all configurations share it
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
@@ -64,10 +69,10 @@ class HGRN2Config(PreTrainedConfig):
             raise UserError(f"model config: model_type is {found!r}; wanted {own.MODEL_TYPE!r}")
         layer_types = kwargs.pop("layer_types", None)
         model, rest = _read(kwargs)
-        for name in _FIELDS:
-            setattr(self, name, getattr(model, name))
-        # as JSON has it, so that a configuration equals the one read back
-        self.attn = None if model.attn is None else dataclasses.asdict(model.attn) | {"layers": list(model.attn.layers)}
+        for name, value in model.to_dict().items():
+            if name != "model_type":
+                # as JSON has it, so that a configuration equals the one read back
+                setattr(self, name, json.loads(json.dumps(value)))
         self.use_cache = use_cache
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         if layer_types not in (None, self.layer_types):
@@ -108,6 +113,11 @@ class HGRN2Config(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Kind of each layer's state: "linear_attention" (a state), "full_attention" or "sliding_attention"."""
+        layers: Any = self.layers
+        if layers is not None:
+            mixers: Any = self.mixers
+            kinds = {name: _kind(name, mixers.get(name)) for name in layers}
+            return [kinds[name] for name in complete(tuple(layers), self.num_hidden_layers)]
         attn = self.attn or {"layers": ()}
         attending = "full_attention" if self.sliding_window is None else "sliding_attention"
         return [attending if i in attn["layers"] else "linear_attention" for i in range(self.num_hidden_layers)]
@@ -142,6 +152,12 @@ class HGRN2Config(PreTrainedConfig):
         found = getattr(self, name)
         if value != found:
             raise UserError(f"{name} cannot be set to {value}: it is {found}, which follows from {source}; set that")
+
+
+def _kind(mixer: str, options: dict[str, Any] | None) -> str:
+    """Returns transformers' word for what a mixer keeps."""
+    memory = "state" if options is None else find_mixer(mixer).mixer.memory(read_options(mixer, options))
+    return {"state": "linear_attention", "tokens": "full_attention", "window": "sliding_attention"}[memory]
 
 
 def _read(values: dict[str, Any]) -> tuple[own.HGRN2Config, dict[str, Any]]:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from hgrn2.errors import UserError
-from hgrn2.hf.cache import CACHE_NAME, state_layers
+from hgrn2.hf.cache import CACHE_NAME
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.hf.modeling import HGRN2Model, HGRN2PreTrainedModel, places_read
 from hgrn2.nn.loss import IGNORE, linear_cross_entropy
@@ -78,7 +78,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         # the model's own layers before anything is read: generation asks a cache how much that was
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
         if model_kwargs.get(CACHE_NAME) is not None:
-            state_layers(model_kwargs[CACHE_NAME], self.config.layer_types)
+            self.model.state_layers(model_kwargs[CACHE_NAME])
         return made
 
     # the library reads the names of its arguments

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -16,14 +14,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from hgrn2.errors import UserError
-from hgrn2.hf.cache import CACHE_NAME, StateLayer, state_layers
+from hgrn2.hf.cache import CACHE_NAME, CacheStates, StateLayer, state_layers
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.hf.loading import check_loaded, classes_named_by
-from hgrn2.models.language import build_block
+from hgrn2.models.backbone import build_block, embed, hand_out_bounds, run_layers
+from hgrn2.models.inputs import check_mixers
 from hgrn2.nn.block import Block
-from hgrn2.nn.gates import bounds_of_layers, touch_unused_bounds
+from hgrn2.nn.mixers import Context
 from hgrn2.nn.norm import Norm
-from hgrn2.nn.short_conv import ShortConv
+from hgrn2.nn.parameters import InitialValues, draw
 from hgrn2.ops.export import is_exporting
 from hgrn2.ops.tiles import boundaries
 
@@ -128,19 +127,23 @@ class HGRN2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # the distributions of hgrn2.models.HGRN2LM.initialize, by module instead of by name
-        if isinstance(module, nn.Linear | nn.Embedding | ShortConv):
-            std = self.config.initializer_range
-            layers: Any = self.base_model.layers
-            if any(module is end for layer in layers for end in (layer.attn.o_proj, layer.mlp.down_proj)):
-                std /= math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.weight, 0.0, std)
-        elif isinstance(module, Norm) and module.weight is not None:
-            init.ones_(module.weight)
-        elif isinstance(module, HGRN2Model) and self.config.use_lower_bound:
-            init.zeros_(module.lower_bounds)
-        if isinstance(module, nn.Linear | Norm) and module.bias is not None:
-            init.zeros_(module.bias)
+        std = self.config.initializer_range
+        layers: list[Any] = list(self.base_model.layers)
+        # values that were read from a file stay, however a mixer sets its own
+        read = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        with init.guard_torch_init_functions():
+            if isinstance(module, Block):
+                module.reset_parameters(InitialValues(std, layers.index(module), len(layers)))
+            elif isinstance(module, HGRN2Model) and module.lower_bounds is not None:
+                init.zeros_(module.lower_bounds)
+            elif isinstance(module, nn.Linear | nn.Embedding | Norm) and not _is_inside(module, layers):
+                draw(module, std)
+        for parameter, value in read:
+            parameter.copy_(value)
+
+
+def _is_inside(module: nn.Module, layers: list[nn.Module]) -> bool:
+    return any(module is inner for layer in layers for inner in layer.modules())
 
 
 class HGRN2Model(HGRN2PreTrainedModel):
@@ -154,11 +157,16 @@ class HGRN2Model(HGRN2PreTrainedModel):
         super().__init__(config)
         own = config.model_config
         self.embeddings = nn.Embedding(own.vocab_size, own.hidden_size)
-        if own.use_lower_bound:
-            self.lower_bounds = nn.Parameter(torch.empty(own.num_hidden_layers, own.hidden_size))
-        self._recurrent_layers = own.recurrent_layers
+        bounds = torch.empty(own.num_hidden_layers, own.hidden_size) if own.has_lower_bounds else None
+        self.lower_bounds = None if bounds is None else nn.Parameter(bounds)
+        self._bounded_layers = own.bounded_layers
         self.layers = nn.ModuleList(build_block(own, i, kind=HGRN2Layer) for i in range(own.num_hidden_layers))
         self.norm = Norm(own.block_norm, own.hidden_size, own.norm_eps, own.elementwise_affine)
+        # names of the tensors of each layer's state that grow with the tokens read
+        self._growing = [
+            tuple(name for name, spec in layer.attn.state_spec(torch.float32).items() if spec.grows)
+            for layer in self.layers
+        ]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -212,7 +220,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         # before the mask, whose width would be blamed where something else has filled the cache
-        states = None if cache is None else state_layers(cache, self.config.layer_types)
+        states = None if cache is None else self.state_layers(cache)
         mask = _padding(attention_mask, x, cache)
         if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
             _check_places(kwargs["position_ids"], mask, x)
@@ -225,19 +233,18 @@ class HGRN2Model(HGRN2PreTrainedModel):
             raise UserError(f"output_hidden_states is {output_hidden_states!r}; wanted true for all of them, or false")
         keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
-        if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.hidden_size)
-        x = functional.dropout(x, self.config.dropout, self.training)
-        bounds = self._bounds()
-        x = touch_unused_bounds(x, bounds, self._recurrent_layers)
-        hidden: tuple[Tensor, ...] = ()
-        for i, (layer, bound) in enumerate(zip(self.layers, bounds, strict=True)):
-            if keep_hidden:
-                hidden += (x,)
-            before = states[i].before() if states is not None else None
-            x, after = layer(x, bound, before or None, cu_seq_lens_q, mask, states is not None)
-            if states is not None:
-                states[i].replace(after, x.shape[1])
+        check_mixers(self.config, cu_seq_lens_q, mask)
+
+        x = embed(x, self.config, self.training)
+        x, bounds = hand_out_bounds(
+            x, self.lower_bounds, self.config.lower_bound, self._bounded_layers, len(self.layers)
+        )
+        # a length that an exported program leaves open is no step
+        is_step = states is not None and isinstance(x.shape[1], int) and x.shape[1] == 1
+        context = Context(cu_seq_lens_q, mask, states is not None, is_step)
+        hidden: list[Tensor] = []
+        own_states: Any = [None] * len(self.layers) if states is None else CacheStates(states, x.shape[1])
+        x = run_layers(self.layers, x, own_states, context, bounds, on_hidden=hidden.append if keep_hidden else None)
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # pyright: ignore[reportArgumentType]
@@ -245,10 +252,9 @@ class HGRN2Model(HGRN2PreTrainedModel):
             **{CACHE_NAME: cache},  # pyright: ignore[reportArgumentType]
         )
 
-    def _bounds(self) -> list[Tensor] | list[None]:
-        if not self.config.use_lower_bound:
-            return [None] * len(self.layers)
-        return bounds_of_layers(self.lower_bounds, self.config.lower_bound, self._recurrent_layers)
+    def state_layers(self, cache: Cache) -> list[StateLayer]:
+        """Returns the layers of a cache, see `hgrn2.hf.cache.state_layers`."""
+        return state_layers(cache, self.config.layer_types, self._growing)
 
 
 def _only_one(a: Any, b: Any, names: tuple[str, str]) -> Any:

@@ -199,7 +199,7 @@ class Writer:
         try:
             seen, generator = tensors.pop("seen"), tensors.pop("generator")
             pending, recent = about["pending"], about.get("recent", [])
-            state = ModelState.from_tensors(tensors).check_like(self.state)
+            state = ModelState.from_tensors(tensors).check(self.model.state_spec(), 1).to(self.device)
         except UserError as error:
             raise UserError(f"{path}: {error}", error.code) from None
         except (KeyError, TypeError, ValueError, RuntimeError):

@@ -1,9 +1,11 @@
 """Whole models and their configurations."""
 
 from hgrn2.models import presets
-from hgrn2.models.config import AttentionConfig, HGRN2Config
-from hgrn2.models.language import HGRN2LM, HGRN2Model
+from hgrn2.models.body import HGRN2Model
+from hgrn2.models.config import HGRN2Config
+from hgrn2.models.language import HGRN2LM
 from hgrn2.models.outputs import LossOutput
+from hgrn2.models.pattern import AttentionConfig
 from hgrn2.models.sampling import Sampling
 from hgrn2.models.state import ModelState
 

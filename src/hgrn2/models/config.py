@@ -7,8 +7,21 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hgrn2.errors import UserError, check_types, unknown_key_message
+from hgrn2.models.pattern import (
+    ATTENTION,
+    DEFAULT_MIXER,
+    AttentionConfig,
+    OptionTable,
+    Pattern,
+    complete,
+    describe_layers,
+    group_layers,
+    read_pattern,
+)  # fmt: skip
 from hgrn2.nn.gates import LOWER_BOUNDS
-from hgrn2.nn.mixers.hgrn2 import DEFAULT_EXPAND_RATIO
+from hgrn2.nn.mixers.base import Mixer, MixerOptions
+from hgrn2.nn.mixers.hgrn2 import DEFAULT_EXPAND_RATIO, HGRN2Options
+from hgrn2.nn.mixers.registry import find_mixer, mixers_with_option
 from hgrn2.nn.mlp import GLU_ACTIVATIONS
 from hgrn2.nn.norm import NORMS
 from hgrn2.ops.checks import SMALLEST_FLOOR
@@ -21,56 +34,9 @@ _LARGEST = 2**24
 _MOST_LAYERS = 4096
 
 
-def _check(condition: bool, message: str) -> None:
+def _check(condition: bool, message: str, code: str = "invalid-value") -> None:
     if not condition:
-        raise UserError(f"model config: {message}")
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Attention at some layers of a hybrid model.
-
-    Attributes:
-        layers: indices of the layers that attend instead of recurring.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; None means num_heads.
-        window_size: tokens a query sees, itself included; None means all.
-        rope_theta: base of the rotary positions; None means no positions.
-        qkv_bias: biases in the q, k and v projections.
-    """
-
-    layers: tuple[int, ...]
-    num_heads: int
-    num_kv_heads: int | None = None
-    window_size: int | None = None
-    rope_theta: float | None = 10000.0
-    qkv_bias: bool = False
-
-    def __post_init__(self) -> None:
-        check_types(self, "model config", "attn.")
-        _check(
-            isinstance(self.layers, list | tuple)
-            and len(self.layers) > 0
-            and all(type(i) is int for i in self.layers)
-            and len(set(self.layers)) == len(self.layers),
-            f"attn.layers is {self.layers!r}; wanted a list of one or more different layers",
-        )
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
-        _check(self.num_heads > 0, f"attn.num_heads is {self.num_heads}; wanted at least 1")
-        kv = self.num_kv_heads or 0
-        _check(
-            kv > 0 and self.num_heads % kv == 0,
-            f"attn.num_kv_heads is {kv}, which does not divide attn.num_heads = {self.num_heads}",
-        )
-        window = self.window_size
-        _check(
-            window is None or window > 0,
-            f"attn.window_size is {window}; wanted at least 1, or null for no window",
-        )
-        theta = self.rope_theta
-        _check(theta is None or theta > 0, f"attn.rope_theta is {theta}; wanted above 0, or null for no positions")
+        raise UserError(f"model config: {message}", code)
 
 
 @dataclass(frozen=True)
@@ -107,6 +73,10 @@ class HGRN2Config:
         tie_word_embeddings: one matrix for embeddings and head.
         initializer_range: standard deviation of the initial weights.
         attn: attention at chosen layers, or None.
+        layers: names of mixers, repeated over the depth: ("mamba", "mamba", "attention"). None means HGRN2, but for the
+            layers of `attn`. HGRN2's options are the keys above. A pattern of HGRN2 and attention alone is turned into
+            `attn`.
+        mixers: options of the other mixers in `layers`, a table by name: {"attention": {"num_heads": 8}}.
     """
 
     vocab_size: int = 32000
@@ -138,8 +108,12 @@ class HGRN2Config:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     attn: AttentionConfig | None = None
+    layers: Pattern | None = None
+    mixers: OptionTable | None = None
 
     def __post_init__(self) -> None:
+        if self.layers is not None or self.mixers is not None:
+            self._read_layers()
         if self.expand_ratio is None:
             object.__setattr__(self, "expand_ratio", self._derived_expand_ratio())
         check_types(self, "model config")
@@ -197,14 +171,53 @@ class HGRN2Config:
                 not wrong,
                 f"attn.layers holds {wrong}; the model has layers 0 to {self.num_hidden_layers - 1}",
             )
+            self._check_width("attn", self.attn.options)
+        if self.layers is not None:
             _check(
-                self.hidden_size % (2 * self.attn.num_heads) == 0,
-                f"{self._named('hidden_size')} gives attn.num_heads = {self.attn.num_heads} no heads of even width",
+                layers % len(self.layers) == 0,
+                f"layers has a pattern of {len(self.layers)} mixers, which does not fit num_hidden_layers = {layers}; "
+                f"wanted a multiple of {len(self.layers)}, or a name for each layer",
+                "contradiction",
             )
+            for name, options in (self.mixers or {}).items():
+                self._check_width(f"mixers.{name}", options)
+            self._prefer_flat_keys()
+
+    def _check_width(self, place: str, options: MixerOptions) -> None:
+        try:
+            options.check_width(self.hidden_size)
+        except UserError as error:
+            raise UserError(f"model config: {place}.{error}", error.code) from None
+
+    def _read_layers(self) -> None:
+        _check(
+            self.attn is None,
+            f"attn and layers = {self.layers!r} both say where attention is; leave attn out, and put its num_heads and "
+            "the rest into mixers.attention",
+            "contradiction",
+        )
+        pattern, options = read_pattern(self.layers, self.mixers)
+        object.__setattr__(self, "layers", pattern)
+        object.__setattr__(self, "mixers", options)
+
+    def _prefer_flat_keys(self) -> None:
+        # so that a model which older versions know has the same file and equals what they wrote
+        if self.layers is None or not set(self.layers) <= {DEFAULT_MIXER, ATTENTION}:
+            return
+        attending = [i for i, name in enumerate(self.layer_mixers) if name == ATTENTION]
+        if attending:
+            assert self.mixers is not None
+            attn = AttentionConfig(layers=tuple(attending), **dataclasses.asdict(self.mixers[ATTENTION]))
+            object.__setattr__(self, "attn", attn)
+        object.__setattr__(self, "layers", None)
+        object.__setattr__(self, "mixers", None)
 
     def _derived_expand_ratio(self) -> int:
         heads, width = self.num_heads, self.hidden_size
         # a value of another type is reported by the check of types
+        if type(width) is int and heads is None and self.layers is not None and DEFAULT_MIXER not in self.layers:
+            # no layer has heads of HGRN2: any width is possible
+            return DEFAULT_EXPAND_RATIO if width % DEFAULT_EXPAND_RATIO == 0 else max(width, 1)
         if type(heads) is not int or type(width) is not int:
             return DEFAULT_EXPAND_RATIO
         _check(
@@ -230,6 +243,10 @@ class HGRN2Config:
     @property
     def summary(self) -> str:
         """Sizes and kinds of layers in a few words."""
+        if self.layers is not None:
+            kinds = ", ".join(f"{len(found)} {name}" for name, found in group_layers(self.layer_mixers).items())
+            layers = f"{plural(self.num_hidden_layers, 'layer')} ({kinds})"
+            return f"{layers}, width {self.hidden_size:,}, vocabulary {self.vocab_size:,}"
         attending = len(self.attn.layers) if self.attn else 0
         layers = plural(self.num_hidden_layers, "layer") + (f" ({attending} with attention)" if attending else "")
         heads = f"{plural(self.num_heads or 0, 'head')} of {self.expand_ratio} x {self.expand_ratio}"
@@ -243,14 +260,70 @@ class HGRN2Config:
         return self.expand_ratio**-0.5 if self.scale is None else self.scale
 
     @property
-    def recurrent_layers(self) -> list[int]:
-        """Indices of the layers that recur; the others attend."""
+    def layer_mixers(self) -> Pattern:
+        """Name of each layer's mixer."""
+        if self.layers is not None:
+            return complete(self.layers, self.num_hidden_layers)
         attending = () if self.attn is None else self.attn.layers
-        return [layer for layer in range(self.num_hidden_layers) if layer not in attending]
+        return tuple(ATTENTION if i in attending else DEFAULT_MIXER for i in range(self.num_hidden_layers))
+
+    @property
+    def described_layers(self) -> dict[str, str]:
+        """Layers of each mixer in words, such as {"hgrn2": "0-2, 4-6", "attention": "3, 7"}."""
+        return describe_layers(self.layer_mixers)
+
+    @property
+    def bounded_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose gates have lower bounds."""
+        if not self.use_lower_bound:
+            return ()
+        return tuple(i for i, name in enumerate(self.layer_mixers) if find_mixer(name).mixer.uses_lower_bound)
+
+    @property
+    def has_lower_bounds(self) -> bool:
+        """Whether the model has the parameter of lower bounds: always by the flat keys, as published models do."""
+        return self.use_lower_bound and (self.layers is None or bool(self.bounded_layers))
+
+    def mixer_options(self, name: str) -> MixerOptions:
+        """Returns the options of a mixer in this model.
+
+        Args:
+            name: in `layer_mixers`.
+        """
+        if name == DEFAULT_MIXER:
+            return HGRN2Options(
+                expand_ratio=self.expand_ratio,
+                q_activation=self.q_activation,
+                v_activation=self.v_activation,
+                scale=self.head_scale,
+                norm=self.mixer_norm,
+                norm_eps=self.mixer_norm_eps,
+                norm_affine=self.mixer_norm_affine,
+                bias=self.use_bias,
+                conv_size=self.conv_size if self.use_short_conv else 0,
+                min_log_decay=self.min_log_decay,
+            )
+        if self.attn is not None:
+            return self.attn.options
+        assert self.mixers is not None
+        return self.mixers[name]
+
+    def build_mixer(self, layer: int, backend: str = "auto") -> Mixer:
+        """Makes the mixer of one layer.
+
+        Args:
+            layer: its index.
+            backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
+        """
+        name = self.layer_mixers[layer]
+        return find_mixer(name).build(self.hidden_size, self.mixer_options(name), backend)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the model type."""
-        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+        """Plain values for JSON, with the model type; `layers` and `mixers` only where they say something."""
+        values = dataclasses.asdict(self)
+        if self.layers is None:
+            del values["layers"], values["mixers"]
+        return {"model_type": MODEL_TYPE, **values}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HGRN2Config:
@@ -268,6 +341,12 @@ class HGRN2Config:
     def replace(self, **changes: Any) -> HGRN2Config:
         """A copy with some fields changed; what followed from them is derived anew."""
         values = dataclasses.asdict(self)
+        if changes.get("layers") is not None:
+            values["attn"] = values["mixers"] = None
+        if changes.get("attn") is not None:
+            values["layers"] = values["mixers"] = None
+        if "layers" in changes and changes["layers"] is None:
+            values["mixers"] = None
         if {"hidden_size", "expand_ratio"} & changes.keys():
             values["num_heads"] = None
         if changes.get("num_heads") is not None and "expand_ratio" not in changes:
@@ -291,7 +370,9 @@ def _build(cls: Any, values: dict[str, Any], what: str) -> Any:
     known = [field.name for field in fields(cls)]
     for key in values:
         if key not in known:
-            raise UserError(unknown_key_message(what, key, known))
+            owners = mixers_with_option(key) if cls is HGRN2Config else []
+            hint = f", or the option {key} in the table mixers.{owners[0]}" if owners else ""
+            raise UserError(unknown_key_message(what, key, known) + hint, "unknown-name")
     required = [field.name for field in fields(cls) if field.default is dataclasses.MISSING]
     for key in required:
         if key not in values:

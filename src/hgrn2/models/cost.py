@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,8 +9,7 @@ import torch
 
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.language import HGRN2LM
-from hgrn2.nn.mixers.attention import WINDOW_BLOCK
-from hgrn2.ops.tiles import CHUNK_SIZE
+from hgrn2.nn.block import Block
 
 # AdamW keeps two float32 numbers a parameter beside the weight
 _OPTIMIZER_BYTES = 8
@@ -34,7 +32,8 @@ class Cost:
         activation_bytes_per_token_checkpointed: the same in float32 with activation checkpointing: the input of every
             layer, and all of one layer while its backward pass runs.
         state_bytes: state of one sequence while decoding in float32; caches of attention layers come on top.
-        attention_bytes_per_token: growth of the attention layers' caches with every token, up to their window.
+        attention_bytes_per_token: growth of the caches of attention and the like with every token, up to their window.
+        attention_window: tokens after which they do not grow; None where there is no limit, or no cache.
         weight_bytes: the weights in float32.
         weight_bytes_bfloat16: the weights in bfloat16.
         checkpoint_bytes: weights and AdamW state in float32, as a checkpoint of a run holds them.
@@ -50,6 +49,7 @@ class Cost:
     activation_bytes_per_token_checkpointed: int
     state_bytes: int
     attention_bytes_per_token: int
+    attention_window: int | None
     weight_bytes: int
     weight_bytes_bfloat16: int
     checkpoint_bytes: int
@@ -90,21 +90,21 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
         for name, p in model.named_parameters()
         if roles[name] in ("matrix", "head") or (roles[name] == "embedding" and config.tie_word_embeddings)
     )
-    attention_layers = len(config.attn.layers) if config.attn else 0
-    recurrent_layers = config.num_hidden_layers - attention_layers
-    forward = linear + recurrent_layers * _mixer_flops(config) + attention_layers * _attention_flops(config, seq_len)
-    state = model.init_state(1, "meta")
+    blocks: list[Block] = list(model.model.layers)  # pyright: ignore[reportAssignmentType]
+    forward = linear + sum(block.attn.flops(seq_len) for block in blocks)
+    specs = [spec for layer in model.state_spec() for spec in layer.values()]
     return Cost(
         parameters=parameters,
         embedding_parameters=embedding,
         flops_per_token_6n=6 * (parameters - embedding),
         flops_per_token_forward=forward,
         flops_per_token_training=3 * forward,
-        activation_bytes_per_token=_activation_bytes(config, seq_len, 4),
-        activation_bytes_per_token_bfloat16=_activation_bytes(config, seq_len, 2),
-        activation_bytes_per_token_checkpointed=_activation_bytes(config, seq_len, 4, checkpointed=True),
-        state_bytes=state.num_bytes,
-        attention_bytes_per_token=attention_layers * _cache_bytes(config),
+        activation_bytes_per_token=_activation_bytes(model, seq_len, 4),
+        activation_bytes_per_token_bfloat16=_activation_bytes(model, seq_len, 2),
+        activation_bytes_per_token_checkpointed=_activation_bytes(model, seq_len, 4, checkpointed=True),
+        state_bytes=sum(spec.num_bytes for spec in specs),
+        attention_bytes_per_token=sum(spec.bytes_per_token for spec in specs),
+        attention_window=max((spec.limit + 1 for spec in specs if spec.limit is not None), default=None),
         weight_bytes=4 * parameters,
         weight_bytes_bfloat16=2 * parameters,
         checkpoint_bytes=(4 + _OPTIMIZER_BYTES) * parameters,
@@ -120,7 +120,7 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
     """
     c = cost(config, seq_len)
     tied = config.tie_word_embeddings
-    of_attention = f", {seq_len:,} tokens a sequence" if config.attn else ""
+    of_attention = f", {seq_len:,} tokens a sequence" if c.attention_bytes_per_token else ""
     lines = [
         CostLine("parameters (N)", c.parameters, "", "tied embedding counted once" if tied else ""),
         CostLine("training FLOPs a token", c.flops_per_token_6n, "", "6 N" if tied else "6 N, without the embedding"),
@@ -131,8 +131,8 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
         CostLine("activations a token", c.activation_bytes_per_token_checkpointed, "bytes", "float32, checkpointed"),
         CostLine("state of a sequence", c.state_bytes, "bytes", "float32, whatever its length"),
     ]
-    if config.attn:
-        upto = f"up to {config.attn.window_size:,} tokens" if config.attn.window_size else "without a limit"
+    if c.attention_bytes_per_token:
+        upto = f"up to {c.attention_window:,} tokens" if c.attention_window else "without a limit"
         lines.append(CostLine("attention cache a token", c.attention_bytes_per_token, "bytes", f"float32, {upto}"))
     return [
         *lines,
@@ -142,68 +142,18 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
     ]
 
 
-def _mixer_flops(config: HGRN2Config) -> int:
-    """The chunkwise scan of one layer, a token: scores within the chunk, their sum of values, state in and out."""
-    width, chunk = config.expand_ratio, CHUNK_SIZE
-    per_head = (chunk + 1) * width + 2 * chunk * width + 4 * width * width
-    # each join of blocks multiplies one query or key row by a decay, and the decays of the pair
-    per_head += round(width * math.log2(chunk))
-    conv = 6 * config.conv_size * config.hidden_size if config.use_short_conv else 0
-    return (config.num_heads or 0) * per_head + conv
-
-
-def _attention_flops(config: HGRN2Config, seq_len: int) -> int:
-    """Scores and their sum of values over the keys a query sees on average."""
-    window = (config.attn.window_size if config.attn else None) or seq_len
-    window = min(window, seq_len)
-    seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
-    return round(4 * seen * config.hidden_size)
-
-
-def _activation_bytes(config: HGRN2Config, seq_len: int, low: int, *, checkpointed: bool = False) -> int:
+def _activation_bytes(model: HGRN2LM, seq_len: int, low: int, *, checkpointed: bool = False) -> int:
     """Counts what eager torch keeps of one token for the backward pass; tests compare it with torch's saved tensors.
 
     Args:
-        config: the model.
+        model: on any device.
         seq_len: tokens of a sequence.
         low: bytes of a number that autocast would lower; residuals and the insides of norms are float32 always.
         checkpointed: only the input of every layer is kept, and one whole layer.
     """
-    width, inner, high = config.hidden_size, config.intermediate_size or 0, 4
-
-    # the input in float32 and the output; RMSNorm keeps the normalised values for its weight as well
-    def norm(kind: str, affine: bool) -> int:
-        return (high * (2 if kind == "rmsnorm" and affine else 1) + low) * width
-
-    block_norm = norm(config.block_norm, config.elementwise_affine)
-    dropout = width if config.dropout else 0
-    # both norms, the gate and up branches, the activated gate and their product
-    gate = 1 if config.glu_activation != "none" else 0
-    block = 2 * (block_norm + low * dropout) + low * (3 + gate) * inner
-    # q, z, v, the norm, and with a convolution its padded inputs
-    recurrent = low * 3 * width + norm(config.mixer_norm, config.mixer_norm_affine)
-    recurrent += low * 3 * width if config.use_short_conv else 0
-    layers = {"recurrent": block + recurrent}
-    attention_layers = 0
-    if config.attn is not None:
-        attention_layers = len(config.attn.layers)
-        head = width // config.attn.num_heads
-        # q, k, v and the output, the sums of the scores, and the row of a window's mask
-        attention = 2 * width + 2 * (config.attn.num_kv_heads or 0) * head + config.attn.num_heads
-        window = config.attn.window_size or seq_len
-        attention += min(seq_len, max(window, WINDOW_BLOCK) + window - 1) if window < seq_len else 0
-        # angles of the rotation
-        angles = high * 2 * head if config.attn.rope_theta is not None else 0
-        layers["attention"] = block + low * attention + angles
-    ends = block_norm + high * dropout
+    config = model.config
+    layers = [layer.activation_bytes(seq_len, low) for layer in model.model.layers]  # pyright: ignore
+    ends = model.model.norm.activation_bytes(low) + (4 * config.hidden_size if config.dropout else 0)
     if checkpointed:
-        return config.num_hidden_layers * high * width + max(layers.values()) + ends
-    recurrent_layers = config.num_hidden_layers - attention_layers
-    return recurrent_layers * layers["recurrent"] + attention_layers * layers.get("attention", 0) + ends
-
-
-def _cache_bytes(config: HGRN2Config) -> int:
-    if config.attn is None:
-        return 0
-    head = config.hidden_size // config.attn.num_heads
-    return 2 * 4 * (config.attn.num_kv_heads or 0) * head + 1
+        return len(layers) * 4 * config.hidden_size + max(layers) + ends
+    return sum(layers) + ends

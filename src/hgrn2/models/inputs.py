@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2.errors import UserError
+from hgrn2.models.config import HGRN2Config
 from hgrn2.models.state import ModelState
+from hgrn2.nn.mixers.registry import find_mixer
 from hgrn2.shapes import describe
 
 _IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -55,6 +57,28 @@ def checked_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
             f"attention_mask is {describe(mask)}; wanted a tensor {list(input_ids.shape)}, 0 where input_ids is padding"
         )
     return mask.to(input_ids.device).bool()
+
+
+def check_mixers(config: HGRN2Config, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
+    """Raises a UserError if a mixer of a model cannot follow packed sequences, or padding.
+
+    Args:
+        config: the model's.
+        cu_seqlens: bounds of packed sequences, or None.
+        mask: of the tokens, or None.
+    """
+    # the mixers of the flat keys can do both
+    if config.layers is None:
+        return
+    for name in dict.fromkeys(config.layers):
+        mixer = find_mixer(name).mixer
+        if cu_seqlens is not None and not mixer.can_pack:
+            raise UserError(f"the mixer {name} cannot read packed sequences; leave cu_seqlens out", "unsupported")
+        if mask is not None and not mixer.can_pad:
+            raise UserError(
+                f"the mixer {name} cannot leave padding out; give sequences of one length, without a mask",
+                "unsupported",
+            )
 
 
 def check_state(state: ModelState, num_layers: int, num_sequences: int, embeddings: nn.Embedding) -> None:

@@ -1,146 +1,29 @@
-"""The language model, in reading order: embeddings, blocks under their lower bounds, norm, head."""
+"""The language model: hidden states, logits, losses, steps, texts and files."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from hgrn2.errors import UserError
+from hgrn2.models.body import HGRN2Model
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.generation import generate
-from hgrn2.models.inputs import check_state, checked_ids, checked_mask
+from hgrn2.models.inputs import check_mixers, check_state, checked_ids, checked_mask
 from hgrn2.models.outputs import LossOutput
 from hgrn2.models.sampling import Sampling
 from hgrn2.models.state import ModelState
-from hgrn2.nn.block import Block
-from hgrn2.nn.gates import bounds_of_layers, touch_unused_bounds
+from hgrn2.models.statistics import gate_statistics
 from hgrn2.nn.loss import IGNORE, linear_cross_entropy
-from hgrn2.nn.mixers.attention import Attention
-from hgrn2.nn.mixers.hgrn2 import HGRN2Mixer, forget_gate
-from hgrn2.nn.mlp import GatedMLP
-from hgrn2.nn.norm import Norm
+from hgrn2.nn.mixers.base import Context, StateSpec
+from hgrn2.nn.parameters import draw, parameter_roles
 from hgrn2.ops import check_backend
 from hgrn2.ops.checks import check_cu_seqlens
 from hgrn2.shapes import describe
-
-
-class HGRN2Model(nn.Module):
-    """Token ids to hidden states.
-
-    Args:
-        config: what the model is made of.
-        backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
-
-    Attributes:
-        activation_checkpointing: compute the activations of every layer again in the backward pass instead of keeping
-            them: less memory for about a third more time, and the same numbers.
-    """
-
-    def __init__(self, config: HGRN2Config, backend: str = "auto"):
-        super().__init__()
-        self.config = config
-        self.activation_checkpointing = False
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.use_lower_bound:
-            self.lower_bounds = nn.Parameter(torch.empty(config.num_hidden_layers, config.hidden_size))
-        self._recurrent_layers = config.recurrent_layers
-        self.layers = nn.ModuleList(build_block(config, i, backend) for i in range(config.num_hidden_layers))
-        self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
-        self._call_block: Callable[..., Any] | None = None
-
-    def compile_blocks(self) -> None:
-        """Compile a block with torch.compile; all layers of one kind share the result. Used while training alone."""
-        self._call_block = torch.compile(_call_block)
-
-    def bounds(self) -> list[Tensor] | list[None]:
-        """Returns the lower bound of each layer, [D] each in [0, 1), or None where there is none."""
-        if not self.config.use_lower_bound:
-            return [None] * len(self.layers)
-        return bounds_of_layers(self.lower_bounds, self.config.lower_bound, self._recurrent_layers)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        state: ModelState | None,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, ModelState]:
-        """Runs the layers; arguments as in `HGRN2LM.hidden_states`, checked there.
-
-        Returns:
-            Hidden states [B, T, D] after the last norm, and the new state.
-        """
-        x = self.embeddings(input_ids)
-        if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.hidden_size)
-        x = functional.dropout(x, self.config.dropout, self.training)
-        bounds = self.bounds()
-        x = touch_unused_bounds(x, bounds, self._recurrent_layers)
-        new_layers = []
-        for i, (layer, bound) in enumerate(zip(self.layers, bounds, strict=True)):
-            before = None if state is None else state.layers[i]
-            x, layer_state = self._run(layer, x, bound, before, cu_seqlens, mask, keep_state)
-            new_layers.append(layer_state)
-        return self.norm(x), ModelState(tuple(new_layers))
-
-    def _run(self, layer: nn.Module, *arguments: Any) -> Any:
-        # evaluation meets too many shapes for compiling to be worth its time
-        call = self._call_block if self.training and self._call_block is not None else _call_block
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return call(layer, *arguments)
-        # dropout is the only thing that draws numbers
-        draws = self.training and self.config.dropout > 0
-        return checkpoint(call, layer, *arguments, use_reentrant=False, preserve_rng_state=draws)
-
-
-def _call_block(layer: nn.Module, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    # a function that is given the layer is traced once for all of them
-    return layer(*arguments)
-
-
-def build_block(config: HGRN2Config, layer: int, backend: str = "auto", kind: type[Block] = Block) -> Block:
-    """Makes one layer of a model.
-
-    Args:
-        config: what the model is made of.
-        layer: its index from 0, which decides about the mixer in hybrids.
-        backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
-        kind: the class to make, `Block` or one derived from it.
-    """
-    if config.attn is not None and layer in config.attn.layers:
-        attn = config.attn
-        mixer: nn.Module = Attention(
-            config.hidden_size, attn.num_heads, attn.num_kv_heads or attn.num_heads, attn.window_size, attn.rope_theta,
-            attn.qkv_bias,
-        )  # fmt: skip
-    else:
-        mixer = HGRN2Mixer(
-            config.hidden_size,
-            config.expand_ratio,
-            q_activation=config.q_activation,
-            v_activation=config.v_activation,
-            scale=config.head_scale,
-            norm=config.mixer_norm,
-            norm_eps=config.mixer_norm_eps,
-            norm_affine=config.mixer_norm_affine,
-            bias=config.use_bias,
-            conv_size=config.conv_size if config.use_short_conv else 0,
-            min_log_decay=config.min_log_decay,
-            backend=backend,
-        )
-    assert config.intermediate_size is not None
-    mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.glu_activation, config.use_bias)
-    norms = [Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine) for _ in range(2)]
-    return kind(mixer, mlp, norms[0], norms[1], config.dropout)
 
 
 class HGRN2LM(nn.Module):
@@ -204,17 +87,13 @@ class HGRN2LM(nn.Module):
         | o_proj and down_proj (the ends of the 2 L residual branches) | the same, divided by sqrt(2 L) |
         | norm weights | 1 |
         | biases, lower_bounds | 0 (so that layer l starts at a bound of l / L) |
+
+        Other mixers than HGRN2 and attention set their own, see `hgrn2.nn.mixers.Mixer.reset_parameters`.
         """
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias") or name == "model.lower_bounds":
-                parameter.zero_()
-            elif "norm" in name.split(".")[-2]:
-                parameter.fill_(1)
-            else:
-                std = self.config.initializer_range
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= math.sqrt(2 * self.config.num_hidden_layers)
-                parameter.normal_(0, std, generator=generator)
+        std = self.config.initializer_range
+        self.model.reset_parameters(std, generator)
+        if self.lm_head.weight is not self.model.embeddings.weight:
+            draw(self.lm_head, std, generator)
 
     def forward(
         self,
@@ -222,23 +101,40 @@ class HGRN2LM(nn.Module):
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ModelState]:
-        """Computes logits of the next token at every place.
+        targets: Tensor | None = None,
+        keep_state: bool = True,
+    ) -> Any:
+        """Computes logits of the next token at every place, or the loss of targets.
 
         Args:
             input_ids: [B, T] int64.
             state: of the tokens before, from an earlier call or `init_state`; None at a start.
             cu_seqlens: [N + 1] int32 or int64: sequences packed end to end, B = 1; state then holds N sequences.
             attention_mask: [B, T], 0 or False where a token is padding; on the left if the last logits are to be used.
+            targets: [B, T] int64, to get what `loss` returns: wrappers that hook the call of a model, such as
+                DistributedDataParallel, are used so.
+            keep_state: whether the new state is wanted.
 
         Returns:
-            logits [B, T, vocab_size] and the new state.
+            logits [B, T, vocab_size] and the new state; with targets a `LossOutput`.
 
         Raises:
             UserError: a mask together with packed sequences, or ids of the wrong shape.
         """
-        x, state = self.hidden_states(input_ids, state, cu_seqlens, attention_mask)
-        return self.lm_head(x), state
+        if targets is not None:
+            targets = self._check_targets(targets, input_ids)
+        x, state = self.hidden_states(input_ids, state, cu_seqlens, attention_mask, keep_state)
+        if targets is None:
+            return self.lm_head(x), state
+        targets = targets.flatten()
+        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets)
+        return LossOutput(loss, (targets != IGNORE).sum(), state)
+
+    def _check_targets(self, targets: Tensor, input_ids: Tensor) -> Tensor:
+        targets = checked_ids("targets", targets, "[B, T]", self.model.embeddings, IGNORE)
+        if targets.shape != input_ids.shape:
+            raise UserError(f"targets has shape {list(targets.shape)}; wanted {list(input_ids.shape)}, as input_ids")
+        return targets
 
     def hidden_states(
         self,
@@ -273,7 +169,11 @@ class HGRN2LM(nn.Module):
             num_sequences = cu_seqlens.shape[0] - 1
         if state is not None:
             check_state(state, len(self.model.layers), num_sequences, self.model.embeddings)
-        return self.model(input_ids, state, cu_seqlens, attention_mask, keep_state)
+        check_mixers(self.config, cu_seqlens, attention_mask)
+        # one token after a state is a step; a length that an exported program leaves open is not
+        is_single = isinstance(input_ids.shape[1], int) and input_ids.shape[1] == 1
+        is_step = state is not None and is_single and cu_seqlens is None
+        return self.model(input_ids, state, Context(cu_seqlens, attention_mask, keep_state, is_step))
 
     def loss(
         self,
@@ -307,13 +207,9 @@ class HGRN2LM(nn.Module):
             ...     optimizer.step()
             ...     optimizer.zero_grad()
         """
-        targets = checked_ids("targets", targets, "[B, T]", self.model.embeddings, IGNORE)
-        if targets.shape != input_ids.shape:
-            raise UserError(f"targets has shape {list(targets.shape)}; wanted {list(input_ids.shape)}, as input_ids")
-        x, state = self.hidden_states(input_ids, state, cu_seqlens, keep_state=keep_state)
-        targets = targets.flatten()
-        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets)
-        return LossOutput(loss, (targets != IGNORE).sum(), state)
+        if targets is None:
+            raise UserError("targets is None; wanted a tensor [B, T] of int64")
+        return self(input_ids, state, cu_seqlens, targets=targets, keep_state=keep_state)
 
     def step(self, token_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Reads one token of each sequence.
@@ -411,11 +307,15 @@ class HGRN2LM(nn.Module):
         """
         if not isinstance(batch_size, int) or batch_size < 0:
             raise UserError(f"batch_size is {describe(batch_size)}; wanted the number of sequences")
-        weight = self.model.embeddings.weight
-        device = weight.device if device is None else torch.device(device)
+        device = self.model.embeddings.weight.device if device is None else torch.device(device)
         return ModelState(
-            tuple(layer.attn.init_state(batch_size, device, weight.dtype) for layer in self.model.layers)  # pyright: ignore
+            tuple({name: spec.zeros(batch_size, device) for name, spec in specs.items()} for specs in self.state_spec())
         )
+
+    def state_spec(self) -> list[dict[str, StateSpec]]:
+        """Returns names, shapes and dtypes of each layer's state, for inputs in the dtype of the embeddings."""
+        dtype = self.model.embeddings.weight.dtype
+        return [layer.attn.state_spec(dtype) for layer in self.model.layers]  # pyright: ignore
 
     def num_parameters(self) -> int:
         """Counts the parameters, a tied matrix once."""
@@ -424,22 +324,13 @@ class HGRN2LM(nn.Module):
     def parameter_roles(self) -> dict[str, str]:
         """Says what each parameter is, by name.
 
-        "matrix" (hidden weights of two axes), "embedding", "head", "vector" (norms, biases, convolutions) or
-        "lower_bounds". Weight decay belongs on the first three only.
+        "matrix" (weights of projections), "embedding", "head", "vector" (norms, biases, convolutions and what a mixer
+        has of its own) or "lower_bounds". Weight decay belongs on the first three only.
         """
-        roles = {}
-        for name, parameter in self.named_parameters():
-            if name == "model.embeddings.weight":
-                roles[name] = "embedding"
-            elif name == "lm_head.weight":
-                roles[name] = "head"
-            elif name == "model.lower_bounds":
-                roles[name] = "lower_bounds"
-            else:
-                roles[name] = "matrix" if parameter.dim() == 2 else "vector"
-        return roles
+        roles = parameter_roles(self) | {"lm_head.weight": "head"}
+        # a tied head is no parameter of its own
+        return {name: roles[name] for name, _ in self.named_parameters()}
 
-    @torch.no_grad()
     def gate_statistics(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[dict[str, Any]]:
         """Measures the forget gates on some text, for looking at a model.
 
@@ -451,32 +342,4 @@ class HGRN2LM(nn.Module):
             For each recurrent layer {"layer": index from 0, "lower_bound": [D], "forget_gate": [B, T, D] float32,
             "state_norm": Frobenius norm of the final state, the mean over sequences and heads}.
         """
-        statistics: list[dict[str, Any]] = []
-        with self._watch(statistics):
-            _, state = self.hidden_states(input_ids, None, cu_seqlens)
-        for entry in statistics:
-            recurrent = state.layers[entry["layer"]]["recurrent"]
-            entry["state_norm"] = float(recurrent.flatten(2).norm(dim=-1).mean())
-        return statistics
-
-    @contextmanager
-    def _watch(self, statistics: list[dict[str, Any]]) -> Iterator[None]:
-        def watch(index: int) -> Any:
-            def hook(mixer: HGRN2Mixer, args: tuple[Any, ...]) -> None:
-                x, bound, state, cu_seqlens, mask = args
-                z = mixer.project(x, state, cu_seqlens, mask)[1].flatten(2)
-                shown = torch.zeros(z.shape[-1]) if bound is None else bound
-                statistics.append({"layer": index, "lower_bound": shown, "forget_gate": forget_gate(z, bound)})
-
-            return hook
-
-        handles = [
-            layer.attn.register_forward_pre_hook(watch(i))  # pyright: ignore
-            for i, layer in enumerate(self.model.layers)
-            if isinstance(layer.attn, HGRN2Mixer)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return gate_statistics(self, input_ids, cu_seqlens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch.export
 from torch import Tensor
 
 from hgrn2.errors import UserError
+from hgrn2.nn.mixers.base import StateSpec
 from hgrn2.quantities import plural
 
 
@@ -69,10 +70,8 @@ class ModelState:
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             found = f"{list(index.shape)} of {index.dtype}" if isinstance(index, Tensor) else repr(index)
             raise UserError(f"index is {found}; wanted a tensor [M] of int64, the sequences to pick")
-        fresh = index < 0
-        if not bool(fresh.any()):
-            return self.map(lambda x: x.index_select(0, index))
-        index = index.clamp_min(0)
+        # without a look at the values, for which a GPU would have to be waited for
+        fresh, index = index < 0, index.clamp_min(0)
 
         def pick(x: Tensor) -> Tensor:
             chosen = x.index_select(0, index)
@@ -100,30 +99,31 @@ class ModelState:
             layers.setdefault(int(index), {})[name] = x
         return cls(tuple(layers[i] for i in range(len(layers))))
 
-    def check_like(self, template: ModelState) -> ModelState:
-        """Casts the state to the template's dtypes and device, if it belongs to the template's model.
+    def check(self, specs: Sequence[Mapping[str, StateSpec]], num_sequences: int) -> ModelState:
+        """Casts the tensors to a model's dtypes, if the state belongs to the model.
 
         Args:
-            template: from the model's `init_state`, for as many sequences.
+            specs: from the model's `state_spec`.
+            num_sequences: sequences that the state should hold.
 
         Raises:
             UserError: names or shapes that do not belong to this model.
         """
-        wanted, found = template.tensors(), self.tensors()
+        wanted = {f"layers.{i}.{name}": spec for i, layer in enumerate(specs) for name, spec in layer.items()}
+        found = self.tensors()
         if wanted.keys() != found.keys():
             raise UserError(
-                f"state: {len(found)} tensors whose names are not the model's {len(wanted)}; it is of another model"
+                f"state: {len(found)} tensors whose names are not the model's {len(wanted)}; it is of another model",
+                "mismatch",
             )
-        for name, x in wanted.items():
-            shape = list(x.shape)
-            # a cache of attention grows along its second axis
-            if name.rsplit(".", 1)[1] in ("key", "value", "valid"):
-                shape[1] = found[name].shape[1] if found[name].dim() > 1 else shape[1]
-            if list(found[name].shape) != shape:
+        for name, spec in wanted.items():
+            if found[name].dim() == 0 or found[name].shape[0] != num_sequences or not spec.matches(found[name]):
+                shape = [num_sequences, *spec.shape]
                 raise UserError(
-                    f"state: {name} has shape {list(found[name].shape)}, wanted {shape}; it is of another model"
+                    f"state: {name} has shape {list(found[name].shape)}, wanted {shape}; it is of another model",
+                    "mismatch",
                 )
-        return ModelState.from_tensors({name: found[name].to(x) for name, x in wanted.items()})
+        return ModelState.from_tensors({name: found[name].to(spec.dtype) for name, spec in wanted.items()})
 
 
 # torch.export and torch.func take a state as input and output

@@ -5,35 +5,57 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hgrn2.nn.mixers.base import Context, Mixer, MixerState
+from hgrn2.nn.mlp import GatedMLP
+from hgrn2.nn.norm import Norm
+from hgrn2.nn.parameters import InitialValues
+
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        attn: the token mixer, called as `hgrn2.nn.mixers.hgrn2.HGRN2Mixer` is. The block does not ask which.
+        attn: the token mixer.
         mlp: the channel mixer.
         attn_norm: norm before the token mixer.
         mlp_norm: norm before the channel mixer.
         dropout: probability, applied to both branches while training.
     """
 
-    def __init__(self, attn: nn.Module, mlp: nn.Module, attn_norm: nn.Module, mlp_norm: nn.Module, dropout: float):
+    def __init__(self, attn: Mixer, mlp: GatedMLP, attn_norm: Norm, mlp_norm: Norm, dropout: float):
         super().__init__()
         self.attn_norm, self.attn = attn_norm, attn
         self.mlp_norm, self.mlp = mlp_norm, mlp
         self.dropout = dropout
 
     def forward(
-        self,
-        x: Tensor,
-        lower_bound: Tensor | None,
-        state: dict[str, Tensor] | None,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Arguments as `hgrn2.nn.mixers.hgrn2.HGRN2Mixer.forward`."""
-        y, new_state = self.attn(self.attn_norm(x), lower_bound, state, cu_seqlens, mask, keep_state=keep_state)
+        self, x: Tensor, state: MixerState | None, context: Context
+    ) -> tuple[Tensor, MixerState, MixerState | None]:
+        """Runs the layer.
+
+        Args:
+            x: [B, T, D].
+            state: of the mixer; None at a start.
+            context: what the pass says about x.
+
+        Returns:
+            x [B, T, D], the mixer's new state, and its features for later layers or None.
+        """
+        y, new_state, *features = self.attn(self.attn_norm(x), state, context)
         x = x + functional.dropout(y, self.dropout, self.training)
         y = self.mlp(self.mlp_norm(x))
-        return x + functional.dropout(y, self.dropout, self.training), new_state
+        x = x + functional.dropout(y, self.dropout, self.training)
+        return x, new_state, features[0] if features else None
+
+    def reset_parameters(self, init: InitialValues) -> None:
+        """Sets every parameter to its initial value."""
+        init.draw(self.attn_norm)
+        self.attn.reset_parameters(init)
+        init.draw(self.mlp_norm)
+        self.mlp.reset_parameters(init)
+
+    def activation_bytes(self, seq_len: int, low: int) -> int:
+        """Returns the bytes that are kept of a token for the backward pass, see `Mixer.activation_bytes`."""
+        norms = self.attn_norm.activation_bytes(low) + self.mlp_norm.activation_bytes(low)
+        dropout = 2 * low * self.attn_norm.size if self.dropout else 0
+        return norms + dropout + self.mlp.activation_bytes(low) + self.attn.activation_bytes(seq_len, low)

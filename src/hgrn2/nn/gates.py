@@ -35,7 +35,7 @@ def lower_bounds(gamma: Tensor, kind: str) -> Tensor:
     return torch.cat([torch.zeros_like(p[:1]), summed]).clamp(max=_BELOW_ONE)
 
 
-def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int]) -> list[Tensor]:
+def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int], *, detach_first: bool = True) -> list[Tensor]:
     """Returns the rows of `lower_bounds`, for the layers to use.
 
     The first row is 0 whatever gamma is, so it is detached and no gradient is summed for it. Where no later layer uses
@@ -46,9 +46,11 @@ def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int]) -> list
         gamma: [L, D].
         kind: "inclusive" or "exclusive".
         recurrent: indices of the layers that use their bound.
+        detach_first: False keeps the first row attached: a compiled block then fits every layer. The gradients are the
+            same to the last bit.
     """
     bounds = list(lower_bounds(gamma, kind).unbind(0))
-    if any(layer > 0 for layer in recurrent):
+    if detach_first and any(layer > 0 for layer in recurrent):
         bounds[0] = bounds[0].detach()
     return bounds
 

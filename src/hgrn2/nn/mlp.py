@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hgrn2.nn.parameters import InitialValues
 from hgrn2.ops.gates import activate
 
 GLU_ACTIVATIONS = ("silu", "sigmoid", "gelu", "none")
@@ -36,6 +37,19 @@ class GatedMLP(nn.Module):
         if missing and x.is_cuda and all(map(_is_plain, (self.gate_proj, self.up_proj, self.down_proj))):
             return self._padded(x, missing)
         return self.down_proj(self._activate(self.gate_proj(x)) * self.up_proj(x))
+
+    def reset_parameters(self, init: InitialValues) -> None:
+        """Draws the projections."""
+        init.draw(self.gate_proj, self.up_proj)
+        init.draw_end(self.down_proj)
+
+    def activation_bytes(self, low: int) -> int:
+        """Returns the bytes that are kept of a token: both branches, the activated gate and the product.
+
+        Args:
+            low: bytes of a number that autocast may lower.
+        """
+        return low * (3 if self.activation == "none" else 4) * self.gate_proj.out_features
 
     def _activate(self, gate: Tensor) -> Tensor:
         return functional.gelu(gate) if self.activation == "gelu" else activate(gate, self.activation)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hgrn2.errors import UserError
 from hgrn2.nn.autocast import autocast_dtype
 from hgrn2.ops.norm import rms_norm
 from hgrn2.shapes import describe
@@ -26,9 +27,9 @@ class Norm(nn.Module):
     def __init__(self, kind: str, size: int, eps: float, affine: bool):
         super().__init__()
         if kind not in NORMS:
-            raise ValueError(f"norm is {kind!r}; wanted one of {', '.join(map(repr, NORMS))}")
+            raise UserError(f"norm is {kind!r}; wanted one of {', '.join(map(repr, NORMS))}")
         if not isinstance(eps, int | float) or not eps >= 0:
-            raise ValueError(f"the norm's eps is {describe(eps)}; wanted a number of at least 0")
+            raise UserError(f"the norm's eps is {describe(eps)}; wanted a number of at least 0")
         self.kind, self.size, self.eps = kind, size, eps
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
         self.bias = nn.Parameter(torch.zeros(size)) if affine and kind == "layernorm" else None
@@ -40,6 +41,17 @@ class Norm(nn.Module):
         if self.kind == "rmsnorm":
             return rms_norm(x, self.weight, self.eps, dtype)
         return functional.layer_norm(x.to(computed), (self.size,), self.weight, self.bias, self.eps).to(dtype)
+
+    def activation_bytes(self, low: int) -> int:
+        """Returns the bytes that are kept of a token: the input in float32 and the output.
+
+        RMSNorm keeps the normalised values for its weight as well.
+
+        Args:
+            low: bytes of a number that autocast may lower.
+        """
+        inside = 2 if self.kind == "rmsnorm" and self.weight is not None else 1
+        return (4 * inside + low) * self.size
 
     def extra_repr(self) -> str:
         """Settings that print(model) shows."""

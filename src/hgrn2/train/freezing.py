@@ -10,7 +10,7 @@ from torch import nn
 
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM
-from hgrn2.nn.mixers.hgrn2 import HGRN2Mixer
+from hgrn2.nn.mixers import HGRN2
 from hgrn2.train.config import TrainConfig
 
 COPIED = "copied"
@@ -110,7 +110,7 @@ def frozen_names(model: HGRN2LM, freeze: str) -> list[str]:
     if freeze == COPIED:
         new = {"model.lower_bounds"}
         for i, layer in enumerate(model.model.layers):
-            if isinstance(layer.attn, HGRN2Mixer):
+            if isinstance(layer.attn, HGRN2):
                 own = (f"model.layers.{i}.attn.{name}" for name, _ in layer.attn.named_parameters())
                 new |= {name for name in own if ".o_proj." not in name}
         frozen = [name for name in names if name not in new]

@@ -1,6 +1,11 @@
-"""Token mixers, one a file."""
+"""Token mixers: the protocol, the registry, and those of this package."""
 
 from hgrn2.nn.mixers.attention import Attention
-from hgrn2.nn.mixers.hgrn2 import HGRN2Mixer
+from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
+from hgrn2.nn.mixers.hgrn2 import HGRN2
+from hgrn2.nn.mixers.registry import find_mixer, forget_mixer, mixer_names, register_mixer
 
-__all__ = ["Attention", "HGRN2Mixer"]
+__all__ = [
+    "HGRN2", "Attention", "Context", "Mixer", "MixerOptions", "MixerState", "StateSpec", "find_mixer", "forget_mixer",
+    "mixer_names", "register_mixer", "wide_dtype",
+]  # fmt: skip

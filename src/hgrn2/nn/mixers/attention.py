@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hgrn2.errors import UserError
+from hgrn2.nn.mixers.base import Context, Memory, Mixer, MixerOptions, MixerState, StateSpec
+from hgrn2.nn.mixers.registry import register_mixer
+from hgrn2.nn.parameters import InitialValues
 from hgrn2.ops.export import is_exporting
-
-AttentionState = dict[str, Tensor]
 
 # queries that look into a window are taken this many at a time, or a window if that is more
 WINDOW_BLOCK = 256
@@ -30,7 +33,49 @@ def _find_flash_ragged() -> Any:
 _flash_ragged = _find_flash_ragged()
 
 
-class Attention(nn.Module):
+@dataclass(frozen=True)
+class AttentionOptions(MixerOptions):
+    """Options of `Attention`.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key and value heads; None means num_heads.
+        window_size: tokens a query sees, itself included; None means all.
+        rope_theta: base of the rotary positions; None means no positions.
+        qkv_bias: biases in the q, k and v projections.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    window_size: int | None = None
+    rope_theta: float | None = 10000.0
+    qkv_bias: bool = False
+
+    def check(self) -> None:
+        """See `MixerOptions.check`."""
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.num_heads < 1:
+            raise UserError(f"num_heads is {self.num_heads}; wanted at least 1")
+        kv = self.num_kv_heads or 0
+        if kv < 1 or self.num_heads % kv:
+            raise UserError(f"num_kv_heads is {kv}, which does not divide num_heads = {self.num_heads}")
+        if self.window_size is not None and self.window_size < 1:
+            raise UserError(f"window_size is {self.window_size}; wanted at least 1, or null for no window")
+        if self.rope_theta is not None and self.rope_theta <= 0:
+            raise UserError(f"rope_theta is {self.rope_theta}; wanted above 0, or null for no positions")
+
+    def check_width(self, hidden_size: int) -> None:
+        """Refuses heads of odd width, which cannot be rotated."""
+        if hidden_size % (2 * self.num_heads):
+            raise UserError(
+                f"num_heads is {self.num_heads}, which gives hidden_size = {hidden_size} no heads of even width",
+                "contradiction",
+            )
+
+
+@register_mixer("attention", AttentionOptions)
+class Attention(Mixer):
     """Multi-head or grouped-query attention with rotary positions (arXiv 2104.09864).
 
     Args:
@@ -41,6 +86,9 @@ class Attention(nn.Module):
         rope_theta: base of the rotary frequencies; None for no positions.
         qkv_bias: whether the input projections have biases.
     """
+
+    can_pack = True
+    can_pad = True
 
     def __init__(
         self, hidden_size: int, num_heads: int, num_kv_heads: int, window_size: int | None, rope_theta: float | None,
@@ -54,17 +102,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_size, bias=qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        lower_bound: Tensor | None,
-        state: AttentionState | None = None,
-        cu_seqlens: Tensor | None = None,
-        mask: Tensor | None = None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, AttentionState]:
-        """Attends; arguments as `HGRN2Mixer.forward`, the lower bound is not used."""
-        del lower_bound
+    def forward(self, x: Tensor, state: MixerState | None, context: Context) -> tuple[Tensor, MixerState]:
+        """Attends, see `Mixer.forward`."""
+        cu_seqlens, mask, keep_state = context.cu_seqlens, context.mask, context.keep_state
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_size))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
@@ -79,19 +119,44 @@ class Attention(nn.Module):
             y, new_state = self._attend_packed(q, k, v, state, cu_seqlens, keep_state)  # pyright: ignore[reportCallIssue]
         return self.o_proj(y), new_state
 
-    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
-        """The state before the first token: an empty cache."""
-        shape = (batch_size, 0, self.num_kv_heads, self.head_size)
+    @classmethod
+    def memory(cls, options: AttentionOptions) -> Memory:
+        """Says whether all tokens are kept, or a window of them."""
+        return "tokens" if options.window_size is None else "window"
+
+    def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
+        """Returns the cache: keys and values of the places read, which of them are tokens, and how many tokens."""
+        limit = None if self.window_size is None else self.window_size - 1
+        head = (0, self.num_kv_heads, self.head_size)
         return {
-            "key": torch.zeros(shape, device=device, dtype=dtype),
-            "value": torch.zeros(shape, device=device, dtype=dtype),
-            "valid": torch.zeros(shape[:2], device=device, dtype=torch.bool),
-            "position": torch.zeros(batch_size, device=device, dtype=torch.long),
+            "key": StateSpec(head, dtype, True, limit),
+            "value": StateSpec(head, dtype, True, limit),
+            "valid": StateSpec((0,), torch.bool, True, limit),
+            "position": StateSpec((), torch.long),
         }
 
+    def reset_parameters(self, init: InitialValues) -> None:
+        """Draws the projections."""
+        init.draw(self.q_proj, self.k_proj, self.v_proj)
+        init.draw_end(self.o_proj)
+
+    def flops(self, seq_len: int) -> int:
+        """Counts scores and their sum of values over the keys a query sees on average."""
+        window = min(self.window_size or seq_len, seq_len)
+        seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+        return round(4 * seen * self.num_heads * self.head_size)
+
+    def activation_bytes(self, seq_len: int, low: int) -> int:
+        """Counts q, k, v, the output, the sums of the scores, a row of a window's mask, and angles."""
+        kept = 2 * self.num_heads * self.head_size + 2 * self.num_kv_heads * self.head_size + self.num_heads
+        window = self.window_size or seq_len
+        kept += min(seq_len, max(window, WINDOW_BLOCK) + window - 1) if window < seq_len else 0
+        angles = 4 * 2 * self.head_size if self.rope_theta is not None else 0
+        return low * kept + angles
+
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, mask: Tensor | None, keep_state: bool
-    ) -> tuple[Tensor, AttentionState]:
+        self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, mask: Tensor | None, keep_state: bool
+    ) -> tuple[Tensor, MixerState]:
         """Attention of each row of a batch to itself and its cache; y [B, T, D] and the new state."""
         if state is None and mask is None:
             y = self._causal(q, k, v)
@@ -136,8 +201,8 @@ class Attention(nn.Module):
     # bounds are values, over which a trace cannot loop: here it is broken
     @torch.compiler.disable
     def _attend_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, cu_seqlens: Tensor, keep_state: bool
-    ) -> tuple[Tensor, AttentionState]:
+        self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, cu_seqlens: Tensor, keep_state: bool
+    ) -> tuple[Tensor, MixerState]:
         """The same, one sequence after the other: no mask or score is larger than a sequence needs."""
         bounds = cu_seqlens.tolist()
         before = [0] * (len(bounds) - 1) if state is None else state["valid"].sum(1).tolist()
@@ -249,7 +314,7 @@ def _has_flash(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _positions(x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
+def _positions(x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
     """Each token's place in its sequence, [B, T]."""
     row = torch.arange(x.shape[1], device=x.device)
     if cu_seqlens is not None:

@@ -1,0 +1,124 @@
+"""Mixers by the names that configurations have for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.nn.mixers.base import Mixer, MixerOptions
+
+# methods that every mixer writes itself
+_PARTS = ("forward", "state_spec", "reset_parameters", "flops", "activation_bytes")
+
+
+@dataclass(frozen=True)
+class RegisteredMixer:
+    """One mixer.
+
+    Attributes:
+        name: as configurations have it.
+        mixer: its class.
+        options: the class of its options.
+    """
+
+    name: str
+    mixer: type[Mixer]
+    options: type[MixerOptions]
+
+    def build(self, hidden_size: int, options: MixerOptions, backend: str = "auto") -> Mixer:
+        """Makes one.
+
+        Args:
+            hidden_size: D.
+            options: of the class `self.options`.
+            backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
+        """
+        values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        mixer = self.mixer(hidden_size, **values)  # pyright: ignore[reportCallIssue]
+        mixer.backend = backend
+        return mixer
+
+
+_mixers: dict[str, RegisteredMixer] = {}
+
+
+M = TypeVar("M", bound=type[Mixer])
+
+
+def register_mixer(name: str, options: type[MixerOptions]) -> Callable[[M], M]:
+    """Decorates a mixer so that configurations can name it.
+
+    Args:
+        name: as `layers` of a configuration has it.
+        options: a frozen dataclass derived from `MixerOptions`; its fields are arguments of the mixer's constructor.
+
+    Raises:
+        UserError: a mixer of this name exists, or a part of the protocol is missing.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from hgrn2.nn.mixers import MixerOptions
+        >>> @dataclass(frozen=True)
+        ... class DecayOptions(MixerOptions):
+        ...     decay: float = 0.9
+        >>> decorate = register_mixer("decay", DecayOptions)
+    """
+
+    def register(mixer: M) -> M:
+        if name in _mixers:
+            raise UserError(
+                f"mixer {name!r} is registered already, as {_mixers[name].mixer.__qualname__}; choose another name",
+                "already-exists",
+            )
+        missing = _missing_parts(mixer, options)
+        if missing:
+            raise UserError(f"mixer {name!r} lacks {', '.join(missing)}; see hgrn2.nn.mixers.Mixer", "incomplete")
+        _mixers[name] = RegisteredMixer(name, mixer, options)
+        return mixer
+
+    return register
+
+
+def _missing_parts(mixer: type, options: type) -> list[str]:
+    if not issubclass(mixer, Mixer):
+        return ["the base class Mixer"]
+    missing = [part for part in _PARTS if getattr(mixer, part) is getattr(Mixer, part)]
+    is_frozen = dataclasses.is_dataclass(options) and options.__dataclass_params__.frozen  # pyright: ignore
+    if not (issubclass(options, MixerOptions) and is_frozen):
+        missing.append("options (a frozen dataclass derived from MixerOptions)")
+    return missing
+
+
+def forget_mixer(name: str) -> None:
+    """Takes a mixer out of the registry, as tests do that have registered one."""
+    del _mixers[name]
+
+
+def mixer_names() -> list[str]:
+    """Returns the names of all mixers, in the order of their registration."""
+    return list(_mixers)
+
+
+def find_mixer(name: str, what: str = "mixers") -> RegisteredMixer:
+    """Returns a mixer by its name.
+
+    Args:
+        name: the name.
+        what: the place the name stands in, for messages.
+
+    Raises:
+        UserError: there is none; near matches are named.
+    """
+    if name not in _mixers:
+        raise UserError(unknown_key_message(what, name, _mixers), "unknown-name")
+    return _mixers[name]
+
+
+def mixers_with_option(key: str) -> list[str]:
+    """Returns the names of the mixers that have an option of this name."""
+    return [
+        name for name, found in _mixers.items() if key in (field.name for field in dataclasses.fields(found.options))
+    ]

@@ -1,0 +1,88 @@
+"""Initial values and optimizer roles of parameters: each module sets its own, through the functions here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hgrn2.nn.norm import Norm
+from hgrn2.nn.short_conv import ShortConv
+
+
+@dataclass(frozen=True)
+class InitialValues:
+    """Distribution of the initial values of one layer.
+
+    Attributes:
+        std: standard deviation of the projections.
+        layer: index of the layer, from 0.
+        num_layers: layers of the model.
+        generator: source of the random numbers; None for torch's global one.
+    """
+
+    std: float
+    layer: int
+    num_layers: int
+    generator: torch.Generator | None = None
+
+    @property
+    def end_std(self) -> float:
+        """Standard deviation at the ends of residual branches, of which a model has two a layer."""
+        return self.std / math.sqrt(2 * self.num_layers)
+
+    def draw(self, *modules: nn.Module | None) -> None:
+        """Sets the parameters of projections, convolutions and norms, in this order; None is passed over."""
+        for module in modules:
+            if module is not None:
+                draw(module, self.std, self.generator)
+
+    def draw_end(self, module: nn.Module) -> None:
+        """Sets the parameters of the projection that ends a residual branch."""
+        draw(module, self.end_std, self.generator)
+
+
+@torch.no_grad()
+def draw(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
+    """Sets the parameters of one module to initial values.
+
+    | module | weight | bias |
+    | --- | --- | --- |
+    | Linear, Embedding, ShortConv | normal, standard deviation std | 0 |
+    | Norm | 1 | 0 |
+
+    Args:
+        module: one of these.
+        std: standard deviation.
+        generator: source of the random numbers; None for torch's global one.
+    """
+    if isinstance(module, Norm):
+        if module.weight is not None:
+            nn.init.ones_(module.weight)
+    else:
+        assert isinstance(module, nn.Linear | nn.Embedding | ShortConv), f"no initial values for {type(module)}"
+        nn.init.normal_(module.weight, 0.0, std, generator=generator)
+    if isinstance(module, nn.Linear | Norm) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def parameter_roles(module: nn.Module) -> dict[str, str]:
+    """Returns the optimizer's role of each parameter of a module, by name.
+
+    The weight of an `nn.Linear` is a "matrix", that of an `nn.Embedding` an "embedding"; every other parameter is a
+    "vector", whatever its shape. A submodule with a method `parameter_roles` answers for its own parameters.
+
+    Args:
+        module: the module; a method `parameter_roles` of its own is not asked.
+    """
+    roles = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        is_matrix = isinstance(module, nn.Linear) and parameter is module.weight
+        roles[name] = "matrix" if is_matrix else "embedding" if isinstance(module, nn.Embedding) else "vector"
+    for name, child in module.named_children():
+        own = getattr(child, "parameter_roles", None)
+        found = parameter_roles(child) if own is None else own()
+        roles |= {f"{name}.{inner}": role for inner, role in found.items()}
+    return roles
