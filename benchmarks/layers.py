@@ -25,7 +25,7 @@ from report import Row, arguments, compare, report, row
 from torch import Tensor
 
 from hgrn2.models import HGRN2LM, presets
-from hgrn2.nn.mixers.hgrn2 import HGRN2Mixer, forget_gate
+from hgrn2.nn.mixers.hgrn2 import HGRN2, forget_gate
 from hgrn2.ops import hgrn2_scan
 from hgrn2.ops.reference import floored
 
@@ -81,14 +81,15 @@ def read_by_layers(model: HGRN2LM, ids: Tensor) -> tuple[list[Read], float]:
     """What the layers' scans read on held-out text, and the loss there in nats a token."""
     found: list[Read] = []
 
-    def watch(mixer: HGRN2Mixer, inputs: tuple[Any, ...]) -> None:
-        x, bound, state, cu_seqlens, mask = inputs
-        q, f, v, _ = mixer.project(x, state, cu_seqlens, mask)
+    def watch(mixer: HGRN2, inputs: tuple[Any, ...]) -> None:
+        x, state, context = inputs
+        q, f, v, _ = mixer.project(x, state, context)
+        bound = context.lower_bound
         bound = None if bound is None else bound.unflatten(-1, (mixer.num_heads, mixer.expand_ratio)).contiguous()
         names = ("scale", "q_activation", "v_activation", "min_log_decay")
         found.append(Read(q, f, v, bound, {name: getattr(mixer, name) for name in names}))
 
-    handles = [m.register_forward_pre_hook(watch) for m in model.modules() if isinstance(m, HGRN2Mixer)]
+    handles = [m.register_forward_pre_hook(watch) for m in model.modules() if isinstance(m, HGRN2)]
     with torch.autocast("cuda", torch.bfloat16):
         loss = model.loss(*batch_of(ids, torch.Generator().manual_seed(2)), keep_state=False).mean
     for handle in handles:

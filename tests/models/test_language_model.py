@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
-from hgrn2.nn.mixers.hgrn2 import HGRN2Mixer
+from hgrn2.nn.mixers import HGRN2
 from tests.models.cases import FULL, SIZE, config_of, make_model, tokens
 
 
@@ -291,7 +291,7 @@ def test_gate_statistics(name):
     bounds = torch.tensor([0, 5, 12])
     _, state = model(ids, cu_seqlens=bounds)
     statistics = model.gate_statistics(ids, cu_seqlens=bounds)
-    recurrent = [i for i, layer in enumerate(model.model.layers) if isinstance(layer.attn, HGRN2Mixer)]
+    recurrent = [i for i, layer in enumerate(model.model.layers) if isinstance(layer.attn, HGRN2)]
     assert [entry["layer"] for entry in statistics] == recurrent
     for entry in statistics:
         gate, bound = entry["forget_gate"], entry["lower_bound"]
