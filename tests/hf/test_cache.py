@@ -6,7 +6,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from hgrn2.errors import UserError
 from hgrn2.hf import StateLayer
-from hgrn2.hf.cache import CACHE_NAME, state_layers
+from hgrn2.hf.cache import CACHE_NAME
 from tests.hf.cases import KINDS, both, tokens
 
 
@@ -20,7 +20,7 @@ def test_what_a_cache_says_of_itself(name):
     _, model = both(name)
     kinds = model.config.layer_types
     cache = DynamicCache(config=model.config)
-    layers = state_layers(cache, kinds)
+    layers = model.model.state_layers(cache)
     # the library makes tensors for layers that have none yet, where it can
     cache.early_initialization(2, 1, 1, torch.float32, torch.device("cpu"))
     assert not any(layer.is_initialized or layer.state for layer in layers)
@@ -29,7 +29,7 @@ def test_what_a_cache_says_of_itself(name):
     assert all(layer.is_initialized and layer.get_mask_sizes(3) == (10, 0) for layer in layers)
     assert cache.get_max_length() == -1
     static = StaticCache(config=model.config, max_cache_len=9)
-    state_layers(static, kinds)
+    model.model.state_layers(static)
     assert static.get_max_length() == (9 if name == "full-attention" else -1)
     assert static.is_compileable
 

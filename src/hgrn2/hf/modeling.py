@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from hgrn2.errors import UserError
 from hgrn2.hf.cache import CACHE_NAME, CacheStates, StateLayer, state_layers
 from hgrn2.hf.configuration import HGRN2Config
 from hgrn2.hf.loading import check_loaded, classes_named_by
-from hgrn2.models.backbone import build_block, embed, hand_out_bounds, run_layers
+from hgrn2.models.backbone import LayerOutput, build_block, embed, hand_out_bounds, run_layers
 from hgrn2.models.inputs import check_mixers
 from hgrn2.nn.block import Block
-from hgrn2.nn.mixers import Context
+from hgrn2.nn.mixers import Context, MixerState
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues, draw
 from hgrn2.ops.export import is_exporting
@@ -34,6 +35,23 @@ _GIVE_BOUNDS = (
 
 class HGRN2Layer(GradientCheckpointingLayer, Block):
     """A block whose activations can be computed again in the backward pass instead of kept."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, lower_bound: Tensor | None, state: MixerState | None, context: Context
+    ) -> LayerOutput:
+        """Runs the layer, see `Block.forward`.
+
+        Args:
+            x: [B, T, D].
+            lower_bound: of the context; by itself, as reentrant checkpointing only sees tensors among the arguments.
+            state: of the mixer; None at a start.
+            context: without the lower bound.
+        """
+        return super().forward(x, state, context.for_layer(lower_bound, context.earlier))
+
+
+def _call_layer(layer: nn.Module, x: Tensor, state: MixerState | None, context: Context) -> LayerOutput:
+    return layer(x, context.lower_bound, state, dataclasses.replace(context, lower_bound=None))
 
 
 class HGRN2PreTrainedModel(PreTrainedModel):
@@ -127,23 +145,27 @@ class HGRN2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
         layers: list[Any] = list(self.base_model.layers)
-        # values that were read from a file stay, however a mixer sets its own
-        read = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        found = [i for i, layer in enumerate(layers) if any(module is inner for inner in layer.modules())]
         with init.guard_torch_init_functions():
-            if isinstance(module, Block):
-                module.reset_parameters(InitialValues(std, layers.index(module), len(layers)))
+            if found:
+                _reset_block(layers[found[0]], InitialValues(self.config.initializer_range, found[0], len(layers)))
             elif isinstance(module, HGRN2Model) and module.lower_bounds is not None:
                 init.zeros_(module.lower_bounds)
-            elif isinstance(module, nn.Linear | nn.Embedding | Norm) and not _is_inside(module, layers):
-                draw(module, std)
-        for parameter, value in read:
-            parameter.copy_(value)
+            elif isinstance(module, nn.Linear | nn.Embedding | Norm):
+                draw(module, self.config.initializer_range)
 
 
-def _is_inside(module: nn.Module, layers: list[nn.Module]) -> bool:
-    return any(module is inner for layer in layers for inner in layer.modules())
+def _reset_block(block: Block, initial: InitialValues) -> None:
+    """Draws what was not read from a file; the library asks module by module, and a block is drawn at once."""
+    read = [p for p in block.parameters() if getattr(p, "_is_hf_initialized", False)]
+    # a mixer may set parameters without torch.nn.init, whose functions the library guards
+    values = [p.clone() for p in read]
+    block.reset_parameters(initial)
+    for parameter, value in zip(read, values, strict=True):
+        parameter.copy_(value)
+    for parameter in block.parameters():
+        parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class HGRN2Model(HGRN2PreTrainedModel):
@@ -244,7 +266,15 @@ class HGRN2Model(HGRN2PreTrainedModel):
         context = Context(cu_seq_lens_q, mask, states is not None, is_step)
         hidden: list[Tensor] = []
         own_states: Any = [None] * len(self.layers) if states is None else CacheStates(states, x.shape[1])
-        x = run_layers(self.layers, x, own_states, context, bounds, on_hidden=hidden.append if keep_hidden else None)
+        x = run_layers(
+            self.layers,
+            x,
+            own_states,
+            context,
+            bounds,
+            call=_call_layer,
+            on_hidden=hidden.append if keep_hidden else None,
+        )
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # pyright: ignore[reportArgumentType]
