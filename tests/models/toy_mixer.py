@@ -22,7 +22,7 @@ class Average(Mixer):
     def __init__(self, hidden_size, slowest):
         super().__init__()
         self.slowest = slowest
-        self.a_proj, self.v_proj, self.o_proj = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(3))
+        self.a_proj, self.v_proj, self.o_proj = (nn.Linear(hidden_size, hidden_size) for _ in range(3))
         self.A_log = nn.Parameter(torch.empty(hidden_size, 1))
 
     def forward(self, x, state, context):
@@ -31,13 +31,13 @@ class Average(Mixer):
         if context.mask is not None:
             a = a.masked_fill(~context.mask.unsqueeze(-1), 1)
         v = self.v_proj(x).to(wide)
-        if context.cu_seqlens is None:
-            y, h = self._average(a, v, x.new_zeros((len(x), x.shape[-1]), dtype=wide) if state is None else state["h"])
-        else:
-            lengths = context.cu_seqlens.diff().tolist()
-            h = x.new_zeros((len(lengths), x.shape[-1]), dtype=wide) if state is None else state["h"]
-            rows = zip(a.split(lengths, 1), v.split(lengths, 1), h.split(1), strict=True)
-            y, h = (torch.cat(some, dim) for some, dim in zip(zip(*(self._average(*row) for row in rows)), (1, 0)))
+        bounds = torch.tensor([0, a.shape[1]]) if context.cu_seqlens is None else context.cu_seqlens
+        shape = (max(len(x), len(bounds) - 1), x.shape[-1])
+        h = x.new_zeros(shape, dtype=wide) if state is None else state["h"]
+        lengths = bounds.diff().tolist()
+        rows = zip(a.split(lengths, 1), v.split(lengths, 1), h.split(len(h) // len(lengths)), strict=True)
+        found = [self._average(*row) for row in rows]
+        y, h = torch.cat([y for y, _ in found], 1), torch.cat([h for _, h in found])
         return self.o_proj(y.to(x.dtype)), {"h": h} if context.keep_state else {}
 
     def _average(self, a, v, h):

@@ -34,6 +34,8 @@ def info(model: tyro.conf.Positional[str | None] = None, seq_len: int = 2048, se
     config = model_config(model, {}, set, None)
     table = Table("", "value", "", title=f"{escape(model)}: {config.summary}")
     table.columns[1].justify = "right"
+    for name, layers in config.described_layers.items():
+        table.add_row(f"layers with {name}", str(config.layer_mixers.count(name)), layers)
     for line in cost_table(config, seq_len):
         value = size(line.value) if line.unit == "bytes" else f"{line.value:,}"
         table.add_row(line.label, value, line.note)

@@ -85,7 +85,8 @@ def require(config: HGRN2Config, layout: str, wanted: Mapping[str, Any]) -> None
             raise UserError(
                 f"{layout}'s layout cannot say {key.removeprefix('head_')} = {getattr(config, key)!r}; "
                 f"a model in it has {value!r}. "
-                "Write another layout"
+                "Write another layout",
+                "unsupported",
             )
 
 

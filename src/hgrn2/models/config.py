@@ -236,6 +236,8 @@ class HGRN2Config:
         """The call that makes this config, without defaults other than the sizes."""
         shown = ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio", "intermediate_size")
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.mixers is not None:
+            values["mixers"] = {name: dataclasses.asdict(options) for name, options in self.mixers.items()}
         defaults = {field.name: field.default for field in fields(self)} | {"num_heads": self.num_heads}
         parts = [f"{name}={v!r}" for name, v in values.items() if name in shown or v != defaults[name]]
         return f"HGRN2Config({', '.join(parts)})"
