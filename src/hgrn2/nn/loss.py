@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from hgrn2.nn.autocast import autocast_dtype
 from hgrn2.ops.backends import triton_runs
+from hgrn2.ops.device import ROW_ALIGNMENT
 from hgrn2.ops.export import is_onnx_export
 
 IGNORE = -100
@@ -52,17 +53,18 @@ def _in_triton(
     """Fill the results of `_loss_and_gradients`; dx and d_weight are empty if no gradient is wanted."""
     from hgrn2.ops.triton.cross_entropy import cross_entropy_
 
-    needs_gradient = dx.numel() > 0
+    needs_gradient, vocab_size = dx.numel() > 0, weight.shape[0]
+    weight = functional.pad(weight, (0, 0, 0, -vocab_size % ROW_ALIGNMENT))
     rows = max(ROWS, _BLOCK_BYTES // (weight.shape[0] * x.element_size()))
-    with torch.autocast("cuda", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[0], rows):
             part = x[start : start + rows]
             logits = part @ weight.T
-            loss += cross_entropy_(logits, targets[start : start + rows], IGNORE, needs_gradient).sum()
+            loss += cross_entropy_(logits, targets[start : start + rows], vocab_size, IGNORE, needs_gradient).sum()
             if needs_gradient:
                 torch.mm(logits, weight, out=dx[start : start + rows])
                 # the sum over tokens stays in float32
-                d_weight += torch.mm(logits.T, part, out_dtype=d_weight.dtype)
+                d_weight += torch.mm(logits.T, part, out_dtype=d_weight.dtype)[:vocab_size]
     return loss, dx, d_weight
 
 

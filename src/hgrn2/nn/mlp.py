@@ -6,11 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hgrn2.nn.parameters import InitialValues
+from hgrn2.ops.device import ROW_ALIGNMENT
 from hgrn2.ops.gates import activate
 
 GLU_ACTIVATIONS = ("silu", "sigmoid", "gelu", "none")
-# rows of another multiple fall back to matrix kernels for unaligned memory, ten times slower (16 bytes, in bfloat16)
-_ALIGNED = 8
 
 
 class GatedMLP(nn.Module):
@@ -32,7 +31,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes the channels of x [..., D]."""
-        missing = -self.gate_proj.out_features % _ALIGNED
+        missing = -self.gate_proj.out_features % ROW_ALIGNMENT
         # an adapter or a hook on a projection must be called, not only its weight read
         if missing and x.is_cuda and all(map(_is_plain, (self.gate_proj, self.up_proj, self.down_proj))):
             return self._padded(x, missing)

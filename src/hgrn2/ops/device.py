@@ -1,10 +1,14 @@
-"""The device that kernels are launched on."""
+"""What kernels of a GPU ask of their device and of memory."""
 
 from __future__ import annotations
 
 import contextlib
 
 import torch
+
+# elements of a row of which matrix kernels of a GPU want a multiple: 16 bytes in a 16-bit type. Rows of another width
+# fall back to kernels for unaligned memory, ten times slower
+ROW_ALIGNMENT = 8
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -130,7 +130,8 @@ class Trainer:
                 # not before: settings that the checkpoint does not go with would bar every later attempt
                 ckpt.write_config(self.run_dir, self.run_config)
                 self._started_s = time.monotonic() - self._counters.elapsed_s
-                finished = self._train(stop, metrics)
+                with self._optimizer.working_precision():
+                    finished = self._train(stop, metrics)
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
@@ -232,20 +233,19 @@ class Trainer:
             (batch_loss / num_targets).backward()
             loss_sum += batch_loss.detach()
 
-        gradients = [p.grad for p in self._optimizer.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
         num_tokens = sum(self.task.num_tokens(batch) for batch in batches)
         counters.step += 1
         counters.tokens += num_tokens
         launched = LaunchedStep(counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s)
         if self._optimizer.updates_without_waiting and not (config.freeze or config.stream):
-            self._optimizer.step_if_finite(loss_sum, norm, config.clip_norm)
+            norm = self._optimizer.step_if_finite(loss_sum, config.clip_norm)
             launched.read_back(loss_sum, norm)
             self._optimizer.zero_grad()
             # of the step before, which the device has finished or is about to
             self._finish_step(metrics)
             self._launched = launched
             return
+        norm = self._optimizer.gradient_norm()
         loss, grad_norm = loss_sum.item(), norm.item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if config.clip_norm:
@@ -359,7 +359,7 @@ class Trainer:
         metrics.sync()
         counters.elapsed_s = time.monotonic() - self._started_s
         self._store.save(
-            model=ckpt.model_tensors(self.model),
+            model=self._optimizer.full_precision(ckpt.model_tensors(self.model)),
             optimizer=self._optimizer.state_tensors(),
             task=self.task.state_tensors(),
             state={

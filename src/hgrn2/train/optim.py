@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hgrn2.errors import UserError
+from hgrn2.ops.backends import triton_runs
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.mixed_precision import MixedPrecisionAdamW
 
 DECAYED_ROLES = frozenset({"matrix", "embedding", "head"})
 ROLES = frozenset({"matrix", "embedding", "head", "vector", "lower_bounds"})
@@ -47,6 +50,35 @@ class NamedOptimizer:
         if muon_names:
             self._optimizers.append(self._muon(muon_names, config))
         self._peaks = [group["lr"] for group in self._groups()]
+        self._mixed = self._mixed_precision(roles, config)
+
+    def _mixed_precision(self, roles: Mapping[str, str], config: TrainConfig) -> MixedPrecisionAdamW | None:
+        """Return the update for weights of which the model uses bfloat16 copies; None where it cannot be used."""
+        is_plain = config.grad_accumulation == 1 and not config.freeze and not config.stream
+        if config.precision != "bfloat16" or not is_plain or not self.updates_without_waiting:
+            return None
+        if not triton_runs(torch.bfloat16) or any(p.dtype != torch.float32 for p in self._named.values()):
+            return None
+        matrices = [p for name, p in self._named.items() if roles[name] == "matrix"]
+        (optimizer,) = self._optimizers
+        assert isinstance(optimizer, torch.optim.AdamW)
+        return MixedPrecisionAdamW(optimizer, matrices)
+
+    def working_precision(self) -> AbstractContextManager[None]:
+        """Give the model the values it computes with inside: bfloat16 matrices, where that saves conversions."""
+        return nullcontext() if self._mixed is None else self._mixed.active()
+
+    def full_precision(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put float32 weights in place of their bfloat16 copies.
+
+        Args:
+            tensors: of the model, by name.
+        """
+        if self._mixed is None:
+            return dict(tensors)
+        return {
+            name: self._mixed.weight(self._named[name]) if name in self._named else x for name, x in tensors.items()
+        }
 
     def _adamw(self, names: list[str], roles: Mapping[str, str], config: TrainConfig) -> torch.optim.Optimizer:
         decayed = [name for name in names if roles[name] in DECAYED_ROLES]
@@ -115,25 +147,34 @@ class NamedOptimizer:
             isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"] for optimizer in self._optimizers
         ) and all(p.is_cuda for p in self._named.values())
 
-    def step_if_finite(self, loss: Tensor, norm: Tensor, clip_norm: float) -> None:
-        """Clip and update on the device alone; nothing changes if the loss or the norm is not finite.
+    def gradient_norm(self) -> Tensor:
+        """Compute the norm of the whole gradient, a scalar."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
 
-        The fused kernel divides by one number and looks at one flag, which were made for scaled losses.
+    def step_if_finite(self, loss: Tensor, clip_norm: float) -> Tensor:
+        """Clip and update on the device alone; nothing changes if the loss or the gradient is not finite.
 
         Args:
             loss: a scalar.
-            norm: of the whole gradient, a scalar.
-            clip_norm: largest norm; 0 does not clip.
+            clip_norm: largest norm of the whole gradient; 0 does not clip.
+
+        Returns:
+            The norm before clipping, a scalar.
         """
+        if self._mixed is not None:
+            return self._mixed.step(loss, clip_norm)
+        norm = self.gradient_norm()
         skip = (~(loss.isfinite() & norm.isfinite())).float()
         # as torch.nn.utils.clip_grads_with_norm_ has it
         divisor = ((norm.float() + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else torch.ones_like(skip)
         for optimizer in self._optimizers:
+            # the fused kernel divides by one number and looks at one flag, which were made for scaled losses
             optimizer.grad_scale, optimizer.found_inf = divisor, skip  # pyright: ignore[reportAttributeAccessIssue]
             try:
                 optimizer.step()
             finally:
                 del optimizer.grad_scale, optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+        return norm
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
