@@ -12,15 +12,28 @@
 | V | value width of a head, D / H |
 | C | chunk length |
 
-Activations are [B, T, D] or, split in heads, [B, T, H, K]; a state is [N, H, K, V].
+Activations are [B, T, D] or, split in heads, [B, T, H, K]; a state is [N, H, K, V]. The aliases below annotate tensors
+with their axes; `tests/axes.py` checks them while tests run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
+
+BT = Annotated[Tensor, "B T"]
+BTD = Annotated[Tensor, "B T D"]
+BTHK = Annotated[Tensor, "B T H K"]
+BTHV = Annotated[Tensor, "B T H V"]
+BHK = Annotated[Tensor, "B H K"]
+BHV = Annotated[Tensor, "B H V"]
+BHKV = Annotated[Tensor, "B H K V"]
+HK = Annotated[Tensor, "H K"]
+NHKV = Annotated[Tensor, "N H K V"]
+# any leading axes
+Rows = Annotated[Tensor, "*batch D"]
 
 
 def describe(x: Any) -> str:

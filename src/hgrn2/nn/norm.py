@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from hgrn2.errors import UserError
 from hgrn2.nn.autocast import autocast_dtype
 from hgrn2.ops.norm import rms_norm
-from hgrn2.shapes import describe
+from hgrn2.shapes import Rows, describe
 
 NORMS = ("rmsnorm", "layernorm")
 
@@ -34,7 +34,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
         self.bias = nn.Parameter(torch.zeros(size)) if affine and kind == "layernorm" else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Rows:
         """Normalises x [..., size]; the result has autocast's dtype, or else the weight's, or that of x."""
         computed = x.dtype if self.weight is None else self.weight.dtype
         dtype = autocast_dtype(x) or computed

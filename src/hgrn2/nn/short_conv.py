@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from hgrn2.shapes import BT, BTD
+
+# the inputs before a sequence
+History = Annotated[Tensor, "N W D"]
 
 
 class ShortConv(nn.Module):
@@ -26,8 +33,8 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(
-        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: BTD, state: History | None, cu_seqlens: Tensor | None, mask: BT | None = None
+    ) -> tuple[BTD, History]:
         """Filters x.
 
         Args:
@@ -60,7 +67,7 @@ class ShortConv(nn.Module):
             y = y.take_along_dim(places.unsqueeze(-1), 1)
         return y, padded[:, padded.shape[1] - back :]
 
-    def _packed(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _packed(self, x: BTD, state: History | None, cu_seqlens: Tensor, weight: Tensor) -> tuple[BTD, History]:
         back = self.width - 1
         starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         if state is None:

@@ -30,15 +30,16 @@ from hgrn2.ops.registration import (
     triton_step_in_place,
 )
 from hgrn2.ops.tiles import chunks_per_tile
+from hgrn2.shapes import BHK, BHKV, BHV, BTHK, BTHV, HK, NHKV
 
 
 def hgrn2_scan(
-    q: Tensor,
-    f: Tensor,
-    v: Tensor,
-    lower_bound: Tensor | None = None,
+    q: BTHK,
+    f: BTHK,
+    v: BTHV,
+    lower_bound: HK | None = None,
     *,
-    initial_state: Tensor | None = None,
+    initial_state: NHKV | None = None,
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
     scale: float = 1.0,
@@ -47,7 +48,7 @@ def hgrn2_scan(
     min_log_decay: float | None = None,
     backend: str = "auto",
     debug: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[BTHV, NHKV]:
     """HGRN2's mixing of tokens, from pre-activations (arXiv 2404.07904, section 3).
 
     With beta the lower bound, F_t = beta + (1 - beta) sigmoid(f_t) and k_t = 1 - F_t:
@@ -155,18 +156,18 @@ def hgrn2_scan(
 
 
 def gated_scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_f: Tensor,
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_f: BTHK,
     *,
-    initial_state: Tensor | None = None,
+    initial_state: NHKV | None = None,
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
     scale: float = 1.0,
     backend: str = "auto",
     debug: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[BTHV, NHKV]:
     """Runs the recurrence of `hgrn2_scan` with a key of its own and the decay given as its logarithm.
 
         S_t = Diag(exp(log_f_t)) S_{t-1} + k_t v_t^T        y_t = scale * S_t^T q_t
@@ -219,11 +220,11 @@ def gated_scan(
 
 
 def hgrn2_step(
-    q: Tensor,
-    f: Tensor,
-    v: Tensor,
-    state: Tensor,
-    lower_bound: Tensor | None = None,
+    q: BHK,
+    f: BHK,
+    v: BHV,
+    state: BHKV,
+    lower_bound: HK | None = None,
     *,
     scale: float = 1.0,
     q_activation: str = "silu",
@@ -231,7 +232,7 @@ def hgrn2_step(
     inplace: bool = False,
     backend: str = "auto",
     debug: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[BHV, BHKV]:
     """Runs one token of `hgrn2_scan`, for decoding with a state of constant size; a floor is for training, not here.
 
     Args:
