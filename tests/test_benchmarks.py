@@ -165,6 +165,7 @@ def on_cpu(modules, monkeypatch):
     return scan_cuda
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_a_gpu_from_end_to_end(modules, on_cpu, tmp_path, capsys):
     out = tmp_path / "result.json"
     assert on_cpu.benchmark("cpu", 1, out) == 0
@@ -212,6 +213,7 @@ def test_a_wrong_operator_is_not_timed(on_cpu, tmp_path, monkeypatch, capsys):
     assert "B2 T70: wrong: relative error of y 1.0e-01" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_further_case_fails_alone(on_cpu, tmp_path, monkeypatch, capsys):
     right = on_cpu.free_scan
     monkeypatch.setattr(on_cpu, "free_scan", lambda *inputs: 1.1 * right(*inputs))
@@ -305,6 +307,7 @@ def test_why_a_rival_is_missing(modules, monkeypatch):
     assert "does not run here" in rows[0].note
 
 
+@pytest.mark.slow
 def test_both_ways_of_preparing_give_as_many_tokens(modules, tmp_path):
     pytest.importorskip("datasets")
     prepare = modules["prepare"]

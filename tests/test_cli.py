@@ -89,6 +89,7 @@ def process(*args, path=(), ctrl_c=signal.default_int_handler, **settings):
 # from text to text
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_should(run):
     assert {"config.json", "metrics.jsonl", "checkpoints", "plots", "bytes_tokenizer.json"} <= set(os.listdir(run))
     last = [r for r in read_metrics(run) if r["kind"] == "validation"][-1]
@@ -241,6 +242,7 @@ def test_plot_and_info(run, tmp_path, capsys):
     assert "vocabulary 99" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_hybrid_trains_and_carries_its_state(corpus, tmp_path, capsys):
     hybrid = 'attn={"layers":[1],"num_heads":2,"window_size":16}'
     for flags in ([], ["--stream"]):
@@ -660,6 +662,7 @@ def test_a_mistake_of_ours_is_not_called_a_lack_of_memory(monkeypatch):
 # as a process
 
 
+@pytest.mark.slow
 def test_a_closed_pipe(run):
     # the likeliest token is never the end of the text here, sampling would meet it soon
     writing = process("generate", run, "--max-tokens", 100_000, "--prompt", "x\n", "--temperature", 0)
@@ -673,6 +676,7 @@ def test_a_closed_pipe(run):
         writing.stderr.close()
 
 
+@pytest.mark.slow
 def test_ctrl_c(run, tmp_path):
     writing = process(
         "generate", run, "--max-tokens", 1_000_000, "--prompt", "x\n", "--temperature", 0, "--state-out",
@@ -735,6 +739,7 @@ def test_ctrl_c_while_it_still_imports(ctrl_c, status, tmp_path):
         starting.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_the_process_exits(number):
     # a callback of Python's exit in which it comes would show its exception
@@ -757,6 +762,7 @@ def test_the_installed_command_is_the_one_tested_here():
     assert project["project"]["scripts"] == {"hgrn2": "hgrn2_command:main"}
 
 
+@pytest.mark.slow
 def test_an_error_as_a_process():
     failing = process("info", "tinny")
     out, errors = failing.communicate(timeout=60)

@@ -30,11 +30,13 @@ def turns(code, **chosen):
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_waiting_threads_sleep_so_that_two_runs_share_the_cores():
     assert turns(RUN) == 0
     assert turns("import torch") > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "1000"}, {"KMP_BLOCKTIME": "200"}]
 )
@@ -42,6 +44,7 @@ def test_the_users_own_choice_stays(chosen):
     assert turns(RUN, **chosen) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hgrn2", "hgrn2.data.encode"])
 def test_torch_is_imported_by_what_needs_it(name):
     # it takes seconds, in each of as many processes that tokenise as there are cores

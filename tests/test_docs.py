@@ -17,6 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [module.name for module in pkgutil.walk_packages(hgrn2.__path__, "hgrn2.")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -44,6 +45,7 @@ def test_the_readme_s_python_runs_and_its_loop_is_the_scan():
 OWN_TESTS = {"README.md": "test_docs.py", "huggingface.md": "hf/test_guide.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [page for page in PAGES if python_blocks(page) and page.name not in OWN_TESTS], ids=lambda p: p.name
 )

@@ -174,6 +174,7 @@ def campaign(num_flips: int, seed: int) -> Counter[str]:
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_flipped_bits_are_refused_or_harmless():
     seed = random.randrange(2**32)

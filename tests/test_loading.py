@@ -72,6 +72,7 @@ def test_what_cannot_be_opened_or_saved_is_refused_in_one_line(folder, tmp_path)
     assert not (tmp_path / "y").exists()
 
 
+@pytest.mark.slow
 def test_torch_alone_generates_and_says_what_opening_needs():
     code = """if True:
         import sys

@@ -51,6 +51,7 @@ def run(folder, *flags):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_every_test_runs_once_and_is_reported(folder):
     done = run(folder, "--shards", "2")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -60,6 +61,7 @@ def test_every_test_runs_once_and_is_reported(folder):
     assert "ended with status 5" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_selection_and_the_first_failure(folder):
     done = run(folder, "--shards", "2", "-k", "passes or skipped")
     assert done.returncode == 0, done.stdout + done.stderr

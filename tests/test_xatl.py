@@ -57,6 +57,7 @@ def make_text_and_model(folder):
     return text, llama
 
 
+@pytest.mark.slow
 def test_from_end_to_end(modules, tmp_path, monkeypatch, capsys):
     text, llama = make_text_and_model(tmp_path)
     held_out = tmp_path / "held-out.txt"

@@ -161,6 +161,7 @@ def test_without_the_extra_of_the_command_line(tmp_path):
     assert imported.stderr.endswith("ModuleNotFoundError: No module named 'tyro'\n")
 
 
+@pytest.mark.slow
 def test_tests_that_need_an_extra_are_skipped_without_it(tmp_path):
     for name in ("tyro", "safetensors"):
         (tmp_path / f"{name}.py").write_text(BLOCKED)

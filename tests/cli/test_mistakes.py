@@ -40,6 +40,7 @@ def error_of(capsys, args):
     return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [

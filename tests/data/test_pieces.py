@@ -29,6 +29,7 @@ def tokens_in_pieces(tokenizer, blocks, piece_chars):
     return [i for ids in piece_tokens(tokenizer, pieces) for i in ids.tolist()], len(pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", families.MAKERS)
 def test_pieces_of_any_size_give_the_tokens_of_the_whole(name):
     tokenizer, draws = families.make(name), random.Random(name)

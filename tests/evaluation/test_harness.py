@@ -280,6 +280,7 @@ def test_no_requests(kind, one_run):
 # the command
 
 
+@pytest.mark.slow
 def test_tasks_of_every_kind(one_run, tmp_path, capsys):
     folder = write_tasks(tmp_path / "tasks")
     names = ["choices,words", "documents", "writing"]
@@ -544,6 +545,7 @@ def test_refused_in_one_line(args, message, one_run, tmp_path, capsys):
     refused(capsys, [one_run, *args], message)
 
 
+@pytest.mark.slow
 def test_unknown_names(one_run, tmp_path, capsys):
     """Near ones are found among the tasks of the folder and the harness's own."""
     write_tasks(tmp_path / "tasks")

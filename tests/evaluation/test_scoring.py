@@ -42,6 +42,7 @@ def scored(model, pairs, *sizes):
     return [found[i] for i in range(len(pairs))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_pass(kind):
     own, model = both(kind)

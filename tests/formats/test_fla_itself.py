@@ -33,6 +33,7 @@ def fla():
     return import_fla()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_shapes_settings_and_both_ways(kind, fla, tmp_path, monkeypatch):
     # its attention is only made here, not run
@@ -84,6 +85,7 @@ def test_imported_after_us_it_has_the_model_type_until_we_register_again(fla, tm
     assert type(AutoModelForCausalLM.from_config(config)) is fla.ForCausalLM
 
 
+@pytest.mark.slow
 def test_imported_before_us_it_leaves_us_the_model_type(fla, tmp_path):
     folder = write(tmp_path / "theirs", FLA_CONFIG, draw(fla_shapes()))
     code = textwrap.dedent("""

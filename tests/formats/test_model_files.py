@@ -83,6 +83,7 @@ def test_every_end_of_a_text_ends_it(tmp_path):
         write()
 
 
+@pytest.mark.slow
 def test_a_chat_template_survives_training_and_conversion(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_chat_model("chat")

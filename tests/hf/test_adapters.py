@@ -25,6 +25,7 @@ PROJECTIONS = ["q_proj", "f_proj", "i_proj", "o_proj"]
 CAUSAL = {"task_type": "CAUSAL_LM"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [PROJECTIONS, "all-linear"])
 def test_adapters(targets, tmp_path):
     torch.manual_seed(0)
@@ -64,6 +65,7 @@ def test_an_adapter_of_the_head_is_in_the_loss():
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Unsupported layer type .*Norm:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize(
@@ -132,6 +134,7 @@ def test_an_adapter_added_by_transformers_is_saved_alone(tmp_path):
     torch.testing.assert_close(again(ids).logits, base(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -62,6 +62,7 @@ def written(folder, prompt, count):
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [PROMPT, "", "7", "a text\n\n of more ﬀ lines"])
 def test_the_same_tokens(folders, prompt):
     run, converted = folders

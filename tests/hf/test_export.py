@@ -18,6 +18,7 @@ def small_config(**settings: object) -> HGRN2Config:
     return HGRN2Config(vocab_size=50, hidden_size=16, expand_ratio=8, num_hidden_layers=2, pad_token_id=0, **settings)
 
 
+@pytest.mark.slow
 @needs_onnx
 @torch.no_grad()
 def test_a_prompt_in_onnx(tmp_path):
@@ -33,6 +34,7 @@ def test_a_prompt_in_onnx(tmp_path):
             assert_equal(run(ids), [model(ids).logits])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "strict"), [(HGRN2ForCausalLM, True), (HGRN2ForSequenceClassification, False)])
 def test_one_exported_program_for_every_length(kind, strict):

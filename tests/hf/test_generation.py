@@ -227,6 +227,7 @@ def test_the_library_s_decomposition_for_export_decodes_several_tokens_of_padded
     torch.testing.assert_close(decode(**inputs).logits, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "masked"), [*zip(KINDS, [False, True, True, False], strict=True)])
 @torch.no_grad()
 def test_a_step_is_one_graph_of_one_shape(name, masked):
@@ -252,6 +253,7 @@ def test_a_step_is_one_graph_of_one_shape(name, masked):
     assert cache.get_seq_length() == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fla", "window-attention"])
 def test_generate_compiles_its_step_once(name):
     torch._dynamo.reset()

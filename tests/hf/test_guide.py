@@ -12,6 +12,7 @@ from tests.guides import ROOT, make_run, run_blocks
 GUIDE = ROOT / "docs" / "guide" / "huggingface.md"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*pin_memory. argument is set as true but no accelerator:UserWarning")
 def test_the_guide(tmp_path, monkeypatch, capsys):

@@ -60,6 +60,7 @@ def write_tasks(rows):
         Path(f"{task['task']}.yaml").write_text(yaml.safe_dump(shared | task))
 
 
+@pytest.mark.slow
 def test_a_run_knows_what_it_read(run, capsys):
     lands = list(FACTS)
     rows = [{"query": f"The capital of {land} is", "choices": list(FACTS.values()), "gold": i}

@@ -83,6 +83,7 @@ def test_gradients_through_a_cache(name, recompute):
         torch.testing.assert_close(x, wanted[key], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fla", "window-attention"])
 def test_an_epoch_with_the_trainer(name, tmp_path):
     torch.manual_seed(0)
@@ -178,6 +179,7 @@ def test_gradients_of_hidden_states():
     assert all(x.grad.abs().sum() > 0 for x in out.hidden_states)
 
 
+@pytest.mark.slow
 def test_a_compiled_training_step():
     torch._dynamo.reset()
     _, model = both("window-attention")

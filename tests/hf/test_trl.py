@@ -76,6 +76,7 @@ def settings(cls, tmp_path, **keys):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
@@ -96,11 +97,13 @@ def test_supervised(make, keys, folder, tmp_path):
     HGRN2ForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_preferences(make, folder, tmp_path):
     # without a reference model, of which TRL makes one by the folder's name
     train(DPOTrainer, settings(DPOConfig, tmp_path), make(), PAIRS, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_rewarded_completions(make, beta, folder, tmp_path):
     config = settings(GRPOConfig, tmp_path, num_generations=2, max_completion_length=5, beta=beta)
@@ -111,6 +114,7 @@ def test_rewarded_completions(make, beta, folder, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_reward_model(make, folder, tmp_path):
     model = make(HGRN2ForSequenceClassification, num_labels=1)
     train(RewardTrainer, settings(RewardConfig, tmp_path), model, PAIRS, folder)
@@ -145,6 +149,7 @@ def test_packed_documents_are_as_if_alone(name, rows):
     torch.testing.assert_close(out.loss, torch.stack(losses).sum() / count)
 
 
+@pytest.mark.slow
 def test_packing_and_padding_give_one_loss(folder, tmp_path):
     found = []
     for keys in ({}, {"padding_free": True, "max_length": None}):

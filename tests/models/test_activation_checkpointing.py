@@ -54,6 +54,7 @@ def test_the_same_from_a_state_and_under_autocast():
         assert_same(model, state=state)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_same_where_it_is_compiled():
     config = HGRN2Config.from_dict(SIZE | {"dropout": 0.3, "num_hidden_layers": 2})

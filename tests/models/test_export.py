@@ -58,6 +58,7 @@ def assert_equal(found, wanted):
         assert x.numel() == 0 or relative_error(x.double(), y.double()).max < EXTREME_RMS
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_prompt_in_onnx(tmp_path):
     model = small_model()
@@ -72,6 +73,7 @@ def test_a_prompt_in_onnx(tmp_path):
                 assert_equal(run(ids), model(ids))
 
 
+@pytest.mark.slow
 @needs_onnx
 @torch.no_grad()
 @pytest.mark.parametrize("new", [1, 9], ids=["a step", "a second prompt"])
@@ -92,6 +94,7 @@ def test_a_state_goes_in_and_comes_out_in_onnx(tmp_path, new):
             state = wanted[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "strict"), [(None, False), (WINDOW, False), (WINDOW, True)])
 def test_one_exported_program_for_every_length(window, strict):
     model = small_model(window)
@@ -115,6 +118,7 @@ def test_an_exported_program_has_gradients():
     assert_equal(*gradients)
 
 
+@pytest.mark.slow
 def test_a_saved_program_opens_in_another_process(tmp_path):
     model, ids = small_model(), tokens(2, 20)
     program = torch.export.export(model, (ids,), dynamic_shapes=({0: Dim("B"), 1: Dim("T", min=2, max=4096)},))

@@ -47,6 +47,7 @@ def test_a_loss_without_targets_is_zero():
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_parts_of_a_loss_have_names(compiled):
     model = make_model(config_of("fla"), torch.float32)
@@ -132,6 +133,7 @@ def test_a_model_in_bfloat16(name):
 
 
 # torch's own tracing of autograd functions warns of itself
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 # and looks at the gradients of what it goes on from after a break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

@@ -164,6 +164,7 @@ def test_a_floor_that_is_none_is_refused(floor):
         HGRN2Mixer(16, 8, min_log_decay=floor)
 
 
+@pytest.mark.slow
 def test_a_compiled_mixer_equals_an_eager_one():
     torch.manual_seed(0)
     mixer = HGRN2Mixer(32, 16, v_activation="silu", min_log_decay=-0.1)

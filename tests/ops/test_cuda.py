@@ -55,6 +55,7 @@ def test_arguments_are_laid_out_as_in_c(structure, file):
     assert fields_in_c(structure.__name__, file) == list(structure._fields_)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", ["walk.cu", "backward.cu", "left_over.cu"])
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(kernels, case):
     inputs = case.inputs()
@@ -106,6 +107,7 @@ def test_matches_the_oracle(kernels, case):
     assert_no_worse(run(hgrn2_scan, inputs, **settings), rival, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("others", "closed"), [(0.0, (-1,)), (14.0, (-1,)), (20.0, (5, 70)), (-14.0, ())])
 @pytest.mark.parametrize("z", [-9.0, -12.0, -20.0, -30.0])
 @pytest.mark.parametrize("length", [1, 64, 130])
@@ -119,6 +121,7 @@ def test_few_closed_gates_without_a_bound(kernels, others, closed, z, length):
     assert_close(run(hgrn2_scan, inputs), exact(inputs), 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, -2.0])
 @pytest.mark.parametrize("bound", [None, 1e-6])
 @pytest.mark.parametrize("ordinary", [False, True])
@@ -150,6 +153,7 @@ def test_closed_gates_beside_padding(kernels, z, padding):
     assert relative_error(found["f"][:, (5, 40)], wanted["f"][:, (5, 40)]).rms < 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shift", [0.0, -2.0, "wild"])
 def test_a_bound_whose_gradient_is_not_wanted(kernels, shift, compiled):
@@ -177,6 +181,7 @@ def gradients(inputs, dy, dtype=torch.bfloat16, op=hgrn2_scan, **settings):
 CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132, 2048, 8, {"carry_states"})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS, ids=["whole", "parts", "segments and parts", "segments"])
 @pytest.mark.parametrize("shift", [0.0, "wild"])
 @pytest.mark.parametrize("packed", [False, True])
@@ -189,6 +194,7 @@ def test_however_the_work_is_cut(kernels, monkeypatch, cut, shift, packed):
     assert kernels.made & {"carry_states"} == cut[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, "wild"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_same_bits_whoever_is_first(kernels, packed, shift):
@@ -238,6 +244,7 @@ def test_bad_gradients_stay_where_they_belong(kernels, monkeypatch, bad, shift):
     assert not found_initial[..., 3].isfinite().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("state", [False, True])
@@ -267,6 +274,7 @@ def test_gradients_of_one_output(kernels, used):
     assert_close(found, wanted, 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["none", "sigmoid"])
 def test_activations(kernels, activation):
     inputs = Case(70).inputs()
@@ -300,6 +308,7 @@ def test_a_floor_near_1_over_a_long_sequence(kernels):
     assert relative_error(found["final_state"], wanted["final_state"]).rms < 1e-6
 
 
+@pytest.mark.slow
 def test_calls_that_differ_share_no_recipe(kernels):
     inputs, packed, other = (Case(70, cu_seqlens=cut).inputs() for cut in (None, (0, 70), (0, 30, 70)))
     wide = packed | {"cu_seqlens": packed["cu_seqlens"].long()}
@@ -499,6 +508,7 @@ def emulate(emulator, body: str) -> list[list[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("body", "wait", "other"), WAITS)
 def test_what_a_missing_wait_does(emulator, body, wait, other):
     wanted = [i ^ other for i in range(64)]

@@ -59,6 +59,7 @@ def test_the_reference_has_second_derivatives(function):
     assert torch.autograd.gradgradcheck(partial(loss, function, "reference"), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("function", [tied, free])
 def test_transforms_of_torch_func(function, backend):

@@ -89,6 +89,7 @@ def scans(tmp_path_factory):
     return runtime(path)
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", LENGTHS)
@@ -113,6 +114,7 @@ def test_slow_gates_lose_no_digits_in_onnx(scans):
     assert_close(scans(*inputs), exact(inputs))
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("domain", ["com.microsoft", "ai.onnx"])
 def test_linear_attention_of_a_program_equals_eager(domain, tmp_path, monkeypatch):
@@ -129,6 +131,7 @@ def test_linear_attention_of_a_program_equals_eager(domain, tmp_path, monkeypatc
         assert_close(run(*inputs), exact(inputs))
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_program_of_torch_export_in_ordinary_operations(tmp_path):
     inputs = inputs_of(2, 70)

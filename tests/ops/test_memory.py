@@ -63,6 +63,7 @@ def measure(op, length: int, gradients: bool, **changes) -> tuple[int, int]:
     return peak_bytes(work), length * HEADS * WIDTH * 4
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "backward"])
 def test_linear_with_a_small_constant(op, gradients):

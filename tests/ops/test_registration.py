@@ -82,6 +82,7 @@ def test_traced_whole_graph_equals_eager(op, packed):
     assert_close(run(compiled, inputs), run(wrapped(op), inputs), 1e-7)
 
 
+@pytest.mark.slow
 @both_operators
 def test_one_graph_serves_every_length(op):
     counter = CompileCounterWithBackend("aot_eager")
@@ -92,6 +93,7 @@ def test_one_graph_serves_every_length(op):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @both_operators
 def test_one_graph_serves_every_packing(op):
     counter = CompileCounterWithBackend("aot_eager")
@@ -102,6 +104,7 @@ def test_one_graph_serves_every_packing(op):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager():
     inputs = tied_inputs(2, 100)
     # strides that are not the default ones
@@ -111,6 +114,7 @@ def test_compiled_equals_eager():
     assert_close(run(compiled, inputs), run(wrapped(hgrn2_scan), inputs), ORDINARY_RMS)
 
 
+@pytest.mark.slow
 def test_compiled_inference_and_bf16():
     inputs = tied_inputs(2, 100, dtype=torch.bfloat16)
     compiled = torch.compile(wrapped(hgrn2_scan), fullgraph=True)
@@ -122,6 +126,7 @@ def test_compiled_inference_and_bf16():
     assert_close(found, wanted, 4e-3)
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("bad", [[0, 5], [0, 6, 4, 10], [0, 11], [-1, 10], [1, 10]])
 def test_bad_cu_seqlens_are_refused_when_compiled(op, bad):

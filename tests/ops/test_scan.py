@@ -58,6 +58,7 @@ def test_every_width(op, batch, heads, k_width, v_width):
     assert_close(run(op, inputs), exact(op, inputs), ORDINARY_RMS)
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("reverse", [False, True])
 def test_many_tiles_of_time_and_batch(op, reverse):
@@ -75,6 +76,7 @@ def test_activations_and_bounds(q_activation, v_activation, bound):
     assert_close(run(hgrn2_scan, inputs, **settings), exact(hgrn2_scan, inputs, **settings), ORDINARY_RMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bound", [None, 0.5])
 @pytest.mark.parametrize("z", ["ordinary", "wild", -20.0, 9.0])
@@ -120,6 +122,7 @@ def test_without_initial_state(op):
     assert_close(run(op, inputs), exact(op, inputs), ORDINARY_RMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bound", [0.0, 0.5, 0.999, 0.9999])
 @pytest.mark.parametrize("z", ["ordinary", "wild", -200.0, -88.0, -20.0, -5.0, 0.0, 5.0, 9.0, 14.0, 20.0, 80.0])
@@ -147,6 +150,7 @@ def test_extreme_decays(kind, reverse):
     assert_close(run(gated_scan, inputs, reverse=reverse), exact(gated_scan, inputs, reverse=reverse), EXTREME_RMS)
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("reverse", [False, True])
 def test_slow_decay_over_a_long_sequence(op, reverse):
@@ -162,6 +166,7 @@ def test_equal_gates_close_to_one_keep_their_digits_within_a_chunk():
     assert_close(run(hgrn2_scan, inputs), exact(hgrn2_scan, inputs), ORDINARY_RMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("gates", ["ordinary", "slow", "fast", "wild"])
 @pytest.mark.parametrize("length", [17, 64, 200])
@@ -178,6 +183,7 @@ def test_low_precision_is_honest(dtype, gates, length):
         assert_no_worse(found, run(honest, inputs), exact(op, inputs))
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 @pytest.mark.parametrize("reverse", [False, True])

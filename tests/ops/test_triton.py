@@ -73,6 +73,7 @@ def check(op, inputs, rms=ORDINARY_RMS, **settings):
 
 
 # one chunk of each size, whole and not, and several of them
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 63, 64, 65, 130])
@@ -80,6 +81,7 @@ def test_every_length(op, length, reverse):
     check(op, INPUTS[op](1, length, 1), reverse=reverse, scale=0.3)
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize(
     ("batch", "heads", "k_width", "v_width"),
@@ -89,6 +91,7 @@ def test_every_width(op, batch, heads, k_width, v_width):
     check(op, INPUTS[op](batch, 10, heads, k_width, v_width))
 
 
+@pytest.mark.slow
 @both_operators
 def test_heads_in_groups(op, monkeypatch):
     from hgrn2.ops.triton import launch
@@ -100,6 +103,7 @@ def test_heads_in_groups(op, monkeypatch):
     assert_equal(run(op, inputs, backend="triton"), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [None, 0.5])
 @pytest.mark.parametrize(("min_log_decay", "shift"), [(-1e-4, 8.0), (-0.5, 0.0), (-3.0, -3.0), (-69, -95.0)])
 def test_a_floor_under_the_decay(min_log_decay, shift, bound):
@@ -108,6 +112,7 @@ def test_a_floor_under_the_decay(min_log_decay, shift, bound):
     check(hgrn2_scan, inputs, EXTREME_RMS if shift else ORDINARY_RMS, min_log_decay=min_log_decay)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [None, 0.9])
 @pytest.mark.parametrize("v_activation", ["none", "silu"])
 @pytest.mark.parametrize("q_activation", ["silu", "sigmoid", "none"])
@@ -116,6 +121,7 @@ def test_activations_and_bounds(q_activation, v_activation, bound):
     check(hgrn2_scan, inputs, q_activation=q_activation, v_activation=v_activation, scale=-1.7)
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("reverse", [False, True])
 def test_packed(op, reverse):
@@ -126,6 +132,7 @@ def test_packed(op, reverse):
             assert torch.equal(found["final_state"][n], inputs["initial_state"][n])
 
 
+@pytest.mark.slow
 @both_operators
 def test_without_initial_state(op):
     check(op, INPUTS[op](2, 20, 1, state=False))
@@ -139,6 +146,7 @@ def test_no_packed_sequence(op):
     assert found["final_state"].shape == (0, 2, 16, 20)
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("bounds", [[-100, 40], [0, 1000], [0, 100, 20], [40, 0]])
 def test_boundaries_that_do_not_fit_give_numbers(op, bounds):
@@ -157,6 +165,7 @@ def test_packed_bounds_of_any_stride():
     check(hgrn2_scan, inputs | {"cu_seqlens": strided})
 
 
+@pytest.mark.slow
 def test_slices_of_one_projection():
     heads, width = 2, 16
     projection = torch.randn(2, 10, 3 * heads * width, generator=torch.Generator().manual_seed(0))
@@ -177,6 +186,7 @@ def turned(x: torch.Tensor, how: int) -> torch.Tensor:
     )[how % 3]
 
 
+@pytest.mark.slow
 @both_operators
 def test_any_strides(op):
     inputs = INPUTS[op](2, 5)
@@ -187,6 +197,7 @@ def test_any_strides(op):
         assert_equal(run(op, strided, backend="triton"), wanted)
 
 
+@pytest.mark.slow
 def test_one_tensor_for_many_heads():
     # stride 0 along heads and batch
     inputs = tied_inputs(2, 5)
@@ -195,6 +206,7 @@ def test_one_tensor_for_many_heads():
     assert_equal(run(hgrn2_scan, inputs, backend="triton"), run(hgrn2_scan, whole, backend="triton"))
 
 
+@pytest.mark.slow
 @both_operators
 def test_gradients_of_expanded_and_missing_outputs(op):
     inputs = INPUTS[op](1, 20)
@@ -208,6 +220,7 @@ def test_gradients_of_expanded_and_missing_outputs(op):
         assert_close(grads[0], grads[1], ORDINARY_RMS)
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("reverse", [False, True])
 def test_split_in_the_middle_of_a_chunk(op, reverse):
@@ -226,6 +239,7 @@ def test_split_in_the_middle_of_a_chunk(op, reverse):
 
 
 # 66 tokens: a whole chunk and the state carried into another
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [0.0, 0.9999])
 @pytest.mark.parametrize("z", ["wild", -1e4, -80.0, -5.0, 9.0, 14.0, 80.0, 1e4])
 def test_extreme_tied_gates(z, bound):
@@ -235,6 +249,7 @@ def test_extreme_tied_gates(z, bound):
     check_extreme(hgrn2_scan, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     ["log-uniform", "per channel", "wild", 0.0, -1e-6, -1e-4, -1e-2, -1.0, -50.0, -math.inf],
@@ -269,6 +284,7 @@ def check_extreme(op, inputs, **settings):
     assert_close(found, exact, EXTREME_RMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
@@ -300,6 +316,7 @@ def test_bad_values_at_the_edges_of_chunks(at, reverse):
     assert state[..., 1].isnan().all()
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("reverse", [False, True])
 def test_bad_values_stay_in_their_sequence(op, reverse):
@@ -325,6 +342,7 @@ def exact_step(inputs, **settings):
     return run(hgrn2_step, inputs, dtype=torch.float64, backend="reference", **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [None, 0.9])
 @pytest.mark.parametrize(
     ("batch", "heads", "k_width", "v_width"),
@@ -433,6 +451,7 @@ def scan_arguments(op, packed: bool, state: bool):
     return (*tensors, inputs["initial_state"], inputs["cu_seqlens"]), (packed, 0.5, *settings)
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize(("packed", "state"), [(False, False), (True, True)], ids=["batch", "packed with states"])
 def test_opcheck(op, packed, state):
@@ -465,6 +484,7 @@ def test_opcheck_of_steps(op, dense):
     )
 
 
+@pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_traced_whole_graph_equals_eager(op, packed):

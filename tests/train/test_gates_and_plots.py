@@ -110,6 +110,7 @@ def test_damaged_gates(tmp_path):
         GateSummary.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path):
     record(tmp_path)
     assert [p.name for p in plot_run(tmp_path)] == ["loss.png"]

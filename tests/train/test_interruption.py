@@ -94,6 +94,7 @@ def wait_for_steps(run_dir, num_lines, process):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
     """The real model, with dropout; ten moments when packed, and some more with the state carried along."""
@@ -134,6 +135,7 @@ def test_killed_at_random_moments(processes, data_dir, tmp_path, stream):
 
 
 # a terminal that closes sends SIGHUP more than once
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "numbers",
     [
@@ -173,6 +175,7 @@ def test_a_second_signal_interrupts_at_once(tmp_path, first):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(processes, uninterrupted, tmp_path):
     """No file may grow beyond a limit, which metrics.jsonl meets in the middle of a line."""
     run_dir = tmp_path / "run"

@@ -139,6 +139,7 @@ def test_a_skipped_step_forgets_the_streams(data, model):
     assert not stream.state_tensors()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"stream": True}, {"optimizer": "muon", "precision": "bfloat16"}])
 def test_a_run_and_its_resumption(data, tmp_path, changes):
     settings = TrainConfig.from_dict(SETTINGS | changes)
@@ -180,6 +181,7 @@ def test_a_run_and_its_resumption(data, tmp_path, changes):
         assert torch.equal(one, two), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"stream": True, "precision": "bfloat16"}], ids=["packed", "streams"])
 def test_activation_checkpointing_changes_no_loss(data, tmp_path, changes):
     found = []
@@ -196,6 +198,7 @@ def test_activation_checkpointing_changes_no_loss(data, tmp_path, changes):
     assert len(found[0]) > 4
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_given_more_steps(data, tmp_path):
     settings = TrainConfig.from_dict(SETTINGS)
     start_language_run(tmp_path / "run", model_config(), settings, data, data_settings={})
@@ -231,6 +234,7 @@ def test_resuming_with_other_data_is_refused(data, tmp_path):
         resume_language_run(tmp_path / "run", other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -294,6 +298,7 @@ def test_the_lock_decides_whose_folder_it_is(data, tmp_path):
         start()
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_from_what_is_there_once_the_lock_is_held(data, tmp_path, monkeypatch):
     start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
     wanted = losses(tmp_path / "run")
@@ -315,6 +320,7 @@ def read_by_convert(run_dir):
     return run_dir.parent / "converted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "read", [lambda run_dir: load(run_dir, "latest", "cpu"), Start.open, read_by_convert],
     ids=["generate", "from", "convert"],
@@ -348,6 +354,7 @@ class Meddling(PlainDisplay):
             self.act()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun_anew", [False, True])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_folder_that_is_another_by_now_is_left_alone(data, tmp_path, resumed, begun_anew):

@@ -201,6 +201,7 @@ def test_a_nonfinite_gradient_of_a_finite_loss_is_skipped(tmp_path):
     assert any("its gradient is not finite" in note for note in listener.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resuming_from_every_checkpoint_gives_the_same_losses(tmp_path, optimizer):
     settings = SETTINGS | {"optimizer": optimizer, "keep_last": 100, "grad_accumulation": 2}

@@ -289,6 +289,7 @@ class Notes(PlainDisplay):
         self.notes.append(text)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_report_and_so_does_resuming(prepared, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     run = start(tmp_path / "run", prepared)

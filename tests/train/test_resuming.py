@@ -72,6 +72,7 @@ def settings(run="runs/m"):
         return json.load(file)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_with_its_tokens(home):
     assert settings()["data"]["prepared"].startswith("../prepared/notes-")
     assert resume("--max-steps", 5) == 0
@@ -190,6 +191,7 @@ def test_a_longer_budget_leaves_inverse_sqrt_alone():
     assert rates == [rates[0]] * 3
 
 
+@pytest.mark.slow
 def test_a_warmup_longer_than_the_budget_is_lowered(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("a small text\n" * 20)
