@@ -27,7 +27,7 @@ from torch import Tensor
 from hgrn2.models import HGRN2LM, presets
 from hgrn2.nn.mixers.hgrn2 import HGRN2, forget_gate
 from hgrn2.ops import hgrn2_scan
-from hgrn2.ops.reference import floored
+from hgrn2.ops.backends.reference import floored
 
 SIZE = {"hidden_size": 1024, "num_hidden_layers": 12, "expand_ratio": 128, "intermediate_size": 2816}
 BATCH, LENGTH, CHUNK = 16, 2048, 64

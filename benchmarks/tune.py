@@ -26,8 +26,9 @@ import torch
 from kernel_times import waited_for
 
 from hgrn2.ops import hgrn2_scan
-from hgrn2.ops.triton import blocks, launch
-from hgrn2.ops.triton.blocks import Block, Blocks
+from hgrn2.ops.backends.triton import blocks, launch
+from hgrn2.ops.backends.triton.blocks import Block, Blocks
+from hgrn2.ops.call import ScanCall, ScanSettings
 
 BATCH, LENGTH, HEADS = 16, 2048, 16
 CHUNKS = (32, 64)
@@ -36,12 +37,12 @@ LAUNCHES = {"update": 3, "output": 2, "gradient": 1}
 ERRORS = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
-def make_scan(dtype: torch.dtype, k_width: int, v_width: int, device: str, batch: int = BATCH) -> launch.Scan:
+def make_scan(dtype: torch.dtype, k_width: int, v_width: int, device: str, batch: int = BATCH) -> ScanCall:
     """A call with fresh random inputs."""
     q, f = (torch.randn(batch, LENGTH, HEADS, k_width, device=device).to(dtype) for _ in range(2))
     v = torch.randn(batch, LENGTH, HEADS, v_width, device=device).to(dtype)
     bound = torch.full((HEADS, k_width), 0.5, device=device)
-    return launch.Scan(q, f, None, v, bound, None, None, False, 1.0, "silu", "none")
+    return ScanCall(q, f, None, v, bound, None, None, ScanSettings(q_activation="silu"))
 
 
 def milliseconds(call: Callable[[], None], rounds: int = 10) -> float:
@@ -58,7 +59,7 @@ def candidates(k_width: int, v_width: int) -> list[Block]:
     return sorted(found, key=dataclasses.astuple)
 
 
-def kernels(scan: launch.Scan, sizes: Blocks) -> dict[str, Callable[[], None]]:
+def kernels(scan: ScanCall, sizes: Blocks) -> dict[str, Callable[[], None]]:
     """A call of each kernel by the name of its blocks, on buffers that are filled already."""
     launch.blocks_for = lambda *_: sizes
     run, group, device = launch.Launcher(scan), (0, HEADS), scan.q.device
@@ -77,7 +78,7 @@ def kernels(scan: launch.Scan, sizes: Blocks) -> dict[str, Callable[[], None]]:
 
 
 @cache
-def _scan_of_process(dtype: torch.dtype, k_width: int, v_width: int) -> launch.Scan:
+def _scan_of_process(dtype: torch.dtype, k_width: int, v_width: int) -> ScanCall:
     # many processes share the memory
     return make_scan(dtype, k_width, v_width, "cuda", batch=1)
 
@@ -101,7 +102,7 @@ def compile_ahead(dtype: torch.dtype, k_width: int, v_width: int, processes: int
         list(pool.map(partial(compile_one, dtype=dtype, k_width=k_width, v_width=v_width), jobs))
 
 
-def tune(scan: launch.Scan, chunk: int) -> tuple[float, Blocks]:
+def tune(scan: ScanCall, chunk: int) -> tuple[float, Blocks]:
     """The best sizes for a chunk and the time of one forward and backward pass with them."""
     k_width, v_width = scan.q.shape[-1], scan.v.shape[-1]
     total = 0.0
@@ -120,12 +121,12 @@ def tune(scan: launch.Scan, chunk: int) -> tuple[float, Blocks]:
     return total, Blocks(chunk, best["update"], best["output"], best["gradient"])
 
 
-def worst_error(scan: launch.Scan, sizes: Blocks) -> float:
+def worst_error(scan: ScanCall, sizes: Blocks) -> float:
     """Largest relative RMS error of outputs and gradients of two heads of one sequence."""
     launch.blocks_for = lambda *_: sizes
     part = [x[:1, :512, :2].detach() for x in (scan.q, scan.f, scan.v)]
-    assert scan.bound is not None
-    bound = scan.bound[:2]
+    assert scan.lower_bound is not None
+    bound = scan.lower_bound[:2]
 
     def results(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
         inputs = [x.to(dtype).requires_grad_() for x in part]

@@ -1,4 +1,4 @@
-// What `instructions.cuh` does on a GPU, on a CPU: the CUDA kernels of hgrn2/ops/cuda are compiled as C++ behind this.
+// What `instructions.cuh` does on a GPU, on a CPU: the CUDA kernels of hgrn2/ops/backends/cuda are compiled as C++ behind this.
 //
 // Every thread of a program is a fiber; which goes on is drawn by lot whenever one must wait, and in half of the programs
 // some warps go on only where few others can. What a GPU may do at once or later (copies to shared memory, products by a

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from hgrn2.ops.cuda import kernels
+from hgrn2.ops.backends.cuda import kernels
 
 # sums of products are rounded twice, as written; a variable of the thread for what a program shares
 OPTIONS = (
@@ -22,7 +22,7 @@ _REPLACED = "instructions.cuh"
 
 
 class Kernel:
-    """In place of `hgrn2.ops.cuda.compiler.Kernel`.
+    """In place of `hgrn2.ops.backends.cuda.compiler.Kernel`.
 
     Args:
         emulator: it belongs to.
@@ -64,7 +64,7 @@ class Emulator:
         self._library = functools.cache(self._build)
 
     def compiled(self, name: str, settings: kernels.Settings, device: int | None) -> Kernel:
-        """A kernel of hgrn2.ops.cuda; in place of `kernels.compiled`."""
+        """A kernel of hgrn2.ops.backends.cuda; in place of `kernels.compiled`."""
         (file,) = (file for file, names in kernels.KERNELS.items() if name in names)
         self.made.add(name)
         return self.kernel(_source(file), kernels.KERNELS[file], name, settings.macros(), *kernels.resources(name))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import gated_scan, hgrn2_scan
-from hgrn2.ops.reference import activation
+from hgrn2.ops.backends.reference import activation
 from tests.numerics import run
 
 BY_TOKEN = ("q", "f", "k", "v", "log_f")

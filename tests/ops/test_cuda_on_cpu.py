@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgrn2.ops import checks, hgrn2_scan
-from hgrn2.ops import scan as scan_module
-from hgrn2.ops.cuda import kernels as cuda_kernels
-from hgrn2.ops.cuda import launch, plan, recipe
+from hgrn2.ops.backends import registered
+from hgrn2.ops.backends.cuda import CudaBackend, plan, recipe, recipes
+from hgrn2.ops.backends.cuda import kernels as cuda_kernels
 from tests.numerics import assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.cuda_emulator import Emulator
 from tests.ops.scan_cases import honest, spread, tied_inputs
@@ -33,21 +33,29 @@ def emulator(request):
     return Emulator(request.config.cache.mkdir("cuda-emulator"))
 
 
+class EmulatedBackend(CudaBackend):
+    """The CUDA kernels on the CPU."""
+
+    def rejects(self, traits):
+        """A scan from pre-activations, as on a GPU."""
+        return None if traits.is_tied and not traits.is_step else "no kernel"
+
+
 @pytest.fixture
 def kernels(emulator, monkeypatch):
     """Tensors of the CPU go to the CUDA kernels."""
     monkeypatch.setattr(cuda_kernels, "compiled", emulator.compiled)
     monkeypatch.setattr(cuda_kernels, "begin", lambda *_: None)
     monkeypatch.setattr(recipe, "current_stream", lambda _: 0)
-    monkeypatch.setattr(scan_module, "_resolve", lambda backend, *_: "cuda" if backend == "auto" else backend)
     monkeypatch.setattr(emulator, "seed", 0)
     emulator.made.clear()
     # they were made with the numbers of another test
-    for recipes in (launch._forward_recipe, launch._backward_recipe):
-        recipes.cache_clear()
+    for found in (recipes.forward_recipe, recipes.backward_recipe):
+        found.cache_clear()
     # fills fresh memory with what is not a number
     torch.use_deterministic_algorithms(True)
-    yield emulator
+    with registered(EmulatedBackend(), auto_order=("cuda",)):
+        yield emulator
     torch.use_deterministic_algorithms(False)
 
 
@@ -282,19 +290,13 @@ def test_activations(kernels, activation):
     assert_close(found, wanted, 5e-3)
 
 
-def test_an_activation_of_values(kernels, monkeypatch):
-    inputs, asked = Case(70).inputs(), []
-
-    def resolve(backend, q, v, plain):
-        asked.append(plain)
-        return "cuda" if backend == "auto" else backend
-
-    monkeypatch.setattr(scan_module, "_resolve", resolve)
+def test_an_activation_of_values(kernels):
+    inputs = Case(70).inputs()
     settings = {"v_activation": "silu", "min_log_decay": -3.0}
     assert_no_worse(
         run(hgrn2_scan, inputs, **settings), honest(hgrn2_scan, inputs, **settings), exact(inputs, **settings)
     )
-    assert all(asked)
+    assert "forward_outputs" in kernels.made
 
 
 def test_a_floor_near_1_over_a_long_sequence(kernels):
@@ -321,7 +323,7 @@ def test_calls_that_differ_share_no_recipe(kernels):
     for given, settings in (*calls, calls[0]):
         assert_close(run(hgrn2_scan, given, **settings), exact(given, **settings), 5e-3)
     # the first call's was there when it came again
-    assert launch._forward_recipe.cache_info()[:2] == launch._backward_recipe.cache_info()[:2] == (1, len(calls))
+    assert recipes.forward_recipe.cache_info()[:2] == recipes.backward_recipe.cache_info()[:2] == (1, len(calls))
 
 
 def test_outputs_gradients_that_differ_share_no_recipe(kernels):
@@ -339,7 +341,7 @@ def test_outputs_gradients_that_differ_share_no_recipe(kernels):
     for given, last in ((dy, False), (apart, False), (expanded, False), (dy, True), (dy, False)):
         wanted = gradient(given, partial(hgrn2_scan, backend="reference"), last)
         assert relative_error(gradient(given, hgrn2_scan, last), wanted).rms <= 5e-3
-    assert launch._backward_recipe.cache_info()[:2] == (1, 4)
+    assert recipes.backward_recipe.cache_info()[:2] == (1, 4)
 
 
 def test_strided_inputs(kernels):
@@ -420,7 +422,7 @@ def test_whoever_looks_on_sees_the_operators(kernels):
     wanted = run(hgrn2_scan, inputs)
     with Watched():
         assert_equal(run(hgrn2_scan, inputs), wanted)
-    assert seen >= {"hgrn2.cuda_scan.default", "hgrn2.cuda_scan_backward.default"}
+    assert seen >= {"hgrn2.scan.default", "hgrn2.scan_backward.default"}
 
 
 def test_a_second_derivative_is_refused(kernels):

@@ -22,10 +22,12 @@ import torch
 
 from hgrn2 import HGRN2LM, presets
 from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, resolve_backend
-from hgrn2.ops.cuda.arguments import PackedArguments
-from hgrn2.ops.cuda.kernels import compiled as cuda_kernel
-from hgrn2.ops.cuda.plan import CHUNK, num_chunks
-from hgrn2.ops.cuda.recipe import NOWHERE, Place, Recipe
+from hgrn2.ops.backends.cuda.arguments import PackedArguments
+from hgrn2.ops.backends.cuda.kernels import Settings
+from hgrn2.ops.backends.cuda.kernels import compiled as cuda_kernel
+from hgrn2.ops.backends.cuda.plan import CHUNK, num_chunks
+from hgrn2.ops.backends.cuda.recipe import NOWHERE, Place, Recipe
+from hgrn2.ops.gates import Floor
 from tests.numerics import EXTREME_RMS, assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.scan_cases import BY_TOKEN, decays, free_inputs, honest, slow, spread, tied_inputs
 
@@ -424,7 +426,8 @@ def test_spans_of_packed_sequences(bounds, dtype, reverse):
     sequences, cu_seqlens = len(bounds) - 1, torch.tensor(bounds, dtype=dtype, device="cuda")
     most = num_chunks(length, sequences)
     found, num_spans = torch.empty(most, 4, dtype=torch.int32, device="cuda"), torch.empty(1, dtype=torch.int32).cuda()
-    one = Recipe(lambda name: cuda_kernel(name, torch.bfloat16, "silu", True, 0))
+    settings = Settings(torch.bfloat16, "silu", True, Floor.of(None))
+    one = Recipe(lambda name: cuda_kernel(name, settings, 0))
     arguments = PackedArguments(
         length=length, sequences=sequences, most=most, heads=1, wide=dtype == torch.int64, reverse=reverse
     )

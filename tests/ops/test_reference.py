@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import gated_scan, hgrn2_scan
-from hgrn2.ops.reference import recurrence, tied_gate
+from hgrn2.ops.backends.reference import recurrence, tied_gate
 
 # one head, K = V = 1, three tokens; z = 0 gives sigmoid 1/2
 Q = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).view(1, 3, 1, 1)

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hgrn2.ops import gated_scan, hgrn2_scan
+from hgrn2.ops.call import ScanCall, ScanSettings
 from tests.numerics import ORDINARY_RMS, assert_close, run
 from tests.ops.scan_cases import free_inputs, tied_inputs
 
@@ -26,42 +27,44 @@ def fresh_compiler(hostile_memory):
     torch.compiler.reset()
 
 
-def operator_arguments(op, packed: bool, state: bool):
+def operator_call(op, packed: bool, state: bool) -> ScanCall:
     inputs = INPUTS[op](1 if packed else 2, 71, cu_seqlens=CU_SEQLENS if packed else None, state=state)
     if state:
         # dense, in another order
         inputs["initial_state"] = inputs["initial_state"].mT.contiguous().mT
-    names = ("q", "f", "v", "lower_bound") if op is hgrn2_scan else ("q", "k", "v", "log_f")
     if op is hgrn2_scan:
         inputs["lower_bound"] = inputs["lower_bound"].mT.contiguous().mT
-    tensors = (*(inputs[name] for name in names), inputs["initial_state"], inputs["cu_seqlens"])
-    settings = ("silu", "none", -0.5 if packed else None) if op is hgrn2_scan else ()
-    return tensors, (packed, 0.5, *settings, 16)
+        names, settings = ("q", "f", None, "v", "lower_bound"), ("silu", "none", -0.5 if packed else None)
+    else:
+        names, settings = ("q", "log_f", "k", "v", None), ("none", "none", None)
+    tensors = [inputs.get(name) for name in (*names, "initial_state", "cu_seqlens")]
+    return ScanCall(*tensors, ScanSettings(packed, 0.5, *settings))
 
 
 @both_operators
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 @pytest.mark.parametrize("state", [False, True], ids=["", "state"])
 def test_opcheck(op, packed, state):
-    forward, backward = {
-        hgrn2_scan: (torch.ops.hgrn2.chunked_scan, torch.ops.hgrn2.chunked_scan_backward),
-        gated_scan: (torch.ops.hgrn2.chunked_gated_scan, torch.ops.hgrn2.chunked_gated_scan_backward),
-    }[op]
-    tensors, settings = operator_arguments(op, packed, state)
+    call = operator_call(op, packed, state)
     # opcheck compares every element of every output, so nothing may be left unwritten
     torch.use_deterministic_algorithms(False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    for keep in (False, True):
-        leaves = tuple(
-            x.clone().requires_grad_(keep) if x is not None and x.is_floating_point() else x for x in tensors
+    # 16 chunks in a tile, whose states are kept or not
+    for plan in (-16, 16):
+        leaves = (
+            x.clone().requires_grad_(plan > 0) if x is not None and x.is_floating_point() else x for x in call[:-1]
         )
-        torch.library.opcheck(forward.default, (*leaves, *settings, keep), test_utils=checks)
-    y, final_state, kept = forward(*tensors, *settings, True)
+        arguments = ("chunked", plan, *ScanCall(*leaves, call.settings).flat())
+        torch.library.opcheck(torch.ops.hgrn2.scan.default, arguments, test_utils=checks)
+    y, final_state, kept = torch.ops.hgrn2.scan("chunked", 16, *call.flat())
     dy = torch.randn_like(y).transpose(1, 2).contiguous().transpose(1, 2)
     d_state = torch.randn_like(final_state).mT.contiguous().mT
-    torch.library.opcheck(
-        backward.default, (dy, d_state, *tensors, kept, *settings), test_utils=("test_schema", "test_faketensor")
-    )
+    for bound_wanted, d_final in ((True, d_state), (False, None)):
+        torch.library.opcheck(
+            torch.ops.hgrn2.scan_backward.default,
+            ("chunked", 16, dy, d_final, kept, bound_wanted, *call.flat()),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def wrapped(op):

@@ -13,7 +13,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hgrn2.ops import backends, gated_scan, hgrn2_scan, hgrn2_step
+from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step
+from hgrn2.ops.call import ScanCall, ScanSettings
+from hgrn2.ops.triton import installed
 from tests.numerics import EXTREME_RMS, ORDINARY_RMS, assert_close, assert_equal, run
 from tests.ops import scan_cases
 from tests.ops.scan_cases import decays, spread
@@ -23,10 +25,10 @@ def interpreter_problem() -> str | None:
     """Why the kernels cannot be interpreted here."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return "Triton's wheels are for Linux on x86_64"
-    if not backends._INTERPRETED:
+    if not installed.IS_INTERPRETED:
         return "TRITON_INTERPRET is not 1: with a GPU here test_gpu.py runs the kernels themselves"
-    if backends._TRITON_PROBLEM is not None:
-        return backends._TRITON_PROBLEM
+    if installed.PROBLEM is not None:
+        return installed.PROBLEM
     if importlib.util.find_spec("numpy") is None:
         return "Triton's interpreter needs NumPy"
     triton, numpy = (
@@ -94,7 +96,7 @@ def test_every_width(op, batch, heads, k_width, v_width):
 @pytest.mark.slow
 @both_operators
 def test_heads_in_groups(op, monkeypatch):
-    from hgrn2.ops.triton import launch
+    from hgrn2.ops.backends.triton import launch
 
     inputs = INPUTS[op](1, 10, 3)
     whole = run(op, inputs, backend="triton")
@@ -437,8 +439,7 @@ def test_autocast_and_inference_mode_change_nothing(op):
         assert torch.equal(op(**inputs, backend="triton")[0], wanted["y"])
 
 
-def scan_arguments(op, packed: bool, state: bool):
-    """The arguments of the registered operator: tensors, then settings."""
+def operator_call(op, packed: bool, state: bool) -> ScanCall:
     inputs = INPUTS[op](1, 5, 1, cu_seqlens=[0, 3, 3, 5] if packed else None, state=state)
     if state:
         # dense, in another order
@@ -448,38 +449,41 @@ def scan_arguments(op, packed: bool, state: bool):
     else:
         tensors = (inputs["q"], inputs["log_f"], inputs["k"], inputs["v"], None)
     settings = ("silu", "silu", -0.5 if packed else None) if op is hgrn2_scan else ("none", "none", None)
-    return (*tensors, inputs["initial_state"], inputs["cu_seqlens"]), (packed, 0.5, *settings)
+    return ScanCall(*tensors, inputs["initial_state"], inputs["cu_seqlens"], ScanSettings(packed, 0.5, *settings))
 
 
 @pytest.mark.slow
 @both_operators
 @pytest.mark.parametrize(("packed", "state"), [(False, False), (True, True)], ids=["batch", "packed with states"])
 def test_opcheck(op, packed, state):
-    tensors, settings = scan_arguments(op, packed, state)
+    call = operator_call(op, packed, state)
     # opcheck compares every element of every output, so nothing may be left unwritten
     torch.use_deterministic_algorithms(False)
-    leaves = tuple(x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in tensors)
+    leaves = (x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in call[:-1])
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.hgrn2.triton_scan.default, (*leaves, *settings), test_utils=checks)
-    y, final_state = torch.ops.hgrn2.triton_scan(*tensors, *settings)
+    arguments = ("triton", 0, *ScanCall(*leaves, call.settings).flat())
+    torch.library.opcheck(torch.ops.hgrn2.scan.default, arguments, test_utils=checks)
+    y, final_state, kept = torch.ops.hgrn2.scan("triton", 0, *call.flat())
     dy = torch.randn_like(y).transpose(1, 2).contiguous().transpose(1, 2)
     d_state = torch.randn_like(final_state).mT.contiguous().mT
     torch.library.opcheck(
-        torch.ops.hgrn2.triton_scan_backward.default,
-        (dy, d_state, *tensors, *settings),
+        torch.ops.hgrn2.scan_backward.default,
+        ("triton", 0, dy, d_state, kept, True, *call.flat()),
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
-@pytest.mark.parametrize("op", ["triton_step", "triton_step_in_place"])
+@pytest.mark.parametrize("op", ["step", "step_in_place"])
 @pytest.mark.parametrize("dense", [False, True], ids=["turned", "dense"])
 def test_opcheck_of_steps(op, dense):
     inputs = step_inputs(2, 2, 16, 17)
     state = inputs["state"] if dense else inputs["state"].mT.contiguous().mT
     torch.use_deterministic_algorithms(False)
+    settings = ScanSettings(scale=0.5, q_activation="silu")
+    call = ScanCall(inputs["q"], inputs["f"], None, inputs["v"], inputs["lower_bound"], state, None, settings)
     torch.library.opcheck(
         getattr(torch.ops.hgrn2, op).default,
-        (inputs["q"], inputs["f"], inputs["v"], state, inputs["lower_bound"], 0.5, "silu", "none"),
+        ("triton", *call.flat()),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
     )
 
@@ -518,8 +522,8 @@ def test_traced_step_in_place():
 
 
 def test_block_sizes_come_from_the_table(tmp_path, monkeypatch):
-    from hgrn2.ops.triton import blocks
-    from hgrn2.ops.triton.blocks import Block, Blocks, blocks_for
+    from hgrn2.ops.backends.triton import blocks
+    from hgrn2.ops.backends.triton.blocks import Block, Blocks, blocks_for
 
     measured = Blocks(64, Block(16, 32, 4, 1), Block(32, 16, 8, 1), Block(16, 16, 4, 2))
     table = {"cpu": {blocks.key(torch.float16, 20, 128): dataclasses.asdict(measured)}}

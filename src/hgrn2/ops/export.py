@@ -2,7 +2,7 @@
 
 The operators of the backends mean nothing outside this package, so a program for another runtime is traced through the
 functions here. They are as exact as the backends for any gate. They loop over tokens because the joins of
-`hgrn2.ops.chunked` are 200 operations a scan, which take the exporter ten seconds a layer.
+`hgrn2.ops.backends.chunked` are 200 operations a scan, which take the exporter ten seconds a layer.
 
 ONNX has an operator for this recurrence, LinearAttention, which `use_linear_attention` asks for.
 """
@@ -13,13 +13,14 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hgrn2.ops.checks import state_dtype
-from hgrn2.ops.chunked import COMPLEMENT_BELOW
+from hgrn2.errors import UserError
+from hgrn2.ops.backends.chunked.joins import COMPLEMENT_BELOW
+from hgrn2.ops.call import ScanCall, state_dtype
 from hgrn2.ops.gates import Floor
 
 # domains that define LinearAttention: the standard's and ONNX Runtime's own
@@ -60,75 +61,68 @@ def use_linear_attention(domain: str | None) -> Iterator[None]:
         _linear_attention.reset(token)
 
 
-def tied_scan(
-    q: Tensor,
-    f: Tensor,
-    v: Tensor,
-    lower_bound: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    scale: float,
-    q_activation: str,
-    v_activation: str,
-    min_log_decay: float | None,
-) -> tuple[Tensor, Tensor]:
-    """`hgrn2.ops.hgrn2_scan`, its arguments checked."""
-    dtype = state_dtype(q)
-    f = f.to(dtype)
-    decay, key = _sigmoid(f), _sigmoid(-f)
-    if lower_bound is not None:
-        lower_bound = lower_bound.to(dtype)
-        decay, key = decay + lower_bound * key, (1 - lower_bound) * key
-    complement, floor = key, Floor.of(min_log_decay)
+def scan_in_operations(call: ScanCall) -> tuple[Tensor, Tensor]:
+    """Run a scan of either operator.
+
+    Args:
+        call: a checked call.
+
+    Returns:
+        y [B, T, H, V] and the final state [N, H, K, V].
+    """
+    if call.cu_seqlens is not None:
+        raise UserError(
+            "cu_seqlens: packed sequences cannot be exported; export a batch, and pad with attention_mask",
+            "unsupported",
+        )
+    operands = _tied_operands(call) if call.k is None else _free_operands(call)
+    y, state = _scan(operands, call) if _linear_attention.get() is None else _onnx_scan(operands, call)
+    return y.to(call.q.dtype), state
+
+
+class _Operands(NamedTuple):
+    """Operands of the recurrence in the state dtype: q, k and v activated, the decay f and its complement c = 1 - f."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    f: Tensor
+    c: Tensor
+    log_f: Tensor | None = None
+
+
+def _tied_operands(call: ScanCall) -> _Operands:
+    dtype, settings = state_dtype(call.q), call.settings
+    z = call.f.to(dtype)
+    f, k = _sigmoid(z), _sigmoid(-z)
+    if call.lower_bound is not None:
+        bound = call.lower_bound.to(dtype)
+        f, k = f + bound * k, (1 - bound) * k
+    c, floor = k, Floor.of(settings.min_log_decay)
     if floor.decay:
-        decay, complement = decay.clamp(min=floor.decay), key.clamp(max=floor.lost)
-    query, value = _activate(q.to(dtype), q_activation), _activate(v.to(dtype), v_activation)
-    if _linear_attention.get() is not None:
-        log_decay = torch.where(complement < COMPLEMENT_BELOW, _log1p(-complement), decay.log())
-        y, state = _onnx_scan(query, key, value, log_decay, initial_state, cu_seqlens, reverse, scale)
-    else:
-        y, state = _scan(query, key, value, decay, complement, initial_state, cu_seqlens, reverse, scale)
-    return y.to(q.dtype), state
+        f, c = f.clamp(min=floor.decay), k.clamp(max=floor.lost)
+    q, v = _activate(call.q.to(dtype), settings.q_activation), _activate(call.v.to(dtype), settings.v_activation)
+    return _Operands(q, k, v, f, c)
 
 
-def free_scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_f: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`hgrn2.ops.gated_scan`, its arguments checked."""
-    dtype = state_dtype(q)
-    query, key, value = (x.to(dtype) for x in (q, k, v))
-    if _linear_attention.get() is not None:
-        y, state = _onnx_scan(query, key, value, log_f, initial_state, cu_seqlens, reverse, scale)
-    else:
-        decay, complement = log_f.exp(), -_expm1(log_f)
-        y, state = _scan(query, key, value, decay, complement, initial_state, cu_seqlens, reverse, scale)
-    return y.to(q.dtype), state
+def _free_operands(call: ScanCall) -> _Operands:
+    assert call.k is not None
+    q, k, v = (x.to(state_dtype(call.q)) for x in (call.q, call.k, call.v))
+    return _Operands(q, k, v, call.f.exp(), -_expm1(call.f), call.f)
 
 
-def _scan(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor, c: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
-    reverse: bool, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scan token by token, from activated q, k and v, the decay f and its complement c = 1 - f."""
+def _scan(operands: _Operands, call: ScanCall) -> tuple[Tensor, Tensor]:
+    """Scan token by token."""
     # not public yet, though exporters know it. Not its wrapper `scan`, which compiles and so fails where a trace has
     # found two lengths to be one
     from torch._higher_order_ops.scan import scan_op
 
-    _check_not_packed(cu_seqlens)
-    batch, _, heads, width = q.shape
-    state = q.new_zeros((batch, heads, width, v.shape[-1])) if state is None else state
+    q, k, v, f, c, _ = operands
+    state, reverse = _initial_state(operands, call), call.settings.reverse
     # near 1 a decay has fewer digits than its complement, and rounding errors of equal gates all point the same way
     is_small = c < COMPLEMENT_BELOW
     keep, change = is_small.to(f.dtype), torch.where(is_small, -c, f)
-    rows = [x.unsqueeze(-2) for x in (q * scale, v)] + [x.unsqueeze(-1) for x in (k, keep, change)]
+    rows = [x.unsqueeze(-2) for x in (q * call.settings.scale, v)] + [x.unsqueeze(-1) for x in (k, keep, change)]
     rows = [x.flip(1).transpose(0, 1) if reverse else x.transpose(0, 1) for x in rows]  # [T, B, H, 1, K], [.., K, 1]
     # detached, for torch would prepare a backward pass
     results: Any = scan_op(_token, [state.detach()], [x.detach() for x in rows], ())
@@ -142,18 +136,18 @@ def _token(state: Tensor, q: Tensor, v: Tensor, k: Tensor, keep: Tensor, change:
     return state, q @ state
 
 
-def _onnx_scan(
-    q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scans with ONNX's LinearAttention, update rule "gated"."""
-    _check_not_packed(cu_seqlens)
+def _onnx_scan(operands: _Operands, call: ScanCall) -> tuple[Tensor, Tensor]:
+    """Scan with ONNX's LinearAttention, update rule "gated"."""
+    q, k, v, f, c, log_f = operands
     if q.dtype != torch.float32:
-        raise ValueError(f"q has dtype {q.dtype}; LinearAttention's runtimes take float32, leave linear_attention out")
-    batch, _, heads, width = q.shape
-    state = q.new_zeros((batch, heads, width, v.shape[-1])) if state is None else state
+        raise UserError(
+            f"q has dtype {q.dtype}; LinearAttention's runtimes take float32, leave linear_attention out", "unsupported"
+        )
+    if log_f is None:
+        log_f = torch.where(c < COMPLEMENT_BELOW, _log1p(-c), f.log())
+    state, reverse, heads = _initial_state(operands, call), call.settings.reverse, q.shape[2]
     # scaled here: the operator takes a scale of 0 for "by the width"
-    inputs = [x.flip(1) if reverse else x for x in (q * scale, k, v, log_f)]
+    inputs = [x.flip(1) if reverse else x for x in (q * call.settings.scale, k, v, log_f)]
     q, k, v, log_f = (x.flatten(2) for x in inputs)
     y, state = torch.onnx.ops.symbolic_multi_out(
         f"{_linear_attention.get()}::LinearAttention",
@@ -167,9 +161,8 @@ def _onnx_scan(
     return y.flip(1) if reverse else y, state
 
 
-def _check_not_packed(cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None:
-        raise ValueError("cu_seqlens: packed sequences cannot be exported; export a batch, and pad with attention_mask")
+def _initial_state(operands: _Operands, call: ScanCall) -> Tensor:
+    return operands.q.new_zeros(call.state_shape()) if call.initial_state is None else call.initial_state
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -204,36 +197,23 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     Raises:
         ValueError: packed sequences.
     """
-    operators = [getattr(torch.ops.hgrn2, name).default for name in _OPERATORS]
+    operators = [torch.ops.hgrn2.scan.default, torch.ops.hgrn2.step.default]
     return program.run_decompositions({operator: _decomposition(operator) for operator in operators})
-
-
-# those of hgrn2.ops.registration that a program for inference may hold
-_OPERATORS = ("chunked_scan", "chunked_gated_scan", "triton_scan", "triton_step", "cuda_scan")
 
 
 def _decomposition(operator: Any) -> Callable[..., tuple[Tensor, ...]]:
     """Return a function that takes an operator's arguments and computes its results from simpler operators."""
-    schema = operator._schema
-    names = [argument.name for argument in schema.arguments]
+    names = [argument.name for argument in operator._schema.arguments]
+    is_step = "plan" not in names
 
     def decomposed(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         given = dict(zip(names, args, strict=False)) | kwargs
-        is_step = "state" in given
-        # without a key f is the gate's pre-activation, with one it is Triton's name for the log decay
-        q, f, v = given["q"], given["f" if "f" in given else "log_f"], given["v"]
-        if is_step:
-            q, f, v = (x.unsqueeze(1) for x in (q, f, v))
-        state = given["state" if is_step else "initial_state"]
-        settings = (given.get("cu_seqlens"), given.get("reverse", False), given["scale"])
-        if given.get("k") is not None:
-            y, state = free_scan(q, given["k"], v, f, state, *settings)
-        else:
-            activations = given["q_activation"], given.get("v_activation", "none")
-            floor = given.get("min_log_decay")
-            y, state = tied_scan(q, f, v, given["lower_bound"], state, *settings, *activations, floor)
-        # a backward pass is not exported, so the states kept for it are not needed
-        kept = [q.new_zeros(0) for _ in schema.returns[2:]]
-        return y.squeeze(1) if is_step else y, state, *kept
+        call = ScanCall.from_flat([given[name] for name in names if name not in ("backend", "plan")])
+        if not is_step:
+            # a backward pass is not exported, so that nothing need be kept for it
+            return *scan_in_operations(call), call.q.new_zeros(0)
+        token = call._replace(q=call.q.unsqueeze(1), f=call.f.unsqueeze(1), v=call.v.unsqueeze(1))
+        y, state = scan_in_operations(token)
+        return y.squeeze(1), state
 
     return decomposed

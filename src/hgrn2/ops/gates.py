@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hgrn2.ops.call import ScanCall
 from hgrn2.ops.tiles import Tile, load, store
 
 
@@ -76,22 +77,14 @@ def _neutral(tile: Tile, f: Tensor, c: Tensor) -> None:
 class TiedGate:
     """The gates of `hgrn2_scan`."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        z: Tensor,
-        v: Tensor,
-        lower_bound: Tensor | None,
-        scale: float,
-        q_act: str,
-        v_act: str,
-        min_log_decay: float | None,
-    ):
-        self.inputs = (q, z, v)
+    def __init__(self, call: ScanCall):
+        q, settings = call.q, call.settings
+        self.inputs = (q, call.f, call.v)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.bound = None if lower_bound is None else lower_bound.to(self.dtype)[:, None, :]
+        self.bound = None if call.lower_bound is None else call.lower_bound.to(self.dtype)[:, None, :]
         self.bounds: dict[torch.Size, tuple[Tensor, ...]] = {}
-        self.scale, self.q_act, self.v_act, self.floor = scale, q_act, v_act, Floor.of(min_log_decay)
+        self.scale, self.floor = settings.scale, Floor.of(settings.min_log_decay)
+        self.q_act, self.v_act = settings.q_activation, settings.v_activation
 
     def allocate_gradients(self) -> None:
         """Makes room for what `backward` stores."""
@@ -173,10 +166,11 @@ class TiedGate:
 class FreeGate:
     """The gates of `gated_scan`."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, scale: float):
-        self.inputs = (q, k, v, log_f)
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.scale = scale
+    def __init__(self, call: ScanCall):
+        assert call.k is not None
+        self.inputs = (call.q, call.k, call.v, call.f)
+        self.dtype = torch.promote_types(call.q.dtype, torch.float32)
+        self.scale = call.settings.scale
 
     def allocate_gradients(self) -> None:
         """Makes room for what `backward` stores."""

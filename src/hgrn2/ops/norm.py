@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hgrn2.ops.backends import triton_runs
+from hgrn2.ops.triton.installed import triton_runs
 from hgrn2.shapes import require_shape
 
 BACKENDS = ("auto", "torch", "triton")

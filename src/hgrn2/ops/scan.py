@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 from torch import Tensor
 
-from hgrn2.ops import reference
-from hgrn2.ops.backends import resolve_backend, triton_runs
-from hgrn2.ops.checks import (
-    check_log_decay,
-    check_lower_bound,
-    check_scan,
-    check_settings,
-    check_step,
-    check_tangents,
-    state_dtype,
-)
-from hgrn2.ops.cuda.plan import coarse_chunks
-from hgrn2.ops.export import free_scan, is_exporting, is_onnx_export, tied_scan
-from hgrn2.ops.gates import activate
-from hgrn2.ops.registration import (
-    chunked_gated_scan,
-    chunked_scan,
-    cuda_scan,
-    triton_scan,
-    triton_step,
-    triton_step_in_place,
-)
-from hgrn2.ops.tiles import chunks_per_tile
+from hgrn2.errors import UserError
+from hgrn2.ops.backends.base import choose
+from hgrn2.ops.call import ScanCall, ScanSettings, state_dtype, traits_of
+from hgrn2.ops.checks import check_log_decay, check_lower_bound, check_scan, check_settings, check_step
+from hgrn2.ops.export import is_onnx_export, scan_in_operations
+from hgrn2.ops.registration import run_scan, run_step
 from hgrn2.shapes import BHK, BHKV, BHV, BTHK, BTHV, HK, NHKV
 
 
@@ -99,60 +79,14 @@ def hgrn2_scan(
         q, scale, reverse=reverse, min_log_decay=min_log_decay, q_activation=q_activation, v_activation=v_activation
     )
     check_lower_bound(lower_bound, q, debug)
-    lower_bound, initial_state = _as_state(lower_bound, q), _as_state(initial_state, q)
-    if is_onnx_export():
-        return tied_scan(
-            q, f, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, v_activation,
-            min_log_decay,
-        )  # fmt: skip
-    # a launch takes no larger batch
-    plain = q.shape[0] < 1 << 16
-    backend = _resolve(backend, q, v, plain)
-    check_tangents(backend, q, f, v, lower_bound, initial_state)
-    min_log_decay = None if min_log_decay is None else float(min_log_decay)
-    if backend == "cuda":
-        # rounded as every product of its kernels would
-        v = activate(v, v_activation)
-        keep = _keeps_states(q, f, v, lower_bound, initial_state) and q.dtype == torch.bfloat16
-        num_packed = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        batch, length, heads, _ = q.shape
-        coarse = coarse_chunks(batch, length, heads, num_packed) if keep else 0
-        y, state, _ = cuda_scan(
-            q, f, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, min_log_decay, coarse
-        )
-        return y, state
-    if backend == "triton":
-        return triton_scan(
-            q, f, None, v, lower_bound, initial_state, cu_seqlens, reverse, float(scale), q_activation, v_activation,
-            min_log_decay,
-        )  # fmt: skip
-    if backend == "reference":
-        dtype = state_dtype(q)
-        gate, key = reference.tied_gate(f.to(dtype), lower_bound)
-        gate = reference.floored(gate, min_log_decay)
-        y, state = reference.recurrence(
-            reference.activation(q.to(dtype), q_activation), key, reference.activation(v.to(dtype), v_activation), gate,
-            _initial_state(initial_state, q, v, cu_seqlens), cu_seqlens, reverse, scale,
-        )  # fmt: skip
-        return y.to(q.dtype), state
-    keep = _keeps_states(q, f, v, lower_bound, initial_state)
-    tile_chunks = chunks_per_tile(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype, q.device)
-    y, state, _ = chunked_scan(
-        q,
-        f,
-        v,
-        lower_bound,
-        initial_state,
-        cu_seqlens,
-        reverse,
-        float(scale),
-        q_activation,
-        v_activation,
-        min_log_decay,
-        tile_chunks,
-        keep,
+    settings = ScanSettings(
+        reverse, float(scale), q_activation, v_activation, None if min_log_decay is None else float(min_log_decay)
     )
-    return y, state
+    state = _to_state_dtype(initial_state, q)
+    call = ScanCall(q, f, None, v, _to_state_dtype(lower_bound, q), state, cu_seqlens, settings)
+    if is_onnx_export():
+        return scan_in_operations(call)
+    return run_scan(call, choose(backend, traits_of(call)))
 
 
 def gated_scan(
@@ -198,25 +132,12 @@ def gated_scan(
     check_scan(q, k, v, initial_state, cu_seqlens, "k", debug)
     check_settings(q, scale, reverse=reverse)
     check_log_decay(log_f, q, debug)
-    log_f, initial_state = log_f.to(state_dtype(q)), _as_state(initial_state, q)
+    state = _to_state_dtype(initial_state, q)
+    settings = ScanSettings(reverse, float(scale))
+    call = ScanCall(q, log_f.to(state_dtype(q)), k, v, None, state, cu_seqlens, settings)
     if is_onnx_export():
-        return free_scan(q, k, v, log_f, initial_state, cu_seqlens, reverse, float(scale))
-    backend = _resolve(backend, q, v, plain=False)
-    check_tangents(backend, q, k, v, log_f, initial_state)
-    if backend == "triton":
-        return triton_scan(q, log_f, k, v, None, initial_state, cu_seqlens, reverse, float(scale), "none", "none", None)
-    if backend == "reference":
-        dtype = state_dtype(q)
-        state = _initial_state(initial_state, q, v, cu_seqlens)
-        operands = (q.to(dtype), k.to(dtype), v.to(dtype), torch.exp(log_f))
-        y, state = reference.recurrence(*operands, state, cu_seqlens, reverse, scale)
-        return y.to(q.dtype), state
-    keep = _keeps_states(q, k, v, log_f, initial_state)
-    tile_chunks = chunks_per_tile(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype, q.device)
-    y, state, _ = chunked_gated_scan(
-        q, k, v, log_f, initial_state, cu_seqlens, reverse, float(scale), tile_chunks, keep
-    )
-    return y, state
+        return scan_in_operations(call)
+    return run_scan(call, choose(backend, traits_of(call)))
 
 
 def hgrn2_step(
@@ -263,61 +184,17 @@ def hgrn2_step(
     check_step(q, f, v, state)
     check_settings(q, scale, q_activation=q_activation, v_activation=v_activation)
     check_lower_bound(lower_bound, q, debug)
-    dtype = state_dtype(q)
-    if is_onnx_export():
-        backend = "chunked"
-    if backend == "cuda":
-        # a step is Triton's kernel whichever the scan's are; without Triton, a few operations of torch
-        backend = "chunked" if q.is_cuda and not triton_runs() else "triton"
-    backend = _resolve(backend, q, v, plain=False)
-    if inplace and state.dtype != dtype:
-        raise ValueError(f"state has dtype {state.dtype}; to be changed in place it must be {dtype}")
-    if inplace and _needs_gradient(q, f, v, state, lower_bound):
-        raise ValueError("a state cannot be changed in place where gradients are recorded; use torch.no_grad()")
-    new_state = state
-    state, lower_bound = state.to(dtype), _as_state(lower_bound, q)
-    if backend == "triton":
-        check_tangents(backend, q, f, v, state, lower_bound)
-        if _needs_gradient(q, f, v, state, lower_bound):
-            y, state = triton_scan(
-                *(x.unsqueeze(1) for x in (q, f)), None, v.unsqueeze(1), lower_bound, state, None, False, float(scale),
-                q_activation, v_activation, None,
-            )  # fmt: skip
-            return y.squeeze(1), state
-        arguments = (q, f, v, state, lower_bound, float(scale), q_activation, v_activation)
-        return (triton_step_in_place(*arguments), state) if inplace else triton_step(*arguments)
-    gate, key = reference.tied_gate(f.to(dtype), lower_bound)
-    value = activate(v.to(dtype), v_activation)
-    query = activate(q.to(dtype), q_activation)
-    state = torch.addcmul(key.unsqueeze(-1) * value.unsqueeze(-2), gate.unsqueeze(-1), state)
-    # tensors that only have a shape know no autocast
-    with contextlib.nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
-        y = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)
-    if inplace:
-        state = new_state.copy_(state)
-    return (y * scale if scale != 1 else y).to(q.dtype), state
+    settings = ScanSettings(False, float(scale), q_activation, v_activation)
+    call = ScanCall(q, f, None, v, _to_state_dtype(lower_bound, q), _to_state_dtype(state, q), None, settings)
+    chosen = choose("chunked" if is_onnx_export() else backend, traits_of(call, is_step=True))
+    if inplace and state.dtype != state_dtype(q):
+        raise UserError(f"state has dtype {state.dtype}; to be changed in place it must be {state_dtype(q)}")
+    if inplace and call.needs_gradient():
+        raise UserError(
+            "a state cannot be changed in place where gradients are recorded; use torch.no_grad()", "contradiction"
+        )
+    return run_step(call, chosen, inplace)
 
 
-def _resolve(backend: str, q: Tensor, v: Tensor, plain: bool) -> str:
-    return resolve_backend(backend, q.device, q.dtype, q.shape[-1], v.shape[-1], plain)
-
-
-def _as_state(x: Tensor | None, q: Tensor) -> Tensor | None:
+def _to_state_dtype(x: Tensor | None, q: Tensor) -> Tensor | None:
     return None if x is None else x.to(state_dtype(q))
-
-
-def _needs_gradient(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
-def _keeps_states(*inputs: Tensor | None) -> bool:
-    """Whether the forward pass keeps states for the backward pass, which otherwise computes them again."""
-    # how many there are depends on the length, which an exported program leaves open
-    return _needs_gradient(*inputs) and not is_exporting()
-
-
-def _initial_state(initial_state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    if initial_state is not None:
-        return initial_state
-    num_states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return q.new_zeros((num_states, *q.shape[2:], v.shape[3]), dtype=state_dtype(q))

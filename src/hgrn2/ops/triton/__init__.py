@@ -1,1 +1,1 @@
-"""The operators as Triton kernels, for GPUs. Nothing here is imported before a kernel is asked for."""
+"""Triton kernels beside the scans: norm and loss. Triton is imported only when a kernel is launched."""

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hgrn2.ops.backends.base import Backend
+from hgrn2.ops.call import CallTraits, ScanCall, state_dtype
+from hgrn2.ops.device import without_autocast
+from hgrn2.ops.gates import activate
 from hgrn2.ops.tiles import boundaries
 
 
@@ -96,3 +100,52 @@ def recurrence(
         outputs.reverse()
     y = torch.stack(outputs, 1) if outputs else q.new_zeros(q.shape[:3] + v.shape[3:])
     return y, state
+
+
+class ReferenceBackend(Backend):
+    """The recurrence as torch differentiates it, to any order and in forward mode. It runs by its name alone."""
+
+    name = "reference"
+    opaque = ()
+
+    def rejects(self, traits: CallTraits) -> str | None:
+        """Return None: it runs every call."""
+        return None
+
+    def forward(self, call: ScanCall, plan: int) -> tuple[Tensor, Tensor, None]:
+        """Run the recurrence in the state dtype."""
+        dtype, settings = state_dtype(call.q), call.settings
+        q, v = activation(call.q.to(dtype), settings.q_activation), activation(call.v.to(dtype), settings.v_activation)
+        if call.k is None:
+            f, k = tied_gate(call.f.to(dtype), call.lower_bound)
+            f = floored(f, settings.min_log_decay)
+        else:
+            f, k = torch.exp(call.f), call.k.to(dtype)
+        state = call.q.new_zeros(call.state_shape(), dtype=dtype) if call.initial_state is None else call.initial_state
+        y, state = recurrence(q, k, v, f, state, call.cu_seqlens, settings.reverse, settings.scale)
+        return y.to(call.q.dtype), state, None
+
+    def step(self, call: ScanCall, in_place: bool) -> tuple[Tensor, Tensor]:
+        """Run one token."""
+        return step_in_torch(call, in_place)
+
+
+def step_in_torch(call: ScanCall, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Run one token in a few element-wise operations, which torch differentiates.
+
+    Args:
+        call: as for `Backend.step`.
+        in_place: write the new state over the initial one.
+    """
+    q, settings, old_state = call.q, call.settings, call.initial_state
+    assert old_state is not None
+    dtype = state_dtype(q)
+    gate, key = tied_gate(call.f.to(dtype), call.lower_bound)
+    value = activate(call.v.to(dtype), settings.v_activation)
+    query = activate(q.to(dtype), settings.q_activation)
+    state = torch.addcmul(key.unsqueeze(-1) * value.unsqueeze(-2), gate.unsqueeze(-1), old_state)
+    with without_autocast(q):
+        y = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)
+    if in_place:
+        state = old_state.copy_(state)
+    return (y * settings.scale if settings.scale != 1 else y).to(q.dtype), state

@@ -12,12 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
+from hgrn2.ops.backends.triton.blocks import Blocks, blocks_for, step_block
+from hgrn2.ops.backends.triton.chunk_bwd import chunk_gradient_kernel
+from hgrn2.ops.backends.triton.chunk_fwd import carry_states_kernel, chunk_output_kernel, chunk_update_kernel
+from hgrn2.ops.backends.triton.recurrent import step_kernel
+from hgrn2.ops.call import ScanCall, ScanGradients
 from hgrn2.ops.device import on_device
 from hgrn2.ops.gates import Floor
-from hgrn2.ops.triton.blocks import Blocks, blocks_for, step_block
-from hgrn2.ops.triton.chunk_bwd import chunk_gradient_kernel
-from hgrn2.ops.triton.chunk_fwd import carry_states_kernel, chunk_output_kernel, chunk_update_kernel
-from hgrn2.ops.triton.recurrent import step_kernel
 
 # heads are worked on in groups whose chunk states fit here: memory stays small, and what one kernel writes is still in
 # the chip's cache when the next reads it
@@ -25,48 +26,12 @@ STATE_BYTES = 1 << 28
 CARRY_BLOCK = 512
 
 
-@dataclass(frozen=True)
-class Scan:
-    """A checked call of the operator.
-
-    Attributes:
-        q: [B, T, H, K].
-        f: [B, T, H, K], pre-activation of the forget gate or, beside a key, the log decay.
-        k: [B, T, H, K], or None for the tied key of `hgrn2_scan`.
-        v: [B, T, H, V].
-        bound: [H, K] float32 or None.
-        initial_state: [N, H, K, V] float32 or None.
-        cu_seqlens: [N + 1] or None.
-        reverse: time runs from the last row to the first.
-        scale: factor of the outputs.
-        q_activation: of q.
-        v_activation: of v.
-        min_log_decay: floor under the log decay of tied gates, or None.
-    """
-
-    q: Tensor
-    f: Tensor
-    k: Tensor | None
-    v: Tensor
-    bound: Tensor | None
-    initial_state: Tensor | None
-    cu_seqlens: Tensor | None
-    reverse: bool
-    scale: float
-    q_activation: str = "none"
-    v_activation: str = "none"
-    min_log_decay: float | None = None
-
-    def with_unit_stride(self) -> Scan:
-        """The same with inputs whose last axis is contiguous; slices of one projection are so already."""
-        q, f, k, v = (None if x is None else _unit_stride(x) for x in (self.q, self.f, self.k, self.v))
-        small = (self.bound, self.initial_state, self.cu_seqlens)
-        bound, state, cu_seqlens = (None if x is None else x.contiguous() for x in small)
-        rest = (cu_seqlens, self.reverse, self.scale, self.q_activation, self.v_activation, self.min_log_decay)
-        assert q is not None
-        assert f is not None
-        assert v is not None
-        return Scan(q, f, k, v, bound, state, *rest)
+def _with_unit_stride(call: ScanCall) -> ScanCall:
+    """Return the call with inputs whose last axis is contiguous; slices of one projection are so already."""
+    q, f, k, v, bound, state, cu_seqlens, settings = call
+    bound, state, cu_seqlens = (None if x is None else x.contiguous() for x in (bound, state, cu_seqlens))
+    k = None if k is None else _unit_stride(k)
+    return ScanCall(_unit_stride(q), _unit_stride(f), k, _unit_stride(v), bound, state, cu_seqlens, settings)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -114,25 +79,26 @@ def cut(batch: int, length: int, cu_seqlens: Tensor | None, size: int) -> Chunks
 class Launcher:
     """The kernels of one call, with the arguments they share."""
 
-    def __init__(self, scan: Scan):
-        self.scan = scan = scan.with_unit_stride()
-        q, v = scan.q, scan.v
+    def __init__(self, call: ScanCall):
+        self.call = call = _with_unit_stride(call)
+        q, v, settings = call.q, call.v, call.settings
+        self.key = q if call.k is None else call.k
         self.batch, self.length, self.heads, self.width = q.shape
         self.v_width = v.shape[-1]
         self.blocks: Blocks = blocks_for(q.device, q.dtype, self.length, self.width, self.v_width)
-        self.chunks = cut(self.batch, self.length, scan.cu_seqlens, self.blocks.chunk)
+        self.chunks = cut(self.batch, self.length, call.cu_seqlens, self.blocks.chunk)
         self.low_state = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        floor = Floor.of(scan.min_log_decay)
+        floor = Floor.of(settings.min_log_decay)
         self.flags: dict[str, Any] = {
             "C": self.blocks.chunk,
-            "TIED": scan.k is None,
-            "HAS_BOUND": scan.bound is not None,
-            "Q_ACTIVATION": scan.q_activation,
-            "V_ACTIVATION": scan.v_activation,
+            "TIED": call.k is None,
+            "HAS_BOUND": call.lower_bound is not None,
+            "Q_ACTIVATION": settings.q_activation,
+            "V_ACTIVATION": settings.v_activation,
             "FLOOR": floor.decay,
             "FLOOR_LOST": floor.lost,
-            "PACKED": scan.cu_seqlens is not None,
-            "REVERSE": scan.reverse,
+            "PACKED": call.cu_seqlens is not None,
+            "REVERSE": settings.reverse,
             # tf32 alone has three digits; 16-bit inputs are products of their own
             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         }
@@ -152,17 +118,16 @@ class Launcher:
     def new_states(self, heads: int) -> Tensor:
         """Room for a group's chunk states."""
         shape = (self.chunks.total, heads, self.width, self.v_width)
-        return torch.empty(shape, dtype=self.low_state, device=self.scan.q.device)
+        return torch.empty(shape, dtype=self.low_state, device=self.call.q.device)
 
     def updates(self, values: Tensor, states: Tensor, decays: Tensor, group: tuple[int, int], of_queries: bool) -> None:
         """Fills states with what each chunk adds; of keys, decays with the decay of each."""
-        scan, blocks = self.scan, self.blocks.update
+        call, k, blocks = self.call, self.key, self.blocks.update
         grid = (self.chunks.total, group[1], _blocks(self.width, blocks.k) * _blocks(self.v_width, blocks.v))
-        k = scan.q if scan.k is None else scan.k
         chunk_update_kernel[grid](
-            scan.q, scan.f, k, values, scan.bound, states, decays, *self._tables(),
-            *_strides(scan.q), *_strides(scan.f), *_strides(k), *_strides(values),
-            self.length, self.chunks.each, *group, self.width, self.v_width, scan.scale,
+            call.q, call.f, k, values, call.lower_bound, states, decays, *self._tables(),
+            *_strides(call.q), *_strides(call.f), *_strides(k), *_strides(values),
+            self.length, self.chunks.each, *group, self.width, self.v_width, call.settings.scale,
             BK=blocks.k, BV=blocks.v, OF_QUERIES=of_queries, num_warps=blocks.warps, num_stages=blocks.stages,
             **self.flags,
         )  # fmt: skip
@@ -186,13 +151,13 @@ class Launcher:
 
     def outputs(self, values: Tensor, states: Tensor, y: Tensor, group: tuple[int, int], of_queries: bool) -> None:
         """Writes outputs to y or, of_queries, the gradient of v from values dy."""
-        scan, blocks = self.scan, self.blocks.output
+        call, k, blocks = self.call, self.key, self.blocks.output
         grid = (self.chunks.total, group[1], _blocks(self.v_width, blocks.v))
-        k = scan.q if scan.k is None else scan.k
         chunk_output_kernel[grid](
-            scan.q, scan.f, k, values, scan.bound, states, y, *self._tables(),
-            *_strides(scan.q), *_strides(scan.f), *_strides(k), *_strides(values), *_strides(y),
-            scan.v, *_strides(scan.v), self.length, self.chunks.each, *group, self.width, self.v_width, scan.scale,
+            call.q, call.f, k, values, call.lower_bound, states, y, *self._tables(),
+            *_strides(call.q), *_strides(call.f), *_strides(k), *_strides(values), *_strides(y),
+            call.v, *_strides(call.v), self.length, self.chunks.each, *group, self.width, self.v_width,
+            call.settings.scale,
             BK=blocks.k, BV=blocks.v, OF_QUERIES=of_queries, num_warps=blocks.warps, num_stages=blocks.stages,
             **self.flags,
         )  # fmt: skip
@@ -202,19 +167,18 @@ class Launcher:
         group: tuple[int, int],
     ) -> None:  # fmt: skip
         """Writes the gradients (dq, df, dk, d_bound of each chunk)."""
-        scan, blocks = self.scan, self.blocks.gradient
+        call, k, blocks = self.call, self.key, self.blocks.gradient
         grid = (self.chunks.total, group[1], _blocks(self.width, blocks.k))
-        k = scan.q if scan.k is None else scan.k
         chunk_gradient_kernel[grid](
-            scan.q, scan.f, k, scan.v, dy, scan.bound, states, d_states, decays, *results, *self._tables(),
-            *_strides(scan.q), *_strides(scan.f), *_strides(k), *_strides(scan.v), *_strides(dy),
-            self.length, self.chunks.each, *group, self.heads, self.width, self.v_width, scan.scale,
+            call.q, call.f, k, call.v, dy, call.lower_bound, states, d_states, decays, *results, *self._tables(),
+            *_strides(call.q), *_strides(call.f), *_strides(k), *_strides(call.v), *_strides(dy),
+            self.length, self.chunks.each, *group, self.heads, self.width, self.v_width, call.settings.scale,
             BK=blocks.k, BV=blocks.v, num_warps=blocks.warps, num_stages=blocks.stages,
             **self.flags,
         )  # fmt: skip
 
     def _tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.chunks.first, self.chunks.sequence, self.scan.cu_seqlens
+        return self.chunks.first, self.chunks.sequence, self.call.cu_seqlens
 
 
 def _blocks(size: int, block: int) -> int:
@@ -225,85 +189,89 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def _initial(scan: Scan, launcher: Launcher) -> Tensor:
-    if scan.initial_state is not None:
-        return scan.initial_state.clone(memory_format=torch.contiguous_format)
-    shape = (launcher.chunks.sequences, launcher.heads, launcher.width, launcher.v_width)
-    return torch.zeros(shape, dtype=torch.float32, device=scan.q.device)
+def forward(call: ScanCall, plan: int) -> tuple[Tensor, Tensor, None]:
+    """Scan; the backward pass needs nothing of the way there.
 
-
-def forward(scan: Scan) -> tuple[Tensor, Tensor]:
-    """The scan.
+    Args:
+        call: the call.
+        plan: not used.
 
     Returns:
-        y [B, T, H, V] in q's dtype and the final state [N, H, K, V], float32.
+        y [B, T, H, V] in q's dtype, the final state [N, H, K, V], float32, and None.
     """
-    run = Launcher(scan)
-    y = _new_rows(scan.v, scan)
-    final = _initial(scan, run)
+    run = Launcher(call)
+    y, final = _new_rows(call.v, call), call.new_states()
     if run.is_empty():
-        return y, final
-    with on_device(scan.q.device):
+        return y, final, None
+    with on_device(call.q.device):
         for group in run.groups():
             states, decays = run.new_states(group[1]), _new_decays(run, group[1])
-            run.updates(run.scan.v, states, decays, group, of_queries=False)
-            run.carry(states, decays, run.scan.initial_state, final, group, back=False)
-            run.outputs(run.scan.v, states, y, group, of_queries=False)
-    return y, final
+            run.updates(run.call.v, states, decays, group, of_queries=False)
+            run.carry(states, decays, run.call.initial_state, final, group, back=False)
+            run.outputs(run.call.v, states, y, group, of_queries=False)
+    return y, final, None
 
 
 def backward(
-    scan: Scan, dy: Tensor, d_final: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-    """Gradient of `forward`.
-
-    Returns:
-        Gradients of q, f, k (None when tied), v, the lower bound (None without one) and the initial state.
-    """
-    run = Launcher(scan)
-    inputs = run.scan
-    dq, df, dv = (_new_rows(x, scan) for x in (scan.q, scan.f, scan.v))
-    dk = None if scan.k is None else _new_rows(scan.k, scan)
+    call: ScanCall, plan: int, kept: Tensor | None, dy: Tensor, d_final: Tensor | None, bound_wanted: bool
+) -> ScanGradients:
+    """Gradient of `forward`; arguments as for `Backend.backward`."""
+    run = Launcher(call)
+    inputs, bound = run.call, call.lower_bound
+    dq, df, dv = (_new_rows(x, call) for x in (call.q, call.f, call.v))
+    dk = None if call.k is None else _new_rows(call.k, call)
     d_bound = None
-    if scan.bound is not None:
+    if bound is not None:
         # a row for each chunk, summed below in a fixed order
-        shape = (run.chunks.total, *scan.bound.shape)
-        d_bound = torch.zeros(shape, dtype=torch.float32, device=scan.q.device)
-    dy, d_final = _unit_stride(dy), d_final.contiguous()
+        d_bound = torch.zeros((run.chunks.total, *bound.shape), dtype=torch.float32, device=call.q.device)
+    dy = _unit_stride(dy)
+    if d_final is None:
+        d_final = torch.zeros(call.state_shape(), dtype=torch.float32, device=call.q.device)
+    d_final = d_final.contiguous()
     d_initial = d_final.clone()
-    if run.is_empty():
-        return dq, df, dk, dv, None if d_bound is None else d_bound.sum(0), d_initial
-    with on_device(scan.q.device):
-        for group in run.groups():
-            states, d_states = run.new_states(group[1]), run.new_states(group[1])
-            decays = _new_decays(run, group[1])
-            run.updates(inputs.v, states, decays, group, of_queries=False)
-            run.carry(states, decays, inputs.initial_state, None, group, back=False)
-            run.updates(dy, d_states, decays, group, of_queries=True)
-            run.carry(d_states, decays, d_final, d_initial, group, back=True)
-            run.outputs(dy, d_states, dv, group, of_queries=True)
-            run.gradients(dy, states, d_states, decays, (dq, df, dk, d_bound), group)
-    return dq, df, dk, dv, None if d_bound is None else d_bound.sum(0), d_initial
+    if not run.is_empty():
+        with on_device(call.q.device):
+            for group in run.groups():
+                states, d_states = run.new_states(group[1]), run.new_states(group[1])
+                decays = _new_decays(run, group[1])
+                run.updates(inputs.v, states, decays, group, of_queries=False)
+                run.carry(states, decays, inputs.initial_state, None, group, back=False)
+                run.updates(dy, d_states, decays, group, of_queries=True)
+                run.carry(d_states, decays, d_final, d_initial, group, back=True)
+                run.outputs(dy, d_states, dv, group, of_queries=True)
+                run.gradients(dy, states, d_states, decays, (dq, df, dk, d_bound), group)
+    d_bound = None if d_bound is None else d_bound.sum(0)
+    return ScanGradients(dq, df, dk, dv, d_bound, None if call.initial_state is None else d_initial)
 
 
-def _new_rows(like: Tensor, scan: Scan) -> Tensor:
+def _new_rows(like: Tensor, call: ScanCall) -> Tensor:
     """Room for an output; packed sequences may leave rows at the end to nobody."""
-    make = torch.empty if scan.cu_seqlens is None else torch.zeros
+    make = torch.empty if call.cu_seqlens is None else torch.zeros
     return make(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _new_decays(run: Launcher, heads: int) -> Tensor:
     """Room for the decay of each chunk and 1 minus it."""
     shape = (run.chunks.total, heads, 2, run.width)
-    return torch.empty(shape, dtype=torch.float32, device=run.scan.q.device)
+    return torch.empty(shape, dtype=torch.float32, device=run.call.q.device)
 
 
-def step(
-    q: Tensor, f: Tensor, v: Tensor, state: Tensor, bound: Tensor | None, scale: float, q_activation: str,
-    v_activation: str, new_state: Tensor,
-) -> Tensor:  # fmt: skip
-    """One token: writes the state after it to `new_state`, which may be `state` itself, and returns y [B, H, V]."""
-    q, f, v = (_unit_stride(x) for x in (q, f, v))
+def step(call: ScanCall, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Run one token.
+
+    Args:
+        call: as for `Backend.step`.
+        in_place: write the new state over the initial one.
+
+    Returns:
+        y [B, H, V] and the new state.
+    """
+    q, f, v = (_unit_stride(x) for x in (call.q, call.f, call.v))
+    old_state, bound, settings = call.initial_state, call.lower_bound, call.settings
+    assert old_state is not None
+    state = old_state.contiguous()
+    # a kernel writes each element of the state after it has read it
+    new_state = state if in_place else torch.empty(state.shape, dtype=state.dtype, device=state.device)
     batch, heads, width = q.shape
     v_width = v.shape[-1]
     y = torch.empty((batch, heads, v_width), dtype=q.dtype, device=q.device)
@@ -313,7 +281,10 @@ def step(
             step_kernel[(batch * heads, _blocks(v_width, block_v))](
                 q, f, v, state, None if bound is None else bound.contiguous(), y, new_state,
                 q.stride(0), q.stride(1), f.stride(0), f.stride(1), v.stride(0), v.stride(1),
-                heads, width, v_width, scale, BK=triton.next_power_of_2(width), BV=block_v,
-                HAS_BOUND=bound is not None, Q_ACTIVATION=q_activation, V_ACTIVATION=v_activation, num_warps=4,
+                heads, width, v_width, settings.scale, BK=triton.next_power_of_2(width), BV=block_v,
+                HAS_BOUND=bound is not None, Q_ACTIVATION=settings.q_activation, V_ACTIVATION=settings.v_activation,
+                num_warps=4,
             )  # fmt: skip
-    return y
+    if not in_place:
+        return y, new_state
+    return y, old_state if new_state is old_state else old_state.copy_(new_state)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hgrn2.ops.call import ScanCall
+
 WIDTH = 128  # K = V
 CHUNK = 64  # tokens
 # of an H100 or H200; on another chip a cut that fits less well is slower, not wrong
@@ -79,6 +81,12 @@ def coarse_chunks(batch: int, length: int, heads: int, num_packed: int = 0) -> i
 def coarse_pieces(length: int, coarse: int, num_packed: int = 0) -> int:
     """How many states are kept of a sequence; none with a distance of 0. The one it begins with is not among them."""
     return max(0, -(-num_chunks(length, num_packed) // coarse) - 1) if coarse else 0
+
+
+def kept_shape(call: ScanCall, coarse: int) -> tuple[int, ...]:
+    """Return the shape [B, pieces, H, K, V] of the states that the forward pass keeps, `coarse` chunks apart."""
+    batch, length, heads, _ = call.q.shape
+    return (batch, coarse_pieces(length, coarse, call.num_packed()), heads, WIDTH, WIDTH)
 
 
 class Group(NamedTuple):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hgrn2.ops.triton.chunks import (
+from hgrn2.ops.backends.triton.chunks import (
     activate,
     activate_backward,
     chunk_place,

@@ -11,7 +11,7 @@ the same scan with the query as key, the key as query, dy as value.
 import triton
 import triton.language as tl
 
-from hgrn2.ops.triton.chunks import (
+from hgrn2.ops.backends.triton.chunks import (
     activate,
     activate_backward,
     chunk_place,

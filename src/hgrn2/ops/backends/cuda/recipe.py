@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hgrn2.ops.cuda.compiler import Kernel, current_stream
+from hgrn2.ops.backends.cuda.compiler import Kernel, current_stream
 from hgrn2.ops.device import on_device
 
 # of rooms in memory, bytes

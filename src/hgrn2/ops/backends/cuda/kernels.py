@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from hgrn2.ops.cuda import compiler
-from hgrn2.ops.cuda.plan import CHUNK, WIDTH
+from hgrn2.ops.backends.cuda import compiler
+from hgrn2.ops.backends.cuda.plan import CHUNK, WIDTH
 from hgrn2.ops.gates import Floor
 
 THREADS, LEFT_OVER_THREADS, CARRY_THREADS = 512, 256, 128

@@ -1,0 +1,40 @@
+"""Backends of the scans: a room each, and the rule by which one is chosen."""
+
+from hgrn2.ops.backends.base import (
+    Backend,
+    auto_order,
+    backend_names,
+    check_backend,
+    choose,
+    find,
+    register,
+    registered,
+    resolve_backend,
+    set_auto_order,
+    unregister,
+)
+from hgrn2.ops.backends.chunked import ChunkedBackend
+from hgrn2.ops.backends.cuda import CudaBackend
+from hgrn2.ops.backends.reference import ReferenceBackend
+from hgrn2.ops.backends.triton import TritonBackend
+from hgrn2.ops.triton.installed import IS_INTERPRETED, triton_runs
+
+__all__ = [
+    "Backend",
+    "auto_order",
+    "backend_names",
+    "check_backend",
+    "choose",
+    "find",
+    "register",
+    "registered",
+    "resolve_backend",
+    "set_auto_order",
+    "triton_runs",
+    "unregister",
+]
+
+for _backend in (ReferenceBackend(), ChunkedBackend(), TritonBackend(), CudaBackend()):
+    register(_backend)
+# the reference runs by its name alone, and so do kernels in an interpreter, which are for tests
+set_auto_order("cuda", *(() if IS_INTERPRETED else ("triton",)), "chunked")

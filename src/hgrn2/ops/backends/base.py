@@ -1,0 +1,292 @@
+"""What a backend is, which ones there are, and which of them runs a call."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hgrn2.errors import UserError
+from hgrn2.ops.call import CallTraits, ScanCall, ScanGradients
+
+AUTO = "auto"
+
+
+class Unavailable(str):
+    """A rejection for want of something that can be installed; "auto" warns of it."""
+
+    __slots__ = ()
+
+
+class Backend(Protocol):
+    """A way to compute scans and steps.
+
+    Classes that derive from this one inherit what most backends share: no plan, nothing kept, steps of their own.
+
+    Attributes:
+        name: what callers ask for.
+        opaque: which of "scan" and "step" are operators of torch's library, whose inside neither torch.compile nor
+            autograd sees. An opaque scan needs `backward`; the gradient of an opaque step is that of a scan of one
+            token. What is not opaque must be made of differentiable operations of torch.
+    """
+
+    name: str
+    opaque: tuple[str, ...] = ("scan",)
+
+    def rejects(self, traits: CallTraits) -> str | None:
+        """Return the reason why it cannot run such calls, or None. Must not wait for a device."""
+        ...
+
+    def step_backend(self, traits: CallTraits) -> str:
+        """Return the name of the backend whose step it uses, which is usually itself."""
+        return self.name
+
+    def plan(self, call: ScanCall, needs_grad: bool) -> tuple[ScanCall, int]:
+        """Return the call in the form that `forward` takes, and a number that decides what it keeps.
+
+        Both are found outside the operator: operations of torch that the call needs first are differentiated by
+        autograd, and a traced program holds the number.
+
+        Args:
+            call: the call.
+            needs_grad: whether a backward pass may follow.
+        """
+        return call, 0
+
+    def kept_shape(self, call: ScanCall, plan: int) -> tuple[int, ...]:
+        """Return the shape of the tensor in the state dtype that `forward` keeps, from shapes alone; (0,) for none."""
+        return (0,)
+
+    def forward(self, call: ScanCall, plan: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scan.
+
+        Args:
+            call: the call.
+            plan: as `plan` gave it.
+
+        Returns:
+            y [B, T, H, V] in q's dtype, the final state [N, H, K, V] in the state dtype, and what `backward` needs of
+            the way there or None; tensors of their own, contiguous.
+        """
+        ...
+
+    def backward(
+        self, call: ScanCall, plan: int, kept: Tensor | None, dy: Tensor, d_final_state: Tensor | None,
+        bound_wanted: bool,
+    ) -> ScanGradients:  # fmt: skip
+        """Gradient of `forward`.
+
+        Args:
+            call: the call.
+            plan: as `plan` gave it.
+            kept: as `forward` left it; not to be read if it left nothing.
+            dy: [B, T, H, V], gradient of the outputs.
+            d_final_state: [N, H, K, V], gradient of the final state; None for zeros.
+            bound_wanted: whether the gradient of the lower bound is wanted.
+        """
+        raise AssertionError(f"autograd differentiates the forward pass of {self.name}")
+
+    def step(self, call: ScanCall, in_place: bool) -> tuple[Tensor, Tensor]:
+        """Run one token.
+
+        Args:
+            call: q, f [B, H, K], v [B, H, V], lower_bound and initial_state [B, H, K, V].
+            in_place: write the new state over the initial one.
+
+        Returns:
+            y [B, H, V] in q's dtype and the new state.
+        """
+        ...
+
+
+_PARTS = ("name", "opaque", "rejects", "step_backend", "plan", "kept_shape", "forward", "backward", "step")
+_backends: dict[str, Backend] = {}
+_auto_order: tuple[str, ...] = ()
+_warned = False
+
+
+def register(backend: Backend) -> None:
+    """Make a backend known by its name.
+
+    Args:
+        backend: an instance of a class that derives from `Backend` or has all its parts.
+
+    Raises:
+        UserError: the name is taken ("already-exists"), or a part is missing ("incomplete").
+    """
+    missing = [part for part in _PARTS if not _has(backend, part)]
+    label = repr(getattr(backend, "name", type(backend).__name__))
+    if missing:
+        raise UserError(f"backend {label} lacks {', '.join(missing)}; define what `Backend` asks for", "incomplete")
+    if backend.name == AUTO or backend.name in _backends:
+        raise UserError(f"backend {label} is registered already; choose another name", "already-exists")
+    _backends[backend.name] = backend
+
+
+def _has(backend: Any, part: str) -> bool:
+    if part == "backward" and "scan" not in getattr(backend, "opaque", ("scan",)):
+        return True
+    # looked up in the class: an attribute that is made on first use may import a compiler
+    found = vars(backend).get(part, getattr(type(backend), part, None))
+    is_required = part in ("rejects", "forward", "backward", "step")
+    return found is not None and not (is_required and found is getattr(Backend, part))
+
+
+def unregister(name: str) -> None:
+    """Forget a backend, and take it out of the order of "auto".
+
+    Args:
+        name: of a registered backend.
+    """
+    find(name)
+    del _backends[name]
+    set_auto_order(*(other for other in _auto_order if other != name))
+
+
+@contextlib.contextmanager
+def registered(*backends: Backend, auto_order: tuple[str, ...] | None = None) -> Iterator[None]:
+    """Register backends for a block, each in the place of one of the same name if there is one.
+
+    Args:
+        *backends: as for `register`.
+        auto_order: as for `set_auto_order`; None leaves it as it is.
+    """
+    before, order = dict(_backends), _auto_order
+    try:
+        for backend in backends:
+            _backends.pop(getattr(backend, "name", ""), None)
+            register(backend)
+        if auto_order is not None:
+            set_auto_order(*auto_order)
+        yield
+    finally:
+        _backends.clear()
+        _backends.update(before)
+        set_auto_order(*order)
+
+
+def auto_order() -> tuple[str, ...]:
+    """Return the backends that "auto" tries, in order."""
+    return _auto_order
+
+
+def set_auto_order(*names: str) -> None:
+    """Let "auto" be the first of these backends that does not reject a call.
+
+    Args:
+        *names: of registered backends.
+    """
+    global _auto_order
+    for name in names:
+        find(name)
+    _auto_order = names
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return what `backend` may be: "auto" and the names of all registered backends."""
+    return (AUTO, *_backends)
+
+
+def check_backend(backend: str) -> None:
+    """Raise a UserError unless this is "auto" or the name of a backend.
+
+    Args:
+        backend: the name.
+    """
+    # a name of another type may have no hash
+    if not isinstance(backend, str) or (backend != AUTO and backend not in _backends):
+        raise _unknown(backend, backend_names())
+
+
+def find(name: str) -> Backend:
+    """Return a registered backend.
+
+    Args:
+        name: its name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not isinstance(name, str) or name not in _backends:
+        raise _unknown(name, tuple(_backends))
+    return _backends[name]
+
+
+def _unknown(name: object, known: tuple[str, ...]) -> UserError:
+    return UserError(f"backend is {name!r}; wanted one of {', '.join(map(repr, known))}", "unknown-name")
+
+
+def choose(backend: str, traits: CallTraits) -> Backend:
+    """Return the backend that runs a call.
+
+    Args:
+        backend: "auto" or a name.
+        traits: of the call.
+
+    Raises:
+        UserError: an unknown name ("unknown-name"), or a backend that cannot run the call ("unsupported", or
+            "unavailable" where something could be installed).
+    """
+    check_backend(backend)
+    if backend == AUTO:
+        return _first_that_runs(traits)
+    found = _backends[backend]
+    if traits.is_step:
+        found = find(found.step_backend(traits))
+    reason = found.rejects(traits)
+    if reason is not None:
+        code = "unavailable" if isinstance(reason, Unavailable) else "unsupported"
+        raise UserError(f"backend {found.name!r} cannot run: {reason}; use 'auto' or 'chunked'", code)
+    return found
+
+
+def _first_that_runs(traits: CallTraits) -> Backend:
+    missing = None
+    for name in _auto_order:
+        found = _backends[name]
+        reason = found.rejects(traits)
+        if reason is None:
+            if missing is not None:
+                _warn_once(
+                    f"{missing}: what has no other kernel runs as plain torch, which is several times slower on a GPU"
+                )
+            return found
+        if isinstance(reason, Unavailable):
+            missing = reason
+    raise UserError(f"backend is 'auto', and none of {', '.join(_auto_order)} can run such a call", "unsupported")
+
+
+def resolve_backend(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    k_width: int,
+    v_width: int,
+    cuda_eligible: bool = True,
+) -> str:
+    """Return the name of the backend that a request for `backend` means.
+
+    Args:
+        backend: "auto" or the name of a backend.
+        device: where the inputs are.
+        dtype: of the inputs.
+        k_width: K.
+        v_width: V.
+        cuda_eligible: whether the call is a scan from pre-activations of fewer than 65,536 sequences, which the CUDA
+            kernels can launch.
+
+    Raises:
+        UserError: an unknown name, or kernels that cannot run, with the reason.
+    """
+    return choose(backend, CallTraits(device, dtype, k_width, v_width, is_tied=cuda_eligible)).name
+
+
+def _warn_once(message: str) -> None:
+    global _warned
+    if not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -1,0 +1,69 @@
+"""Scans and steps as Triton kernels, for GPUs of NVIDIA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from hgrn2.ops.backends.base import Backend, Unavailable
+from hgrn2.ops.call import CallTraits
+from hgrn2.ops.triton.installed import DTYPES, IS_INTERPRETED, PROBLEM
+
+# what matrix units take at least, and what fits a multiprocessor
+NARROWEST, WIDEST = 16, 256
+
+
+class TritonBackend(Backend):
+    """The Triton kernels.
+
+    Args:
+        problem: why Triton cannot be used, or None.
+        is_interpreted: whether Triton's interpreter runs the kernels, on the CPU too.
+    """
+
+    name = "triton"
+    opaque = ("scan", "step")
+
+    def __init__(self, problem: str | None = PROBLEM, is_interpreted: bool = IS_INTERPRETED):
+        self.problem = None if problem is None else Unavailable(problem)
+        self.is_interpreted = is_interpreted
+
+    def rejects(self, traits: CallTraits) -> str | None:
+        """Return why the kernels cannot take such a call, or None."""
+        device = traits.device
+        if device.type != "cuda" and not (self.is_interpreted and device.type == "cpu"):
+            return f"the inputs are on {device.type}, and its kernels need a GPU"
+        dtype, k_width, v_width = traits.dtype, traits.k_width, traits.v_width
+        if torch.version.hip:
+            return "its kernels are for GPUs of NVIDIA"
+        if dtype not in DTYPES:
+            return f"its kernels do not take {dtype}"
+        if min(k_width, v_width) < NARROWEST or max(k_width, v_width) > WIDEST:
+            return f"K is {k_width} and V {v_width}, and its kernels take {NARROWEST} to {WIDEST}"
+        return self.problem
+
+    # made on first use, which imports Triton; a call then enters the launching module alone
+
+    @cached_property
+    def forward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`launch.forward`."""
+        from hgrn2.ops.backends.triton import launch
+
+        return launch.forward
+
+    @cached_property
+    def backward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`launch.backward`."""
+        from hgrn2.ops.backends.triton import launch
+
+        return launch.backward
+
+    @cached_property
+    def step(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`launch.step`."""
+        from hgrn2.ops.backends.triton import launch
+
+        return launch.step
