@@ -42,7 +42,7 @@ install: $(VENV)/.dev
 
 # tables of README and docs, from the committed results
 tables: $(VENV)/.dev
-	$(BIN)/python benchmarks/tables.py README.md docs/kernels.md docs/measurements.md
+	$(BIN)/python benchmarks/tables.py README.md docs/kernel-tables.md docs/measurements.md
 
 docs: $(VENV)/.dev
 	$(PIP_INSTALL) mkdocs

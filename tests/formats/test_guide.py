@@ -13,11 +13,11 @@ from hgrn2.train.checkpoint import CheckpointStore, create_run, model_tensors
 from tests.formats.published import FLA_CONFIG, draw, fla_shapes, merged, write
 from tests.models.cases import make_model
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "huggingface.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "checkpoints.md"
 
 
 def test_commands_of_the_guide(tmp_path, monkeypatch):
-    section = GUIDE.read_text(encoding="utf-8").split("## Checkpoints of other layouts\n")[1].split("\n## ")[0]
+    section = GUIDE.read_text(encoding="utf-8").split("## Convert\n")[1].split("\n## ")[0]
     commands = [shlex.split(line) for line in re.findall(r"^hgrn2 (.+)$", section, re.MULTILINE)]
     assert len(commands) >= 5
     monkeypatch.chdir(tmp_path)
