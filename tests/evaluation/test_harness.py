@@ -442,9 +442,7 @@ def test_commands_of_the_guide(one_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         harness_tasks, "TaskManager", lambda **x: manager(**(x if "include_defaults" in x else x | some))
     )
-    section = (
-        (ROOT / "docs/guide/evaluating.md").read_text(encoding="utf-8").split("## Tasks\n")[1].split("\n## ")[0]
-    )
+    section = (ROOT / "docs/guide/evaluating.md").read_text(encoding="utf-8").split("## Tasks\n")[1].split("\n## ")[0]
     commands = [shlex.split(line) for line in re.findall(r"^hgrn2 (.+)$", section, re.MULTILINE)]
     (task,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
     assert len(commands) == 3
