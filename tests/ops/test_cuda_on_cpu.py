@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgrn2.ops import checks, hgrn2_scan
 from hgrn2.ops.backends import registered
-from hgrn2.ops.backends.cuda import CudaBackend, plan, recipe, recipes
+from hgrn2.ops.backends.cuda import CudaBackend, launch, plan, recipe, recipes
 from hgrn2.ops.backends.cuda import kernels as cuda_kernels
 from tests.numerics import assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.cuda_emulator import Emulator
@@ -46,7 +46,7 @@ def kernels(emulator, monkeypatch):
     """Tensors of the CPU go to the CUDA kernels."""
     monkeypatch.setattr(cuda_kernels, "compiled", emulator.compiled)
     monkeypatch.setattr(cuda_kernels, "begin", lambda *_: None)
-    monkeypatch.setattr(recipe, "current_stream", lambda _: 0)
+    monkeypatch.setattr(launch, "current_stream", lambda _: 0)
     monkeypatch.setattr(emulator, "seed", 0)
     emulator.made.clear()
     # they were made with the numbers of another test
@@ -386,8 +386,8 @@ def test_boundaries_that_do_not_fit_touch_no_other_memory(kernels, monkeypatch, 
         """A room that is memory of its own."""
         if zeros:
             return room(self, num_bytes, zeros)
-        name = f"room {len(self._sizes)}"
-        self._sizes[name] = num_bytes
+        name = f"room {len(self.sizes)}"
+        self.sizes[name] = num_bytes
         return recipe.Place(name)
 
     monkeypatch.setattr(torch, "empty", guarded)

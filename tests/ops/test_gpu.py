@@ -25,6 +25,7 @@ from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, resolve_backend
 from hgrn2.ops.backends.cuda.arguments import PackedArguments
 from hgrn2.ops.backends.cuda.kernels import Settings
 from hgrn2.ops.backends.cuda.kernels import compiled as cuda_kernel
+from hgrn2.ops.backends.cuda.launch import run_recipe
 from hgrn2.ops.backends.cuda.plan import CHUNK, num_chunks
 from hgrn2.ops.backends.cuda.recipe import NOWHERE, Place, Recipe
 from hgrn2.ops.gates import Floor
@@ -433,7 +434,7 @@ def test_spans_of_packed_sequences(bounds, dtype, reverse):
     )
     places = [Place(name) for name in ("cu_seqlens", "spans", "num_spans")] + [NOWHERE] * PackedArguments.OUTPUTS
     one.launch("cut_sequences", (1, 1, 1), arguments, *places)
-    one.run(cu_seqlens.device, cu_seqlens=cu_seqlens, spans=found, num_spans=num_spans)
+    run_recipe(one, cu_seqlens.device, cu_seqlens=cu_seqlens, spans=found, num_spans=num_spans)
     spans = found[: int(num_spans)].tolist()
     rows, expected = [], []
     for row, left, sequence, ends in spans:

@@ -13,7 +13,7 @@ from hgrn2.ops.backends.base import (
     set_auto_order,
     unregister,
 )
-from hgrn2.ops.backends.chunked import ChunkedBackend
+from hgrn2.ops.backends.chunked.scan import ChunkedBackend
 from hgrn2.ops.backends.cuda import CudaBackend
 from hgrn2.ops.backends.reference import ReferenceBackend
 from hgrn2.ops.backends.triton import TritonBackend

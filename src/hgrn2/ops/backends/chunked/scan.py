@@ -8,11 +8,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hgrn2.ops.backends.base import Backend
 from hgrn2.ops.backends.chunked.joins import Joins
-from hgrn2.ops.call import ScanCall, ScanGradients
+from hgrn2.ops.backends.reference import step_in_torch
+from hgrn2.ops.call import CallTraits, ScanCall, ScanGradients
 from hgrn2.ops.device import without_autocast
 from hgrn2.ops.gates import FreeGate, TiedGate
-from hgrn2.ops.tiles import Tile, batch_per_tile, boundaries, chunk_size, load, max_tiles, store, tiles
+from hgrn2.ops.tiles import Tile, batch_per_tile, boundaries, chunk_size, chunks_per_tile, load, max_tiles, store, tiles
+
+
+class ChunkedBackend(Backend):
+    """The chunkwise form. Its plan is the number of chunks in a tile, negative where no states are kept."""
+
+    name = "chunked"
+
+    def rejects(self, traits: CallTraits) -> str | None:
+        """Return None: it runs every call."""
+        return None
+
+    def plan(self, call: ScanCall, needs_grad: bool) -> tuple[ScanCall, int]:
+        """Return the call and the number of chunks in a tile."""
+        q, v = call.q, call.v
+        tile_chunks = chunks_per_tile(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype, q.device)
+        return call, tile_chunks if needs_grad else -tile_chunks
+
+    def kept_shape(self, call: ScanCall, plan: int) -> tuple[int, ...]:
+        """Return the shape of the states between tiles."""
+        return kept_states_shape(call, plan) if plan > 0 else (0,)
+
+    def forward(self, call: ScanCall, plan: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scan tile by tile."""
+        return forward(call, abs(plan), keep_states=plan > 0)
+
+    def backward(
+        self, call: ScanCall, plan: int, kept: Tensor | None, dy: Tensor, d_final_state: Tensor | None,
+        bound_wanted: bool,
+    ) -> ScanGradients:  # fmt: skip
+        """Gradient of `forward`."""
+        return backward(call, abs(plan), kept if plan > 0 else None, dy, d_final_state)
+
+    def step(self, call: ScanCall, in_place: bool) -> tuple[Tensor, Tensor]:
+        """Run one token."""
+        return step_in_torch(call, in_place)
 
 
 def scan_states(

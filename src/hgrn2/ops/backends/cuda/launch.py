@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops.backends.base import find
+from hgrn2.ops.backends.cuda.compiler import current_stream
 from hgrn2.ops.backends.cuda.plan import kept_shape
+from hgrn2.ops.backends.cuda.recipe import NOWHERE, Recipe
 from hgrn2.ops.backends.cuda.recipes import LaunchKey, backward_recipe, forward_recipe
 from hgrn2.ops.call import ScanCall, ScanGradients
+from hgrn2.ops.device import on_device
 
 # between the tokens of an input: backward.cu counts bytes across four of them in 32 bits
 MOST_ROW_BYTES = 2**29
@@ -30,9 +33,9 @@ def forward(call: ScanCall, plan: int) -> tuple[Tensor, Tensor, Tensor]:
     y, final = _new_like(call.v), _new_states(call, call.initial_state)
     states = torch.empty(kept_shape(call, plan), dtype=torch.float32, device=call.q.device)
     if y.numel():
-        forward_recipe(_key_of(call, plan)).run(
-            call.q.device, q=call.q, f=call.f, v=call.v, bound=call.lower_bound, initial=call.initial_state,
-            cu_seqlens=call.cu_seqlens, y=y, final=final, states=states,
+        run_recipe(
+            forward_recipe(_key_of(call, plan)), call.q.device, q=call.q, f=call.f, v=call.v, bound=call.lower_bound,
+            initial=call.initial_state, cu_seqlens=call.cu_seqlens, y=y, final=final, states=states,
         )  # fmt: skip
     return y, final, states
 
@@ -50,14 +53,41 @@ def backward(
     d_initial = None if call.initial_state is None else _new_states(call, d_final)
     d_bound = torch.empty_like(call.lower_bound) if call.lower_bound is not None and bound_wanted else None
     if dq.numel():
-        backward_recipe(_key_of(call, plan), dy.stride(), d_final is not None, d_bound is not None).run(
-            call.q.device, q=call.q, f=call.f, v=call.v, bound=call.lower_bound, initial=call.initial_state,
+        recipe = backward_recipe(_key_of(call, plan), dy.stride(), d_final is not None, d_bound is not None)
+        run_recipe(
+            recipe, call.q.device, q=call.q, f=call.f, v=call.v, bound=call.lower_bound, initial=call.initial_state,
             cu_seqlens=call.cu_seqlens, dy=dy, states=kept, d_final=d_final, dq=dq, df=df, dv=dv, d_bound=d_bound,
             d_initial=d_initial,
         )  # fmt: skip
     elif d_bound is not None:
         d_bound.zero_()
     return ScanGradients(dq, df, None, dv, d_bound, d_initial)
+
+
+def run_recipe(recipe: Recipe, device: torch.device, **tensors: Tensor | None) -> None:
+    """Launch all of a recipe on the device's current stream.
+
+    Args:
+        recipe: the launches.
+        device: where the tensors are.
+        **tensors: what `Place` calls by these names; None is nowhere.
+    """
+    with on_device(device):
+        stream = current_stream(device)
+        # held until all is launched; whoever gets the memory then comes later in the stream. Whole numbers, which
+        # torch, where it fills fresh memory for tests, fills with bits that are not a number in any type
+        rooms = {
+            name: (torch.zeros if name == "zeros" else torch.empty)(size // 4, dtype=torch.int32, device=device)
+            for name, size in recipe.sizes.items()
+            if size
+        }
+        addresses = {name: 0 if x is None else x.data_ptr() for name, x in (tensors | rooms).items()}
+        addresses[NOWHERE.tensor] = 0
+        for kernel, grid, template, pointers, places in recipe.launches:
+            # a copy, for another thread may run the same recipe
+            arguments = type(template).from_buffer_copy(template)
+            pointers.pack_into(arguments, 0, *[addresses[name] + offset for name, offset in places])
+            kernel.launch(grid, arguments, stream)
 
 
 def _aligned_call(call: ScanCall) -> ScanCall:

@@ -11,11 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from hgrn2.ops.backends.cuda.compiler import Kernel, current_stream
-from hgrn2.ops.device import on_device
+from hgrn2.ops.backends.cuda.compiler import Kernel
 
 # of rooms in memory, bytes
 ALIGNMENT = 512
@@ -31,7 +27,9 @@ class Place(NamedTuple):
 NOWHERE = Place("nowhere")
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
+    """One launch: a kernel, its argument but for the pointers, and where those point."""
+
     kernel: Kernel
     grid: tuple[int, int, int]
     arguments: ctypes.Structure
@@ -44,17 +42,21 @@ class Recipe:
 
     Args:
         kernel_of: a kernel by its name.
+
+    Attributes:
+        launches: in order.
+        sizes: bytes of the memory between them, by the name of its tensor.
     """
 
     def __init__(self, kernel_of: Callable[[str], Kernel]):
-        self._kernel_of, self._launches = kernel_of, list[_Launch]()
-        self._sizes = {"scratch": 0, "zeros": 0}
+        self._kernel_of, self.launches = kernel_of, list[Launch]()
+        self.sizes = {"scratch": 0, "zeros": 0}
 
     def room(self, num_bytes: int, zeros: bool = False) -> Place:
         """Memory that lasts until the recipe has run; what it holds at first nobody knows, unless it is to be zeros."""
         name = "zeros" if zeros else "scratch"
-        place = Place(name, self._sizes[name])
-        self._sizes[name] += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        place = Place(name, self.sizes[name])
+        self.sizes[name] += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         return place
 
     def launch(self, name: str, grid: tuple[int, int, int], arguments: ctypes.Structure, *places: Place) -> None:
@@ -67,28 +69,4 @@ class Recipe:
             places: what those point to.
         """
         pointers = struct.Struct(f"{len(places)}P")
-        self._launches.append(_Launch(self._kernel_of(name), grid, arguments, pointers, places))
-
-    def run(self, device: torch.device, **tensors: Tensor | None) -> None:
-        """Launches all on the device's current stream.
-
-        Args:
-            device: where the tensors are.
-            tensors: what `Place` calls by these names; None is nowhere.
-        """
-        with on_device(device):
-            stream = current_stream(device)
-            # held until all is launched; whoever gets the memory then comes later in the stream. Whole numbers, which
-            # torch, where it fills fresh memory for tests, fills with bits that are not a number in any type
-            rooms = {
-                name: (torch.zeros if name == "zeros" else torch.empty)(size // 4, dtype=torch.int32, device=device)
-                for name, size in self._sizes.items()
-                if size
-            }
-            addresses = {name: 0 if x is None else x.data_ptr() for name, x in (tensors | rooms).items()}
-            addresses[NOWHERE.tensor] = 0
-            for kernel, grid, template, pointers, places in self._launches:
-                # a copy, for another thread may run the same recipe
-                arguments = type(template).from_buffer_copy(template)
-                pointers.pack_into(arguments, 0, *[addresses[name] + offset for name, offset in places])
-                kernel.launch(grid, arguments, stream)
+        self.launches.append(Launch(self._kernel_of(name), grid, arguments, pointers, places))
