@@ -10,8 +10,9 @@ from hgrn2.hf import HGRN2Config, HGRN2ForCausalLM
 from hgrn2.models import HGRN2LM
 from tests.models.cases import config_of, make_model, tokens
 
-# the models whose caches differ in kind: a state, a state and convolutions, keys that grow, keys in a window
-KINDS = ["fla", "short-conv", "full-attention", "window-attention"]
+# the models whose caches differ in kind: a state, a state and convolutions, keys that grow, keys in a window, and a
+# pattern with a mixer from outside
+KINDS = ["fla", "short-conv", "full-attention", "window-attention", "average-hybrid"]
 __all__ = ["KINDS", "Texts", "arguments", "both", "continued", "hf_config", "left_padded", "losses", "tokens"]
 
 

@@ -35,7 +35,7 @@ def test_activations_computed_again_give_the_same_gradients(name, reentrant):
     calls = []
     # the mixers' projections, for hooks of a layer stay outside of what is run again
     for layer in model.model.layers:
-        layer.attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+        layer.attn.o_proj.register_forward_hook(lambda *_: calls.append(1))
     checkpointed(model, reentrant)
     model(ids, attention_mask=mask, labels=labels).loss.backward()
     assert len(calls) == 6

@@ -3,6 +3,7 @@
 import torch
 
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
+from tests.models import toy_mixer  # noqa: F401 (registers a mixer)
 
 SIZE = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 3, "expand_ratio": 4, "intermediate_size": 24}
 
@@ -37,6 +38,8 @@ CHANGES = {
     "full-attention": {"attn": FULL},
     "window-attention": {"attn": WINDOW, "use_short_conv": True},
     "attention-without-positions": {"attn": FULL | {"rope_theta": None, "num_kv_heads": None}},
+    "average": {"layers": "average"},
+    "average-hybrid": {"layers": "average,hgrn2,attention", "mixers": {"attention": {"num_heads": 2}}},
 }
 
 
@@ -48,6 +51,11 @@ def config_of(name: str) -> HGRN2Config:
 
 
 NAMES = [*CHANGES, "paper", "official-lm", "official-lra"]
+# one of each kind of state
+KINDS = [
+    "fla", "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
+    "attention-without-positions", "average", "average-hybrid",
+]  # fmt: skip
 
 
 def make_model(config: HGRN2Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> HGRN2LM:

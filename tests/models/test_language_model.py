@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from hgrn2.errors import UserError
@@ -130,6 +131,29 @@ def test_a_model_in_bfloat16(name):
 
 
 # torch.compile
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("changes", [{}, {"use_short_conv": True, "lower_bound": "exclusive"}])
+def test_a_block_is_compiled_once_for_all_layers(changes):
+    torch._dynamo.reset()
+    counters.clear()
+    config = HGRN2Config.from_dict(SIZE | {"num_hidden_layers": 4} | changes)
+    model = make_model(config, torch.float32).train()
+    ids, targets, bounds = tokens(1, 24), tokens(1, 24, seed=2), torch.tensor([0, 9, 24])
+    found = []
+    for is_compiled in (False, True):
+        if is_compiled:
+            model.model.compile_blocks(backend="aot_eager")
+        model.zero_grad()
+        for _ in range(2):
+            loss = model.loss(ids, targets, cu_seqlens=bounds, keep_state=False).mean
+            loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters()]))
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 # torch's own tracing of autograd functions warns of itself
@@ -308,6 +332,18 @@ def test_gate_statistics(name):
         torch.testing.assert_close(first["forget_gate"], model.model.layers[0].attn.f_proj(x).sigmoid())
     # nothing is left behind
     assert not any(layer.attn._forward_pre_hooks for layer in model.model.layers)
+
+
+def test_a_loss_is_a_call_of_the_model():
+    """Wrappers that shard a model, or spread it over processes, hook its call."""
+    model = make_model(config_of("fla"))
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    ids, targets = tokens(2, 5), tokens(2, 5, seed=2)
+    wanted = F.cross_entropy(model(ids)[0].flatten(0, 1), targets.flatten(), reduction="sum")
+    for found in (model.loss(ids, targets), model(ids, targets=targets)):
+        torch.testing.assert_close(found.sum, wanted)
+    assert len(calls) == 3
 
 
 def test_a_loss_of_other_shapes_is_refused():

@@ -19,7 +19,7 @@ def assert_close(found, wanted):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if config_of(name).layers is None])
 def test_a_variant_is_its_transcription(name, training):
     config = config_of(name)
     model = make_model(config).train(training)

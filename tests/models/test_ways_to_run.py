@@ -1,4 +1,7 @@
-"""Every way to run the model gives the same logits and leaves a state from which the next tokens are the same."""
+"""Every way to run a model gives the same logits and leaves a state from which the next tokens are the same.
+
+The table `WAYS` holds for every mixer: a mixer has its cases in `tests.models.cases`.
+"""
 
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 
@@ -8,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgrn2.errors import UserError
 from hgrn2.models import ModelState
-from tests.models.cases import NAMES, config_of, make_model, tokens
+from hgrn2.nn.mixers import mixer_names
+from tests.models.cases import KINDS, NAMES, config_of, make_model, tokens
 from tests.refusals import refuses
 
 LENGTH, MORE = 20, 4
 HYBRIDS = ["full-attention", "window-attention", "attention-without-positions"]
-# the variants whose state differs in kind
-KINDS = ["fla", "official-lra", "short-conv", "short-conv-2-bias", *HYBRIDS]
+EVEN, RAGGED, UNEVEN = [LENGTH, LENGTH], [5, 0, 1, 11, 3, 0], [LENGTH, 6, 1, 13]
 
 
 def assert_same(found, wanted):
@@ -37,93 +40,151 @@ def in_chunks(model, ids, sizes, state=None, mask=None):
     return torch.cat(logits, 1), state
 
 
+def bounds_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def chunks(*sizes):
+    def run(model, texts):
+        logits, state = in_chunks(model, torch.stack(texts), sizes)
+        return list(logits), state
+
+    return run
+
+
+def steps(model, texts):
+    state, logits = model.init_state(len(texts)), []
+    for ids in torch.stack(texts).unbind(1):
+        y, state = model.step(ids, state)
+        logits.append(y)
+    return list(torch.stack(logits, 1)), state
+
+
+def packed(model, texts):
+    lengths = [len(text) for text in texts]
+    logits, state = model(torch.cat(texts)[None], cu_seqlens=bounds_of(lengths))
+    return list(logits[0].split(lengths)), state
+
+
+def packed_in_windows(model, texts):
+    """A third of each text, then half of the rest (of the first text, nothing), then what is left."""
+    done, logits, state = [0] * len(texts), [[] for _ in texts], None
+    for share in (3, 2, 1):
+        lengths = [(len(text) - at) // share for text, at in zip(texts, done, strict=True)]
+        if share == 2:
+            lengths[0] = 0
+        rows = [text[at : at + n] for text, at, n in zip(texts, done, lengths, strict=True)]
+        y, state = model(torch.cat(rows)[None], state, cu_seqlens=bounds_of(lengths))
+        for parts, part in zip(logits, y[0].split(lengths), strict=True):
+            parts.append(part)
+        done = [at + n for at, n in zip(done, lengths, strict=True)]
+    return [torch.cat(parts) for parts in logits], state
+
+
+def left_padded(*sizes, dtype=torch.bool):
+    def run(model, texts):
+        longest = max(map(len, texts))
+        ids = torch.stack([torch.cat([tokens(longest - len(text), seed=5), text]) for text in texts])
+        mask = torch.arange(longest) >= longest - torch.tensor([len(text) for text in texts])[:, None]
+        logits, state = in_chunks(model, ids, sizes, mask=mask.to(dtype))
+        return [y[longest - len(text) :] for y, text in zip(logits, texts, strict=True)], state
+
+    return run
+
+
+def padded_in_a_later_part(model, texts):
+    """All read 1 token; then the rest, with padding before the shorter ones."""
+    first, state = model(torch.stack([text[:1] for text in texts]))
+    rest, state = left_padded(max(map(len, texts)) - 1)(_From(model, state), [text[1:] for text in texts])
+    return [torch.cat(parts) for parts in zip(first, rest, strict=True)], state
+
+
+class _From:
+    """A model that goes on from a state."""
+
+    def __init__(self, model, state):
+        self.model, self.state = model, state
+
+    def __call__(self, ids, state=None, **settings):
+        return self.model(ids, self.state if state is None else state, **settings)
+
+
+def saved_and_read(model, texts):
+    ids = torch.stack(texts)
+    first, state = model(ids[:, :7])
+    state = ModelState.from_tensors(state.tensors()).check(model.state_spec(), len(texts))
+    rest, state = model(ids[:, 7:], state)
+    return list(torch.cat([first, rest], 1)), state
+
+
+def chosen(model, texts):
+    """The rows change places between two parts, beside one that starts afresh and is dropped."""
+    ids = torch.stack(texts)
+    first, state = model(ids[:, :7])
+    order = torch.arange(len(texts)).flip(0)
+    state = state.select(torch.cat([torch.tensor([-1]), order]))
+    rest, state = model(torch.cat([ids[:1, 7:], ids[order, 7:]]), state)
+    return list(torch.cat([first, rest[1:].flip(0)], 1)), state.select(1 + order)
+
+
+# a way, and the lengths of the texts it reads
+WAYS = {
+    "whole": (chunks(LENGTH), EVEN),
+    "in three chunks": (chunks(1, 2, 17), EVEN),
+    "in even chunks": (chunks(7, 7, 6), EVEN),
+    "in chunks of one": (chunks(*[1] * LENGTH), EVEN),
+    "in chunks, some empty": (chunks(0, 3, 0, 17, 0), EVEN),
+    "in steps": (steps, EVEN),
+    "packed": (packed, RAGGED),
+    "packed in windows": (packed_in_windows, [11, 10, 15, 12, 1]),
+    "left-padded": (left_padded(LENGTH), UNEVEN),
+    "left-padded by numbers": (left_padded(8, 12, dtype=torch.int64), UNEVEN),
+    "left-padded in chunks": (left_padded(3, 1, 16), UNEVEN),
+    "padded in a later part": (padded_in_a_later_part, UNEVEN),
+    "saved and read": (saved_and_read, EVEN),
+    "chosen": (chosen, EVEN),
+}
+
+
 @pytest.fixture(autouse=True)
 def _without_gradients():
     with torch.no_grad():
         yield
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
-def test_whole_in_chunks_in_steps(name):
+def test_every_way_agrees_with_each_text_alone(name, way):
     model = make_model(config_of(name))
-    ids = tokens(2, LENGTH + MORE)
-    wanted, _ = model(ids)
-    head, tail = ids[:, :LENGTH], ids[:, LENGTH:]
-    for sizes in ([LENGTH], [1, 2, 17], [7, 7, 6], [1] * LENGTH, [0, 3, 0, 17, 0]):
-        logits, state = in_chunks(model, head, sizes)
-        assert_same(logits, wanted[:, :LENGTH])
-        assert_goes_on(model, state, tail, wanted[:, LENGTH:])
-    assert_goes_on(model, model.init_state(2), ids, wanted)
+    run, lengths = WAYS[way]
+    texts = list(tokens(sum(lengths)).split(lengths))
+    more = tokens(len(texts), MORE, seed=2)
+    wanted = [model(torch.cat(pair)[None])[0][0] for pair in zip(texts, more, strict=True)]
+    logits, state = run(model, texts)
+    for found, alone, length in zip(logits, wanted, lengths, strict=True):
+        assert_same(found, alone[:length])
+    assert_goes_on(model, state, more, torch.stack([alone[-MORE:] for alone in wanted]))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_packed_is_separate(name):
-    model = make_model(config_of(name))
-    lengths = [5, 0, 1, 11, 3, 0]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    ids, more = tokens(1, sum(lengths)), tokens(len(lengths), MORE, seed=2)
-    packed, state = model(ids, cu_seqlens=bounds)
-    alone = [model(torch.cat([x, y[None]], 1))[0] for x, y in zip(ids.split(lengths, 1), more, strict=True)]
-    assert_same(packed, torch.cat([x[:, :length] for x, length in zip(alone, lengths, strict=True)], 1))
-    assert_goes_on(model, state, more, torch.cat([x[:, -MORE:] for x in alone]))
+def test_every_mixer_is_in_the_table():
+    covered = {mixer for name in NAMES for mixer in config_of(name).layer_mixers}
+    assert covered >= set(mixer_names())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_packed_sequences_go_on_from_states(name):
-    model = make_model(config_of(name))
-    parts = [[5, 2, 4, 0], [3, 6, 0, 8], [1, 0, 9, 2], [2, 2, 2, 2]]
-    ids = tokens(4, 30)
-    wanted, _ = model(ids)
-    done, state = [0] * 4, None
-    for lengths in parts:
-        rows = [ids[i : i + 1, done[i] : done[i] + n] for i, n in enumerate(lengths)]
-        bounds = torch.tensor([0, *lengths]).cumsum(0)
-        packed, state = model(torch.cat(rows, 1), state, cu_seqlens=bounds)
-        aims = [wanted[i : i + 1, done[i] : done[i] + n] for i, n in enumerate(lengths)]
-        assert_same(packed, torch.cat(aims, 1))
-        done = [a + b for a, b in zip(done, lengths, strict=True)]
-    # sequences change places, one starts afresh, as streams do between windows
-    order = torch.tensor([3, -1, 0, 1])
-    state = state.select(order)
-    lengths = [3, 4, 0, 2]
-    rows = [ids[i : i + 1, at : at + n] for i, at, n in ((3, done[3], 3), (1, 0, 4), (0, 0, 0), (1, done[1], 2))]
-    packed, _ = model(torch.cat(rows, 1), state, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
-    aims = [wanted[3, done[3] : done[3] + 3], wanted[1, :4], wanted[1, done[1] : done[1] + 2]]
-    assert_same(packed[0], torch.cat(aims))
-
-
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64])
-@pytest.mark.parametrize("name", NAMES)
-def test_left_padded_is_separate(name, mask_dtype):
-    model = make_model(config_of(name))
-    lengths = [LENGTH, 6, 1, 13]
-    ids, more = tokens(4, LENGTH), tokens(4, MORE, seed=2)
-    mask = torch.arange(LENGTH) >= LENGTH - torch.tensor(lengths)[:, None]
-    alone = [model(torch.cat([ids[i, LENGTH - n :], more[i]])[None])[0] for i, n in enumerate(lengths)]
-    after = torch.cat([x[:, -MORE:] for x in alone])
-    for sizes in ([LENGTH], [8, 12], [3, 1, 16]):
-        logits, state = in_chunks(model, ids, sizes, mask=mask.to(mask_dtype))
-        for i, n in enumerate(lengths):
-            assert_same(logits[i, LENGTH - n :], alone[i][0, :n])
-        assert_goes_on(model, state, more, after)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_padding_before_a_later_part(name):
-    model = make_model(config_of(name))
-    ids = tokens(2, LENGTH + MORE)
-    wanted, _ = model(ids)
-    # the second sequence reads 4 tokens fewer in its second part, and has padding there
-    _, state = model(ids[:, :8])
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[1, :4] = False
-    part = torch.stack([ids[0, 8:20], torch.cat([torch.zeros(4, dtype=torch.long), ids[1, 8:16]])])
-    logits, state = model(part, state, attention_mask=mask)
-    assert_same(logits[0], wanted[0, 8:20])
-    assert_same(logits[1, 4:], wanted[1, 8:16])
-    assert_goes_on(
-        model, state, torch.stack([ids[0, 20:], ids[1, 16:20]]), torch.stack([wanted[0, 20:], wanted[1, 16:20]])
-    )
+def test_packed_streams_change_places():
+    """One starts afresh and one is done, as streams do between windows."""
+    for name in KINDS:
+        model = make_model(config_of(name))
+        ids = tokens(4, 30)
+        wanted, _ = model(ids)
+        done = [11, 10, 15, 12]
+        rows = torch.cat([ids[i, :n] for i, n in enumerate(done)])
+        _, state = model(rows[None], cu_seqlens=bounds_of(done))
+        state = state.select(torch.tensor([3, -1, 0, 1]))
+        lengths = [3, 4, 0, 2]
+        rows = [ids[3, 12:15], ids[1, :4], ids[0, :0], ids[1, 10:12]]
+        logits, _ = model(torch.cat(rows)[None], state, cu_seqlens=bounds_of(lengths))
+        assert_same(logits[0], torch.cat([wanted[3, 12:15], wanted[1, :4], wanted[1, 10:12]]))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -141,7 +202,7 @@ def test_what_padding_holds_does_not_matter(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_states_can_be_chosen(name):
+def test_a_state_may_be_taken_twice_or_not_at_all(name):
     model = make_model(config_of(name))
     ids = tokens(3, 12)
     wanted, _ = model(ids)
@@ -151,8 +212,6 @@ def test_states_can_be_chosen(name):
     assert_same(logits, wanted[order, 7:])
     fresh, _ = model(ids[[1, 2], :5], state.select(torch.tensor([-1, -1])))
     assert_same(fresh, wanted[[1, 2], :5])
-    mixed, _ = model(torch.stack([ids[1, 7:], ids[0, :5]]), state.select(torch.tensor([1, -1])))
-    assert_same(mixed, torch.stack([wanted[1, 7:], wanted[0, :5]]))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -217,6 +276,24 @@ def test_a_state_that_is_not_wanted_is_not_built(name):
         assert torch.equal(found, wanted)
         assert kept.tensors()
         assert not none.tensors()
+
+
+class _NoValues(TorchDispatchMode):
+    """Refuses to read a tensor's value, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func), "a value was read"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_states_are_chosen_without_a_look_at_values(name):
+    _, state = make_model(config_of(name))(tokens(3, 7))
+    with _NoValues():
+        state.select(torch.tensor([1, -1, 0]))
+        state.select(torch.tensor([1, 2, 0]))
+    with _NoValues(), pytest.raises(AssertionError):
+        bool(torch.ones(1).any())
 
 
 class _Largest(TorchDispatchMode):

@@ -68,3 +68,15 @@ def test_the_first_layer_gives_the_gradient_where_no_other_uses_its_bound(kind):
     bounds_of_layers(gamma, kind, [0])[0].sum().backward()
     assert torch.equal(gamma.grad, torch.zeros(3, 2))
     assert not bounds_of_layers(gamma, kind, [0, 2])[0].requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_bound_that_stays_attached_changes_no_gradient(kind):
+    gamma = torch.randn(4, 3, requires_grad=True)
+    found = []
+    for detach_first in (True, False):
+        bounds = bounds_of_layers(gamma, kind, range(4), detach_first=detach_first)
+        assert bounds[0].requires_grad != detach_first
+        loss = sum((bound * (i + 2)).exp().sum() for i, bound in enumerate(bounds))
+        found.append(torch.autograd.grad(loss, gamma)[0])
+    assert torch.equal(*found)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hgrn2 import HGRN2Config, HGRN2Mixer
+from hgrn2.nn.mixers import Context
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
@@ -175,3 +176,26 @@ def test_a_compiled_mixer_equals_an_eager_one():
     assert torch.allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
     for a, b in zip(found, wanted, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("conv_size", [0, 3])
+def test_its_three_acts_are_the_mixer(conv_size):
+    torch.manual_seed(0)
+    mixer, x, context = HGRN2Mixer(32, 16, conv_size=conv_size), torch.randn(2, 9, 32), Context()
+    q, z, v, _ = mixer.project(x, None, context)
+    y, state = mixer.mix(q, z, v, None, context)
+    wanted, new = mixer(x)
+    assert torch.equal(mixer.finish(y), wanted)
+    assert torch.equal(state, new["recurrent"])
+    # from the last token to the first: the mixed tokens of the sequence turned round
+    backward, _ = mixer.mix(q, z, v, None, context, reverse=True)
+    turned, _ = mixer.mix(q.flip(1), z.flip(1), v.flip(1), None, context)
+    torch.testing.assert_close(backward, turned.flip(1))
+    assert not torch.allclose(backward, y)
+
+
+def test_a_context_moves_with_its_tensors():
+    earlier = ({"k": torch.ones(2)},)
+    context = Context(torch.tensor([0, 3]), None, False, True, torch.zeros(4), earlier).to("meta")
+    assert (context.mask, context.keep_state, context.is_step) == (None, False, True)
+    assert all(x.is_meta for x in (context.cu_seqlens, context.lower_bound, context.earlier[0]["k"]))

@@ -145,7 +145,7 @@ class HGRN2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        layers: list[Any] = list(self.base_model.layers)
+        layers: Any = self.base_model.layers
         found = [i for i, layer in enumerate(layers) if any(module is inner for inner in layer.modules())]
         with init.guard_torch_init_functions():
             if found:
@@ -184,10 +184,11 @@ class HGRN2Model(HGRN2PreTrainedModel):
         self._bounded_layers = own.bounded_layers
         self.layers = nn.ModuleList(build_block(own, i, kind=HGRN2Layer) for i in range(own.num_hidden_layers))
         self.norm = Norm(own.block_norm, own.hidden_size, own.norm_eps, own.elementwise_affine)
+        self._kinds = config.layer_types
         # names of the tensors of each layer's state that grow with the tokens read
+        mixers: list[Any] = [layer.attn for layer in self.layers]
         self._growing = [
-            tuple(name for name, spec in layer.attn.state_spec(torch.float32).items() if spec.grows)
-            for layer in self.layers
+            tuple(name for name, spec in mixer.state_spec(torch.float32).items() if spec.grows) for mixer in mixers
         ]
         self.gradient_checkpointing = False
         self.post_init()
@@ -255,7 +256,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
             raise UserError(f"output_hidden_states is {output_hidden_states!r}; wanted true for all of them, or false")
         keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
-        check_mixers(self.config, cu_seq_lens_q, mask)
+        check_mixers(self.config.layers or (), cu_seq_lens_q, mask)
 
         x = embed(x, self.config, self.training)
         x, bounds = hand_out_bounds(
@@ -284,7 +285,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
 
     def state_layers(self, cache: Cache) -> list[StateLayer]:
         """Returns the layers of a cache, see `hgrn2.hf.cache.state_layers`."""
-        return state_layers(cache, self.config.layer_types, self._growing)
+        return state_layers(cache, self._kinds, self._growing)
 
 
 def _only_one(a: Any, b: Any, names: tuple[str, str]) -> Any:

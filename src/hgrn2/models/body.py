@@ -43,9 +43,13 @@ class HGRN2Model(nn.Module):
         self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
         self._compiled_call: Callable[..., Any] | None = None
 
-    def compile_blocks(self) -> None:
-        """Compile a block with torch.compile; all layers of one kind share the result. Used while training alone."""
-        self._compiled_call = torch.compile(call_block)
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile a block with torch.compile; all layers of one kind share the result. Used while training alone.
+
+        Args:
+            **options: of `torch.compile`.
+        """
+        self._compiled_call = torch.compile(call_block, **options)
 
     def bounds(self) -> list[Tensor] | list[None]:
         """Returns the lower bound of each layer, [D] each in [0, 1), or None where there is none."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from hgrn2.errors import UserError
-from hgrn2.models.config import HGRN2Config
 from hgrn2.models.state import ModelState
 from hgrn2.nn.mixers.registry import find_mixer
 from hgrn2.shapes import describe
@@ -59,18 +60,15 @@ def checked_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
     return mask.to(input_ids.device).bool()
 
 
-def check_mixers(config: HGRN2Config, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
-    """Raises a UserError if a mixer of a model cannot follow packed sequences, or padding.
+def check_mixers(names: Iterable[str], cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
+    """Raises a UserError if a mixer cannot follow packed sequences, or padding.
 
     Args:
-        config: the model's.
+        names: of the mixers.
         cu_seqlens: bounds of packed sequences, or None.
         mask: of the tokens, or None.
     """
-    # the mixers of the flat keys can do both
-    if config.layers is None:
-        return
-    for name in dict.fromkeys(config.layers):
+    for name in names:
         mixer = find_mixer(name).mixer
         if cu_seqlens is not None and not mixer.can_pack:
             raise UserError(f"the mixer {name} cannot read packed sequences; leave cu_seqlens out", "unsupported")

@@ -169,7 +169,7 @@ class HGRN2LM(nn.Module):
             num_sequences = cu_seqlens.shape[0] - 1
         if state is not None:
             check_state(state, len(self.model.layers), num_sequences, self.model.embeddings)
-        check_mixers(self.config, cu_seqlens, attention_mask)
+        check_mixers(self.config.layers or (), cu_seqlens, attention_mask)
         # one token after a state is a step; a length that an exported program leaves open is not
         is_single = isinstance(input_ids.shape[1], int) and input_ids.shape[1] == 1
         is_step = state is not None and is_single and cu_seqlens is None
