@@ -23,6 +23,8 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from hgrn2.errors import UserError
+
 BT = Annotated[Tensor, "B T"]
 BTD = Annotated[Tensor, "B T D"]
 BTHK = Annotated[Tensor, "B T H K"]
@@ -47,7 +49,7 @@ def describe(x: Any) -> str:
 
 
 def require_shape(name: str, x: Tensor, letters: str, wanted: Sequence[int]) -> None:
-    """Raises a ValueError unless x has the wanted shape.
+    """Raise a UserError unless x has the wanted shape.
 
     Args:
         name: what the caller calls the tensor.
@@ -56,7 +58,7 @@ def require_shape(name: str, x: Tensor, letters: str, wanted: Sequence[int]) -> 
         wanted: their sizes.
     """
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name} is {describe(x)}; wanted a tensor [{letters.replace(' ', ', ')}]")
+        raise UserError(f"{name} is {describe(x)}; wanted a tensor [{letters.replace(' ', ', ')}]")
     if tuple(x.shape) != tuple(wanted):
         sizes = ", ".join(f"{letter}={size}" for letter, size in zip(letters.split(), wanted, strict=True))
-        raise ValueError(f"{name} has shape {list(x.shape)}; wanted [{letters.replace(' ', ', ')}] with {sizes}")
+        raise UserError(f"{name} has shape {list(x.shape)}; wanted [{letters.replace(' ', ', ')}] with {sizes}")

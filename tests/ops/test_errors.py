@@ -11,6 +11,7 @@ import torch
 
 from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, resolve_backend
 from tests.ops.scan_cases import free_inputs, tied_inputs
+from tests.refusals import refuses
 
 
 def ones(*shape: int, **options) -> torch.Tensor:
@@ -23,13 +24,18 @@ def with_value(x: torch.Tensor, value: float) -> torch.Tensor:
     return x
 
 
-def refuse(op, arguments, *words: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is what this checks)
+def refuse(op, arguments, *words: str, code: str = "invalid-value") -> None:
+    with refuses(code, *words) as caught:
         op(**arguments)
     text = str(caught.value)
     assert "\n" not in text
+    # names as words of their own
     for word in words:
         assert re.search(rf"(?<!\w){re.escape(word)}", text), f"{word!r} is not in {text!r}"
+
+
+def code_for(name: str, value: object) -> str:
+    return {"cuda": "unsupported"}.get(str(value), "unknown-name") if name == "backend" else "invalid-value"
 
 
 # B 2, T 10, H 2, K 6, V 5: argument, bad value, what the message must say
@@ -91,7 +97,7 @@ TIED = [
 @pytest.mark.parametrize("case", TIED, ids=lambda case: f"{case[0]}-{case[2]}-{case[-2]}")
 def test_scan_arguments(case):
     name, value, *words = case
-    refuse(hgrn2_scan, tied_inputs(2, 10) | {name: value}, *words)
+    refuse(hgrn2_scan, tied_inputs(2, 10) | {name: value}, *words, code=code_for(name, value))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_scan_arguments(case):
 )
 def test_gated_scan_arguments(case):
     name, value, *words = case
-    refuse(gated_scan, free_inputs(2, 10) | {name: value}, *words)
+    refuse(gated_scan, free_inputs(2, 10) | {name: value}, *words, code=code_for(name, value))
 
 
 @pytest.mark.parametrize("op", [hgrn2_scan, gated_scan], ids=lambda op: op.__name__)
@@ -147,7 +153,8 @@ def test_cu_seqlens(op, cu_seqlens, words):
 @pytest.mark.parametrize("op", [hgrn2_scan, gated_scan], ids=lambda op: op.__name__)
 def test_cu_seqlens_want_one_row_and_a_state_each(op):
     make = tied_inputs if op is hgrn2_scan else free_inputs
-    refuse(op, make(2, 10, state=False) | {"cu_seqlens": torch.tensor([0, 10])}, "cu_seqlens", "batch is 2", "B = 1")
+    batch = make(2, 10, state=False) | {"cu_seqlens": torch.tensor([0, 10])}
+    refuse(op, batch, "cu_seqlens", "2", "B = 1", code="contradiction")
     arguments = make(1, 10) | {"cu_seqlens": torch.tensor([0, 4, 10])}
     refuse(op, arguments, "initial_state", "[1, 2, 6, 5]", "N=2")
 
@@ -179,7 +186,7 @@ def test_cu_seqlens_want_one_row_and_a_state_each(op):
 def test_step_arguments(case):
     name, value, *words = case
     arguments = {"q": ones(2, 2, 6), "f": ones(2, 2, 6), "v": ones(2, 2, 5), "state": ones(2, 2, 6, 5)}
-    refuse(hgrn2_step, arguments | {name: value}, *words)
+    refuse(hgrn2_step, arguments | {name: value}, *words, code=code_for(name, value))
 
 
 @pytest.mark.parametrize("op", [hgrn2_scan, gated_scan], ids=lambda op: op.__name__)

@@ -1,4 +1,4 @@
-"""Checks of the public operators' arguments; all errors are ValueErrors, except those about derivatives."""
+"""Checks of the public operators' arguments; all raise UserError, except those about derivatives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from hgrn2.errors import UserError
 from hgrn2.ops.call import state_dtype
 from hgrn2.ops.tiles import boundaries
 from hgrn2.shapes import describe, require_shape
@@ -38,18 +39,18 @@ def check_tangents(backend: str, *inputs: Tensor | None) -> None:
 
 def _check_choice(name: str, found: str, known: tuple[str, ...]) -> None:
     if found not in known:
-        raise ValueError(f"{name} is {found!r}; wanted one of {', '.join(map(repr, known))}")
+        raise UserError(f"{name} is {found!r}; wanted one of {', '.join(map(repr, known))}")
 
 
 def _check_like(name: str, x: Tensor, q: Tensor, dtype: torch.dtype, beside: str = "q") -> None:
     # float32 states and bounds are fine beside float64 inputs
     if x.dtype != dtype and (x.dtype, dtype) != (torch.float32, torch.float64):
-        raise ValueError(f"{name} has dtype {x.dtype}; wanted {dtype} beside {beside} of dtype {q.dtype}")
+        raise UserError(f"{name} has dtype {x.dtype}; wanted {dtype} beside {beside} of dtype {q.dtype}")
     check_device(name, x, beside, q)
 
 
 def check_device(name: str, x: Tensor, beside: str, other: Tensor) -> None:
-    """Raises a ValueError unless two tensors are on one device.
+    """Raise a UserError unless two tensors are on one device.
 
     Args:
         name: name of the first.
@@ -58,24 +59,24 @@ def check_device(name: str, x: Tensor, beside: str, other: Tensor) -> None:
         other: the second.
     """
     if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device} and {beside} on {other.device}; move them to one device")
+        raise UserError(f"{name} is on {x.device} and {beside} on {other.device}; move them to one device")
 
 
 def _check_tensors(**inputs: Tensor) -> None:
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
-            raise ValueError(f"{name} is {describe(x)}; wanted a tensor")
+            raise UserError(f"{name} is {describe(x)}; wanted a tensor")
         if x.layout != torch.strided:
-            raise ValueError(f"{name} has layout {x.layout}; wanted a dense tensor, torch.strided")
+            raise UserError(f"{name} has layout {x.layout}; wanted a dense tensor, torch.strided")
 
 
 def _check_operands(q: Tensor, x: Tensor, v: Tensor, name: str) -> None:
     if q.dtype not in DTYPES:
-        raise ValueError(f"q has dtype {q.dtype}; wanted one of {', '.join(map(str, DTYPES))}")
+        raise UserError(f"q has dtype {q.dtype}; wanted one of {', '.join(map(str, DTYPES))}")
     for label, tensor in ((name, x), ("v", v)):
         _check_tensors(**{label: tensor})
         if tensor.dtype != q.dtype:
-            raise ValueError(f"{label} has dtype {tensor.dtype} and q {q.dtype}; wanted one dtype for both")
+            raise UserError(f"{label} has dtype {tensor.dtype} and q {q.dtype}; wanted one dtype for both")
         _check_like(label, tensor, q, q.dtype)
 
 
@@ -85,7 +86,7 @@ def check_scan(
     """Checks the tensors of a scan; x is the gate's pre-activation or the key, as `name` says."""
     _check_tensors(q=q, v=v)
     if q.dim() != 4 or v.dim() != 4:
-        raise ValueError(
+        raise UserError(
             f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, T, H, K] and [B, T, H, V]"
         )
     require_shape(name, x, "B T H K", q.shape)
@@ -103,7 +104,7 @@ def check_scan(
 
 def _check_widths(q: Tensor, v: Tensor) -> None:
     if 0 in (*q.shape[-2:], v.shape[-1]):
-        raise ValueError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
+        raise UserError(f"q and v have shapes {list(q.shape)} and {list(v.shape)}; wanted H, K and V of at least 1")
 
 
 def check_fixed_settings(min_log_decay: float | None, q_activation: str, v_activation: str) -> None:
@@ -114,7 +115,7 @@ def check_fixed_settings(min_log_decay: float | None, q_activation: str, v_activ
     number = isinstance(min_log_decay, Real | torch.SymFloat)
     # not a number fails the comparison. All kernels know decays down to 1e-30
     if min_log_decay is not None and not (number and SMALLEST_FLOOR <= min_log_decay < 0):
-        raise ValueError(f"min_log_decay is {min_log_decay!r}; wanted a number in [{SMALLEST_FLOOR}, 0), or None")
+        raise UserError(f"min_log_decay is {min_log_decay!r}; wanted a number in [{SMALLEST_FLOOR}, 0), or None")
 
 
 def check_settings(
@@ -134,9 +135,9 @@ def check_settings(
     dtype = state_dtype(q)
     # not a number fails the comparison
     if not isinstance(scale, Real) or not abs(scale) <= torch.finfo(dtype).max:
-        raise ValueError(f"scale is {scale!r}; wanted a number that {dtype} can hold")
+        raise UserError(f"scale is {scale!r}; wanted a number that {dtype} can hold")
     if not isinstance(reverse, int) or reverse not in (False, True):
-        raise ValueError(f"reverse is {reverse!r}; wanted True or False")
+        raise UserError(f"reverse is {reverse!r}; wanted True or False")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool, beside: str = "q") -> None:
@@ -149,13 +150,15 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool, beside: str = "
         beside: name of the packed rows.
     """
     if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens is {describe(cu_seqlens)}; wanted a tensor [N + 1], int32 or int64")
+        raise UserError(f"cu_seqlens is {describe(cu_seqlens)}; wanted a tensor [N + 1], int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
+        raise UserError(
             f"cu_seqlens is {list(cu_seqlens.shape)} of dtype {cu_seqlens.dtype}; wanted [N + 1], int32 or int64"
         )
     if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1")
+        raise UserError(
+            f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1", "contradiction"
+        )
     check_device("cu_seqlens", cu_seqlens, beside, q)
     if _values_are_at_hand(cu_seqlens, debug):
         boundaries(cu_seqlens, q.shape[1])
@@ -171,7 +174,7 @@ def check_lower_bound(lower_bound: Tensor | None, q: Tensor, debug: bool) -> Non
         low, high = (float(x) for x in lower_bound.detach().aminmax())
         # a NaN fails both comparisons
         if not (low >= 0 and high < 1):
-            raise ValueError(f"lower_bound has values from {low:g} to {high:g}; wanted all in [0, 1)")
+            raise UserError(f"lower_bound has values from {low:g} to {high:g}; wanted all in [0, 1)")
 
 
 def check_bound_like(name: str, bound: Tensor, x: Tensor, beside: str = "q") -> None:
@@ -184,14 +187,14 @@ def check_log_decay(log_f: Tensor, q: Tensor, debug: bool) -> None:
     require_shape("log_f", log_f, "B T H K", q.shape)
     _check_like("log_f", log_f, q, state_dtype(q))
     if _values_are_at_hand(log_f, debug) and log_f.numel() and not bool((log_f <= 0).all()):
-        raise ValueError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
+        raise UserError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
 
 
 def check_step(q: Tensor, f: Tensor, v: Tensor, state: Tensor) -> None:
     """Checks the tensors of a step."""
     _check_tensors(q=q, v=v)
     if q.dim() != 3 or v.dim() != 3:
-        raise ValueError(
+        raise UserError(
             f"q and v of a step have shapes {list(q.shape)} and {list(v.shape)}; wanted [B, H, K] and [B, H, V]"
         )
     require_shape("f", f, "B H K", q.shape)

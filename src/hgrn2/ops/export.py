@@ -195,7 +195,7 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     """Rewrite the scans of an exported program in ordinary operations, or in LinearAttention.
 
     Raises:
-        ValueError: packed sequences.
+        UserError: packed sequences.
     """
     operators = [torch.ops.hgrn2.scan.default, torch.ops.hgrn2.step.default]
     return program.run_decompositions({operator: _decomposition(operator) for operator in operators})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hgrn2.errors import UserError
 from hgrn2.ops.triton.installed import triton_runs
 from hgrn2.shapes import require_shape
 
@@ -35,18 +36,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, b
         [..., W].
 
     Raises:
-        ValueError: a weight of another shape, an unknown backend, or dtypes that the kernel does not take.
+        UserError: a weight of another shape, an unknown backend, or dtypes that the kernel does not take.
     """
     if weight is not None:
         require_shape("weight", weight, "W", x.shape[-1:])
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}")
+        raise UserError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}", "unknown-name")
     dtypes = (x.dtype, dtype) if weight is None else (x.dtype, dtype, weight.dtype)
     taken = 0 < x.shape[-1] <= WIDEST and triton_runs(*dtypes)
     if backend == "triton" and not taken:
-        raise ValueError(
+        raise UserError(
             f"x is [..., {x.shape[-1]}], dtypes are {', '.join(map(str, dtypes))}; Triton's kernel needs Triton, up to "
-            f"{WIDEST} columns, and float32, bfloat16 or float16; use 'auto' or 'torch'"
+            f"{WIDEST} columns, and float32, bfloat16 or float16; use 'auto' or 'torch'",
+            "unsupported",
         )
     if backend == "auto":
         backend = "triton" if taken and not torch.compiler.is_compiling() and _pays(x, dtypes) else "torch"

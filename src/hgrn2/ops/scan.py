@@ -62,7 +62,7 @@ def hgrn2_scan(
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V] in the state's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices, settings, values of cu_seqlens or of the lower bound that do not fit;
+        UserError: shapes, dtypes, devices, settings, values of cu_seqlens or of the lower bound that do not fit;
             values of tensors are checked where that needs no wait for an accelerator.
         NotImplementedError: a derivative in forward mode is asked of another backend than "reference".
         RuntimeError: likewise a second derivative, where it is computed.
@@ -122,7 +122,7 @@ def gated_scan(
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V].
 
     Raises:
-        ValueError: as `hgrn2_scan`, like the other errors; and for a log_f above 0 on the CPU.
+        UserError: as `hgrn2_scan`, like the other errors; and for a log_f above 0 on the CPU.
 
     Example:
         >>> import torch, hgrn2
@@ -174,7 +174,7 @@ def hgrn2_step(
         y [B, H, V] in q's dtype, and the new state.
 
     Raises:
-        ValueError: as `hgrn2_scan`.
+        UserError: as `hgrn2_scan`.
 
     Example:
         >>> import torch, hgrn2

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hgrn2.errors import UserError
+
 CHUNK_SIZE = 64
 # bytes of one input in a tile: on a CPU small enough for the caches of a few cores, large enough to hide the cost of
 # a dispatch; elsewhere as much as keeps temporaries modest
@@ -70,14 +72,14 @@ def boundaries(cu_seqlens: Tensor | None, length: int) -> list[int]:
         length: T.
 
     Raises:
-        ValueError: cu_seqlens does not start at 0, end at T, or falls.
+        UserError: cu_seqlens does not start at 0, end at T, or falls.
     """
     if cu_seqlens is None:
         return [0, length]
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
         shown = f"{bounds[:4]} ... {bounds[-2:]}" if len(bounds) > 8 else f"{bounds}"
-        raise ValueError(f"cu_seqlens is {shown}; wanted 0, then non-decreasing starts, then T = {length}")
+        raise UserError(f"cu_seqlens is {shown}; wanted 0, then non-decreasing starts, then T = {length}")
     return bounds
 
 
