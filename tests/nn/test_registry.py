@@ -109,3 +109,23 @@ def test_what_a_spec_says_of_a_tensor():
     assert growing.matches(torch.zeros(5, 9, 4))
     assert not growing.matches(torch.zeros(5, 9, 3))
     assert not growing.matches(torch.zeros(5, 9))
+
+
+def test_an_installed_package_brings_its_mixer(tmp_path, monkeypatch):
+    about = tmp_path / "mixer_of_another-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mixer-of-another\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[hgrn2.mixers]\nbrought = mixer_of_another\n")
+    (tmp_path / "mixer_of_another.py").write_text(
+        "from hgrn2.nn.mixers import register_mixer\n"
+        "from tests.nn.test_registry import Options, Whole\n"
+        "register_mixer('brought', Options)(Whole)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "brought" not in mixer_names()
+    with refuses("unknown-name", "brough"):
+        find_mixer("brough")
+    try:
+        assert HGRN2Config.from_dict(SIZE | {"layers": "brought"}).layer_mixers == ("brought",) * 3
+    finally:
+        forget_mixer("brought")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,6 +11,8 @@ from typing import TypeVar
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.nn.mixers.base import Mixer, MixerOptions
 
+# what installed packages name their mixers under
+ENTRY_POINTS = "hgrn2.mixers"
 # methods that every mixer writes itself
 _PARTS = ("forward", "state_spec", "reset_parameters", "flops", "activation_bytes")
 
@@ -105,6 +108,9 @@ def mixer_names() -> list[str]:
 def find_mixer(name: str, what: str = "mixers") -> RegisteredMixer:
     """Returns a mixer by its name.
 
+    An installed package brings mixers with the entry point group "hgrn2.mixers": the name of the
+    mixer, and the module that registers it. The module is imported when the name is first asked for.
+
     Args:
         name: the name.
         what: the place the name stands in, for messages.
@@ -112,6 +118,9 @@ def find_mixer(name: str, what: str = "mixers") -> RegisteredMixer:
     Raises:
         UserError: there is none; near matches are named.
     """
+    if name not in _mixers:
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+            entry.load()
     if name not in _mixers:
         raise UserError(unknown_key_message(what, name, _mixers), "unknown-name")
     return _mixers[name]
