@@ -160,7 +160,7 @@ def parse_size(text: str) -> int:
 
 def _check_new(out: Path) -> None:
     if out.exists() or out.is_symlink():
-        raise UserError(f"{out}: exists already; name a new folder")
+        raise UserError(f"{out}: exists already; name a new folder", "already-exists")
 
 
 def _token_ids(source: Source, tokenizer_dir: Path) -> dict[str, Any]:

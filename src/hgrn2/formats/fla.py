@@ -86,17 +86,21 @@ def _expand_ratio(values: Mapping[str, Any]) -> Any:
     if ratio is not None:
         return ratio
     if heads is None:
-        raise UserError(f"{_WHAT}: expand_ratio and num_heads are both null; one of them must be given")
+        raise UserError(f"{_WHAT}: expand_ratio and num_heads are both null; one of them must be given", "incomplete")
     hidden_size = values.get("hidden_size", HGRN2Config.hidden_size)
     if type(heads) is not int or type(hidden_size) is not int or heads < 1 or hidden_size % heads:
-        raise UserError(f"{_WHAT}: num_heads is {heads!r}, which does not divide hidden_size = {hidden_size!r}")
+        raise UserError(
+            f"{_WHAT}: num_heads is {heads!r}, which does not divide hidden_size = {hidden_size!r}", "contradiction"
+        )
     return hidden_size // heads
 
 
 def _norm_eps(values: Mapping[str, Any]) -> Any:
     new, old = values.get("norm_eps"), values.get("rms_norm_eps")
     if new is not None and old is not None and new != old:
-        raise UserError(f"{_WHAT}: norm_eps = {new!r} contradicts rms_norm_eps = {old!r}; leave one of them out")
+        raise UserError(
+            f"{_WHAT}: norm_eps = {new!r} contradicts rms_norm_eps = {old!r}; leave one of them out", "contradiction"
+        )
     return next((eps for eps in (new, old) if eps is not None), HGRN2Config.norm_eps)
 
 
@@ -117,7 +121,8 @@ def _read_attention(attn: Any) -> dict[str, Any] | None:
             if table[key] != first[key]:
                 raise UserError(
                     f"{_WHAT}: attn.{key} is {first[key]!r} at layers {first['layers']} and {table[key]!r} at layers "
-                    f"{table['layers']}; our model has one kind of attention"
+                    f"{table['layers']}; our model has one kind of attention",
+                    "unsupported",
                 )
     return first | {"layers": [layer for table in read for layer in table["layers"]]}
 
@@ -125,10 +130,10 @@ def _read_attention(attn: Any) -> dict[str, Any] | None:
 def _read_attention_table(table: Mapping[str, Any]) -> dict[str, Any]:
     for key in table:
         if key not in _ATTN_KEYS:
-            raise UserError(f"{_WHAT}: unknown key attn.{key}; known keys: {', '.join(_ATTN_KEYS)}")
+            raise UserError(f"{_WHAT}: unknown key attn.{key}; known keys: {', '.join(_ATTN_KEYS)}", "unknown-name")
     for key in ("layers", "num_heads"):
         if key not in table:
-            raise UserError(f"{_WHAT}: no attn.{key}; wanted layers and num_heads")
+            raise UserError(f"{_WHAT}: no attn.{key}; wanted layers and num_heads", "incomplete")
     if not isinstance(table["layers"], list | tuple):
         raise UserError(f"{_WHAT}: attn.layers is {table['layers']!r}; wanted a list")
     if table.get("qk_norm"):
@@ -166,7 +171,9 @@ def write_config(config: HGRN2Config) -> dict[str, Any]:
         wanted["lower_bound"] = "inclusive"
     require(config, "fla", wanted)
     if config.attn is not None and config.attn.rope_theta is None:
-        raise UserError("fla's layout cannot say attn.rope_theta = None; there attention always has positions")
+        raise UserError(
+            "fla's layout cannot say attn.rope_theta = None; there attention always has positions", "unsupported"
+        )
     warn_of_training_keys(config, "fla", {"dropout": (0,), "min_log_decay": (None,)})
     return {
         "model_type": MODEL_TYPE,

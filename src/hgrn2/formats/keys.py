@@ -42,14 +42,15 @@ def check_keys(values: Any, what: str, known: Iterable[str], inert: Iterable[str
         raise UserError(f"{what}: found {type(values).__name__}; wanted a table of settings")
     found = values.get("model_type", MODEL_TYPE)
     if found != MODEL_TYPE:
-        raise UserError(f"{what}: model_type is {found!r}; wanted {MODEL_TYPE!r}")
+        raise UserError(f"{what}: model_type is {found!r}; wanted {MODEL_TYPE!r}", "unsupported")
     known = set(known)
     passed_over = TRANSFORMERS_KEYS | set(inert)
     for key in values:
         if key not in known and key not in passed_over:
             raise UserError(
                 f"{unknown_key_message(what, key, known)}; it may change what the model computes, "
-                "so take it out only if it does not"
+                "so take it out only if it does not",
+                "unknown-name",
             )
     return {key: value for key, value in values.items() if key in known}
 
@@ -66,7 +67,7 @@ def refuse(what: str, key: str, found: Any, wanted: str) -> NoReturn:
     Raises:
         UserError: always.
     """
-    raise UserError(f"{what}: {key} is {found!r}; wanted {wanted}, for our model computes nothing else")
+    raise UserError(f"{what}: {key} is {found!r}; wanted {wanted}, for our model computes nothing else", "unsupported")
 
 
 def require(config: HGRN2Config, layout: str, wanted: Mapping[str, Any]) -> None:

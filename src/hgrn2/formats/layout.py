@@ -62,7 +62,7 @@ LAYOUTS = {
 
 
 def _cannot_write(config: HGRN2Config) -> dict[str, Any]:
-    raise UserError(f"a Transformer's layout is read, not written ({config.num_hidden_layers} layers)")
+    raise UserError(f"a Transformer's layout is read, not written ({config.num_hidden_layers} layers)", "unsupported")
 
 
 # read, and told by the model type; never written
@@ -83,13 +83,19 @@ def recognise(values: Mapping[str, Any]) -> Layout:
         return TRANSFORMER
     if found != MODEL_TYPE:
         others = ", ".join(transformer.READ)
-        raise UserError(f"model_type is {found!r}; wanted {MODEL_TYPE!r}, or of a Transformer one of {others}")
+        raise UserError(
+            f"model_type is {found!r}; wanted {MODEL_TYPE!r}, or of a Transformer one of {others}", "unsupported"
+        )
     told = {name: [key for key in layout.signature if key in values] for name, layout in LAYOUTS.items()}
     told = {name: keys for name, keys in told.items() if keys}
     if len(told) > 1:
         keys = " and ".join(f"{keys[0]} of {LAYOUTS[name].title}" for name, keys in told.items())
-        raise UserError(f"keys of more than one layout, {keys}; take those out that are not this model's")
+        raise UserError(
+            f"keys of more than one layout, {keys}; take those out that are not this model's", "contradiction"
+        )
     if not told:
         some = ", ".join(f"{layout.signature[0]!r} ({layout.title})" for layout in LAYOUTS.values())
-        raise UserError(f"no key that tells which layout it is of, such as {some}; use the config.json of the model")
+        raise UserError(
+            f"no key that tells which layout it is of, such as {some}; use the config.json of the model", "unreadable"
+        )
     return LAYOUTS[next(iter(told))]

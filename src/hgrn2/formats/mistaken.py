@@ -30,7 +30,8 @@ def check_place(path: Path) -> None:
         merge = f"peft.PeftModel.from_pretrained({model}, {str(path)!r}).merge_and_unload().save_pretrained('OUT')"
         raise UserError(
             f"{path}: holds an adapter of PEFT, which is no model; merge it in Python, after import hgrn2.hf: {merge}, "
-            "and copy the tokenizer's files into OUT"
+            "and copy the tokenizer's files into OUT",
+            "unsupported",
         )
     file = _gguf(path)
     if file is not None:
@@ -40,7 +41,8 @@ def check_place(path: Path) -> None:
         raise UserError(
             f"{path}: {kind} a GGUF file, which is not read; write a folder of it in Python, "
             f"by transformers and gguf: AutoModelForCausalLM.from_pretrained({names}, {whole}).save_pretrained('OUT') "
-            f"and AutoTokenizer.from_pretrained({names}).save_pretrained('OUT')"
+            f"and AutoTokenizer.from_pretrained({names}).save_pretrained('OUT')",
+            "unsupported",
         )
 
 

@@ -39,7 +39,10 @@ def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
         values = {key: value for key, value in values.items() if key != DIGEST_KEY}
     mixed = [key for key in _KEYS if key in values]
     if mixed:
-        raise UserError(f"{', '.join(mixed)} beside the table {TABLE!r}; put all settings of the model into the table")
+        raise UserError(
+            f"{', '.join(mixed)} beside the table {TABLE!r}; put all settings of the model into the table",
+            "contradiction",
+        )
     return HGRN2Config.from_dict(check_keys(values, "config of a run", _TABLES)[TABLE])
 
 

@@ -74,10 +74,12 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
     known = (*_SETTINGS, "norm_type", "no_scale_embedding", "causal")
     values = check_keys(values, _WHAT, known, ("add_bos_token",))
     if values.get("causal", True) is not True:
-        raise UserError(f"{_WHAT}: causal is {values['causal']!r}; wanted true, for this is a language model")
+        raise UserError(
+            f"{_WHAT}: causal is {values['causal']!r}; wanted true, for this is a language model", "unsupported"
+        )
     norm = values.get("norm_type", "simplermsnorm")
     if not isinstance(norm, str) or norm not in _NORMS:
-        raise UserError(f"{_WHAT}: norm_type is {norm!r}; wanted one of {', '.join(_NORMS)}")
+        raise UserError(f"{_WHAT}: norm_type is {norm!r}; wanted one of {', '.join(_NORMS)}", "unsupported")
     unscaled = values.get("no_scale_embedding", True)
     if not isinstance(unscaled, bool):
         raise UserError(f"{_WHAT}: no_scale_embedding is {unscaled!r}; wanted true or false")

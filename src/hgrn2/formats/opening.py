@@ -75,7 +75,8 @@ class ModelFolder:
         if differing := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
             raise UserError(
                 f"{self.path}: its weights do not fit the model in {name_some(differing)}; "
-                "leave settings that decide about shapes as they are"
+                "leave settings that decide about shapes as they are",
+                "mismatch",
             )
         finite = FiniteCheck()
         for name, parameter in model.named_parameters():
@@ -126,7 +127,7 @@ def read_folder_config(path: Path, *, attends: bool = True) -> tuple[Layout, dic
         used = settings if attends or layout.name != transformer.NAME else transformer.without_positions(settings)
         return layout, settings, layout.read_config(used)
     except UserError as error:
-        raise UserError(f"{path / CONFIG_NAME}: {error}") from None
+        raise UserError(f"{path / CONFIG_NAME}: {error}", error.code) from None
 
 
 def open_folder(path: Path, *, attends: bool = True) -> ModelFolder:
@@ -147,7 +148,8 @@ def open_folder(path: Path, *, attends: bool = True) -> ModelFolder:
         # every layer has tensors; a model of millions of layers would take hours to lay out
         raise UserError(
             f"{path}: {CONFIG_NAME} asks for {config.num_hidden_layers} layers; "
-            f"the files hold {len(weights.specs)} tensors; {_REPAIR}"
+            f"the files hold {len(weights.specs)} tensors; {_REPAIR}",
+            "mismatch",
         )
     shapes = model_shapes(config)
     tables = layout.tables(config, list(shapes))
@@ -159,13 +161,17 @@ def open_folder(path: Path, *, attends: bool = True) -> ModelFolder:
     if wrong.count:
         for table in tables:
             if other := other_head(path, found, table):
-                raise UserError(f"{path}: {other}")
+                raise UserError(f"{path}: {other}", "unsupported")
         raise UserError(
-            f"{path}: not the tensors that its {CONFIG_NAME} (layout of {layout.title}) asks for: {wrong}; {_REPAIR}"
+            f"{path}: not the tensors that its {CONFIG_NAME} (layout of {layout.title}) asks for: {wrong}; {_REPAIR}",
+            "mismatch",
         )
     others = [f"{name} ({spec.dtype!s})" for name, spec in found.items() if spec.dtype not in _FLOATS]
     if others:
-        raise UserError(f"{path}: tensors that are no floating-point numbers: {name_some(others)}; save them as floats")
+        raise UserError(
+            f"{path}: tensors that are no floating-point numbers: {name_some(others)}; save them as floats",
+            "unsupported",
+        )
     _check_tied(table, weights)
     places = rows_of(table, shapes)
     return ModelFolder(path, layout, settings, config, weights, {name: places[name] for name in shapes})
@@ -178,5 +184,6 @@ def _check_tied(table: Table, weights: Weights) -> None:
     if len(names) == 2 and not torch.equal(*(weights.read(name).contiguous().view(torch.uint8) for name in names)):
         raise UserError(
             f"{weights.folder}: tie_word_embeddings is true, but {names[0]} and {names[1]} differ; "
-            f"set it to false in {CONFIG_NAME} if the model was trained so"
+            f"set it to false in {CONFIG_NAME} if the model was trained so",
+            "contradiction",
         )

@@ -72,7 +72,9 @@ class Weights:
         file = find_weights(folder)
         if file is None:
             names = ", ".join(name for form in _FORMS for name in form)
-            raise UserError(f"{folder}: no weights there (looked for {names}); name a folder that has them")
+            raise UserError(
+                f"{folder}: no weights there (looked for {names}); name a folder that has them", "not-found"
+            )
         self._shards: dict[str, _Shard] = _open_index(file) if file.suffix == ".json" else _by_name(_open_shard(file))
         self.specs = {name: shard.specs[name] for name, shard in self._shards.items()}
 
@@ -92,7 +94,9 @@ def find_weights(folder: Path) -> Path | None:
     for form in _FORMS:
         found = [folder / name for name in form if (folder / name).is_file()]
         if len(found) > 1:
-            raise UserError(f"{folder}: holds both {' and '.join(form)}; remove the one that is not of this model")
+            raise UserError(
+                f"{folder}: holds both {' and '.join(form)}; remove the one that is not of this model", "contradiction"
+            )
         if found:
             return found[0]
     return None
@@ -105,15 +109,17 @@ def _by_name(shard: _Shard) -> dict[str, _Shard]:
 def _open_index(index: Path) -> dict[str, _Shard]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-        raise UserError(f"{index}: no weight_map from tensors to files in it; {_COPY_AGAIN}")
+        raise UserError(f"{index}: no weight_map from tensors to files in it; {_COPY_AGAIN}", "damaged")
     files = sorted(set(places.values()))
     # an index has no business outside its folder
     outside = [file for file in files if Path(file).name != file or file in ("", ".", "..")]
     if outside:
-        raise UserError(f"{index}: names {outside[0]!r}; wanted names of files beside it")
+        raise UserError(f"{index}: names {outside[0]!r}; wanted names of files beside it", "damaged")
     absent = [file for file in files if not (index.parent / file).is_file()]
     if absent:
-        raise UserError(f"{index}: names {name_some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")
+        raise UserError(
+            f"{index}: names {name_some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there", "not-found"
+        )
     shards = {file: _open_shard(index.parent / file) for file in files}
     strayed = [name for name, file in places.items() if name not in shards[file].specs]
     if strayed:
@@ -121,13 +127,14 @@ def _open_index(index: Path) -> dict[str, _Shard]:
         found = where.get(strayed[0])
         raise UserError(
             f"{index}: says that {_printable(strayed[0])} is in {places[strayed[0]]}, but it is in "
-            f"{'no shard' if found is None else found} ({len(strayed)} such tensors); {_COPY_AGAIN}"
+            f"{'no shard' if found is None else found} ({len(strayed)} such tensors); {_COPY_AGAIN}",
+            "damaged",
         )
     unlisted = [
         f"{name} in {file}" for file, shard in shards.items() for name in shard.specs if places.get(name) != file
     ]
     if unlisted:
-        raise UserError(f"{index}: does not name {name_some(unlisted)}; {_COPY_AGAIN}")
+        raise UserError(f"{index}: does not name {name_some(unlisted)}; {_COPY_AGAIN}", "damaged")
     return {name: shards[file] for name, file in places.items()}
 
 
@@ -138,7 +145,7 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: no such file, or something else in it.
     """
     if not file.exists():
-        raise UserError(f"{file.parent}: no {file.name} there; name a folder that has one")
+        raise UserError(f"{file.parent}: no {file.name} there; name a folder that has one", "not-found")
     return read_json_object(file, _COPY_AGAIN)
 
 
@@ -158,7 +165,7 @@ def _open_shard(file: Path) -> _Shard:
     try:
         return _Safetensors(file) if file.suffix == ".safetensors" else _Pickle(file)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})", "unreadable") from None
 
 
 class _Safetensors:
@@ -168,7 +175,9 @@ class _Safetensors:
         try:
             self._file = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise UserError(f"{file}: truncated, or no safetensors file ({error}); {_COPY_AGAIN}") from None
+            raise UserError(
+                f"{file}: truncated, or no safetensors file ({error}); {_COPY_AGAIN}", "unreadable"
+            ) from None
         self.specs = {}
         names: list[str] = self._file.keys()
         for name in names:
@@ -197,25 +206,33 @@ class _Pickle:
             if code is None:
                 raise UserError(
                     f"{file}: truncated, or no file of PyTorch with tensors alone in a pickle of protocol 2 (code is "
-                    f"not run); {_COPY_AGAIN}, or save it again, best as safetensors"
+                    f"not run); {_COPY_AGAIN}, or save it again, best as safetensors",
+                    "unreadable",
                 ) from None
             raise UserError(
                 f"{file}: holds code ({_printable(code[1])}), which is not run; "
-                "save the tensors alone, best as safetensors"
+                "save the tensors alone, best as safetensors",
+                "unreadable",
             ) from None
         except OSError as error:
             # a damaged file may name places that cannot be sought
             if error.errno != errno.EINVAL:
                 raise
-            raise UserError(f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}") from None
+            raise UserError(
+                f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}", "unreadable"
+            ) from None
         except Exception:
             # of every kind, depending on where a damaged file goes wrong
-            raise UserError(f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}") from None
+            raise UserError(
+                f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}", "unreadable"
+            ) from None
         if not isinstance(found, dict):
-            raise UserError(f"{file}: holds {type(found).__name__}; wanted a table of tensors")
+            raise UserError(f"{file}: holds {type(found).__name__}; wanted a table of tensors", "unreadable")
         others = [str(name) for name, value in found.items() if not _is_plain(name, value)]
         if others:
-            raise UserError(f"{file}: {name_some(others)}: no plain tensors; save the model's state_dict alone")
+            raise UserError(
+                f"{file}: {name_some(others)}: no plain tensors; save the model's state_dict alone", "unreadable"
+            )
         self._tensors: dict[str, Tensor] = found
         self.specs = {name: TensorSpec(tuple(x.shape), x.dtype) for name, x in found.items()}
 

@@ -156,7 +156,9 @@ def start_from_transformer(
     """
     config = source.config
     if source.layout.name != transformer.NAME:
-        raise UserError(f"{source.path}: has the layout of {source.layout.title}; wanted a Transformer's folder")
+        raise UserError(
+            f"{source.path}: has the layout of {source.layout.title}; wanted a Transformer's folder", "unsupported"
+        )
     assert config.attn is not None
     wrong = sorted(set(keep_attention) - set(config.attn.layers))
     if wrong:

@@ -60,12 +60,14 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
     """
     kind = str(values.get("model_type"))
     if kind in _BEYOND:
-        raise UserError(f"model_type is {kind!r}, which has {_BEYOND[kind]}; wanted one of {', '.join(_WINDOWS)}")
+        raise UserError(
+            f"model_type is {kind!r}, which has {_BEYOND[kind]}; wanted one of {', '.join(_WINDOWS)}", "unsupported"
+        )
     what = f"{kind} config"
     known = check_keys({key: x for key, x in values.items() if key != "model_type"}, what, _KNOWN, _INERT)
     missing = [key for key in _REQUIRED if key not in known]
     if missing:
-        raise UserError(f"{what}: no {', '.join(missing)}; use the config.json of the model")
+        raise UserError(f"{what}: no {', '.join(missing)}; use the config.json of the model", "incomplete")
     for key, wanted in _ALWAYS.items():
         if known.get(key, wanted[0]) not in wanted:
             refuse(what, key, known[key], repr(wanted[0]))
@@ -109,7 +111,8 @@ def _head_size(what: str, known: Mapping[str, Any]) -> int:
     heads, hidden_size = known["num_attention_heads"], known["hidden_size"]
     if type(heads) is not int or type(hidden_size) is not int or heads < 1 or hidden_size % heads:
         raise UserError(
-            f"{what}: num_attention_heads is {heads!r}, which does not divide hidden_size = {hidden_size!r}"
+            f"{what}: num_attention_heads is {heads!r}, which does not divide hidden_size = {hidden_size!r}",
+            "contradiction",
         )
     head_size = hidden_size // heads
     if known.get("head_dim") not in (None, head_size):
@@ -131,7 +134,8 @@ def _rope_theta(what: str, known: Mapping[str, Any]) -> float:
             if kind not in (None, "default"):
                 raise UserError(
                     f"{what}: {name} of type {kind!r}; wanted none, for our attention scales no positions. A start by "
-                    "hgrn2 convert --from-transformer that keeps no attention does without them"
+                    "hgrn2 convert --from-transformer that keeps no attention does without them",
+                    "unsupported",
                 )
         for key, value in settings.items():
             if key in ("rope_type", "type"):
@@ -143,7 +147,9 @@ def _rope_theta(what: str, known: Mapping[str, Any]) -> float:
                 refuse(what, f"{name}.{key}", value, "no such key (positions that are not scaled)")
     found = [x for x in (table.get("rope_theta"), known.get("rope_theta"), scaling.get("rope_theta")) if x is not None]
     if any(x != found[0] for x in found):
-        raise UserError(f"{what}: rope_theta is {' and '.join(map(repr, found))}; leave one of them out")
+        raise UserError(
+            f"{what}: rope_theta is {' and '.join(map(repr, found))}; leave one of them out", "contradiction"
+        )
     return found[0] if found else 10000.0
 
 
@@ -164,7 +170,9 @@ def _window(what: str, kind: str, known: Mapping[str, Any], num_layers: int) -> 
         kinds = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(num_layers)]
     if kinds == ["sliding_attention"] * num_layers:
         if window is None:
-            raise UserError(f"{what}: layer_types are all sliding_attention, but no sliding_window is in use")
+            raise UserError(
+                f"{what}: layer_types are all sliding_attention, but no sliding_window is in use", "contradiction"
+            )
         return window
     if kinds != ["full_attention"] * num_layers:
         refuse(what, "layer_types", kinds, f"one kind for all {num_layers} layers, full_attention or sliding_attention")

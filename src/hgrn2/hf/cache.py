@@ -161,7 +161,8 @@ class StateLayer(CacheLayerMixin):
         """
         raise UserError(
             f"cannot take {abs(tokens_to_remove)} tokens out of the cache: a recurrent state does not know what single "
-            "tokens added to it; go back to a copy of the cache (copy.deepcopy), and generate without an assistant"
+            "tokens added to it; go back to a copy of the cache (copy.deepcopy), and generate without an assistant",
+            "unsupported",
         )
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -174,7 +175,9 @@ class StateLayer(CacheLayerMixin):
         Raises:
             UserError: always.
         """
-        raise UserError("cache is of an HGRN2 model, whose states another model cannot use; give that one a new cache")
+        raise UserError(
+            "cache is of an HGRN2 model, whose states another model cannot use; give that one a new cache", "mismatch"
+        )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.state = {name: function(x) for name, x in self.state.items()}
@@ -228,25 +231,32 @@ def state_layers(cache: Cache, kinds: Sequence[str], growing: Sequence[Sequence[
         UserError: another kind of cache, or one that another model filled.
     """
     if getattr(cache, "offloading", False):
-        raise UserError(f"cache is an offloaded {type(cache).__name__}; wanted one that stays on the device")
+        raise UserError(
+            f"cache is an offloaded {type(cache).__name__}; wanted one that stays on the device", "unsupported"
+        )
     layers: list[Any] = cache.layers
     if not layers:
         layers.extend(StateLayer(kind, None, names) for kind, names in zip(kinds, growing, strict=True))
     if len(layers) != len(kinds):
-        raise UserError(f"cache has {len(layers)} layers, the model {len(kinds)}; it is of another model")
+        raise UserError(f"cache has {len(layers)} layers, the model {len(kinds)}; it is of another model", "mismatch")
     for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         if isinstance(layer, StateLayer):
             if layer.kind != kind:
-                raise UserError(f"cache: layer {i} is of kind {layer.kind}, the model's {kind}; it is of another model")
+                raise UserError(
+                    f"cache: layer {i} is of kind {layer.kind}, the model's {kind}; it is of another model", "mismatch"
+                )
             continue
         if type(layer) not in _REPLACEABLE:
-            raise UserError(f"cache: layer {i} is a {type(layer).__name__}; wanted a DynamicCache or a StaticCache")
+            raise UserError(
+                f"cache: layer {i} is a {type(layer).__name__}; wanted a DynamicCache or a StaticCache", "unsupported"
+            )
         # one of a fixed size may have its tensors before anything is read
         read = getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0
         if read or any(getattr(layer, "has_previous_state", {}).values()):
             raise UserError(
                 f"cache: layer {i} was filled by another model, or by prefix tuning, which puts keys and values where "
-                "HGRN2 keeps states; give a new cache or one that this model returned, and use prompt tuning or LoRA"
+                "HGRN2 keeps states; give a new cache or one that this model returned, and use prompt tuning or LoRA",
+                "mismatch",
             )
         layers[i] = StateLayer(kind, layer.max_cache_len if isinstance(layer, _STATIC) else None, growing[i])
     return layers

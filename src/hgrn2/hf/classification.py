@@ -109,5 +109,7 @@ def _last_places(input_ids: Tensor | None, mask: Tensor | None, pad: int | None,
         tokens = torch.ones((1, length), dtype=torch.bool, device=x.device)
     else:
         asked = "give one" if input_ids is None else "give one, or set pad_token_id in the configuration"
-        raise UserError(f"several texts without an attention_mask, so that nothing says where each ends; {asked}")
+        raise UserError(
+            f"several texts without an attention_mask, so that nothing says where each ends; {asked}", "incomplete"
+        )
     return (tokens * torch.arange(length, device=x.device)).argmax(-1)

@@ -66,7 +66,7 @@ class HGRN2Config(PreTrainedConfig):
     ) -> None:
         found = kwargs.pop("model_type", own.MODEL_TYPE)
         if found != own.MODEL_TYPE:
-            raise UserError(f"model config: model_type is {found!r}; wanted {own.MODEL_TYPE!r}")
+            raise UserError(f"model config: model_type is {found!r}; wanted {own.MODEL_TYPE!r}", "unsupported")
         layer_types = kwargs.pop("layer_types", None)
         model, rest = _read(kwargs)
         for name, value in model.to_dict().items():
@@ -76,7 +76,10 @@ class HGRN2Config(PreTrainedConfig):
         self.use_cache = use_cache
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         if layer_types not in (None, self.layer_types):
-            raise UserError(f"model config: layer_types is {layer_types}; attn says {self.layer_types}, leave one out")
+            raise UserError(
+                f"model config: layer_types is {layer_types}; attn says {self.layer_types}, leave one out",
+                "contradiction",
+            )
         super().__init__(**rest)
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -137,7 +140,9 @@ class HGRN2Config(PreTrainedConfig):
         if self.attn:
             self.attn = {**self.attn, "window_size": value}
         elif value is not None:
-            raise UserError(f"sliding_window cannot be set to {value}: no layer attends (attn is null)")
+            raise UserError(
+                f"sliding_window cannot be set to {value}: no layer attends (attn is null)", "contradiction"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -151,7 +156,10 @@ class HGRN2Config(PreTrainedConfig):
     def _refuse_unless_equal(self, name: str, value: Any, source: str) -> None:
         found = getattr(self, name)
         if value != found:
-            raise UserError(f"{name} cannot be set to {value}: it is {found}, which follows from {source}; set that")
+            raise UserError(
+                f"{name} cannot be set to {value}: it is {found}, which follows from {source}; set that",
+                "contradiction",
+            )
 
 
 def _kind(mixer: str, options: dict[str, Any] | None) -> str:
@@ -169,5 +177,7 @@ def _read(values: dict[str, Any]) -> tuple[own.HGRN2Config, dict[str, Any]]:
     # settings given in Python may be few, and then they are ours
     layout = recognise(settings) if told else LAYOUTS["hf"]
     if layout.name == "official":
-        raise UserError("a config.json of hgru2-pytorch, whose tensors have other names; use hgrn2 convert first")
+        raise UserError(
+            "a config.json of hgru2-pytorch, whose tensors have other names; use hgrn2 convert first", "unsupported"
+        )
     return layout.read_config(settings), kept

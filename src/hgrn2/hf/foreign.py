@@ -64,16 +64,22 @@ def check_settable(key: str, value: Any, fields: Collection[str]) -> bool:
         # a file with it could not be read back
         return False
     if key in _NOT_THERE:
-        raise UserError(f"{key} cannot be set to {value!r}: no model here has it; leave it out")
+        raise UserError(f"{key} cannot be set to {value!r}: no model here has it; leave it out", "unsupported")
     other = next((LAYOUTS[name] for name in _OTHER_LAYOUTS if key in LAYOUTS[name].signature), None)
     if other is not None and other.name == "fla":
         # a value that is refused in its file is refused here for the same reason
         other.read_config({key: value})
     if key in _OUR_NAMES:
-        raise UserError(f"{key} cannot be set to {value!r}: the model does not read it; set {_OUR_NAMES[key]}")
+        raise UserError(
+            f"{key} cannot be set to {value!r}: the model does not read it; set {_OUR_NAMES[key]}", "unknown-name"
+        )
     if other is not None:
-        raise UserError(f"{key} cannot be set to {value!r}: it is a setting of {other.title}'s files; leave it out")
+        raise UserError(
+            f"{key} cannot be set to {value!r}: it is a setting of {other.title}'s files; leave it out", "unknown-name"
+        )
     near = difflib.get_close_matches(key, fields, n=1, cutoff=_MISSPELT)
     if near:
-        raise UserError(f"{key} cannot be set to {value!r}: the model does not read it; did you mean {near[0]!r}?")
+        raise UserError(
+            f"{key} cannot be set to {value!r}: the model does not read it; did you mean {near[0]!r}?", "unknown-name"
+        )
     return True

@@ -102,7 +102,10 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         if model_kwargs.get("inputs_embeds") is not None and generation_config.prefill_chunk_size is not None:
-            raise UserError("prefill_chunk_size: transformers cuts ids into pieces, not inputs_embeds; leave one out")
+            raise UserError(
+                "prefill_chunk_size: transformers cuts ids into pieces, not inputs_embeds; leave one out",
+                "contradiction",
+            )
         # the library slices by these numbers, and gives a step whatever comes out. A mask of ones is a number to it
         read = places_read(model_kwargs.get(CACHE_NAME))
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
@@ -114,7 +117,8 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
                 f"the cache has read {read} places, and {given} are given"
                 + (f", with an attention_mask of {width}" if new_alone else "")
                 + "; give the whole text, what was read included, or what is new alone with an attention_mask of "
-                f"{read} + {given} places (generation does not read the last token that it writes)"
+                f"{read} + {given} places (generation does not read the last token that it writes)",
+                "contradiction",
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
 
@@ -181,7 +185,10 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         loss = None
         if targets is not None:
             if targets.shape != x.shape[:2]:
-                raise UserError(f"labels have shape {list(targets.shape)}; wanted {list(x.shape[:2])}, as the input")
+                raise UserError(
+                    f"labels have shape {list(targets.shape)}; wanted {list(x.shape[:2])}, as the input",
+                    "contradiction",
+                )
             if self.loss_function is ForCausalLMLoss:
                 loss = self._summed_loss(x.flatten(0, 1), targets.flatten().to(x.device))
                 loss = loss / _count(targets, num_items_in_batch, loss.device)

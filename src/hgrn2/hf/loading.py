@@ -82,5 +82,5 @@ def check_loaded(
         ask = "output_loading_info=True, and read what it returns" if missing else "ignore_mismatched_sizes=True"
         hint = f"use the files of one model, whole; to have them drawn anew on purpose, give {ask}"
     raise CheckpointError(
-        f"{where}: not the tensors that its {CONFIG_NAME} asks for: {Misfits(missing, [], shapes)}; {hint}"
+        f"{where}: not the tensors that its {CONFIG_NAME} asks for: {Misfits(missing, [], shapes)}; {hint}", "mismatch"
     )

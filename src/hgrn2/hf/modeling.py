@@ -139,7 +139,8 @@ class HGRN2PreTrainedModel(PreTrainedModel):
                 raise UserError(
                     f"{save_directory}: {len(left)} modules are still adapters of PEFT, the first is {left[0]}; use "
                     "save_pretrained of the PeftModel, or merge_and_unload() first (twice where target_parameters "
-                    "names lower_bounds: the first call does not reach the layers below)"
+                    "names lower_bounds: the first call does not reach the layers below)",
+                    "unsupported",
                 )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -229,11 +230,13 @@ class HGRN2Model(HGRN2PreTrainedModel):
         _check_further(kwargs, packed=cu_seq_lens_q is not None)
         cache = _only_one(cache, past_key_values, ("cache", "past_key_values"))
         if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("input_ids and inputs_embeds: give one of them, not both or none")
+            raise UserError("input_ids and inputs_embeds: give one of them, not both or none", "contradiction")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if cu_seq_lens_q is not None:
             if cache is not None or use_cache or attention_mask is not None or x.shape[0] != 1:
-                raise UserError("cu_seq_lens_q: packed sequences are one row, without a cache or an attention_mask")
+                raise UserError(
+                    "cu_seq_lens_q: packed sequences are one row, without a cache or an attention_mask", "contradiction"
+                )
             if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 boundaries(cu_seq_lens_q, x.shape[1])
         if use_cache is None:
@@ -248,7 +251,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
         if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
             _check_places(kwargs["position_ids"], mask, x)
         if states is not None and states[0].batch_size not in (-1, x.shape[0]):
-            raise UserError(f"cache holds {states[0].batch_size} sequences; the input has {x.shape[0]}")
+            raise UserError(f"cache holds {states[0].batch_size} sequences; the input has {x.shape[0]}", "mismatch")
         # before any layer has read anything
         for state in states or ():
             state.check_room(x.shape[1])
@@ -290,7 +293,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
 
 def _only_one(a: Any, b: Any, names: tuple[str, str]) -> Any:
     if a is not None and b is not None:
-        raise UserError(f"{names[0]} and {names[1]} are two names of one argument; give one of them")
+        raise UserError(f"{names[0]} and {names[1]} are two names of one argument; give one of them", "contradiction")
     return b if a is None else a
 
 
@@ -310,7 +313,8 @@ def _padding(attention_mask: Tensor | None, x: Tensor, cache: Cache | None) -> T
         raise UserError(
             f"attention_mask has shape {list(attention_mask.shape)}; wanted [{batch}, {length}], or "
             f"[{batch}, {places_read(cache)} + {length}] with the places that the cache has read (generation does not "
-            "read the last token that it writes)"
+            "read the last token that it writes)",
+            "contradiction",
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(x.device).bool()
     # generation hands over a mask of ones at every step, which costs more to follow than to look at
@@ -329,13 +333,13 @@ def _check_further(values: dict[str, Any], packed: bool) -> None:
         if value is None:
             continue
         if name not in TransformersKwargs.__optional_keys__:
-            raise UserError(f"unknown argument {name}")
+            raise UserError(f"unknown argument {name}", "unknown-name")
         if name == "output_attentions" and value:
-            raise UserError("output_attentions: a recurrent layer has no attention matrix; leave it out")
+            raise UserError("output_attentions: a recurrent layer has no attention matrix; leave it out", "unsupported")
         if name == "is_causal" and not value:
-            raise UserError("is_causal=False: a recurrence reads from left to right; leave it out")
+            raise UserError("is_causal=False: a recurrence reads from left to right; leave it out", "unsupported")
         if name == "seq_idx" and not packed:
-            raise UserError(f"seq_idx: {_GIVE_BOUNDS}")
+            raise UserError(f"seq_idx: {_GIVE_BOUNDS}", "unsupported")
 
 
 def _check_places(position_ids: Tensor, mask: Tensor | None, x: Tensor) -> None:
@@ -348,4 +352,4 @@ def _check_places(position_ids: Tensor, mask: Tensor | None, x: Tensor) -> None:
         both = True if mask is None else mask[:, 1:] & mask[:, :-1]
         good = bool(((step == 1) | ~torch.as_tensor(both, device=x.device)).all())
     if not good:
-        raise UserError(f"position_ids: {_GIVE_BOUNDS}")
+        raise UserError(f"position_ids: {_GIVE_BOUNDS}", "unsupported")

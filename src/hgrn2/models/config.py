@@ -129,11 +129,13 @@ class HGRN2Config:
             self.hidden_size % self.expand_ratio == 0,
             f"{self._named('hidden_size')} is not a multiple of {self._named('expand_ratio')}; change one of them, "
             "or give num_heads instead of expand_ratio",
+            "contradiction",
         )
         heads = self.hidden_size // self.expand_ratio
         _check(
             self.num_heads in (None, heads),
             f"num_heads = {self.num_heads} contradicts hidden_size / expand_ratio = {heads}; leave one of them out",
+            "contradiction",
         )
         _check(self.hidden_ratio > 0, f"hidden_ratio is {self.hidden_ratio}; wanted above 0")
         if self.intermediate_size is None:
@@ -170,6 +172,7 @@ class HGRN2Config:
             _check(
                 not wrong,
                 f"attn.layers holds {wrong}; the model has layers 0 to {self.num_hidden_layers - 1}",
+                "contradiction",
             )
             self._check_width("attn", self.attn.options)
         if self.layers is not None:
@@ -223,6 +226,7 @@ class HGRN2Config:
         _check(
             heads > 0 and width % heads == 0,
             f"num_heads is {heads}; wanted a number that divides {self._named('hidden_size')}",
+            "contradiction",
         )
         return max(width // heads, 1)
 
@@ -337,7 +341,7 @@ class HGRN2Config:
         _check(isinstance(values, dict), f"found {type(values).__name__}; wanted a table of settings")
         values = dict(values)
         found = values.pop("model_type", MODEL_TYPE)
-        _check(found == MODEL_TYPE, f"model_type is {found!r}; wanted {MODEL_TYPE!r}")
+        _check(found == MODEL_TYPE, f"model_type is {found!r}; wanted {MODEL_TYPE!r}", "unsupported")
         return _build(cls, values, "model config")
 
     def replace(self, **changes: Any) -> HGRN2Config:
@@ -378,5 +382,5 @@ def _build(cls: Any, values: dict[str, Any], what: str) -> Any:
     required = [field.name for field in fields(cls) if field.default is dataclasses.MISSING]
     for key in required:
         if key not in values:
-            raise UserError(f"{what}: no {key}; wanted {' and '.join(required)}")
+            raise UserError(f"{what}: no {key}; wanted {' and '.join(required)}", "incomplete")
     return cls(**values)

@@ -50,7 +50,7 @@ def generate(
         for i in range(max_tokens):
             logits = model.lm_head(x[:, -1])
             if not bool(logits.isfinite().all()):
-                raise UserError("generate: the model's outputs are not finite; use another checkpoint")
+                raise UserError("generate: the model's outputs are not finite; use another checkpoint", "not-finite")
             drawn = sample(logits, sampling, seen, generator)
             # a text that has ended repeats its last token
             drawn = torch.where(ended, written[-1][:, -1], drawn).unsqueeze(1)

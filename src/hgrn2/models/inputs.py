@@ -91,11 +91,13 @@ def check_state(state: ModelState, num_layers: int, num_sequences: int, embeddin
     if not isinstance(state, ModelState):
         raise UserError(f"state is {describe(state)}; wanted the ModelState that an earlier call or init_state gave")
     if len(state.layers) != num_layers:
-        raise UserError(f"state is of a model with {len(state.layers)} layers; this one has {num_layers}")
+        raise UserError(f"state is of a model with {len(state.layers)} layers; this one has {num_layers}", "mismatch")
     for tensors in state.layers:
         for name, x in tensors.items():
             if x.shape[0] != num_sequences:
-                raise UserError(f"state holds {x.shape[0]} sequences ({name}); the input has {num_sequences}")
+                raise UserError(
+                    f"state holds {x.shape[0]} sequences ({name}); the input has {num_sequences}", "mismatch"
+                )
             if _is_elsewhere(x, embeddings):
                 raise UserError(
                     f"state is on {x.device} and the model on {embeddings.weight.device}; move it with state.to()"

@@ -133,7 +133,10 @@ class HGRN2LM(nn.Module):
     def _check_targets(self, targets: Tensor, input_ids: Tensor) -> Tensor:
         targets = checked_ids("targets", targets, "[B, T]", self.model.embeddings, IGNORE)
         if targets.shape != input_ids.shape:
-            raise UserError(f"targets has shape {list(targets.shape)}; wanted {list(input_ids.shape)}, as input_ids")
+            raise UserError(
+                f"targets has shape {list(targets.shape)}; wanted {list(input_ids.shape)}, as input_ids",
+                "contradiction",
+            )
         return targets
 
     def hidden_states(
@@ -160,7 +163,8 @@ class HGRN2LM(nn.Module):
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise UserError(
-                    "attention_mask and cu_seqlens were both given; packed sequences have no padding, drop the mask"
+                    "attention_mask and cu_seqlens were both given; packed sequences have no padding, drop the mask",
+                    "contradiction",
                 )
             attention_mask = checked_mask(attention_mask, input_ids)
         num_sequences = input_ids.shape[0]

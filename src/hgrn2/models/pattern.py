@@ -91,7 +91,9 @@ def read_options(name: str, table: Any, place: str | None = None) -> Any:
             raise UserError(unknown_key_message(f"model config: {place}", key, fields) + hint, "unknown-name")
     required = [key for key, field in fields.items() if _is_required(field)]
     if missing := [key for key in required if key not in table]:
-        raise UserError(f"model config: {place}: no {' and no '.join(missing)}; wanted {' and '.join(required)}")
+        raise UserError(
+            f"model config: {place}: no {' and no '.join(missing)}; wanted {' and '.join(required)}", "incomplete"
+        )
     try:
         return cls(**table)
     except UserError as error:

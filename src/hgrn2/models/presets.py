@@ -56,7 +56,7 @@ def variant(name: str, /, **keys: Any) -> HGRN2Config:
     """
     _check_name("variants", name)
     if name not in VARIANTS:
-        raise UserError(unknown_key_message("variants", name, VARIANTS))
+        raise UserError(unknown_key_message("variants", name, VARIANTS), "unknown-name")
     return HGRN2Config.from_dict(VARIANTS[name] | keys)
 
 
@@ -75,7 +75,7 @@ def _sized(name: str, size: dict[str, Any], keys: dict[str, Any]) -> HGRN2Config
         message = str(error).replace(" (the default)", "")
         for key in size.keys() - keys.keys():
             message = message.replace(f"{key} = {size[key]}", f"{key} = {size[key]} (the preset's)")
-        raise UserError(message) from None
+        raise UserError(message, error.code) from None
 
 
 def tiny(**keys: Any) -> HGRN2Config:
@@ -139,5 +139,5 @@ def preset(name: str, /, **keys: Any) -> HGRN2Config:
     """
     _check_name("presets", name)
     if name not in PRESETS:
-        raise UserError(unknown_key_message("presets", name, PRESETS))
+        raise UserError(unknown_key_message("presets", name, PRESETS), "unknown-name")
     return PRESETS[name](**keys)

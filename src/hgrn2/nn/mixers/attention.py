@@ -59,7 +59,9 @@ class AttentionOptions(MixerOptions):
             raise UserError(f"num_heads is {self.num_heads}; wanted at least 1")
         kv = self.num_kv_heads or 0
         if kv < 1 or self.num_heads % kv:
-            raise UserError(f"num_kv_heads is {kv}, which does not divide num_heads = {self.num_heads}")
+            raise UserError(
+                f"num_kv_heads is {kv}, which does not divide num_heads = {self.num_heads}", "contradiction"
+            )
         if self.window_size is not None and self.window_size < 1:
             raise UserError(f"window_size is {self.window_size}; wanted at least 1, or null for no window")
         if self.rope_theta is not None and self.rope_theta <= 0:

@@ -236,23 +236,29 @@ def _head_width(hidden_size: int, expand_ratio: int | None, num_heads: int | Non
     if num_heads is not None:
         _check_whole("num_heads", num_heads, 1, "a whole number of at least 1")
         if hidden_size % num_heads:
-            raise UserError(f"hidden_size is {hidden_size} and num_heads {num_heads}; wanted a multiple of it")
+            raise UserError(
+                f"hidden_size is {hidden_size} and num_heads {num_heads}; wanted a multiple of it", "contradiction"
+            )
         if expand_ratio is None:
             return hidden_size // num_heads
     if expand_ratio is None:
         if hidden_size % DEFAULT_EXPAND_RATIO:
             raise UserError(
                 f"hidden_size is {hidden_size}; wanted a multiple of {DEFAULT_EXPAND_RATIO}, or expand_ratio or "
-                "num_heads beside it"
+                "num_heads beside it",
+                "contradiction",
             )
         return DEFAULT_EXPAND_RATIO
     _check_whole("expand_ratio", expand_ratio, 1, "a whole number of at least 1")
     if hidden_size % expand_ratio:
-        raise UserError(f"hidden_size is {hidden_size} and expand_ratio {expand_ratio}; wanted a multiple of it")
+        raise UserError(
+            f"hidden_size is {hidden_size} and expand_ratio {expand_ratio}; wanted a multiple of it", "contradiction"
+        )
     if num_heads not in (None, hidden_size // expand_ratio):
         raise UserError(
             f"num_heads is {num_heads}, and hidden_size / expand_ratio is {hidden_size // expand_ratio}; give one of "
-            "the two"
+            "the two",
+            "contradiction",
         )
     return expand_ratio
 

@@ -78,7 +78,10 @@ class HGRN2Mixer(HGRN2):
         self._check_against_weights(x)
         if mask is not None:
             if cu_seqlens is not None:
-                raise UserError("mask and cu_seqlens were both given; packed sequences have no padding, drop the mask")
+                raise UserError(
+                    "mask and cu_seqlens were both given; packed sequences have no padding, drop the mask",
+                    "contradiction",
+                )
             if not isinstance(mask, Tensor) or mask.shape != x.shape[:2]:
                 raise UserError(f"mask is {describe(mask)}; wanted a tensor {list(x.shape[:2])}, 0 where x is padding")
             check_device("mask", mask, "x", x)
@@ -105,7 +108,9 @@ class HGRN2Mixer(HGRN2):
         weight = linear.weight
         check_device("x", x, "the layer", weight)
         if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
-            raise UserError(f"x has dtype {x.dtype}; the layer's weights have {weight.dtype}, convert one of them")
+            raise UserError(
+                f"x has dtype {x.dtype}; the layer's weights have {weight.dtype}, convert one of them", "mismatch"
+            )
 
     def _check_state(self, state: MixerState, x: Tensor, sequences: int) -> None:
         specs = self.state_spec(x.dtype)
