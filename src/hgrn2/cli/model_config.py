@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hgrn2.errors import UserError
-from hgrn2.formats.mistaken import check_place
+from hgrn2.formats.diagnose import check_is_model
 from hgrn2.formats.opening import read_folder_config
 from hgrn2.models import HGRN2Config, presets
 from hgrn2.storage.json_files import parse_json, read_json_object
@@ -39,7 +39,7 @@ def model_config(
             keys = {"vocab_size": vocab_size} | keys
         return presets.preset(model, **keys)
     path = Path(model)
-    check_place(path)
+    check_is_model(path)
     if path.is_dir():
         found = read_folder_config(path)[2].to_dict()
     elif path.is_file():

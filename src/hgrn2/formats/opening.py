@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hgrn2.errors import UserError
 from hgrn2.formats import transformer
+from hgrn2.formats.diagnose import describe_other_head
 from hgrn2.formats.layout import Layout, recognise
-from hgrn2.formats.mistaken import other_head
 from hgrn2.formats.reading import CONFIG_NAME, Weights, name_some, read_json
 from hgrn2.formats.tables import EMBEDDINGS, Rows, Table, misfits, model_shapes, rows_of, with_tied_head
 from hgrn2.models import HGRN2LM, HGRN2Config
@@ -160,7 +160,7 @@ def open_folder(path: Path, *, attends: bool = True) -> ModelFolder:
     wrong, table = min(tried, key=lambda pair: pair[0].count)
     if wrong.count:
         for table in tables:
-            if other := other_head(path, found, table):
+            if other := describe_other_head(path, found, table):
                 raise UserError(f"{path}: {other}", "unsupported")
         raise UserError(
             f"{path}: not the tensors that its {CONFIG_NAME} (layout of {layout.title}) asks for: {wrong}; {_REPAIR}",

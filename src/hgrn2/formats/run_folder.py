@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hgrn2.errors import UserError
-from hgrn2.formats.mistaken import check_place
+from hgrn2.formats.diagnose import check_is_model
 from hgrn2.formats.reading import find_weights
 from hgrn2.formats.soundness import (
     CONFIG_NAME,
@@ -70,7 +70,7 @@ def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
 
 
 def _model_folder(path: Path, which: str) -> Path:
-    check_place(path)
+    check_is_model(path)
     # what a damaged checkpoint lacks is said by its checks
     if find_weights(path) is not None or _is_checkpoint(path):
         return path
@@ -135,7 +135,7 @@ def resume_point(path: Path) -> tuple[Path, Path | None]:
     Raises:
         UserError: it is neither.
     """
-    check_place(path)
+    check_is_model(path)
     path = Path(os.path.abspath(path))
     if _is_checkpoint(path) or (path.parent.name == FOLDER_NAME and path.is_dir()):
         return path.parent.parent, path

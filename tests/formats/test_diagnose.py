@@ -17,7 +17,7 @@ import transformers
 
 from hgrn2 import cli
 from hgrn2.data import ByteTokenizer
-from hgrn2.formats.mistaken import check_place
+from hgrn2.formats.diagnose import check_is_model
 from hgrn2.formats.opening import open_folder
 from hgrn2.hf import HGRN2Config, HGRN2ForCausalLM, HGRN2ForSequenceClassification
 from tests.formats.command_line import refused, run_cli
@@ -148,9 +148,9 @@ def test_a_gguf_file_beside_a_model_is_passed_over(here, capsys):
     with open("run/config.json", "w") as out:
         out.write("{}")
     assert cli.main(["info", "model"]) == 0
-    check_place(Path("model"))
+    check_is_model(Path("model"))
     # as a run is told
-    check_place(Path("run"))
+    check_is_model(Path("run"))
 
 
 def test_a_gguf_file_as_a_tokenizer(here, capsys):

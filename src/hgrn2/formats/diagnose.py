@@ -1,4 +1,4 @@
-"""What is often named in place of a language model's folder: said by what it is, with what to do."""
+"""Recognise inputs that are not language models, and explain how to convert them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _CLASSIFIER = "score.weight"
 _BODY = "model."
 
 
-def check_place(path: Path) -> None:
-    """Refuses adapters of PEFT and GGUF files; what else is wrong with a place is for whoever reads it.
+def check_is_model(path: Path) -> None:
+    """Refuses adapters of PEFT and GGUF files; the reader of the folder reports other faults.
 
     Args:
-        path: what was named as a model: a folder or a file.
+        path: the folder or file that was given as a model.
 
     Raises:
-        UserError: it is one of them.
+        UserError: path is an adapter or a GGUF file.
     """
     if (path / _ADAPTER_CONFIG).is_file():
-        # where it was tuned there may have been no folder of the model
+        # the adapter may have been tuned without a folder of the model
         base = read_json(path / _ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
         model = f"transformers.AutoModelForCausalLM.from_pretrained({base!r})"
         merge = f"peft.PeftModel.from_pretrained({model}, {str(path)!r}).merge_and_unload().save_pretrained('OUT')"
@@ -48,7 +48,7 @@ def check_place(path: Path) -> None:
 
 def _gguf(path: Path) -> Path | None:
     if path.is_dir():
-        # beside settings, as in a run, it is one that somebody made of the model
+        # beside a config.json it is a copy that was made of the model
         other = (path / CONFIG_NAME).exists() or find_weights(path) is not None
         return None if other else next(iter(sorted(path.glob("*.gguf"))), None)
     if not path.is_file():
@@ -57,14 +57,14 @@ def _gguf(path: Path) -> Path | None:
         with path.open("rb") as file:
             begin = file.read(4)
     except OSError:
-        # said by whoever wants to read it
+        # the reader of the file reports it
         return None
-    # its name may be anything, as in a cache
+    # files in a cache have arbitrary names
     return path if begin == b"GGUF" or path.suffix.lower() == ".gguf" else None
 
 
-def other_head(path: Path, found: Collection[str], wanted: Collection[str]) -> str | None:
-    """What a folder is that lacks nothing but the head of a language model; None if it is something else.
+def describe_other_head(path: Path, found: Collection[str], wanted: Collection[str]) -> str | None:
+    """Describes a folder that has all tensors of a language model but the head; None for any other folder.
 
     Args:
         path: the folder.
