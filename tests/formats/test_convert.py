@@ -107,7 +107,7 @@ def test_official_through_every_layout_and_back(further, dtype, tmp_path):
     for name, rows in (("i", v), ("q", q), ("f", f)):
         assert torch.equal(own[f"model.layers.1.attn.{name}_proj.weight"], rows)
     assert torch.equal(own["model.layers.2.mlp.gate_proj.weight"], tensors["model.layers.2.channel_mixer.l1.weight"])
-    with pytest.raises(UserError, match="fla's layout cannot say"):
+    with pytest.raises(UserError, match="fla's layout cannot express"):
         to("fla", official, tmp_path / "fla")
     assert not (tmp_path / "fla").exists()
 
@@ -317,7 +317,7 @@ def test_nothing_is_ever_overwritten(run, capsys):
         (["convert", "run", "out", "--to", "llama"], "llama"),
         (["convert", "run", "out", "--to", "fla", "--dtype", "int8"], "int8"),
         (["convert", "run", "out", "--to", "fla", "--max-shard-size", "much"], "size 'much': wanted a number of bytes"),
-        (["convert", "run", "out", "--to", "official"], "hgru2-pytorch's layout cannot say scale = 0.5"),
+        (["convert", "run", "out", "--to", "official"], "hgru2-pytorch's layout cannot express scale = 0.5"),
         (["convert", "run", "run/config.json/out", "--to", "fla"], "cannot be written"),
     ],
 )

@@ -14,6 +14,7 @@ from hgrn2.formats.tables import model_shapes
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
 from tests.formats.published import FLA_CONFIG, HYBRID, D, L, draw, fla_shapes, merged, write
 from tests.models import transcription
+from tests.refusals import refuses
 
 # what a checkpoint of fla computes, in the words of the transcription; nothing here is read from its config.json
 EQUATIONS = {
@@ -99,43 +100,44 @@ def test_attention_of_hybrids_is_read():
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("keys", "code", "names"),
     [
-        ({"hiden_size": 16}, "unknown key 'hiden_size'; did you mean 'hidden_size'"),
-        ({"use_rope": True}, "unknown key 'use_rope'"),
-        ({"quantization_config": {}}, "unknown key 'quantization_config'"),
-        ({"model_type": "gla"}, "model_type is 'gla'; wanted 'hgrn2'"),
-        ({"hidden_act": "powlu"}, "hidden_act is 'powlu'; wanted 'swish'"),
-        ({"attn_mode": "parallel"}, "attn_mode is 'parallel'; wanted one of chunk"),
-        ({"attnres_block_size": 2}, "attnres_block_size is 2"),
-        ({"use_short_conv": True, "share_conv_kernel": True}, "share_conv_kernel is True"),
-        ({"num_heads": 2}, "num_heads = 2 contradicts hidden_size / expand_ratio = 4"),
-        ({"num_heads": None, "expand_ratio": None}, "expand_ratio and num_heads are both null"),
-        ({"num_heads": 3, "expand_ratio": None}, "num_heads is 3, which does not divide hidden_size = 16"),
-        ({"num_heads": "4", "expand_ratio": None}, "num_heads is '4'"),
-        ({"rms_norm_eps": 0.1}, "norm_eps = 0.01 contradicts rms_norm_eps = 0.1"),
-        ({"attn": 3}, "attn is 3; wanted a table"),
-        ({"attn": "no"}, "attn is 'no'; wanted a table"),
-        ({"attn": {"num_heads": 4}}, r"no attn\.layers"),
-        ({"attn": {"layers": 1, "num_heads": 4}}, r"attn\.layers is 1"),
-        ({"attn": {"layers": [9], "num_heads": 4}}, r"attn\.layers holds \[9\]"),
-        ({"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 3}}, "num_kv_heads is 3, which does not divide"),
-        ({"attn": {"layers": [1], "num_heads": 4, "rope_theta": None}}, r"attn\.rope_theta is None"),
-        ({"attn": {"layers": [1], "num_heads": 4, "qk_norm": True}}, r"attn\.qk_norm is True"),
-        ({"attn": {"layers": [1], "num_heads": 4, "softcap": 5}}, r"unknown key attn\.softcap"),
+        ({"hiden_size": 16}, "unknown-name", ["'hiden_size'", "'hidden_size'"]),
+        ({"use_rope": True}, "unknown-name", ["'use_rope'"]),
+        ({"quantization_config": {}}, "unknown-name", ["'quantization_config'"]),
+        ({"model_type": "gla"}, "unsupported", ["model_type", "'gla'", "'hgrn2'"]),
+        ({"hidden_act": "powlu"}, "unsupported", ["hidden_act", "'powlu'", "'swish'"]),
+        ({"attn_mode": "parallel"}, "unsupported", ["attn_mode", "'parallel'", "chunk"]),
+        ({"attnres_block_size": 2}, "unsupported", ["attnres_block_size is 2"]),
+        ({"use_short_conv": True, "share_conv_kernel": True}, "unsupported", ["share_conv_kernel is True"]),
+        ({"num_heads": 2}, "contradiction", ["num_heads = 2", "expand_ratio = 4"]),
+        ({"num_heads": None, "expand_ratio": None}, "incomplete", ["expand_ratio", "num_heads"]),
+        ({"num_heads": 3, "expand_ratio": None}, "contradiction", ["num_heads is 3", "hidden_size = 16"]),
+        ({"num_heads": "4", "expand_ratio": None}, "contradiction", ["num_heads is '4'"]),
+        ({"rms_norm_eps": 0.1}, "contradiction", ["norm_eps = 0.01", "rms_norm_eps = 0.1"]),
+        ({"attn": 3}, "invalid-value", ["attn is 3"]),
+        ({"attn": "no"}, "invalid-value", ["attn is 'no'"]),
+        ({"attn": {"num_heads": 4}}, "incomplete", ["attn.layers"]),
+        ({"attn": {"layers": 1, "num_heads": 4}}, "invalid-value", ["attn.layers is 1"]),
+        ({"attn": {"layers": [9], "num_heads": 4}}, "contradiction", ["attn.layers", "[9]"]),
+        ({"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 3}}, "contradiction", ["num_kv_heads is 3"]),
+        ({"attn": {"layers": [1], "num_heads": 4, "rope_theta": None}}, "unsupported", ["attn.rope_theta is None"]),
+        ({"attn": {"layers": [1], "num_heads": 4, "qk_norm": True}}, "unsupported", ["attn.qk_norm is True"]),
+        ({"attn": {"layers": [1], "num_heads": 4, "softcap": 5}}, "unknown-name", ["attn.softcap"]),
         (
             {"attn": [{"layers": [0], "num_heads": 4}, {"layers": [1], "num_heads": 4, "window_size": 8}]},
-            r"attn\.window_size is None at layers \[0\] and 8 at layers \[1\]",
+            "unsupported",
+            ["attn.window_size", "None", "[0]", "8", "[1]"],
         ),
     ],
 )
-def test_settings_that_are_not_ours_are_refused_by_name(keys, message):
-    with pytest.raises(UserError, match=message):
+def test_settings_that_are_not_ours_are_refused_by_name(keys, code, names):
+    with refuses(code, *names):
         read_config(FLA_CONFIG | keys)
 
 
 def test_no_table_of_settings():
-    with pytest.raises(UserError, match="found list; wanted a table"):
+    with refuses("invalid-value", "list"):
         read_config([])  # type: ignore[arg-type]
 
 
@@ -179,7 +181,7 @@ def test_defaults_are_those_of_fla():
     ],
 )
 def test_what_fla_cannot_say_is_refused_by_name(keys, name):
-    with pytest.raises(UserError, match=f"cannot say {name} = "):
+    with refuses("unsupported", "fla", f"{name} = "):
         write_config(HGRN2Config(**keys))
 
 

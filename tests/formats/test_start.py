@@ -276,7 +276,7 @@ def test_opened_by_transformers(llama, capsys):
         (["--expand-ratio", "5"], "hidden_size = 16 is not a multiple of expand_ratio = 5"),
         (["--expand-ratio", "0"], "expand_ratio is 0; wanted at least 1"),
         (["--seed", "-1"], "seed is -1; wanted 0 to"),
-        (["--to", "official"], "hgru2-pytorch's layout cannot say"),
+        (["--to", "official"], "hgru2-pytorch's layout cannot express"),
         (["--keep-attention", "nothing", "--to", "fla"], "layers 'nothing'"),
     ],
 )

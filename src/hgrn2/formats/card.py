@@ -1,4 +1,4 @@
-"""The model card of a folder for transformers: what the model is, and the lines that open it."""
+"""The model card of a folder for transformers: a description of the model and the code that opens it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hgrn2.models.cost import cost
 from hgrn2.models.pattern import ATTENTION
 
 CARD_NAME = "README.md"
-# the Hub's metadata: lines between two rows of dashes at the top of a card
+# metadata of the Hub: lines between two rows of dashes at the top of a card
 _METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)['\"]?[ \t]*$", re.MULTILINE)
 
 
 def opening_lines(folder: str) -> str:
-    """Returns the two lines of Python that open a folder.
+    """Return the two lines of Python that open a folder.
 
     Args:
-        folder: its path, as the lines are to have it.
+        folder: the path to use in the code.
 
     Example:
         >>> print(opening_lines("notes-model"))
@@ -35,15 +35,15 @@ def opening_lines(folder: str) -> str:
 def write_card(
     name: str, config: HGRN2Config, *, source: Path, settings: Mapping[str, Any], has_tokenizer: bool, dtype: str
 ) -> str:
-    """Returns the text of a card.
+    """Return the text of a model card.
 
     Args:
-        name: of the new folder.
-        config: of the model.
+        name: name of the new folder.
+        config: configuration of the model.
         source: the folder that the model comes from; a card there may name a licence.
-        settings: that folder's config.json, which names the data in the case of a run.
-        has_tokenizer: whether the new folder has one.
-        dtype: of the tensors, such as "float32".
+        settings: that folder's config.json, which names the data of a run.
+        has_tokenizer: whether the new folder has a tokenizer.
+        dtype: dtype of the tensors, such as "float32".
     """
     costs = cost(config)
     found = _license_of(source / CARD_NAME)
@@ -86,8 +86,8 @@ def write_card(
             f"| training data | {', '.join(data) if data else missing} |",
             f"| licence | {found or missing} |", "",
             "## Use", "",
-            "The package `hgrn2` has to be installed with its extra `hf`. Without the first line transformers says "
-            "that it does not recognize the model type `hgrn2`; a newer version of it does not help.", "",
+            "Install the package `hgrn2` with its extra `hf`. Without the first line, transformers says "
+            "that it does not recognize the model type `hgrn2`; a newer version of transformers does not help.", "",
             "```python", *loading, "```", "",
             "Or at the command line:", "",
             f"    hgrn2 {command}", "",
@@ -96,12 +96,12 @@ def write_card(
 
 
 def _quoted(name: str) -> str:
-    """Returns a name as shells and cmd.exe alike take it."""
+    """Return a name quoted for POSIX shells and cmd.exe."""
     return name if re.fullmatch(r"[\w./+-]+", name) else f'"{name}"'
 
 
 def _license_of(card: Path) -> str | None:
-    """Returns the licence that a card's metadata names."""
+    """Return the licence named in a card's metadata; None without one."""
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -112,7 +112,7 @@ def _license_of(card: Path) -> str | None:
 
 
 def _data_of(settings: Mapping[str, Any]) -> list[str]:
-    """Returns the names of a run's data; where it lies on somebody's disk does not belong in a card."""
+    """Return the names of a run's data, without paths, which do not belong in a card."""
     table = settings.get("data")
     names = table.get("data") if isinstance(table, Mapping) else None
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -1,4 +1,4 @@
-"""Writing a checkpoint in another layout."""
+"""Write a checkpoint in another layout."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 class Source(Protocol):
-    """Source of a model to write: a checkpoint (`ModelFolder`), or a start from one (`TransformerStart`)."""
+    """Interface of a model to write: a checkpoint (`ModelFolder`) or a `TransformerStart`."""
 
     @property
     def path(self) -> Path:
@@ -43,7 +43,7 @@ class Source(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its config.json."""
+        """The content of its config.json."""
         ...
 
     @property
@@ -53,15 +53,15 @@ class Source(Protocol):
 
     @property
     def names(self) -> list[str]:
-        """Our tensors, in the order of the model."""
+        """Names of our tensors, in the order of the model."""
         ...
 
     def spec(self, name: str) -> Tensor:
-        """Shape and dtype of one of them, on the meta device."""
+        """Return one of our tensors as a meta tensor."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """One of them."""
+        """Read one of our tensors."""
         ...
 
 
@@ -71,9 +71,9 @@ class Written:
 
     Attributes:
         path: the new folder.
-        num_tensors: in its files.
-        num_bytes: of them.
-        num_shards: files they are in.
+        num_tensors: number of tensors in its files.
+        num_bytes: bytes of these tensors.
+        num_shards: number of files.
     """
 
     path: Path
@@ -91,28 +91,28 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Written:
-    """Writes a checkpoint in another layout; the folder appears whole or not at all.
+    """Write a checkpoint in another layout; the folder appears complete or not at all.
 
-    Memory is needed for one tensor of a file at a time, not for the model.
+    Only one tensor of a file is in memory at a time.
 
     Args:
-        source: from `open_folder`, or a start from a Transformer.
-        out: a folder that does not exist yet.
+        source: a folder from `open_folder`, or a start from a Transformer.
+        out: the new folder; must not exist.
         to: a name in `LAYOUTS`.
-        tokenizer_dir: where the source's tokenizer lies; its files are taken along.
-        dtype: of the new tensors; None for each as it is.
-        max_shard_bytes: weights above this size are cut into several files with an index; "native" is always one file,
-            as runs are read.
+        tokenizer_dir: the folder of the source's tokenizer, whose files are copied.
+        dtype: dtype of the new tensors; None keeps each dtype.
+        max_shard_bytes: maximum size of a file; larger weights are split into several files with an index. "native" is
+            always one file, as readers of runs expect.
 
     Raises:
-        UserError: out exists or cannot be written, the layout cannot say what the model computes, or what the source
-            names as tokens that begin, end or fill a text is none.
+        UserError: out exists or cannot be written, the layout cannot express the model, or the source's BOS, EOS or
+            padding ids are invalid.
     """
     layout = LAYOUTS[to]
     _check_new(out)
     settings = {"architectures": [layout.architecture], **layout.write_config(source.config)}
     if to == "native" and native.TRAIN_TABLE in source.settings:
-        # how a run was trained stays with its model; where its data and its teacher lie is nobody else's business
+        # keep the training settings, but not the paths of data and teacher
         train = dict(source.settings[native.TRAIN_TABLE])
         if train.get("teacher") is not None:
             train["teacher"] = Path(train["teacher"]).name
@@ -122,12 +122,12 @@ def convert(
     specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}
     if dtype is not None:
         specs = {name: spec.to(dtype) for name, spec in specs.items()}
-    # what holds every tensor without loss
+    # the narrowest dtype that represents every tensor exactly
     widest = reduce(torch.promote_types, (spec.dtype for spec in specs.values()))
     settings["dtype"] = str(widest).removeprefix("torch.")
     shards = _shards(specs, None if to == "native" else max_shard_bytes)
     with staged_directory(out, replace=False) as stage:
-        # another process may have made it while this one waited
+        # another process may have made the folder while this one waited
         _check_new(out)
         _write_weights(source, stage, table, specs, shards)
         settings |= _take_tokenizer(source, token_ids, tokenizer_dir, stage)
@@ -142,10 +142,10 @@ def convert(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as people write it: "5GB", "500MB", "2GiB" or a plain number.
+    """Return the bytes of a size such as "5GB", "500MB", "2GiB" or a plain number.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is not a size.
 
     Example:
         >>> parse_size("1.5KB"), parse_size("2MiB")
@@ -164,9 +164,9 @@ def _check_new(out: Path) -> None:
 
 
 def _token_ids(source: Source, tokenizer_dir: Path) -> dict[str, Any]:
-    """Return the tokens that begin, end and pad a text, if the source's settings name them.
+    """Return the BOS, EOS and padding ids, if the source's settings name them.
 
-    A run has them beside its tokenizer, if the model it was started from did.
+    A run has them beside its tokenizer if the model it started from had them.
     """
     known = check_token_ids(source.settings, source.path / CONFIG_NAME)
     beside = tokenizer_dir / GENERATION_CONFIG_FILE
@@ -176,25 +176,25 @@ def _token_ids(source: Source, tokenizer_dir: Path) -> dict[str, Any]:
 
 
 def _take_tokenizer(source: Source, token_ids: dict[str, Any], tokenizer_dir: Path, stage: Path) -> dict[str, Any]:
-    """Copy the tokenizer's files; return the tokens that begin, end and pad a text, for config.json."""
+    """Copy the tokenizer's files; return the BOS, EOS and padding ids for config.json."""
     for pattern in TOKENIZER_FILES:
         for file in filter(Path.is_file, tokenizer_dir.glob(pattern)):
             if file.suffix == ".json":
-                # a damaged one would otherwise be noticed only when a text is to be read
+                # detect a damaged file now rather than at the first text
                 read_json(file)
             copy = stage / file.relative_to(tokenizer_dir)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
     if token_ids:
         return token_ids
-    # a run that was trained from scratch names none; they are our tokenizer's, which transformers opens in another form
+    # a run trained from scratch names none: use those of our tokenizer, which transformers opens in another form
     try:
         tokenizer = load_tokenizer(stage)
     except UserError:
-        # one that is there is damaged
+        # there is a tokenizer, but it is damaged
         if any(stage.glob("*tokenizer.json")):
             raise
-        # otherwise transformers would put the defaults of a class in their place
+        # without this, transformers would use the defaults of a class
         return {"bos_token_id": None, "eos_token_id": None}
     write_transformers_files(tokenizer, stage)
     return write_generation_config(tokenizer, source.config.vocab_size, stage)
@@ -205,7 +205,7 @@ def _bytes(spec: Tensor) -> int:
 
 
 def _shards(specs: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
-    """Tensors in order, as many a file as fit; one that is larger than the limit is alone."""
+    """Split the tensors, in order, into files below the limit; a larger tensor gets its own file."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, spec in specs.items():

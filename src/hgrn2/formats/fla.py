@@ -1,4 +1,4 @@
-"""The settings of fla's layout (flash-linear-attention, any version up to 0.6.0) and ours."""
+"""fla's layout (flash-linear-attention, any version up to 0.6.0): conversion of settings and tensors."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from hgrn2.models.config import MODEL_TYPE
 
 _WHAT = "fla config"
 
-# eps of the norm after the scan: fla calls it without the config's, so its default holds
+# eps of the norm after the scan: fla does not pass norm_eps to it, so its default applies
 MIXER_NORM_EPS = 1e-5
 
-# the same in both layouts; their defaults agree
+# keys with the same meaning and default in both layouts
 _SHARED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "use_lower_bound",
     "use_short_conv", "conv_size", "tie_word_embeddings", "initializer_range",
 )  # fmt: skip
-# keys that only fla's files have, and by which they are known
+# keys that only fla's files have
 SIGNATURE = (
     "attn_mode", "hidden_act", "rms_norm_eps", "share_conv_kernel", "attnres_block_size", "fuse_norm", "fuse_swiglu",
     "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp",
 )  # fmt: skip
-# of them, those that decide how fast, or how a loss is formed, not what the model computes
+# those of them that affect speed or the form of the loss, not the results
 _INERT = ("fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
 _KNOWN = (
     *_SHARED, "expand_ratio", "hidden_ratio", "norm_eps", "rms_norm_eps", "elementwise_affine", "attn", "attn_mode",
     "hidden_act", "attnres_block_size", "share_conv_kernel",
 )  # fmt: skip
 _ATTN_KEYS = ("layers", "num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta", "qk_norm")
-# one and the same function, computed in three ways
+# three implementations of the same function
 _ATTN_MODES = ("chunk", "fused_chunk", "fused_recurrent")
 
 
 def read_config(values: Mapping[str, Any]) -> HGRN2Config:
-    """A config.json of fla's layout, as our configuration.
+    """Convert fla's config.json to our configuration.
 
-    Old spellings are read (`rms_norm_eps`, `attn_mode = "fused_chunk"`, `num_heads` null or given, `expand_ratio` null
-    beside num_heads). `elementwise_affine` is about the norm after the scan alone in fla: the norms of the blocks
-    always have a weight. That norm's eps is 1e-5 in fla whatever `norm_eps` says, so `mixer_norm_eps` is set to this.
+    Reads old spellings too (`rms_norm_eps`, `attn_mode = "fused_chunk"`, `num_heads` null or given, `expand_ratio` null
+    with num_heads). In fla, `elementwise_affine` applies only to the norm after the scan, because block norms always
+    have a weight, and the eps of that norm is 1e-5 whatever `norm_eps` says: `mixer_norm_eps` is set to it.
 
     Args:
-        values: the file's keys; transformers' own and those that only decide about speed are passed over.
+        values: the content of the file; keys of transformers and keys that only affect speed are ignored.
 
     Raises:
-        UserError: an unknown key, a setting whose computation our model does not have, or values that contradict each
-            other (head counts among them).
+        UserError: an unknown key, a setting that our model does not implement, or contradicting values, such as head
+            counts.
 
     Example:
         >>> read_config({"model_type": "hgrn2", "hidden_size": 256, "attn_mode": "chunk"}).num_heads
@@ -81,7 +81,7 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
 
 
 def _expand_ratio(values: Mapping[str, Any]) -> Any:
-    """The width of a head, which a file may say by the number of heads alone."""
+    """Return the width of a head, which a file may give through the number of heads."""
     ratio, heads = values.get("expand_ratio", 128), values.get("num_heads")
     if ratio is not None:
         return ratio
@@ -105,7 +105,7 @@ def _norm_eps(values: Mapping[str, Any]) -> Any:
 
 
 def _read_attention(attn: Any) -> dict[str, Any] | None:
-    """The attention layers; fla has them as one table, or as a list of tables."""
+    """Convert the attention layers, which fla stores as one table or a list of tables."""
     if attn is None:
         return None
     tables = [attn] if isinstance(attn, Mapping) else attn
@@ -153,13 +153,12 @@ def _read_attention_table(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_config(config: HGRN2Config) -> dict[str, Any]:
-    """The inverse of `read_config`: the keys that fla 0.6.0 reads, as plain values for JSON.
+    """Invert `read_config`: return the keys that fla 0.6.0 reads, as JSON values.
 
-    Settings that matter in training alone (`dropout`, `min_log_decay`) have no place there; they are left out with a
-    warning.
+    fla has no settings for `dropout` and `min_log_decay`, which only affect training; they are dropped with a warning.
 
     Raises:
-        UserError: a setting that fla's layout cannot say; it is named.
+        UserError: a setting that fla's layout cannot express.
     """
     wanted: dict[str, Any] = {
         "layers": None,
@@ -172,7 +171,7 @@ def write_config(config: HGRN2Config) -> dict[str, Any]:
     require(config, "fla", wanted)
     if config.attn is not None and config.attn.rope_theta is None:
         raise UserError(
-            "fla's layout cannot say attn.rope_theta = None; there attention always has positions", "unsupported"
+            "fla's layout cannot express attn.rope_theta = None; there attention always has positions", "unsupported"
         )
     warn_of_training_keys(config, "fla", {"dropout": (0,), "min_log_decay": (None,)})
     return {
@@ -196,13 +195,13 @@ def write_config(config: HGRN2Config) -> dict[str, Any]:
 
 
 def tables(config: HGRN2Config, names: Sequence[str]) -> tuple[Table, ...]:
-    """Which of our tensors each tensor of a file holds: today's form, and the one from before February 2025.
+    """Return the tables of today's files and of those from before February 2025.
 
-    Our names are fla's. Older files have the two inner matrices of a channel mixer in one, the gate's rows first.
+    Our names are fla's. Older files stack the two inner matrices of a channel mixer, the gate's rows first.
 
     Args:
-        config: of the model, which does not matter here.
-        names: of our tensors.
+        config: configuration of the model; not used.
+        names: names of our tensors.
     """
     del config
     merged = {}

@@ -1,4 +1,4 @@
-"""Keys of a config.json that are about something else than the numbers a model computes."""
+"""Check the keys of a config.json, and refuse settings that a layout or our model does not have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.models.config import MODEL_TYPE, HGRN2Config
 
-# what transformers, old and new, writes into the file of any model
+# keys that transformers, old and new, writes for any model
 TRANSFORMERS_KEYS = frozenset((
     "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_name_or_path", "add_cross_attention",
     "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
@@ -27,16 +27,16 @@ TRANSFORMERS_KEYS = frozenset((
 
 
 def check_keys(values: Any, what: str, known: Iterable[str], inert: Iterable[str] = ()) -> dict[str, Any]:
-    """The keys of a config.json that decide what is computed, each of them known.
+    """Return the settings of a config.json that affect the model's results, and refuse unknown keys.
 
     Args:
-        values: what the file holds.
+        values: the content of the file.
         what: the layout, for messages.
-        known: keys that decide.
-        inert: further keys that do not; transformers' own are never counted.
+        known: keys that affect the results.
+        inert: keys that do not, besides transformers' own.
 
     Raises:
-        UserError: it is no table, a key is unknown, or the model type is another.
+        UserError: not a table, an unknown key, or another model type.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{what}: found {type(values).__name__}; wanted a table of settings")
@@ -44,47 +44,47 @@ def check_keys(values: Any, what: str, known: Iterable[str], inert: Iterable[str
     if found != MODEL_TYPE:
         raise UserError(f"{what}: model_type is {found!r}; wanted {MODEL_TYPE!r}", "unsupported")
     known = set(known)
-    passed_over = TRANSFORMERS_KEYS | set(inert)
+    ignored = TRANSFORMERS_KEYS | set(inert)
     for key in values:
-        if key not in known and key not in passed_over:
+        if key not in known and key not in ignored:
             raise UserError(
                 f"{unknown_key_message(what, key, known)}; it may change what the model computes, "
-                "so take it out only if it does not",
+                "so remove it only if it does not",
                 "unknown-name",
             )
     return {key: value for key, value in values.items() if key in known}
 
 
 def refuse(what: str, key: str, found: Any, wanted: str) -> NoReturn:
-    """Refuses a setting whose computation our model does not have.
+    """Refuse a setting that our model does not implement.
 
     Args:
         what: the layout, for the message.
-        key: the file's.
+        key: the key in the file.
         found: its value.
-        wanted: the values that our model computes.
+        wanted: the supported values.
 
     Raises:
         UserError: always.
     """
-    raise UserError(f"{what}: {key} is {found!r}; wanted {wanted}, for our model computes nothing else", "unsupported")
+    raise UserError(f"{what}: {key} is {found!r}; wanted {wanted} (our model supports nothing else)", "unsupported")
 
 
 def require(config: HGRN2Config, layout: str, wanted: Mapping[str, Any]) -> None:
-    """Refuses a configuration that another layout cannot say.
+    """Refuse a configuration that another layout cannot express.
 
     Args:
-        config: ours.
-        layout: its name, for the message.
-        wanted: what a model of that layout always has, by our key.
+        config: our configuration.
+        layout: the name of the layout, for the message.
+        wanted: values that every model of that layout has, by our keys.
 
     Raises:
-        UserError: the first key that has another value.
+        UserError: a key has another value.
     """
     for key, value in wanted.items():
         if getattr(config, key) != value:
             raise UserError(
-                f"{layout}'s layout cannot say {key.removeprefix('head_')} = {getattr(config, key)!r}; "
+                f"{layout}'s layout cannot express {key.removeprefix('head_')} = {getattr(config, key)!r}; "
                 f"a model in it has {value!r}. "
                 "Write another layout",
                 "unsupported",
@@ -92,11 +92,11 @@ def require(config: HGRN2Config, layout: str, wanted: Mapping[str, Any]) -> None
 
 
 def warn_of_training_keys(config: HGRN2Config, layout: str, keys: Mapping[str, tuple[Any, ...]]) -> None:
-    """Warns of settings that a layout has no place for, and that matter in training alone.
+    """Warn about settings that a layout does not have and that only affect training.
 
     Args:
-        config: ours.
-        layout: its name, for the message.
+        config: our configuration.
+        layout: the name of the layout, for the message.
         keys: our keys, with the values that need no warning.
     """
     for key, silent in keys.items():

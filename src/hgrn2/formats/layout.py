@@ -1,4 +1,4 @@
-"""The layouts there are, and which of them a config.json is of."""
+"""The known layouts, and recognition of the layout of a config.json."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hgrn2.models.config import MODEL_TYPE
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint says what it is.
+    """A checkpoint layout: how to recognise, read and write it.
 
     Attributes:
-        name: as `hgrn2 convert --to` takes it.
-        title: for messages.
-        signature: keys of its config.json that no other layout has.
-        read_config: from its config.json to our configuration.
-        write_config: the inverse.
-        tables: from our configuration and the names of our tensors to which of them each tensor of a file holds; the
-            first table is the one that is written.
-        architecture: the class that transformers opens it with; None for a layout that is not written.
-        derived: ends of the names of tensors that follow from the settings, which a file may hold or not.
+        name: the name for `hgrn2 convert --to`.
+        title: the name in messages.
+        signature: keys of config.json that no other layout has.
+        read_config: converts its config.json to our configuration.
+        write_config: converts our configuration to its config.json.
+        tables: maps our configuration and tensor names to tables, which say which of our tensors each tensor of a file
+            holds. The first table is used for writing.
+        architecture: the class of transformers that opens it; None for a layout that is not written.
+        derived: suffixes of tensors that follow from the settings and are optional in a file.
     """
 
     name: str
@@ -65,7 +65,7 @@ def _cannot_write(config: HGRN2Config) -> dict[str, Any]:
     raise UserError(f"a Transformer's layout is read, not written ({config.num_hidden_layers} layers)", "unsupported")
 
 
-# read, and told by the model type; never written
+# recognised by the model type; read, never written
 TRANSFORMER = Layout(
     transformer.NAME, "a Transformer", (), transformer.read_config, _cannot_write, transformer.tables,
     derived=transformer.DERIVED,
@@ -73,10 +73,10 @@ TRANSFORMER = Layout(
 
 
 def recognise(values: Mapping[str, Any]) -> Layout:
-    """The layout of a config.json: a Transformer's by its model type, one of ours by keys that it alone has.
+    """Return the layout of a config.json: a Transformer's by its model type, ours by unique keys.
 
     Raises:
-        UserError: another model type, no such key, or keys of two layouts.
+        UserError: unknown model type, no unique key, or keys of two layouts.
     """
     found = values.get("model_type", MODEL_TYPE)
     if found in transformer.MODEL_TYPES:
@@ -91,7 +91,7 @@ def recognise(values: Mapping[str, Any]) -> Layout:
     if len(told) > 1:
         keys = " and ".join(f"{keys[0]} of {LAYOUTS[name].title}" for name, keys in told.items())
         raise UserError(
-            f"keys of more than one layout, {keys}; take those out that are not this model's", "contradiction"
+            f"keys of more than one layout, {keys}; remove those that do not belong to this model", "contradiction"
         )
     if not told:
         some = ", ".join(f"{layout.signature[0]!r} ({layout.title})" for layout in LAYOUTS.values())

@@ -1,4 +1,4 @@
-"""Settings in our own words: those of a run, and those that our transformers classes save."""
+"""Our own layouts: the settings of a run, and those that our transformers classes save."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from hgrn2.models.config import MODEL_TYPE
 from hgrn2.storage.json_files import DIGEST_KEY, check_digest
 
 _KEYS = tuple(field.name for field in dataclasses.fields(HGRN2Config))
-# keys that only our files have, and by which they are known
+# keys that only our files have
 SIGNATURE = (
     "glu_activation", "lower_bound", "q_activation", "v_activation", "scale", "mixer_norm", "mixer_norm_eps",
     "mixer_norm_affine", "block_norm", "use_bias", "scale_embedding", "min_log_decay", "dropout",
 )  # fmt: skip
-# the tables of a run's config.json: the model's settings, how it was trained, and on what
+# tables of a run's config.json: settings of the model, of training, and of the data
 TABLE = "model"
 TRAIN_TABLE = "train"
 _TABLES = (TABLE, TRAIN_TABLE, "data")
 
 
 def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
-    """The config.json of a run: the model's settings are one of its tables.
+    """Read the config.json of a run, in which the model's settings are a table.
 
     Raises:
-        UserError: an unknown key, values that contradict each other, settings beside the table, or tables that do not
-            match the file's digest.
+        UserError: an unknown key, contradicting values, settings outside the table, or a digest that does not match.
     """
     if DIGEST_KEY in values:
-        # transformers adds keys of its own on the way here
+        # transformers may have added keys of its own
         covered = {key: values[key] for key in (*_TABLES, DIGEST_KEY) if key in values}
         check_digest(covered, "config of a run", "restore it from a copy; training settings are changed with flags")
         values = {key: value for key, value in values.items() if key != DIGEST_KEY}
@@ -47,25 +46,25 @@ def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
 
 
 def read_config(values: Mapping[str, Any]) -> HGRN2Config:
-    """The config.json of our transformers classes: our keys beside transformers' own.
+    """Read the config.json of our transformers classes, which has our keys beside transformers' own.
 
     Raises:
-        UserError: an unknown key, or values that contradict each other.
+        UserError: an unknown key, or contradicting values.
     """
     return HGRN2Config.from_dict(check_keys(values, "hgrn2 config", _KEYS))
 
 
 def write_run_config(config: HGRN2Config) -> dict[str, Any]:
-    """The inverse of `read_run_config`; the model type is what transformers looks for."""
+    """Invert `read_run_config`; adds the model type, which transformers looks for."""
     return {"model_type": MODEL_TYPE, TABLE: config.to_dict()}
 
 
 def write_config(config: HGRN2Config) -> dict[str, Any]:
-    """The inverse of `read_config`."""
+    """Invert `read_config`."""
     return config.to_dict()
 
 
 def tables(config: HGRN2Config, names: Sequence[str]) -> tuple[Table, ...]:
-    """Every tensor under its own name."""
+    """Return the identity table: every tensor has its own name."""
     del config
     return ({name: (name,) for name in names},)

@@ -1,4 +1,4 @@
-"""The settings and tensors of the authors' language model (hgru2-pytorch), and ours."""
+"""The layout of the authors' language model (hgru2-pytorch): conversion of settings and tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hgrn2.models.config import MODEL_TYPE
 
 _WHAT = "hgru2-pytorch config"
 
-# our key and the default there, by theirs
+# their key: our key and their default
 _SETTINGS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 50272),
     "decoder_embed_dim": ("hidden_size", 1024),
@@ -25,7 +25,7 @@ _SETTINGS: dict[str, tuple[str, Any]] = {
     "out_act": ("q_activation", "silu"),
     "bias": ("use_bias", False),
     "init_std": ("initializer_range", 0.02),
-    # left out by the transformers of their time where it is true
+    # old versions of transformers omit it if it is true
     "tie_word_embeddings": ("tie_word_embeddings", True),
 }
 _NORMS: dict[str, dict[str, Any]] = {
@@ -39,13 +39,13 @@ _NORMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _DECAY = presets.VARIANTS["official-lm"]["min_log_decay"]
-# keys that only their files have, and by which they are known
+# keys that only their files have
 SIGNATURE = (
     "decoder_embed_dim", "decoder_layers", "glu_dim", "glu_act", "in_act", "out_act", "norm_type",
     "no_scale_embedding", "init_std", "add_bos_token", "causal",
 )  # fmt: skip
 
-# modules of a layer, to those of ours whose rows they hold: V, Q and F lie in one matrix
+# modules of a layer: those of ours whose rows they stack; V, Q and F share one matrix
 _MODULES = {
     "token_norm": ("attn_norm",),
     "token_mixer.in_proj": ("attn.i_proj", "attn.q_proj", "attn.f_proj"),
@@ -59,13 +59,13 @@ _MODULES = {
 
 
 def read_config(values: Mapping[str, Any]) -> HGRN2Config:
-    """A config.json of the authors' language model, as our configuration.
+    """Convert a config.json of the authors' language model to our configuration.
 
-    Bounds are inclusive, outputs are not scaled, and while training the log decay is held at -3 or above, as in
-    `presets.variant("official-lm")`.
+    As in `presets.variant("official-lm")`, bounds are inclusive, outputs are not scaled, and training has a floor of -3
+    for the log decay.
 
     Raises:
-        UserError: an unknown key, a setting whose computation our model does not have, or contradictions.
+        UserError: an unknown key, a setting that our model does not implement, or contradicting values.
 
     Example:
         >>> read_config({"decoder_embed_dim": 256, "expand_ratio": 128}).num_heads
@@ -88,10 +88,10 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
 
 
 def write_config(config: HGRN2Config) -> dict[str, Any]:
-    """The inverse of `read_config`.
+    """Invert `read_config`.
 
     Raises:
-        UserError: a setting that this layout cannot say; it is named.
+        UserError: a setting that this layout cannot express.
     """
     require(
         config,
@@ -120,11 +120,11 @@ def write_config(config: HGRN2Config) -> dict[str, Any]:
 
 
 def tables(config: HGRN2Config, names: Sequence[str]) -> tuple[Table, ...]:
-    """Which of our tensors each tensor of a file holds.
+    """Return the table of a file's tensors.
 
     Args:
-        config: of the model.
-        names: of our tensors.
+        config: configuration of the model.
+        names: names of our tensors.
     """
     modules = {
         "model.embed_tokens": ("model.embeddings",),

@@ -1,4 +1,4 @@
-"""A folder of any layout as our configuration and our tensors."""
+"""Open a folder of any layout as our configuration and tensors."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checkpoint of any layout; its tensors are read when they are asked for.
+    """A checkpoint of any layout; tensors are read on demand.
 
     Attributes:
         path: the folder.
-        layout: which one it is of.
-        settings: its config.json.
+        layout: its layout.
+        settings: the content of its config.json.
         config: our configuration.
-        weights: the file's tensors.
-        places: where in them each of ours lies, in the order of the model.
+        weights: the tensors of the files.
+        places: location of each of our tensors in them, in the order of the model.
     """
 
     path: Path
@@ -44,11 +44,11 @@ class ModelFolder:
 
     @property
     def names(self) -> list[str]:
-        """Our tensors, in the order of the model."""
+        """Names of our tensors, in the order of the model."""
         return list(self.places)
 
     def spec(self, name: str) -> Tensor:
-        """One of our tensors on the meta device: its shape and the file's dtype."""
+        """Return one of our tensors as a meta tensor with the file's dtype."""
         place = self.places[name]
         found = self.weights.specs[place.name]
         shape = (place.stop - place.start, *found.shape[1:])
@@ -56,16 +56,16 @@ class ModelFolder:
         return torch.empty(shape, dtype=found.dtype, device="meta")
 
     def read(self, name: str) -> Tensor:
-        """One of our tensors, in the file's dtype."""
+        """Read one of our tensors, in the file's dtype."""
         place = self.places[name]
         return self.weights.read(place.name, place.start, place.stop)
 
     @torch.no_grad()
     def load_into(self, model: HGRN2LM) -> None:
-        """Copies the tensors into a model of this configuration, cast to its dtype, one at a time.
+        """Copy the tensors into a model of this configuration, one at a time, cast to its dtype.
 
         Args:
-            model: on any device but meta.
+            model: the model, on any device except meta.
 
         Raises:
             UserError: the model's tensors have other names or shapes.
@@ -84,7 +84,7 @@ class ModelFolder:
         finite.warn(self.path)
 
     def load(self, device: torch.device) -> HGRN2LM:
-        """The model in float32, on a device, in evaluation mode."""
+        """Return the model in float32 on a device, in evaluation mode."""
         with torch.device("meta"):
             model = HGRN2LM(self.config)
         model = model.to_empty(device=device)
@@ -94,32 +94,32 @@ class ModelFolder:
 
 
 class FiniteCheck:
-    """Remembers which tensors had a value that is no finite number: worth a warning, but no reason to stop."""
+    """Collect the names of tensors with values that are not finite, for a warning."""
 
     def __init__(self) -> None:
         self._found: list[str] = []
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor, looked at."""
+        """Check a tensor and return it."""
         if not bool(tensor.isfinite().all()):
             self._found.append(name)
         return tensor
 
     def warn(self, where: Path) -> None:
-        """Warns if there was one."""
+        """Warn if any tensor had such values."""
         if self._found:
             warnings.warn(f"{where}: values that are not finite in {name_some(self._found)}", UserWarning, stacklevel=3)
 
 
 def read_folder_config(path: Path, *, attends: bool = True) -> tuple[Layout, dict[str, Any], HGRN2Config]:
-    """The layout of a folder's config.json, what is in it, and our configuration.
+    """Return the layout of a folder's config.json, its content, and our configuration.
 
     Args:
         path: the folder.
-        attends: see `open_folder`.
+        attends: False ignores the positions and windows of a Transformer's attention.
 
     Raises:
-        UserError: no config.json there, or one that is not of a model of ours.
+        UserError: config.json is missing, or our models cannot represent it.
     """
     settings = read_json(path / CONFIG_NAME)
     try:
@@ -131,21 +131,21 @@ def read_folder_config(path: Path, *, attends: bool = True) -> tuple[Layout, dic
 
 
 def open_folder(path: Path, *, attends: bool = True) -> ModelFolder:
-    """Opens a checkpoint of any layout.
+    """Open a checkpoint of any layout.
 
     Args:
-        path: a folder with config.json and weights (see `Weights`).
-        attends: False if a Transformer's attention is not to be computed: its positions and windows are not read then,
-            may be any, and are the defaults in the configuration.
+        path: a folder with config.json and weights, as described for `Weights`.
+        attends: False if a Transformer's attention will not be computed. Its positions and windows are then ignored and
+            the configuration has defaults for them.
 
     Raises:
-        UserError: its layout cannot be told, its settings are not those of a model of ours, or its tensors are not
-            those that the settings ask for; what is missing, unexpected or misshapen is listed.
+        UserError: the layout cannot be recognised, our models cannot represent the settings, or the tensors do not
+            match the settings; the message lists missing, unexpected and misshapen ones.
     """
     layout, settings, config = read_folder_config(path, attends=attends)
     weights = Weights(path)
     if config.num_hidden_layers > len(weights.specs):
-        # every layer has tensors; a model of millions of layers would take hours to lay out
+        # every layer has tensors; a model with millions of layers would take hours to build
         raise UserError(
             f"{path}: {CONFIG_NAME} asks for {config.num_hidden_layers} layers; "
             f"the files hold {len(weights.specs)} tensors; {_REPAIR}",
@@ -178,9 +178,9 @@ def open_folder(path: Path, *, attends: bool = True) -> ModelFolder:
 
 
 def _check_tied(table: Table, weights: Weights) -> None:
-    """A tied matrix that a file holds twice must be twice the same."""
+    """Refuse a file that holds a tied matrix twice with different values."""
     names = [name for name, own in table.items() if own == (EMBEDDINGS,)]
-    # bit for bit, so that values that are no numbers equal themselves
+    # compare bits, so that NaN equals NaN
     if len(names) == 2 and not torch.equal(*(weights.read(name).contiguous().view(torch.uint8) for name in names)):
         raise UserError(
             f"{weights.folder}: tie_word_embeddings is true, but {names[0]} and {names[1]} differ; "

@@ -1,4 +1,4 @@
-"""The tensors of a folder, whatever files hold them: listed at once, read one at a time."""
+"""Read the tensors of a folder from any kind of file: listed at once, read one at a time."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from hgrn2.storage.json_files import read_json_object
 
 CONFIG_NAME = "config.json"
 SAFETENSORS_NAME = "model.safetensors"
-# the same weights in other forms; the first form that is there is read
+# file formats of weights; the first one found is read
 _FORMS = (
     (SAFETENSORS_NAME, f"{SAFETENSORS_NAME}.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 _COPY_AGAIN = "copy it again from where it came"
-# more than this many names help nobody
+# maximum number of names in a message
 _NAMES_SHOWN = 8
 
 
@@ -38,8 +38,8 @@ class TensorSpec:
     """Description of a tensor before it is read.
 
     Attributes:
-        shape: its sizes.
-        dtype: torch's, or the file's name of one that torch is not asked for.
+        shape: the sizes of its axes.
+        dtype: the dtype of torch, or the name in the file if torch has no equivalent.
     """
 
     shape: tuple[int, ...]
@@ -56,15 +56,15 @@ class Weights:
     """The tensors of a folder.
 
     Args:
-        folder: holds `model.safetensors`, or `pytorch_model.bin`, or shards of one of them with their index.
+        folder: a folder with `model.safetensors`, `pytorch_model.bin`, or shards of one of them with an index.
 
     Attributes:
-        folder: see above.
+        folder: the folder.
         specs: shape and dtype of each tensor.
 
     Raises:
-        UserError: no such file, more than one, an index that does not fit its shards, or a file that is truncated, or
-            holds something else than tensors.
+        UserError: no such file, more than one, an index that does not match its shards, or a file that is truncated or
+            holds anything but tensors.
     """
 
     def __init__(self, folder: Path):
@@ -79,17 +79,17 @@ class Weights:
         self.specs = {name: shard.specs[name] for name, shard in self._shards.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Some rows of a tensor (all of them by default), on the CPU."""
+        """Read rows [start, stop) of a tensor, by default all, to the CPU."""
         if not self.specs[name].shape:
             return self._shards[name].read(name, 0, 0)
         return self._shards[name].read(name, start, self.specs[name].shape[0] if stop is None else stop)
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The file of a folder that holds its weights, or says which files do; None if there is none.
+    """Return the file of a folder's weights, or the index of its shards; None if there is none.
 
     Raises:
-        UserError: whole and in shards, in the same form.
+        UserError: the folder has both a whole file and shards of the same format.
     """
     for form in _FORMS:
         found = [folder / name for name in form if (folder / name).is_file()]
@@ -111,7 +111,7 @@ def _open_index(index: Path) -> dict[str, _Shard]:
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise UserError(f"{index}: no weight_map from tensors to files in it; {_COPY_AGAIN}", "damaged")
     files = sorted(set(places.values()))
-    # an index has no business outside its folder
+    # an index may only name files in its own folder
     outside = [file for file in files if Path(file).name != file or file in ("", ".", "..")]
     if outside:
         raise UserError(f"{index}: names {outside[0]!r}; wanted names of files beside it", "damaged")
@@ -139,10 +139,10 @@ def _open_index(index: Path) -> dict[str, _Shard]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+    """Read a JSON object from a file.
 
     Raises:
-        UserError: no such file, or something else in it.
+        UserError: the file is missing or does not hold an object.
     """
     if not file.exists():
         raise UserError(f"{file.parent}: no {file.name} there; name a folder that has one", "not-found")
@@ -150,14 +150,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def name_some(names: Iterable[str]) -> str:
-    """The first few names, in one line, and how many more there are."""
+    """Return the first few names in one line, and the number of the others."""
     names = list(names)
     more = len(names) - _NAMES_SHOWN
     return ", ".join(map(_printable, names[:_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 def _printable(name: str) -> str:
-    # a damaged file may name its tensors anything
+    # names in a damaged file may be anything
     return name if name.isprintable() else repr(name)
 
 
@@ -169,7 +169,7 @@ def _open_shard(file: Path) -> _Shard:
 
 
 class _Safetensors:
-    """A safetensors file; its pages are read when a tensor is."""
+    """A memory-mapped safetensors file."""
 
     def __init__(self, file: Path):
         try:
@@ -193,12 +193,12 @@ class _Safetensors:
 
 
 class _Pickle:
-    """A file of torch.save; of those from before PyTorch 1.6, all tensors are read at once."""
+    """A file written by torch.save; files from before PyTorch 1.6 are read whole."""
 
     def __init__(self, file: Path):
         try:
             with warnings.catch_warnings():
-                # about protocols of pickle: what cannot be read is an error anyway
+                # warnings about pickle protocols; unreadable files raise an error anyway
                 warnings.simplefilter("ignore")
                 found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except pickle.UnpicklingError as error:
@@ -215,14 +215,14 @@ class _Pickle:
                 "unreadable",
             ) from None
         except OSError as error:
-            # a damaged file may name places that cannot be sought
+            # offsets in a damaged file may be invalid
             if error.errno != errno.EINVAL:
                 raise
             raise UserError(
                 f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}", "unreadable"
             ) from None
         except Exception:
-            # of every kind, depending on where a damaged file goes wrong
+            # a damaged file may raise any exception
             raise UserError(
                 f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}", "unreadable"
             ) from None

@@ -1,7 +1,7 @@
-"""A run folder, read: its checkpoints, its settings, and the folder in which a model lies.
+"""Read a run folder: find its checkpoints, settings and model.
 
 RUN/config.json                          model, train and data settings, with a digest
-RUN/tokenizer.json  RUN/SHA256SUMS       or whatever files the tokenizer saves, and their checksums
+RUN/tokenizer.json  RUN/SHA256SUMS       the files of the tokenizer, and their checksums
 RUN/checkpoints/step-00001234/
     model.safetensors  optimizer.safetensors  task.safetensors
     state.json  config.json  SHA256SUMS  (`sha256sum -c` understands it)
@@ -29,14 +29,14 @@ from hgrn2.formats.soundness import (
 from hgrn2.storage.json_files import check_digest, parse_json, read_json_object
 
 FOLDER_NAME = "checkpoints"
-# a run that always has another checkpoint by the time a reader has failed is faster than the reader
+# after this many failed reads, each with a new checkpoint, the run is faster than the reader
 _MOST_READS = 20
 
 T = TypeVar("T")
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
+    """Return the checkpoint folders of a run, oldest first."""
     found = (run_dir / FOLDER_NAME).glob("step-*") if (run_dir / FOLDER_NAME).is_dir() else ()
     return sorted((path for path in found if is_checkpoint_name(path.name)), key=step_of)
 
@@ -47,14 +47,14 @@ def step_of(path: Path) -> int:
 
 
 def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
-    """The folder that holds a model's weights and settings, and the one that holds its tokenizer.
+    """Return the folder of a model's weights and settings, and the folder of its tokenizer.
 
     Args:
         path: a run folder, one checkpoint in it, or a folder with weights of any layout.
         which: "latest" or "best", for a run folder.
 
     Raises:
-        UserError: there is no model there, the best one is gone, or a file is not what its checksum says.
+        UserError: there is no model there, the best checkpoint is gone, or a checksum does not match.
     """
     folder = _model_folder(path, which)
     is_checkpoint = folder.parent.name == FOLDER_NAME
@@ -62,7 +62,7 @@ def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
     if is_checkpoint or (folder / SUMS_NAME).exists():
         only = (MODEL_NAME, CONFIG_NAME, STATE_NAME) if is_checkpoint else (MODEL_NAME, CONFIG_NAME)
         if fault := find_fault(folder, folder.name, only):
-            raise UserError(f"model {folder}: {fault}; {way_out(folder)}")
+            raise UserError(f"model {folder}: {fault}; {way_out(folder)}", "damaged")
     tokenizer_dir = folder.parent.parent if is_checkpoint else folder
     if is_checkpoint:
         check_tokenizer(tokenizer_dir)
@@ -71,18 +71,20 @@ def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
 
 def _model_folder(path: Path, which: str) -> Path:
     check_is_model(path)
-    # what a damaged checkpoint lacks is said by its checks
+    # the checks of a damaged checkpoint report what it lacks
     if find_weights(path) is not None or _is_checkpoint(path):
         return path
     found = checkpoints_of(path)
     if not found:
-        raise UserError(f"{path}: no model there; name a run folder, a checkpoint, or a folder with {MODEL_NAME}")
+        raise UserError(
+            f"{path}: no model there; name a run folder, a checkpoint, or a folder with {MODEL_NAME}", "not-found"
+        )
     if which == "best":
         try:
             best = parse_json((found[-1] / STATE_NAME).read_bytes()).get("best")
             best_step = best["step"] if best else None
         except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
-            raise UserError(f"checkpoint {found[-1]}: {STATE_NAME}: {error}; {way_out(found[-1])}") from None
+            raise UserError(f"checkpoint {found[-1]}: {STATE_NAME}: {error}; {way_out(found[-1])}", "damaged") from None
         # a run without a finite validation has no best
         if best_step is not None:
             for folder in found:
@@ -90,23 +92,24 @@ def _model_folder(path: Path, which: str) -> Path:
                     return folder
             raise UserError(
                 f"{path}: the best checkpoint, of step {best_step}, is gone; "
-                f"use the latest instead, or name one of {path / FOLDER_NAME}"
+                f"use the latest instead, or name one of {path / FOLDER_NAME}",
+                "not-found",
             )
     return found[-1]
 
 
 def read_while_training(run: Path, read: Callable[[], T]) -> T:
-    """What a function reads from a run's newest or best checkpoint, which may be removed before it is read whole.
+    """Return what a function reads from a run whose checkpoints may be removed while they are read.
 
     Args:
         run: a run folder; anything else is read once.
-        read: called again when it has failed and the run has other checkpoints by then.
+        read: the function; called again if it failed and the run has other checkpoints by then.
     """
     for _ in range(_MOST_READS):
         before = checkpoints_of(run)
         try:
             return read()
-        # whatever reads files says in its own way that one is gone
+        # readers report a missing file in different ways
         except Exception:
             if checkpoints_of(run) == before:
                 raise
@@ -114,50 +117,52 @@ def read_while_training(run: Path, read: Callable[[], T]) -> T:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Settings of a run folder, a checkpoint or a folder that `hgrn2 convert` wrote.
+    """Read the settings of a run folder, a checkpoint or a folder written by `hgrn2 convert`.
 
     Raises:
-        UserError: no config.json there, it is no JSON object, or it was damaged or edited.
+        UserError: config.json is missing, not a JSON object, damaged or edited.
     """
     file = path / CONFIG_NAME
     if not file.is_file():
-        raise UserError(f"{path}: no {CONFIG_NAME} there; name a run folder or one of its checkpoints")
+        raise UserError(f"{path}: no {CONFIG_NAME} there; name a run folder or one of its checkpoints", "not-found")
     remedy = "restore it from a checkpoint of the run"
     return check_digest(read_json_object(file, remedy), file, f"{remedy}; training settings are changed with flags")
 
 
 def resume_point(path: Path) -> tuple[Path, Path | None]:
-    """The run folder and the checkpoint that --resume PATH means.
+    """Return the run folder and the checkpoint for --resume PATH.
 
     Args:
-        path: a run folder (its newest checkpoint; None if it was stopped before the first) or one checkpoint.
+        path: one checkpoint, or a run folder, which stands for its newest checkpoint (None if it has none yet).
 
     Raises:
-        UserError: it is neither.
+        UserError: the path is neither.
     """
     check_is_model(path)
     path = Path(os.path.abspath(path))
     if _is_checkpoint(path) or (path.parent.name == FOLDER_NAME and path.is_dir()):
         return path.parent.parent, path
     if not (path / CONFIG_NAME).is_file():
-        raise UserError(f"{path}: no run to resume there; name a folder that has {CONFIG_NAME} and {FOLDER_NAME}/")
+        raise UserError(
+            f"{path}: no run to resume there; name a folder that has {CONFIG_NAME} and {FOLDER_NAME}/", "not-found"
+        )
     found = checkpoints_of(path)
     return path, found[-1] if found else None
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether it is where a run keeps a checkpoint, damaged or not."""
+    """Return whether a path is that of a run's checkpoint, damaged or not."""
     return path.parent.name == FOLDER_NAME and is_checkpoint_name(path.name) and os.path.lexists(path)
 
 
 def read_checkpoint_config(path: Path) -> dict[str, Any]:
-    """Return the settings that a checkpoint was written with, verified by their checksum.
+    """Return the settings of a checkpoint, verified by their checksum.
 
     Raises:
-        UserError: the file is missing or was changed; the newest older checkpoint that is good is named.
+        UserError: the file is missing or changed; the message names the newest older good checkpoint.
     """
     if fault := find_fault(path, path.name, (CONFIG_NAME,)):
-        raise UserError(f"checkpoint {path}: {fault}; {way_out(path)}")
+        raise UserError(f"checkpoint {path}: {fault}; {way_out(path)}", "damaged")
     return read_config(path)
 
 

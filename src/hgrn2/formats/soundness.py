@@ -1,4 +1,4 @@
-"""Checks of a checkpoint (files, checksums, a name and a state of the same step) and of a run's tokenizer."""
+"""Check checkpoints (files, checksums, step in name and state) and the tokenizer of a run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ TASK_NAME = "task.safetensors"
 STATE_NAME = "state.json"
 SUMS_NAME = "SHA256SUMS"
 FILES = (MODEL_NAME, OPTIMIZER_NAME, TASK_NAME, STATE_NAME, CONFIG_NAME)
-# two spaces before the name, or a star, with which sha256sum marks binary files
+# sha256sum separates the name by two spaces, or by a space and a star for binary files
 _SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a folder is named as checkpoints are, "step-00001234"."""
-    # isdigit alone is true of digits that int() refuses, such as a superscript two
+    """Return whether a folder has the name of a checkpoint, such as "step-00001234"."""
+    # isdigit alone accepts digits that int() refuses, such as a superscript two
     digits = name.removeprefix("step-")
     return name.startswith("step-") and digits.isascii() and digits.isdigit()
 
 
 def is_of_step(path: Path, name: str) -> bool:
-    """Whether a checkpoint's state is of the step in a name."""
+    """Return whether a checkpoint's state belongs to the step in a name."""
     try:
         check_step(path, name)
     except (OSError, ValueError):
@@ -37,7 +37,7 @@ def is_of_step(path: Path, name: str) -> bool:
 
 
 def looks_whole(path: Path, name: str) -> bool:
-    """Whether every file is there at its full length and of the step in a name; fast, as no weights are read."""
+    """Return whether every file exists in full length and the step matches the name; fast, reads no weights."""
     try:
         check_step(path, name)
         return all(_has_full_length(path / file) for file in FILES)
@@ -59,7 +59,7 @@ def _has_full_length(path: Path) -> bool:
 
 
 def check_step(path: Path, name: str) -> None:
-    """Raise a ValueError or OSError if a checkpoint's state is not of the step in a name."""
+    """Raise a ValueError or OSError if a checkpoint's state does not belong to the step in a name."""
     state = parse_json((path / STATE_NAME).read_bytes())
     step = state.get("step") if isinstance(state, dict) else None
     if type(step) is not int:
@@ -69,7 +69,7 @@ def check_step(path: Path, name: str) -> None:
 
 
 def find_fault(path: Path, name: str, only: tuple[str, ...] = FILES) -> str | None:
-    """Return what is wrong with a checkpoint that should have this name, or None; reads every file named."""
+    """Return what is wrong with a checkpoint that should have this name, or None; reads all of `only`."""
     try:
         verify(path, only)
         if STATE_NAME in only:
@@ -80,7 +80,7 @@ def find_fault(path: Path, name: str, only: tuple[str, ...] = FILES) -> str | No
 
 
 def verify(path: Path, names: tuple[str, ...]) -> None:
-    """Raise a ValueError or OSError that names the first file whose checksum is not the one recorded."""
+    """Raise a ValueError or OSError for the first file whose checksum does not match."""
     sums = read_sums(path)
     for name in names:
         if not (path / name).is_file():
@@ -93,8 +93,8 @@ def read_sums(path: Path) -> dict[str, str]:
     """Return checksums by name, from a folder's SHA256SUMS.
 
     Raises:
-        ValueError: there is no such file, or a line of it is no checksum and name; the message says which.
-        OSError: it cannot be read.
+        ValueError: the file is missing, or a line is not a checksum and a name; the message says which.
+        OSError: the file cannot be read.
     """
     if not (path / SUMS_NAME).is_file():
         raise ValueError(f"{SUMS_NAME} is missing")
@@ -109,14 +109,15 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def check_tokenizer(run_dir: Path) -> None:
-    """Raise UserError if the tokenizer of a run is not the one it was trained with; older runs have no checksums."""
+    """Raise UserError if the tokenizer of a run has changed; older runs have no checksums."""
     if not (run_dir / SUMS_NAME).exists():
         return
     try:
         sums = read_sums(run_dir)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{run_dir}: {error}; restore it from a copy of the run, or remove it if you trust the tokenizer there"
+            f"{run_dir}: {error}; restore it from a copy of the run, or remove it if you trust the tokenizer there",
+            "damaged",
         ) from None
     try:
         verify(run_dir, tuple(sums))
@@ -124,4 +125,4 @@ def check_tokenizer(run_dir: Path) -> None:
         if others := sorted(set(tokenizers) - sums.keys()):
             raise ValueError(f"{others[0]} is not among the files in {SUMS_NAME}")
     except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir}: {error}; restore it from a copy, or from the prepared data") from None
+        raise UserError(f"{run_dir}: {error}; restore it from a copy, or from the prepared data", "damaged") from None

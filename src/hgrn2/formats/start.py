@@ -1,4 +1,4 @@
-"""A start for recurrent layers from a Transformer: its weights around new mixers (XATL, arXiv 2404.02684)."""
+"""Start a recurrent model from a Transformer: new mixers among its weights (XATL, arXiv 2404.02684)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hgrn2.formats.opening import ModelFolder, read_folder_config
 from hgrn2.formats.tables import EMBEDDINGS, model_shapes
 from hgrn2.models import HGRN2Config
 
-# attention averages values of several tokens, which makes them smaller; measured in docs/log.md
+# attention averages the values of several tokens, which shrinks them; measured in docs/log.md
 _VALUE_FRACTION = 0.25
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.attn\.(.+)")
@@ -28,25 +28,25 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.attn\.(.+)")
 
 @dataclass(frozen=True)
 class TransformerStart:
-    """A model whose recurrent mixers are new and whose other tensors are a Transformer's; read when they are asked for.
+    """A model with new recurrent mixers and otherwise the tensors of a Transformer, read on demand.
 
-    | tensors | where they come from |
+    | tensors | source |
     | --- | --- |
     | embeddings, head, channel mixers, block norms, output projections | copied |
     | layers that keep their attention | copied |
-    | q_proj, i_proj | copied from q and v with `copy_qv`, grouped v repeated to full width; otherwise as f_proj |
+    | q_proj, i_proj | with `copy_qv` copied from q and v, grouped v repeated to full width; otherwise like f_proj |
     | f_proj | normal, standard deviation `initializer_range` |
-    | lower_bounds | 0: the bound of layer l is l / L, so that a token stays for longer the deeper the layer |
-    | g_norm | a quarter of the size that the values of the layer's attention have, in all channels |
+    | lower_bounds | 0: the bound of layer l is l / L, so that deeper layers remember for longer |
+    | g_norm | a quarter of the size of the attention's values in that layer, equal for all channels |
 
-    A norm gives the mixer's outputs one size, whatever the new projections are; with the last row that is about the
-    size the copied output projection knows.
+    The norm fixes the size of the mixer's outputs, whatever the new projections are. The last row chooses about the
+    size that the copied output projection expects.
 
     Attributes:
         source: the Transformer.
-        config: ours, with recurrent layers.
-        copy_qv: whether q and i come from the attention as well.
-        seed: of the new tensors.
+        config: our configuration, with recurrent layers.
+        copy_qv: whether q and i are copied from the attention.
+        seed: seed of the new tensors.
     """
 
     source: ModelFolder
@@ -66,28 +66,28 @@ class TransformerStart:
 
     @functools.cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """Our tensors, in the order of the model, and their shapes."""
+        """Names and shapes of our tensors, in the order of the model."""
         return model_shapes(self.config)
 
     @property
     def names(self) -> list[str]:
-        """Our tensors, in the order of the model."""
+        """Names of our tensors, in the order of the model."""
         return list(self.shapes)
 
     def spec(self, name: str) -> Tensor:
-        """One of our tensors on the meta device: its shape, and the dtype that the Transformer has there."""
+        """Return one of our tensors as a meta tensor, with the Transformer's dtype in that layer."""
         like = self._layer_prefix(name)
         dtype = self.source.spec(self._origin(name) or (EMBEDDINGS if like is None else f"{like}o_proj.weight")).dtype
         return torch.empty(self.shapes[name], dtype=dtype, device="meta")
 
     def read(self, name: str) -> Tensor:
-        """One of our tensors, copied or new."""
+        """Return one of our tensors, copied or new."""
         origin, spec = self._origin(name), self.spec(name)
         if origin is not None:
             found = self.source.read(origin)
             if found.shape == spec.shape:
                 return found
-            # a head of v serves a group of q's heads
+            # one head of v serves a group of heads of q
             attn = self.source.config.attn
             assert attn is not None
             assert attn.num_kv_heads is not None
@@ -97,13 +97,13 @@ class TransformerStart:
             return torch.full(spec.shape, _VALUE_FRACTION * self._value_size(name), dtype=spec.dtype)
         if name == "model.lower_bounds":
             return torch.zeros(spec.shape, dtype=spec.dtype)
-        # each tensor has a stream of its own, so that it does not matter which are read and in what order
+        # each tensor has its own random stream, so the order of reading does not matter
         generator = torch.Generator().manual_seed(self.seed * 2**24 + self.names.index(name))
         new = torch.empty(spec.shape).normal_(0, self.config.initializer_range, generator=generator)
         return new.to(spec.dtype)
 
     def _layer_prefix(self, name: str) -> str | None:
-        """What the names of a mixer begin with, if it is the name of a recurrent layer's mixer."""
+        """Return the prefix of a recurrent mixer's tensor names; None if the name is not one of them."""
         found = _LAYER.fullmatch(name)
         attn = self.config.attn
         if found is None or (attn is not None and int(found[1]) in attn.layers):
@@ -111,7 +111,7 @@ class TransformerStart:
         return name.removesuffix(found[2])
 
     def _origin(self, name: str) -> str | None:
-        """The tensor of the Transformer's that is taken for one of ours; None for one that is new."""
+        """Return the name of the Transformer's tensor to copy; None for a new tensor."""
         prefix = self._layer_prefix(name)
         if prefix is None:
             return name if name in self.source.places else None
@@ -122,7 +122,7 @@ class TransformerStart:
         return None if own is None else prefix + own
 
     def _value_size(self, name: str) -> float:
-        """Root mean square of the attention's values, if the channels of its input were independent."""
+        """Return the RMS of the attention's values, assuming independent input channels."""
         prefix = self._layer_prefix(name)
         assert prefix is not None
         gain = self.source.read(f"{prefix.removesuffix('attn.')}attn_norm.weight").float()
@@ -141,18 +141,18 @@ def start_from_transformer(
     copy_qv: bool = False,
     seed: int = 0,
 ) -> TransformerStart:
-    """A model with recurrent layers in place of a Transformer's attention.
+    """Return a model with recurrent layers in place of a Transformer's attention.
 
     Args:
-        source: a Transformer, from `open_folder`, `attends` or not.
-        keep_attention: layers that stay as they are; in them, the model computes what the Transformer does.
-        expand_ratio: width of a head of the recurrent layers; None for that of the Transformer's heads.
-        copy_qv: start q_proj from the attention's q and i_proj from its v.
-        seed: of the new tensors.
+        source: a Transformer, opened by `open_folder` with either value of `attends`.
+        keep_attention: layers that keep their attention and compute what the Transformer does.
+        expand_ratio: head width of the recurrent layers; None means that of the Transformer.
+        copy_qv: initialise q_proj from the attention's q and i_proj from its v.
+        seed: seed of the new tensors.
 
     Raises:
-        UserError: the source is no Transformer, the layers or the width do not go with it, or a layer is to be kept
-            whose positions our attention does not have.
+        UserError: the source is not a Transformer, the layers or the width do not match it, or our attention does not
+            support the positions of a layer to keep.
     """
     config = source.config
     if source.layout.name != transformer.NAME:
@@ -162,7 +162,9 @@ def start_from_transformer(
     assert config.attn is not None
     wrong = sorted(set(keep_attention) - set(config.attn.layers))
     if wrong:
-        raise UserError(f"{source.path}: has no layers {wrong} to keep; it has 0 to {config.num_hidden_layers - 1}")
+        raise UserError(
+            f"{source.path}: has no layers {wrong} to keep; it has 0 to {config.num_hidden_layers - 1}", "not-found"
+        )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; wanted 0 to 2^32 - 1")
     kept = sorted(set(keep_attention))
@@ -183,10 +185,10 @@ def start_from_transformer(
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Layers as people name them: "3,7,11", "every:4" for the last of each four, "all" or "none".
+    """Parse layers such as "3,7,11", "every:4" (the last of each four), "all" or "none".
 
     Raises:
-        UserError: it is none of them.
+        UserError: the text has another form.
 
     Example:
         >>> parse_layers("every:4", 12)
@@ -211,10 +213,10 @@ class StartSettings:
     """Settings for replacing a Transformer's attention by recurrent layers, as on the command line.
 
     Attributes:
-        keep_attention: see `parse_layers`; None for no layer.
-        expand_ratio: see `start_from_transformer`, likewise copy_qv and seed.
-        copy_qv: see expand_ratio.
-        seed: see expand_ratio.
+        keep_attention: layers to keep, in the syntax of `parse_layers`; None keeps none.
+        expand_ratio: head width of the recurrent layers; None means that of the Transformer.
+        copy_qv: initialise q_proj from the attention's q and i_proj from its v.
+        seed: seed of the new tensors.
     """
 
     keep_attention: str | None = None

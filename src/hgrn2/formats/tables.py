@@ -1,4 +1,4 @@
-"""Which of our tensors lie in which tensors of a file: one table for reading, checking and writing."""
+"""Tables that map the tensors of a file to ours: one table for reading, checking and writing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from hgrn2.formats.reading import TensorSpec, name_some
 from hgrn2.models import HGRN2LM, HGRN2Config
 
-# a tensor of a file, to the tensors of ours whose rows it holds one below the other
+# maps a tensor of a file to those of our tensors whose rows it stacks
 Table = dict[str, tuple[str, ...]]
 
 EMBEDDINGS, HEAD = "model.embeddings.weight", "lm_head.weight"
@@ -19,7 +19,7 @@ EMBEDDINGS, HEAD = "model.embeddings.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Rows:
-    """Where one of our tensors lies: rows start to stop of a tensor of a file."""
+    """Location of one of our tensors: rows [start, stop) of a tensor of a file."""
 
     name: str
     start: int
@@ -27,18 +27,18 @@ class Rows:
 
 
 def model_shapes(config: HGRN2Config) -> dict[str, torch.Size]:
-    """Names and shapes of a model's tensors, a tied matrix once, without any memory for them."""
+    """Return names and shapes of a model's tensors without allocating them; a tied matrix counts once."""
     with torch.device("meta"):
         model = HGRN2LM(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def with_tied_head(table: Table, names: Iterable[str]) -> Table:
-    """The table of a file of a tied model, which may hold the one matrix under either name, or under both.
+    """Return the table for a file of a tied model, which may name the shared matrix as embeddings, head or both.
 
     Args:
-        table: for the matrix under the embeddings' name.
-        names: of the file's tensors.
+        table: the table with the matrix named as embeddings.
+        names: names of the file's tensors.
     """
     if HEAD not in names:
         return table
@@ -48,12 +48,12 @@ def with_tied_head(table: Table, names: Iterable[str]) -> Table:
 
 
 def stacked_shape(own: tuple[str, ...], shapes: Mapping[str, torch.Size]) -> list[int]:
-    """The shape of a tensor of a file that holds some of ours."""
+    """Return the shape of a tensor of a file that stacks some of ours."""
     return [sum(shapes[name][0] for name in own), *shapes[own[0]][1:]]
 
 
 def rows_of(table: Table, shapes: Mapping[str, torch.Size]) -> dict[str, Rows]:
-    """Where each of our tensors lies in a file that fits the table; the first place, if there are two."""
+    """Return the location of each of our tensors in a file that matches the table; the first, if there are two."""
     places: dict[str, Rows] = {}
     for name, own in table.items():
         start = 0
@@ -65,13 +65,13 @@ def rows_of(table: Table, shapes: Mapping[str, torch.Size]) -> dict[str, Rows]:
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
-    """Some of our tensors as one of a file's; one alone is not copied."""
+    """Stack some of our tensors to one of a file's; a single tensor is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 @dataclass(frozen=True)
 class Misfits:
-    """How the tensors of a file differ from those of a table."""
+    """Differences between the tensors of a file and a table."""
 
     missing: list[str]
     unexpected: list[str]
@@ -79,7 +79,7 @@ class Misfits:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of differences."""
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
     def __str__(self) -> str:
@@ -88,12 +88,12 @@ class Misfits:
 
 
 def misfits(table: Table, shapes: Mapping[str, torch.Size], found: Mapping[str, TensorSpec]) -> Misfits:
-    """Compares a file with a table.
+    """Compare a file with a table.
 
     Args:
-        table: what the file should hold.
-        shapes: of our tensors.
-        found: the file's tensors.
+        table: the expected tensors.
+        shapes: shapes of our tensors.
+        found: the tensors of the file.
     """
     wanted = {name: stacked_shape(own, shapes) for name, own in table.items()}
     return Misfits(

@@ -1,4 +1,4 @@
-"""The layout of LLaMA-family Transformers: to us, a model whose layers all attend."""
+"""The layout of LLaMA-family Transformers, read as models whose layers all attend."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from hgrn2.formats.tables import EMBEDDINGS, Table
 from hgrn2.models import AttentionConfig, HGRN2Config
 
 NAME = "transformer"
-# the model types that are read, with the window that a file means which says nothing of one
+# supported model types, with the default of their sliding window
 _WINDOWS = {"llama": None, "mistral": 4096, "qwen2": 4096}
-# told apart to be refused by what they have
+# recognised only to be refused with the reason
 _BEYOND = {"qwen3": "a norm on queries and keys (q_norm, k_norm)"}
 READ = tuple(_WINDOWS)
 MODEL_TYPES = (*READ, *_BEYOND)
-# tensors that older files hold, although they follow from the settings
+# tensors in older files that follow from the settings
 DERIVED = (".self_attn.rotary_emb.inv_freq",)
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# where a layer looks and how it tells positions apart: nothing that a weight's shape or place depends on
+# settings of windows and positions, which do not affect the shapes or locations of weights
 _POSITIONS = (
     "rope_theta", "rope_scaling", "rope_parameters", "rope_interleaved", "partial_rotary_factor", "use_mrope",
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
@@ -30,13 +30,13 @@ _KNOWN = (
     *_REQUIRED, *_POSITIONS, "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "initializer_range",
     "tie_word_embeddings", "attention_bias", "mlp_bias", "quantization_config",
 )  # fmt: skip
-# about training, or about other programs
+# settings of training or of other programs
 _INERT = (
     "attention_dropout", "is_llama_config", "transformers.js_config", "_model_name_or_path", "unk_token_id",
     "max_sequence_length",
 )  # fmt: skip
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu"}
-# what our model always has; anything else computes something that it does not
+# the only values that our model supports
 _ALWAYS = {
     "attention_bias": (False,), "mlp_bias": (False,), "rope_interleaved": (False,), "partial_rotary_factor": (1, 1.0),
     "use_mrope": (False,), "quantization_config": (None,),
@@ -44,14 +44,13 @@ _ALWAYS = {
 
 
 def read_config(values: Mapping[str, Any]) -> HGRN2Config:
-    """The config.json of a Transformer, as the configuration of a model without recurrent layers.
+    """Convert a Transformer's config.json to the configuration of a model without recurrent layers.
 
     Args:
-        values: the file's keys; `model_type` is llama, mistral or qwen2.
+        values: the content of the file; `model_type` is llama, mistral or qwen2.
 
     Raises:
-        UserError: an unknown or a missing key, or a setting whose computation our attention and channel mixers do not
-            have; it is named.
+        UserError: an unknown or missing key, or a setting that our attention or channel mixers do not implement.
 
     Example:
         >>> sizes = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -80,7 +79,7 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
     config = HGRN2Config.from_dict({
         **keys,
         **{key: known[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
-        # of no layer, but a mixer that replaces attention may keep the width of its heads
+        # no layer uses it, but recurrent layers that replace attention take its head width from here
         "expand_ratio": head_size,
         "norm_eps": known.get("rms_norm_eps", 1e-6),
         "glu_activation": _ACTIVATIONS[activation],
@@ -98,16 +97,16 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
 
 
 def without_positions(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without the settings that attention alone reads, for a model that puts other layers in its place.
+    """Return a config.json without the settings of positions and windows, which only attention reads.
 
     Args:
-        values: the file's keys.
+        values: the content of the file.
     """
     return {key: value for key, value in values.items() if key not in _POSITIONS}
 
 
 def _head_size(what: str, known: Mapping[str, Any]) -> int:
-    """The width of a head; the heads together must be as wide as the model."""
+    """Return the width of a head; all heads together must be as wide as the model."""
     heads, hidden_size = known["num_attention_heads"], known["hidden_size"]
     if type(heads) is not int or type(hidden_size) is not int or heads < 1 or hidden_size % heads:
         raise UserError(
@@ -121,7 +120,7 @@ def _head_size(what: str, known: Mapping[str, Any]) -> int:
 
 
 def _rope_theta(what: str, known: Mapping[str, Any]) -> float:
-    """The base of the rotary positions, which transformers 5 writes into a table of its own."""
+    """Return the base of the rotary positions, which transformers 5 stores in a separate table."""
     table = known.get("rope_parameters")
     table = {} if table is None else table
     scaling = known.get("rope_scaling")
@@ -129,7 +128,7 @@ def _rope_theta(what: str, known: Mapping[str, Any]) -> float:
     for name, settings in (("rope_parameters", table), ("rope_scaling", scaling)):
         if not isinstance(settings, Mapping):
             refuse(what, name, settings, "a table or null")
-        # said before the numbers that go with it
+        # report the type before its parameters
         for kind in (settings.get("rope_type"), settings.get("type")):
             if kind not in (None, "default"):
                 raise UserError(
@@ -154,16 +153,16 @@ def _rope_theta(what: str, known: Mapping[str, Any]) -> float:
 
 
 def _window(what: str, kind: str, known: Mapping[str, Any], num_layers: int) -> int | None:
-    """The sliding window of every layer; one kind of attention is what our model has."""
+    """Return the sliding window, which must be the same in every layer."""
     window = known.get("sliding_window", _WINDOWS[kind])
-    # as transformers computes them: a llama never slides, a mistral always does, whatever their further keys say
+    # as in transformers: llama never has a window, mistral always has one, whatever the other keys say
     if kind != "qwen2":
         return None if kind == "llama" else window
     if not known.get("use_sliding_window", False):
         window = None
     kinds = known.get("layer_types")
     if kinds is None:
-        # it slides above the layers that it names the number of
+        # layers from max_window_layers on have a window
         first = known.get("max_window_layers", 28)
         if type(first) is not int:
             raise UserError(f"{what}: max_window_layers is {first!r}; wanted a whole number")
@@ -180,11 +179,11 @@ def _window(what: str, kind: str, known: Mapping[str, Any], num_layers: int) -> 
 
 
 def tables(config: HGRN2Config, names: Sequence[str]) -> tuple[Table, ...]:
-    """Every tensor of ours under the name that transformers gives it.
+    """Return the table of transformers' tensor names.
 
     Args:
-        config: of the model, which does not matter here.
-        names: of our tensors.
+        config: configuration of the model; not used.
+        names: names of our tensors.
     """
     del config
     return ({_their_name(name): (name,) for name in names},)
