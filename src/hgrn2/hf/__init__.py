@@ -1,4 +1,4 @@
-"""HGRN2 as transformers knows models; importing this registers the classes with its Auto classes."""
+"""HGRN2 as models of transformers; importing this module registers them with the Auto classes."""
 
 from hgrn2.hf.cache import StateLayer
 from hgrn2.hf.classification import HGRN2ForSequenceClassification

@@ -1,4 +1,4 @@
-"""The model's states in transformers' cache."""
+"""Keep the model's states in transformers' cache."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hgrn2.errors import UserError
 
-# transformers renamed its outputs' field and its models' argument in version 5.24
+# transformers 5.24 renamed this argument and output field
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
-# layers of the library's caches that this model's can take the place of; any other promises what they cannot keep
+# cache layers of the library that a StateLayer can replace; others have features that it lacks
 _STATIC = (StaticLayer, StaticSlidingWindowLayer)
 _REPLACEABLE = (LinearAttentionLayer, DynamicLayer, DynamicSlidingWindowLayer, *_STATIC)
 
@@ -33,11 +33,11 @@ _REPLACEABLE = (LinearAttentionLayer, DynamicLayer, DynamicSlidingWindowLayer, *
 class StateLayer(CacheLayerMixin):
     """One layer of a cache: the tensors of a mixer by name, as `hgrn2.models.ModelState` has them.
 
-    The library's own layers do not fit. A linear attention layer there counts no tokens, so that `generate` could not
-    go on from it, and has a previous state only if it has a convolution; an attention layer keeps padding among its
-    keys, which ours moves out of the way.
+    The library's own layers do not fit. Its linear attention layer does not count tokens, so `generate` could not
+    continue from it, and has a previous state only if it has a convolution. Its attention layer keeps padding between
+    keys; ours moves padding to the front.
 
-    A state of fixed size stays at one address, where a compiled step finds it.
+    A state of fixed size stays at one address, as compiled steps require.
 
     Args:
         kind: "linear_attention", "full_attention" or "sliding_attention".
@@ -45,44 +45,44 @@ class StateLayer(CacheLayerMixin):
         growing: names of the tensors that grow along their second axis.
     """
 
-    # nothing can be said about the tensors before the first call
+    # shapes are unknown before the first call
     supports_early_init = False
-    # a state has no memory of single tokens
+    # single tokens cannot be removed from a state
     is_croppable = False
 
     def __init__(self, kind: str, size: int | None = None, growing: Sequence[str] = ()) -> None:
         super().__init__()
         self.kind, self.size, self.growing = kind, size, growing
         self.state: dict[str, Tensor] = {}
-        # a tensor: as a number it would be compiled into a step
+        # a tensor, because a compiled step would treat a Python number as a constant
         self.num_tokens = torch.zeros((), dtype=torch.long)
 
     @property
     def is_compileable(self) -> bool:
-        """Whether shapes stay the same from token to token."""
+        """Whether all shapes are the same for every token."""
         return self.kind == "linear_attention" or self.size is not None
 
     @property
     def is_sliding(self) -> bool:
-        """Whether keys and values leave the cache."""
+        """Whether old keys and values are dropped."""
         return self.kind == "sliding_attention"
 
     @property
     def batch_size(self) -> int:
-        """Sequences; -1 before the first call."""
+        """Number of sequences; -1 before the first call."""
         return next((x.shape[0] for x in self.state.values()), -1)
 
     def check_room(self, num_tokens: int) -> None:
-        """Raises a UserError if the layer has fewer places left than are to be read; not while a call is traced."""
+        """Raises a UserError if num_tokens do not fit into the layer; does nothing while a call is traced."""
         if self.kind == "full_attention" and self.size is not None and not torch.compiler.is_compiling():
             count = self.get_seq_length() + num_tokens
             if count > self.size:
                 raise UserError(f"cache has {self.size} places, and {count} are to be read; make it larger")
 
     def before(self) -> dict[str, Tensor]:
-        """The tensors as they are, for a mixer to read, in a dictionary of its own: gradients may still need them.
+        """Returns the tensors in a new dictionary, for the mixer to read.
 
-        What was made in inference mode is copied where it is read outside, where it cannot be changed or recorded.
+        Tensors made in inference mode are copied when read outside of it, where autograd could not record them.
         """
         if (
             not torch.compiler.is_compiling()
@@ -94,11 +94,11 @@ class StateLayer(CacheLayerMixin):
         return dict(self.state)
 
     def replace(self, state: dict[str, Tensor], num_tokens: int) -> None:
-        """Takes a new state up.
+        """Stores a new state.
 
         Args:
             state: as the mixer returned it.
-            num_tokens: how many places it read.
+            num_tokens: number of places read, padding included.
         """
         tracing = torch.compiler.is_compiling()
         for name, new in state.items():
@@ -109,7 +109,7 @@ class StateLayer(CacheLayerMixin):
             if in_place and self.is_compileable:
                 old.copy_(new)  # pyright: ignore[reportOptionalMemberAccess]
                 continue
-            # the end of something longer would keep all of it
+            # a view would keep the whole storage of a longer tensor alive
             if not tracing and new.untyped_storage().nbytes() > new.nbytes:
                 new = new.clone()
             self.state[name] = new
@@ -122,31 +122,31 @@ class StateLayer(CacheLayerMixin):
         self.num_tokens.add_(num_tokens)
 
     def get_seq_length(self) -> int:
-        """Places read, padding included."""
+        """Returns the number of places read, padding included."""
         return int(self.num_tokens)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Width of an attention mask for this many new places, and where it starts."""
+        """Returns the width of an attention mask for query_length new places, and its offset, 0."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """Places there are; -1 where there is no largest length."""
+        """Returns the number of places; -1 if it is not limited."""
         return self.size if self.size is not None and self.kind == "full_attention" else -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The states of the chosen sequences."""
+        """Keeps the states of the chosen sequences."""
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The states of the chosen sequences."""
+        """Keeps the states of the chosen sequences."""
         self._map(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence's state several times."""
+        """Repeats the state of each sequence."""
         self._map(lambda x: x.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
-        """Reset to the state before the first token."""
+        """Resets to the state before the first token."""
         self.num_tokens.zero_()
         if not self.is_compileable:
             self.state = {}
@@ -154,7 +154,7 @@ class StateLayer(CacheLayerMixin):
             x.zero_()
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Refused.
+        """Raises: tokens cannot be removed.
 
         Raises:
             UserError: always.
@@ -166,11 +166,11 @@ class StateLayer(CacheLayerMixin):
         )
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused, see `update`."""
+        """Raises, see `update`."""
         self.update()
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: this is how other models fill a cache.
+        """Raises: other models fill a cache this way.
 
         Raises:
             UserError: always.
@@ -184,7 +184,7 @@ class StateLayer(CacheLayerMixin):
 
 
 def _of_size(x: Tensor, size: int) -> Tensor:
-    """The last places of x [N, places, ...]; too few are filled up in front."""
+    """Return the last `size` places of x [N, places, ...], padded in front."""
     x = x[:, max(0, x.shape[1] - size) :]
     missing = size - x.shape[1]
     return functional.pad(x, (*[0, 0] * (x.dim() - 2), missing, 0)) if missing else x
@@ -211,16 +211,16 @@ class CacheStates(MutableSequence[Any]):
         self._layers[index].replace(state, self._num_tokens)
 
     def __delitem__(self, index: Any) -> NoReturn:
-        raise TypeError("a model has the layers it has")
+        raise TypeError("the number of layers is fixed")
 
     def insert(self, index: int, value: Any) -> NoReturn:
-        """Refused: a model has the layers it has."""
+        """Raises: the number of layers is fixed."""
         del index, value
-        raise TypeError("a model has the layers it has")
+        raise TypeError("the number of layers is fixed")
 
 
 def state_layers(cache: Cache, kinds: Sequence[str], growing: Sequence[Sequence[str]]) -> list[StateLayer]:
-    """The layers of a cache, made this model's own at the first call.
+    """Returns the layers of a cache; replaces them by `StateLayer` at the first call.
 
     Args:
         cache: a `DynamicCache` or a `StaticCache`, new or used by this model before.
@@ -250,7 +250,7 @@ def state_layers(cache: Cache, kinds: Sequence[str], growing: Sequence[Sequence[
             raise UserError(
                 f"cache: layer {i} is a {type(layer).__name__}; wanted a DynamicCache or a StaticCache", "unsupported"
             )
-        # one of a fixed size may have its tensors before anything is read
+        # a static cache may have its tensors before anything is read
         read = getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0
         if read or any(getattr(layer, "has_previous_state", {}).values()):
             raise UserError(

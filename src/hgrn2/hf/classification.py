@@ -1,4 +1,4 @@
-"""A classifier of texts, as transformers calls it."""
+"""Text classifier with the interface of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hgrn2.hf.modeling import HGRN2Model, HGRN2PreTrainedModel
 
 
 class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
-    """The model and a linear layer that reads its last token.
+    """The model, and a linear layer on its last token.
 
     Args:
         config: the model's configuration; `num_labels` or `id2label` say how many classes there are (by default 2;
@@ -25,14 +25,14 @@ class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
             labels).
 
     Raises:
-        UserError: there are none.
+        UserError: there are no classes.
     """
 
     def __init__(self, config: HGRN2Config) -> None:
         super().__init__(config)
         if not config.num_labels:
             raise UserError(f"num_labels is {config.num_labels}; wanted at least 1, or names of classes as id2label")
-        # the library's loss asks for it by this name
+        # the library's loss reads this attribute
         self.num_labels: int = config.num_labels
         self.model = HGRN2Model(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
@@ -51,7 +51,7 @@ class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Scores of each class.
+        """Computes the scores of each class.
 
         Args:
             input_ids: as in `HGRN2Model.forward`, likewise cache, inputs_embeds, use_cache, output_hidden_states,
@@ -99,7 +99,7 @@ class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
 
 
 def _last_places(input_ids: Tensor | None, mask: Tensor | None, pad: int | None, x: Tensor) -> Tensor:
-    """The place of each row's last token, [B]."""
+    """Return the index of each row's last token, [B]."""
     batch, length = x.shape[:2]
     if mask is not None:
         tokens = mask[:, mask.shape[1] - length :].to(x.device).bool()

@@ -1,4 +1,4 @@
-"""The model's configuration in the form transformers reads and writes."""
+"""The model's configuration as a configuration of transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hgrn2.models.pattern import complete, read_options
 from hgrn2.nn.mixers import find_mixer
 
 _FIELDS = [field.name for field in dataclasses.fields(own.HGRN2Config)]
-# what may stand beside the model's settings: in files, and as arguments of PreTrainedConfig
+# keys allowed beside the model's settings: those in files, and arguments of PreTrainedConfig
 _LIBRARY_KEYS = TRANSFORMERS_KEYS | {
     "attn_implementation", "experts_implementation", "name_or_path", "per_layer_config", "quantization_config",
     "tie_last_hidden_states",
@@ -27,7 +27,7 @@ _LIBRARY_KEYS = TRANSFORMERS_KEYS | {
 
 
 class HGRN2Config(PreTrainedConfig):
-    """Every key of `hgrn2.models.HGRN2Config`, beside those of transformers.
+    """Configuration with every key of `hgrn2.models.HGRN2Config`, beside those of transformers.
 
     Read are a config.json of `save_pretrained`, of `hgrn2 train` and of flash-linear-attention, told apart by their
     keys (`hgrn2.formats.layout.recognise`); written is the first kind.
@@ -48,12 +48,12 @@ class HGRN2Config(PreTrainedConfig):
     """
 
     model_type = own.MODEL_TYPE
-    # as transformers calls the state, before and since its version 5.24
+    # names of the state before and since transformers 5.24
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_heads"}
-    # set in models whose layers are named by a pattern
+    # set only in models with a pattern of layers
     layers = mixers = None
-    # TRL reads it where the class is not one of transformers' own. read-only, as all configurations share it
+    # TRL reads it for classes outside of transformers; read-only, because all configurations share it
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(
@@ -71,7 +71,7 @@ class HGRN2Config(PreTrainedConfig):
         model, rest = _read(kwargs)
         for name, value in model.to_dict().items():
             if name != "model_type":
-                # as JSON has it, so that a configuration equals the one read back
+                # JSON types, so that a configuration equals the one read back
                 setattr(self, name, json.loads(json.dumps(value)))
         self.use_cache = use_cache
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
@@ -83,7 +83,7 @@ class HGRN2Config(PreTrainedConfig):
         super().__init__(**rest)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """Sets an attribute, unless it is a setting under a name that the model would not read.
+        """Sets an attribute; refuses settings under names that the model does not read.
 
         Raises:
             UserError: it is, see `hgrn2.hf.foreign.check_settable`.
@@ -94,10 +94,10 @@ class HGRN2Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From what a file holds, which must say by its keys which layout it is of.
+        """Makes a configuration of the content of a config.json, whose keys must identify the layout.
 
         Raises:
-            UserError: it does not, or as for the class.
+            UserError: the layout is unknown, or as for the class.
         """
         if not isinstance(config_dict, dict):
             raise UserError(f"config.json: found {type(config_dict).__name__}, wanted a table of settings")
@@ -106,7 +106,7 @@ class HGRN2Config(PreTrainedConfig):
 
     @property
     def model_config(self) -> own.HGRN2Config:
-        """The settings as the model takes them, checked again.
+        """The settings as `hgrn2.models.HGRN2Config`, checked again.
 
         Raises:
             UserError: values that contradict each other.
@@ -131,7 +131,7 @@ class HGRN2Config(PreTrainedConfig):
 
     @property
     def sliding_window(self) -> int | None:
-        """Tokens a query of an attention layer sees, itself included; None for all, or without such layers."""
+        """Number of tokens an attention query sees, itself included; None for all, or without attention."""
         attn: Any = self.attn
         return attn["window_size"] if attn else None
 
@@ -169,12 +169,12 @@ def _kind(mixer: str, options: dict[str, Any] | None) -> str:
 
 
 def _read(values: dict[str, Any]) -> tuple[own.HGRN2Config, dict[str, Any]]:
-    """The model's settings, and what is left for transformers."""
+    """Split keys into the model's settings and those of transformers."""
     kept = {key: value for key, value in values.items() if key in _LIBRARY_KEYS or key.startswith("_")}
-    # a layout's reader knows what stands in files, not what the library adds on the way
+    # readers of layouts know the keys of files, not those that the library adds
     settings = {key: value for key, value in values.items() if key not in kept}
     told = any(key in settings for layout in LAYOUTS.values() for key in layout.signature)
-    # settings given in Python may be few, and then they are ours
+    # settings from Python may lack identifying keys; they are ours
     layout = recognise(settings) if told else LAYOUTS["hf"]
     if layout.name == "official":
         raise UserError(

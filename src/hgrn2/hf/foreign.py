@@ -1,4 +1,4 @@
-"""Settings by the names that other models' configurations have for them."""
+"""Recognise settings of other models' configurations, and name ours."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ _OUR_NAMES = {
     "rope_parameters": _POSITIONS,
     "rope_theta": _POSITIONS,
 }
-# no model here has these
+# features that no model of this package has
 _NOT_THERE = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 # turning these off changes nothing
 _MAY_BE_OFF = (*_NOT_THERE, "rope_parameters")
 _OTHER_LAYOUTS = ("fla", "official")
-# high enough that a name of another meaning passes
+# high, so that names with another meaning pass
 _MISSPELT = 0.85
 
 
 def check_settable(key: str, value: Any, fields: Collection[str]) -> bool:
-    """Refuses to set an attribute that would be believed to change the model and would not.
+    """Refuses to set an attribute that looks like a setting of the model but is not read.
 
-    Names that no configuration gives a meaning to are left alone: tools keep notes of their own there.
+    Other names are allowed: tools store their own data in a configuration.
 
     Args:
         key: the attribute, none of transformers' own.
-        value: what it is to be set to.
+        value: the new value.
         fields: names of the model's settings.
 
     Returns:
@@ -61,13 +61,13 @@ def check_settable(key: str, value: Any, fields: Collection[str]) -> bool:
     if key in fields:
         return True
     if key in _MAY_BE_OFF and not value:
-        # a file with it could not be read back
+        # the file could not be read back with this key
         return False
     if key in _NOT_THERE:
         raise UserError(f"{key} cannot be set to {value!r}: no model here has it; leave it out", "unsupported")
     other = next((LAYOUTS[name] for name in _OTHER_LAYOUTS if key in LAYOUTS[name].signature), None)
     if other is not None and other.name == "fla":
-        # a value that is refused in its file is refused here for the same reason
+        # the layout's reader refuses the values that it refuses in files
         other.read_config({key: value})
     if key in _OUR_NAMES:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The causal language model, as transformers calls it."""
+"""Causal language model with the interface of transformers."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Returns the head."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Puts another head in place."""
+        """Replaces the head."""
         self.lm_head = new_embeddings
 
     @staticmethod
@@ -75,20 +75,20 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        # the model's own layers before anything is read: generation asks a cache how much that was
+        # replace the layers first: generation asks the cache how many places it has read
         made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
         if model_kwargs.get(CACHE_NAME) is not None:
             self.model.state_layers(model_kwargs[CACHE_NAME])
         return made
 
-    # the library reads the names of its arguments
+    # the library inspects the signature
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of a step, as the library makes them."""
-        # there for strings that end a text, it is no argument of the model
+        """Returns the arguments of a step."""
+        # given for stop strings; not an argument of the model
         kwargs.pop("tokenizer", None)
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        # PEFT looks for the cache by this name, whatever the version, and would put virtual tokens in again
+        # PEFT looks for the cache under this name in every version; otherwise it would insert virtual tokens again
         if CACHE_NAME in inputs:
             inputs["past_key_values"] = inputs.pop(CACHE_NAME)
         return inputs
@@ -106,7 +106,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
                 "prefill_chunk_size: transformers cuts ids into pieces, not inputs_embeds; leave one out",
                 "contradiction",
             )
-        # the library slices by these numbers, and gives a step whatever comes out. A mask of ones is a number to it
+        # the library slices by these numbers without a check; it stores a mask of ones as a number
         read = places_read(model_kwargs.get(CACHE_NAME))
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
         width = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
@@ -138,7 +138,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token at every place, and a loss.
+        """Computes logits of the next token at every place, and a loss.
 
         Args:
             input_ids: as in `HGRN2Model.forward`, likewise attention_mask, cache, inputs_embeds, use_cache,
@@ -163,7 +163,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         Returns:
             The loss or None, logits [B, kept, vocab_size], and what `HGRN2Model.forward` returns.
         """
-        # not among the named arguments: the Trainer expects every one with "label" in its name in every batch
+        # in kwargs, because the Trainer expects named arguments with "label" in every batch
         shift_labels = kwargs.pop("shift_labels", None)
         labels = _without_first_tokens(labels, cu_seq_lens_q)
         targets = shift_labels if shift_labels is not None or labels is None else _shifted(labels)
@@ -205,9 +205,9 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         )
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy of x [M, D]; in pieces where the head is nothing but a matrix that lies ready."""
+        """Return the summed cross entropy of x [M, D]; without all logits if the head is a plain matrix."""
         head = self.lm_head
-        # adapters, quantised weights and weights that a hook brings are only seen by a call
+        # adapters, quantised weights and offloaded weights take effect only in a call
         if type(head) is nn.Linear and head.bias is None and not hasattr(head, "_hf_hook"):
             return linear_cross_entropy(x, head.weight, targets)
         logits = head(x)

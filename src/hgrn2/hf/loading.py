@@ -1,4 +1,4 @@
-"""Checks that a checkpoint opened by transformers lacks nothing but a head that another class had no use for."""
+"""Check that a checkpoint opened by transformers is complete, except for the head of another class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hgrn2.errors import UserError
 from hgrn2.formats.reading import CONFIG_NAME
 from hgrn2.formats.tables import Misfits
 
-# the class of a config.json that names none, as those of runs
+# the class if a config.json names none, as in runs
 _LANGUAGE_MODEL = "HGRN2ForCausalLM"
 _CLASSES = ("HGRN2Model", _LANGUAGE_MODEL, "HGRN2ForSequenceClassification")
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -21,11 +21,11 @@ _INNER = ".mlp.gate_proj.weight"
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint does not hold the model's tensors; of wrong shapes the library says so by a RuntimeError."""
+    """A checkpoint lacks tensors of the model or has other shapes; a RuntimeError, as in the library."""
 
 
 def classes_named_by(name: Any, settings: Mapping[str, Any]) -> list[str] | None:
-    """The classes that the config.json of a folder or a repository names; a configuration given beside it may not.
+    """Returns the classes named by the config.json of a folder or repository.
 
     Args:
         name: as in `from_pretrained`.
@@ -36,7 +36,7 @@ def classes_named_by(name: Any, settings: Mapping[str, Any]) -> list[str] | None
     try:
         found, _ = PreTrainedConfig.get_config_dict(name, **{key: settings[key] for key in _HUB if key in settings})
     except OSError:
-        # tensors alone, beside a configuration that was given
+        # only tensors; the configuration was given as an argument
         return None
     return found.get("architectures")
 
@@ -45,7 +45,7 @@ def check_loaded(
     where: Any, found: Mapping[str, Iterable[Any]], *, opened_by: Sequence[str], written_by: Sequence[str] | None,
     body: str, any_missing: bool, any_size: bool,
 ) -> None:  # fmt: skip
-    """Refuses a checkpoint of which a part would be random numbers.
+    """Refuses a checkpoint that would leave parameters at random values.
 
     A head is new, with the library's warning, where another class wrote the file: a classifier's on a language model, a
     language model's on the model without a head.
@@ -62,7 +62,7 @@ def check_loaded(
     Raises:
         CheckpointError: tensors are missing, or of other shapes; they are listed, with what to do.
     """
-    # the name of another project's class says nothing
+    # ignore class names of other projects
     ours = [name for name in written_by or () if name in _CLASSES] or [_LANGUAGE_MODEL]
     head_is_new = set(opened_by).isdisjoint(ours)
     missing = sorted(name for name in found["missing_keys"] if name.startswith(body) or not head_is_new)
@@ -72,7 +72,7 @@ def check_loaded(
         return
     shapes = [f"{name} {list(shape)}, wanted {list(wanted)}" for name, shape, wanted in misshapen]
     if any(name.endswith(_INNER) and shape[0] == 2 * wanted[0] for name, shape, wanted in misshapen):
-        # what is on the Hub has to be fetched first
+        # a model on the Hub must be downloaded first
         folder = shlex.quote(str(where)) if Path(str(where)).is_dir() else "FOLDER"
         hint = (
             "a file of fla from before February 2025, which holds gate_proj and up_proj in one: bring it into today's "

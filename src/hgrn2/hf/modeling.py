@@ -1,4 +1,4 @@
-"""The model without a head, as transformers calls it."""
+"""The model without a head, with the interface of transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _GIVE_BOUNDS = (
 
 
 class HGRN2Layer(GradientCheckpointingLayer, Block):
-    """A block whose activations can be computed again in the backward pass instead of kept."""
+    """A block with activation checkpointing."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, lower_bound: Tensor | None, state: MixerState | None, context: Context
@@ -43,7 +43,7 @@ class HGRN2Layer(GradientCheckpointingLayer, Block):
 
         Args:
             x: [B, T, D].
-            lower_bound: of the context; by itself, as reentrant checkpointing only sees tensors among the arguments.
+            lower_bound: of the context; separate, because reentrant checkpointing only tracks tensor arguments.
             state: of the mixer; None at a start.
             context: without the lower bound.
         """
@@ -55,21 +55,21 @@ def _call_layer(layer: nn.Module, x: Tensor, state: MixerState | None, context: 
 
 
 class HGRN2PreTrainedModel(PreTrainedModel):
-    """Base of the classes: configuration, initial weights, and the features that the library may use."""
+    """Base of the classes: configuration, initial weights, and supported features of the library."""
 
     config_class = HGRN2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HGRN2Layer"]  # noqa: RUF012
     _input_embed_layer = "embeddings"
-    # assisted decoding would have to take tokens back
+    # assisted decoding would have to remove tokens from the state
     _is_stateful = True
-    # attention layers, where there are any, always do; nothing else is to be had
+    # attention layers always use it
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign an attribute; `loss_function` takes a function or module, and None for the library's own."""
+        """Sets an attribute; `loss_function` is a function or module, or None for the library's own."""
         if name != "loss_function":
             super().__setattr__(name, value)
             return
@@ -77,7 +77,7 @@ class HGRN2PreTrainedModel(PreTrainedModel):
             raise UserError(f"loss_function is {value!r}; wanted a function, or None for the usual loss")
         self.__dict__.pop("_loss_function", None)
         if value is not None:
-            # past torch, which would make a module a part of the model and save it
+            # bypass torch, which would register a module as a part of the model and save it
             self.__dict__["_loss_function"] = value
 
     @classmethod
@@ -89,14 +89,14 @@ class HGRN2PreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """A model from a folder or the Hub, as the library opens it, but never one of which a part is random numbers.
+        """Opens a model from a folder or the Hub; refuses to leave parameters at random values.
 
         Args:
             pretrained_model_name_or_path: see `transformers.PreTrainedModel.from_pretrained`, likewise args and kwargs.
             *args: see pretrained_model_name_or_path.
-            output_loading_info: whether to return (the model, what was missing, unexpected and misshapen); whoever asks
-                for it may have anything missing drawn anew.
-            ignore_mismatched_sizes: whether tensors of other shapes than the model's may be drawn anew.
+            output_loading_info: whether to return (model, report of missing, unexpected and mismatched tensors);
+                missing tensors are then drawn instead of refused.
+            ignore_mismatched_sizes: whether tensors with other shapes than the model's are drawn instead of refused.
             **kwargs: see pretrained_model_name_or_path.
 
         Raises:
@@ -104,7 +104,7 @@ class HGRN2PreTrainedModel(PreTrainedModel):
             UserError: as for `HGRN2Config`.
         """
         name = pretrained_model_name_or_path
-        # the library would stop at a shape without saying what to do
+        # the library would raise about a shape without advice
         pair: Any = super().from_pretrained(
             name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
@@ -122,7 +122,7 @@ class HGRN2PreTrainedModel(PreTrainedModel):
         return (model, found) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Writes the model into a folder, as the library does, unless it could not be read back.
+        """Writes the model into a folder; refuses a model that could not be read back.
 
         Args:
             save_directory: see `transformers.PreTrainedModel.save_pretrained`, likewise args and kwargs.
@@ -132,7 +132,7 @@ class HGRN2PreTrainedModel(PreTrainedModel):
         Raises:
             UserError: adapters of PEFT are still in the model, whose tensors have other names.
         """
-        # with add_adapter the library writes the adapter alone
+        # after add_adapter the library writes only the adapter
         if not getattr(self, "_hf_peft_config_loaded", False):
             left = [name for name, module in self.named_modules() if type(module).__module__.startswith("peft.")]
             if left:
@@ -158,9 +158,12 @@ class HGRN2PreTrainedModel(PreTrainedModel):
 
 
 def _reset_block(block: Block, initial: InitialValues) -> None:
-    """Draws what was not read from a file; the library asks module by module, and a block is drawn at once."""
+    """Draws the parameters of a block that were not read from a file.
+
+    The library initialises module by module; marking the parameters prevents a second draw.
+    """
     read = [p for p in block.parameters() if getattr(p, "_is_hf_initialized", False)]
-    # a mixer may set parameters without torch.nn.init, whose functions the library guards
+    # restore them: the library guards only the functions of torch.nn.init
     values = [p.clone() for p in read]
     block.reset_parameters(initial)
     for parameter, value in zip(read, values, strict=True):
@@ -170,7 +173,7 @@ def _reset_block(block: Block, initial: InitialValues) -> None:
 
 
 class HGRN2Model(HGRN2PreTrainedModel):
-    """Token ids to hidden states: `hgrn2.models.language.HGRN2Model` with transformers' arguments and outputs.
+    """Token ids to hidden states: `hgrn2.models.HGRN2Model` with transformers' arguments and outputs.
 
     Args:
         config: the model's configuration.
@@ -207,12 +210,12 @@ class HGRN2Model(HGRN2PreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of every place.
+        """Computes the hidden states of every place.
 
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], or [B, S + T] after S places that the cache has read; 0 where a place is padding.
-            cache: what was read before, as an earlier call returned it; taken on in place.
+            cache: of the places before, as an earlier call returned it; updated in place.
             inputs_embeds: [B, T, D], what the embeddings would give; instead of input_ids.
             use_cache: whether to return a cache; by default as the configuration says, and not in training or export.
             output_hidden_states: whether to return the input of every layer and the last layer's output, [B, T, D]
@@ -240,19 +243,19 @@ class HGRN2Model(HGRN2PreTrainedModel):
             if x.device.type == "cpu" and not torch.compiler.is_compiling():
                 boundaries(cu_seq_lens_q, x.shape[1])
         if use_cache is None:
-            # torch.export knows no cache among a program's results
+            # torch.export cannot return a cache
             is_wanted = self.config.use_cache and not self.training and not is_exporting()
             use_cache = is_wanted and cu_seq_lens_q is None
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
-        # before the mask, whose width would be blamed where something else has filled the cache
+        # check the cache first: otherwise the error would be about the width of the mask
         states = None if cache is None else self.state_layers(cache)
         mask = _padding(attention_mask, x, cache)
         if kwargs.get("position_ids") is not None and cu_seq_lens_q is None:
             _check_places(kwargs["position_ids"], mask, x)
         if states is not None and states[0].batch_size not in (-1, x.shape[0]):
             raise UserError(f"cache holds {states[0].batch_size} sequences; the input has {x.shape[0]}", "mismatch")
-        # before any layer has read anything
+        # check before any layer has changed its state
         for state in states or ():
             state.check_room(x.shape[1])
         if output_hidden_states not in (None, True, False) or type(output_hidden_states) is int:
@@ -265,7 +268,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
         x, bounds = hand_out_bounds(
             x, self.lower_bounds, self.config.lower_bound, self._bounded_layers, len(self.layers)
         )
-        # a length that an exported program leaves open is no step
+        # a dynamic length of an exported program is not a step
         is_step = states is not None and isinstance(x.shape[1], int) and x.shape[1] == 1
         context = Context(cu_seq_lens_q, mask, states is not None, is_step)
         hidden: list[Tensor] = []
@@ -317,7 +320,7 @@ def _padding(attention_mask: Tensor | None, x: Tensor, cache: Cache | None) -> T
             "contradiction",
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(x.device).bool()
-    # generation hands over a mask of ones at every step, which costs more to follow than to look at
+    # generation passes a mask of ones at every step; checking it is cheaper than applying it
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
 
@@ -328,7 +331,7 @@ def places_read(cache: Cache | None) -> int:
 
 
 def _check_further(values: dict[str, Any], packed: bool) -> None:
-    """Refuses what would otherwise be passed over in silence."""
+    """Refuse arguments that would otherwise be ignored."""
     for name, value in values.items():
         if value is None:
             continue
@@ -343,9 +346,9 @@ def _check_further(values: dict[str, Any], packed: bool) -> None:
 
 
 def _check_places(position_ids: Tensor, mask: Tensor | None, x: Tensor) -> None:
-    """Refuses places that are not one after the other: packed sequences without their bounds, or gaps."""
+    """Refuse positions that are not consecutive: packed sequences without bounds, or gaps."""
     batch, length = x.shape[:2]
-    # values cannot be looked at in a trace
+    # values are unknown in a trace
     good = not torch.compiler.is_compiling() and position_ids.dim() == 2 and position_ids.shape[1] >= length
     if good:
         step = position_ids[:, position_ids.shape[1] - length :].to(x.device).diff(dim=1).expand(batch, -1)

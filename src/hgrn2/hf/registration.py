@@ -1,4 +1,4 @@
-"""The classes' place among transformers' Auto classes."""
+"""Register the classes with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hgrn2.hf.modeling import HGRN2Model
 
 
 def register() -> None:
-    """Makes `AutoConfig`, `AutoModel` and their like open "hgrn2" with the classes of this package.
+    """Registers the classes for the model type "hgrn2" with `AutoConfig`, `AutoModel` and the others.
 
-    Importing `hgrn2.hf` calls it. Whoever registers a model type last has it: if flash-linear-attention, which uses the
+    Importing `hgrn2.hf` calls it. The last registration of a model type wins: if flash-linear-attention, which uses the
     same one, is imported later in the same process, call this again.
     """
     AutoConfig.register(HGRN2Config.model_type, HGRN2Config, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The layer-wise lower bounds of the forget gates."""
+"""Compute the layer-wise lower bounds of the forget gates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BELOW_ONE = 1 - 2**-24
 
 
 def lower_bounds(gamma: Tensor, kind: str) -> Tensor:
-    """Bounds that grow with depth, from free parameters (arXiv 2311.04823, section 3.2).
+    """Computes bounds that grow with depth, from free parameters (arXiv 2311.04823, section 3.2).
 
     With P = softmax of gamma over the layers, layer l's bound is
 
@@ -30,7 +30,7 @@ def lower_bounds(gamma: Tensor, kind: str) -> Tensor:
         [L, D], float32 (float64 for float64), in [0, 1), non-decreasing over the layers.
     """
     p = torch.softmax(gamma.to(torch.promote_types(gamma.dtype, torch.float32)), dim=0)
-    # summed from the first layer that counts: differences of sums could fall below 0
+    # sum from the first layer that counts: a difference of sums could be negative
     summed = torch.cumsum(p[1:] if kind == "inclusive" else p[:-1], dim=0)
     return torch.cat([torch.zeros_like(p[:1]), summed]).clamp(max=_BELOW_ONE)
 
@@ -38,9 +38,8 @@ def lower_bounds(gamma: Tensor, kind: str) -> Tensor:
 def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int], *, detach_first: bool = True) -> list[Tensor]:
     """Returns the rows of `lower_bounds`, for the layers to use.
 
-    The first row is 0 whatever gamma is, so it is detached and no gradient is summed for it. Where no later layer uses
-    its bound, the first row stays attached: it gives the parameter a gradient of zeros, which DistributedDataParallel
-    waits for.
+    The first row is 0 for every gamma, so it is detached to save its gradient. If no later layer uses its bound, the
+    first row stays attached: DistributedDataParallel needs a gradient of every parameter, and this one is zero.
 
     Args:
         gamma: [L, D].
@@ -56,12 +55,12 @@ def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int], *, deta
 
 
 def touch_unused_bounds(x: Tensor, bounds: Sequence[Tensor | None], recurrent: Sequence[int]) -> Tensor:
-    """Returns x [B, T, D] as it is, with a gradient of zeros for the bounds' parameter where every layer attends.
+    """Returns x [B, T, D] unchanged, and gives the bounds a gradient of zeros if no layer uses them.
 
-    Without one, DistributedDataParallel would stop at the second step.
+    DistributedDataParallel would stop at the second step without a gradient.
 
     Args:
-        x: what the first layer reads.
+        x: input of the first layer.
         bounds: from `bounds_of_layers`; the first row is 0.
         recurrent: indices of the layers that use their bound.
     """

@@ -54,5 +54,5 @@ class Norm(nn.Module):
         return (4 * inside + low) * self.size
 
     def extra_repr(self) -> str:
-        """Settings that print(model) shows."""
+        """Returns the settings that print(model) shows."""
         return f"{self.kind}, {self.size}, eps={self.eps}, affine={self.weight is not None}"

@@ -34,7 +34,7 @@ class InitialValues:
         return self.std / math.sqrt(2 * self.num_layers)
 
     def draw(self, *modules: nn.Module | None) -> None:
-        """Sets the parameters of projections, convolutions and norms, in this order; None is passed over."""
+        """Sets the parameters of projections, convolutions and norms, in this order; skips None."""
         for module in modules:
             if module is not None:
                 draw(module, self.std, self.generator)
@@ -72,10 +72,10 @@ def parameter_roles(module: nn.Module) -> dict[str, str]:
     """Returns the optimizer's role of each parameter of a module, by name.
 
     The weight of an `nn.Linear` is a "matrix", that of an `nn.Embedding` an "embedding"; every other parameter is a
-    "vector", whatever its shape. A submodule with a method `parameter_roles` answers for its own parameters.
+    "vector" of any shape. A submodule with a method `parameter_roles` overrides this for its parameters.
 
     Args:
-        module: the module; a method `parameter_roles` of its own is not asked.
+        module: the module; its own method `parameter_roles` is not called.
     """
     roles = {}
     for name, parameter in module.named_parameters(recurse=False):

@@ -28,7 +28,7 @@ class ShortConv(nn.Module):
         super().__init__()
         self.width = width
         weight = torch.zeros(hidden_size, 1, width)
-        # lets everything pass as it is
+        # the identity
         weight[..., -1] = 1
         self.weight = nn.Parameter(weight)
 
@@ -55,14 +55,14 @@ class ShortConv(nn.Module):
         padded = torch.cat([state.to(x.dtype), x], 1)
         order = None
         if mask is not None:
-            # no token may look back at padding: all of it goes before the history
+            # move padding before the history, so that no token sees it
             order = torch.cat([mask.new_ones((x.shape[0], back)), mask], 1).long().argsort(dim=1, stable=True)
             padded = padded.take_along_dim(order.unsqueeze(-1), 1)
         if not x.shape[1]:
             return x, padded
         y = functional.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=x.shape[2]).transpose(1, 2)
         if order is not None:
-            # back to where the tokens were; what stands at padding does not matter
+            # undo the move; values at padding are arbitrary
             places = (order.argsort(dim=1)[:, back:] - back).clamp_min(0)
             y = y.take_along_dim(places.unsqueeze(-1), 1)
         return y, padded[:, padded.shape[1] - back :]
@@ -74,7 +74,7 @@ class ShortConv(nn.Module):
             state = x.new_zeros((starts.shape[0], back, x.shape[2]))
         rows = torch.arange(x.shape[1], device=x.device)
         sequence = torch.searchsorted(stops, rows, right=True)
-        # every sequence's history and rows laid end to end, so that looking back never leaves the sequence
+        # lay out each sequence after its history, so that no tap crosses a boundary
         history = starts.unsqueeze(1) + torch.arange(back, device=x.device)
         history = (history + back * torch.arange(starts.shape[0], device=x.device).unsqueeze(1)).flatten()
         place = rows + back * (sequence + 1)

@@ -17,12 +17,12 @@ from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.ops.export import is_exporting
 
-# queries that look into a window are taken this many at a time, or a window if that is more
+# queries of windowed attention in one block; a larger window is its own block size
 WINDOW_BLOCK = 256
 
 
 def _find_flash_ragged() -> Any:
-    """Torch's kernel for packed sequences of several lengths; None in versions without it, or without windows in it."""
+    """Return torch's kernel for packed sequences; None in versions without it, or without its windows."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -159,7 +159,7 @@ class Attention(Mixer):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, mask: Tensor | None, keep_state: bool
     ) -> tuple[Tensor, MixerState]:
-        """Attention of each row of a batch to itself and its cache; y [B, T, D] and the new state."""
+        """Attend within each row and its cache; return y [B, T, D] and the new state."""
         if state is None and mask is None:
             y = self._causal(q, k, v)
             valid = None
@@ -180,32 +180,32 @@ class Attention(Mixer):
         if mask is not None:
             k, v, valid = _close_gaps(k, v, valid)
         if self.window_size is not None and is_exporting():
-            # as many places whatever the length, which an exported program leaves open
+            # a fixed number of places, because the length of an exported program is dynamic
             k, v, valid = (self._fill_window(x) for x in (k, v, valid))
         first = self._first_kept(k.shape[1])
         return y, {"key": k[:, first:], "value": v[:, first:], "valid": valid[:, first:], "position": count}
 
     def _attend_ragged(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Packed sequences in one kernel, which reads their bounds on the device; [1, T, D].
+        """Attend within packed sequences in one kernel, which reads the bounds on the device; [1, T, D].
 
-        Rows after the last bound are nobody's, and not written.
+        Rows after the last bound belong to no sequence and are not written.
         """
         group = self.num_heads // self.num_kv_heads
         if group > 1:
-            # not every version takes fewer heads of keys
+            # not every version supports grouped keys
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-        # the longest sequence is not known here: blocks beyond a sequence's end stop at once
+        # an upper bound of the longest sequence: blocks beyond the end of a sequence return at once
         bounds, longest = cu_seqlens.int(), q.shape[1]
         window = -1 if self.window_size is None else self.window_size - 1
         y = _flash_ragged(q[0], k[0], v[0], bounds, bounds, longest, longest, window_size=(window, 0))
         return y.flatten(1).unsqueeze(0)
 
-    # bounds are values, over which a trace cannot loop: here it is broken
+    # a trace cannot loop over the values of bounds: break the graph here
     @torch.compiler.disable
     def _attend_packed(
         self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, cu_seqlens: Tensor, keep_state: bool
     ) -> tuple[Tensor, MixerState]:
-        """The same, one sequence after the other: no mask or score is larger than a sequence needs."""
+        """Attend sequence by sequence, so that masks and scores have the size of one sequence."""
         bounds = cu_seqlens.tolist()
         before = [0] * (len(bounds) - 1) if state is None else state["valid"].sum(1).tolist()
         outputs, keys, values = [], [], []
@@ -234,12 +234,12 @@ class Attention(Mixer):
         return y, {**cache, "valid": valid, "position": count}
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the last places among keys that are all tokens; [B, T, D]."""
+        """Attend causally to keys without padding; [B, T, D]."""
         length, count = q.shape[1], k.shape[1]
         if length == count and self.window_size is None:
             return self._dot_product(q, k, v, None)
         if is_exporting():
-            # blocks would be counted now, and an exported program leaves the length open
+            # no blocks: their number would be fixed, but the length of an exported program is dynamic
             key = torch.arange(count, device=q.device)
             return self._dot_product(q, k, v, self._reaches(key[count - length :].unsqueeze(1), key))
         if self.window_size is not None and length == count <= self.window_size:
@@ -256,7 +256,7 @@ class Attention(Mixer):
         return torch.cat(outputs, 1) if outputs else q.flatten(2)
 
     def _dot_product(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-        """Attention of q [B, T, heads, size] where seen [..., T, keys] allows, None for causal; [B, T, D]."""
+        """Attend with q [B, T, heads, size] where seen [..., T, keys] is true, None for causal; [B, T, D]."""
         y = functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -268,18 +268,18 @@ class Attention(Mixer):
         return y.transpose(1, 2).flatten(2)
 
     def _first_kept(self, count: int) -> int:
-        """The first of some keys that a later query can see."""
+        """Return the index of the first key that a later query can see."""
         return 0 if self.window_size is None else max(0, count - self.window_size + 1)
 
     def _fill_window(self, x: Tensor) -> Tensor:
-        """The last window_size - 1 places of x [B, places, ...], filled up in front with zeros."""
+        """Return the last window_size - 1 places of x [B, places, ...], padded in front with zeros."""
         assert self.window_size is not None
         kept = self.window_size - 1
         return torch.cat([x.new_zeros((x.shape[0], kept, *x.shape[2:])), x], 1).narrow(1, x.shape[1], kept)
 
     def _seen(self, valid: Tensor, length: int) -> Tensor:
-        """Return which keys, valid [B, keys], the last `length` places see, bool [B, T, keys]."""
-        # counted in tokens: padding may lie between the cache and new keys
+        """Return the mask of keys, valid [B, keys], that the last `length` places see, bool [B, T, keys]."""
+        # count tokens, because padding may lie between the cache and new keys
         key = valid.cumsum(1)
         query = key[:, key.shape[1] - length :]
         seen = valid.unsqueeze(1) & self._reaches(query.unsqueeze(2), key.unsqueeze(1))
@@ -288,12 +288,12 @@ class Attention(Mixer):
         return seen | itself
 
     def _reaches(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether places of keys are not after those of queries, and within the window."""
+        """Return whether keys are not after queries, and within the window."""
         seen = key <= query
         return seen if self.window_size is None else seen & (key > query - self.window_size)
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        """Rotates halves of x [B, T, heads, size] by position * theta^(-2 i / size)."""
+        """Rotate the halves of x [B, T, heads, size] by position * theta^(-2 i / size)."""
         assert self.rope_theta is not None
         half = self.head_size // 2
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -305,19 +305,19 @@ class Attention(Mixer):
 
 
 def _flash_takes(q: Tensor) -> bool:
-    """Whether torch's kernel for sequences of several lengths takes queries [1, T, heads, size]."""
+    """Return whether torch's kernel for packed sequences supports queries [1, T, heads, size]."""
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     return _flash_ragged is not None and q.is_cuda and fits and q.numel() > 0 and _has_flash(q.device)
 
 
 @torch.compiler.assume_constant_result
 def _has_flash(device: torch.device) -> bool:
-    # FlashAttention is for Ampere and later
+    # FlashAttention needs Ampere or later
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _positions(x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Each token's place in its sequence, [B, T]."""
+    """Return the position of each token in its sequence, [B, T]."""
     row = torch.arange(x.shape[1], device=x.device)
     if cu_seqlens is not None:
         bounds = cu_seqlens.long()
@@ -329,14 +329,14 @@ def _positions(x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, m
 
 
 def _stack(rows: list[Tensor], like: Tensor, longest: int) -> Tensor:
-    """Caches [length, heads, size] of several sequences as one, padding first."""
+    """Stack the caches [length, heads, size] of several sequences, padding first."""
     if not rows:
         return like.new_zeros((0, 0, *like.shape[2:]))
     return torch.stack([functional.pad(row, (0, 0, 0, 0, longest - row.shape[0], 0)) for row in rows])
 
 
 def _close_gaps(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moves padding before the tokens, and drops columns that hold nothing else."""
+    """Move padding before the tokens, and drop columns of padding alone."""
     order = valid.long().argsort(dim=1, stable=True)
     if valid.numel() and not torch.compiler.is_compiling():
         order = order[:, order.shape[1] - int(valid.sum(1).max()) :]

@@ -1,4 +1,4 @@
-"""The protocol of token mixers, and what a forward pass tells them."""
+"""The protocol of token mixers, and the context of a forward pass."""
 
 from __future__ import annotations
 

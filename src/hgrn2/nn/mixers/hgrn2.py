@@ -22,13 +22,13 @@ from hgrn2.shapes import describe
 # a pre-activation that makes the forget gate exactly 1 and the key exactly 0 in every dtype
 _KEEP_STATE = 1e4
 
-# the width of a head when nothing else is asked for
+# the default width of a head
 DEFAULT_EXPAND_RATIO = 128
 
 
 @dataclass(frozen=True)
 class HGRN2Options(MixerOptions):
-    """Options of `HGRN2`; its arguments of the same names say what they are."""
+    """Options of `HGRN2`, documented as its arguments."""
 
     expand_ratio: int | None = None
     q_activation: str = "silu"
@@ -96,7 +96,7 @@ class HGRN2(Mixer):
         check_backend(backend)
         expand_ratio = _head_width(hidden_size, expand_ratio, num_heads)
         _check_whole("conv_size", conv_size, 0, "the taps of a convolution, or 0 for none")
-        # not a number fails the comparison
+        # NaN fails the comparison
         if scale is not None and not (isinstance(scale, int | float) and abs(scale) < float("inf")):
             raise UserError(f"scale is {describe(scale)}; wanted a finite number, or None for expand_ratio^-0.5")
         self.expand_ratio = expand_ratio
@@ -205,11 +205,11 @@ class HGRN2(Mixer):
         init.draw_end(self.o_proj)
 
     def flops(self, seq_len: int) -> int:
-        """Counts the scan in whole chunks, as it is computed whatever the length: scores, values, state in and out."""
+        """Counts the scan in whole chunks: scores, values, reading and writing the state."""
         del seq_len
         width, chunk = self.expand_ratio, CHUNK_SIZE
         per_head = (chunk + 1) * width + 2 * chunk * width + 4 * width * width
-        # each join of blocks multiplies one query or key row by a decay, and the decays of the pair
+        # each merge of two blocks multiplies one query or key row by a decay, and their decays
         per_head += round(width * math.log2(chunk))
         return self.num_heads * per_head + 6 * self.conv_size * self.num_heads * width
 
@@ -221,7 +221,7 @@ class HGRN2(Mixer):
         return kept + (low * 3 * width if self.conv_size else 0)
 
     def extra_repr(self) -> str:
-        """Settings that print(model) shows."""
+        """Returns the settings that print(model) shows."""
         return f"{self.num_heads} heads of {self.expand_ratio} x {self.expand_ratio}"
 
 
@@ -231,7 +231,7 @@ def _check_whole(name: str, value: int, least: int, wanted: str) -> None:
 
 
 def _head_width(hidden_size: int, expand_ratio: int | None, num_heads: int | None) -> int:
-    """The width of a head, from what was given of it."""
+    """Return the width of a head from expand_ratio or num_heads."""
     _check_whole("hidden_size", hidden_size, 1, "a whole number of at least 1")
     if num_heads is not None:
         _check_whole("num_heads", num_heads, 1, "a whole number of at least 1")

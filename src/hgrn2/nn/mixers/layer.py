@@ -1,4 +1,4 @@
-"""The token mixer of HGRN2 as a layer on its own."""
+"""The token mixer of HGRN2 as a stand-alone layer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class HGRN2Mixer(HGRN2):
             UserError: an argument that does not fit x or the layer.
         """
         self._check(x, lower_bound, state, cu_seqlens, mask)
-        # a length that an exported program leaves open is no step
+        # a dynamic length of an exported program is not a step
         is_single = isinstance(x.shape[1], int) and x.shape[1] == 1
         is_step = state is not None and is_single and cu_seqlens is None
         context = Context(cu_seqlens, None if mask is None else mask.bool(), keep_state, is_step, lower_bound)
@@ -71,7 +71,7 @@ class HGRN2Mixer(HGRN2):
         cu_seqlens: Tensor | None,
         mask: Tensor | None,
     ) -> None:
-        """Checks the arguments of `forward` by the names they have there."""
+        """Check the arguments of `forward`."""
         width = self.num_heads * self.expand_ratio
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != width:
             raise UserError(f"x is {describe(x)}; wanted a tensor [B, T, D] with D={width}")
@@ -102,7 +102,7 @@ class HGRN2Mixer(HGRN2):
 
     def _check_against_weights(self, x: Tensor) -> None:
         linear = self.q_proj
-        # adapters, quantized weights and weights that a hook brings are for their own modules to judge
+        # adapters, quantised weights and offloaded weights check their own inputs
         if torch.compiler.is_compiling() or type(linear) is not nn.Linear or hasattr(linear, "_hf_hook"):
             return
         weight = linear.weight

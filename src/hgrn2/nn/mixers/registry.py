@@ -1,4 +1,4 @@
-"""Mixers by the names that configurations have for them."""
+"""Register mixers, and find them by name."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TypeVar
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.nn.mixers.base import Mixer, MixerOptions
 
-# what installed packages name their mixers under
+# group of entry points of installed packages
 ENTRY_POINTS = "hgrn2.mixers"
-# methods that every mixer writes itself
+# methods that every mixer must define
 _PARTS = ("forward", "state_spec", "reset_parameters", "flops", "activation_bytes")
 
 
 @dataclass(frozen=True)
 class RegisteredMixer:
-    """One mixer.
+    """A mixer and its options.
 
     Attributes:
         name: as configurations have it.
@@ -32,7 +32,7 @@ class RegisteredMixer:
     options: type[MixerOptions]
 
     def build(self, hidden_size: int, options: MixerOptions, backend: str = "auto") -> Mixer:
-        """Makes one.
+        """Makes a mixer.
 
         Args:
             hidden_size: D.
@@ -52,7 +52,7 @@ M = TypeVar("M", bound=type[Mixer])
 
 
 def register_mixer(name: str, options: type[MixerOptions]) -> Callable[[M], M]:
-    """Decorates a mixer so that configurations can name it.
+    """Registers a mixer class under a name for configurations; a decorator.
 
     Args:
         name: as `layers` of a configuration has it.
@@ -96,7 +96,7 @@ def _missing_parts(mixer: type, options: type) -> list[str]:
 
 
 def forget_mixer(name: str) -> None:
-    """Takes a mixer out of the registry, as tests do that have registered one."""
+    """Removes a mixer from the registry, for tests."""
     del _mixers[name]
 
 
@@ -116,7 +116,7 @@ def find_mixer(name: str, what: str = "mixers") -> RegisteredMixer:
         what: the place the name stands in, for messages.
 
     Raises:
-        UserError: there is none; near matches are named.
+        UserError: no mixer has this name; near matches are named.
     """
     if name not in _mixers:
         for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
