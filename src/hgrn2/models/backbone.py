@@ -1,4 +1,4 @@
-"""The one loop over layers, which our model and transformers' classes run."""
+"""The loop over layers, shared by our model and transformers' classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LayerOutput = tuple[Tensor, MixerState, MixerState | None]
 
 
 def call_block(layer: nn.Module, x: Tensor, state: MixerState | None, context: Context) -> LayerOutput:
-    """Calls a layer; as a function that is given the layer it is compiled once for all layers of a kind."""
+    """Calls a layer; torch.compile compiles this function once for all layers of a kind."""
     return layer(x, state, context)
 
 
@@ -43,7 +43,7 @@ def run_layers(
         context: of the pass.
         bounds: lower bound [D] of each layer's gates, None for a layer that does not use it; None for no bounds.
         call: calls a layer, as `call_block` does.
-        on_hidden: is given the input of each layer.
+        on_hidden: called with the input of each layer.
 
     Returns:
         x [B, T, D] after the last layer.
@@ -87,7 +87,7 @@ def hand_out_bounds(
         detach_first: see `hgrn2.nn.gates.bounds_of_layers`.
 
     Returns:
-        x, which gamma has a gradient through even if no layer uses a bound, and the bound of each layer or None.
+        x, through which gamma has a gradient even if no layer uses a bound, and the bound of each layer or None.
     """
     if gamma is None:
         return x, [None] * num_layers

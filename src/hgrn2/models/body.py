@@ -44,7 +44,7 @@ class HGRN2Model(nn.Module):
         self._compiled_call: Callable[..., Any] | None = None
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile a block with torch.compile; all layers of one kind share the result. Used while training alone.
+        """Compiles a block with torch.compile, once for all layers of a kind. Only training uses it.
 
         Args:
             **options: of `torch.compile`.
@@ -52,7 +52,7 @@ class HGRN2Model(nn.Module):
         self._compiled_call = torch.compile(call_block, **options)
 
     def bounds(self) -> list[Tensor] | list[None]:
-        """Returns the lower bound of each layer, [D] each in [0, 1), or None where there is none."""
+        """Returns the lower bound of each layer, [D] in [0, 1), or None for a model without bounds."""
         if self.lower_bounds is None:
             return [None] * len(self.layers)
         return bounds_of_layers(self.lower_bounds, self.config.lower_bound, self._bounded_layers)
@@ -69,7 +69,7 @@ class HGRN2Model(nn.Module):
             Hidden states [B, T, D] after the last norm, and the new state.
         """
         x = embed(self.embeddings(input_ids), self.config, self.training)
-        # evaluation meets too many shapes for compiling to be worth its time
+        # evaluation has too many shapes to be worth compiling
         is_compiled = self.training and self._compiled_call is not None
         x, bounds = hand_out_bounds(
             x, self.lower_bounds, self.config.lower_bound, self._bounded_layers, len(self.layers),
@@ -84,7 +84,7 @@ class HGRN2Model(nn.Module):
         call = call_block if compiled is None else compiled
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return call(*arguments)
-        # dropout is the only thing that draws numbers
+        # only dropout draws random numbers
         draws = self.training and self.config.dropout > 0
         return checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=draws)
 

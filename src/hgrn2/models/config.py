@@ -28,9 +28,9 @@ from hgrn2.ops.checks import SMALLEST_FLOOR
 from hgrn2.quantities import plural
 
 MODEL_TYPE = "hgrn2"
-# of any width or count; the bytes of a matrix of two such sizes can still be counted
+# limit of sizes: the bytes of a matrix of two such sizes fit into 64 bits
 _LARGEST = 2**24
-# every layer is an object, even where nothing is computed
+# a layer takes memory even on the meta device
 _MOST_LAYERS = 4096
 
 
@@ -59,7 +59,7 @@ class HGRN2Config:
         v_activation: of the input: "none" or "silu".
         scale: factor of the mixer's outputs before its norm; None means expand_ratio^-0.5.
         mixer_norm: norm after the scan: "rmsnorm" or "layernorm".
-        mixer_norm_eps: its eps (fla fixes 1e-5 whatever norm_eps says).
+        mixer_norm_eps: its eps (fla uses 1e-5 for every norm_eps).
         mixer_norm_affine: whether it has parameters.
         block_norm: norm before the mixers and at the end: "rmsnorm" or "layernorm".
         norm_eps: its eps.
@@ -82,7 +82,7 @@ class HGRN2Config:
     vocab_size: int = 32000
     hidden_size: int = 2048
     num_hidden_layers: int = 24
-    # an int once the config is made
+    # an int after __post_init__
     expand_ratio: int = None  # pyright: ignore[reportAssignmentType]
     num_heads: int | None = None
     hidden_ratio: float = 4
@@ -204,7 +204,7 @@ class HGRN2Config:
         object.__setattr__(self, "mixers", options)
 
     def _prefer_flat_keys(self) -> None:
-        # so that a model which older versions know has the same file and equals what they wrote
+        # a model that older versions can open keeps their keys, and equals their configuration
         if self.layers is None or not set(self.layers) <= {DEFAULT_MIXER, ATTENTION}:
             return
         attending = [i for i, name in enumerate(self.layer_mixers) if name == ATTENTION]
@@ -217,9 +217,9 @@ class HGRN2Config:
 
     def _derived_expand_ratio(self) -> int:
         heads, width = self.num_heads, self.hidden_size
-        # a value of another type is reported by the check of types
+        # check_types reports values of other types
         if type(width) is int and heads is None and self.layers is not None and DEFAULT_MIXER not in self.layers:
-            # no layer has heads of HGRN2: any width is possible
+            # without HGRN2 layers every width is valid
             return DEFAULT_EXPAND_RATIO if width % DEFAULT_EXPAND_RATIO == 0 else max(width, 1)
         if type(heads) is not int or type(width) is not int:
             return DEFAULT_EXPAND_RATIO
@@ -231,13 +231,13 @@ class HGRN2Config:
         return max(width // heads, 1)
 
     def _named(self, name: str) -> str:
-        """The setting with its value, for a message that must not suggest it was given when it was not."""
+        """Return a setting with its value for a message, marked if it is the default."""
         value = getattr(self, name)
         default = DEFAULT_EXPAND_RATIO if name == "expand_ratio" else type(self).__dataclass_fields__[name].default
         return f"{name} = {value}" + (" (the default)" if value == default else "")
 
     def __repr__(self) -> str:
-        """The call that makes this config, without defaults other than the sizes."""
+        """Returns the call that makes this config, without defaults except sizes."""
         shown = ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio", "intermediate_size")
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.mixers is not None:
@@ -287,7 +287,7 @@ class HGRN2Config:
 
     @property
     def has_lower_bounds(self) -> bool:
-        """Whether the model has the parameter of lower bounds: always by the flat keys, as published models do."""
+        """Whether the model has the parameter of lower bounds; without `layers` it does not depend on the mixers."""
         return self.use_lower_bound and (self.layers is None or bool(self.bounded_layers))
 
     def mixer_options(self, name: str) -> MixerOptions:
@@ -325,7 +325,7 @@ class HGRN2Config:
         return find_mixer(name).build(self.hidden_size, self.mixer_options(name), backend)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the model type; `layers` and `mixers` only where they say something."""
+        """Returns plain values for JSON, with the model type; `layers` and `mixers` only if they are set."""
         values = dataclasses.asdict(self)
         if self.layers is None:
             del values["layers"], values["mixers"]
@@ -333,7 +333,7 @@ class HGRN2Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HGRN2Config:
-        """A config from the table that `to_dict` gives, or from a part of it.
+        """Makes a config of a table as `to_dict` returns it, or of a part of one.
 
         Raises:
             UserError: an unknown key (near matches are named), or values that contradict each other.
@@ -345,7 +345,7 @@ class HGRN2Config:
         return _build(cls, values, "model config")
 
     def replace(self, **changes: Any) -> HGRN2Config:
-        """A copy with some fields changed; what followed from them is derived anew."""
+        """Returns a copy with some fields changed; derived fields are derived again."""
         values = dataclasses.asdict(self)
         if changes.get("layers") is not None:
             values["attn"] = values["mixers"] = None

@@ -1,4 +1,4 @@
-"""Counts what a model costs, from its configuration alone: parameters, operations, bytes."""
+"""Count parameters, operations and bytes of a model from its configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hgrn2.models.config import HGRN2Config
 from hgrn2.models.language import HGRN2LM
 from hgrn2.nn.block import Block
 
-# AdamW keeps two float32 numbers a parameter beside the weight
+# AdamW keeps two float32 numbers a parameter
 _OPTIMIZER_BYTES = 8
 
 
@@ -25,7 +25,7 @@ class Cost:
         flops_per_token_6n: the usual estimate of training, 6 N a token (6 N D for D tokens), with
             N = parameters - embedding_parameters. It includes norms, biases and lower bounds, which are in no product.
         flops_per_token_forward: multiplications and additions of a forward pass: the matrix products, and the scan in
-            whole chunks of 64 tokens, as it is computed whatever the length. Element-wise work is left out.
+            whole chunks of 64 tokens. Element-wise operations are not counted.
         flops_per_token_training: three times the forward pass, as the backward pass takes two.
         activation_bytes_per_token: kept for the backward pass in float32, without the loss's working memory.
         activation_bytes_per_token_bfloat16: the same under bfloat16 autocast (`precision = "bfloat16"`).
@@ -63,7 +63,7 @@ class CostLine:
         label: the name of the quantity.
         value: how much.
         unit: "bytes", or "" for a plain count.
-        note: what is and is not included.
+        note: parts that are included or left out.
     """
 
     label: str
@@ -73,7 +73,7 @@ class CostLine:
 
 
 def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
-    """Counts what a model costs.
+    """Counts the costs of a model.
 
     Args:
         config: the model.
@@ -84,7 +84,7 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
     parameters = model.num_parameters()
     roles = model.parameter_roles()
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    # every matrix takes one multiplication and one addition a weight; a tied embedding works as the head
+    # one multiplication and one addition a weight; a tied embedding is also the head
     linear = sum(
         2 * p.numel()
         for name, p in model.named_parameters()
@@ -112,7 +112,7 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
 
 
 def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
-    """Lists what a model costs, for people; lines that do not apply to the model are left out.
+    """Lists the costs of a model for people, without lines that do not apply.
 
     Args:
         config: the model.
@@ -129,7 +129,7 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
         CostLine("activations a token", c.activation_bytes_per_token, "bytes", "training in float32"),
         CostLine("activations a token", c.activation_bytes_per_token_bfloat16, "bytes", "training under bfloat16"),
         CostLine("activations a token", c.activation_bytes_per_token_checkpointed, "bytes", "float32, checkpointed"),
-        CostLine("state of a sequence", c.state_bytes, "bytes", "float32, whatever its length"),
+        CostLine("state of a sequence", c.state_bytes, "bytes", "float32, of any length"),
     ]
     if c.attention_bytes_per_token:
         upto = f"up to {c.attention_window:,} tokens" if c.attention_window else "without a limit"
@@ -143,7 +143,7 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
 
 
 def _activation_bytes(model: HGRN2LM, seq_len: int, low: int, *, checkpointed: bool = False) -> int:
-    """Counts what eager torch keeps of one token for the backward pass; tests compare it with torch's saved tensors.
+    """Count the bytes of one token that eager torch saves for the backward pass; tests compare with torch.
 
     Args:
         model: on any device.

@@ -35,7 +35,7 @@ def generate(
     else:
         generator.manual_seed(sampling.seed)
     seen = torch.zeros((input_ids.shape[0], model.config.vocab_size), dtype=torch.bool, device=device)
-    # the last place is a token: it stands in for padding
+    # replace padding by the last place, which is a token
     seen.scatter_(1, input_ids if mask is None else torch.where(mask, input_ids, input_ids[:, -1:]), True)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=device)
@@ -52,7 +52,7 @@ def generate(
             if not bool(logits.isfinite().all()):
                 raise UserError("generate: the model's outputs are not finite; use another checkpoint", "not-finite")
             drawn = sample(logits, sampling, seen, generator)
-            # a text that has ended repeats its last token
+            # a finished text repeats its last token
             drawn = torch.where(ended, written[-1][:, -1], drawn).unsqueeze(1)
             written.append(drawn)
             ended = ended | torch.isin(drawn[:, 0], stops)

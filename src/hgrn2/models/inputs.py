@@ -1,4 +1,4 @@
-"""Checks of a language model's inputs, with errors that name the methods' own arguments."""
+"""Check the inputs of a language model; errors name the arguments of its methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def checked_ids(name: str, ids: Tensor, shape: str, embeddings: nn.Embedding, ig
 
     Args:
         name: name of the argument.
-        ids: what was given.
+        ids: the argument.
         shape: the wanted axes, e.g. "[B, T]".
         embeddings: of the model.
         ignored: an id that is allowed beside those of the vocabulary.
@@ -80,10 +80,10 @@ def check_mixers(names: Iterable[str], cu_seqlens: Tensor | None, mask: Tensor |
 
 
 def check_state(state: ModelState, num_layers: int, num_sequences: int, embeddings: nn.Embedding) -> None:
-    """Raises a UserError unless a state belongs to a model of so many layers, to so many sequences, and to its device.
+    """Raises a UserError unless a state fits the number of layers and sequences, and the device.
 
     Args:
-        state: what was given.
+        state: the argument.
         num_layers: layers of the model.
         num_sequences: sequences of the input.
         embeddings: of the model.
@@ -106,5 +106,5 @@ def check_state(state: ModelState, num_layers: int, num_sequences: int, embeddin
 
 def _is_elsewhere(x: Tensor, embeddings: nn.Embedding) -> bool:
     weight = embeddings.weight
-    # weights that a hook brings may be elsewhere until they are needed
+    # offloaded weights may be on another device until they are needed
     return not weight.is_meta and x.device != weight.device and not hasattr(embeddings, "_hf_hook")

@@ -1,4 +1,4 @@
-"""The language model: hidden states, logits, losses, steps, texts and files."""
+"""The language model: logits, losses, steps, generation and files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class HGRN2LM(nn.Module):
         self.model.activation_checkpointing = on
 
     def tie_weights(self) -> None:
-        """Makes head and embeddings one parameter where the config says so."""
+        """Makes head and embeddings one parameter if the config ties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight
 
@@ -147,7 +147,7 @@ class HGRN2LM(nn.Module):
         attention_mask: Tensor | None = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, ModelState]:
-        """Computes what the head reads.
+        """Computes the hidden states that the head reads.
 
         Args:
             input_ids: [B, T] int64.
@@ -174,7 +174,7 @@ class HGRN2LM(nn.Module):
         if state is not None:
             check_state(state, len(self.model.layers), num_sequences, self.model.embeddings)
         check_mixers(self.config.layers or (), cu_seqlens, attention_mask)
-        # one token after a state is a step; a length that an exported program leaves open is not
+        # one token after a state is a step; a dynamic length of an exported program is not
         is_single = isinstance(input_ids.shape[1], int) and input_ids.shape[1] == 1
         is_step = state is not None and is_single and cu_seqlens is None
         return self.model(input_ids, state, Context(cu_seqlens, attention_mask, keep_state, is_step))
@@ -326,13 +326,13 @@ class HGRN2LM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def parameter_roles(self) -> dict[str, str]:
-        """Says what each parameter is, by name.
+        """Returns the role of each parameter, by name.
 
-        "matrix" (weights of projections), "embedding", "head", "vector" (norms, biases, convolutions and what a mixer
-        has of its own) or "lower_bounds". Weight decay belongs on the first three only.
+        "matrix" (weights of projections), "embedding", "head", "vector" (norms, biases, convolutions and other
+        parameters of mixers) or "lower_bounds". Weight decay belongs on the first three only.
         """
         roles = parameter_roles(self) | {"lm_head.weight": "head"}
-        # a tied head is no parameter of its own
+        # a tied head is not a separate parameter
         return {name: roles[name] for name, _ in self.named_parameters()}
 
     def gate_statistics(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Named results of a model."""
+"""Results of a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LossOutput(NamedTuple):
         return self.sum / self.num_targets.clamp_min(1)
 
     def __repr__(self) -> str:
-        """The numbers, and the state in short."""
+        """Shows the numbers, and the state in short."""
         if self.sum.is_meta:
             return f"LossOutput(on the meta device, state={self.state!r})"
         return f"LossOutput(mean={self.mean.item():.4g}, num_targets={int(self.num_targets)}, state={self.state!r})"

@@ -1,4 +1,4 @@
-"""Which mixer each layer of a model has, and with what options."""
+"""Read the pattern of layers: the mixer of each layer, and its options."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hgrn2.nn.mixers.registry import mixers_with_option
 
 Pattern = tuple[str, ...]
 
-# the mixer whose options are keys of the model, and the one that has a table of its own there
+# the mixer whose options are keys of the model, and the mixer whose options are in the key `attn`
 DEFAULT_MIXER, ATTENTION = "hgrn2", "attention"
 
 
 class OptionTable(dict[str, Any]):
-    """Options of mixers by name; not to be changed, so that a configuration has a hash."""
+    """Options of mixers by name; hashable, so do not change it."""
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(tuple(self.items()))
@@ -35,8 +35,8 @@ def read_pattern(layers: Any, mixers: Any) -> tuple[Pattern, OptionTable]:
         The names, and the options of every mixer but HGRN2.
 
     Raises:
-        UserError: no names, a mixer or an option that does not exist (near matches are named), or options that no layer
-            has a use for.
+        UserError: no names, a mixer or an option that does not exist (near matches are named), or options of a mixer
+            that no layer has.
     """
     what = "model config: layers"
     if isinstance(layers, str):
@@ -118,7 +118,7 @@ def group_layers(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def describe_layers(names: Sequence[str]) -> dict[str, str]:
-    """Says in words which layers each mixer has.
+    """Describes the layers of each mixer in words.
 
     Args:
         names: the mixer of each layer.

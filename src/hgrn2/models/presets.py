@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def variant(name: str, /, **keys: Any) -> HGRN2Config:
-    """A configuration of a published variant.
+    """Returns a configuration of a published variant.
 
     Args:
         name: "fla", "paper", "official-lm" or "official-lra".
@@ -66,7 +66,7 @@ def _check_name(what: str, name: str) -> None:
 
 
 def _sized(name: str, size: dict[str, Any], keys: dict[str, Any]) -> HGRN2Config:
-    """A size in a variant; the keys win, and num_heads among them replaces the size's expand_ratio."""
+    """Return a size in a variant; keys override it, and num_heads replaces its expand_ratio."""
     if keys.get("num_heads") is not None and "expand_ratio" not in keys:
         size = size | {"expand_ratio": None}
     try:
@@ -131,7 +131,7 @@ PRESETS: dict[str, Callable[..., HGRN2Config]] = {
 
 
 def preset(name: str, /, **keys: Any) -> HGRN2Config:
-    """A size by its name on the command line.
+    """Returns a size by its name on the command line.
 
     Args:
         name: a key of `PRESETS`.

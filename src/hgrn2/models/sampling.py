@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hgrn2.errors import UserError, check_types
 
-# tokens of a prompt read at a time: bounds the memory, not the prompt
+# tokens of a prompt read in one pass, to limit memory
 PREFILL_TOKENS = 2048
 
 
@@ -67,16 +67,16 @@ def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: t
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # from the largest down, and no further: the smallest temperatures would give inf - inf
+    # subtract the largest logit, and limit the temperature, to avoid inf - inf
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6)
     if 0 < sampling.top_k < logits.shape[-1]:
-        # by place, for equal logits may be more than top_k
+        # by index, because more than top_k logits may be equal
         kept = logits.topk(sampling.top_k, -1).indices
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     if sampling.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         p = ordered.softmax(-1)
-        # a token goes when those before it already reach top_p; the likeliest stays, however small that is
+        # drop tokens after those that reach top_p; always keep the likeliest
         gone = p.cumsum(-1) - p >= sampling.top_p
         gone[..., 0] = False
         logits = logits.masked_fill(torch.zeros_like(gone).scatter(-1, order, gone), -torch.inf)

@@ -1,4 +1,4 @@
-"""The state of a whole model: one value made of named tensors."""
+"""The state of a model: a value of named tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hgrn2.quantities import plural
 
 @dataclass(frozen=True)
 class ModelState:
-    """Everything a model remembers of the tokens it has read; a value that is never changed in place.
+    """Memory of the tokens that a model has read; never changed in place.
 
     Attributes:
         layers: per layer, its mixer's tensors by name; the first axis of each is N, the sequences.
@@ -25,7 +25,7 @@ class ModelState:
     layers: tuple[dict[str, Tensor], ...]
 
     def __repr__(self) -> str:
-        """One line: layers, sequences, bytes, dtypes and device."""
+        """Shows layers, sequences, bytes, dtypes and device in one line."""
         tensors = [x for layer in self.layers for x in layer.values()]
         parts = [plural(len(self.layers), "layer")]
         if tensors:
@@ -38,7 +38,7 @@ class ModelState:
 
     @property
     def num_sequences(self) -> int:
-        """N, the sequences the state is of; 0 when no tensors are kept."""
+        """N, the number of sequences; 0 without tensors."""
         return next((x.shape[0] for layer in self.layers for x in layer.values()), 0)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ModelState:
@@ -46,7 +46,7 @@ class ModelState:
         return ModelState(tuple({name: function(x) for name, x in layer.items()} for layer in self.layers))
 
     def detach(self) -> ModelState:
-        """Cuts the state off from the graph that gradients flow through."""
+        """Detaches the state from the autograd graph."""
         return self.map(torch.Tensor.detach)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ModelState:
@@ -70,7 +70,7 @@ class ModelState:
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             found = f"{list(index.shape)} of {index.dtype}" if isinstance(index, Tensor) else repr(index)
             raise UserError(f"index is {found}; wanted a tensor [M] of int64, the sequences to pick")
-        # without a look at the values, for which a GPU would have to be waited for
+        # do not look at the values, which would wait for the GPU
         fresh, index = index < 0, index.clamp_min(0)
 
         def pick(x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class ModelState:
 
     @property
     def num_bytes(self) -> int:
-        """Memory the tensors take."""
+        """Memory of the tensors."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class ModelState:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ModelState:
-        """Makes a state of what `tensors` gave."""
+        """Makes a state of the result of `tensors`."""
         layers: dict[int, dict[str, Tensor]] = {}
         for key, x in tensors.items():
             _, index, name = key.split(".")

@@ -1,4 +1,4 @@
-"""Forget gates of a model on some text, for looking at it."""
+"""Measure the forget gates of a model on some text."""
 
 from __future__ import annotations
 
