@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -19,10 +18,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # compiled kernels are tested without: hidden waits and times are looked for there
-if not torch.cuda.is_available() and importlib.util.find_spec("jaxtyping"):
-    from tests import axes
-
-    axes.install()
+if not torch.cuda.is_available():
+    try:
+        from tests import axes
+    except ModuleNotFoundError:  # jaxtyping is an extra
+        pass
+    else:
+        axes.install()
 
 try:
     from hypothesis import HealthCheck, settings

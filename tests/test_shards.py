@@ -1,5 +1,6 @@
 """Tests in several processes: each runs once, what fails is told, and a process that ends takes nothing with it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,35 @@ def test_a_selection_and_the_first_failure(folder):
     done = run(folder, "--shards", "2", "-x", "-k", "fails or skipped")
     assert done.returncode == 1
     assert "stopping after 1 failures" in done.stdout
+
+
+BLOCKER = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {extras!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.mark.slow
+def test_gpu_tests_are_collected_with_torch_and_pytest_alone(tmp_path):
+    extras = {
+        "accelerate", "datasets", "fla", "hypothesis", "jaxtyping", "lm_eval", "matplotlib", "numpy", "onnx", "peft",
+        "pyarrow", "rich", "safetensors", "tokenizers", "transformers", "trl", "tyro", "xdist", "zstandard",
+    }  # fmt: skip
+    (tmp_path / "blocker.py").write_text(BLOCKER.format(extras=extras))
+    absent = ("timeout", "hypothesispytest", "jaxtyping", "cacheprovider")
+    plugins = ["-p", "blocker", *(word for name in absent for word in ("-p", f"no:{name}"))]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only", *plugins, "tests"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        # the interpreter of Triton, which other tests use, needs NumPy
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")]), "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "tests/ops/test_gpu.py::test_matches_the_oracle" in done.stdout
+    assert "numpy is not installed" in done.stdout

@@ -4,10 +4,10 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -350,29 +350,43 @@ def test_staging_replaces_as_a_whole(tmp_path):
     assert os.listdir(tmp_path) == ["t"]
 
 
+# in a process of its own, so that it can be killed
+BETWEEN_THE_RENAMES = """
+import os, sys
+from pathlib import Path
+from hgrn2.storage.staging import staged_directory
+
+target, killed = Path(sys.argv[1]), sys.argv[2] == "True"
+real = Path.rename
+
+def rename(self, to):
+    real(self, to)
+    if Path(to).name == ".t.old":
+        if killed:
+            os._exit(9)
+        raise KeyboardInterrupt
+
+Path.rename = rename
+with staged_directory(target) as stage:
+    (stage / "new").touch()
+"""
+
+
 @pytest.mark.parametrize("killed", [False, True])
-def test_an_old_set_is_not_lost_between_the_two_renames(tmp_path, monkeypatch, killed):
+def test_an_old_set_is_not_lost_between_the_two_renames(tmp_path, killed):
     target = tmp_path / "t"
     with staged_directory(target) as stage:
         (stage / "precious").touch()
-    real = Path.rename
-
-    def rename(self, to):
-        real(self, to)
-        if Path(to).name == ".t.old":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", rename)
-        if killed:
-            # no tidying up
-            patch.setattr("hgrn2.storage.staging._recover", lambda target: None)
-        with pytest.raises(KeyboardInterrupt), staged_directory(target) as stage:
-            (stage / "new").touch()
+    command = [sys.executable, "-c", BETWEEN_THE_RENAMES, str(target), str(killed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if killed:
-        assert os.listdir(tmp_path) == [".t.old"]
+        assert done.returncode == 9
+        assert ".t.old" in os.listdir(tmp_path)
+        assert "t" not in os.listdir(tmp_path)
         with pytest.raises(RuntimeError), staged_directory(target):
             raise RuntimeError
+    else:
+        assert "KeyboardInterrupt" in done.stderr
     assert os.listdir(tmp_path) == ["t"]
     assert os.listdir(target) == ["precious"]
 
@@ -505,14 +519,15 @@ def test_a_dead_worker_is_an_error():
         list(encode_pieces([(0, Piece("text"))], DyingTokenizer(), "<u2", 2))
 
 
-def test_few_tasks_are_read_ahead(monkeypatch):
-    monkeypatch.setattr("hgrn2.data.encode._TASK_CHARS", 10)
+def test_few_tasks_are_read_ahead():
+    # each fills a task
+    text = "0123456789" * 110_000
     read = []
 
     def pieces():
         for i in range(100):
             read.append(i)
-            yield i, Piece("0123456789")
+            yield i, Piece(text)
 
     encoded = encode_pieces(pieces(), load_tokenizer("bytes"), "<u2", 1)
     assert next(encoded)[0] == 0

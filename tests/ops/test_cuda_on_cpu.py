@@ -22,9 +22,13 @@ from tests.numerics import assert_close, assert_equal, assert_no_worse, relative
 from tests.ops.cuda_emulator import Emulator
 from tests.ops.scan_cases import honest, spread, tied_inputs
 
-pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or not shutil.which("g++"), reason="the kernels are emulated with Linux and g++"
-)
+pytestmark = [
+    # the first run compiles the kernels, as plain C++
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.system() != "Linux" or not shutil.which("g++"), reason="the kernels are emulated with Linux and g++"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,6 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(kernels, case):
     inputs = case.inputs()
@@ -115,7 +118,6 @@ def test_matches_the_oracle(kernels, case):
     assert_no_worse(run(hgrn2_scan, inputs, **settings), rival, wanted)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("others", "closed"), [(0.0, (-1,)), (14.0, (-1,)), (20.0, (5, 70)), (-14.0, ())])
 @pytest.mark.parametrize("z", [-9.0, -12.0, -20.0, -30.0])
 @pytest.mark.parametrize("length", [1, 64, 130])
@@ -129,7 +131,6 @@ def test_few_closed_gates_without_a_bound(kernels, others, closed, z, length):
     assert_close(run(hgrn2_scan, inputs), exact(inputs), 5e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, -2.0])
 @pytest.mark.parametrize("bound", [None, 1e-6])
 @pytest.mark.parametrize("ordinary", [False, True])
@@ -161,7 +162,6 @@ def test_closed_gates_beside_padding(kernels, z, padding):
     assert relative_error(found["f"][:, (5, 40)], wanted["f"][:, (5, 40)]).rms < 5e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shift", [0.0, -2.0, "wild"])
 def test_a_bound_whose_gradient_is_not_wanted(kernels, shift, compiled):
@@ -189,7 +189,6 @@ def gradients(inputs, dy, dtype=torch.bfloat16, op=hgrn2_scan, **settings):
 CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132, 2048, 8, {"carry_states"})]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS, ids=["whole", "parts", "segments and parts", "segments"])
 @pytest.mark.parametrize("shift", [0.0, "wild"])
 @pytest.mark.parametrize("packed", [False, True])
@@ -202,7 +201,6 @@ def test_however_the_work_is_cut(kernels, monkeypatch, cut, shift, packed):
     assert kernels.made & {"carry_states"} == cut[-1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, "wild"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_same_bits_whoever_is_first(kernels, packed, shift):
@@ -252,7 +250,6 @@ def test_bad_gradients_stay_where_they_belong(kernels, monkeypatch, bad, shift):
     assert not found_initial[..., 3].isfinite().any()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("state", [False, True])
@@ -282,7 +279,6 @@ def test_gradients_of_one_output(kernels, used):
     assert_close(found, wanted, 5e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["none", "sigmoid"])
 def test_activations(kernels, activation):
     inputs = Case(70).inputs()
@@ -310,7 +306,6 @@ def test_a_floor_near_1_over_a_long_sequence(kernels):
     assert relative_error(found["final_state"], wanted["final_state"]).rms < 1e-6
 
 
-@pytest.mark.slow
 def test_calls_that_differ_share_no_recipe(kernels):
     inputs, packed, other = (Case(70, cu_seqlens=cut).inputs() for cut in (None, (0, 70), (0, 30, 70)))
     wide = packed | {"cu_seqlens": packed["cu_seqlens"].long()}
@@ -510,7 +505,6 @@ def emulate(emulator, body: str) -> list[list[int]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("body", "wait", "other"), WAITS)
 def test_what_a_missing_wait_does(emulator, body, wait, other):
     wanted = [i ^ other for i in range(64)]

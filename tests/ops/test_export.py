@@ -98,6 +98,7 @@ def test_onnx_equals_eager(scans, batch, length):
     assert_close(scans(*inputs), Scans()(*inputs))
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("kind", ["log-uniform", "per channel", "wild", "seldom reset", 0, -1e-4, -20, -math.inf])
 def test_onnx_is_exact_for_any_gate(scans, kind):
