@@ -100,7 +100,7 @@ STATE = {"recurrent": torch.zeros(2, 2, 8, 8)}
     [
         ({"x": X[0]}, r"x is a tensor \[3, 16\] of torch.float32; wanted a tensor \[B, T, D\] with D=16"),
         ({"x": X[..., :8]}, r"x is a tensor \[2, 3, 8\]"),
-        ({"x": X.numpy()}, "x is a ndarray; wanted a tensor"),
+        ({"x": bytearray(3)}, "x is a bytearray; wanted a tensor"),
         ({"x": [1.0]}, "x is a list"),
         ({"x": X.double()}, "x has dtype torch.float64; the layer's weights have torch.float32"),
         ({"x": X.long()}, "x has dtype torch.int64"),
@@ -109,7 +109,7 @@ STATE = {"recurrent": torch.zeros(2, 2, 8, 8)}
         ({"lower_bound": BOUND.bfloat16()}, "lower_bound has dtype torch.bfloat16"),
         ({"lower_bound": BOUND.view(8, 2)}, r"lower_bound .*; wanted a tensor \[D\] = \[16\], or \[H, K\] = \[2, 8\]"),
         ({"lower_bound": 0.5}, "lower_bound is 0.5; wanted a tensor"),
-        ({"lower_bound": BOUND.numpy()}, "lower_bound is a ndarray"),
+        ({"lower_bound": bytearray(3)}, "lower_bound is a bytearray"),
         ({"lower_bound": BOUND * torch.nan}, r"lower_bound has values from nan to nan; wanted all in \[0, 1\)"),
         ({"lower_bound": BOUND * 2}, "lower_bound has values from 1 to 1"),
         ({"lower_bound": BOUND.to("meta")}, "lower_bound is on meta and x on cpu"),
