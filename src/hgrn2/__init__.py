@@ -17,12 +17,12 @@ __all__ = [
 ]  # fmt: skip
 
 _SUBPACKAGES = {"models", "nn", "onnx", "ops"}
-# where public names live; in hgrn2.models if not here
+# modules of public names; all others are in hgrn2.models
 _HOMES = {"HGRN2Mixer": "hgrn2.nn", "load": "hgrn2.loading"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch takes seconds, and parts of the package need none."""
+    """Import a public name on first use: torch takes seconds to import, and parts of the package do not need it."""
     if name in _SUBPACKAGES:
         return import_module(f"hgrn2.{name}")
     if name not in __all__:

@@ -1,4 +1,4 @@
-"""Optional dependencies: how to install what is missing."""
+"""Tell how to install missing optional dependencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 
 
 def install_command(extra: str) -> str:
-    """Return the pip command that adds an extra, in the way the package was installed.
+    """Return the pip command that adds an extra to this installation.
 
     Args:
         extra: a key of the project's optional dependencies, e.g. "data".
@@ -31,7 +31,7 @@ def _requirement(folder: Path, extra: str) -> str:
 
 
 def _installed_from() -> Path | None:
-    """The folder that pip copied the package from; None if it came from an index or as a file."""
+    """Return the folder that pip installed the package from; None for an index or a file."""
     try:
         text = importlib.metadata.distribution("hgrn2").read_text("direct_url.json")
         url = urlsplit(json.loads(text or "{}").get("url", ""))

@@ -1,6 +1,6 @@
-"""Open and save models in one call; a folder's formats and its tokenizer are found out here.
+"""Load and save models in one call, with their tokenizers, in any layout.
 
-Importing this module needs torch alone. Its functions need the packages of the extra "train", and say so.
+Importing this module needs torch only. Its functions need the packages of the extra "train" and say so if one is missing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class LoadedModel(NamedTuple):
     """A model and its tokenizer; unpacks as `model, tokenizer = hgrn2.load(...)`.
 
     Attributes:
-        model: in float32 and in evaluation mode.
-        tokenizer: with `encode(text)` and `decode(ids)`.
+        model: the model, in float32 and in evaluation mode.
+        tokenizer: its tokenizer, with `encode(text)` and `decode(ids)`.
     """
 
     model: HGRN2LM
@@ -39,18 +39,18 @@ class LoadedModel(NamedTuple):
     def write(
         self, prompt: str, max_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = ()
     ) -> str:
-        """Continues a prompt.
+        """Continue a prompt.
 
-        `hgrn2.inference.writing.Writer` does the same piece by piece, and keeps the state for more.
+        `hgrn2.inference.Writer` yields the text piece by piece and keeps the state.
 
         Args:
             prompt: text to continue; may be empty.
-            max_tokens: most tokens to write.
-            sampling: how tokens are drawn; None for the defaults.
-            stop: texts that end the writing and are not returned.
+            max_tokens: maximum number of tokens to generate.
+            sampling: how tokens are sampled; None means the defaults.
+            stop: texts that end the generation; they are not returned.
 
         Returns:
-            What follows the prompt.
+            The text after the prompt.
         """
         from hgrn2.inference.writing import Writer
 
@@ -58,18 +58,18 @@ class LoadedModel(NamedTuple):
 
 
 def load(path: str | Path, checkpoint: str = "latest", device: str | torch.device = "auto") -> LoadedModel:
-    """Opens a trained model and its tokenizer.
+    """Load a trained model and its tokenizer.
 
     Args:
         path: a run folder, one of its checkpoints, or a folder of any layout that `hgrn2 convert` knows.
-        checkpoint: "latest", or "best" for the one with the best validation; of a run folder.
+        checkpoint: of a run folder, "latest" or "best" (the best validation loss).
         device: "cpu", "cuda", ...; "auto" takes the first GPU if there is one.
 
     Returns:
         The model in float32 and evaluation mode, and the tokenizer.
 
     Raises:
-        UserError: no model or no tokenizer there, damaged files, or no such device.
+        UserError: there is no model, tokenizer or device of that name, or a file is damaged.
         MissingPackage: a package of the extra "train" is not installed.
 
     Example:
@@ -91,20 +91,33 @@ def load(path: str | Path, checkpoint: str = "latest", device: str | torch.devic
 
 
 def load_weights(path: str | Path, checkpoint: str = "latest", device: str | torch.device = "auto") -> HGRN2LM:
-    """Opens a trained model without its tokenizer, which may be missing; arguments as for `load`."""
+    """Load a trained model without its tokenizer, which may be missing.
+
+    Args:
+        path: a run folder, one of its checkpoints, or a folder of any layout that `hgrn2 convert` knows.
+        checkpoint: of a run folder, "latest" or "best" (the best validation loss).
+        device: "cpu", "cuda", ...; "auto" takes the first GPU if there is one.
+
+    Returns:
+        The model in float32 and evaluation mode.
+
+    Raises:
+        UserError: there is no model or device of that name, or a file is damaged.
+        MissingPackage: a package of the extra "train" is not installed.
+    """
     with _needs_extra("HGRN2LM.load"):
         from hgrn2.formats.opening import open_folder
     return _read(path, checkpoint, device, lambda place, _, to: open_folder(place).load(to))
 
 
 def _read(path: str | Path, checkpoint: str, device: str | torch.device, read: Any) -> Any:
-    """Finds the folder of a model and reads it, again if training replaces it meanwhile.
+    """Locate the folder of a model and read it; retry if training replaces it meanwhile.
 
     Args:
-        path: as for `load`, likewise checkpoint and device.
-        checkpoint: which one of a run.
-        device: where the model goes.
-        read: from the folder of the weights, that of the tokenizer and the device to the result.
+        path: a run folder, one of its checkpoints, or a folder of any layout.
+        checkpoint: of a run folder, "latest" or "best".
+        device: name of the device.
+        read: called with the folder of the weights, that of the tokenizer, and the device; returns the result.
     """
     with _needs_extra("opening a model"):
         from hgrn2.devices import choose_device
@@ -118,7 +131,20 @@ def _read(path: str | Path, checkpoint: str, device: str | torch.device, read: A
 
 
 def save_model(model: HGRN2LM, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Writes a model into a new folder, whole or not at all; see `HGRN2LM.save`."""
+    """Write a model into a new folder, which appears complete or not at all.
+
+    Args:
+        model: the model.
+        folder: the new folder; must not exist.
+        tokenizer: its tokenizer, written too if given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder exists or cannot be written, or the tokenizer has more tokens than the model.
+        MissingPackage: a package of the extra "train" is not installed.
+    """
     with _needs_extra("HGRN2LM.save"):
         from hgrn2.formats.convert import convert
     if not isinstance(folder, str | Path) or not str(folder):
@@ -132,7 +158,7 @@ def save_model(model: HGRN2LM, folder: str | Path, tokenizer: Tokenizer | None =
 
 @dataclass(frozen=True)
 class _InMemory:
-    """A model in memory, as `hgrn2.formats.convert.convert` reads one."""
+    """A model in memory as a source for `hgrn2.formats.convert.convert`."""
 
     path: Path
     config: HGRN2Config

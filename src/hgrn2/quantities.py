@@ -1,4 +1,4 @@
-"""Counts in words, for messages and summaries."""
+"""Format counts for messages and summaries."""
 
 from __future__ import annotations
 

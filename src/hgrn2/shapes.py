@@ -1,4 +1,4 @@
-"""The axis letters of this package, once.
+"""Axis letters and annotations of tensors.
 
 | letter | meaning |
 | --- | --- |
@@ -39,7 +39,7 @@ Rows = Annotated[Tensor, "*batch D"]
 
 
 def describe(x: Any) -> str:
-    """Names a value in an error message, in one short line."""
+    """Return a short description of a value for an error message."""
     if isinstance(x, Tensor):
         return f"a tensor {list(x.shape)} of {x.dtype}"
     if x is None or (isinstance(x, bool | int | float | complex | str) and len(repr(x)) < 40):
@@ -52,10 +52,10 @@ def require_shape(name: str, x: Tensor, letters: str, wanted: Sequence[int]) -> 
     """Raise a UserError unless x has the wanted shape.
 
     Args:
-        name: what the caller calls the tensor.
+        name: the caller's name of the tensor.
         x: the tensor.
         letters: the axes, for the message, e.g. "B T H K".
-        wanted: their sizes.
+        wanted: the size of each axis.
     """
     if not isinstance(x, Tensor):
         raise UserError(f"{name} is {describe(x)}; wanted a tensor [{letters.replace(' ', ', ')}]")

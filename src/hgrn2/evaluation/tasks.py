@@ -18,14 +18,14 @@ def evaluate_tasks(
     """Run tasks of lm-evaluation-harness.
 
     Args:
-        run: a run folder, a checkpoint or a folder of any published layout, as for `hgrn2.load`.
+        run: a run folder, one of its checkpoints, or a folder of any layout.
         names: tasks and task files; one string may hold several, separated by commas.
         tasks_dir: a folder of further task files.
         batch_size: a number or "auto".
         num_fewshot: solved examples before each question; None leaves it to the task.
         limit: maximum number of questions per task; None means all.
-        which: the checkpoint of a run to load, "latest", "best" or a step, as for `hgrn2.load`.
-        device: the device to load the model on, as for `hgrn2.load`.
+        which: the checkpoint of a run, "latest" or "best".
+        device: "cpu", "cuda", ...; "auto" takes the first GPU if there is one.
 
     Returns:
         A table for people, and the harness's results as JSON.
