@@ -1,6 +1,7 @@
 """Load and save models in one call, with their tokenizers, in any layout.
 
-Importing this module needs torch only. Its functions need the packages of the extra "train" and say so if one is missing.
+Importing this module needs torch only. Its functions need the packages of the extra "train" and say so if one is
+missing.
 """
 
 from __future__ import annotations
