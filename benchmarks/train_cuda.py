@@ -75,8 +75,7 @@ def train(case: Case, folder: Path) -> None:
     from hgrn2.data.tokens import TokenDataset, token_dtype
     from hgrn2.data.writer import TokenWriter
     from hgrn2.models import presets
-    from hgrn2.train.config import TrainConfig
-    from hgrn2.train.run import start_language_run
+    from hgrn2.train.runs import start_language_run
 
     config = presets.preset(case.preset, **({} if case.vocab_size is None else {"vocab_size": case.vocab_size}))
     tokenizer = ByteTokenizer()
@@ -91,10 +90,10 @@ def train(case: Case, folder: Path) -> None:
         writer.close()
         datasets[side] = TokenDataset.open(folder / side, verify=False)
     data = PreparedData(folder, datasets["train"], datasets["validation"], tokenizer, {})
-    settings = TrainConfig(
-        max_steps=10**6, batch_size=case.batch_size, seq_len=case.seq_len, precision="bfloat16",
-        compile=case.compiled, validation_every=0, checkpoint_every=0, learning_rate=1e-4,
-    )  # fmt: skip
+    settings = {
+        "max_steps": 10**6, "batch_size": case.batch_size, "seq_len": case.seq_len, "precision": "bfloat16",
+        "compile": case.compiled, "validation_every": 0, "checkpoint_every": 0, "learning_rate": 1e-4,
+    }  # fmt: skip
     start_language_run(folder / "run", config, settings, data, data_settings={})
 
 

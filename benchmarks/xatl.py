@@ -39,10 +39,10 @@ from hgrn2.formats.opening import open_folder
 from hgrn2.formats.run_folder import read_config
 from hgrn2.formats.start import parse_layers, start_from_transformer
 from hgrn2.models import HGRN2Config
-from hgrn2.train.config import TrainConfig
-from hgrn2.train.language import LanguageTask
+from hgrn2.tasks import TaskContext
 from hgrn2.train.metrics import METRICS_NAME, read_metrics
-from hgrn2.train.run import start_language_run
+from hgrn2.train.runs import start_language_run
+from hgrn2.train.settings import RunSettings
 
 # of a piece of held-out text, for each token of a sequence
 CHARACTERS = 4
@@ -67,7 +67,7 @@ def cut(sources: Sequence[str], size: int, out: Path) -> Path:
     return out
 
 
-def is_there(run: Path, config: HGRN2Config, train_config: TrainConfig, data: PreparedData) -> bool:
+def is_there(run: Path, config: HGRN2Config, settings: RunSettings, data: PreparedData) -> bool:
     """Whether a run is there already, with these settings and this text.
 
     Raises:
@@ -76,11 +76,15 @@ def is_there(run: Path, config: HGRN2Config, train_config: TrainConfig, data: Pr
     if not run.exists():
         return False
     found = read_config(run)
-    teacher = None if train_config.teacher is None else os.path.abspath(train_config.teacher)
-    wanted = json.loads(json.dumps({"model": config.to_dict(), "train": train_config.to_dict() | {"teacher": teacher}}))
+    train = settings.to_flat()
+    if train.get("teacher") is not None:
+        train["teacher"] = os.path.abspath(train["teacher"])
+    wanted = json.loads(json.dumps({"model": config.to_dict(), "train": train}))
     changed = [key for table in wanted for key, value in wanted[table].items() if found[table].get(key) != value]
     if changed:
-        raise UserError(f"{run}: a run with other settings ({', '.join(changed)}); remove it, or name a new --work")
+        raise UserError(
+            f"{run}: a run with other settings ({', '.join(sorted(changed))}); remove it, or name a new --work"
+        )
     if (run / METRICS_NAME).stat().st_mtime < (data.directory / MANIFEST_FILE).stat().st_mtime:
         raise UserError(f"{run}: older than the tokens in {data.directory}; remove it, or name a new --work")
     return True
@@ -88,26 +92,27 @@ def is_there(run: Path, config: HGRN2Config, train_config: TrainConfig, data: Pr
 
 def train(run: Path, config: HGRN2Config, settings: Mapping[str, Any], data: PreparedData, start: Path | None) -> Curve:
     """One run, unless it is there; its validation losses by tokens, and before that the first batch's at 0."""
-    train_config = TrainConfig.from_dict(dict(settings))
-    if not is_there(run, config, train_config, data):
+    run_settings = RunSettings.from_flat(settings)
+    if not is_there(run, config, run_settings, data):
         opened = None if start is None else open_folder(start)
         prepared = {"prepared": str(data.directory)}
-        start_language_run(run, config, train_config, data, data_settings=prepared, start=opened)
+        start_language_run(run, config, run_settings, data, data_settings=prepared, start=opened)
     records = read_metrics(run)
     # the loss of the first batch, before its step; close to the validation loss, and free
     curve = [(0, r["loss"]) for r in records if r["kind"] == "train"][:1]
     curve += [(r["tokens"], r["val_loss"]) for r in records if r["kind"] == "validation"]
-    tokens, wanted = curve[-1][0] if curve else 0, train_config.max_tokens or 0
-    if tokens + train_config.tokens_per_step <= wanted:
+    tokens, wanted = curve[-1][0] if curve else 0, run_settings.train.max_tokens or 0
+    if tokens + run_settings.tokens_per_step <= wanted:
         raise UserError(f"{run}: ends after {tokens:,} of {wanted:,} tokens; remove it")
     return curve
 
 
 def loss_of(model: Path, settings: Mapping[str, Any], data: PreparedData) -> float:
     """The Transformer's own validation loss, by our code and on the same held-out text."""
-    config = TrainConfig.from_dict(dict(settings))
-    device = choose_device(config.device)
-    task = LanguageTask(data.train, data.validation, config, device)
+    run_settings = RunSettings.from_flat(settings)
+    train = run_settings.train
+    device = choose_device(train.device)
+    task = run_settings.task.build(run_settings.options, TaskContext(train.batch_size, train.seed, device, data=data))
     with torch.no_grad():
         return task.evaluate(open_folder(model).load(device))["val_loss"]
 
@@ -138,7 +143,7 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], original: float, title: str,
             axes.plot(*zip(*curve[1:], strict=True), color=colour, marker=".", label=way)
         axes.axhline(original, color="#c05621", linestyle="--", label="the Transformer itself")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        axes.set(title=kind, xlabel="training tokens", ylabel="validation loss, nats a token")
+        axes.set(title=kind, xlabel="training tokens", ylabel="validation loss, nats per token")
         axes.grid(color="#e4e4e4")
         axes.legend(frameon=False)
     figure.suptitle(title)
@@ -234,7 +239,7 @@ def measure(options: argparse.Namespace) -> int:
         rows += rows_of(kind, curves[kind])
     settings = {
         "model": options.model.name, "parameters": sum(source.spec(name).numel() for name in source.names),
-        "tokens of a run": options.max_tokens, "tokens a step": options.batch_size * options.seq_len,
+        "tokens of a run": options.max_tokens, "tokens per step": options.batch_size * options.seq_len,
         "sequence": options.seq_len, "learning rate": options.learning_rate,
         "learning rate from scratch": scratch_rate, "q and v copied": not options.no_copy_qv,
         "unfreeze every": options.unfreeze_every, "unfreeze threshold": options.unfreeze_threshold,

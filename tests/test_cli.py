@@ -606,7 +606,7 @@ def test_a_run_is_not_done_because_a_reader_has_gone(corpus, tmp_path, monkeypat
     def start(*args, **settings):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("hgrn2.train.run.start_language_run", start)
+    monkeypatch.setattr("hgrn2.train.runs.start_language_run", start)
     args = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *TRAIN]
     with closed_pipe() as pipe, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", pipe)

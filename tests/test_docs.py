@@ -76,10 +76,10 @@ def test_the_demo_s_settings_exist():
 
     from hgrn2.cli.model_config import model_config
     from hgrn2.data.settings import data_settings
-    from hgrn2.train.config import TrainConfig
+    from hgrn2.train.settings import RunSettings
 
     settings = tomllib.loads((ROOT / "examples" / "demo.toml").read_text(encoding="utf-8"))
-    assert TrainConfig.from_dict(settings["train"]).max_time_s == 300
+    assert RunSettings.from_flat(settings["train"]).train.max_time_s == 300
     found = data_settings(settings["data"])
     assert (found["data"], found["validation"]) == (["stdlib"], ["stdlib-validation"])
     # held-out text of the standard library says nothing of a model of something else

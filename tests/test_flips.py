@@ -31,11 +31,10 @@ from hgrn2.inference.writing import Sampling, Writer
 from hgrn2.loading import load
 from hgrn2.models import HGRN2Config
 from hgrn2.train.checkpoint import load_checkpoint
-from hgrn2.train.config import TrainConfig
 from hgrn2.train.gates import GateSummary
 from hgrn2.train.metrics import read_metrics
-from hgrn2.train.run import resume_language_run, start_language_run
 from hgrn2.train.run_data import open_prepared
+from hgrn2.train.runs import resume_language_run, start_language_run
 
 SETTINGS = {
     "max_steps": 4, "batch_size": 2, "seq_len": 16, "validation_every": 2, "checkpoint_every": 2, "sample_every": 2,
@@ -53,9 +52,7 @@ def make(folder: Path) -> None:
     config = HGRN2Config(
         vocab_size=data.tokenizer.vocab_size, hidden_size=16, num_hidden_layers=2, expand_ratio=8, intermediate_size=16
     )
-    start_language_run(
-        folder / "run", config, TrainConfig.from_dict(SETTINGS), data, data_settings={}, sampler=lambda *_: "a sample"
-    )
+    start_language_run(folder / "run", config, SETTINGS, data, data_settings={}, sampler=lambda *_: "a sample")
     writer = Writer(*load(folder / "run", "latest", "cpu"), Sampling(temperature=0))
     "".join(writer.write("a small", 5))
     writer.save_state(folder / "state")

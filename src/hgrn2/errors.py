@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
-import types
-import typing
 from collections.abc import Iterable
-from typing import Any
 
 # what can be wrong with an input; programs and tests look at the code, people at the message
 CODES = {
@@ -89,37 +85,3 @@ def visible(text: str, keep: str = "\n\t") -> str:
 
 def _is_control(c: str) -> bool:
     return c < " " or "\x7f" <= c < "\xa0" or c in _DIRECTION_MARKS or "\ud800" <= c <= "\udfff"
-
-
-_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "null"}
-
-
-def check_types(values: Any, what: str, prefix: str = "") -> None:
-    """Check every field of a dataclass against its annotation; fields of other types than plain ones are passed over.
-
-    Args:
-        values: the instance.
-        what: the thing the fields belong to, e.g. "model config".
-        prefix: stands before a field's name in the message.
-
-    Raises:
-        UserError: a value is not of its field's type. A whole number is a float too, a bool is no number.
-    """
-    for name, hint in typing.get_type_hints(type(values)).items():
-        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if not set(allowed) <= _KINDS.keys():
-            continue
-        value = getattr(values, name)
-        if not any(_is_of_kind(value, kind) for kind in allowed):
-            wanted = " or ".join(_KINDS[kind] for kind in allowed)
-            raise UserError(f"{what}: {prefix}{name} is {value!r}; wanted {wanted}")
-
-
-def _is_of_kind(value: Any, kind: type) -> bool:
-    if kind is not float:
-        return type(value) is kind
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        # a whole number beyond the largest float
-        return False

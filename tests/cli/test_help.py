@@ -13,7 +13,7 @@ import hgrn2
 from hgrn2 import cli, extras
 from hgrn2.cli.flags import flags_of
 from hgrn2.models.presets import PRESETS
-from hgrn2.train.config import TrainConfig
+from hgrn2.train.settings import FLAT_DEFAULTS
 
 SOURCE = Path(hgrn2.__file__).parents[1]
 
@@ -55,7 +55,7 @@ def test_help_of_each_command(name, capsys):
     for out in (short, whole):
         assert max(map(len, out.splitlines())) <= 80
         assert not re.search(r"None|STR|INT|\(default: \)|default.*default: [^)]*\)\)?\. \(default", out)
-    for flag in flags_of(cli.COMMANDS[name]):
+    for flag in flags_of(cli.COMMANDS[name].function):
         assert flag.text, flag
         assert len(re.findall(rf"^  {re.escape(flag.label)}( |$)", whole, re.MULTILINE)) == 1, flag
     if short != whole:
@@ -70,10 +70,10 @@ def test_help_of_train(capsys):
     assert "--data PATH [PATH ...] " in short
     assert "1,000 steps" in short
     assert "(default: 16)" in short
-    for name in TrainConfig.__dataclass_fields__:
+    for name in FLAT_DEFAULTS:
         assert f"  --{name.replace('_', '-')}" in whole
-    fields = {flag.field for flag in flags_of(cli.COMMANDS["train"])}
-    assert set(cli.COMMON["train"]) <= fields
+    fields = {flag.field for flag in flags_of(cli.COMMANDS["train"].function)}
+    assert set(cli.COMMANDS["train"].common) <= fields
 
 
 def test_version(capsys):

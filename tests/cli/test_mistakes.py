@@ -23,7 +23,7 @@ def _place(tmp_path, monkeypatch):
     def start(*args, **settings):
         raise AssertionError("the mistake was not noticed before the training")
 
-    monkeypatch.setattr("hgrn2.train.run.start_language_run", start)
+    monkeypatch.setattr("hgrn2.train.runs.start_language_run", start)
 
 
 def error_of(capsys, args):

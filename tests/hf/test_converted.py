@@ -14,8 +14,7 @@ from hgrn2.hf import HGRN2ForCausalLM
 from hgrn2.inference.writing import Sampling, Writer
 from hgrn2.loading import load
 from hgrn2.models import HGRN2Config
-from hgrn2.train.config import TrainConfig
-from hgrn2.train.run import start_language_run
+from hgrn2.train.runs import start_language_run
 
 PROMPT = "document 3: é"
 
@@ -35,9 +34,14 @@ def folders(request, tmp_path_factory):
         vocab_size=size, hidden_size=32, num_hidden_layers=2, expand_ratio=8, intermediate_size=48,
         tie_word_embeddings=True,
     )  # fmt: skip
-    settings = TrainConfig(
-        max_steps=30, batch_size=4, seq_len=48, learning_rate=1e-2, validation_tokens=500, device="cpu"
-    )
+    settings = {
+        "max_steps": 30,
+        "batch_size": 4,
+        "seq_len": 48,
+        "learning_rate": 1e-2,
+        "validation_tokens": 500,
+        "device": "cpu",
+    }
     start_language_run(root / "run", config, settings, data, data_settings={})
     convert_model(root / "run", root / "converted", "native", "same", "5GB", "latest")
     return root / "run", root / "converted"

@@ -23,7 +23,7 @@ from tests.train.tiny_run import ROLES, TinyModel, TinyTask, losses
 SIZE = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "expand_ratio": 4, "intermediate_size": 12}
 FROZEN = ("embedding.weight", "head.weight")
 SETTINGS = {
-    "max_steps": 24, "batch_size": 4, "seq_len": 16, "learning_rate": 1e-2, "warmup_steps": 2, "validation_every": 8,
+    "max_steps": 24, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2, "validation_every": 8,
     "checkpoint_every": 3, "keep_last": 20, "device": "cpu", "freeze": "embedding.*,head.*", "unfreeze_every": 4,
     "unfreeze_threshold": 0.1,
 }  # fmt: skip

@@ -27,7 +27,6 @@ from tests.train.tiny_run import (
 SETTINGS = {
     "max_steps": 600,
     "batch_size": 4,
-    "seq_len": 16,
     "learning_rate": 1e-2,
     "validation_every": 10,
     "checkpoint_every": 7,

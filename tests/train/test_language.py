@@ -17,12 +17,13 @@ from hgrn2.formats.opening import open_folder
 from hgrn2.loading import load
 from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.storage.lock import run_lock
+from hgrn2.tasks.base import TaskContext
+from hgrn2.tasks.language import LanguageTask, carried_loss, text_figures
 from hgrn2.train import checkpoint
-from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
-from hgrn2.train.language import LanguageTask, carried_loss, text_figures
 from hgrn2.train.metrics import read_metrics
-from hgrn2.train.run import resume_language_run, start_language_run
+from hgrn2.train.runs import resume_language_run, start_language_run
+from hgrn2.train.settings import RunSettings
 from hgrn2.train.start import Start
 from tests.train.tiny_run import saved_tensors
 
@@ -61,8 +62,9 @@ def model():
 
 
 def task(data, **changes):
-    config = TrainConfig.from_dict(SETTINGS | changes)
-    return LanguageTask(data.train, data.validation, config, torch.device("cpu"))
+    settings = RunSettings.from_flat(SETTINGS | changes)
+    context = TaskContext(settings.train.batch_size, settings.train.seed, data=data)
+    return LanguageTask.build(settings.options, context)
 
 
 def losses(run_dir):
@@ -142,7 +144,7 @@ def test_a_skipped_step_forgets_the_streams(data, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"stream": True}, {"optimizer": "muon", "precision": "bfloat16"}])
 def test_a_run_and_its_resumption(data, tmp_path, changes):
-    settings = TrainConfig.from_dict(SETTINGS | changes)
+    settings = RunSettings.from_flat(SETTINGS | changes)
     prompts = []
 
     def sampler(model, prompt):
@@ -160,7 +162,8 @@ def test_a_run_and_its_resumption(data, tmp_path, changes):
     config = json.loads((run_dir / "config.json").read_text())
     assert config["model"] == model_config().to_dict()
     # a default that depends on the budget is kept as a number of its own
-    assert config["train"] == settings.to_dict() | {"warmup_steps": 1}
+    flat = settings.to_flat() | {"teacher": None, "distill_weight": None, "distill_temperature": None}
+    assert config["train"] == flat | {"warmup_steps": 1}
     assert config["data"] == {
         "named": "so",
         "prepared": str(data.directory),
@@ -186,7 +189,7 @@ def test_a_run_and_its_resumption(data, tmp_path, changes):
 def test_activation_checkpointing_changes_no_loss(data, tmp_path, changes):
     found = []
     for on in (False, True):
-        settings = TrainConfig.from_dict(
+        settings = RunSettings.from_flat(
             SETTINGS | changes | {"max_steps": 4, "validation_every": 0, "activation_checkpointing": on}
         )
         done = start_language_run(tmp_path / str(on), model_config(), settings, data, data_settings={})
@@ -200,7 +203,7 @@ def test_activation_checkpointing_changes_no_loss(data, tmp_path, changes):
 
 @pytest.mark.slow
 def test_a_finished_run_can_be_given_more_steps(data, tmp_path):
-    settings = TrainConfig.from_dict(SETTINGS)
+    settings = RunSettings.from_flat(SETTINGS)
     start_language_run(tmp_path / "run", model_config(), settings, data, data_settings={})
     done = resume_language_run(tmp_path / "run", data, changes={"max_steps": 15})
     assert done.result.counters.step == 15
@@ -217,7 +220,7 @@ def test_a_finished_run_can_be_given_more_steps(data, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(data, tmp_path, changes, config_changes, message):
-    settings = TrainConfig.from_dict(SETTINGS | changes)
+    settings = RunSettings.from_flat(SETTINGS | changes)
     with pytest.raises(UserError, match=message):
         start_language_run(tmp_path / "run", model_config(**config_changes), settings, data, data_settings={})
     assert not (tmp_path / "run").exists()
@@ -226,7 +229,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(data, tmp_path,
 def test_resuming_with_other_data_is_refused(data, tmp_path):
     (tmp_path / "other.txt").write_text("something else entirely\n" * 100)
     other = prepare([str(tmp_path / "other.txt")], "bytes", tmp_path / "prepared", progress=False)
-    settings = TrainConfig.from_dict(SETTINGS | {"max_steps": 2})
+    settings = RunSettings.from_flat(SETTINGS | {"max_steps": 2})
     start_language_run(tmp_path / "run", model_config(), settings, data, data_settings={})
     with pytest.raises(
         UserError, match=r"its train and validation tokens are not those .*run was started with; .*--prepared"
@@ -247,7 +250,7 @@ def test_resuming_with_other_data_is_refused(data, tmp_path):
 def test_a_refused_resumption_leaves_the_run_as_it_was(data, tmp_path, changes, message):
     run_dir = tmp_path / "run"
     start_language_run(
-        run_dir, model_config(), TrainConfig.from_dict(SETTINGS | {"max_steps": 2}), data, data_settings={}
+        run_dir, model_config(), RunSettings.from_flat(SETTINGS | {"max_steps": 2}), data, data_settings={}
     )
     before = (run_dir / "config.json").read_text()
     given = dict(changes)
@@ -287,7 +290,7 @@ def test_packed_documents_keep_no_state(data, model):
 
 def test_the_lock_decides_whose_folder_it_is(data, tmp_path):
     def start():
-        start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
+        start_language_run(tmp_path / "run", model_config(), SETTINGS, data, data_settings={})
 
     with run_lock(tmp_path / "run"):
         with pytest.raises(UserError, match="another process is training in it"):
@@ -300,7 +303,7 @@ def test_the_lock_decides_whose_folder_it_is(data, tmp_path):
 
 @pytest.mark.slow
 def test_resuming_goes_on_from_what_is_there_once_the_lock_is_held(data, tmp_path, monkeypatch):
-    start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
+    start_language_run(tmp_path / "run", model_config(), SETTINGS, data, data_settings={})
     wanted = losses(tmp_path / "run")
 
     @contextlib.contextmanager
@@ -326,7 +329,7 @@ def read_by_convert(run_dir):
     ids=["generate", "from", "convert"],
 )  # fmt: skip
 def test_reading_the_newest_checkpoint_while_it_is_removed(data, tmp_path, monkeypatch, read):
-    start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
+    start_language_run(tmp_path / "run", model_config(), SETTINGS, data, data_settings={})
     newest, opened = run_folder.checkpoints_of(tmp_path / "run")[-1], []
 
     def too_late(folder, **options):
@@ -361,7 +364,7 @@ def test_a_folder_that_is_another_by_now_is_left_alone(data, tmp_path, resumed, 
     run_dir = tmp_path / "run"
 
     def start(display=None, **changes):
-        config = TrainConfig(**SETTINGS | changes)
+        config = SETTINGS | changes
         start_language_run(run_dir, model_config(), config, data, data_settings={}, display=display)
 
     def replace():
@@ -386,21 +389,21 @@ def test_a_folder_that_is_another_by_now_is_left_alone(data, tmp_path, resumed, 
 def test_a_run_that_learns_nothing_ends_well(data, tmp_path):
     """The time is up before the first step, or the first one spoils the weights."""
     no_steps = {k: v for k, v in SETTINGS.items() if k != "max_steps"} | {"max_time_s": 1e-300}
-    result = start_language_run(tmp_path / "none", model_config(), TrainConfig(**no_steps), data, data_settings={})
+    result = start_language_run(tmp_path / "none", model_config(), no_steps, data, data_settings={})
     assert [path.name for path in result.pictures] == ["memory.png"]
-    spoilt = TrainConfig(**SETTINGS | {"max_steps": 3, "learning_rate": 1e38, "warmup_steps": 0})
+    spoilt = SETTINGS | {"max_steps": 3, "learning_rate": 1e38, "warmup_steps": 0}
     one_layer = model_config(num_hidden_layers=1)
     result = start_language_run(tmp_path / "spoilt", one_layer, spoilt, data, data_settings={})
     assert [path.name for path in result.pictures] == ["loss.png"]
     # what the command line would show
     assert result.result.last_validation is None
     no_gates = model_config(attn={"layers": [0, 1], "num_heads": 2}, use_lower_bound=False)
-    result = start_language_run(tmp_path / "attends", no_gates, TrainConfig(**no_steps), data, data_settings={})
+    result = start_language_run(tmp_path / "attends", no_gates, no_steps, data, data_settings={})
     assert result.pictures == []
 
 
 def test_a_step_that_ruins_the_bounds_ends_the_run_in_words(data, tmp_path):
-    ruinous = TrainConfig(**SETTINGS | {"learning_rate": 1e38, "warmup_steps": 0})
+    ruinous = SETTINGS | {"learning_rate": 1e38, "warmup_steps": 0}
     with pytest.raises(UserError, match=r"after step 1, which left weights that are not finite; .*lower learning_rate"):
         start_language_run(tmp_path / "run", model_config(), ruinous, data, data_settings={})
 
@@ -415,11 +418,11 @@ def test_pictures_are_drawn_while_the_lock_is_held(data, tmp_path, monkeypatch):
         return []
 
     monkeypatch.setattr("hgrn2.train.plots.plot_run", draw)
-    start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
+    start_language_run(tmp_path / "run", model_config(), SETTINGS, data, data_settings={})
     assert drawn == [tmp_path / "run"]
 
 
 def test_a_folder_that_cannot_be_locked(data, tmp_path):
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot write in the run folder .*; name another folder"):
-        start_language_run(tmp_path / "run", model_config(), TrainConfig(**SETTINGS), data, data_settings={})
+        start_language_run(tmp_path / "run", model_config(), SETTINGS, data, data_settings={})

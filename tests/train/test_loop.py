@@ -17,7 +17,6 @@ from tests.train.tiny_run import ROLES, TinyModel, TinyTask, losses, run, saved_
 SETTINGS = {
     "max_steps": 30,
     "batch_size": 4,
-    "seq_len": 16,
     "learning_rate": 1e-2,
     "warmup_steps": 3,
     "validation_every": 8,

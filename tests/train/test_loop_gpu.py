@@ -54,7 +54,7 @@ def records(run_dir):
     return [[r.get(k) for k in keys] for r in read_metrics(run_dir) if r["kind"] in ("train", "validation")]
 
 
-SETTINGS = {"max_steps": 12, "batch_size": 4, "seq_len": 8, "learning_rate": 0.01, "validation_every": 5}
+SETTINGS = {"max_steps": 12, "batch_size": 4, "learning_rate": 0.01, "validation_every": 5}
 
 
 @pytest.mark.parametrize("bad_batches", [(), (3, 4, 9)])

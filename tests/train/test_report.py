@@ -16,7 +16,6 @@ import torch
 from hgrn2.data.prepare import prepare
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2Config
-from hgrn2.train.config import TrainConfig
 from hgrn2.train.curves import log_ticks, nice_ticks, thin
 from hgrn2.train.display import PlainDisplay
 from hgrn2.train.gates import GateSummary
@@ -25,7 +24,8 @@ from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.report import write_report
 from hgrn2.train.report.words import compact, duration, plain, rich, size
-from hgrn2.train.run import resume_language_run, start_language_run
+from hgrn2.train.runs import resume_language_run, start_language_run
+from hgrn2.train.settings import RunSettings
 
 VOID = {"meta", "link", "br", "img", "path", "hr", "input"}
 HOSTILE = "def f():</pre><script>alert(1)</script>\x1b[31m\u202e&amp;\x00\ud800</script>\n\tok"
@@ -87,7 +87,7 @@ def make_run(run_dir, num_steps=900, num_layers=3, sample=HOSTILE):
     records.append({"kind": "compressors", "step": num_steps, "text_bytes": 405_780, "bits_per_byte": bits})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     config = {"model": {"hidden_size": 192, "num_hidden_layers": num_layers, "odd": "<b>" + HOSTILE[:40]},
-              "train": TrainConfig(max_steps=num_steps, sample_prompt="def f():").to_dict(),
+              "train": RunSettings.from_flat({"max_steps": num_steps, "sample_prompt": "def f():"}).to_flat(),
               "data": {"data": ["<i>notes</i>"], "tokenizer": "bpe:4096", "prepared": "a\x1bb"}}  # fmt: skip
     (run_dir / "config.json").write_text(json.dumps(config))
     layers = np.arange(num_layers)
@@ -276,8 +276,9 @@ def prepared(tmp_path_factory):
 
 
 def start(run_dir, data, display=None, **changes):
-    config = TrainConfig(**SETTINGS | changes)
-    return start_language_run(run_dir, MODEL, config, data, data_settings={}, display=display or PlainDisplay())
+    return start_language_run(
+        run_dir, MODEL, SETTINGS | changes, data, data_settings={}, display=display or PlainDisplay()
+    )
 
 
 class Notes(PlainDisplay):

@@ -186,7 +186,7 @@ def test_a_longer_budget_leaves_inverse_sqrt_alone():
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             # as a run keeps it
-            assert lr_fraction(config.resolved(), 20, 20 / budget) == rates[0]
+            assert lr_fraction(config.resolved(1), 20, 20 / budget) == rates[0]
         assert len(said) == (budget < 100)
     assert rates == [rates[0]] * 3
 
@@ -210,7 +210,7 @@ def test_no_budget_is_said(tmp_path, monkeypatch, capsys):
         raise UserError("far enough")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hgrn2.train.run.start_language_run", start)
+    monkeypatch.setattr("hgrn2.train.runs.start_language_run", start)
     (tmp_path / "notes.txt").write_text("a small text\n" * 20)
     assert cli.main(["train", "--data", "notes.txt", *FLAGS]) == 2
     assert "\nno budget given: 1,000 steps; " in capsys.readouterr().err

@@ -4,6 +4,7 @@ import pytest
 
 from hgrn2.train import schedule
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.settings import RunSettings
 
 
 def test_warmup():
@@ -54,5 +55,5 @@ def test_a_short_run_is_not_all_warmup():
     assert [schedule.lr_fraction(timed, step, step / 30) for step in (1, 3, 29)] == pytest.approx([1 / 3, 1.0, 1.0])
     # a thousand do
     assert schedule.lr_fraction(timed, 49, 0.049) == 0.5
-    assert TrainConfig(max_tokens=16 * 1024 * 30).num_warmup_steps == 3
+    assert RunSettings.from_flat({"max_tokens": 16 * 1024 * 30}).num_warmup_steps == 3
     assert TrainConfig(max_tokens=10**9).num_warmup_steps == 100

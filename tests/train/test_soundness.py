@@ -14,7 +14,6 @@ from tests.train.tiny_run import losses, run
 SETTINGS = {
     "max_steps": 6,
     "batch_size": 2,
-    "seq_len": 8,
     "validation_every": 0,
     "checkpoint_every": 2,
     "keep_last": 2,

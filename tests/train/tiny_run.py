@@ -18,12 +18,15 @@ from hgrn2.errors import UserError
 from hgrn2.formats import run_folder
 from hgrn2.models import HGRN2Config
 from hgrn2.storage.lock import run_lock
+from hgrn2.tasks.base import Metric, TaskBase
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
 from hgrn2.train.loop import Trainer, TrainResult
 from hgrn2.train.metrics import read_metrics
-from hgrn2.train.run import resume_language_run, start_language_run
+from hgrn2.train.runs import resume_language_run, start_language_run
+
+SEQ_LEN = 16
 
 ROLES = {
     "embedding.weight": "embedding",
@@ -58,8 +61,11 @@ class TinyModel(nn.Module):
         return self.head(self.norm(x + self.lower_bounds.sigmoid() * self.hidden(x)))
 
 
-class TinyTask:
+class TinyTask(TaskBase):
     """Batches from a counter, a carried tensor, and values that can be spoilt at chosen batches."""
+
+    name = "tiny"
+    metric = Metric("val_loss")
 
     def __init__(self, config: TrainConfig, bad_batches: tuple[int, ...] = (), ragged: bool = False):
         self.config, self.bad_batches, self.ragged = config, bad_batches, ragged
@@ -69,7 +75,7 @@ class TinyTask:
 
     def next_batch(self):
         generator = torch.Generator().manual_seed(self.position)
-        ids = torch.randint(17, (self.config.batch_size, self.config.seq_len + 1), generator=generator)
+        ids = torch.randint(17, (self.config.batch_size, SEQ_LEN + 1), generator=generator)
         # a pattern to learn
         ids[:, 1::2] = (ids[:, 0:-1:2] + 3) % 17
         targets = ids[:, 1:].clone()
@@ -193,7 +199,7 @@ def run_language(run_dir: Path, settings: dict, data_dir: Path) -> None:
     model_config = HGRN2Config(
         vocab_size=257, hidden_size=16, num_hidden_layers=2, expand_ratio=8, intermediate_size=24, dropout=0.1
     )
-    start_language_run(run_dir, model_config, TrainConfig(**settings), data, data_settings={}, display=PlainDisplay())
+    start_language_run(run_dir, model_config, settings, data, data_settings={}, display=PlainDisplay())
 
 
 def losses(run_dir: Path) -> list[tuple]:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
+import pkgutil
 import sys
 import warnings
 from collections.abc import Sequence
 
-from hgrn2.cli import convert, evaluate, generate, info, plot, tokenizer, train
+from hgrn2.cli.command import COMMANDS, Command, register_command
 from hgrn2.cli.output import refuse, release_output, tell
 from hgrn2.cli.parsing import parse
 from hgrn2.errors import UserError
 
-# in the order of the help
-COMMANDS = {
-    "train": train.train,
-    "generate": generate.generate,
-    "eval": evaluate.evaluate,
-    "info": info.info,
-    "convert": convert.convert,
-    "plot": plot.plot,
-    "tokenizer": tokenizer.tokenizer,
-}
-# what the short help shows of a command with many options
-COMMON = {"train": train.COMMON}
+__all__ = ["COMMANDS", "Command", "main", "register_command"]
+
+# a new command is a new module
+for _module in sorted(info.name for info in pkgutil.iter_modules(__path__)):
+    _command = getattr(importlib.import_module(f"{__name__}.{_module}"), "COMMAND", None)
+    if isinstance(_command, Command):
+        register_command(_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     call = status = None
     try:
         try:
-            call = parse(argv, COMMANDS, COMMON)
+            call = parse(argv, COMMANDS)
             status = call() or 0
         except SystemExit:
             # help
@@ -62,9 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and (
-            status is not None or getattr(call, "func", None) is not train.train
-        ):
+        needs_output = any(
+            command.needs_output for command in COMMANDS.values() if command.function is getattr(call, "func", None)
+        )
+        if isinstance(error, BrokenPipeError) and (status is not None or not needs_output):
             # the reader has closed the pipe, as in `hgrn2 generate ... | head`. for an unfinished run it is an error
             release_output()
             return status or 0

@@ -10,8 +10,8 @@ from hgrn2.errors import UserError, unknown_key_message
 
 
 def read_toml(path: Path | None) -> dict[str, dict[str, Any]]:
-    """The tables [model], [train] and [data] of a file; empty ones without a file or where it has none."""
-    tables: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "data": {}}
+    """Return the tables [model], [task], [train] and [data] of a file; empty ones for what it does not have."""
+    tables: dict[str, dict[str, Any]] = {"model": {}, "task": {}, "train": {}, "data": {}}
     if path is None:
         return tables
     try:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from hgrn2.cli.command import Command
 from hgrn2.errors import UserError
 from hgrn2.formats.card import opening_lines
 from hgrn2.formats.convert_model import convert_model
@@ -58,3 +59,6 @@ def convert(
     print(f"{written.path}: {written.num_tensors} tensors, {size(written.num_bytes)}{files}")
     if (to or "hf") == "hf":
         print(f"opens in Python with\n{textwrap.indent(opening_lines(str(written.path)), '    ')}")
+
+
+COMMAND = Command("convert", convert, order=50, aliases=("export", "import", "save"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from hgrn2.cli.command import Command
 from hgrn2.cli.output import show_table, tell
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError, visible
@@ -141,3 +142,8 @@ def _table(rows: Sequence[Score]) -> Any:
             f"{row.perplexity:,.3f}", bits,
         )  # fmt: skip
     return table
+
+
+COMMAND = Command(
+    "eval", evaluate, order=30, aliases=("evaluate", "test", "score", "perplexity", "ppl", "bench", "benchmark")
+)

@@ -6,14 +6,15 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import docstring_parser
 import tyro
 
-Command = Callable[..., int | None]
+from hgrn2.cli.command import Function
+from hgrn2.models.presets import PRESETS
+from hgrn2.tasks import TASKS
 
 _POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1]
 
@@ -69,7 +70,7 @@ class Flag:
         return f"{self.name} {self.placeholder}" if self.placeholder and not self.is_positional else self.name
 
 
-def flags_of(function: Command) -> list[Flag]:
+def flags_of(function: Function) -> list[Flag]:
     """Return the flags of a command in the order of its signature; a dataclass stands for its fields."""
     found = []
     hints = typing.get_type_hints(function, include_extras=True)
@@ -92,9 +93,12 @@ def _flags_of_fields(values: Any) -> list[Flag]:
 
 
 def _texts(thing: Any) -> dict[str, str]:
-    """The descriptions of parameters or fields by name."""
+    """Return the descriptions of parameters or fields by name, with the names that exist filled in."""
     documented = docstring_parser.parse_from_object(thing)
-    return {p.arg_name: " ".join((p.description or "").split()) for p in documented.params}
+    texts = {p.arg_name: " ".join((p.description or "").split()) for p in documented.params}
+    for word, names in (("{presets}", PRESETS), ("{tasks}", TASKS)):
+        texts = {name: text.replace(word, ", ".join(names)) for name, text in texts.items()}
+    return texts
 
 
 def _flag(name: str, hint: Any, default: Any, text: str) -> Flag:

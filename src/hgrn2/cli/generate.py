@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from hgrn2.cli.command import Command
 from hgrn2.cli.output import tell
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError, visible
@@ -110,3 +111,8 @@ def _piped_prompt() -> str:
     if "\0" in text:
         raise UserError("standard input is binary, not text (it holds a NUL); give text, or --prompt")
     return text.removesuffix("\n").removesuffix("\r")
+
+
+COMMAND = Command(
+    "generate", generate, order=20, aliases=("sample", "write", "complete", "chat", "predict", "inference")
+)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import docstring_parser
 
-from hgrn2.cli.flags import Command, Flag, flags_of
+from hgrn2.cli.command import Command, Function
+from hgrn2.cli.flags import Flag, flags_of
 
 # where the descriptions begin
 _INDENT = 28
@@ -16,7 +17,7 @@ _INDENT = 28
 
 def overview(commands: Mapping[str, Command]) -> str:
     """Return one line for each command."""
-    lines = [f"  {name:<11}{_summary(function)}" for name, function in commands.items()]
+    lines = [f"  {name:<11}{_summary(command.function)}" for name, command in commands.items()]
     return "\n".join([
         "usage: hgrn2 COMMAND ...",
         "",
@@ -31,15 +32,14 @@ def overview(commands: Mapping[str, Command]) -> str:
     ])  # fmt: skip
 
 
-def command_help(name: str, function: Command, common: Collection[str], *, all_flags: bool) -> str:
+def command_help(command: Command, *, all_flags: bool) -> str:
     """Return the help of a command.
 
     Args:
-        name: of the command.
-        function: carries it out.
-        common: fields of the flags that most people need; empty if all are.
-        all_flags: show the others as well.
+        command: the command.
+        all_flags: show more than the common flags.
     """
+    name, function, common = command.name, command.function, command.common
     flags = flags_of(function)
     positional = [flag for flag in flags if flag.is_positional]
     options = [flag for flag in flags if not flag.is_positional]
@@ -61,7 +61,7 @@ def command_help(name: str, function: Command, common: Collection[str], *, all_f
     return "\n".join(lines).rstrip()
 
 
-def _summary(function: Command) -> str:
+def _summary(function: Function) -> str:
     return docstring_parser.parse_from_object(function).short_description or ""
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
+from hgrn2.cli.command import Command
 from hgrn2.cli.flags import Flag
 from hgrn2.models import HGRN2Config
 
@@ -50,23 +51,13 @@ _FLAGS = {
     "to": "format layout output-format",
     "max-shard-size": "shard-size",
 }
-_COMMANDS = {
-    "train": "fit run pretrain finetune fine-tune resume start",
-    "generate": "sample write complete chat predict inference",
-    "eval": "evaluate test score perplexity ppl bench benchmark",
-    "info": "show list models presets describe params cost",
-    "convert": "export import save",
-    "plot": "draw plots graph",
-    "tokenizer": "tokenize tokenise",
-}
 
 
-def unknown_command(word: str, commands: Iterable[str]) -> str:
+def unknown_command(word: str, commands: Mapping[str, Command]) -> str:
     """Return a line about a first word that is no command, up to what to do."""
-    commands = list(commands)
     if word.startswith("-"):
         return f"{word.split('=')[0]} comes before the command; name that first: {', '.join(commands)}; "
-    near = [name for name in commands if word.lower() in _COMMANDS[name].split()]
+    near = [name for name, command in commands.items() if word.lower() in command.aliases]
     near = near or difflib.get_close_matches(word.lower(), commands, n=1, cutoff=0.6)
     return f"unknown command {word!r}; {f'did you mean {near[0]}? ' if near else ''}"
 

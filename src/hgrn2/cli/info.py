@@ -6,6 +6,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
+from hgrn2.cli.command import Command
 from hgrn2.cli.model_config import model_config
 from hgrn2.cli.output import show_table
 from hgrn2.cli.parsing import Texts
@@ -53,3 +54,6 @@ def _presets() -> Table:
             f"{config.num_heads} of {config.expand_ratio}", f"{config.vocab_size:,}",
         )  # fmt: skip
     return table
+
+
+COMMAND = Command("info", info, order=40, aliases=("show", "list", "models", "presets", "describe", "params", "cost"))

@@ -7,31 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hgrn2.cli.key_values import parse_key_values
 from hgrn2.errors import UserError
 from hgrn2.formats.diagnose import check_is_model
 from hgrn2.formats.opening import read_folder_config
 from hgrn2.models import HGRN2Config, presets
-from hgrn2.storage.json_files import parse_json, read_json_object
+from hgrn2.storage.json_files import read_json_object
 
 
 def model_config(
     model: str | None, file: dict[str, Any], changes: Sequence[str], vocab_size: int | None
 ) -> HGRN2Config:
-    """A preset, or the configuration in a file or run, with changes; the tokenizer sets the vocabulary by default."""
+    """Return a preset, or the configuration in a file or run, with changes.
+
+    Args:
+        model: a preset, a file or a folder; None: what the file's preset says, by default tiny.
+        file: [model] of the configuration file.
+        changes: words of the form KEY=VALUE, which win over the file.
+        vocab_size: default of the vocabulary, from the tokenizer or the task.
+    """
     keys = dict(file)
     preset = keys.pop("preset", "tiny")
     model = str(preset) if model is None else model
-    for change in changes:
-        key, sign, value = change.partition("=")
-        if not (key and sign):
-            raise UserError(f"--set {change}: wanted KEY=VALUE")
-        try:
-            keys[key] = parse_json(value)
-        except ValueError as error:
-            # a word needs no quotes; what begins as JSON does is meant to be JSON
-            if value.lstrip()[:1] in ("[", "{") or value.isdecimal():
-                raise UserError(f"--set {key}: not JSON ({error}); wanted a setting of a model") from None
-            keys[key] = value
+    keys |= parse_key_values(changes, "--set", "a setting of a model")
     if not model:
         raise UserError("model '': names nothing; name a preset, a file or a folder")
     if model in presets.PRESETS:

@@ -8,7 +8,7 @@ import functools
 import io
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 import hgrn2
 from hgrn2.cli import help, hints
-from hgrn2.cli.flags import Command, flags_of
+from hgrn2.cli.command import Command, Function
+from hgrn2.cli.flags import flags_of
 from hgrn2.errors import UserError
 
 _types = ConstructorRegistry()
@@ -70,15 +71,12 @@ def _plain_type(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] |
     )
 
 
-def parse(
-    argv: Sequence[str], commands: Mapping[str, Command], common: Mapping[str, Collection[str]]
-) -> functools.partial[Any]:
+def parse(argv: Sequence[str], commands: Mapping[str, Command]) -> functools.partial[Any]:
     """Return the call that the command line asks for.
 
     Args:
         argv: the words after `hgrn2`.
-        commands: the functions that carry them out, by name.
-        common: fields of the flags that the short help of a command shows, by its name; all if it is not there.
+        commands: the commands by name.
 
     Raises:
         UserError: a word is not understood.
@@ -92,10 +90,10 @@ def parse(
         return functools.partial(print, _completion_script(words, commands))
     if name not in commands:
         raise UserError(f"{hints.unknown_command(name, commands)}see hgrn2 --help")
-    function = commands[name]
+    function = commands[name].function
     flags = words[: words.index("--")] if "--" in words else words
     if asked := {"-h", "--help", "--help-all"}.intersection(flags):
-        text = help.command_help(name, function, common.get(name, ()), all_flags="--help-all" in asked)
+        text = help.command_help(commands[name], all_flags="--help-all" in asked)
         return functools.partial(print, text)
     printed = io.StringIO()
     try:
@@ -120,7 +118,7 @@ def _first_message(printed: str) -> str:
     return " ".join(" ".join(rows[first:last]).split())
 
 
-def _deferred(function: Command) -> Any:
+def _deferred(function: Function) -> Any:
     """Return a function that only prepares the call, so that what parsing prints can be told apart."""
 
     @functools.wraps(function)
@@ -144,8 +142,8 @@ def _completion_script(words: Sequence[str], commands: Mapping[str, Command]) ->
     if len(words) != 1 or words[0] not in _SHELLS:
         raise UserError(f"--print-completion {' '.join(words)}: wanted {', '.join(_SHELLS[:-1])} or {_SHELLS[-1]}")
     app = tyro.extras.SubcommandApp()
-    for name, function in commands.items():
-        app.command(name=name)(_deferred(function))
+    for name, command in commands.items():
+        app.command(name=name)(_deferred(command.function))
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         app.cli(prog="hgrn2", registry=_types, args=["--tyro-print-completion", words[0]])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import tyro
 
+from hgrn2.cli.command import Command
+
 
 def plot(run: tyro.conf.Positional[Path]) -> None:
     """Draw a run's report and pictures again.
@@ -27,3 +29,6 @@ def plot(run: tyro.conf.Positional[Path]) -> None:
         return
     for path in plot_run(run):
         print(path)
+
+
+COMMAND = Command("plot", plot, order=60, aliases=("draw", "plots", "graph"))

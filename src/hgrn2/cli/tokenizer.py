@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from hgrn2.cli.command import Command
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError
 from hgrn2.storage.staging import check_writable_folder, staged_directory
@@ -35,3 +36,6 @@ def tokenizer(
     with staged_directory(out, replace=False) as stage:
         name = made.save(stage).name
     print(f"{out / name}: {made.vocab_size:,} tokens")
+
+
+COMMAND = Command("tokenizer", tokenizer, order=70, aliases=("tokenize", "tokenise"))

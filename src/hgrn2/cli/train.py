@@ -1,16 +1,19 @@
-"""`hgrn2 train`: train a language model."""
+"""`hgrn2 train`: train a model."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from hgrn2.cli.command import Command
 from hgrn2.cli.config_file import read_toml
+from hgrn2.cli.key_values import parse_key_values
 from hgrn2.cli.model_config import model_config
 from hgrn2.cli.parsing import Texts
 from hgrn2.data.progress import announce
@@ -18,25 +21,20 @@ from hgrn2.data.settings import data_settings, prepare_data
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.storage.staging import check_writable_folder
+from hgrn2.tasks.distillation import DistillationOptions
 from hgrn2.train.config import BUDGETS, TrainConfig
 from hgrn2.train.freezing import COPIED
 from hgrn2.train.run_data import open_prepared
+from hgrn2.train.settings import RunSettings
 from hgrn2.train.start import Start
-
-# the options that most people need
-COMMON = (
-    "data", "validation", "tokenizer", "model", "from_", "set", "out", "config", "resume",
-    "max_steps", "max_tokens", "max_time_s", "batch_size", "seq_len", "grad_accumulation", "learning_rate",
-    "precision", "device", "seed", "validation_every", "checkpoint_every", "sample_every",
-)  # fmt: skip
 
 _DEFAULT_BUDGET = {"max_steps": 1000}
 _RUN = Path("runs/run")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainFlags(TrainConfig):
-    """The training settings as flags; checked when the configuration file has been read as well.
+class TrainFlags(DistillationOptions, TrainConfig):
+    """Settings of training and of language tasks as flags; checked when the configuration file has been read as well.
 
     Attributes:
         given: names of the settings that were named on the command line; `parse` fills them in.
@@ -58,13 +56,15 @@ def train(
     model: str | None = None,
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
     set: Texts = (),
+    task: str | None = None,
+    task_set: Texts = (),
     out: Path | None = None,
     config: Path | None = None,
     resume: Path | None = None,
     compressors: bool = False,
     settings: Annotated[TrainFlags, tyro.conf.OmitArgPrefixes] = TrainFlags(),
 ) -> int:
-    """Train a language model on text.
+    """Train a model, by default a language model on text.
 
     Without --data it reads the source code of Python's standard library; without a budget (--max-steps, --max-tokens
     or --max-time-s) it takes 1,000 steps.
@@ -76,83 +76,171 @@ def train(
         tokenizer: bytes, bpe:SIZE to train one, a tokenizer.json, a folder with one, or a Hub name (default: bpe:4096).
         prepared: Where the prepared tokens are kept (default: beside the run, in a folder named after the data).
         rebuild: Prepare the tokens again even if nothing has changed.
-        model: A preset (tiny, wikitext-44m, 150m, 385m, 1.3b, 2.7b) or a JSON file (default: tiny).
+        model: A preset ({presets}) or a JSON file (default: tiny).
         from_: Start with the weights of a model: a run folder, a checkpoint, or a folder (see convert).
         set: Model settings as KEY=VALUE, e.g. --set dropout=0.1 use_short_conv=true.
+        task: What to learn: {tasks} (default: language, or distillation with a teacher).
+        task_set: Options of the task as KEY=VALUE.
         out: Folder of the run (default: runs/run).
-        config: A TOML file with tables [model], [train] and [data]; flags win over it.
+        config: A TOML file with tables [model], [task], [train] and [data]; flags win over it.
         resume: A run folder, or one of its checkpoints, to go on with; training flags change its settings, --prepared
             or --data say where its own data is now.
         compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
         settings: Training settings.
     """
-    from hgrn2.data.find_tokenizer import tokenizer_of
-    from hgrn2.devices import choose_device
-    from hgrn2.formats.run_folder import resume_point
-    from hgrn2.train.checkpoint import check_new_run
-    from hgrn2.train.run import resume_language_run, start_language_run
-
     given = {name: getattr(settings, name) for name in settings.given}
+    task_options = parse_key_values(task_set, "--task-set", "an option of the task")
     # --out cannot be combined with --resume, even if it names the default
     named_out, out = out, _RUN if out is None else out
+    # flags for text, as other tasks refuse them
+    of_text = {"data": data, "validation": validation, "text-field": text_field, "tokenizer": tokenizer,
+               "prepared": prepared, "rebuild": rebuild, "compressors": compressors}  # fmt: skip
     if resume is not None:
         own = {"validation": validation, "text-field": text_field, "tokenizer": tokenizer, "rebuild": rebuild,
-               "model": model, "from": from_, "set": set, "config": config, "out": named_out}  # fmt: skip
+               "model": model, "from": from_, "set": set, "task": task, "config": config, "out": named_out}  # fmt: skip
         if others := [f"--{name}" for name, value in own.items() if value]:
-            raise UserError(f"--resume continues with the run's own data and model; drop {' and '.join(others)}")
-        prepared_data = open_prepared(resume, prepared, data)
-        # the run's own tokenizer knows where the model's texts begin and end
-        own_tokenizer = tokenizer_of(resume_point(resume)[0]) or prepared_data.tokenizer
-        result = resume_language_run(
-            resume, prepared_data, changes=given, sampler=_make_sampler(own_tokenizer), compressors=compressors
-        )
+            raise UserError(
+                f"--resume continues with the run's own data, task and model; drop {' and '.join(others)}",
+                "contradiction",
+            )
+        run = _resume(resume, given, task_options, of_text)
     else:
         file = read_toml(config)
         start = None if from_ is None else Start.open(from_)
         if start is not None:
             if model is not None or "preset" in file["model"]:
-                raise UserError("--from brings its own model; drop --model, and preset from the configuration file")
+                raise UserError(
+                    "--from brings its own model; drop --model, and preset from the configuration file", "contradiction"
+                )
             model = str(start.model.path)
-        defaults = {} if start is None else start.data_defaults(data or file["data"].get("data", ()))
-        sources = data_settings(
-            defaults | file["data"], data=list(data), validation=list(validation), text_field=text_field,
-            tokenizer=tokenizer, prepared=None if prepared is None else str(prepared),
-        )  # fmt: skip
-        train_settings = file["train"] | given
-        has_budget = not train_settings.keys().isdisjoint(BUDGETS)
-        if not has_budget:
-            train_settings |= _DEFAULT_BUDGET
-        train_config = TrainConfig.from_dict(train_settings)
-        if train_config.freeze == COPIED and start is None:
-            raise UserError("--freeze copied: nothing is copied without --from; name a folder with it")
-        # mistakes show before the work of preparing
-        choose_device(train_config.device)
-        check_writable_folder(out)
+        run_settings, has_budget = _settings(file, given, task, task_options)
+        if run_settings.train.freeze == COPIED and start is None:
+            raise UserError("--freeze copied: nothing is copied without --from; name a folder with it", "contradiction")
         configure = functools.partial(model_config, model, file["model"], set)
-        configure(None)
-        check_new_run(out)
-
-        def check_tokenizer(found: Tokenizer) -> None:
-            found.check_fits(configure(found.vocab_size).vocab_size)
-            if start is not None:
-                start.check_tokens(found)
-
-        prepared_data, kept = prepare_data(sources, out, rebuild, check_tokenizer)
-        # tokens that were prepared already may be of any tokenizer
-        check_tokenizer(prepared_data.tokenizer)
-        if start is not None:
-            prepared_data = start.own_tokenizer(prepared_data)
-        lm_config = configure(prepared_data.tokenizer.vocab_size)
-        if not has_budget:
-            announce("no budget given: 1,000 steps; --max-steps, --max-tokens or --max-time-s set another")
-        result = start_language_run(
-            out, lm_config, train_config, prepared_data, data_settings=kept,
-            start=None if start is None else start.model, sampler=_make_sampler(prepared_data.tokenizer),
-            compressors=compressors,
-        )  # fmt: skip
-    _show_end(result)
-    stopped_by = result.result.stopped_by
+        begin = _start_text if run_settings.task.reads_text else _start_task
+        run = begin(out, run_settings, configure, start, of_text, file["data"], has_budget)
+    _show_end(run)
+    stopped_by = run.result.stopped_by
     return 128 + int(signal.Signals[stopped_by]) if stopped_by else 0
+
+
+def _settings(
+    file: Mapping[str, Any], given: Mapping[str, Any], task: str | None, task_options: Mapping[str, Any]
+) -> tuple[RunSettings, bool]:
+    """Return the settings of file and flags, checked once, and whether they name a budget."""
+    options = dict(file["task"])
+    named = options.pop("name", None)
+    if task is not None and task != named:
+        # options in the file are those of the task in the file
+        options = {}
+    elif task is None and isinstance(named, str):
+        task = named
+    flat = file["train"] | given
+    has_budget = not flat.keys().isdisjoint(BUDGETS)
+    if not has_budget:
+        flat |= _DEFAULT_BUDGET
+    return RunSettings.from_flat(flat, task, options | dict(task_options)), has_budget
+
+
+def _resume(path: Path, given: Mapping[str, Any], options: Mapping[str, Any], of_text: Mapping[str, Any]) -> Any:
+    from hgrn2.data.find_tokenizer import tokenizer_of
+    from hgrn2.formats.run_folder import read_config, resume_point
+    from hgrn2.tasks import find_task
+    from hgrn2.train.runs import resume_language_run, resume_task_run
+
+    run_dir, _ = resume_point(path)
+    table = read_config(run_dir).get("task")
+    name = table.get("name") if isinstance(table, dict) else None
+    if name is not None and not find_task(str(name)).reads_text:
+        _refuse_text_flags(str(name), of_text)
+        return resume_task_run(path, changes=given, task_changes=options)
+    data = open_prepared(path, of_text["prepared"], of_text["data"])
+    # the run's own tokenizer knows where the model's texts begin and end
+    sampler = _make_sampler(tokenizer_of(run_dir) or data.tokenizer)
+    return resume_language_run(
+        path, data, changes=given, task_changes=options, sampler=sampler, compressors=of_text["compressors"]
+    )
+
+
+def _start_text(
+    out: Path,
+    settings: RunSettings,
+    configure: Any,
+    start: Start | None,
+    flags: Mapping[str, Any],
+    file: Mapping[str, Any],
+    has_budget: bool,
+) -> Any:
+    """Prepare the text and train."""
+    from hgrn2.train.runs import start_language_run
+
+    defaults = {} if start is None else start.data_defaults(flags["data"] or file.get("data", ()))
+    prepared = None if flags["prepared"] is None else str(flags["prepared"])
+    sources = data_settings(
+        defaults | dict(file), data=list(flags["data"]), validation=list(flags["validation"]),
+        text_field=flags["text-field"], tokenizer=flags["tokenizer"], prepared=prepared,
+    )  # fmt: skip
+    # mistakes show before the work of preparing
+    _check_place(out, settings)
+    configure(None)
+
+    def check_tokenizer(found: Tokenizer) -> None:
+        found.check_fits(configure(found.vocab_size).vocab_size)
+        if start is not None:
+            start.check_tokens(found)
+
+    data, kept = prepare_data(sources, out, flags["rebuild"], check_tokenizer)
+    # tokens that were prepared already may be of any tokenizer
+    check_tokenizer(data.tokenizer)
+    if start is not None:
+        data = start.own_tokenizer(data)
+    _announce_budget(has_budget)
+    return start_language_run(
+        out, configure(data.tokenizer.vocab_size), settings, data, data_settings=kept,
+        start=None if start is None else start.model, sampler=_make_sampler(data.tokenizer),
+        compressors=flags["compressors"],
+    )  # fmt: skip
+
+
+def _start_task(
+    out: Path,
+    settings: RunSettings,
+    configure: Any,
+    start: Start | None,
+    flags: Mapping[str, Any],
+    file: Mapping[str, Any],
+    has_budget: bool,
+) -> Any:
+    """Train on a task that makes its own data."""
+    from hgrn2.train.runs import start_task_run
+
+    _refuse_text_flags(settings.task.name, flags)
+    if file:
+        raise UserError(f"task {settings.task.name!r} reads no text; drop [data] from the file", "contradiction")
+    _check_place(out, settings)
+    of_task = settings.task.model_settings(settings.options)
+    model = configure(of_task.get("vocab_size"))
+    _announce_budget(has_budget)
+    return start_task_run(out, model, settings, start=None if start is None else start.model)
+
+
+def _check_place(out: Path, settings: RunSettings) -> None:
+    from hgrn2.devices import choose_device
+    from hgrn2.train.checkpoint import check_new_run
+
+    choose_device(settings.train.device)
+    check_writable_folder(out)
+    check_new_run(out)
+
+
+def _announce_budget(has_budget: bool) -> None:
+    if not has_budget:
+        announce("no budget given: 1,000 steps; --max-steps, --max-tokens or --max-time-s set another")
+
+
+def _refuse_text_flags(task: str, flags: Mapping[str, Any]) -> None:
+    if named := [f"--{name}" for name, value in flags.items() if value]:
+        raise UserError(f"task {task!r} reads no text; drop {' and '.join(named)}", "contradiction")
 
 
 def _make_sampler(tokenizer: Any) -> Any:
@@ -177,19 +265,27 @@ def _show_end(run: Any) -> None:
         facts = RunFacts.read(result.run_dir)
         record = result.last_validation
         if record:
-            bits, unit = _bits(record), "bits per byte"
-            bits = f"{unit} {bits}" if record["val_bits_per_byte"] is None else f"{bits} {unit}"
-            print(f"held-out text: {bits}, perplexity {record['val_perplexity']:.2f} per token")
+            print(_describe_validation(record, result.metric))
         if facts.compressors:
             _show_compressors(facts, record)
         for path in run.pictures:
             print(f"picture  {path}")
-        print(f"write with it:  {generate_command(result.run_dir, facts.prompt)}")
+        if facts.reads_text:
+            print(f"write with it:  {generate_command(result.run_dir, facts.prompt)}")
     if run.report is not None:
         print(f"report   {run.report}")
 
 
-def _bits(record: dict[str, Any]) -> str:
+def _describe_validation(record: Mapping[str, Any], metric: str) -> str:
+    if "val_perplexity" not in record:
+        other = "" if metric == "val_loss" else f", {metric} {record[metric]:.4f}"
+        return f"held-out data: loss {record['val_loss']:.4f}{other}"
+    bits, unit = _bits(record), "bits per byte"
+    bits = f"{unit} {bits}" if record["val_bits_per_byte"] is None else f"{bits} {unit}"
+    return f"held-out text: {bits}, perplexity {record['val_perplexity']:.2f} per token"
+
+
+def _bits(record: Mapping[str, Any]) -> str:
     bits = record["val_bits_per_byte"]
     return "n/a (the tokenizer does not keep the whole text)" if bits is None else f"{bits:.3f}"
 
@@ -206,3 +302,18 @@ def _show_compressors(facts: Any, record: dict[str, Any] | None) -> None:
     for name, bits in facts.compressors.items():
         print(f"  {name:<10}  {bits:.3f}")
     print(f"  {compressor_caveat(facts.num_training_bytes, facts.num_parameters)}")
+
+
+COMMAND = Command(
+    "train",
+    train,
+    order=10,
+    # the options that most people need
+    common=(
+        "data", "validation", "tokenizer", "model", "from_", "set", "task", "task_set", "out", "config", "resume",
+        "max_steps", "max_tokens", "max_time_s", "batch_size", "seq_len", "grad_accumulation", "learning_rate",
+        "precision", "device", "seed", "validation_every", "checkpoint_every", "sample_every",
+    ),
+    aliases=("fit", "run", "pretrain", "finetune", "fine-tune", "resume", "start"),
+    needs_output=True,
+)  # fmt: skip

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hgrn2.errors import UserError, check_types, unknown_key_message
+from hgrn2.constraints import check_fields
+from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.models.pattern import (
     ATTENTION,
     DEFAULT_MIXER,
@@ -116,7 +117,7 @@ class HGRN2Config:
             self._read_layers()
         if self.expand_ratio is None:
             object.__setattr__(self, "expand_ratio", self._derived_expand_ratio())
-        check_types(self, "model config")
+        check_fields(self, "model config")
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio")
         for name in sizes:
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; wanted at least 1")

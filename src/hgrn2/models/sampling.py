@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hgrn2.errors import UserError, check_types
+from hgrn2.constraints import check_fields
+from hgrn2.errors import UserError
 
 # tokens of a prompt read in one pass, to limit memory
 PREFILL_TOKENS = 2048
@@ -35,7 +36,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_types(self, "sampling")
+        check_fields(self, "sampling")
         wanted = {
             "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
             "temperature": (0 <= self.temperature < math.inf, "at least 0"),

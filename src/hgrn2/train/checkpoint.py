@@ -50,7 +50,7 @@ class Checkpoint:
         optimizer: state by "parameter name/key".
         task: tensors the task carries from step to step; empty for most.
         state: step, tokens, position in the data, generators, counters.
-        train: the training settings it was written with.
+        config: the config.json it was written with.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     task: dict[str, Tensor]
     state: dict[str, Any]
-    train: dict[str, Any]
+    config: dict[str, Any]
 
 
 class CheckpointStore:
@@ -197,7 +197,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             optimizer=load_file(path / OPTIMIZER_NAME),
             task=load_file(path / TASK_NAME),
             state=parse_json((path / STATE_NAME).read_bytes()),
-            train=read_config(path).get("train", {}),
+            config=read_config(path),
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"checkpoint {path}: {error}; {way_out(path)}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hgrn2.train.config import BUDGETS, TrainConfig
@@ -24,7 +24,7 @@ class Counters:
         skipped_in_a_row: how many of those came last.
         smoothed_loss: running mean of the finite losses, nats per target.
         validated_step: step of the last validation.
-        best: {"step", "val_loss"} of the best validation.
+        best: step and metric of the best validation, e.g. {"step", "val_loss"}.
     """
 
     step: int = 0
@@ -41,10 +41,11 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], counters
     """Return lines about settings that changed since a checkpoint, and a learning rate that goes up by it.
 
     Args:
-        before: training settings of the checkpoint.
-        now: those of the run from here on.
+        before: config.json of the checkpoint.
+        now: that of the run from here on.
         counters: where the run is.
     """
+    before, now = _settings(before), _settings(now)
     # a setting that did not exist then had its default
     changed = {key: value for key, value in before.items() if key in now and now[key] != value}
     if changed.get("warmup_steps", 0) is None:
@@ -78,9 +79,16 @@ def _next_rate(settings: dict[str, Any], counters: Counters) -> float:
     with warnings.catch_warnings():
         # warnings about settings without effect have been shown already
         warnings.simplefilter("ignore")
-        config = TrainConfig.from_dict(settings)
+        known = {field.name for field in fields(TrainConfig)}
+        config = TrainConfig(**{key: value for key, value in settings.items() if key in known})
     progress = used_fraction(config, counters.step, counters.tokens, counters.elapsed_s)
     return config.learning_rate * lr_fraction(config, counters.step, progress)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of training and of the task in a config.json as one table."""
+    task = config.get("task", {})
+    return dict(config.get("train", {})) | dict(task.get("options", {}))
 
 
 def _shown(value: Any) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,6 @@ from hgrn2.data.prepared import PreparedData
 from hgrn2.data.sequential import sequential_windows
 from hgrn2.errors import UserError
 from hgrn2.extras import install_command
-from hgrn2.models import HGRN2LM
 from hgrn2.train.compressors import compressed_bits
 from hgrn2.train.gates import GATES_NAME, measure_gates
 from hgrn2.train.metrics import append_record, read_metrics
@@ -24,41 +24,86 @@ _GATE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
+class EndStep:
+    """A measurement at the end of a run.
+
+    Attributes:
+        what: is measured, for messages.
+        file: in the run folder, takes it.
+        measure: called with the run folder, the model in evaluation mode, its device and the run's last step.
+        is_once: only when the budget is used up; otherwise whenever the report is written.
+    """
+
+    what: str
+    file: str
+    measure: Callable[[Path, Any, torch.device, int], None]
+    is_once: bool = False
+
+
+def gates_step(data: PreparedData) -> EndStep:
+    """Return the step that measures the gates of each layer on held-out text."""
+
+    def measure(run_dir: Path, model: Any, device: torch.device, step: int) -> None:
+        del step
+        windows = sequential_windows(data.validation, _GATE_TOKENS, 1, max_tokens=_GATE_TOKENS)
+        batch = next(iter(windows)).to(device)
+        gates = measure_gates(model, batch.input_ids, batch.cu_seqlens)
+        # gates measured at an earlier end of the run would pass for current ones
+        (run_dir / GATES_NAME).unlink(missing_ok=True)
+        if gates is not None:
+            gates.save(run_dir)
+
+    return EndStep("the gates", GATES_NAME, measure)
+
+
+def compressors_step(data: PreparedData) -> EndStep:
+    """Return the step that records what compressors make of the held-out text."""
+
+    def measure(run_dir: Path, model: Any, device: torch.device, step: int) -> None:
+        del model, device
+        bits, num_bytes = compressed_bits(data.validation, data.tokenizer)
+        append_record(run_dir, {"kind": "compressors", "step": step, "text_bytes": num_bytes, "bits_per_byte": bits})
+
+    return EndStep("the compressors' figures", "metrics.jsonl", measure, is_once=True)
+
+
+@dataclass(frozen=True)
 class Ending:
     """Writes the files that a run leaves beside its checkpoints.
 
     Attributes:
         run_dir: the run folder, locked.
         model: as it is after the last step.
-        data: what it was trained on.
         device: where the model is.
+        steps: measurements.
         note: shows a line to the user, such as about a file that cannot be written.
     """
 
     run_dir: Path
-    model: HGRN2LM
-    data: PreparedData
+    model: Any
     device: torch.device
+    steps: Sequence[EndStep]
     note: Callable[[str], None]
 
     def report(self) -> Path | None:
-        """Measure the gates and write the report; None if it could not be written."""
-        with self._failure_as_note("the gates", GATES_NAME):
-            self._measure_gates()
+        """Measure and write the report; None if it could not be written."""
+        for step in self.steps:
+            if not step.is_once:
+                self._measure(step, 0)
         with self._failure_as_note("the report", "report.html"):
             return write_report(self.run_dir)
         return None
 
-    def compare_compressors(self, step: int) -> None:
-        """Record what compressors make of the held-out text.
+    def measure_once(self, last_step: int) -> bool:
+        """Do the steps that are for the end alone; returns whether there were any.
 
         Args:
-            step: the run's last.
+            last_step: the run's last.
         """
-        with self._failure_as_note("the compressors' figures", "metrics.jsonl"):
-            bits, num_bytes = compressed_bits(self.data.validation, self.data.tokenizer)
-            record = {"kind": "compressors", "step": step, "text_bytes": num_bytes, "bits_per_byte": bits}
-            append_record(self.run_dir, record)
+        steps = [step for step in self.steps if step.is_once]
+        for step in steps:
+            self._measure(step, last_step)
+        return bool(steps)
 
     def pictures(self) -> list[Path]:
         """Draw the pictures; none if there is nothing to draw, or nothing to draw with."""
@@ -74,18 +119,13 @@ class Ending:
             return plot_run(self.run_dir) if has_learnt or (self.run_dir / GATES_NAME).exists() else []
         return []
 
-    def _measure_gates(self) -> None:
-        windows = sequential_windows(self.data.validation, _GATE_TOKENS, 1, max_tokens=_GATE_TOKENS)
-        batch = next(iter(windows)).to(self.device)
+    def _measure(self, step: EndStep, last_step: int) -> None:
         self.model.eval()
         try:
-            gates = measure_gates(self.model, batch.input_ids, batch.cu_seqlens)
+            with self._failure_as_note(step.what, step.file):
+                step.measure(self.run_dir, self.model, self.device, last_step)
         finally:
             self.model.train()
-        # gates measured at an earlier end of the run would pass for current ones
-        (self.run_dir / GATES_NAME).unlink(missing_ok=True)
-        if gates is not None:
-            gates.save(self.run_dir)
 
     @contextmanager
     def _failure_as_note(self, what: str, name: str) -> Iterator[None]:

@@ -94,7 +94,7 @@ class Freezing:
         self._set(state["frozen"] and bool(self._parameters))
 
 
-def frozen_names(model: HGRN2LM, freeze: str) -> list[str]:
+def frozen_names(model: nn.Module, freeze: str) -> list[str]:
     """The parameters that a setting means.
 
     Args:
@@ -108,6 +108,8 @@ def frozen_names(model: HGRN2LM, freeze: str) -> list[str]:
     """
     names = [name for name, _ in model.named_parameters()]
     if freeze == COPIED:
+        if not isinstance(model, HGRN2LM):
+            raise UserError("train config: freeze is copied, which concerns language models; wanted patterns of names")
         new = {"model.lower_bounds"}
         for i, layer in enumerate(model.model.layers):
             if isinstance(layer.attn, HGRN2):

@@ -19,7 +19,8 @@ class LaunchedStep:
         num_targets: targets that the loss is a sum over.
         learning_rate: of AdamW.
         started_s: start of the step by the monotonic clock.
-        values: the summed loss and the gradient's norm, once they are known.
+        values: the summed loss, the gradient's norm and the further sums of the task, once they are known.
+        names: of the further sums.
     """
 
     step: int
@@ -28,18 +29,20 @@ class LaunchedStep:
     num_targets: int
     learning_rate: float
     started_s: float
-    values: tuple[float, float] | None = None
+    values: tuple[float, ...] | None = None
+    names: tuple[str, ...] = ()
 
-    def read_back(self, loss_sum: Tensor, norm: Tensor) -> None:
+    def read_back(self, loss_sum: Tensor, *further: Tensor) -> None:
         """Start to copy the values from a GPU, without waiting for it."""
-        self._copy = torch.stack((loss_sum, norm.to(loss_sum.dtype))).to("cpu", non_blocking=True)
+        self._copy = torch.stack((loss_sum, *(value.to(loss_sum.dtype) for value in further))).to(
+            "cpu", non_blocking=True
+        )
         self._copied = torch.cuda.Event()
         self._copied.record()
 
-    def wait(self) -> tuple[float, float]:
-        """Return the summed loss and the gradient's norm; waits for the copy if there is one."""
+    def wait(self) -> tuple[float, ...]:
+        """Return `values`; waits for the copy if there is one."""
         if self.values is None:
             self._copied.synchronize()
-            loss_sum, norm = self._copy.tolist()
-            self.values = loss_sum, norm
+            self.values = tuple(self._copy.tolist())
         return self.values

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import hgrn2
-from hgrn2.errors import UserError, check_types
+from hgrn2.constraints import check_fields
+from hgrn2.errors import UserError
+from hgrn2.tasks.base import StepLoss, Task, check_figures
 from hgrn2.train import checkpoint as ckpt
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import Counters, describe_changes
@@ -28,7 +30,6 @@ from hgrn2.train.metrics import METRICS_NAME, MetricsWriter, read_metrics
 from hgrn2.train.optim import NamedOptimizer
 from hgrn2.train.rng import rng_state, seed_everything, set_rng_state, shielded_rng
 from hgrn2.train.schedule import lr_fraction, used_fraction
-from hgrn2.train.task import Task
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SMOOTHING = 0.95
@@ -45,6 +46,7 @@ class TrainResult:
         last_validation: the last validation record of metrics.jsonl; None if there is none, or if it was not finite.
         stopped_by: name of the signal that stopped the run, or None when its budget is used up.
         had_ended: whether the budget was used up already, so that nothing was done.
+        metric: key of the figure that decides which checkpoint is best.
     """
 
     run_dir: Path
@@ -53,6 +55,7 @@ class TrainResult:
     last_validation: dict[str, Any] | None = None
     stopped_by: str | None = None
     had_ended: bool = False
+    metric: str = "val_loss"
 
 
 @dataclass
@@ -169,6 +172,7 @@ class Trainer:
             None if last is None or last["val_loss"] is None else last,
             None if finished else signal_name,
             had_ended,
+            self.task.metric.name,
         )
 
     def _train(self, stop: StopRequest, metrics: MetricsWriter) -> bool:
@@ -226,20 +230,25 @@ class Trainer:
         batches = [self.task.next_batch() for _ in range(config.grad_accumulation)]
         num_targets = max(1, sum(self.task.num_targets(batch) for batch in batches))
         loss_sum = torch.zeros((), device=self._device)
+        sums: dict[str, Tensor] = {}
         for batch in batches:
             with self._autocast():
-                batch_loss = self.task.loss(self.model, batch)
+                found = self.task.loss(self.model, batch)
+            batch_loss, further = found if isinstance(found, StepLoss) else StepLoss(found)
             # every target of the step weighs the same, however the targets fall into the batches
             (batch_loss / num_targets).backward()
             loss_sum += batch_loss.detach()
+            for name, value in further.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
 
         num_tokens = sum(self.task.num_tokens(batch) for batch in batches)
         counters.step += 1
         counters.tokens += num_tokens
         launched = LaunchedStep(counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s)
-        if self._optimizer.updates_without_waiting and not (config.freeze or config.stream):
+        launched.names = tuple(sums)
+        if self._optimizer.updates_without_waiting and not (config.freeze or self.task.carries_state):
             norm = self._optimizer.step_if_finite(loss_sum, config.clip_norm)
-            launched.read_back(loss_sum, norm)
+            launched.read_back(loss_sum, norm, *sums.values())
             self._optimizer.zero_grad()
             # of the step before, which the device has finished or is about to
             self._finish_step(metrics)
@@ -254,7 +263,7 @@ class Trainer:
         else:
             self.task.step_skipped()
         self._optimizer.zero_grad()
-        launched.values = loss, grad_norm
+        launched.values = loss, grad_norm, *(value.item() for value in sums.values())
         self._launched = launched
         self._finish_step(metrics)
 
@@ -264,7 +273,7 @@ class Trainer:
         if launched is None:
             return
         counters = self._counters
-        loss_sum, grad_norm = launched.wait()
+        loss_sum, grad_norm, *further = launched.wait()
         loss = loss_sum / launched.num_targets
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if is_finite:
@@ -292,6 +301,11 @@ class Trainer:
             "memory_bytes": memory_bytes(self._device),
             "skipped_steps": counters.skipped_steps,
         }
+        if launched.names:
+            means = [value / launched.num_targets for value in further]
+            record["figures"] = {
+                name: value if math.isfinite(value) else None for name, value in zip(launched.names, means, strict=True)
+            }
         metrics.write(record)
         self.display.train(record, self._progress(), self._eta_s())
         if not is_finite:
@@ -315,8 +329,9 @@ class Trainer:
     def _validate(self, metrics: MetricsWriter) -> bool:
         """Write a validation record; True if it is the best so far."""
         counters = self._counters
-        with self._aside():
+        with self._evaluation_mode():
             figures = self.task.evaluate(self.model)
+        check_figures(self.task, figures)
         counters.validated_step = counters.step
         counters.elapsed_s = time.monotonic() - self._started_s
         record = {
@@ -328,15 +343,16 @@ class Trainer:
         }
         metrics.write(record)
         self.display.validation(record)
-        val_loss = figures["val_loss"]
-        better = math.isfinite(val_loss) and (counters.best is None or val_loss < counters.best["val_loss"])
-        if better:
-            counters.best = {"step": counters.step, "val_loss": val_loss}
-        return better
+        metric = self.task.metric
+        value, best = figures[metric.name], counters.best
+        is_better = metric.is_better(value, None if best is None else best[metric.name])
+        if is_better:
+            counters.best = {"step": counters.step, metric.name: value}
+        return is_better
 
     def _sample(self, metrics: MetricsWriter) -> None:
         try:
-            with self._aside():
+            with self._evaluation_mode():
                 text = self.task.sample(self.model)
         except UserError as error:
             # weights that have gone astray: no reason to end the run here
@@ -389,12 +405,13 @@ class Trainer:
             self._freezing.load_state_dict(state["freezing"])
         self._counters = Counters(**{name: state[name] for name in asdict(self._counters)})
         self._saved_step = self._counters.step
-        check_types(self._counters, f"checkpoint {saved.path}, {ckpt.STATE_NAME}")
+        check_fields(self._counters, f"checkpoint {saved.path}, {ckpt.STATE_NAME}")
         if (best := self._counters.best) is not None:
-            self._counters.best = {"step": int(best["step"]), "val_loss": float(best["val_loss"])}
+            name = self.task.metric.name
+            self._counters.best = {"step": int(best["step"]), name: float(best[name])}
         set_rng_state(state["rng"])
         self._saved_records = state.get("num_records")
-        for line in describe_changes(saved.train, self.run_config.get("train", {}), self._counters):
+        for line in describe_changes(saved.config, self.run_config, self._counters):
             self.display.note(line)
         before, now = state["environment"], self._environment()
         if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
@@ -416,7 +433,7 @@ class Trainer:
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _evaluation_mode(self) -> Iterator[None]:
         """Evaluation mode, no gradients, generators of its own: looking does not change the training."""
         self.model.eval()
         try:

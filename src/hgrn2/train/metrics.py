@@ -23,7 +23,16 @@ _COMMON = {"kind", "step", "tokens", "elapsed_s", _CHECKSUM}
 _KEYS = {
     "start": _COMMON | {"device", "num_threads", "torch", "hgrn2", "parameters", "data", "prompt"},
     "train": _COMMON
-    | {"loss", "smoothed_loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_bytes", "skipped_steps"},
+    | {
+        "loss",
+        "smoothed_loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_s",
+        "memory_bytes",
+        "skipped_steps",
+        "figures",
+    },
     "validation": _COMMON | {"val_loss", "val_perplexity", "val_bits_per_byte", "val_tokens", "val_text_bytes"},
     "sample": _COMMON | {"text"},
     "unfreeze": _COMMON,
@@ -185,7 +194,7 @@ class MetricsWriter:
         self._file.write(_line(record))
         self._file.flush()
         if self._board is not None:
-            for key, value in record.items():
+            for key, value in {**record, **record.get("figures", {})}.items():
                 if isinstance(value, float | int) and key not in ("step", "tokens") and math.isfinite(value):
                     self._board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 

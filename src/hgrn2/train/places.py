@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def to_saved_path(run_dir: Path, place: str | Path) -> str:
@@ -26,3 +28,10 @@ def from_saved_path(run_dir: Path, saved: str, was_at: str | None) -> Path:
     there = here.parent / "prepared" / Path(saved).name if was_at is None else Path(was_at, saved)
     place, other = (Path(os.path.normpath(path)) for path in (here / saved, there))
     return other if not place.exists() and other.exists() else place
+
+
+def was_at(config: Mapping[str, Any]) -> str | None:
+    """Return where a run was when its config.json was written; None for older runs, and runs without data."""
+    data = config.get("data")
+    found = data.get("run_was_at") if isinstance(data, dict) else None
+    return found if isinstance(found, str) else None

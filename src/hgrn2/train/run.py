@@ -1,44 +1,111 @@
-"""A language-model run from settings to pictures: what `hgrn2 train` and `hgrn2 train --resume` call."""
+"""Runs of any task, from a specification to the report: start, resume, evaluate."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from hgrn2.data.find_tokenizer import check_same_tokens, tokenizer_of
-from hgrn2.data.prepared import PreparedData
-from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.devices import choose_device
 from hgrn2.errors import UserError
-from hgrn2.formats.opening import ModelFolder, open_folder
-from hgrn2.formats.run_folder import locate_model, read_checkpoint_config, read_config, resume_point
+from hgrn2.formats.run_folder import locate_model, read_config, resume_point
 from hgrn2.formats.soundness import check_tokenizer
-from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.storage.lock import run_lock
-from hgrn2.train.checkpoint import CheckpointStore, create_run
-from hgrn2.train.config import TrainConfig
+from hgrn2.tasks.base import Task, check_figures
+from hgrn2.train.checkpoint import CheckpointStore, create_run, load_checkpoint, load_model_tensors
 from hgrn2.train.counters import describe_end
 from hgrn2.train.display import Display, make_display
-from hgrn2.train.distill import Teacher
-from hgrn2.train.ending import Ending
+from hgrn2.train.ending import Ending, EndStep
 from hgrn2.train.freezing import frozen_names
 from hgrn2.train.gates import GATES_NAME
-from hgrn2.train.hints import first_words
-from hgrn2.train.language import LanguageTask, Sampler
 from hgrn2.train.loop import Trainer, TrainResult
-from hgrn2.train.places import from_saved_path, to_saved_path
+from hgrn2.train.places import was_at
 from hgrn2.train.report import REPORT_NAME, write_report
 from hgrn2.train.rng import seed_everything
+from hgrn2.train.settings import RunSettings
+
+
+class SavesFiles(Protocol):
+    """A tokenizer, or whatever else is kept beside config.json."""
+
+    def save(self, directory: Path) -> Any:
+        """Write its files into a folder."""
+        ...
 
 
 @dataclass(frozen=True)
-class LanguageRun:
+class RunSpec:
+    """Everything that makes a run of some task, before anything is built or written.
+
+    Attributes:
+        settings: of training and of the task.
+        build_model: makes the model on a device, with its first weights; the generators are seeded before the call.
+        build_task: makes the task for a device.
+        saved: tables of config.json beside those of the settings: "model", and "data" for tasks that read any.
+        tokenizer: saved into the run folder; None for tasks without one.
+        describe: facts about the model and the data for the record of the start, JSON values.
+        at_end: what is measured of the model when the run ends, see `EndStep`.
+    """
+
+    settings: RunSettings
+    build_model: Callable[[torch.device], nn.Module]
+    build_task: Callable[[torch.device], Task]
+    saved: Mapping[str, Any]
+    tokenizer: SavesFiles | None = None
+    describe: Callable[[nn.Module], Mapping[str, Any]] = lambda _: {}
+    at_end: Sequence[EndStep] = ()
+
+    def config(self, run_dir: Path) -> dict[str, Any]:
+        """Return what config.json of a run folder holds."""
+        tables = self.settings.to_saved(run_dir)
+        # in the order of older runs
+        order = ("model", "train", "task", "data")
+        return {name: table for name in order if (table := {**tables, **self.saved}.get(name)) is not None}
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run folder to resume or evaluate, read while it is locked.
+
+    Attributes:
+        run_dir: the run folder.
+        config: its config.json.
+        checkpoint: the checkpoint to go on from; None if the run was stopped before the first.
+        settings: of training and of the task, as the run has them.
+    """
+
+    run_dir: Path
+    config: dict[str, Any]
+    checkpoint: Path | None
+    settings: RunSettings
+
+    @classmethod
+    def read(cls, run_dir: Path, checkpoint: Path | None) -> SavedRun:
+        """Read a run folder.
+
+        Raises:
+            UserError: its config.json lacks a table, or holds an unknown one.
+        """
+        config = read_config(run_dir)
+        check_tokenizer(run_dir)
+        wanted = {"model", "train"} | (set() if "task" in config else {"data"})
+        for key in sorted(wanted, key=("model", "train", "data").index):
+            if not isinstance(config.get(key), dict):
+                raise UserError(
+                    f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run", "damaged"
+                )
+        if further := config.keys() - {"model", "train", "data", "task"}:
+            raise UserError(f"{run_dir}/config.json: unknown keys {sorted(further)}; remove them", "unknown-name")
+        return cls(run_dir, config, checkpoint, RunSettings.from_saved(config, run_dir, was_at(config)))
+
+
+@dataclass(frozen=True)
+class Run:
     """A run that has ended.
 
     Attributes:
@@ -48,71 +115,38 @@ class LanguageRun:
         report: path of report.html; None if it could not be written.
     """
 
-    model: HGRN2LM
+    model: Any
     result: TrainResult
     pictures: list[Path]
     report: Path | None
 
 
-def start_language_run(
-    run_dir: Path,
-    model_config: HGRN2Config,
-    train_config: TrainConfig,
-    data: PreparedData,
-    *,
-    data_settings: Mapping[str, Any],
-    start: ModelFolder | None = None,
-    sampler: Sampler | None = None,
-    display: Display | None = None,
-    compressors: bool = False,
-) -> LanguageRun:
-    """Train a new model, or go on with the weights of one.
+def start_run(run_dir: Path, spec: RunSpec, display: Display | None = None) -> Run:
+    """Train a new model.
 
     Args:
         run_dir: a folder to make.
-        model_config: the model.
-        train_config: how to train it.
-        data: prepared tokens and their tokenizer.
-        data_settings: JSON values that say what the data was prepared from; kept as "data" in config.json, with the
-            place of the prepared tokens and their fingerprints.
-        start: where the first weights come from; None: drawn.
-        sampler: writes samples from the model and a prompt; None: no samples.
+        spec: the run.
         display: where progress is shown; by default on standard error.
-        compressors: at the end, record what gzip and xz make of the held-out text.
 
     Raises:
         UserError: settings that do not fit each other or the data (nothing is written), or as Trainer.run.
     """
-    train_config = train_config.resolved()
-    parts = _Parts.build(model_config, train_config, data, sampler)
-    if start is not None:
-        start.load_into(parts.model)
-    kept = _saved_data_settings(data_settings, data, run_dir) | {"fingerprints": _fingerprints(data)}
-    config = {"model": model_config.to_dict(), "train": _saved_train_settings(train_config, run_dir), "data": kept}
+    parts = _Parts.build(spec)
     with run_lock(run_dir) as check_lock:
-        create_run(run_dir, config, data.tokenizer)
-        return parts.run(run_dir, config, None, display, check_lock, compressors)
+        config = spec.config(run_dir)
+        create_run(run_dir, config, spec.tokenizer)
+        return parts.run(run_dir, config, None, display, check_lock)
 
 
-def resume_language_run(
-    path: Path,
-    data: PreparedData,
-    *,
-    changes: Mapping[str, Any] | None = None,
-    sampler: Sampler | None = None,
-    display: Display | None = None,
-    compressors: bool = False,
-) -> LanguageRun:
-    """Go on with a run; on the CPU with the losses it would have had without the stop, to the last bit.
+def resume_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], display: Display | None = None) -> Run:
+    """Resume a run; on the CPU with the losses it would have had without the stop, to the last bit.
 
     Args:
         path: a run folder, or one of its checkpoints.
-        data: the tokens it was started with, wherever they lie now.
-        changes: train settings that are to be different from now on, such as a larger max_steps; config.json
-            gets them once the checkpoint goes with them.
-        sampler: as for start_language_run.
-        display: as for start_language_run.
-        compressors: as for start_language_run.
+        spec_of: returns the specification of the run, perhaps with other settings; config.json gets them once the
+            checkpoint goes with them.
+        display: as for start_run.
 
     Raises:
         UserError: there is no run, its checkpoint is damaged, the data or the model is another, or as Trainer.run.
@@ -123,124 +157,65 @@ def resume_language_run(
         CheckpointStore(run_dir, 1).remove_leftovers()
         # again: until now another process may have written and removed checkpoints
         _, checkpoint = resume_point(path)
-        config = read_config(run_dir)
-        check_tokenizer(run_dir)
-        for key in ("model", "train", "data"):
-            if not isinstance(config.get(key), dict):
-                raise UserError(f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run")
-        if further := config.keys() - {"model", "train", "data"}:
-            raise UserError(f"{run_dir}/config.json: unknown keys {sorted(further)}; remove them")
-        _check_data(run_dir, config["data"].get("fingerprints"), data)
-        model_config = HGRN2Config.from_dict(config["model"])
-        if checkpoint is not None:
-            _check_model(run_dir, model_config, checkpoint)
-        before = _restore_train_settings(config["train"], run_dir, config["data"].get("run_was_at"))
-        train_config = TrainConfig.from_dict({**before, **(changes or {})})
-        parts = _Parts.build(model_config, train_config, data, sampler)
-        config["train"] = _saved_train_settings(train_config, run_dir)
-        config["data"] = _saved_data_settings(config["data"], data, run_dir)
-        return parts.run(run_dir, config, checkpoint, display, check_lock, compressors)
+        spec = spec_of(SavedRun.read(run_dir, checkpoint))
+        return _Parts.build(spec).run(run_dir, spec.config(run_dir), checkpoint, display, check_lock)
 
 
-def _saved_train_settings(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
-    """Return the settings as config.json holds them: the run may be resumed from another folder."""
-    teacher = None if config.teacher is None else to_saved_path(run_dir, config.teacher)
-    return config.to_dict() | {"teacher": teacher}
-
-
-def _saved_data_settings(settings: Mapping[str, Any], data: PreparedData, run_dir: Path) -> dict[str, Any]:
-    return {**settings, "prepared": to_saved_path(run_dir, data.directory), "run_was_at": os.path.realpath(run_dir)}
-
-
-def _restore_train_settings(settings: Mapping[str, Any], run_dir: Path, was_at: str | None) -> dict[str, Any]:
-    """Undo `_saved_train_settings`, and fill in the warmup of older runs, which kept no number for the default."""
-    found = dict(settings)
-    if isinstance(teacher := found.get("teacher"), str):
-        found["teacher"] = str(from_saved_path(run_dir, teacher, was_at))
-    if found.get("warmup_steps") is None:
-        found["warmup_steps"] = TrainConfig.from_dict(found).num_warmup_steps
-    return found
-
-
-def _describe_start(model: HGRN2LM, data: PreparedData, config: TrainConfig) -> dict[str, Any]:
-    """Return facts about the model and the data for the record of a run's start.
+def evaluate_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], which: str = "latest") -> dict[str, Any]:
+    """Return the figures of the task for a trained model, as a validation while training has them.
 
     Args:
-        model: to train.
-        data: prepared tokens.
-        config: the settings.
+        path: a run folder, or one of its checkpoints.
+        spec_of: as for resume_run.
+        which: "latest" or "best" checkpoint of a run folder.
 
-    Returns:
-        parameters, data (sizes of both parts), prompt (a few words to continue); JSON values.
+    Raises:
+        UserError: there is no run or no checkpoint, or it is damaged.
     """
-    prompt = config.sample_prompt
-    if not prompt.isprintable() or prompt != prompt.strip() or not prompt:
-        prompt = first_words(data.validation, data.tokenizer)
-    sizes = {
-        side: {"documents": part.num_documents, "text_bytes": part.num_text_bytes, "tokens": part.num_tokens}
-        for side, part in (("train", data.train), ("validation", data.validation))
-    }
-    about = {"tokenizer": data.tokenizer.name, "vocab_size": data.tokenizer.vocab_size}
-    skipped = data.manifest.get("skipped", {})
-    return {"parameters": model.num_parameters(), "data": {**about, **sizes, "skipped": skipped}, "prompt": prompt}
-
-
-def _fingerprints(data: PreparedData) -> dict[str, str]:
-    return {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
-
-
-def _check_data(run_dir: Path, wanted: Any, data: PreparedData) -> None:
-    # older runs have none of these; the position in the data knows the training tokens
-    if wanted is None:
-        return
-    known = wanted if isinstance(wanted, dict) else {}
-    differing = [name for name, found in _fingerprints(data).items() if known.get(name) != found]
-    if differing:
-        raise UserError(
-            f"{data.directory}: its {' and '.join(differing)} tokens are not those that {run_dir} was started with; "
-            "name the folder that has them with --prepared, or the same text with --data"
-        )
-
-
-def _check_model(run_dir: Path, config: HGRN2Config, checkpoint: Path) -> None:
-    """Raise UserError if the settings of the run are not those that the checkpoint's weights were trained with."""
-    saved = read_checkpoint_config(checkpoint).get("model")
-    if not isinstance(saved, dict):
-        raise UserError(f"{checkpoint}/config.json: no 'model' settings; name an older checkpoint")
-    now, before = config.to_dict(), HGRN2Config.from_dict(saved).to_dict()
-    if differing := [f"{key} is {now[key]!r}, there {before[key]!r}" for key in now if now[key] != before[key]]:
-        raise UserError(
-            f"{run_dir}/config.json: the model is not that of {checkpoint.name}: {', '.join(differing)}; "
-            "restore the file from the checkpoint, or begin another run with --from and --set"
-        )
+    checkpoint, _ = locate_model(path, which)
+    run_dir, _ = resume_point(checkpoint)
+    parts = _Parts.build(spec_of(SavedRun.read(run_dir, checkpoint)))
+    load_model_tensors(parts.model, load_checkpoint(checkpoint).model, checkpoint)
+    parts.model.eval()
+    with torch.no_grad():
+        figures = parts.task.evaluate(parts.model)
+    check_figures(parts.task, figures)
+    return figures
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Everything a run needs, checked before the run folder is touched."""
+    """The model and the task of a run, built before the run folder is touched."""
 
-    model: HGRN2LM
-    task: LanguageTask
-    config: TrainConfig
-    data: PreparedData
+    spec: RunSpec
+    model: Any
+    task: Task
     frozen: list[str]
+    device: torch.device
 
     @classmethod
-    def build(
-        cls, model_config: HGRN2Config, config: TrainConfig, data: PreparedData, sampler: Sampler | None
-    ) -> _Parts:
-        data.tokenizer.check_fits(model_config.vocab_size)
+    def build(cls, spec: RunSpec) -> _Parts:
+        config = spec.settings.train
         device = choose_device(config.device)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        teacher = None if config.teacher is None else _open_teacher(config, model_config, data.tokenizer, device)
-        task = LanguageTask(data.train, data.validation, config, device, sampler, teacher)
+        task = spec.build_task(device)
         seed_everything(config.seed)
-        model = HGRN2LM(model_config).to(device)
-        model.activation_checkpointing = config.activation_checkpointing
+        model: Any = spec.build_model(device)
+        if config.activation_checkpointing:
+            if not hasattr(model, "activation_checkpointing"):
+                raise UserError(
+                    f"activation_checkpointing: the model of task {task.name!r} has none; leave it out", "unsupported"
+                )
+            model.activation_checkpointing = True
         if config.compile:
-            model.model.compile_blocks()
-        return cls(model, task, config, data, frozen_names(model, config.freeze))
+            backbone = getattr(model, "model", model)
+            if not hasattr(backbone, "compile_blocks"):
+                raise UserError(
+                    f"compile: the model of task {task.name!r} cannot be compiled; leave it out", "unsupported"
+                )
+            backbone.compile_blocks()
+        return cls(spec, model, task, frozen_names(model, config.freeze), device)
 
     def run(
         self,
@@ -249,21 +224,24 @@ class _Parts:
         resume_from: Path | None,
         display: Display | None,
         check_lock: Callable[[], None],
-        compressors: bool,
-    ) -> LanguageRun:
+    ) -> Run:
         display = display or make_display()
+        config = self.spec.settings.train
         trainer = Trainer(
             model=self.model,
             task=self.task,
             roles=self.model.parameter_roles(),
-            config=self.config,
+            config=config,
             run_dir=run_dir,
             run_config=run_config,
             resume_from=resume_from,
             frozen=self.frozen,
             display=display,
             check_lock=check_lock,
-            about=_describe_start(self.model, self.data, self.config),
+            about={
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                **self.spec.describe(self.model),
+            },
         )
         try:
             result = trainer.run()
@@ -274,16 +252,15 @@ class _Parts:
                     check_lock()
                     write_report(run_dir)
             raise
-        ending = Ending(run_dir, self.model, self.data, choose_device(self.config.device), display.note)
+        ending = Ending(run_dir, self.model, self.device, self.spec.at_end, display.note)
         if result.stopped_by:
-            return LanguageRun(self.model, result, [], ending.report())
-        if compressors:
-            ending.compare_compressors(result.counters.step)
-        elif result.had_ended and _is_drawn(run_dir):
-            display.note(f"{run_dir}: {describe_end(self.config, result.counters)}")
-            return LanguageRun(self.model, result, [], run_dir / REPORT_NAME)
+            return Run(self.model, result, [], ending.report())
+        has_news = ending.measure_once(result.counters.step)
+        if not has_news and result.had_ended and _is_drawn(run_dir):
+            display.note(f"{run_dir}: {describe_end(config, result.counters)}")
+            return Run(self.model, result, [], run_dir / REPORT_NAME)
         report = ending.report()
-        return LanguageRun(self.model, result, ending.pictures(), report)
+        return Run(self.model, result, ending.pictures(), report)
 
 
 def _is_drawn(run_dir: Path) -> bool:
@@ -292,20 +269,3 @@ def _is_drawn(run_dir: Path) -> bool:
         return False
     names = {path.name for path in (run_dir / "plots").glob("*.png")}
     return "memory.png" in names if (run_dir / GATES_NAME).exists() else bool(names)
-
-
-def _open_teacher(config: TrainConfig, student: HGRN2Config, tokenizer: Tokenizer, device: torch.device) -> Teacher:
-    assert config.teacher is not None
-    try:
-        folder, tokenizer_dir = locate_model(Path(config.teacher))
-        opened = open_folder(folder)
-    except UserError as error:
-        # a run that is resumed remembers where its teacher was
-        raise UserError(f"teacher {error}; if the teacher has moved, name its new place: --teacher NEW") from None
-    if opened.config.vocab_size != student.vocab_size:
-        raise UserError(
-            f"teacher {folder}: has a vocabulary of {opened.config.vocab_size}, the model one of "
-            f"{student.vocab_size}; wanted the same tokens"
-        )
-    check_same_tokens(tokenizer_of(tokenizer_dir), tokenizer, f"teacher {folder}")
-    return Teacher(opened.load(device), config)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hgrn2.errors import check_types
+from hgrn2.constraints import check_fields
 from hgrn2.nn.parameters import InitialValues, parameter_roles
 
 MixerState = dict[str, Tensor]
@@ -105,7 +105,7 @@ class MixerOptions:
     """Options of a mixer, as a configuration names them; each mixer has a frozen dataclass derived from this one."""
 
     def __post_init__(self) -> None:
-        check_types(self, "options")
+        check_fields(self, "options")
         self.check()
 
     def check(self) -> None:

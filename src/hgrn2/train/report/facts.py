@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hgrn2.errors import UserError
 from hgrn2.formats.run_folder import read_config
+from hgrn2.tasks import TASKS, Metric, TaskReport
 from hgrn2.train.curves import Record
 from hgrn2.train.gates import GATES_NAME, GateSummary
 from hgrn2.train.metrics import read_metrics
@@ -141,6 +142,30 @@ class RunFacts:
             return None
         last = self.last
         return 0.0 if last is None else min(1.0, max(last[_BUDGETS[name]] / budget for name, budget in budgets.items()))
+
+    @cached_property
+    def task(self) -> TaskReport:
+        """How the task speaks of itself; defaults for one that is not registered here, or not known."""
+        task = TASKS.get(self._task_name)
+        if task is None:
+            return TaskReport()
+        return task.report if self.config else replace(task.report, model="A model")
+
+    @property
+    def metric(self) -> Metric:
+        """What decides which checkpoint is best; the loss for a task that is not registered here."""
+        task = TASKS.get(self._task_name)
+        return Metric("val_loss") if task is None else task.metric
+
+    @property
+    def _task_name(self) -> str:
+        # older runs, and all on text alone, have no such table
+        return str(self.section("task").get("name", "language"))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the run was trained on text."""
+        return bool(self.section("data"))
 
     def section(self, name: str) -> dict[str, Any]:
         """Return one section of the configuration: model, train or data."""

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from hgrn2.quantities import plural
-from hgrn2.train.config import TrainConfig
 from hgrn2.train.curves import Record, thin
 from hgrn2.train.hints import compressor_caveat, generate_command, program, resume_command
 from hgrn2.train.report.facts import RunFacts, figure
 from hgrn2.train.report.figures import gate_figures, loss_figures, small_figures
 from hgrn2.train.report.parts import code, details, pairs, section, table
 from hgrn2.train.report.words import compact, duration, number, rich, size
+from hgrn2.train.settings import FLAT_DEFAULTS
 
 _MOST_SAMPLES, _MOST_SAMPLE_CHARACTERS = 8, 1500
 _MOST_ROWS, _MOST_EVENTS = 60, 40
@@ -26,12 +26,10 @@ def summary(facts: RunFacts) -> str:
     tiles = []
     if facts.measured:
         newest = facts.measured[-1]
-        bits, perplexity = figure(newest, "val_bits_per_byte"), figure(newest, "val_perplexity")
-        if bits is not None:
-            tiles.append(("bits per byte", f"{bits:.3f}", "of held-out text; fewer is better"))
-        if perplexity is not None:
-            tiles.append(("perplexity", f"{perplexity:,.2f}", "a token of held-out text"))
-        if bits is None:
+        shown = [(found, value) for found in facts.task.figures if (value := figure(newest, found.key)) is not None]
+        tiles += [(found.label, format(value, found.style), found.note) for found, value in shown]
+        # without the most telling figure, the loss has to do
+        if not facts.task.figures or figure(newest, facts.task.figures[0].key) is None:
             tiles.append(("validation loss", f"{newest['val_loss']:.4f}", "nats per target"))
     last = facts.last
     if last is not None:
@@ -48,7 +46,7 @@ def summary(facts: RunFacts) -> str:
 
 def _sentence(facts: RunFacts) -> str:
     model = facts.section("model")
-    words = ["A language model" if facts.section("data") else "A model"]
+    words = [facts.task.model]
     if facts.num_parameters is not None:
         words.append(f"of {_in_words(facts.num_parameters)} parameters")
     layers, width = model.get("num_hidden_layers"), model.get("hidden_size")
@@ -128,13 +126,12 @@ def _validation_table(facts: RunFacts) -> str:
     if not facts.validation:
         return ""
     chosen = [facts.validation[i] for i in thin(len(facts.validation), _MOST_ROWS)]
-    has_bits = any("val_bits_per_byte" in r for r in chosen)
-    head = ["step", "tokens", "time", "loss (nats)", *(["perplexity", "bits per byte"] if has_bits else [])]
+    figures = [found for found in reversed(facts.task.figures) if any(found.key in r for r in chosen)]
+    head = ["step", "tokens", "time", "loss (nats)", *(found.label for found in figures)]
     rows = []
     for r in chosen:
         cells = [f"{r['step']:,}", f"{r['tokens']:,}", duration(r["elapsed_s"]), number(r["val_loss"], ",.4f")]
-        if has_bits:
-            cells += [number(r.get("val_perplexity"), ",.2f"), number(r.get("val_bits_per_byte"), ".4f")]
+        cells += [number(r.get(found.key), found.table_style) for found in figures]
         rows.append(cells)
     note = "" if len(chosen) == len(facts.validation) else f", {len(chosen)} of {len(facts.validation)}"
     return details(f"Validations as numbers{note}", table(head, rows))
@@ -246,12 +243,17 @@ def _counts(found: Any) -> str:
 def settings(facts: RunFacts) -> str:
     """Return the configuration: changed settings first, then the defaults."""
     blocks = []
-    defaults = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
+    defaults = FLAT_DEFAULTS
     train = facts.section("train")
+    task = facts.section("task")
     chosen = {k: v for k, v in train.items() if k not in defaults or defaults[k] != v}
     rest = {k: v for k, v in train.items() if k not in chosen}
     if facts.section("model"):
         blocks.append(f"<h3>Model</h3>{pairs(facts.section('model').items())}")
+    if task:
+        options = task.get("options")
+        shown = options.items() if isinstance(options, dict) else []
+        blocks.append(f"<h3>Task</h3>{pairs([('name', task.get('name')), *shown])}")
     if chosen:
         blocks.append(f"<h3>Training, where it differs from the defaults</h3>{pairs(chosen.items())}")
     if rest:
@@ -279,8 +281,12 @@ def events(facts: RunFacts) -> str:
     events += [(r["step"], "frozen weights unfrozen") for r in facts.records if r["kind"] == "unfreeze"]
     events += [(r["step"], "validation not finite") for r in facts.validation if r["val_loss"] is None]
     if facts.measured:
-        best = min(facts.measured, key=lambda r: r["val_loss"])
-        events.append((best["step"], f"best validation, {best['val_loss']:.4f} nats per token"))
+        metric, sign = facts.metric, -1 if facts.metric.higher_is_better else 1
+        found = [r for r in facts.measured if figure(r, metric.name) is not None]
+        if found:
+            best = min(found, key=lambda r: sign * r[metric.name])
+            unit = facts.task.unit if metric.name == "val_loss" else metric.name
+            events.append((best["step"], f"best validation, {best[metric.name]:.4f} {unit}"))
     if facts.last is not None and facts.progress is not None and facts.progress >= 1:
         events.append((facts.last["step"], "budget used up"))
     events.sort(key=lambda event: event[0])

@@ -5,12 +5,14 @@ import torch
 from torch.nn import functional
 
 from hgrn2.data.batches import Batch
-from hgrn2.errors import UserError
+from hgrn2.data.prepare import prepare
 from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.nn.loss import linear_cross_entropy
-from hgrn2.train import distill
-from hgrn2.train.config import TrainConfig
-from hgrn2.train.distill import Teacher, distillation_loss
+from hgrn2.tasks import distillation as distill
+from hgrn2.tasks.base import TaskContext
+from hgrn2.tasks.distillation import DistillationOptions, DistillationTask, distillation_loss
+from hgrn2.train.settings import RunSettings
+from tests.refusals import refuses
 
 V, M = 11, 9
 
@@ -70,15 +72,23 @@ def model():
     return HGRN2LM(HGRN2Config(vocab_size=V, hidden_size=8, num_hidden_layers=1, expand_ratio=4, intermediate_size=8))
 
 
-def test_a_teacher_of_a_packed_batch(model):
-    teacher_model = HGRN2LM(model.config.replace(attn={"layers": [0], "num_heads": 2}))
-    config = TrainConfig(max_steps=1, teacher="there", distill_weight=1.0, distill_temperature=2.0)
-    teacher = Teacher(teacher_model, config)
+def test_a_teacher_of_a_packed_batch(model, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "0.txt").write_text("a text of some words\n" * 40)
+    data = prepare([str(tmp_path / "text")], "bytes", tmp_path / "prepared", progress=False)
+    model_config = model.config.replace(vocab_size=257)
+    model = HGRN2LM(model_config)
+    teacher_model = HGRN2LM(model_config.replace(attn={"layers": [0], "num_heads": 2}))
+    teacher_model.save(tmp_path / "teacher", data.tokenizer)
+    options = DistillationOptions(
+        seq_len=8, teacher=str(tmp_path / "teacher"), distill_weight=1.0, distill_temperature=2.0
+    )
+    task = DistillationTask.build(options, TaskContext(model_config=model_config, data=data))
     batch = Batch(
         input_ids=torch.arange(8).unsqueeze(0), targets=torch.arange(1, 9).unsqueeze(0),
         cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32),
     )  # fmt: skip
-    loss = teacher.loss(model.hidden_states, model.lm_head.weight, batch)
+    loss = task.loss(model, batch)
     # documents do not see each other, in neither model
     logits = [
         torch.cat([m(batch.input_ids[:, a:b])[0] for a, b in ((0, 3), (3, 8))], 1)[0] for m in (model, teacher_model)
@@ -87,17 +97,24 @@ def test_a_teacher_of_a_packed_batch(model):
     torch.testing.assert_close(loss, 4 * (p.exp() * (p - q)).sum())
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert all(p.grad is None and not p.requires_grad for p in teacher_model.parameters())
+
+
+def settings(**keys):
+    return RunSettings.from_flat({"max_steps": 1} | keys)
 
 
 def test_settings():
-    assert TrainConfig(max_steps=1, teacher="x", distill_weight=1.0).distill_weight == 1
+    found = settings(teacher="x", distill_weight=1.0, seq_len=8)
+    assert found.task is DistillationTask
+    assert found.options == DistillationOptions(teacher="x", distill_weight=1.0, seq_len=8)
     for name in ("distill_weight", "distill_temperature"):
         with pytest.warns(UserWarning, match=f"{name} has no effect with no teacher"):
-            TrainConfig(max_steps=1, **{name: 0.5})
-    with pytest.raises(UserError, match=r"distill_weight is 1\.5; wanted 0 to 1"):
-        TrainConfig(max_steps=1, teacher="x", distill_weight=1.5)
-    with pytest.raises(UserError, match="distill_temperature is 0; wanted more than 0"):
-        TrainConfig(max_steps=1, teacher="x", distill_temperature=0)
-    with pytest.raises(UserError, match="a teacher reads packed documents"):
-        TrainConfig(max_steps=1, teacher="x", stream=True)
+            settings(**{name: 0.5})
+    for name, value in (("distill_weight", 1.5), ("distill_temperature", 0), ("distill_temperature", 1e300)):
+        with refuses("invalid-value", f"{name} is {value}"):
+            settings(teacher="x", **{name: value})
+    for teacher in ("", "a\0b"):
+        with refuses("invalid-value", f"teacher is {teacher!r}"):
+            settings(teacher=teacher)
+    with refuses("contradiction", "teacher", "stream"):
+        settings(teacher="x", stream=True)

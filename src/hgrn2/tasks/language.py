@@ -1,82 +1,119 @@
-"""Language modelling as a task for the loop: packed documents, or streams with the state carried along."""
+"""Language modelling: packed documents, or streams with the state carried along."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
 
-import torch
 from torch import Tensor, nn
 
+from hgrn2.constraints import Gt, check_fields
 from hgrn2.data.batches import Batch, PackedBatches, StreamBatches
 from hgrn2.data.sequential import sequential_windows
-from hgrn2.data.tokens import TokenDataset
+from hgrn2.errors import UserError
 from hgrn2.models import ModelState
-from hgrn2.train.config import TrainConfig
-from hgrn2.train.distill import Teacher
-
-# writes text: from the model and a prompt to the prompt and its continuation
-Sampler = Callable[[nn.Module, str], str]
+from hgrn2.nn.loss import IGNORE
+from hgrn2.tasks.base import Metric, ReportFigure, TaskBase, TaskContext, TaskOptions, TaskReport
+from hgrn2.tasks.registry import register_task
 
 
-class LanguageTask:
-    """Next-token prediction; the task of `hgrn2 train`.
+@dataclass(frozen=True)
+class LanguageOptions(TaskOptions):
+    """Options of next-token prediction."""
+
+    what = "train config"
+
+    seq_len: Annotated[int, Gt(0)] = 1024
+    """Tokens in one sequence."""
+    stream: bool = False
+    """Carry the state across a document's windows (truncated backpropagation) instead of packing."""
+    validation_tokens: Annotated[int, Gt(0)] = 262_144
+    """Tokens of the held-out text that a validation reads: always the same documents, chosen at random."""
+    sample_prompt: str = ""
+    """Text that the samples continue; empty: the start of a document."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.what)
+        try:
+            self.sample_prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            # found at the first sample otherwise, which may be at the end of the run
+            raise UserError(f"train config: sample_prompt is {self.sample_prompt!r}; wanted UTF-8 text") from None
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Tokens of a sequence."""
+        return self.seq_len
+
+
+@register_task
+class LanguageTask(TaskBase):
+    """Next-token prediction on prepared text; the task of `hgrn2 train`.
 
     Args:
-        train: tokens to train on.
-        validation: held-out tokens.
-        config: batch_size, seq_len, stream, seed, validation_tokens, sample_prompt and compile are read.
-        device: where the model is.
-        sampler: writes the samples; None: no samples.
-        teacher: what the model learns from beside the text; None: the text alone.
+        options: windows, validation and samples.
+        context: data (`PreparedData`), batch_size, seed, device and sampler are read.
 
     Raises:
         UserError: the training tokens are fewer than a window needs.
     """
 
-    def __init__(
-        self,
-        train: TokenDataset,
-        validation: TokenDataset,
-        config: TrainConfig,
-        device: torch.device,
-        sampler: Sampler | None = None,
-        teacher: Teacher | None = None,
-    ) -> None:
-        batches = StreamBatches if config.stream else PackedBatches
-        self._batches = batches(train, config.batch_size, config.seq_len, seed=config.seed)
+    name = "language"
+    Options = LanguageOptions
+    metric = Metric("val_loss")
+    reads_text = True
+    report = TaskReport(
+        model="A language model",
+        unit="nats per token",
+        figures=(
+            ReportFigure("val_bits_per_byte", "bits per byte", ".3f", "of held-out text; fewer is better", ".4f"),
+            ReportFigure("val_perplexity", "perplexity", ",.2f", "a token of held-out text", ",.2f"),
+        ),
+    )
+
+    def __init__(self, options: LanguageOptions, context: TaskContext) -> None:
+        train, validation = context.data.train, context.data.validation
+        batches = StreamBatches if options.stream else PackedBatches
+        self._batches = batches(train, context.batch_size, options.seq_len, seed=context.seed)
         self._held_out = sequential_windows(
-            validation, config.seq_len, config.batch_size, max_tokens=config.validation_tokens
+            validation, options.seq_len, context.batch_size, max_tokens=options.validation_tokens
         )
         self._keeps_text = validation.keeps_text
-        self._config = config
-        self._device = device
-        self._sampler = sampler
-        self._teacher = teacher
+        self._options = options
+        self._device = context.device
+        self._sampler = context.sampler
         self._carried: ModelState | None = None
 
+    @classmethod
+    def build(cls, options: LanguageOptions, context: TaskContext) -> Self:
+        """Make the task."""
+        return cls(options, context)
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether streams go on from the states of the step before."""
+        return self._options.stream
+
     def next_batch(self) -> Batch:
-        """The next batch, on the CPU, where its targets are counted without waiting for the device."""
+        """Return the next batch, on the CPU, where its targets are counted without waiting for the device."""
         batch = next(self._batches)
         # memory from which a copy to the device needs no waiting
         return batch.pin_memory() if self._device.type == "cuda" else batch
 
     def num_tokens(self, batch: Batch) -> int:
-        """Inputs of the batch."""
+        """Return the number of inputs of the batch."""
         return batch.input_ids.numel()
 
     def num_targets(self, batch: Batch) -> int:
-        """Targets that are not ignored."""
-        return int((batch.targets >= 0).sum())
+        """Return the number of targets that are not ignored."""
+        return int((batch.targets != IGNORE).sum())
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Cross entropy summed over the targets, nats; with a teacher, mixed with the divergence from it."""
-        part = model.loss if self._teacher is None else model.hidden_states
+        """Return the cross entropy summed over the targets, nats."""
         batch = batch.to(self._device, non_blocking=True)
-        if self._teacher is not None:
-            return self._teacher.loss(part, model.lm_head.weight, batch)
-        loss_sum, self._carried = carried_loss(part, batch, self._carried)
+        loss_sum, self._carried = carried_loss(model.loss, batch, self._carried)
         return loss_sum
 
     def step_skipped(self) -> None:
@@ -84,7 +121,7 @@ class LanguageTask:
         self._carried = None
 
     def evaluate(self, model: Any) -> dict[str, Any]:
-        """See text_figures; the state is carried through whole documents."""
+        """Return `text_figures` of the held-out text; the state is carried through whole documents."""
         nats = 0.0
         carried: ModelState | None = None
         for batch in self._held_out:
@@ -93,15 +130,15 @@ class LanguageTask:
         return text_figures(nats, self._held_out.num_tokens, self._held_out.num_text_bytes, self._keeps_text)
 
     def sample(self, model: nn.Module) -> str | None:
-        """The prompt and what the model makes of it."""
-        return None if self._sampler is None else self._sampler(model, self._config.sample_prompt)
+        """Return the prompt and what the model makes of it."""
+        return None if self._sampler is None else self._sampler(model, self._options.sample_prompt)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data."""
+        """Return the position in the data."""
         return self._batches.state_dict()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The states carried by the streams."""
+        """Return the states carried by the streams."""
         return {} if self._carried is None else self._carried.tensors()
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -114,7 +151,7 @@ class LanguageTask:
 def carried_loss(
     loss: Callable[..., tuple[Tensor, Tensor, ModelState]], batch: Batch, carried: ModelState | None
 ) -> tuple[Tensor, ModelState | None]:
-    """The loss of one batch, whose sequences go on from the carried states where the batch says so.
+    """Return the loss of one batch, whose sequences continue from the carried states where the batch says so.
 
     Args:
         loss: the model's loss.

@@ -1,0 +1,35 @@
+"""Settings in words of the form KEY=VALUE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hgrn2.errors import UserError
+from hgrn2.storage.json_files import parse_json
+
+
+def parse_key_values(words: Sequence[str], flag: str, what: str) -> dict[str, Any]:
+    """Return the settings in words of the form KEY=VALUE, where a value is JSON or a plain word.
+
+    Args:
+        words: one setting each.
+        flag: that they follow, for messages.
+        what: they set, e.g. "a setting of a model".
+
+    Raises:
+        UserError: a word has no key or no sign, or begins as JSON and is not.
+    """
+    found = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not (key and sign):
+            raise UserError(f"{flag} {word}: wanted KEY=VALUE")
+        try:
+            found[key] = parse_json(value)
+        except ValueError as error:
+            # a word needs no quotes; what begins as JSON does is meant to be JSON
+            if value.lstrip()[:1] in ("[", "{") or value.isdecimal():
+                raise UserError(f"{flag} {key}: not JSON ({error}); wanted {what}") from None
+            found[key] = value
+    return found

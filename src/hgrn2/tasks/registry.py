@@ -1,0 +1,89 @@
+"""Tasks by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.tasks.base import Metric, Task, TaskOptions
+
+TASKS: dict[str, type[Any]] = {}
+
+T = TypeVar("T", bound=type)
+
+_PARTS = [name for name in (*Task.__annotations__, *vars(Task)) if not name.startswith("_")]
+
+
+def register_task(task: T) -> T:
+    """Add a task, a class with every part of the protocol `Task`; use it as a decorator.
+
+    Returns:
+        The class.
+
+    Raises:
+        UserError: the name is taken, or a part is missing or of another type.
+    """
+    name = getattr(task, "name", None)
+    what = f"task {name!r}" if isinstance(name, str) else f"task {task.__name__}"
+    if missing := [part for part in _PARTS if not hasattr(task, part)]:
+        raise UserError(f"{what}: lacks {', '.join(missing)}; see hgrn2.tasks.base.Task", "incomplete")
+    options = task.Options
+    if not (isinstance(options, type) and issubclass(options, TaskOptions) and dataclasses.is_dataclass(options)):
+        raise UserError(f"{what}: Options is {options!r}; wanted a dataclass derived from TaskOptions", "incomplete")
+    if not isinstance(task.metric, Metric):
+        raise UserError(f"{what}: metric is {task.metric!r}; wanted a Metric", "incomplete")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise UserError(f"{what}: name is {name!r}; wanted a word", "incomplete")
+    if name in TASKS:
+        raise UserError(f"{what}: registered already, by {TASKS[name].__qualname__}; choose another", "already-exists")
+    TASKS[name] = task
+    return task
+
+
+def find_task(name: str) -> type[Any]:
+    """Return the task with a name.
+
+    Raises:
+        UserError: there is none; near names are named.
+    """
+    if name not in TASKS:
+        raise UserError(unknown_key_message("task", name, TASKS).replace("unknown key", "unknown task"), "unknown-name")
+    return TASKS[name]
+
+
+def option_names(task: type[Any]) -> list[str]:
+    """Return the names of a task's options."""
+    return [field.name for field in dataclasses.fields(task.Options)]
+
+
+def make_options(task: type[Any], values: dict[str, Any]) -> Any:
+    """Return the options with these values and the defaults for the rest.
+
+    Raises:
+        UserError: no option of this task has this name (near names, and the task it belongs to, are named), one that
+            has no default is missing, or a value is out of range.
+    """
+    known = option_names(task)
+    for key in values:
+        if key not in known:
+            raise UserError(unknown_option(task, key), "unknown-name")
+    required = [field.name for field in dataclasses.fields(task.Options) if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise UserError(f"task {task.name!r}: {' and '.join(missing)} is missing; name it", "incomplete")
+    return task.Options(**values)
+
+
+def unknown_option(task: type[Any], key: str, further: tuple[str, ...] = ()) -> str:
+    """Return a line about a key that is no option of a task: near names, or the task that it belongs to.
+
+    Args:
+        task: the task.
+        key: the key that was found.
+        further: other keys that would be right there.
+    """
+    owners = [name for name, other in TASKS.items() if key in option_names(other)]
+    if owners:
+        own = ", ".join(option_names(task)) or "none"
+        return f"task {task.name!r}: {key!r} is an option of task {' and '.join(map(repr, owners))}; its own are {own}"
+    return unknown_key_message(task.Options.what, key, [*option_names(task), *further])

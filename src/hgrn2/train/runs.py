@@ -1,0 +1,148 @@
+"""Runs on text and runs of tasks that make their own data, started and resumed in one call each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hgrn2.data.prepared import PreparedData
+from hgrn2.errors import UserError
+from hgrn2.formats.opening import ModelFolder
+from hgrn2.models import HGRN2Config
+from hgrn2.tasks.base import Sampler
+from hgrn2.train.display import Display
+from hgrn2.train.run import Run, RunSpec, SavedRun, resume_run, start_run
+from hgrn2.train.settings import RunSettings
+from hgrn2.train.specs import (
+    check_data,
+    fingerprints,
+    saved_data_settings,
+    saved_model_config,
+    task_spec,
+    text_spec,
+)
+
+
+def start_language_run(
+    run_dir: Path,
+    model_config: HGRN2Config,
+    settings: RunSettings | Mapping[str, Any],
+    data: PreparedData,
+    *,
+    data_settings: Mapping[str, Any],
+    start: ModelFolder | None = None,
+    sampler: Sampler | None = None,
+    display: Display | None = None,
+    compressors: bool = False,
+) -> Run:
+    """Train a new language model, or go on with the weights of one.
+
+    Args:
+        run_dir: a folder to make.
+        model_config: the model.
+        settings: of training and of the task; flat keys are sorted by `RunSettings.from_flat`.
+        data: prepared tokens and their tokenizer.
+        data_settings: JSON values that say what the data was prepared from; kept as "data" in config.json, with the
+            place of the prepared tokens and their fingerprints.
+        start: where the first weights come from; None: drawn.
+        sampler: writes samples from the model and a prompt; None: no samples.
+        display: where progress is shown; by default on standard error.
+        compressors: at the end, record what gzip and xz make of the held-out text.
+
+    Raises:
+        UserError: settings that do not fit each other or the data (nothing is written), or as Trainer.run.
+    """
+    if not isinstance(settings, RunSettings):
+        settings = RunSettings.from_flat(settings)
+    kept = saved_data_settings(data_settings, data, run_dir) | {"fingerprints": fingerprints(data)}
+    spec = text_spec(
+        settings.resolved(), model_config, data, kept, sampler=sampler, start=start, compressors=compressors
+    )
+    return start_run(run_dir, spec, display)
+
+
+def resume_language_run(
+    path: Path,
+    data: PreparedData,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    task_changes: Mapping[str, Any] | None = None,
+    sampler: Sampler | None = None,
+    display: Display | None = None,
+    compressors: bool = False,
+) -> Run:
+    """Resume a run on text; on the CPU with the losses it would have had without the stop, to the last bit.
+
+    Args:
+        path: a run folder, or one of its checkpoints.
+        data: the tokens it was started with, wherever they lie now.
+        changes: flat settings that are to be different from now on, such as a larger max_steps; config.json
+            gets them once the checkpoint goes with them.
+        task_changes: options of the task that are to be different.
+        sampler: as for start_language_run.
+        display: as for start_language_run.
+        compressors: as for start_language_run.
+
+    Raises:
+        UserError: there is no run, its checkpoint is damaged, the data or the model is another, or as Trainer.run.
+    """
+    spec_of = saved_text_spec(data, changes or {}, task_changes or {}, sampler, compressors)
+    return resume_run(path, spec_of, display)
+
+
+def saved_text_spec(
+    data: PreparedData,
+    changes: Mapping[str, Any] | None = None,
+    task_changes: Mapping[str, Any] | None = None,
+    sampler: Sampler | None = None,
+    compressors: bool = False,
+) -> Callable[[SavedRun], RunSpec]:
+    """Return what makes the specification of a saved run on text; arguments as for `resume_language_run`."""
+
+    def spec_of(run: SavedRun) -> RunSpec:
+        if not run.settings.task.reads_text:
+            raise UserError(
+                f"{run.run_dir}: task {run.settings.task.name!r} reads no text; leave out the data", "mismatch"
+            )
+        check_data(run, data)
+        model_config = saved_model_config(run)
+        kept = saved_data_settings(run.config["data"], data, run.run_dir)
+        settings = run.settings.replaced(changes or {}, task_changes or {})
+        return text_spec(settings, model_config, data, kept, sampler=sampler, compressors=compressors)
+
+    return spec_of
+
+
+def start_task_run(
+    run_dir: Path,
+    model_config: HGRN2Config,
+    settings: RunSettings,
+    *,
+    start: ModelFolder | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Train a new model on a task that makes its own data; arguments as for `start_language_run`."""
+    return start_run(run_dir, task_spec(settings.resolved(), model_config, start=start), display)
+
+
+def resume_task_run(
+    path: Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    task_changes: Mapping[str, Any] | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Resume a run of a task that makes its own data; arguments as for `resume_language_run`."""
+    return resume_run(path, saved_task_spec(changes, task_changes), display)
+
+
+def saved_task_spec(
+    changes: Mapping[str, Any] | None = None, task_changes: Mapping[str, Any] | None = None
+) -> Callable[[SavedRun], RunSpec]:
+    """Return what makes the specification of a saved run without text; arguments as for `resume_language_run`."""
+
+    def spec_of(run: SavedRun) -> RunSpec:
+        return task_spec(run.settings.replaced(changes or {}, task_changes or {}), saved_model_config(run))
+
+    return spec_of

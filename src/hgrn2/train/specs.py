@@ -1,0 +1,154 @@
+"""Specifications of runs: of a task that makes its own data, and of one that reads prepared text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hgrn2.data.prepared import PreparedData
+from hgrn2.errors import UserError
+from hgrn2.formats.opening import ModelFolder
+from hgrn2.formats.run_folder import read_checkpoint_config
+from hgrn2.models import HGRN2Config
+from hgrn2.tasks.base import Sampler, TaskContext
+from hgrn2.train.ending import compressors_step, gates_step
+from hgrn2.train.hints import first_words
+from hgrn2.train.places import to_saved_path
+from hgrn2.train.run import RunSpec, SavedRun
+from hgrn2.train.settings import RunSettings
+
+
+def task_spec(
+    settings: RunSettings,
+    model_config: HGRN2Config,
+    *,
+    data: PreparedData | None = None,
+    sampler: Sampler | None = None,
+    start: ModelFolder | None = None,
+) -> RunSpec:
+    """Return the specification of a run.
+
+    Args:
+        settings: of training and of the task.
+        model_config: the model.
+        data: prepared text, for tasks that read any.
+        sampler: writes samples from the model and a prompt; None: no samples.
+        start: where the first weights come from; None: drawn.
+    """
+    task, options, train = settings.task, settings.options, settings.train
+
+    def build_task(device: torch.device) -> Any:
+        context = TaskContext(train.batch_size, train.seed, device, model_config, data, sampler)
+        return task.build(options, context)
+
+    def build_model(device: torch.device) -> nn.Module:
+        model = task.build_model(options, model_config).to(device)
+        if start is not None:
+            start.load_into(model)
+        return model
+
+    return RunSpec(settings, build_model, build_task, {"model": model_config.to_dict()})
+
+
+def text_spec(
+    settings: RunSettings,
+    model_config: HGRN2Config,
+    data: PreparedData,
+    saved_data: Mapping[str, Any],
+    *,
+    sampler: Sampler | None = None,
+    start: ModelFolder | None = None,
+    compressors: bool = False,
+) -> RunSpec:
+    """Return the specification of a run on prepared text.
+
+    Args:
+        settings: as for task_spec.
+        model_config: as for task_spec.
+        data: prepared tokens and their tokenizer.
+        saved_data: "data" of config.json, see saved_data_settings.
+        sampler: as for task_spec.
+        start: as for task_spec.
+        compressors: at the end, record what gzip and xz make of the held-out text.
+
+    Raises:
+        UserError: the model has fewer tokens than the tokenizer.
+    """
+    data.tokenizer.check_fits(model_config.vocab_size)
+    spec = task_spec(settings, model_config, data=data, sampler=sampler, start=start)
+    prompt = getattr(settings.options, "sample_prompt", "")
+    return replace(
+        spec,
+        saved={**spec.saved, "data": dict(saved_data)},
+        tokenizer=data.tokenizer,
+        describe=partial(_describe_data, data=data, prompt=prompt),
+        at_end=(gates_step(data), *([compressors_step(data)] if compressors else [])),
+    )
+
+
+def saved_data_settings(settings: Mapping[str, Any], data: PreparedData, run_dir: Path) -> dict[str, Any]:
+    """Return "data" of config.json: settings, the place of the tokens and the place of the run."""
+    return {**settings, "prepared": to_saved_path(run_dir, data.directory), "run_was_at": os.path.realpath(run_dir)}
+
+
+def fingerprints(data: PreparedData) -> dict[str, str]:
+    """Return what tells the tokens of both parts from others."""
+    return {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
+
+
+def check_data(run: SavedRun, data: PreparedData) -> None:
+    """Raise UserError if tokens are not those that a run was started with."""
+    wanted = run.config["data"].get("fingerprints")
+    # older runs have none of these; the position in the data knows the training tokens
+    if wanted is None:
+        return
+    known = wanted if isinstance(wanted, dict) else {}
+    differing = [name for name, found in fingerprints(data).items() if known.get(name) != found]
+    if differing:
+        raise UserError(
+            f"{data.directory}: its {' and '.join(differing)} tokens are not those that {run.run_dir} was started "
+            "with; name the folder that has them with --prepared, or the same text with --data",
+            "mismatch",
+        )
+
+
+def saved_model_config(run: SavedRun) -> HGRN2Config:
+    """Return the model of a run.
+
+    Raises:
+        UserError: it is not that of the checkpoint's weights.
+    """
+    config = HGRN2Config.from_dict(run.config["model"])
+    if run.checkpoint is None:
+        return config
+    saved = read_checkpoint_config(run.checkpoint).get("model")
+    if not isinstance(saved, dict):
+        raise UserError(f"{run.checkpoint}/config.json: no 'model' settings; name an older checkpoint", "damaged")
+    now, before = config.to_dict(), HGRN2Config.from_dict(saved).to_dict()
+    if differing := [f"{key} is {now[key]!r}, there {before[key]!r}" for key in now if now[key] != before[key]]:
+        raise UserError(
+            f"{run.run_dir}/config.json: the model is not that of {run.checkpoint.name}: {', '.join(differing)}; "
+            "restore the file from the checkpoint, or begin another run with --from and --set",
+            "mismatch",
+        )
+    return config
+
+
+def _describe_data(model: nn.Module, data: PreparedData, prompt: str) -> dict[str, Any]:
+    """Return facts about the data for the record of a run's start: sizes of both parts, a few words to continue."""
+    del model
+    if not prompt.isprintable() or prompt != prompt.strip() or not prompt:
+        prompt = first_words(data.validation, data.tokenizer)
+    sizes = {
+        side: {"documents": part.num_documents, "text_bytes": part.num_text_bytes, "tokens": part.num_tokens}
+        for side, part in (("train", data.train), ("validation", data.validation))
+    }
+    about = {"tokenizer": data.tokenizer.name, "vocab_size": data.tokenizer.vocab_size}
+    return {"data": {**about, **sizes, "skipped": data.manifest.get("skipped", {})}, "prompt": prompt}

@@ -1,0 +1,182 @@
+"""A new task is one file: it trains by command, resumes, keeps the best checkpoint by its metric and is reported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hgrn2 import cli
+from hgrn2.formats import run_folder
+from hgrn2.tasks import TASKS, Metric, TaskBase, TaskOptions, find_task, register_task
+from hgrn2.train.metrics import read_metrics
+from hgrn2.train.run import evaluate_run
+from hgrn2.train.runs import saved_task_spec
+from tests.refusals import refuses
+from tests.tasks import repeat_task
+from tests.tasks.repeat_task import Repeat, RepeatOptions
+
+MODEL = ["hidden_size=16", "num_hidden_layers=1", "expand_ratio=8", "intermediate_size=16"]
+TRAIN = ["train", "--task", "repeat", "--device", "cpu", "--set", *MODEL]
+SETTINGS = ["--max-steps", "12", "--batch-size", "8", "--learning-rate", "0.03", "--validation-every", "3"]
+SETTINGS += ["--checkpoint-every", "4", "--keep-last", "20"]
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch, tmp_path):
+    before = dict(TASKS)
+    register_task(Repeat)
+    monkeypatch.chdir(tmp_path)
+    yield
+    TASKS.clear()
+    TASKS.update(before)
+
+
+def command(*words):
+    assert cli.main([str(word) for word in words]) == 0
+
+
+def refused(capsys, *words):
+    assert cli.main([str(word) for word in words]) == 2
+    return capsys.readouterr().err
+
+
+def curve(run):
+    keys = ("step", "loss", "grad_norm", "val_loss", "val_accuracy", "figures")
+    return [[r.get(k) for k in keys] for r in read_metrics(Path(run)) if r["kind"] in ("train", "validation")]
+
+
+def test_it_is_one_short_file():
+    assert len(Path(repeat_task.__file__).read_text().splitlines()) < 60
+
+
+def test_it_trains_resumes_and_is_reported(capsys):
+    command(*TRAIN, *SETTINGS, "--task-set", "num_symbols=3", "--out", "run")
+    out = capsys.readouterr().out
+    assert "val_accuracy" in out
+    assert "generate" not in out
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["task"] == {"name": "repeat", "options": {"num_symbols": 3}}
+    assert config["model"]["vocab_size"] == 3
+    assert "seq_len" not in config["train"]
+    assert "data" not in config
+    records = read_metrics(Path("run"))
+    accuracies = [r["figures"]["accuracy"] for r in records if r["kind"] == "train"]
+    assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+    assert len(set(accuracies)) > 1
+    page = Path("run/report.html").read_text()
+    last = [r for r in records if r["kind"] == "validation"][-1]
+    assert f"{last['val_accuracy']:.0%}" in page
+    assert "num_symbols" in page
+
+    # from every checkpoint on, the same losses
+    wanted = curve("run")
+    for path in run_folder.checkpoints_of(Path("run")):
+        shutil.copytree("run", "again", dirs_exist_ok=True)
+        command("train", "--resume", Path("again/checkpoints") / path.name)
+        assert curve("again") == wanted
+        shutil.rmtree("again")
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_accuracy():
+    command(*TRAIN, *SETTINGS, "--out", "run")
+    validations = [r for r in read_metrics(Path("run")) if r["kind"] == "validation"]
+    best = max(validations, key=lambda r: r["val_accuracy"])
+    folder, _ = run_folder.locate_model(Path("run"), "best")
+    assert folder.name == f"step-{best['step']:08d}"
+    state = json.loads((folder / "state.json").read_text())
+    assert state["best"] == {"step": best["step"], "val_accuracy": best["val_accuracy"]}
+    # the lowest accuracy is another step's, or the test shows nothing
+    assert min(r["val_accuracy"] for r in validations) < best["val_accuracy"]
+    figures = evaluate_run(Path("run"), saved_task_spec(), "best")
+    assert figures["val_accuracy"] == best["val_accuracy"]
+    assert figures["val_loss"] == pytest.approx(best["val_loss"], rel=1e-6)
+
+
+def test_settings_from_a_file():
+    Path("settings.toml").write_text(
+        '[task]\nname = "repeat"\nnum_symbols = 5\n[train]\nmax_steps = 2\nbatch_size = 4\n'
+        "[model]\nhidden_size = 16\nnum_hidden_layers = 1\nexpand_ratio = 8\nintermediate_size = 16\n"
+    )
+    command("train", "--config", "settings.toml", "--out", "run")
+    assert json.loads(Path("run/config.json").read_text())["task"]["options"] == {"num_symbols": 5}
+    command("train", "--config", "settings.toml", "--task-set", "num_symbols=6", "--out", "other")
+    assert json.loads(Path("other/config.json").read_text())["task"]["options"] == {"num_symbols": 6}
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--task", "repaet"], ["repaet", "repeat"]),
+        (["--task", "repeat", "--task-set", "num_symbol=3"], ["num_symbol", "num_symbols"]),
+        (["--task", "repeat", "--task-set", "num_symbols=1"], ["num_symbols is 1", "2 or more"]),
+        (["--task", "repeat", "--task-set", "num_symbols=x"], ["num_symbols is 'x'"]),
+        (["--task", "repeat", "--task-set", "num_symbols"], ["--task-set num_symbols", "KEY=VALUE"]),
+        # options of other tasks, and what goes with text
+        (["--task", "repeat", "--stream"], ["'stream'", "'language'", "num_symbols"]),
+        (["--task", "repeat", "--task-set", "teacher=x"], ["'teacher'", "'distillation'"]),
+        (["--task-set", "num_symbols=3"], ["'num_symbols'", "'repeat'", "seq_len"]),
+        (["--task", "repeat", "--data", "x", "--compressors"], ["'repeat'", "--data and --compressors"]),
+        (["--task", "repeat", "--task-set", "max_steps=3"], ["'max_steps'", "setting of training"]),
+        (["--task", "distillation"], ["teacher is None"]),
+    ],
+)
+def test_mistakes_are_named(words, names, capsys):
+    error = refused(capsys, "train", *words)
+    assert error.count("\n") == 1
+    assert not [name for name in names if name not in error], error
+    assert not Path("runs").exists()
+
+
+def test_a_saved_task_that_is_not_registered(capsys):
+    command(*TRAIN, "--max-steps", "1", "--batch-size", "2", "--out", "run")
+    del TASKS["repeat"]
+    assert "'repeat'" in refused(capsys, "train", "--resume", "run")
+    # its report is drawn without it
+    command("plot", "run")
+    register_task(Repeat)
+    assert "--data" in refused(capsys, "train", "--resume", "run", "--data", "x")
+
+
+def test_a_name_is_taken_once():
+    with refuses("already-exists", "repeat", "Repeat"):
+        register_task(Repeat)
+    assert find_task("repeat") is Repeat
+
+
+PARTS = ("Options", "metric", "build", "next_batch", "num_tokens", "num_targets", "loss", "evaluate", "state_dict")
+
+
+@pytest.mark.parametrize("part", [*PARTS, "load_state", "name"])
+def test_a_task_without_a_part_of_the_protocol(part):
+    parts = {name: value for name, value in vars(Repeat).items() if not name.startswith("__")}
+    del parts[part]
+    with refuses("incomplete", part):
+        register_task(type("Lacking", (TaskBase,), parts | ({} if part == "name" else {"name": "lacking"})))
+    assert "lacking" not in TASKS
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("metric", "val_loss"), ("Options", dict), ("Options", type("Bare", (), {})), ("name", 3), ("name", "two words")],
+)
+def test_a_part_of_another_kind(part, value):
+    with refuses("incomplete", part):
+        register_task(type("Odd", (Repeat,), {"name": "odd", part: value}))
+    assert set(TASKS) == {"language", "distillation", "repeat"}
+
+
+def test_a_validation_without_the_metric(capsys):
+    class Unmeasured(Repeat):
+        name, metric = "unmeasured", Metric("val_recall", higher_is_better=True)
+
+    register_task(Unmeasured)
+    error = refused(capsys, *TRAIN, "--task", "unmeasured", "--max-steps", "1", "--batch-size", "2")
+    assert "'unmeasured'" in error
+    assert "'val_recall'" in error
+
+
+def test_options_are_checked_when_they_are_made():
+    assert issubclass(RepeatOptions, TaskOptions)
+    with refuses("invalid-value", "num_symbols is 0"):
+        RepeatOptions(0)
