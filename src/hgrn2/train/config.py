@@ -83,7 +83,7 @@ class TrainConfig:
     unfreeze_every: Annotated[int | None, Ge(0)] = None
     """Steps of an interval, whose mean loss is compared with that of the one before; 0: never (default: 100)."""
     unfreeze_threshold: Annotated[float | None, Ge(0)] = None
-    """Improvement between two intervals, in nats per token, below which frozen weights begin to learn (default: 0.02)."""
+    """Improvement between two intervals, in nats per token, below which frozen weights are unfrozen (default: 0.02)."""
 
     unfrozen_lr_fraction: Annotated[float | None, Gt(0)] = None
     """Learning rate of weights that were frozen, as a part of the others', after its own warmup (default: 0.1)."""

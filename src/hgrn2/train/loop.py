@@ -96,7 +96,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._counters = Counters()
-        self._optimizer = NamedOptimizer(self.model, self.roles, self.config, self.frozen)
+        self._optimizer = NamedOptimizer(
+            self.model, self.roles, self.config, self.frozen, waits_for_step=self.task.carries_state
+        )
         self._freezing = Freezing(self.model, self.frozen, self.config)
         self._device = self._optimizer.parameters[0].device
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
@@ -140,15 +142,18 @@ class Trainer:
                 raise
             raise UserError(
                 f"{self.run_dir}: {error.strerror} at step {self._counters.step}; {self._last_good()}; "
-                f"free some space, then: hgrn2 train --resume {self.run_dir}"
+                f"free some space, then: hgrn2 train --resume {self.run_dir}",
+                "unwritable",
             ) from error
         except ValueError as error:
-            # operators refuse what such weights give before there is a loss to look at
-            if isinstance(error, UserError) or all(bool(p.isfinite().all()) for p in self._optimizer.parameters):
+            # operators refuse the values that such weights give before there is a loss to look at
+            is_of_values = not isinstance(error, UserError) or error.code == "invalid-value"
+            if not is_of_values or all(bool(p.isfinite().all()) for p in self._optimizer.parameters):
                 raise
             raise UserError(
                 f"{self.run_dir}: stopped after step {self._counters.step}, which left weights that are not finite; "
-                f"{self._last_good()}; lower learning_rate or raise warmup_steps"
+                f"{self._last_good()}; lower learning_rate or raise warmup_steps",
+                "not-finite",
             ) from error
         # a signal that came after the last step has stopped nothing
         return self._result(finished, stop.signal_name)
@@ -323,7 +328,8 @@ class Trainer:
             raise UserError(
                 f"{self.run_dir}: stopped at step {step}, the {what} was not finite in "
                 f"{counters.skipped_in_a_row} steps in a row; {self._last_good()}; "
-                "lower learning_rate or raise warmup_steps"
+                "lower learning_rate or raise warmup_steps",
+                "not-finite",
             )
 
     def _validate(self, metrics: MetricsWriter) -> bool:
@@ -466,7 +472,8 @@ def _corrupt_state_as_user_error(checkpoint: Path | None) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"checkpoint {checkpoint}: {ckpt.STATE_NAME} is not what a run writes ({reason}); name an older one"
+            f"checkpoint {checkpoint}: {ckpt.STATE_NAME} is not what a run writes ({reason}); name an older one",
+            "damaged",
         ) from error
 
 

@@ -28,13 +28,20 @@ class NamedOptimizer:
             falls on the first three; Muon takes the matrices.
         config: optimizer, learning rates, betas, eps and weight_decay are read.
         waiting: names of parameters with a learning rate of their own, see set_lr_fraction.
+        waits_for_step: whether each step's loss is read before the next begins.
 
     Raises:
         UserError: Muon is asked for and this torch does not have it.
     """
 
     def __init__(
-        self, model: nn.Module, roles: Mapping[str, str], config: TrainConfig, waiting: Collection[str] = ()
+        self,
+        model: nn.Module,
+        roles: Mapping[str, str],
+        config: TrainConfig,
+        waiting: Collection[str] = (),
+        *,
+        waits_for_step: bool = False,
     ) -> None:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         unknown = {name: roles.get(name) for name in self._named if roles.get(name) not in ROLES}
@@ -50,11 +57,11 @@ class NamedOptimizer:
         if muon_names:
             self._optimizers.append(self._muon(muon_names, config))
         self._peaks = [group["lr"] for group in self._groups()]
-        self._mixed = self._mixed_precision(roles, config)
+        self._mixed = self._mixed_precision(roles, config) if not waits_for_step else None
 
     def _mixed_precision(self, roles: Mapping[str, str], config: TrainConfig) -> MixedPrecisionAdamW | None:
         """Return the update for weights of which the model uses bfloat16 copies; None where it cannot be used."""
-        is_plain = config.grad_accumulation == 1 and not config.freeze and not config.stream
+        is_plain = config.grad_accumulation == 1 and not config.freeze
         if config.precision != "bfloat16" or not is_plain or not self.updates_without_waiting:
             return None
         if not triton_runs(torch.bfloat16) or any(p.dtype != torch.float32 for p in self._named.values()):
