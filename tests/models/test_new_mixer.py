@@ -199,7 +199,7 @@ def test_a_config_goes_through_json_and_can_be_changed():
         ({"layers": "average", "mixers": 3}, "invalid-value", ["mixers", 3]),
         ({"layers": ["average", "hgrn2", "average"], "mixers": {"hgrn2": {"expand_ratio": 4}}}, "unsupported",
          ["mixers.hgrn2"]),
-        ({"layers": ["average", "average", "attention"]}, "invalid-value", ["mixers.attention", "num_heads"]),
+        ({"layers": ["average", "average", "attention"]}, "incomplete", ["mixers.attention", "num_heads"]),
         ({"layers": ["average", "average", "attention"], "mixers": {"attention": {"num_heads": 16}}}, "contradiction",
          ["mixers.attention.num_heads", 16]),
         ({"layers": "average", "attn": {"layers": [1], "num_heads": 2}}, "contradiction", ["attn", "average"]),
