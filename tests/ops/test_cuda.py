@@ -44,7 +44,7 @@ def fields_in_c(name: str, file: str) -> list[tuple[str, type]]:
 @pytest.mark.parametrize(
     ("structure", "file"),
     [
-        (arguments.WalkArguments, "walk.cuh"),
+        (arguments.ForwardArguments, "forward.cuh"),
         (arguments.BackwardArguments, "gradients.cuh"),
         (arguments.BoundsArguments, "bounds.cuh"),
         (arguments.CarryArguments, "carry.cuh"),
@@ -57,7 +57,7 @@ def test_arguments_are_laid_out_as_in_c(structure, file):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("name", ["walk.cu", "backward.cu", "left_over.cu"])
+@pytest.mark.parametrize("name", ["forward.cu", "backward.cu", "backward_exact.cu"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -90,7 +90,7 @@ def test_the_plan_covers_every_chunk_and_head(batch, heads, length):
     assert [c for part in reversed(parts) for c in range(part.first, part.end)] == list(range(chunks))
     rows = batch * cut.groups[0].count
     states = rows * parts[-1].chunks
-    assert states <= plan.STATES or parts[-1].chunks <= plan.SHORTEST_WALK
+    assert states <= plan.MAX_STATES or parts[-1].chunks <= plan.MIN_SEGMENT_CHUNKS
     for stretch in (*parts, cut.whole):
         assert (stretch.segments - 1) * stretch.segment < stretch.chunks <= stretch.segments * stretch.segment
     # one wave of programs, if there are so few rows

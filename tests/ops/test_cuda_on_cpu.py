@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgrn2.ops import checks, hgrn2_scan
 from hgrn2.ops.backends import registered
-from hgrn2.ops.backends.cuda import CudaBackend, launch, plan, recipe, recipes
+from hgrn2.ops.backends.cuda import CudaBackend, launch, launch_list, plan, schedule
 from hgrn2.ops.backends.cuda import kernels as cuda_kernels
 from tests.numerics import assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.cuda_emulator import Emulator
@@ -54,7 +54,7 @@ def kernels(emulator, monkeypatch):
     monkeypatch.setattr(emulator, "seed", 0)
     emulator.made.clear()
     # they were made with the numbers of another test
-    for found in (recipes.forward_recipe, recipes.backward_recipe):
+    for found in (schedule.forward_launches, schedule.backward_launches):
         found.cache_clear()
     # fills fresh memory with what is not a number
     torch.use_deterministic_algorithms(True)
@@ -193,7 +193,7 @@ CUTS = [(1, 2048, 8, set()), (1, 2, 1, set()), (4, 4, 1, {"carry_states"}), (132
 @pytest.mark.parametrize("shift", [0.0, "wild"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_however_the_work_is_cut(kernels, monkeypatch, cut, shift, packed):
-    for name, number in zip(("MULTIPROCESSORS", "STATES", "SHORTEST_WALK"), cut, strict=False):
+    for name, number in zip(("MULTIPROCESSORS", "MAX_STATES", "MIN_SEGMENT_CHUNKS"), cut, strict=False):
         monkeypatch.setattr(plan, name, number)
     case = Case(300, heads=2, shift=shift, cu_seqlens=(0, 70, 70, 300) if packed else None)
     inputs = case.inputs()
@@ -318,7 +318,7 @@ def test_calls_that_differ_share_no_recipe(kernels):
     for given, settings in (*calls, calls[0]):
         assert_close(run(hgrn2_scan, given, **settings), exact(given, **settings), 5e-3)
     # the first call's was there when it came again
-    assert recipes.forward_recipe.cache_info()[:2] == recipes.backward_recipe.cache_info()[:2] == (1, len(calls))
+    assert schedule.forward_launches.cache_info()[:2] == schedule.backward_launches.cache_info()[:2] == (1, len(calls))
 
 
 def test_outputs_gradients_that_differ_share_no_recipe(kernels):
@@ -336,7 +336,7 @@ def test_outputs_gradients_that_differ_share_no_recipe(kernels):
     for given, last in ((dy, False), (apart, False), (expanded, False), (dy, True), (dy, False)):
         wanted = gradient(given, partial(hgrn2_scan, backend="reference"), last)
         assert relative_error(gradient(given, hgrn2_scan, last), wanted).rms <= 5e-3
-    assert recipes.backward_recipe.cache_info()[:2] == (1, 4)
+    assert schedule.backward_launches.cache_info()[:2] == (1, 4)
 
 
 def test_strided_inputs(kernels):
@@ -377,16 +377,16 @@ def test_boundaries_that_do_not_fit_touch_no_other_memory(kernels, monkeypatch, 
         made.append((whole, size))
         return whole[:size].view(shape)
 
-    def alone(self, num_bytes, zeros=False, room=recipe.Recipe.room):
-        """A room that is memory of its own."""
+    def alone(self, num_bytes, zeros=False, workspace=launch_list.LaunchList.workspace):
+        """A workspace in memory of its own."""
         if zeros:
-            return room(self, num_bytes, zeros)
-        name = f"room {len(self.sizes)}"
+            return workspace(self, num_bytes, zeros)
+        name = f"workspace {len(self.sizes)}"
         self.sizes[name] = num_bytes
-        return recipe.Place(name)
+        return launch_list.BufferRef(name)
 
     monkeypatch.setattr(torch, "empty", guarded)
-    monkeypatch.setattr(recipe.Recipe, "room", alone)
+    monkeypatch.setattr(launch_list.LaunchList, "workspace", alone)
     # on a GPU nobody waits to look at values
     monkeypatch.setattr(checks, "_values_are_at_hand", lambda *_: False)
     found = run(hgrn2_scan, inputs)

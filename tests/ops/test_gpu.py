@@ -25,9 +25,9 @@ from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, resolve_backend
 from hgrn2.ops.backends.cuda.arguments import PackedArguments
 from hgrn2.ops.backends.cuda.kernels import Settings
 from hgrn2.ops.backends.cuda.kernels import compiled as cuda_kernel
-from hgrn2.ops.backends.cuda.launch import run_recipe
+from hgrn2.ops.backends.cuda.launch import run_launches
+from hgrn2.ops.backends.cuda.launch_list import NULL, BufferRef, LaunchList
 from hgrn2.ops.backends.cuda.plan import CHUNK, num_chunks
-from hgrn2.ops.backends.cuda.recipe import NOWHERE, Place, Recipe
 from hgrn2.ops.gates import Floor
 from tests.numerics import EXTREME_RMS, assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.scan_cases import BY_TOKEN, decays, free_inputs, honest, slow, spread, tied_inputs
@@ -428,13 +428,13 @@ def test_spans_of_packed_sequences(bounds, dtype, reverse):
     most = num_chunks(length, sequences)
     found, num_spans = torch.empty(most, 4, dtype=torch.int32, device="cuda"), torch.empty(1, dtype=torch.int32).cuda()
     settings = Settings(torch.bfloat16, "silu", True, Floor.of(None))
-    one = Recipe(lambda name: cuda_kernel(name, settings, 0))
+    one = LaunchList(lambda name: cuda_kernel(name, settings, 0))
     arguments = PackedArguments(
         length=length, sequences=sequences, most=most, heads=1, wide=dtype == torch.int64, reverse=reverse
     )
-    places = [Place(name) for name in ("cu_seqlens", "spans", "num_spans")] + [NOWHERE] * PackedArguments.OUTPUTS
+    places = [BufferRef(name) for name in ("cu_seqlens", "spans", "num_spans")] + [NULL] * PackedArguments.OUTPUTS
     one.launch("cut_sequences", (1, 1, 1), arguments, *places)
-    run_recipe(one, cu_seqlens.device, cu_seqlens=cu_seqlens, spans=found, num_spans=num_spans)
+    run_launches(one, cu_seqlens.device, cu_seqlens=cu_seqlens, spans=found, num_spans=num_spans)
     spans = found[: int(num_spans)].tolist()
     rows, expected = [], []
     for row, left, sequence, ends in spans:

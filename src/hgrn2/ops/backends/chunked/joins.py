@@ -37,13 +37,13 @@ COMPLEMENT_BELOW = 0.5
 
 
 def _block(x: Tensor, size: int, which: int) -> Tensor:
-    """View of x [M, n, W]: of each pair of blocks of `size` rows the first (0) or second (1), [M * pairs, size, W]."""
+    """Return a view [M * pairs, size, W] of x [M, n, W]: the first (0) or second (1) block of rows of each pair."""
     m, rows, width = x.shape
     return x.as_strided((m * rows // (2 * size), size, width), (2 * size * width, width, 1), which * size * width)
 
 
 def _score_block(scores: Tensor, size: int, late: int, early: int) -> Tensor:
-    """View of scores [M, C, C]: of every pair, the rows of the later and the columns of the earlier block."""
+    """Return a view of scores [M, C, C]: rows of the later and columns of the earlier block of every pair."""
     m, chunk, _ = scores.shape
     shape, strides = (m, chunk // (2 * size), size, size), (chunk * chunk, 2 * size * (chunk + 1), chunk, 1)
     return scores.as_strided(shape, strides, late * size * chunk + early * size)
@@ -51,18 +51,18 @@ def _score_block(scores: Tensor, size: int, late: int, early: int) -> Tensor:
 
 @dataclass
 class _Join:
-    """One join: views of the operands and memory for what it makes, n pairs of an earlier block E and a later one L.
+    """One join of n pairs of an earlier block E and a later one L: views of the operands, and memory for results.
 
     Attributes:
         q_l: [n, size, K].
         k_e: [n, size, K].
-        k_e_t: [n, K, size], the same transposed.
-        decays: of E and of L, [n, 1, K].
-        complements: likewise.
-        decay: [n, 1, K], of the pair; in E's place unless the gradient needs that.
-        complement: likewise.
+        k_e_t: [n, K, size], k_e transposed.
+        decays: decays of E and of L, [n, 1, K].
+        complements: their complements.
+        decay: [n, 1, K], decay of the pair; over that of E unless the gradient needs it.
+        complement: complement of the pair.
         products: [n, size, size].
-        scores: [M, n / M, size, size], where the products belong.
+        scores: [M, n / M, size, size], destination of the products.
         before: copies of q_l and k_e before the join, if the gradient needs them.
     """
 
@@ -81,7 +81,7 @@ class _Join:
 class Joins:
     """Joins the blocks of every chunk of a tile, from single tokens to the whole chunk.
 
-    Made once for all tiles of a shape: fresh memory and views for every tile would cost a tenth of the whole pass.
+    One instance serves all tiles of a shape: memory and views made for every tile would cost a tenth of the pass.
 
     Attributes:
         gated: the operands.
@@ -93,7 +93,7 @@ class Joins:
     """
 
     def __init__(self, gated: Gated, low: torch.dtype, reverse: bool, keep: bool):
-        """Makes room.
+        """Allocate memory.
 
         Args:
             gated: the operands, read by `run`.
@@ -126,7 +126,7 @@ class Joins:
         self.decay, self.complement = decay.squeeze(1), complement.squeeze(1)
 
     def run(self) -> None:
-        """Joins what the operands hold."""
+        """Join the operands."""
         q, k, f = self.operands
         self.diagonal.copy_((q * k).sum(-1))
         torch.mul(q, f, out=self.q)
@@ -136,7 +136,7 @@ class Joins:
             q_l, k_e, (decay_e, decay_l) = join.q_l, join.k_e, join.decays
             size = q_l.shape[1]
             if size == 1:
-                # a product of matrices would cost a call for each number
+                # a batch of 1 x 1 matrix products would cost a call for each
                 torch.sum(q_l * k_e, -1, keepdim=True, out=join.products)
             else:
                 torch.bmm(q_l, join.k_e_t, out=join.products)
@@ -144,7 +144,7 @@ class Joins:
             if join.before is not None:
                 join.before[0].copy_(q_l)
                 join.before[1].copy_(k_e)
-            # before the key changes, which the complement may be, and the decays, whose place may be taken
+            # compute first: the complement may share memory with the key, and the decays may be overwritten below
             torch.addcmul(join.complements[0], decay_e, join.complements[1], out=join.complement)
             q_l *= decay_e
             k_e *= decay_l
@@ -156,10 +156,10 @@ class Joins:
         self.keep, self.change = small.to(self.decay.dtype), torch.where(small, -self.complement, self.decay)
 
     def backward(self, d_scores: Tensor, dq: Tensor, dk: Tensor, d_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient of `run`, which must have kept what this needs.
+        """Return the gradient of `run`; the instance must have been made with `keep`.
 
         Args:
-            d_scores: [M, C, C] in the low dtype; what stands above the diagonal is not read.
+            d_scores: [M, C, C] in the low dtype; values above the diagonal are not read.
             dq: [M, C, K], gradient of the joined q; changed in place.
             dk: [M, C, K], gradient of the joined k; changed in place.
             d_decay: [M, K], gradient of the decay across the chunk.
@@ -194,5 +194,5 @@ class Joins:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix products of a [N, n, n] with b [N, n, W]; for n = 1, element by element."""
+    """Return matrix products of a [N, n, n] with b [N, n, W]; element-wise for n = 1."""
     return a * b if a.shape[-1] == 1 else torch.bmm(a, b)

@@ -1,4 +1,4 @@
-"""The driver of the chunkwise form: tile after tile, with the state carried between chunks."""
+"""The chunkwise form, tile by tile, with the state carried from chunk to chunk."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ def scan_states(
     ends: Tensor,
     reverse: bool,
 ) -> Tensor:
-    """Carries the state across the chunks of a tile.
+    """Carry the state across the chunks of a tile.
 
     Args:
-        updates: [chunks, B, H, K, V], what each chunk adds to the state by its end; overwritten by the states before
-            each chunk.
-        joined: knows the decay across each chunk.
-        state: [B, H, K, V], the state that enters the tile; changed.
+        updates: [chunks, B, H, K, V], the update each chunk makes to the state by its end; overwritten by the states
+            before each chunk.
+        joined: holds the decay across each chunk.
+        state: [B, H, K, V], the state before the tile; changed.
         tile: says which chunks begin and end a sequence.
-        starts: [sequences, B, H, K, V], the states the sequences start from; read.
-        ends: [sequences, B, H, K, V], the states they end with; written.
+        starts: [sequences, B, H, K, V], the initial states; read.
+        ends: [sequences, B, H, K, V], the final states; written.
         reverse: time runs from the last chunk to the first.
 
     Returns:
-        The state that leaves the tile.
+        The state after the tile.
     """
     begins, finishes = (tile.ends, tile.begins) if reverse else (tile.begins, tile.ends)
     keep, change = (x.view(*updates.shape[:4], 1) for x in (joined.keep, joined.change))
@@ -86,7 +86,7 @@ def scan_states(
         update, keep, change = chunks[i]
         after.copy_(update)
         update.copy_(state)
-        # small numbers first: a state that hardly decays is rounded once, not in its product with the decay as well
+        # the small product first: a state that hardly decays is rounded once, not in its product with the decay as well
         after.addcmul_(change, state).addcmul_(keep, state)
         state, after = after, state
         if finishes[i]:
@@ -104,7 +104,7 @@ def forward(call: ScanCall, tile_chunks: int, keep_states: bool) -> tuple[Tensor
 
     Args:
         call: the call.
-        tile_chunks: chunks that are worked on together.
+        tile_chunks: chunks of a tile.
         keep_states: keep the states between tiles, which `backward` needs.
 
     Returns:
@@ -132,18 +132,18 @@ def _forward(
     joined = None
     for first in range(0, batch, plan.batch):
         part = slice(first, min(first + plan.batch, batch))
-        # every first chunk begins a sequence and takes that one's state
+        # every first chunk begins a sequence and takes its initial state
         state = starts.new_zeros(starts[:, part].shape[1:])
         for i in reversed(range(len(plan.tiles))) if reverse else range(len(plan.tiles)):
             tile = plan.tiles[i]
             if kept is not None:
                 kept[i, part] = state
             shape = (tile.num_chunks, part.stop - part.start, heads, plan.chunk_size)
-            joined = _room(joined, gate, shape, low, reverse, keep=False)
+            joined = _workspace(joined, gate, shape, low, reverse, keep=False)
             gate.load(joined.gated, part, tile, keep=False)
             joined.run()
             v_ = joined.gated.v.flatten(0, 2)
-            bad = _bad_values(v_)
+            bad = _non_finite(v_)
             if bad is not None:
                 v_ = v_.masked_fill(bad, 0)
             before = torch.bmm(joined.k.to(low).mT, v_)
@@ -153,23 +153,23 @@ def _forward(
             state = scan_states(states, joined, state, tile, starts[:, part], ends[:, part], reverse)
             out = torch.bmm(joined.scores, v_).baddbmm_(joined.q.to(low), before)
             if bad is not None:
-                out.masked_fill_(_from_then_on(bad, reverse), torch.nan)
+                out.masked_fill_(_at_or_after(bad, reverse), torch.nan)
             store(y[part], out.unflatten(0, shape[:3]), tile)
     return y, ends.flatten(0, 1), kept
 
 
-def _bad_values(v: Tensor) -> Tensor | None:
-    """Return where values are not finite, or None when all are, which costs one sum on a CPU.
+def _non_finite(v: Tensor) -> Tensor | None:
+    """Return a mask of non-finite values, or None when all are finite, which costs one sum on a CPU.
 
-    A product of matrices would spread them to the tokens before, as 0 times them.
+    A matrix product would spread them to earlier tokens, as 0 times them.
     """
     if v.device.type == "cpu" and math.isfinite(float(v.sum())):
         return None
     return ~v.isfinite()
 
 
-def _from_then_on(bad: Tensor, reverse: bool) -> Tensor:
-    """Return a mask of the places of chunks [M, C, V] at or after a non-finite one in their column."""
+def _at_or_after(bad: Tensor, reverse: bool) -> Tensor:
+    """Return a mask of the values of chunks [M, C, V] at or after a non-finite one in their column."""
     counts = bad.flip(1).cumsum(1).flip(1) if reverse else bad.cumsum(1)
     return counts > 0
 
@@ -181,7 +181,7 @@ def backward(
 
     Args:
         call: the call.
-        tile_chunks: chunks that are worked on together.
+        tile_chunks: chunks of a tile.
         kept: states that `forward` kept, or None.
         dy: [B, T, H, V].
         d_final_state: [N, H, K, V], or None for zeros.
@@ -224,7 +224,7 @@ def _backward(
         for i in range(len(plan.tiles)) if reverse else reversed(range(len(plan.tiles))):
             tile = plan.tiles[i]
             shape = (tile.num_chunks, part.stop - part.start, heads, plan.chunk_size)
-            joined = _room(joined, gate, shape, low, reverse, keep=True)
+            joined = _workspace(joined, gate, shape, low, reverse, keep=True)
             gate.load(joined.gated, part, tile, keep=True)
             joined.run()
             v_ = joined.gated.v.flatten(0, 2)
@@ -247,10 +247,10 @@ def _backward(
     return d_starts.flatten(0, 1)
 
 
-def _room(
+def _workspace(
     last: Joins | None, gate: TiedGate | FreeGate, shape: tuple[int, ...], low: torch.dtype, reverse: bool, keep: bool
 ) -> Joins:
-    """Room for a tile of shape [chunks, B, H, C]: that of the last tile again if it fits."""
+    """Return memory for a tile of shape [chunks, B, H, C]: that of the last tile if it fits."""
     if last is not None and last.gated.q.shape[:4] == shape:
         return last
     return Joins(gate.allocate(shape, low), low, reverse, keep)
@@ -288,6 +288,6 @@ def _plan(call: ScanCall, tile_chunks: int) -> _Plan:
 
 
 def _low_dtype(gate: TiedGate | FreeGate) -> torch.dtype:
-    """Dtype of the large matrix products: that of the inputs."""
+    """Return the dtype of the large matrix products: that of the inputs."""
     dtype = gate.inputs[0].dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else gate.dtype

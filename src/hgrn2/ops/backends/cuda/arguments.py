@@ -1,4 +1,4 @@
-"""What the kernels are given: each takes one structure, by value, whose pointers come first."""
+"""Arguments of the kernels: each takes one structure by value, which begins with its pointers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _strides(names: Iterable[str]) -> list[tuple[str, type]]:
     return _longs(f"{name}_{axis}" for name in names for axis in _STRIDES)
 
 
-class WalkArguments(ctypes.Structure):
-    """Argument of the kernels of walk.cu, field by field as in walk.cuh."""
+class ForwardArguments(ctypes.Structure):
+    """Argument of the kernels of forward.cu, with the fields of the struct in forward.cuh."""
 
     POINTERS = (
         "q", "f", "v", "bound", "spans", "num_spans", "y", "initial", "final", "before", "update", "decay", "coarse",
@@ -40,11 +40,11 @@ class WalkArguments(ctypes.Structure):
 
 
 class BackwardArguments(ctypes.Structure):
-    """Argument of the kernels of backward.cu and left_over.cu, field by field as in gradients.cuh."""
+    """Argument of the kernels of backward.cu and backward_exact.cu, with the fields of the struct in gradients.cuh."""
 
     POINTERS = (
         "q", "f", "v", "dy", "bound", "spans", "num_spans", "states", "d_states", "dq", "df", "dv", "d_bound",
-        "left_over", "d_final", "d_initial", "before", "after",
+        "fallback", "d_final", "d_initial", "before", "after",
     )  # fmt: skip
     _fields_ = (
         *_pointers(POINTERS), *_strides(["q", "f", "v", "dy"]), *_longs(["length"]),
@@ -54,19 +54,19 @@ class BackwardArguments(ctypes.Structure):
 
 
 class CarryArguments(ctypes.Structure):
-    """Argument of the kernel of carry.cuh, field by field as there."""
+    """Argument of the kernel of carry.cuh, with the fields of its struct."""
 
     _fields_ = (*_pointers(["update", "decay"]), *_ints(["segments", "back"]))
 
 
 class BoundsArguments(ctypes.Structure):
-    """Argument of the kernel of bounds.cuh, field by field as there."""
+    """Argument of the kernel of bounds.cuh, with the fields of its struct."""
 
     _fields_ = (*_pointers(["parts", "sum"]), *_longs(["rows"]), *_ints(["heads"]))
 
 
 class PackedArguments(ctypes.Structure):
-    """Argument of the kernel of packed.cuh, field by field as there."""
+    """Argument of the kernel of packed.cuh, with the fields of its struct."""
 
     OUTPUTS = 3
     _fields_ = (

@@ -9,16 +9,16 @@
 // The difference of sums is exact to float32 rounding of the chunk's largest, because a pair of tokens enters both with
 // the same rounded Q and K. All this needs M and N to be above 2^-80.
 //
-// All warps do the same, one kind of work after the other; what they wait for was asked for a chunk before. In columns a
-// thread has 8 tokens of two channels; in products a warpgroup has 64 columns of V and of K of dS, which stays in its
+// All warps run the same stages in turn; what a stage waits for was requested a chunk earlier. In columns a thread has 8
+// tokens of two channels; in products a warpgroup has 64 columns of V and of K of dS, which stays in its
 // registers, transposed.
 //
 // Where the chunk's middle is too far away, queries and keys are relative to the middle of their half (`halved`). Within
 // a half everything is as above. What a token has to do with the other half is found as that half's middle sees it, and
 // then multiplied by the decays of the two blocks of 16 tokens between the two middles, one after the other. Each of the
 // four blocks must keep 2^-80; where one does not, the walk finds dS alone, and the gradients are left, by a flag and dS,
-// to left_over.cu. So are all but dV where dy is not finite, and where a gate is below 2^-13, unless nobody wants the
-// bound's gradient and those by the gates prove to be right.
+// to backward_exact.cu. So are all but dV where dy is not finite, and where a gate is below 2^-13, unless the bound's
+// gradient is not wanted and a check of the gates' gradients passes.
 
 // Each warp fetches of q and f what it works on itself: two pieces of each, of this token and the fourth after it.
 struct Fetched {
@@ -52,15 +52,15 @@ __device__ __forceinline__ void fetch_state(u32 to, const void* states, i64 at) 
     for (int i = 0; i < 4; i++) copy_async(to + i * 32 * 128, from + i * 32 * ROW_BYTES, true);
 }
 
-// What came of the gates of a chunk
+// Result of `open_chunk`
 struct Opened {
-    bool usual;    // all gradients are taken by dense products, relative to the middle of the chunk
-    bool fine;     // no gate is too near to 0 for gradients by it
-    bool good;     // as far as the thread sees: dy is finite
-    float2 start;  // e before the thread's first token
+    bool dense;            // all gradients come from dense products, relative to the middle of the chunk
+    bool gates_divisible;  // every gate is large enough to divide by
+    bool dy_finite;        // what the thread reads of dy is finite
+    float2 start;          // e before the thread's first token
 };
 
-// Tokens that do not exist: they keep everything and add nothing
+// Fills tokens beyond the end: they keep the state and add nothing
 __device__ __forceinline__ void close_missing(u32 tile, int left) {
     Fetched own;
     u32 open = pack(OPEN, OPEN);
@@ -88,7 +88,7 @@ __device__ __forceinline__ bool finite_outputs(u32 tile) {
     return !((noted[0] | noted[1] | noted[2] | noted[3]) & 0x7fff7fffu);
 }
 
-// Gates of a chunk: Q, K, and the decays M (second) and N (first). v, dy and the state are there afterwards.
+// Computes Q, K and the decays M (second) and N (first) of a chunk. v, dy and the state have arrived afterwards.
 __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const Memory& m, u32 raw) {
     Opened opened;
     Column at;
@@ -108,7 +108,7 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
     *(float2*)(m.groups() + at.group * WIDTH + at.apart) = whole;
     *(float2*)(m.lost() + at.group * WIDTH + at.apart) = lost;
     // gradients by a gate divide a difference of sums over the chunk, exact to the chunk's largest, by its decay
-    opened.fine = __syncthreads_and(smallest >= SMALLEST_GATE);
+    opened.gates_divisible = __syncthreads_and(smallest >= SMALLEST_GATE);
     float2 half[2] = {make_float2(1.0f, 1.0f), make_float2(1.0f, 1.0f)};
     // decays between the thread's tokens and the middle
     opened.start = make_float2(1.0f, 1.0f);
@@ -155,9 +155,9 @@ __device__ __forceinline__ Opened open_chunk(const BackwardArguments& a, const M
         *(float2*)(m.second() + at.apart) = second;
     }
     copy_wait();
-    opened.good = finite_outputs(m.at(AT_DY));
+    opened.dy_finite = finite_outputs(m.at(AT_DY));
     publish();
-    opened.usual = __syncthreads_and(dense && opened.good) && opened.fine;
+    opened.dense = __syncthreads_and(dense && opened.dy_finite) && opened.gates_divisible;
     return opened;
 }
 
@@ -175,7 +175,7 @@ __device__ __forceinline__ bool halves_are_dense(const Memory& m) {
     return dense;
 }
 
-// Q and K anew, relative to the middle of their half of the chunk; to `later`, keys relative to the middle of the second
+// Recomputes Q and K relative to the middle of their half of the chunk; to `later`, keys relative to the middle of the second
 // half, which those of the first half never are in K. And the decays across the four blocks of 16 tokens, in the walk's
 // order `first`, `inner` twice, `second`. Returns e before the thread's first token.
 __device__ __forceinline__ float2 open_halves(const BackwardArguments& a, const Memory& m, u32 raw, u32 later) {
@@ -235,8 +235,8 @@ __device__ __forceinline__ float2 open_halves(const BackwardArguments& a, const 
 
 typedef float Quarter[8][4];  // of 64 rows of V and 64 of K, as a product leaves its sums
 
-// Of gates that are too near to 0 for the rest: queries with all decays since the chunk's start in place of Q, which is all
-// that the gradient of the state wants, and the whole decay of the chunk as `second`.
+// For gates too close to 0 for dense products: replaces Q by queries with all decays since the chunk's start, which is all
+// that the gradient of the state needs, and `second` by the whole decay of the chunk.
 __device__ __forceinline__ void decay_queries(const BackwardArguments& a, const Memory& m, u32 raw) {
     Column at;
     float2 beta = *(const float2*)(m.beta() + at.place), e = make_float2(a.scale, a.scale);
@@ -289,7 +289,7 @@ __device__ __forceinline__ void begin_scores(const Memory& m, const Product& p, 
     products_commit();
 }
 
-// Zeros where the key is later.
+// Writes scores, zero where the key is later.
 __device__ __forceinline__ void write_scores(const Memory& m, const Product& p, float (&sums)[4][4]) {
     bool gradients = p.group >> 1;
     int side = p.group & 1, g = Product::g(), c = Product::c();
@@ -313,7 +313,7 @@ __device__ __forceinline__ void write_scores(const Memory& m, const Product& p, 
     }
 }
 
-// really: or by 1
+// Multiplies columns by decays, or by 1 unless `really`
 __device__ __forceinline__ void multiply_by(Quarter& x, const float* decays, bool really = true) {
     decays += 2 * Product::c();
 #pragma unroll
@@ -324,7 +324,7 @@ __device__ __forceinline__ void multiply_by(Quarter& x, const float* decays, boo
     }
 }
 
-// The gradient of the state, rounded, to where products find it
+// Writes the gradient of the state, rounded, to the tile that products read
 __device__ __forceinline__ void write_factor(const Memory& m, const Product& p, const Quarter& state) {
     u32 to = m.at(AT_D_STATE) + p.panel();
 #pragma unroll
@@ -373,13 +373,13 @@ __device__ __forceinline__ void sum_keys(const Memory& m, const Product& p, int 
     *(float2*)(m.key_sums() + p.warp * WIDTH + place) = sum;
 }
 
-// What is to be done by the exact kernel
+// Tells the exact kernel which gradients of a chunk it has to compute
 __device__ __forceinline__ void raise_flag(const BackwardArguments& a, i64 at, int flag) {
-    if (thread_index() < 2) a.left_over[2 * at + thread_index()] = flag;
+    if (thread_index() < 2) a.fallback[2 * at + thread_index()] = flag;
 }
 
-// Leaves the gradient of the state after the chunk, as forward_states writes a state, and what is to be done with it.
-__device__ __forceinline__ void leave_over(const BackwardArguments& a, const Product& p, const Quarter& state, i64 at, int flag) {
+// Stores the gradient of the state after the chunk, laid out as forward_states stores a state, and raises the flag.
+__device__ __forceinline__ void leave_to_exact(const BackwardArguments& a, const Product& p, const Quarter& state, i64 at, int flag) {
     u32* to = (u32*)a.d_states + (at * WIDTH + 64 * p.v_half + 16 * p.warp + Product::g()) * (WIDTH / 2);
     to += 32 * p.k_half + Product::c();
 #pragma unroll
@@ -389,7 +389,7 @@ __device__ __forceinline__ void leave_over(const BackwardArguments& a, const Pro
     raise_flag(a, at, flag);
 }
 
-// Sums for dQ or dK to where `finish` finds them
+// Writes sums for dQ or dK to the tile that `finish` reads
 __device__ __forceinline__ void write_sums(const Memory& m, const Product& p, int of_keys, int channels, const Quarter& grad) {
     int g = Product::g();
     float* to = m.sums(of_keys) + (16 * p.warp + g) * WIDTH + 64 * channels;
@@ -401,8 +401,8 @@ __device__ __forceinline__ void write_sums(const Memory& m, const Product& p, in
             *(float2*)(to + 8 * e * WIDTH + (place ^ (8 * spread_piece(n)))) = make_float2(grad[n][2 * e], grad[n][2 * e + 1]);
 }
 
-// Gradients of query and gate from their sums, to memory. All have done with the chunk's tiles afterwards. HALVED: leaves
-// the largest of the sums of the thread in `lost`
+// Writes the gradients of query and gate, from their sums, to memory. The chunk's tiles are free afterwards. HALVED:
+// leaves the largest of the thread's sums in `lost`
 template <bool HALVED>
 __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory& m, u32 raw, const Span& span, i64 chunk,
                                        float2 start) {
@@ -475,7 +475,7 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
         }
     }
     float* of_groups = m.group_sums() + GROUPS * WIDTH;
-    // found anew: kept, it would cost registers all the way
+    // recomputed: keeping it would cost registers throughout
     at = Column();
     *(float2*)(of_groups + at.group * WIDTH + at.apart) = d_bound;
     __syncthreads();
@@ -496,7 +496,7 @@ __device__ __forceinline__ void finish(const BackwardArguments& a, const Memory&
 __device__ __forceinline__ bool gates_are_right(const BackwardArguments& a, const Memory& m, const Span& span) {
     Column at;
     int sign = a.reverse ? -1 : 1, step = sign * a.heads * ROW_BYTES, row = (int)span.row + sign * 8 * at.group;
-    // what the thread itself wrote
+    // written by the same thread
     const char* df = (const char*)a.df + ((i64)blockIdx.z * a.length + row) * a.heads * ROW_BYTES;
     df += (a.first_head + blockIdx.y) * ROW_BYTES + 2 * at.channel;
     float2 gradient = make_float2(0.0f, 0.0f), largest = gradient;
@@ -519,8 +519,8 @@ __device__ __forceinline__ bool gates_are_right(const BackwardArguments& a, cons
     return __syncthreads_and(gradient.x >= SMALLEST_SHARE * largest.x && gradient.y >= SMALLEST_SHARE * largest.y);
 }
 
-// A walk along a segment of one head of one sequence. Which, is asked anew each time, and addresses are computed anew:
-// there are no registers to keep them in, and shared memory is full.
+// A walk along a segment of one head of one sequence. Block indices are read again, and addresses computed again, each
+// time: no register is free to keep them in, and shared memory is full.
 struct Walk {
     const BackwardArguments& a;
     Memory m;
@@ -560,10 +560,10 @@ __device__ __forceinline__ void add_queries(const Memory& m, const Product& p, i
     products_commit();
 }
 
-// What is to be done with the gradient of the state before a chunk. good: dy is finite
-__device__ __forceinline__ void end_state(const Walk& walk, const Product& p, int chunk, bool good, Quarter& state) {
+// Stores the gradient of the state before a chunk where one is wanted
+__device__ __forceinline__ void end_state(const Walk& walk, const Product& p, int chunk, bool dy_finite, Quarter& state) {
     const BackwardArguments& a = walk.a;
-    if (!good)
+    if (!dy_finite)
 #pragma unroll
         for (int upper = 0; upper < 2; upper++)
             if (walk.m.reached()[64 * p.v_half + 16 * p.warp + Product::g() + 8 * upper] >= 0)
@@ -585,15 +585,15 @@ __device__ __forceinline__ void end_state(const Walk& walk, const Product& p, in
     }
 }
 
-// The gradients of a chunk. HALVED: queries and keys are relative to the middles of the halves of the chunk; else
-// everything is as usual, `fine` and `good`, and the compiler knows. fine: gradients of query and gate are taken; doubtful:
-// and looked at
+// Computes the gradients of a chunk. HALVED: queries and keys are relative to the middles of the halves of the chunk;
+// otherwise `gates_divisible` and `dy_finite` hold, which the compiler then knows. gates_divisible: compute gradients of
+// query and gate; doubtful: check them afterwards
 template <bool HALVED>
-__device__ __forceinline__ void take_gradients(const Walk& walk, const Product& p, int chunk, bool fine, bool doubtful,
-                                               bool good, float2 start, Quarter& state) {
+__device__ __forceinline__ void take_gradients(const Walk& walk, const Product& p, int chunk, bool gates_divisible, bool doubtful,
+                                               bool dy_finite, float2 start, Quarter& state) {
     const BackwardArguments& a = walk.a;
     const Memory& m = walk.m;
-    if (!HALVED) fine = good = true, doubtful = false;
+    if (!HALVED) gates_divisible = dy_finite = true, doubtful = false;
     // keys as the state and later queries see them
     u32 keys = HALVED ? walk.raw(chunk + 1) : m.at(AT_K);
     multiply_by(state, m.first() + 64 * p.k_half);
@@ -624,7 +624,7 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
     // dQ by two warpgroups, dK by the others, each 64 channels. The warpgroup is asked for anew, and places are sums,
     // not choices: so the compiler keeps all of it in the warp's own registers, where products want it.
     int of_keys = __shfl_sync(~0u, thread_index() >> 8, 0), channels = __shfl_sync(~0u, thread_index() >> 7 & 1, 0);
-    if (fine) {
+    if (gates_divisible) {
         static_assert(AT_V == AT_DY - TILE_BYTES && AT_D_STATE == AT_STATE + STATE_BYTES && AT_Q == AT_K - TILE_BYTES);
         u64 left = factor(m.at(AT_DY) - of_keys * TILE_BYTES);
         u64 right = factor(m.at(AT_STATE) + of_keys * STATE_BYTES + channels * STATE_PANEL);
@@ -665,7 +665,7 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
         if (walk.more(chunk)) walk.fetch_gates(chunk - 1);
         copy_commit();
     }
-    if (fine) {
+    if (gates_divisible) {
         sum_states(m);
         products_wait<1>();
         settle(grad);
@@ -710,9 +710,9 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
         products_wait<0>();
     }
     settle(out), settle(state);
-    write_values(a, walk.batch(), walk.head(), walk.span_at(chunk), p.warp, p.group, good ? nullptr : m.reached(), out);
+    write_values(a, walk.batch(), walk.head(), walk.span_at(chunk), p.warp, p.group, dy_finite ? nullptr : m.reached(), out);
     multiply_by(state, m.second() + 64 * p.k_half);
-    end_state(walk, p, chunk, good, state);
+    end_state(walk, p, chunk, dy_finite, state);
     products_wait<0>();
     settle(grad);
     // all products are done: their factors' room is free
@@ -723,7 +723,7 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
         copy_commit();
     }
     if (walk.more(chunk)) walk.fetch_values(chunk - 1);
-    if (fine) {
+    if (gates_divisible) {
         write_sums(m, p, of_keys, channels, grad);
         __syncthreads();
         finish<HALVED>(a, m, walk.raw(chunk), walk.span_at(chunk), chunk, start);
@@ -732,8 +732,8 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
     }
 }
 
-// The gradient of the state alone, across a chunk of which all others are left over
-__device__ __forceinline__ void carry_gradient(const Walk& walk, const Product& p, int chunk, bool good,
+// Computes the gradient of the state alone, across a chunk whose other gradients are left to backward_exact.cu
+__device__ __forceinline__ void carry_gradient(const Walk& walk, const Product& p, int chunk, bool dy_finite,
                                                Quarter& state) {
     multiply_by(state, walk.m.second() + 64 * p.k_half);
     settle(state);
@@ -743,7 +743,7 @@ __device__ __forceinline__ void carry_gradient(const Walk& walk, const Product& 
     copy_commit();
     products_wait<0>();
     settle(state);
-    end_state(walk, p, chunk, good, state);
+    end_state(walk, p, chunk, dy_finite, state);
     __syncthreads();
     if (walk.more(chunk)) walk.fetch_values(chunk - 1);
 }
@@ -793,20 +793,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
         if (span.left < CHUNK) close_missing(raw + TILE_BYTES, span.left);
         __syncwarp();
         Opened opened = open_chunk(a, m, raw);
-        if (opened.usual) {
+        if (opened.dense) {
             take_gradients<false>(walk, p, chunk, true, false, true, opened.start, state);
         } else {
-            bool good = __syncthreads_and(opened.good), halved = __syncthreads_and(halves_are_dense(m));
+            bool dy_finite = __syncthreads_and(opened.dy_finite), halved = __syncthreads_and(halves_are_dense(m));
             // a bound's gradient is a sum of gradients by gates, without the gates as factors
-            bool fine = halved && good && (opened.fine || !a.d_bound), doubtful = fine && !opened.fine;
+            bool gates_divisible = halved && dy_finite && (opened.gates_divisible || !a.d_bound);
+            bool doubtful = gates_divisible && !opened.gates_divisible;
             float2 start;
             if (halved) start = open_halves(a, m, raw, walk.raw(chunk + 1));
             else decay_queries(a, m, raw);
-            if (!good) remove_bad(m.at(AT_DY), m.reached());
-            if (!fine || doubtful)
-                leave_over(a, p, state, walk.place_of(chunk), fine ? 0 : halved ? QUERY_AND_GATE : VALUE_TOO);
-            if (halved) take_gradients<true>(walk, p, chunk, fine, doubtful, good, start, state);
-            else carry_gradient(walk, p, chunk, good, state);
+            if (!dy_finite) remove_bad(m.at(AT_DY), m.reached());
+            if (!gates_divisible || doubtful)
+                leave_to_exact(a, p, state, walk.place_of(chunk), gates_divisible ? 0 : halved ? QUERY_AND_GATE : VALUE_TOO);
+            if (halved) take_gradients<true>(walk, p, chunk, gates_divisible, doubtful, dy_finite, start, state);
+            else carry_gradient(walk, p, chunk, dy_finite, state);
         }
         if (walk.more(chunk)) fetch_state(m.at(AT_STATE), a.states, walk.place_of(chunk - 1));
         copy_commit();

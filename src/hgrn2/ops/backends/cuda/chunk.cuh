@@ -1,6 +1,6 @@
 // What the kernels for K = V = 128 share: where chunks lie, memory movement, matrix products, gates.
 //
-// Products of left_over.cu and of the joins are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums; those of the
+// Products of backward_exact.cu and of the joins are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums; those of the
 // walks and of values.cuh are wgmma (wgmma.cuh). Shared memory holds rows in 16-byte pieces whose place is XORed with the
 // row, so that eight rows of one column never meet in a bank.
 //

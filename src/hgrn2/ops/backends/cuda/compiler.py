@@ -1,7 +1,7 @@
-"""CUDA C++ to a kernel that can be launched, with nothing but the libraries torch's CUDA builds bring along.
+"""Compile CUDA C++ and load its kernels, with the libraries of torch's CUDA builds alone.
 
-NVRTC (the compiler) and the driver are called through ctypes: their interfaces are stable C, and no toolkit need be
-installed. What was compiled is kept in a folder, so that the next process loads it in milliseconds.
+NVRTC (the compiler) and the driver are called through ctypes: their interfaces are stable C, and no toolkit is needed.
+Binaries are cached in a folder, from which the next process loads them in milliseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _NVRTC_SUCCESS = 0
-# made once: a launch takes the host microseconds, of which this would be one
+# made once: making it takes the host a microsecond, of the few that a launch takes
 _ONE_POINTER = ctypes.c_void_p * 1
 
 
@@ -28,7 +28,7 @@ class Kernel:
     """A kernel on one device.
 
     Args:
-        function: the driver's handle.
+        function: handle of the driver.
         shared_bytes: dynamic shared memory of a program.
         threads: threads of a program.
     """
@@ -39,7 +39,7 @@ class Kernel:
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes), "cuFuncSetAttribute")
 
     def launch(self, grid: tuple[int, int, int], arguments: ctypes.Structure, stream: int) -> None:
-        """Starts the kernel on a stream of the current context, with one argument that is passed by value."""
+        """Launch the kernel on a stream of the current context, with one argument passed by value."""
         parameters = _ONE_POINTER(ctypes.addressof(arguments))
         code = self._launch(
             self.function, *grid, self.threads, 1, 1, self.shared_bytes, ctypes.c_void_p(stream), parameters, None
@@ -48,14 +48,18 @@ class Kernel:
 
 
 def current_stream(device: torch.device) -> int:
-    """The driver's handle of torch's stream on a device, the current one, whose context becomes the thread's."""
+    """Return the driver's handle of torch's current stream, and make its context current in this thread.
+
+    Args:
+        device: the current device.
+    """
     _make_context_current()
-    # what torch.cuda.current_stream() asks too, which costs the host as much as a launch
+    # torch.cuda.current_stream() wraps this and costs the host as much as a launch
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def problem() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """Return the reason why nothing can be compiled here, or None."""
     try:
         _compiler()
         _driver()
@@ -66,29 +70,29 @@ def problem() -> str | None:
 
 @functools.cache
 def begin(source: str, options: tuple[str, ...]) -> Future[bytes]:
-    """Starts compiling, in the background, what `load` will be asked for: the compiler needs seconds.
+    """Start compiling in the background what `load` will need: the compiler takes seconds.
 
     A process that ends meanwhile waits for it.
 
     Args:
         source: CUDA C++.
-        options: of the compiler.
+        options: options of the compiler.
     """
     return _threads().submit(_compiled, source, options)
 
 
 def load(source: str, options: tuple[str, ...], name: str, shared_bytes: int, threads: int) -> Kernel:
-    """Compiles source, or takes what was compiled before, and loads one kernel of it on the current device.
+    """Compile source, or take the cached binary, and load one of its kernels on the current device.
 
     Args:
         source: CUDA C++.
-        options: of the compiler, the architecture included.
-        name: of an extern "C" kernel.
+        options: options of the compiler, the architecture included.
+        name: name of an extern "C" kernel.
         shared_bytes: dynamic shared memory of a program.
         threads: threads of a program.
 
     Raises:
-        RuntimeError: the compiler or the driver refuses; with what it says.
+        RuntimeError: the compiler or the driver fails; the message holds theirs.
     """
     _make_context_current()
     module, function = _module(source, options, torch.cuda.current_device()), ctypes.c_void_p()
@@ -101,7 +105,7 @@ def _module(source: str, options: tuple[str, ...], device: int) -> ctypes.c_void
     module = ctypes.c_void_p()
     code = _driver().cuModuleLoadData(ctypes.byref(module), begin(source, options).result())
     if code:
-        # what a crash left in the folder need not be whole
+        # a crash may have left a damaged file in the cache
         binary = _compiled(source, options, anew=True)
         _check(_driver().cuModuleLoadData(ctypes.byref(module), binary), "cuModuleLoadData")
     return module
@@ -116,7 +120,7 @@ def _compiled(source: str, options: tuple[str, ...], anew: bool = False) -> byte
     major, minor = ctypes.c_int(), ctypes.c_int()
     _compiler().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     key = repr((source, options, major.value, minor.value)).encode()
-    # a folder that cannot be found, read or written costs a compilation a process, nothing else
+    # without a folder that can be read and written each process compiles anew
     no_folder = contextlib.suppress(OSError, RuntimeError)
     if not anew:
         with no_folder:
@@ -159,9 +163,9 @@ def _compile(source: str, options: tuple[str, ...]) -> bytes:
 
 @functools.cache
 def _compiler() -> ctypes.CDLL:
-    # that of the CUDA torch was built with; without one, in tests, any
+    # the version of the CUDA that torch was built with; any version in tests without one
     version = torch.version.cuda.split(".")[0] if torch.version.cuda else "[0-9]"
-    # it looks for its other half by name, and the folders of wheels are not searched: what is loaded already is found
+    # NVRTC opens its builtins by name and does not search the folders of wheels, but finds a library that is loaded
     for path in _in_wheels(f"libnvrtc-builtins.so.{version}*"):
         ctypes.CDLL(str(path))
     try:
@@ -173,7 +177,7 @@ def _compiler() -> ctypes.CDLL:
 
 
 def _in_wheels(pattern: str) -> list[Path]:
-    """Libraries that came with NVIDIA's wheels, which torch's CUDA builds depend on."""
+    """Return libraries in NVIDIA's wheels, on which torch's CUDA builds depend."""
     spec = importlib.util.find_spec("nvidia")
     places = spec.submodule_search_locations if spec else None
     return [path for place in places or () for path in sorted(Path(place).glob(f"*/lib/{pattern}"))]
@@ -185,7 +189,7 @@ def _driver() -> ctypes.CDLL:
 
 
 def _make_context_current() -> None:
-    """A thread in which torch has not called CUDA's runtime yet has no context."""
+    """Give the thread a context, which it lacks until torch calls CUDA's runtime in it."""
     context = ctypes.c_void_p()
     _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
     if not context.value:

@@ -10,7 +10,7 @@ struct Row {
 
 // Each warp fetches what it works on itself, 16 rows and half of the channels, so that nobody else waits for it
 template <bool QUERIES>
-__device__ __forceinline__ void fetch(const WalkArguments& a, const Memory& m, int stage, const Span& span,
+__device__ __forceinline__ void fetch(const ForwardArguments& a, const Memory& m, int stage, const Span& span,
                                       const Row& from) {
     Place at = place_of_thread();
     int first = 16 * at.block + (at.lane >> 3), piece = 8 * at.half + (at.lane & 7);
@@ -81,7 +81,7 @@ __device__ __forceinline__ void to_the_end(const Memory& m, int stage, const Gat
 }
 
 // Queries and keys relative to the middle of their half of the chunk, in place of what they come from.
-__device__ __forceinline__ void from_the_middle(const WalkArguments& a, const Memory& m, int stage, const Gates& x) {
+__device__ __forceinline__ void from_the_middle(const ForwardArguments& a, const Memory& m, int stage, const Gates& x) {
     Place at = place_of_thread();
     u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
     float2 own = *(const float2*)(m.blocks() + at.block * WIDTH + 64 * at.half + 2 * at.lane);

@@ -8,13 +8,13 @@ struct BackwardArguments {
     const float* bound;     // [H, K] or null
     const void* spans;      // PACKED: of each chunk, see chunk.cuh
     const int* num_spans;   // PACKED: how many chunks there are
-    const void* states;     // [B, part_chunks, G, V, K], before each chunk, K in the order of walk.cuh
-    void* d_states;         // [B, part_chunks, G, V, K], gradient of the state after it; only where it is left over
+    const void* states;     // [B, part_chunks, G, V, K], before each chunk, K in the order of forward.cuh
+    void* d_states;         // [B, part_chunks, G, V, K], gradient of the state after it; only where `fallback` says so
     void* dq;               // [B, T, H, K], contiguous like the next two
     void* df;               // [B, T, H, K]
     void* dv;               // [B, T, H, V]
     float* d_bound;         // [B, chunks, H, K], or null where it is not wanted
-    int* left_over;         // [B, part_chunks, G, 2]: what is left to the exact kernel
+    int* fallback;          // [B, part_chunks, G, 2]: gradients left to the exact kernel
     const float* d_final;   // [N, H, K, V], gradients of the last states, or null for zeros
     float* d_initial;       // [N, H, K, V], those of the first, or null
     const float* before;    // [B, before_segments, before_heads, K, V], gradient of the state after each segment, or null
@@ -29,7 +29,7 @@ struct BackwardArguments {
     float scale;
 };
 
-// what may be left over of a chunk
+// values of `fallback`
 constexpr int QUERY_AND_GATE = 1, VALUE_TOO = 2;
 constexpr int GROUPS = 8;  // of 8 tokens
 // two numbers of the inputs' type

@@ -1,6 +1,6 @@
 // The exact way through a chunk, for gates that are too near to 0 for the dense products of dense.cuh and backward.cu.
 //
-// The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
+// The method is that of hgrn2/ops/backends/chunked: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
 // ever multiplied. A lane holds two channels of 16 tokens, so that joins up to 16 tokens stay within it (and happen at
 // once, as dense products do, where the gates allow that); the four blocks of a chunk meet through shared memory.
 
@@ -68,7 +68,7 @@ __device__ __forceinline__ bool block_is_dense(const Gates& x) {
 }
 
 // What the joins up to blocks of 16 tokens find, by one product.
-__device__ __forceinline__ void meet_at_once(const WalkArguments& a, const Place& at, u32 q_tile, u32 f_tile, Gates& x) {
+__device__ __forceinline__ void meet_at_once(const ForwardArguments& a, const Place& at, u32 q_tile, u32 f_tile, Gates& x) {
     // decays since the middle, one over those to it, and since the start; then one over the first, and to the end
     float2 e = make_float2(1.0f, 1.0f), since = e, rest = e;
 #pragma unroll
@@ -111,7 +111,7 @@ __device__ __forceinline__ void meet_at_once(const WalkArguments& a, const Place
 }
 
 // All joins up to blocks of 16 tokens. Leaves the joined keys in the tile of f.
-__device__ __forceinline__ void join_tokens(const WalkArguments& a, const Memory& m, const Place& at, int stage,
+__device__ __forceinline__ void join_tokens(const ForwardArguments& a, const Memory& m, const Place& at, int stage,
                                             Gates& x) {
     // a warp's own piece of the tiles is free for other things once it is read
     u32 q_tile = m.tile(stage, 0) + at.block * 16 * 128, f_tile = m.tile(stage, 1) + at.block * 16 * 128;
@@ -217,7 +217,7 @@ __device__ __forceinline__ void join_blocks(const Memory& m, const Place& at, in
 
 // Scores, and queries and keys as the state needs them, which replace q and f. Gates are read once more: handed over,
 // they would decide the registers of the way that most chunks go.
-__device__ __forceinline__ void join(const WalkArguments& a, const Memory& m, int stage, int slot, int left) {
+__device__ __forceinline__ void join(const ForwardArguments& a, const Memory& m, int stage, int slot, int left) {
     Gates x;
     Place at = read_gates(m, stage, left, x);
     join_tokens(a, m, at, stage, x);

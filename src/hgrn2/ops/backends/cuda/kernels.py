@@ -1,4 +1,4 @@
-"""Which kernels there are, of which sources, and what each needs."""
+"""The kernels: their sources, compile-time settings and resources."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from hgrn2.ops.backends.cuda import compiler
 from hgrn2.ops.backends.cuda.plan import CHUNK, WIDTH
 from hgrn2.ops.gates import Floor
 
-THREADS, LEFT_OVER_THREADS, CARRY_THREADS = 512, 256, 128
+THREADS, EXACT_THREADS, CARRY_THREADS = 512, 256, 128
 PACKED_THREADS, BOUNDS_THREADS = 1024, 1024
-# what each file of kernels is compiled with, in the order in which one needs the other
+# parts of each file of kernels, in the order of their dependencies
 SOURCES = {
-    "walk.cu": (
-        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "walk.cuh", "gates.cuh", "dense.cuh", "joins.cuh", "state.cuh",
-        "summary.cuh", "carry.cuh", "packed.cuh", "walk.cu",
+    "forward.cu": (
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "forward.cuh", "gates.cuh", "dense.cuh", "joins.cuh", "state.cuh",
+        "summary.cuh", "carry.cuh", "packed.cuh", "forward.cu",
     ),
     "backward.cu": (
         "instructions.cuh", "chunk.cuh", "wgmma.cuh", "gradients.cuh", "backward.cuh", "bounds.cuh", "backward.cu",
     ),
-    "left_over.cu": (
-        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "gradients.cuh", "left_over.cuh", "gates.cuh", "joins.cuh",
-        "values.cuh", "left_over.cu",
+    "backward_exact.cu": (
+        "instructions.cuh", "chunk.cuh", "wgmma.cuh", "gradients.cuh", "backward_exact.cuh", "gates.cuh", "joins.cuh",
+        "values.cuh", "backward_exact.cu",
     ),
 }  # fmt: skip
 KERNELS = {
-    "walk.cu": (
+    "forward.cu": (
         "forward_outputs", "forward_summaries", "forward_states", "backward_summaries", "carry_states", "cut_sequences",
     ),
     "backward.cu": ("backward_walk", "sum_bounds"),
-    "left_over.cu": ("backward_left_over",),
+    "backward_exact.cu": ("backward_exact",),
 }  # fmt: skip
 Q_ACTIVATIONS = ("none", "silu", "sigmoid")
 _TILE_BYTES, _SCORE_BYTES, _HALF = CHUNK * WIDTH * 2, CHUNK * CHUNK * 2, WIDTH // 2
 _WALK_SHARED = 9 * _TILE_BYTES + 4 * _SCORE_BYTES + 18 * WIDTH * 4 + 2 * 4
 _BACKWARD_SHARED = 12 * _TILE_BYTES + 3 * _SCORE_BYTES + (6 + 2 * 8) * WIDTH * 4
-_LEFT_OVER_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 4) * _HALF * 4
+_EXACT_SHARED = 4 * _TILE_BYTES + 5 * CHUNK * _HALF * 2 + (8 + 4) * _HALF * 4
 _BOUNDS_SHARED = BOUNDS_THREADS // (WIDTH // 4) * WIDTH * 4
 _FILES = {name: file for file, names in KERNELS.items() for name in names}
 
 
 class Settings(NamedTuple):
-    """What kernels are compiled for.
+    """Compile-time settings.
 
     Attributes:
-        dtype: of the inputs.
+        dtype: dtype of the inputs.
         q_activation: one of `Q_ACTIVATIONS`.
-        packed: whether sequences are.
-        floor: under the decay.
+        packed: whether sequences are packed.
+        floor: floor under the decay.
     """
 
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class Settings(NamedTuple):
     floor: Floor
 
     def macros(self) -> dict[str, str]:
-        """As the sources know them."""
+        """Return the settings as macros of the sources."""
         bfloat16, q_activation = int(self.dtype == torch.bfloat16), Q_ACTIVATIONS.index(self.q_activation)
         return {
             "BFLOAT16": f"{bfloat16}", "Q_ACTIVATION": f"{q_activation}", "PACKED": f"{int(self.packed)}",
@@ -70,12 +70,12 @@ class Settings(NamedTuple):
 
 @functools.cache
 def compiled(name: str, settings: Settings, device: int) -> compiler.Kernel:
-    """A kernel, for a device.
+    """Return a kernel, compiled and loaded on a device.
 
     Args:
         name: one of `KERNELS`.
-        settings: what it is compiled for.
-        device: its index.
+        settings: compile-time settings.
+        device: index of the device.
     """
     options = _options(settings, device)
     # a kernel belongs to the device that is current when it is loaded
@@ -84,21 +84,21 @@ def compiled(name: str, settings: Settings, device: int) -> compiler.Kernel:
 
 
 def begin(file: str, settings: Settings, device: int) -> None:
-    """Starts compiling a file of kernels in the background.
+    """Start compiling a file of kernels in the background.
 
     Args:
         file: one of `SOURCES`.
-        settings: what they are compiled for.
-        device: its index.
+        settings: compile-time settings.
+        device: index of the device.
     """
     compiler.begin(source(file), _options(settings, device))
 
 
 def resources(name: str) -> tuple[int, int]:
-    """Bytes of dynamic shared memory, and threads, of a program."""
+    """Return the bytes of dynamic shared memory and the threads of a program."""
     special = {
         "carry_states": (0, CARRY_THREADS), "cut_sequences": (0, PACKED_THREADS),
-        "backward_walk": (_BACKWARD_SHARED, THREADS), "backward_left_over": (_LEFT_OVER_SHARED, LEFT_OVER_THREADS),
+        "backward_walk": (_BACKWARD_SHARED, THREADS), "backward_exact": (_EXACT_SHARED, EXACT_THREADS),
         "sum_bounds": (_BOUNDS_SHARED, BOUNDS_THREADS),
     }  # fmt: skip
     return special.get(name, (_WALK_SHARED, THREADS))
@@ -106,7 +106,7 @@ def resources(name: str) -> tuple[int, int]:
 
 @functools.cache
 def source(file: str) -> str:
-    """All that a file of kernels is compiled from."""
+    """Return the whole source of a file of kernels."""
     folder = Path(__file__).parent
     return "".join((folder / part).read_text(encoding="utf-8") for part in SOURCES[file])
 

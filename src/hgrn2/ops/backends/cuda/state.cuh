@@ -6,7 +6,7 @@ struct Reader {
     int y_step;  // bytes from a token's output to the next token's
 };
 
-__device__ __forceinline__ Reader reader_of_thread(const WalkArguments& a) {
+__device__ __forceinline__ Reader reader_of_thread(const ForwardArguments& a) {
     Reader r;
     // asked of one lane, so that the compiler sees that all agree
     int warp = __shfl_sync(~0u, (threadIdx.x - GATE_THREADS) >> 5, 0);

@@ -13,7 +13,7 @@ constexpr float REPLACED = 2.0f;
 constexpr float NOTHING = 1.1754943508222875e-38f;  // 2^-126
 
 template <bool BACK>
-__device__ __forceinline__ void summarize_gates(const WalkArguments& a, const Memory& m, i64 first, i64 end,
+__device__ __forceinline__ void summarize_gates(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
                                                 const Row& from) {
     constexpr int STEP = BACK ? 1 : -1;
     int count = (int)(end - first), stage = 0, next = 1;
@@ -29,7 +29,7 @@ __device__ __forceinline__ void summarize_gates(const WalkArguments& a, const Me
         int left = span.left;
         copy_wait();
         __syncwarp();
-        // as in walk.cu
+        // as in forward.cu
         if (i >= 2) barrier_wait(EMPTIED + slot, THREADS);
         else if (i == 1) barrier_wait(GATES, GATE_THREADS);
         if (i + 1 < count) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void summarize_gates(const WalkArguments& a, const Me
 }
 
 template <bool BACK>
-__device__ __forceinline__ void summarize_state(const WalkArguments& a, const Memory& m, i64 first, i64 end) {
+__device__ __forceinline__ void summarize_state(const ForwardArguments& a, const Memory& m, i64 first, i64 end) {
     constexpr i64 STATE = WIDTH * WIDTH;
     int thread = threadIdx.x - GATE_THREADS;
     Reader r = reader_of_thread(a);

@@ -1,7 +1,7 @@
-"""Block sizes of the kernels: data, so that nothing is tuned while a program runs.
+"""Block sizes of the kernels, from a table: nothing is tuned while a program runs.
 
-`blocks.json` has what `benchmarks/tune.py` measured, keyed by chip, then by dtype and widths; chips and shapes it does
-not name get the sizes below.
+`benchmarks/tune.py` measures `blocks.json`, keyed by chip, then by dtype and widths. Other chips and shapes get the
+sizes below.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TABLE = Path(__file__).with_name("blocks.json")
 
 @dataclass(frozen=True)
 class Block:
-    """Of one kernel: blocks along K and V, warps of a program, depth of its pipeline."""
+    """Sizes for one kernel: blocks along K and V, warps of a program, stages of its pipeline."""
 
     k: int
     v: int
@@ -28,13 +28,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Of all kernels of a call.
+    """Sizes for all kernels of a call.
 
     Attributes:
         chunk: tokens of a chunk.
-        update: of `chunk_update_kernel`.
-        output: of `chunk_output_kernel`.
-        gradient: of `chunk_gradient_kernel`.
+        update: sizes for `chunk_update_kernel`.
+        output: sizes for `chunk_output_kernel`.
+        gradient: sizes for `chunk_gradient_kernel`.
     """
 
     chunk: int
@@ -43,17 +43,17 @@ class Blocks:
     gradient: Block
 
 
-# the best of an H100 at K = V = 128
+# the fastest on an H100 at K = V = 128
 LOW = Blocks(32, Block(64, 128, 4, 1), Block(128, 128, 4, 1), Block(64, 64, 4, 1))
 FLOAT32 = Blocks(32, Block(128, 128, 4, 1), Block(32, 128, 4, 1), Block(64, 32, 4, 1))
 
 
 def blocks_for(device: torch.device, dtype: torch.dtype, length: int, k_width: int, v_width: int) -> Blocks:
-    """The sizes for a chip and shape.
+    """Return the sizes for a chip and shape.
 
     Args:
-        device: where the kernels run.
-        dtype: of the inputs.
+        device: device of the inputs.
+        dtype: dtype of the inputs.
         length: T; no chunk is longer than a short sequence needs.
         k_width: K; no block is wider.
         v_width: V.
@@ -66,12 +66,12 @@ def blocks_for(device: torch.device, dtype: torch.dtype, length: int, k_width: i
 
 
 def key(dtype: torch.dtype, k_width: int, v_width: int) -> str:
-    """How the table names a dtype and widths; both 16-bit dtypes have the same sizes."""
+    """Return the key of a dtype and widths in the table; both 16-bit dtypes share one."""
     return f"{'float32' if dtype == torch.float32 else '16-bit'} K{_width(k_width)} V{_width(v_width)}"
 
 
 def fit(block: Block, k_width: int, v_width: int) -> Block:
-    """The same without more columns than there are."""
+    """Return a block no wider than K and V."""
     return Block(min(block.k, _width(k_width)), min(block.v, _width(v_width)), block.warps, block.stages)
 
 
@@ -84,10 +84,10 @@ def _measured(chip: str, shape: str) -> Blocks | None:
 
 
 def step_block(states: int, v_width: int) -> int:
-    """Columns of V a program of `step_kernel` takes: few when there are few states, so that all the chip works."""
+    """Return the columns of V for a program of `step_kernel`: few for few states, so that all multiprocessors work."""
     return min(_width(v_width), 16 if states <= 64 else 64)
 
 
 def _width(width: int) -> int:
-    """The power of two that holds a width; matrix units take no less than 16."""
+    """Return the next power of two of a width, at least 16, which matrix units need."""
     return max(16, 1 << (width - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The gradients of query, key and decay, in parallel over chunks and blocks of K; that of v is in `chunk_fwd`."""
+"""Kernel of the gradients of query, key and decay; `chunk_fwd` computes that of v."""
 
 import triton
 import triton.language as tl
@@ -29,10 +29,10 @@ def chunk_gradient_kernel(
     FLOOR: tl.constexpr, FLOOR_LOST: tl.constexpr, Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, of the key and of the decay. Programs: (chunks, HEADS, blocks of K).
+    """Compute the gradients of q, of the key and of the decay. Programs: (chunks, HEADS, blocks of K).
 
-    Every product of decays takes part in X, the query or key times it. The gradient of a decay's logarithm is the sum
-    of X dX over the X that hold the decay: terms of one kind added up, none taken away. Gradients are contiguous,
+    X is a query or key times a product of decays. The gradient of a decay's logarithm is the sum of X dX over all X
+    that contain the decay: a sum without differences. Gradients are contiguous,
     [B, T, ALL_HEADS, K].
     """
     i_chunk, i_local, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -45,11 +45,11 @@ def chunk_gradient_kernel(
     rows, exists = chunk_rows(start, length, begin, C, REVERSE)
     i_batch = i_batch.to(tl.int64)
     low = v_p.dtype.element_ty
-    # sums of products: bfloat16 has the range for them, float16 not
+    # sums of products, for which bfloat16 has the range and float16 has not
     wide = tl.bfloat16 if low == tl.bfloat16 else tl.float32
     at = (i_chunk.to(tl.int64) * HEADS + i_local) * K
 
-    # from the values: gradients of the scores, and of what meets the states
+    # from the values: gradients of the scores, and of the factors of the states
     v_p += i_batch * v_batch + i_head * v_head
     dy_p += i_batch * dy_batch + i_head * dy_head
     d_scores = tl.zeros([C, C], tl.float32)
@@ -105,21 +105,21 @@ def chunk_gradient_kernel(
         dq_new += tl.where(late, dx, 0.0)
         dk_new += tl.where(late, 0.0, dx)
         prefix, suffix = join(prefix, suffix, 1 << level, C, BK)
-    # the states: what came before the chunk meets every query, every key what comes after it
+    # the states: the one before the chunk meets every query, the one after it every key
     dq *= prefix
     dk *= suffix
     w = (q * dq).to(wide)
     d_log += tl.dot((i[:, None] <= i[None, :]).to(wide), w, input_precision=PRECISION)
     w = (k * dk).to(wide)
     d_log += tl.dot((i[:, None] > i[None, :]).to(wide), w, input_precision=PRECISION)
-    # each is followed by 1 minus it
+    # each decay is followed by its complement
     decay_p += 2 * at
     whole = tl.load(decay_p + k_columns, mask=k_columns < K, other=0.0)
     d_log += (d_decay * whole)[None, :]
     dq += dq_new
     dk += dk_new
 
-    # read once more rather than held in registers all along
+    # read again rather than held in registers throughout
     q_raw = load_rows(q_p, rows, exists, q_row, first_k, K, BK)
     z = load_rows(f_p, rows, exists, f_row, first_k, K, BK)
     out_row = ALL_HEADS * K

@@ -1,6 +1,6 @@
 """Kernels of the forward pass; with the roles of key and query exchanged they serve the backward pass too.
 
-1. `chunk_update_kernel`: what each chunk adds to the state, and its decay. In parallel over chunks.
+1. `chunk_update_kernel`: the update each chunk makes to the state, and its decay. In parallel over chunks.
 2. `carry_states_kernel`: the state before each chunk, from chunk to chunk.
 3. `chunk_output_kernel`: outputs of each chunk from its scores and the state before it. In parallel over chunks.
 
@@ -38,10 +38,10 @@ def chunk_update_kernel(
     FLOOR: tl.constexpr, FLOOR_LOST: tl.constexpr, Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, OF_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk adds to the state by its end, X^T V [BK, BV], and, of keys, its decay.
+    """Compute the update a chunk makes to the state by its end, X^T V [BK, BV], and its decay unless OF_QUERIES.
 
     X is the key times the decay to the chunk's end or, OF_QUERIES, the query times the decay since its start. `head`
-    is the first of HEADS heads worked on. Programs: (chunks, HEADS, blocks of K x V).
+    is the first of HEADS heads in this launch. Programs: (chunks, HEADS, blocks of K x V).
     """
     i_chunk, i_local, i_kv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks_v = tl.cdiv(V, BV)
@@ -81,7 +81,7 @@ def chunk_update_kernel(
     places = update_p + at * V + k_columns[:, None] * V + v_columns[None, :]
     tl.store(places, update.to(update_p.dtype.element_ty), mask=inside)
     if not OF_QUERIES and first_v == 0:
-        # the last row's product is the whole; 1 minus it is a sum of what the tokens took away, without cancellation
+        # the last row holds the decay of the whole chunk; its complement is a sum over tokens, without cancellation
         whole = tl.sum(tl.where((tl.arange(0, C) == C - 1)[:, None], prefix, 0.0), axis=0)
         tl.store(decay_p + 2 * at + k_columns, whole, mask=k_columns < K)
         tl.store(decay_p + 2 * at + K + k_columns, tl.sum(complement * suffix, axis=0), mask=k_columns < K)
@@ -89,7 +89,7 @@ def chunk_update_kernel(
 
 @triton.jit
 def _read_chunk(update_p, decay_p, n, first, count, i_local, HEADS, K, KV, element, k, inside, BACKWARD: tl.constexpr):
-    """A chunk's update, decay and complement, and where the update lies."""
+    """Read a chunk's update, decay and complement; return the address and mask of the update as well."""
     i_chunk = first + (count - 1 - n if BACKWARD else n)
     at = i_chunk.to(tl.int64) * HEADS + i_local
     # not a scalar: some interpreters cannot take one into a mask
@@ -103,9 +103,9 @@ def _read_chunk(update_p, decay_p, n, first, count, i_local, HEADS, K, KV, eleme
 
 @triton.jit
 def _carry(state, update, decay, complement, place, valid):
-    """Writes the state before a chunk in place of its update; returns the state after it."""
+    """Write the state before a chunk over its update; return the state after the chunk."""
     tl.store(place, state.to(place.dtype.element_ty), mask=valid)
-    # small numbers first: a state that hardly decays is not rounded in a product with a number near 1
+    # the complement first: a state that hardly decays is not rounded in a product with a number near 1
     return tl.where(complement < 0.5, state - complement * state, decay * state) + update
 
 
@@ -115,7 +115,7 @@ def carry_states_kernel(
     BLOCK: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Carries the state through the chunks of a sequence; each chunk's update is replaced by the state before it.
+    """Carry the state through the chunks of a sequence, and replace each chunk's update by the state before it.
 
     BACKWARD goes from the last chunk to the first. Programs: (sequences, HEADS, blocks of K x V).
     """
@@ -135,7 +135,7 @@ def carry_states_kernel(
     else:
         state = tl.zeros([BLOCK], tl.float32)
     for n in range(0, count, 4):
-        # four chunks are read before the first is needed: their reads do not wait for each other
+        # four chunks are read ahead, so that their reads overlap
         u0, d0, c0, p0, m0 = _read_chunk(
             update_p, decay_p, n, first, count, i_local, HEADS, K, KV, element, k, inside, BACKWARD
         )
@@ -165,7 +165,7 @@ def chunk_output_kernel(
     FLOOR: tl.constexpr, FLOOR_LOST: tl.constexpr, Q_ACTIVATION: tl.constexpr, V_ACTIVATION: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, OF_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of a chunk, Q S + A V, with S the state before it and A the scores of its tokens among each other.
+    """Compute the outputs of a chunk, Q S + A V, with S the state before it and A the scores among its tokens.
 
     OF_QUERIES: the gradient of v instead: K dS + A^T dY. Then v_p is dy, and i_p the pre-activation whose gradient
     is wanted. Programs: (chunks, HEADS, blocks of V).

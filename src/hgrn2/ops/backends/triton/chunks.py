@@ -1,7 +1,7 @@
-"""What every chunk kernel does first: find its rows, read and activate them, join their gates.
+"""The first steps of every chunk kernel: find its rows, read and activate them, join their gates.
 
-The method is that of `hgrn2.ops.chunked`, stage by stage: decays are multiplied, never divided, and no logarithm is
-taken, so that every score keeps its relative precision for any gate.
+The method is that of `hgrn2.ops.backends.chunked`, stage by stage: decays are multiplied, never divided, and no
+logarithm is taken, so that every score keeps its relative precision for any gate.
 
 Letters in shapes: C = tokens of a chunk, BK and BV = block sizes along K and V.
 """
@@ -11,28 +11,28 @@ Letters in shapes: C = tokens of a chunk, BK and BV = block sizes along K and V.
 import triton
 import triton.language as tl
 
-# smallest decay of a tied gate. Below it nothing of a state is left in any dtype's rounding, and a gradient by the
-# decay is a gradient by its logarithm divided by the decay, which therefore must not be 0
+# smallest decay of a tied gate. A smaller one rounds any state away in every dtype. It must not be 0, since the gradient
+# by the decay is the gradient by its logarithm divided by it
 SMALLEST_DECAY = tl.constexpr(1e-30)
 
 
 @triton.constexpr_function
 def log2(n):
-    """Exponent of a power of two."""
+    """Return the exponent of a power of two."""
     return n.bit_length() - 1
 
 
 @triton.jit
 def chunk_place(i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
-    """Where a chunk lies.
+    """Locate a chunk.
 
     Returns:
-        batch index, first row of its sequence, its sequence's length, the chunk's first token counted from there.
+        batch index, first row of the sequence, length of the sequence, and the chunk's first token in it.
     """
     if PACKED:
         i_seq = tl.load(sequence_p + i_chunk)
         start = tl.load(cu_seqlens_p + i_seq).to(tl.int64)
-        # whatever the boundaries say, no row beyond the tensor is touched
+        # wrong boundaries must not lead beyond the tensor
         start = tl.minimum(tl.maximum(start, 0), T)
         stop = tl.minimum(tl.maximum(tl.load(cu_seqlens_p + i_seq + 1).to(tl.int64), start), T)
         begin = (i_chunk - tl.load(first_chunk_p + i_seq)) * C
@@ -48,7 +48,7 @@ def chunk_place(i_chunk, first_chunk_p, sequence_p, cu_seqlens_p, T, NT, C: tl.c
 
 @triton.jit
 def chunk_rows(start, length, begin, C: tl.constexpr, REVERSE: tl.constexpr):
-    """Rows of a chunk in the order of time [C], int64, and which of them exist."""
+    """Return the rows of a chunk in the order of time [C], int64, and a mask of those that exist."""
     time = begin + tl.arange(0, C)
     exists = time < length
     if REVERSE:
@@ -58,7 +58,7 @@ def chunk_rows(start, length, begin, C: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def load_rows(p, rows, exists, stride, first, W, BW: tl.constexpr):
-    """Reads columns first ... first + BW of the rows of p [T, W] as float32; 0 where there are none. [C, BW]."""
+    """Read columns first ... first + BW of the rows of p [T, W] as float32 [C, BW]; 0 outside the tensor."""
     columns = first + tl.arange(0, BW)
     at = p + rows[:, None] * stride + columns[None, :]
     return tl.load(at, mask=exists[:, None] & (columns < W)[None, :], other=0.0).to(tl.float32)
@@ -66,7 +66,7 @@ def load_rows(p, rows, exists, stride, first, W, BW: tl.constexpr):
 
 @triton.jit
 def store_rows(p, x, rows, exists, stride, first, W, BW: tl.constexpr):
-    """Writes x [C, BW] where `load_rows` reads."""
+    """Write x [C, BW] where `load_rows` reads."""
     columns = first + tl.arange(0, BW)
     at = p + rows[:, None] * stride + columns[None, :]
     tl.store(at, x.to(p.dtype.element_ty), mask=exists[:, None] & (columns < W)[None, :])
@@ -74,7 +74,7 @@ def store_rows(p, x, rows, exists, stride, first, W, BW: tl.constexpr):
 
 @triton.jit
 def sigmoids(x):
-    """sigmoid(x) and sigmoid(-x), both to the last digits."""
+    """Return sigmoid(x) and sigmoid(-x), both to full precision."""
     small = tl.exp(-tl.abs(x))
     large = 1.0 / (1.0 + small)
     small = small * large
@@ -83,7 +83,7 @@ def sigmoids(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """silu, sigmoid or nothing."""
+    """Apply silu, sigmoid or nothing."""
     if ACTIVATION == "none":
         return x
     positive, _ = sigmoids(x)
@@ -93,7 +93,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_backward(grad, x, ACTIVATION: tl.constexpr):
-    """Gradient with respect to x of `activate`."""
+    """Return the gradient with respect to x of `activate`."""
     if ACTIVATION == "none":
         return grad
     positive, negative = sigmoids(x)
@@ -104,13 +104,13 @@ def activate_backward(grad, x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def tied_gate(z, bound_p, i_head, first, K, exists, BK: tl.constexpr, HAS_BOUND: tl.constexpr, FLOOR: tl.constexpr):
-    """Decay, key and what their gradients need, of pre-activations z [C, BK].
+    """Return decay, key and the values their gradients need, for pre-activations z [C, BK].
 
     f = beta + (1 - beta) sigmoid(z), or FLOOR if that is larger; k = (1 - beta) sigmoid(-z) (arXiv 2404.07904, eq. 3
     and 6).
 
     Returns:
-        f, k, sigmoid(z), sigmoid(-z), each [C, BK], and 1 - beta [1, BK]. Where no row is, f = 1 and k = 0.
+        f, k, sigmoid(z), sigmoid(-z), each [C, BK], and 1 - beta [1, BK]. Where there is no row, f = 1 and k = 0.
     """
     positive, negative = sigmoids(z)
     columns = first + tl.arange(0, BK)
@@ -131,7 +131,7 @@ def tied_gate(z, bound_p, i_head, first, K, exists, BK: tl.constexpr, HAS_BOUND:
 
 @triton.jit
 def one_minus_exp(x):
-    """1 - exp(x) for x <= 0, to the last digits."""
+    """Return 1 - exp(x) for x <= 0, to full precision."""
     # Horner's form of the series; the first term left out is below 2e-9 of the sum
     series = 1.0 + x / 8 * (1.0 + x / 9)
     series = 1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7 * series))
@@ -141,20 +141,20 @@ def one_minus_exp(x):
 
 @triton.jit
 def free_gate(log_f):
-    """Decay and its complement of log decays [C, BK]; where no row is, 1 and 0 (their log decay is read as 0)."""
+    """Return decay and complement of log decays [C, BK]; 1 and 0 where there is no row (a log decay of 0 is read)."""
     # nothing is divided by this decay, which may be 0
     return tl.exp(log_f), one_minus_exp(log_f)
 
 
 @triton.jit
 def is_late(size, C: tl.constexpr):
-    """Of each pair of neighbouring blocks of `size` rows: which rows are in the later one, [C, 1]."""
+    """Return a mask [C, 1] of the rows in the later of each pair of neighbouring blocks of `size` rows."""
     return ((tl.arange(0, C) & size) != 0)[:, None]
 
 
 @triton.jit
 def pair_mask(size, C: tl.constexpr):
-    """Which rows and columns [C, C] lie in the two different blocks of one pair."""
+    """Return a mask [C, C] of rows and columns that lie in different blocks of one pair."""
     i = tl.arange(0, C)
     # two rows of one pair differ in the bit of `size`, and in none above it
     differ = i[:, None] ^ i[None, :]
@@ -163,7 +163,7 @@ def pair_mask(size, C: tl.constexpr):
 
 @triton.jit
 def join(prefix, suffix, size, C: tl.constexpr, BK: tl.constexpr):
-    """Products of decays within blocks of `size` rows become those within blocks of twice as many.
+    """Turn products of decays within blocks of `size` rows into those within blocks of twice as many.
 
     Args:
         prefix: [C, BK], product from the block's first row through this one.
@@ -180,9 +180,9 @@ def join(prefix, suffix, size, C: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def join_all(f, C: tl.constexpr, BK: tl.constexpr):
-    """Products of decays from the chunk's start through each row, and after each row to the chunk's end."""
+    """Return products of decays from the chunk's start through each row, and after each row to the chunk's end."""
     prefix, suffix = f, tl.full([C, BK], 1.0, tl.float32)
-    # not unrolled: compilers would keep all levels' numbers at once
+    # not unrolled: the compiler would keep the values of all levels in registers
     for level in range(log2(C)):
         prefix, suffix = join(prefix, suffix, 1 << level, C, BK)
     return prefix, suffix
@@ -190,10 +190,10 @@ def join_all(f, C: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def without_bad(v):
-    """Values with 0 for what is not finite, and 1 where that was, else 0.
+    """Return values with 0 in place of non-finite ones, and a mask, 1 where they were.
 
-    A product of matrices would spread such a value to the tokens before it, as 0 times it.
+    A matrix product would spread a non-finite value to earlier tokens, as 0 times it.
     """
-    # not as v - v: where v is a product, compilers fuse it into a difference that is its rounding error
+    # not as v - v: where v is a product, the compiler fuses that into its rounding error
     bad = (tl.abs(v) < float("inf")) == 0
     return tl.where(bad, 0.0, v), bad.to(tl.int32)

@@ -1,4 +1,4 @@
-"""How the kernels are put together and launched: what is cut how, which buffers stand between them."""
+"""Forward and backward pass and step: cut the work into chunks, allocate buffers and launch the Triton kernels."""
 
 # a kernel's call takes a grid and compile-time options that its signature does not show
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportMissingImports=false
@@ -20,8 +20,7 @@ from hgrn2.ops.call import ScanCall, ScanGradients
 from hgrn2.ops.device import on_device
 from hgrn2.ops.gates import Floor
 
-# heads are worked on in groups whose chunk states fit here: memory stays small, and what one kernel writes is still in
-# the chip's cache when the next reads it
+# limit for the chunk states of a group of heads: it bounds memory, and the next kernel finds them in the cache
 STATE_BYTES = 1 << 28
 CARRY_BLOCK = 512
 
@@ -40,12 +39,12 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Chunks:
-    """How the rows are cut into chunks.
+    """Division of the rows into chunks.
 
     Attributes:
         size: tokens of a chunk.
         each: chunks of a sequence that is not packed.
-        total: chunks of all sequences; with packed ones, whose lengths only the device knows, at most so many.
+        total: chunks of all sequences; an upper bound for packed ones, whose lengths only the device knows.
         sequences: N.
         first: [N + 1] int32, first chunk of each packed sequence; None when nothing is packed.
         sequence: [total] int32, the packed sequence of each chunk.
@@ -60,24 +59,24 @@ class Chunks:
 
 
 def cut(batch: int, length: int, cu_seqlens: Tensor | None, size: int) -> Chunks:
-    """Cuts sequences into chunks, without waiting for the device."""
+    """Cut sequences into chunks, without waiting for the device."""
     each = -(-length // size)
     if cu_seqlens is None:
         return Chunks(size, each, batch * each, batch, None, None)
     sequences = cu_seqlens.shape[0] - 1
-    # whatever the boundaries say, no row beyond the inputs is touched
+    # wrong boundaries must not lead beyond the inputs
     counts = ((cu_seqlens.clamp(0, length).diff() + size - 1) // size).clamp_(min=0)
     total = each + sequences
-    # boundaries that go back would make more chunks than there is room for
+    # boundaries that fall would make more chunks than were allocated
     first = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).clamp_(max=total).int()
     places = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
     sequence = torch.searchsorted(first, places, right=True, out_int32=True) - 1
-    # places beyond the last chunk are seen by their offset in the last sequence
+    # kernels recognise indices beyond the last chunk by their offset in the last sequence
     return Chunks(size, each, total, sequences, first, sequence.clamp_(max=sequences - 1))
 
 
 class Launcher:
-    """The kernels of one call, with the arguments they share."""
+    """Launches the kernels of one call, with the arguments they share."""
 
     def __init__(self, call: ScanCall):
         self.call = call = _with_unit_stride(call)
@@ -99,16 +98,16 @@ class Launcher:
             "FLOOR_LOST": floor.lost,
             "PACKED": call.cu_seqlens is not None,
             "REVERSE": settings.reverse,
-            # tf32 alone has three digits; 16-bit inputs are products of their own
+            # tf32 alone has three digits; 16-bit inputs are multiplied as they are
             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         }
 
     def is_empty(self) -> bool:
-        """Whether there is no token of any sequence, so that nothing is launched."""
+        """Whether there is no token, so that nothing is launched."""
         return self.batch == 0 or self.length == 0 or self.chunks.sequences == 0
 
     def groups(self) -> list[tuple[int, int]]:
-        """First head and number of heads of each group."""
+        """Return the first head and the number of heads of each group."""
         head_bytes = self.chunks.total * self.width * self.v_width * self.low_state.itemsize
         most = max(1, STATE_BYTES // head_bytes)
         count = -(-self.heads // most)
@@ -116,12 +115,12 @@ class Launcher:
         return [(head, min(size, self.heads - head)) for head in range(0, self.heads, size)]
 
     def new_states(self, heads: int) -> Tensor:
-        """Room for a group's chunk states."""
+        """Return uninitialised memory for the chunk states of a group."""
         shape = (self.chunks.total, heads, self.width, self.v_width)
         return torch.empty(shape, dtype=self.low_state, device=self.call.q.device)
 
     def updates(self, values: Tensor, states: Tensor, decays: Tensor, group: tuple[int, int], of_queries: bool) -> None:
-        """Fills states with what each chunk adds; of keys, decays with the decay of each."""
+        """Fill states with the update of each chunk and, unless of_queries, decays with its decay."""
         call, k, blocks = self.call, self.key, self.blocks.update
         grid = (self.chunks.total, group[1], _blocks(self.width, blocks.k) * _blocks(self.v_width, blocks.v))
         chunk_update_kernel[grid](
@@ -141,7 +140,7 @@ class Launcher:
         group: tuple[int, int],
         back: bool,
     ) -> None:
-        """Turns what chunks add into the states before them."""
+        """Turn the updates of chunks into the states before them."""
         grid = (self.chunks.sequences, group[1], _blocks(self.width * self.v_width, CARRY_BLOCK))
         carry_states_kernel[grid](
             states, decays, initial, final, self._tables()[0], self.chunks.each, *group, self.heads,
@@ -150,7 +149,7 @@ class Launcher:
         )  # fmt: skip
 
     def outputs(self, values: Tensor, states: Tensor, y: Tensor, group: tuple[int, int], of_queries: bool) -> None:
-        """Writes outputs to y or, of_queries, the gradient of v from values dy."""
+        """Write outputs to y or, of_queries, the gradient of v from values dy."""
         call, k, blocks = self.call, self.key, self.blocks.output
         grid = (self.chunks.total, group[1], _blocks(self.v_width, blocks.v))
         chunk_output_kernel[grid](
@@ -166,7 +165,7 @@ class Launcher:
         self, dy: Tensor, states: Tensor, d_states: Tensor, decays: Tensor, results: tuple[Tensor | None, ...],
         group: tuple[int, int],
     ) -> None:  # fmt: skip
-        """Writes the gradients (dq, df, dk, d_bound of each chunk)."""
+        """Write the gradients (dq, df, dk, d_bound of each chunk)."""
         call, k, blocks = self.call, self.key, self.blocks.gradient
         grid = (self.chunks.total, group[1], _blocks(self.width, blocks.k))
         chunk_gradient_kernel[grid](
@@ -190,7 +189,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def forward(call: ScanCall, plan: int) -> tuple[Tensor, Tensor, None]:
-    """Scan; the backward pass needs nothing of the way there.
+    """Scan; nothing is kept for the backward pass.
 
     Args:
         call: the call.
@@ -245,13 +244,13 @@ def backward(
 
 
 def _new_rows(like: Tensor, call: ScanCall) -> Tensor:
-    """Room for an output; packed sequences may leave rows at the end to nobody."""
+    """Return memory for an output, zeros where packed sequences may not cover every row."""
     make = torch.empty if call.cu_seqlens is None else torch.zeros
     return make(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _new_decays(run: Launcher, heads: int) -> Tensor:
-    """Room for the decay of each chunk and 1 minus it."""
+    """Return uninitialised memory for the decay of each chunk and its complement."""
     shape = (run.chunks.total, heads, 2, run.width)
     return torch.empty(shape, dtype=torch.float32, device=run.call.q.device)
 

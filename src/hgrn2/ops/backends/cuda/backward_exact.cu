@@ -1,7 +1,7 @@
 // Gradients where gates are too near to 0 for the dense products of backward.cu: exact for any gate. Here those of query
 // and gate, in values.cuh that of the value.
 //
-// The method is that of hgrn2/ops/chunked.py: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
+// The method is that of hgrn2/ops/backends/chunked: blocks of 1, 2, 4, ... tokens are joined in pairs, and decays are only
 // ever multiplied. In the later block of a pair X is the query times the decays from its start, in the earlier one the
 // key times those to its end, and dX = dA X for the scores' gradients dA of the two blocks' pairs of tokens. The
 // gradient of a decay's logarithm is the sum of X dX over the X that hold the decay: terms of one kind added up, none
@@ -299,14 +299,14 @@ __device__ __forceinline__ void exact_gradients(const BackwardArguments& a, cons
 }
 
 // Programs, of any number, share out the flags.
-extern "C" __global__ void __launch_bounds__(GATE_THREADS, 2) backward_left_over(
+extern "C" __global__ void __launch_bounds__(GATE_THREADS, 2) backward_exact(
     const __grid_constant__ BackwardArguments a) {
     extern __shared__ __align__(1024) char shared[];
     i64 pieces = (i64)a.batches * a.part_chunks * a.group * 2;
     for (i64 first = blockIdx.x; first < pieces; first += 32 * gridDim.x) {
         // every warp asks for the same 32
         i64 own = first + (i64)(threadIdx.x & 31) * gridDim.x;
-        u32 found = __ballot_sync(~0u, own < pieces && a.left_over[own]);
+        u32 found = __ballot_sync(~0u, own < pieces && a.fallback[own]);
         while (found) {
             i64 i = first + (i64)(__ffs(found) - 1) * gridDim.x;
             found &= found - 1;
@@ -318,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(GATE_THREADS, 2) backward_left_over
             exact_gradients(a, p, shared);
             // dV of all channels by the program that has one half or the other, in turns, so that all have as many
             int turn = p.at / ((gridDim.x + 1) / 2) & 1;
-            if (p.half == turn && a.left_over[i] == VALUE_TOO) exact_values(a, p, shared);
+            if (p.half == turn && a.fallback[i] == VALUE_TOO) exact_values(a, p, shared);
         }
     }
 }

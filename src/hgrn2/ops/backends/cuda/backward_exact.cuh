@@ -1,8 +1,8 @@
-// What left_over.cu works with: what it reads, and the products with values. A program works on one half of
+// What backward_exact.cu works with: what it reads, and the products with values. A program works on one half of
 // the channels of one head in one chunk at a time; for dV, on all of them.
 
 // joins.cuh and gates.cuh are written for the other walks' argument, of which they need what is here too
-typedef BackwardArguments WalkArguments;
+typedef BackwardArguments ForwardArguments;
 
 constexpr int GATE_THREADS = 256, GATES = 1, PAIRS = 8;
 constexpr int HALF = 64;

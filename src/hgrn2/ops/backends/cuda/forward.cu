@@ -17,7 +17,7 @@
 // work of summary.cuh instead.
 
 template <bool OUTPUT>
-__device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memory& m, i64 first, i64 end,
+__device__ __forceinline__ void work_on_gates(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
     int count = (int)(end - first), stage = 0, next = 1;
     if (count <= 0) return;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void work_on_gates(const WalkArguments& a, const Memo
 }
 
 template <bool OUTPUT>
-__device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memory& m, i64 first, i64 end,
+__device__ __forceinline__ void work_on_state(const ForwardArguments& a, const Memory& m, i64 first, i64 end,
                                               const Row& from) {
     Reader r = reader_of_thread(a);
     int segment = blockIdx.x, local = blockIdx.y, batch = blockIdx.z, group = gridDim.y;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void work_on_state(const WalkArguments& a, const Memo
 
 // One segment of one head of one sequence.
 template <bool OUTPUT, bool SUMMARY, bool BACK>
-__device__ __forceinline__ void walk(const WalkArguments& a) {
+__device__ __forceinline__ void walk(const ForwardArguments& a) {
     extern __shared__ __align__(1024) char shared[];
     Memory m = {shared};
     int head = a.first_head + blockIdx.y, batch = blockIdx.z;
@@ -172,7 +172,7 @@ __device__ __forceinline__ void walk(const WalkArguments& a) {
 }
 
 #define KERNEL(NAME, ...)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ WalkArguments a) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ ForwardArguments a) { \
         walk<__VA_ARGS__>(a);                                                                                \
     }
 KERNEL(forward_outputs, true, false, false)

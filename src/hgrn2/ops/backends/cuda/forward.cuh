@@ -1,6 +1,6 @@
-// What the warps of a walk (walk.cu) share: their argument, their numbers, shared memory.
+// What the warps of a walk (forward.cu) share: their argument, their numbers, shared memory.
 
-struct WalkArguments {
+struct ForwardArguments {
     const void* q;
     const void* f;
     const void* v;
