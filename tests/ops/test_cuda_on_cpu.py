@@ -388,7 +388,7 @@ def test_boundaries_that_do_not_fit_touch_no_other_memory(kernels, monkeypatch, 
     monkeypatch.setattr(torch, "empty", guarded)
     monkeypatch.setattr(launch_list.LaunchList, "workspace", alone)
     # on a GPU nobody waits to look at values
-    monkeypatch.setattr(checks, "_values_are_at_hand", lambda *_: False)
+    monkeypatch.setattr(checks, "_can_read_values", lambda *_: False)
     found = run(hgrn2_scan, inputs)
     assert made
     assert all((whole[size:] == whole.new_tensor(12345)).all() for whole, size in made)

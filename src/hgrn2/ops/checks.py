@@ -19,9 +19,9 @@ SMALLEST_FLOOR = -69
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _values_are_at_hand(x: Tensor, debug: bool) -> bool:
-    """Whether values can be looked at: without waiting for an accelerator, unless asked to, or breaking a trace."""
-    # a traced or fake tensor is of another type and has no values
+def _can_read_values(x: Tensor, debug: bool) -> bool:
+    """Whether values can be read without breaking a trace and, unless `debug`, without waiting for an accelerator."""
+    # traced and fake tensors are of other types and have no values
     return (
         (debug or x.device.type == "cpu")
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -30,7 +30,7 @@ def _values_are_at_hand(x: Tensor, debug: bool) -> bool:
 
 
 def check_tangents(backend: str, *inputs: Tensor | None) -> None:
-    """Torch would take the derivative of an operator that has none in forward mode for zero."""
+    """Raise where forward mode would differentiate an operator without such a derivative: torch would take it for 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
@@ -43,7 +43,7 @@ def _check_choice(name: str, found: str, known: tuple[str, ...]) -> None:
 
 
 def _check_like(name: str, x: Tensor, q: Tensor, dtype: torch.dtype, beside: str = "q") -> None:
-    # float32 states and bounds are fine beside float64 inputs
+    # float64 inputs may come with float32 states and bounds
     if x.dtype != dtype and (x.dtype, dtype) != (torch.float32, torch.float64):
         raise UserError(f"{name} has dtype {x.dtype}; wanted {dtype} beside {beside} of dtype {q.dtype}")
     check_device(name, x, beside, q)
@@ -83,7 +83,7 @@ def _check_operands(q: Tensor, x: Tensor, v: Tensor, name: str) -> None:
 def check_scan(
     q: Tensor, x: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, name: str, debug: bool
 ) -> None:
-    """Checks the tensors of a scan; x is the gate's pre-activation or the key, as `name` says."""
+    """Check the tensors of a scan; x is the gate's pre-activation or the key, as `name` says."""
     _check_tensors(q=q, v=v)
     if q.dim() != 4 or v.dim() != 4:
         raise UserError(
@@ -108,12 +108,12 @@ def _check_widths(q: Tensor, v: Tensor) -> None:
 
 
 def check_fixed_settings(min_log_decay: float | None, q_activation: str, v_activation: str) -> None:
-    """Checks the settings that a layer has the same in every call."""
+    """Check the settings that are fixed for a layer."""
     _check_choice("q_activation", q_activation, Q_ACTIVATIONS)
     _check_choice("v_activation", v_activation, V_ACTIVATIONS)
-    # a trace may hold it as a symbol
+    # it may be a symbol in a trace
     number = isinstance(min_log_decay, Real | torch.SymFloat)
-    # not a number fails the comparison. All kernels know decays down to 1e-30
+    # NaN fails the comparison. All kernels represent decays down to 1e-30
     if min_log_decay is not None and not (number and SMALLEST_FLOOR <= min_log_decay < 0):
         raise UserError(f"min_log_decay is {min_log_decay!r}; wanted a number in [{SMALLEST_FLOOR}, 0), or None")
 
@@ -127,13 +127,13 @@ def check_settings(
     q_activation: str = "none",
     v_activation: str = "none",
 ) -> None:
-    """Checks the settings of a call that are not tensors."""
+    """Check the settings of a call."""
     check_fixed_settings(min_log_decay, q_activation, v_activation)
-    # a trace may hold the numbers as symbols
+    # the numbers may be symbols in a trace
     if torch.compiler.is_compiling():
         return
     dtype = state_dtype(q)
-    # not a number fails the comparison
+    # NaN fails the comparison
     if not isinstance(scale, Real) or not abs(scale) <= torch.finfo(dtype).max:
         raise UserError(f"scale is {scale!r}; wanted a number that {dtype} can hold")
     if not isinstance(reverse, int) or reverse not in (False, True):
@@ -141,12 +141,12 @@ def check_settings(
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool, beside: str = "q") -> None:
-    """Checks the bounds of packed sequences.
+    """Check the bounds of packed sequences.
 
     Args:
         cu_seqlens: the bounds.
         q: the packed rows [1, T, ...].
-        debug: look at values on an accelerator too.
+        debug: read values on an accelerator too.
         beside: name of the packed rows.
     """
     if not isinstance(cu_seqlens, Tensor):
@@ -160,17 +160,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool, beside: str = "
             f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1", "contradiction"
         )
     check_device("cu_seqlens", cu_seqlens, beside, q)
-    if _values_are_at_hand(cu_seqlens, debug):
+    if _can_read_values(cu_seqlens, debug):
         boundaries(cu_seqlens, q.shape[1])
 
 
 def check_lower_bound(lower_bound: Tensor | None, q: Tensor, debug: bool) -> None:
-    """Checks a lower bound beside q [..., H, K]: shape, dtype, device and values."""
+    """Check a lower bound beside q [..., H, K]: shape, dtype, device and values."""
     if lower_bound is None:
         return
     require_shape("lower_bound", lower_bound, "H K", q.shape[-2:])
     check_bound_like("lower_bound", lower_bound, q)
-    if _values_are_at_hand(lower_bound, debug) and lower_bound.numel():
+    if _can_read_values(lower_bound, debug) and lower_bound.numel():
         low, high = (float(x) for x in lower_bound.detach().aminmax())
         # a NaN fails both comparisons
         if not (low >= 0 and high < 1):
@@ -178,20 +178,20 @@ def check_lower_bound(lower_bound: Tensor | None, q: Tensor, debug: bool) -> Non
 
 
 def check_bound_like(name: str, bound: Tensor, x: Tensor, beside: str = "q") -> None:
-    """Checks dtype and device of a lower bound or state beside an input, which has the name `beside`."""
+    """Check dtype and device of a lower bound or state beside an input named `beside`."""
     _check_like(name, bound, x, state_dtype(x), beside)
 
 
 def check_log_decay(log_f: Tensor, q: Tensor, debug: bool) -> None:
-    """Checks log decays beside q: shape, dtype, device and values."""
+    """Check log decays beside q: shape, dtype, device and values."""
     require_shape("log_f", log_f, "B T H K", q.shape)
     _check_like("log_f", log_f, q, state_dtype(q))
-    if _values_are_at_hand(log_f, debug) and log_f.numel() and not bool((log_f <= 0).all()):
+    if _can_read_values(log_f, debug) and log_f.numel() and not bool((log_f <= 0).all()):
         raise UserError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
 
 
 def check_step(q: Tensor, f: Tensor, v: Tensor, state: Tensor) -> None:
-    """Checks the tensors of a step."""
+    """Check the tensors of a step."""
     _check_tensors(q=q, v=v)
     if q.dim() != 3 or v.dim() != 3:
         raise UserError(

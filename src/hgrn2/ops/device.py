@@ -13,9 +13,9 @@ ROW_ALIGNMENT = 8
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes a device the current one, which is where kernels are launched."""
-    # only the interpreter and the tests' emulator get here with a CPU. Most calls find the device current; to make it
-    # so again would cost the host as much as a launch
+    """Make a device the current one, where kernels are launched."""
+    # a CPU is the interpreter's or the tests' emulator's. The device is current in most calls; to set it again would
+    # cost the host as much as a launch
     if device.type == "cpu" or torch.cuda.current_device() == device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(device)

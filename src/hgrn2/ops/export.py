@@ -1,7 +1,7 @@
-"""The scans in operations that every exporter knows: element-wise ones, a matrix product and a loop over tokens.
+"""Scans in operations that every exporter knows: element-wise ones, a matrix product and a loop over tokens.
 
-The operators of the backends mean nothing outside this package, so a program for another runtime is traced through the
-functions here. They are as exact as the backends for any gate. They loop over tokens because the joins of
+Other runtimes do not know the operators of this package, so a program for one of them is traced through the functions
+here. They are as exact as the backends for any gate. They loop over tokens because the joins of
 `hgrn2.ops.backends.chunked` are 200 operations a scan, which take the exporter ten seconds a layer.
 
 ONNX has an operator for this recurrence, LinearAttention, which `use_linear_attention` asks for.
@@ -41,7 +41,7 @@ def is_onnx_export() -> bool:
     return is_exporting() and _is_in_onnx_export()
 
 
-# a compiler would take it for false
+# torch.compile would trace it as false
 @torch.compiler.assume_constant_result
 def _is_in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
@@ -49,7 +49,7 @@ def _is_in_onnx_export() -> bool:
 
 @contextlib.contextmanager
 def use_linear_attention(domain: str | None) -> Iterator[None]:
-    """Makes scans traced inside ONNX's LinearAttention of a domain; None for ordinary operations.
+    """Trace scans inside the block as ONNX's LinearAttention of a domain, or as ordinary operations.
 
     Args:
         domain: "ai.onnx", "com.microsoft" or None.
@@ -113,18 +113,18 @@ def _free_operands(call: ScanCall) -> _Operands:
 
 def _scan(operands: _Operands, call: ScanCall) -> tuple[Tensor, Tensor]:
     """Scan token by token."""
-    # not public yet, though exporters know it. Not its wrapper `scan`, which compiles and so fails where a trace has
-    # found two lengths to be one
+    # private, though exporters know it. Its public wrapper `scan` compiles, which fails where a trace has proved two
+    # lengths equal
     from torch._higher_order_ops.scan import scan_op
 
     q, k, v, f, c, _ = operands
     state, reverse = _initial_state(operands, call), call.settings.reverse
-    # near 1 a decay has fewer digits than its complement, and rounding errors of equal gates all point the same way
+    # near 1 a decay has fewer digits than its complement, and the rounding errors of equal gates add up
     is_small = c < COMPLEMENT_BELOW
     keep, change = is_small.to(f.dtype), torch.where(is_small, -c, f)
     rows = [x.unsqueeze(-2) for x in (q * call.settings.scale, v)] + [x.unsqueeze(-1) for x in (k, keep, change)]
     rows = [x.flip(1).transpose(0, 1) if reverse else x.transpose(0, 1) for x in rows]  # [T, B, H, 1, K], [.., K, 1]
-    # detached, for torch would prepare a backward pass
+    # detached: otherwise torch would prepare a backward pass
     results: Any = scan_op(_token, [state.detach()], [x.detach() for x in rows], ())
     end, y = results
     y = y.squeeze(-2).transpose(0, 1)
@@ -146,7 +146,7 @@ def _onnx_scan(operands: _Operands, call: ScanCall) -> tuple[Tensor, Tensor]:
     if log_f is None:
         log_f = torch.where(c < COMPLEMENT_BELOW, _log1p(-c), f.log())
     state, reverse, heads = _initial_state(operands, call), call.settings.reverse, q.shape[2]
-    # scaled here: the operator takes a scale of 0 for "by the width"
+    # scaled here: the operator reads a scale of 0 as one by the width
     inputs = [x.flip(1) if reverse else x for x in (q * call.settings.scale, k, v, log_f)]
     q, k, v, log_f = (x.flatten(2) for x in inputs)
     y, state = torch.onnx.ops.symbolic_multi_out(
@@ -166,7 +166,7 @@ def _initial_state(operands: _Operands, call: ScanCall) -> Tensor:
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    # ONNX Runtime's Sigmoid does not fall below e^-18
+    # ONNX Runtime's Sigmoid never falls below e^-18
     return 1 / (1 + torch.exp(-x))
 
 
@@ -177,7 +177,7 @@ def _activate(x: Tensor, activation: str) -> Tensor:
 
 
 def _log1p(x: Tensor) -> Tensor:
-    # exporters write log(1 + x), which loses the digits of a small x; this quotient gives them back
+    # exporters write log(1 + x), which loses the digits of a small x; this quotient restores them
     u = 1 + x
     near = torch.where(u == 1, 0.5, u)
     return torch.where(u == 1, x, near.log() * (x / (near - 1)))
@@ -210,7 +210,7 @@ def _decomposition(operator: Any) -> Callable[..., tuple[Tensor, ...]]:
         given = dict(zip(names, args, strict=False)) | kwargs
         call = ScanCall.from_flat([given[name] for name in names if name not in ("backend", "plan")])
         if not is_step:
-            # a backward pass is not exported, so that nothing need be kept for it
+            # no backward pass is exported, so nothing is kept for it
             return *scan_in_operations(call), call.q.new_zeros(0)
         token = call._replace(q=call.q.unsqueeze(1), f=call.f.unsqueeze(1), v=call.v.unsqueeze(1))
         y, state = scan_in_operations(token)

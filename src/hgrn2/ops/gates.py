@@ -1,4 +1,4 @@
-"""From what an operator is given to what the recurrence needs, a tile at a time, and back for the gradient.
+"""Operands of the recurrence from the inputs of an operator, tile by tile, and gradients of those inputs.
 
 Two operators share one recurrence on (q, k, v, f, c), with f the decay and c = 1 - f:
 
@@ -23,11 +23,11 @@ from hgrn2.ops.tiles import Tile, load, store
 
 
 class Floor(NamedTuple):
-    """The smallest decay, 0 where there is no floor.
+    """A floor under the decay.
 
     Attributes:
-        decay: it.
-        lost: 1 minus it, to the last digits.
+        decay: smallest decay, 0 when there is no floor.
+        lost: 1 - decay, to full precision.
     """
 
     decay: float
@@ -35,12 +35,12 @@ class Floor(NamedTuple):
 
     @classmethod
     def of(cls, min_log_decay: float | None) -> Floor:
-        """Of its logarithm."""
+        """Return the floor with this logarithm."""
         return cls(0.0, 1.0) if min_log_decay is None else cls(math.exp(min_log_decay), -math.expm1(min_log_decay))
 
 
 def activate(x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """Applies "silu", "sigmoid" or "none", into out if given."""
+    """Apply "silu", "sigmoid" or "none", into out if given."""
     if activation == "silu":
         return functional.silu(x) if out is None else torch.ops.aten.silu.out(x, out=out)
     if activation == "sigmoid":
@@ -49,7 +49,7 @@ def activate(x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
 
 
 def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
-    """Gradient with respect to x of `activate(x, activation)`."""
+    """Return the gradient with respect to x of `activate(x, activation)`."""
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad, x)
     return torch.ops.aten.sigmoid_backward(grad, torch.sigmoid(x)) if activation == "sigmoid" else grad
@@ -57,7 +57,7 @@ def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
 
 @dataclass
 class Gated:
-    """Room for a tile's operands, each [chunks, B, H, C, width]; c may be k itself. `raw`: what the gradient needs."""
+    """Operands of a tile, each [chunks, B, H, C, width]; c may be k itself. `raw`: values the gradient needs."""
 
     q: Tensor
     k: Tensor
@@ -68,14 +68,18 @@ class Gated:
 
 
 def _neutral(tile: Tile, f: Tensor, c: Tensor) -> None:
-    """Makes places without a row keep the state as it is."""
+    """Make the gaps of a tile keep the state as it is."""
     if tile.padding is not None:
         f.masked_fill_(tile.padding, 1)
         c.masked_fill_(tile.padding, 0)
 
 
 class TiedGate:
-    """The gates of `hgrn2_scan`."""
+    """Gates of `hgrn2_scan`.
+
+    Args:
+        call: a call without a key.
+    """
 
     def __init__(self, call: ScanCall):
         q, settings = call.q, call.settings
@@ -87,18 +91,18 @@ class TiedGate:
         self.q_act, self.v_act = settings.q_activation, settings.v_activation
 
     def allocate_gradients(self) -> None:
-        """Makes room for what `backward` stores."""
+        """Allocate the gradients that `backward` stores."""
         self.gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in self.inputs)
-        # summed over every token: more digits than the parts
+        # a sum over all tokens needs more digits than its terms
         shape = None if self.bound is None else (self.bound.shape[0], self.bound.shape[-1])
         self.d_bound = None if shape is None else torch.zeros(shape, dtype=torch.float64, device=self.inputs[0].device)
 
     def allocate(self, shape: tuple[int, ...], low: torch.dtype) -> Gated:
-        """Makes room for a tile.
+        """Allocate the operands of a tile.
 
         Args:
             shape: chunks, B, H, C of the tile.
-            low: dtype of the large matrix products, which v goes into.
+            low: dtype of the large matrix products, and of v.
         """
         x, _, i = self.inputs
         q, k, f = (x.new_empty((*shape, x.shape[-1]), dtype=self.dtype) for _ in range(3))
@@ -106,13 +110,13 @@ class TiedGate:
         return Gated(q, k, v, f, c=torch.empty_like(k) if self.floor.decay else k)
 
     def load(self, gated: Gated, batch: slice, tile: Tile, keep: bool) -> None:
-        """Reads and activates a tile.
+        """Read and activate a tile.
 
         Args:
-            gated: as `allocate` made it for the tile's shape; filled.
-            batch: which sequences.
-            tile: which rows.
-            keep: keep what `backward` needs.
+            gated: operands from `allocate` for the tile's shape; filled.
+            batch: sequences to read.
+            tile: rows to read.
+            keep: keep the values that `backward` needs.
         """
         q, z, v = (x[batch] for x in self.inputs)
         u = load(q, tile, torch.empty_like(gated.q) if keep else gated.q)
@@ -138,7 +142,7 @@ class TiedGate:
         gated.raw = (u, i, p) if keep else ()
 
     def _spread_bound(self, shape: torch.Size) -> tuple[Tensor, ...]:
-        """The bound and 1 - bound for every row of a chunk: broadcast row by row they cost several times as much."""
+        """Return the bound and 1 - bound for every row of a chunk: broadcasting them costs several times as much."""
         assert self.bound is not None
         if shape not in self.bounds:
             both = (self.bound, 1 - self.bound)
@@ -146,9 +150,9 @@ class TiedGate:
         return self.bounds[shape]
 
     def backward(self, batch: slice, tile: Tile, gated: Gated, dq: Tensor, dk: Tensor, dv: Tensor, df: Tensor) -> None:
-        """Stores the gradients of a tile's rows."""
+        """Store the gradients of a tile's rows."""
         u, i, p = gated.raw
-        # df is the path through the decay alone; the key adds dk / df = -1
+        # df so far is the gradient through the decay alone; the key adds dk / df = -1
         if self.floor.decay:
             df = df.masked_fill(gated.f <= self.floor.decay, 0)
         df = (df - dk).mul_(gated.k)
@@ -164,7 +168,11 @@ class TiedGate:
 
 
 class FreeGate:
-    """The gates of `gated_scan`."""
+    """Gates of `gated_scan`.
+
+    Args:
+        call: a call with a key.
+    """
 
     def __init__(self, call: ScanCall):
         assert call.k is not None
@@ -173,20 +181,20 @@ class FreeGate:
         self.scale = call.settings.scale
 
     def allocate_gradients(self) -> None:
-        """Makes room for what `backward` stores."""
+        """Allocate the gradients that `backward` stores."""
         self.gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in self.inputs)
 
     def allocate(self, shape: tuple[int, ...], low: torch.dtype) -> Gated:
-        """As `TiedGate.allocate`."""
+        """Allocate the operands of a tile; arguments as for `TiedGate.allocate`."""
         dtypes = (self.dtype, self.dtype, low, self.dtype)
         parts = (x.new_empty((*shape, x.shape[-1]), dtype=t) for x, t in zip(self.inputs, dtypes, strict=True))
         q, k, v, f = parts
         return Gated(q, k, v, f, c=torch.empty_like(f))
 
     def load(self, gated: Gated, batch: slice, tile: Tile, keep: bool) -> None:
-        """Reads a tile; arguments as `TiedGate.load`."""
-        room = (gated.q, gated.k, gated.v, gated.f)
-        q, k, v, log_f = (load(x[batch], tile, out) for x, out in zip(self.inputs, room, strict=True))
+        """Read a tile; arguments as for `TiedGate.load`."""
+        operands = (gated.q, gated.k, gated.v, gated.f)
+        q, k, v, log_f = (load(x[batch], tile, out) for x, out in zip(self.inputs, operands, strict=True))
         torch.mul(q, self.scale, out=gated.q)
         gated.k.copy_(k)
         gated.v.copy_(v)
@@ -195,7 +203,7 @@ class FreeGate:
         _neutral(tile, gated.f, gated.c)
 
     def backward(self, batch: slice, tile: Tile, gated: Gated, dq: Tensor, dk: Tensor, dv: Tensor, df: Tensor) -> None:
-        """Stores the gradients of a tile's rows."""
+        """Store the gradients of a tile's rows."""
         if self.scale != 1:
             dq = dq * self.scale
         for gradient, part in zip(self.gradients, (dq, dk, dv, df * gated.f), strict=True):

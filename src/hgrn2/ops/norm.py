@@ -13,24 +13,24 @@ from hgrn2.ops.triton.installed import triton_runs
 from hgrn2.shapes import require_shape
 
 BACKENDS = ("auto", "torch", "triton")
-# a row must fit the registers of one program
+# a row has to fit the registers of one program
 WIDEST = 1 << 14
-# elements from which on the time of the kernels is more than that of launching them
+# number of elements above which the kernels take longer than their launches
 LARGE = 1 << 22
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, backend: str = "auto") -> Tensor:
-    """X / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467).
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467).
 
     Args:
         x: [..., W].
         weight: [W] or None.
         eps: added to the mean square.
-        dtype: of the result.
+        dtype: dtype of the result.
         backend: "triton", one kernel that reads x in its dtype, computes in float32 and writes `dtype`; "torch", which
-            computes in the weight's dtype and converts. "auto" is the first on a GPU where dtypes differ, or where x is
-            large and its gradient is recorded; not under torch.compile, which fuses by itself, nor under transforms of
-            torch.func and for tensors that only have a shape.
+            computes in the weight's dtype and converts. "auto" is "triton" on a GPU where dtypes differ, or where x is
+            large and its gradient is recorded; but "torch" under torch.compile, which fuses by itself, under transforms
+            of torch.func and for fake tensors.
 
     Returns:
         [..., W].
@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, b
             "unsupported",
         )
     if backend == "auto":
-        backend = "triton" if taken and not torch.compiler.is_compiling() and _pays(x, dtypes) else "torch"
+        backend = "triton" if taken and not torch.compiler.is_compiling() and _kernel_is_faster(x, dtypes) else "torch"
     if backend == "triton" and x.numel():
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         weight = None if weight is None else weight.contiguous()
@@ -64,13 +64,13 @@ def _in_torch(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) 
     return functional.rms_norm(x.to(computed), x.shape[-1:], weight, eps).to(dtype)
 
 
-def _pays(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether the kernel is faster here, and sees a plain tensor on a GPU."""
+def _kernel_is_faster(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether x is a plain tensor on a GPU for which the kernel is faster."""
     if x.device.type != "cuda" or type(x) not in (Tensor, nn.Parameter):
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    # torch's kernels for one dtype start sooner, and take longer in the backward pass
+    # torch's kernels for one dtype launch faster, but their backward pass is slower
     return len(set(dtypes)) > 1 or (x.numel() >= LARGE and x.requires_grad and torch.is_grad_enabled())
 
 
@@ -91,7 +91,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, factor = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return *norm.backward(dy.contiguous(), x, weight, factor, ctx.needs_input_grad[1]), None, None
-        # the gradients' own gradients are torch's
+        # second derivatives are torch's
         wanted = [t for t, needed in zip((x, weight), ctx.needs_input_grad[:2], strict=True) if needed]
         found = iter(torch.autograd.grad(_in_torch(x, weight, *ctx.settings), wanted, dy, create_graph=True))
         dx, d_weight = (next(found) if needed else None for needed in ctx.needs_input_grad[:2])

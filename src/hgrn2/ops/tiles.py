@@ -1,4 +1,4 @@
-"""How the rows of a batch are cut into chunks, and chunks into tiles that fit a cache."""
+"""Division of the rows of a batch into chunks, and of chunks into tiles that fit a cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from hgrn2.errors import UserError
 
 CHUNK_SIZE = 64
-# bytes of one input in a tile: on a CPU small enough for the caches of a few cores, large enough to hide the cost of
-# a dispatch; elsewhere as much as keeps temporaries modest
+# bytes of one input in a tile: on a CPU small enough for the caches of a few cores and large enough to hide the cost of
+# dispatch; elsewhere limited by the memory of temporaries
 TILE_BYTES_CPU = 1 << 20
 TILE_BYTES_ACCELERATOR = 1 << 27
 MAX_CHUNKS_PER_TILE_CPU = 16
@@ -21,16 +21,16 @@ MAX_CHUNKS_PER_TILE_ACCELERATOR = 4096
 
 
 def chunks_per_tile(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many chunks are worked on together.
+    """Return the number of chunks in a tile.
 
-    Does not depend on the length, so that a traced program need not know it. A traced program holds the number, so that
-    one compiled by a version with other tiles stays right.
+    It does not depend on the length, which a traced program may leave open. A traced program holds the number, so that
+    it stays valid when a later version cuts other tiles.
 
     Args:
         heads: H.
         width: the larger of K and V.
-        dtype: of the inputs.
-        device: where the work happens.
+        dtype: dtype of the inputs.
+        device: device of the inputs.
     """
     most = MAX_CHUNKS_PER_TILE_CPU if device.type == "cpu" else MAX_CHUNKS_PER_TILE_ACCELERATOR
     return max(1, min(most, _tile_elements(dtype, device) // (heads * CHUNK_SIZE * width)))
@@ -41,11 +41,11 @@ def _tile_elements(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def max_tiles(length: int, num_packed: int, chunks: int) -> int:
-    """Upper bound of the number of tiles along time.
+    """Return an upper bound of the number of tiles along time.
 
     Args:
         length: T.
-        num_packed: packed sequences, each of which can end in a chunk that is not full; 0 when the batch is not packed.
+        num_packed: packed sequences, each of which can end in a partial chunk; 0 when nothing is packed.
         chunks: chunks of a tile.
     """
     return -(-(-(-length // CHUNK_SIZE) + num_packed) // chunks)
@@ -54,18 +54,18 @@ def max_tiles(length: int, num_packed: int, chunks: int) -> int:
 def batch_per_tile(
     batch: int, length: int, heads: int, width: int, tile_chunks: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """How many sequences of a batch are worked on together, given the chunks; else as `chunks_per_tile`."""
+    """Return the number of sequences of a batch in a tile; further arguments as for `chunks_per_tile`."""
     rows = min(length, tile_chunks * CHUNK_SIZE)
     return max(1, min(batch, _tile_elements(dtype, device) // max(1, rows * heads * width)))
 
 
 def chunk_size(length: int) -> int:
-    """Tokens of a chunk: a power of two, no larger than a short sequence needs."""
+    """Return the tokens of a chunk: a power of two, no larger than a short sequence needs."""
     return min(CHUNK_SIZE, 1 << max(length - 1, 0).bit_length())
 
 
 def boundaries(cu_seqlens: Tensor | None, length: int) -> list[int]:
-    """First row of each sequence and, last, the length.
+    """Return the first row of each sequence and, last, the length.
 
     Args:
         cu_seqlens: [N + 1], or None for one sequence.
@@ -91,12 +91,12 @@ class Tile:
         start: first source row.
         stop: one past the last source row.
         num_chunks: chunks in the tile.
-        places: for each source row its place in the tile (chunk * chunk_size + offset), int64; None when the rows fill
-            the tile without gaps.
-        padding: [num_chunks, 1, 1, chunk_size, 1] bool, True where no row is; None when there is no gap.
-        sequences: for each chunk the sequence it belongs to.
-        begins: for each chunk whether it holds its sequence's first row.
-        ends: for each chunk whether it holds its sequence's last row.
+        places: index in the tile of each source row (chunk * chunk_size + offset), int64; None when the rows fill the
+            tile without gaps.
+        padding: [num_chunks, 1, 1, chunk_size, 1] bool, True in gaps; None when there are none.
+        sequences: the sequence of each chunk.
+        begins: whether each chunk holds its sequence's first row.
+        ends: whether each chunk holds its sequence's last row.
     """
 
     start: int
@@ -110,13 +110,13 @@ class Tile:
 
 
 def tiles(bounds: Sequence[int], size: int, chunks_each: int, device: torch.device) -> list[Tile]:
-    """The tiles of sequences that lie end to end.
+    """Return the tiles of sequences packed end to end.
 
     Args:
         bounds: first row of each sequence and, last, the total length.
         size: tokens of a chunk.
         chunks_each: chunks of a tile.
-        device: where the row indices are wanted.
+        device: device for the row indices.
     """
     chunks = [
         (row, min(row + size, stop), sequence)
@@ -148,9 +148,9 @@ def tiles(bounds: Sequence[int], size: int, chunks_each: int, device: torch.devi
 
 
 def load(x: Tensor, tile: Tile, out: Tensor) -> Tensor:
-    """A tile's rows of x [B, T, H, W] as [chunks, B, H, C, W] in out's dtype; gaps hold zeros.
+    """Return a tile's rows of x [B, T, H, W] as [chunks, B, H, C, W] in out's dtype; gaps hold zeros.
 
-    Rows of that dtype are not copied: the result is a view of x then, else out.
+    The result is a view of x if x has that dtype, otherwise out.
     """
     num_chunks, batch, heads, chunk_size, width = out.shape
     rows = x[:, tile.start : tile.stop]
@@ -162,7 +162,7 @@ def load(x: Tensor, tile: Tile, out: Tensor) -> Tensor:
 
 
 def store(out: Tensor, x: Tensor, tile: Tile) -> None:
-    """Copies a tile [chunks, B, H, chunk_size, W] to its rows of out [B, T, H, W]; gaps are left out."""
+    """Copy a tile [chunks, B, H, chunk_size, W] without its gaps to its rows of out [B, T, H, W]."""
     rows, by_chunk = out[:, tile.start : tile.stop], x.permute(1, 0, 3, 2, 4)
     if tile.places is None:
         rows.unflatten(1, by_chunk.shape[1:3]).copy_(by_chunk)

@@ -1,7 +1,7 @@
-"""The recurrence step by step: the oracle every other path is compared with.
+"""The recurrence step by step: the oracle that tests compare every backend with.
 
-Slow, and meant to be read. Differentiable by autograd; exact to rounding in the dtype it is given, so float64 inputs
-give the numbers the tests trust.
+It is slow and meant to be read. Autograd differentiates it. It is exact to rounding in the dtype of its inputs; tests
+use float64.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from hgrn2.ops.tiles import boundaries
 
 
 def activation(x: Tensor, name: str) -> Tensor:
-    """Applies "silu", "sigmoid" or "none"."""
+    """Apply "silu", "sigmoid" or "none"."""
     return {"silu": functional.silu, "sigmoid": torch.sigmoid, "none": lambda t: t}[name](x)
 
 
 def tied_gate(z: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Forget gate and tied key from the gate's pre-activation (arXiv 2404.07904, eq. 3 and 6).
+    """Return the forget gate and the tied key from the gate's pre-activation (arXiv 2404.07904, eq. 3 and 6).
 
     Args:
         z: [..., H, K].
@@ -44,7 +44,7 @@ def tied_gate(z: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def floored(f: Tensor, min_log_decay: float | None) -> Tensor:
-    """The decay of a forget gate f: e^min_log_decay where f is not above it, and then without a gradient."""
+    """Return the decay of a forget gate f: f, but at least e^min_log_decay, where it has no gradient."""
     if min_log_decay is None:
         return f
     floor = math.exp(min_log_decay)
@@ -67,7 +67,7 @@ def recurrence(
     reverse: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = Diag(f_t) S_{t-1} + k_t v_t^T, y_t = scale * S_t^T q_t, one token after the other.
+    """Compute S_t = Diag(f_t) S_{t-1} + k_t v_t^T, y_t = scale * S_t^T q_t, one token after the other.
 
     Args:
         q: [B, T, H, K].
@@ -103,7 +103,7 @@ def recurrence(
 
 
 class ReferenceBackend(Backend):
-    """The recurrence as torch differentiates it, to any order and in forward mode. It runs by its name alone."""
+    """The recurrence, which torch differentiates to any order and in forward mode. "auto" never chooses it."""
 
     name = "reference"
     opaque = ()

@@ -1,4 +1,4 @@
-"""How the kernels of RMSNorm are launched."""
+"""Launch the kernels of RMSNorm."""
 
 # a kernel's call takes a grid and compile-time options that its signature does not show
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportMissingImports=false
@@ -14,22 +14,22 @@ from torch import Tensor
 from hgrn2.ops.device import on_device
 from hgrn2.ops.triton.row_norm import norm_backward_kernel, norm_forward_kernel
 
-# elements of a block, for about as many registers as leave two or more programs to a multiprocessor
+# elements of a block, so that registers suffice for two or more programs on a multiprocessor
 BLOCK_ELEMENTS = 4096
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Normalised rows.
+    """Normalise rows.
 
     Args:
         x: [M, W], contiguous.
         weight: [W] or None.
         eps: added to the mean square.
-        dtype: of the result; sums are float32.
+        dtype: dtype of the result; sums are float32.
 
     Returns:
-        [M, W], and each row's factor [M], float32, which `backward` needs.
+        the result [M, W], and the factor of each row [M], float32, which `backward` needs.
     """
     rows, width = x.shape
     y, factor = x.new_empty(x.shape, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
@@ -45,7 +45,7 @@ def forward(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) ->
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, factor: Tensor, weight_learns: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the weight, in their dtypes; two runs give the same bits.
+    """Return the gradients of x and of the weight, in their dtypes; two runs give the same bits.
 
     Args:
         dy: [M, W], contiguous.
@@ -70,7 +70,7 @@ def backward(
 
 
 def _block(width: int) -> tuple[int, int, int]:
-    """Rows and columns of a block, and its warps."""
+    """Return rows, columns and warps of a block."""
     columns = triton.next_power_of_2(width)
     rows = max(1, min(16, BLOCK_ELEMENTS // columns))
     return rows, columns, 4 if rows * columns <= 2048 else 8 if columns <= 8192 else 16
@@ -78,5 +78,5 @@ def _block(width: int) -> tuple[int, int, int]:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    # the interpreter has none
+    # the interpreter runs on the CPU
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""RMSNorm of rows, and its gradient: each reads its inputs once and keeps everything else on the chip."""
+"""Kernels of RMSNorm and its gradient: each reads its inputs once and keeps intermediate values on the chip."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 def norm_forward_kernel(
     x_p, weight_p, y_p, factor_p, ROWS, WIDTH, eps, BR: tl.constexpr, BW: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):  # fmt: skip
-    """Rows times their factor, 1 / sqrt(mean square + eps), times the weight. Programs: blocks of BR rows."""
+    """Compute rows times their factor, 1 / sqrt(mean square + eps), times the weight. Programs: blocks of BR rows."""
     rows, columns = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BW)
     row_inside, column_inside = rows < ROWS, columns < WIDTH
     places = rows[:, None] * WIDTH + columns[None, :]

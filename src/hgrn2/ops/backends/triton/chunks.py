@@ -11,8 +11,8 @@ Letters in shapes: C = tokens of a chunk, BK and BV = block sizes along K and V.
 import triton
 import triton.language as tl
 
-# smallest decay of a tied gate. A smaller one rounds any state away in every dtype. It must not be 0, since the gradient
-# by the decay is the gradient by its logarithm divided by it
+# smallest decay of a tied gate. A smaller one rounds any state away in every dtype. It must not be 0: the gradient by
+# the decay is the gradient by its logarithm divided by the decay
 SMALLEST_DECAY = tl.constexpr(1e-30)
 
 
