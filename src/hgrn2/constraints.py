@@ -24,8 +24,10 @@ class _Bound:
 
     def __str__(self) -> str:
         limit = self.limit
-        is_power = isinstance(limit, int) and limit >= 2**32 and limit & (limit - 1) == 0
-        return f"2^{limit.bit_length() - 1}" if is_power else f"{limit:g}" if isinstance(limit, float) else str(limit)
+        if isinstance(limit, float):
+            return f"{limit:g}"
+        is_power = abs(limit) >= 2**32 and abs(limit) & (abs(limit) - 1) == 0
+        return f"{'-' if limit < 0 else ''}2^{limit.bit_length() - 1}" if is_power else str(limit)
 
 
 class Ge(_Bound):

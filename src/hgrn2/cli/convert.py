@@ -12,14 +12,19 @@ from hgrn2.cli.command import Command
 from hgrn2.errors import UserError
 from hgrn2.formats.card import opening_lines
 from hgrn2.formats.convert_model import convert_model
+from hgrn2.formats.layout import LAYOUTS
 from hgrn2.formats.start import StartSettings
 from hgrn2.train.display import size
+
+# the layouts that can be written
+_NAMES = tuple(name for name, layout in LAYOUTS.items() if layout.architecture is not None)
+LayoutName = Literal[_NAMES]  # pyright: ignore[reportInvalidTypeForm]
 
 
 def convert(
     source: tyro.conf.Positional[Path],
     out: tyro.conf.Positional[Path],
-    to: Literal["hf", "fla", "native", "official"] | None = None,
+    to: LayoutName | None = None,
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same",
     max_shard_size: str = "5GB",
     checkpoint: Literal["latest", "best"] = "latest",
@@ -51,7 +56,7 @@ def convert(
     if not from_transformer and start != StartSettings():
         raise UserError("--keep-attention, --expand-ratio, --copy-qv and --seed go with --from-transformer")
     if to is None and not from_transformer:
-        raise UserError("--to is missing; wanted hf, fla, native or official")
+        raise UserError(f"--to is missing; wanted {' or '.join(_NAMES)}")
     written = convert_model(
         source, out, to or "hf", dtype, max_shard_size, checkpoint, start if from_transformer else None
     )

@@ -282,7 +282,9 @@ def _describe_validation(record: Mapping[str, Any], metric: str) -> str:
         return f"held-out data: loss {record['val_loss']:.4f}{other}"
     bits, unit = _bits(record), "bits per byte"
     bits = f"{unit} {bits}" if record["val_bits_per_byte"] is None else f"{bits} {unit}"
-    return f"held-out text: {bits}, perplexity {record['val_perplexity']:.2f} per token"
+    perplexity = record["val_perplexity"]
+    shown = "infinite" if perplexity is None else f"{perplexity:.2f} per token"
+    return f"held-out text: {bits}, perplexity {shown}"
 
 
 def _bits(record: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from hgrn2.data.pieces import Piece, cut_document, keeps_text, piece_tokens
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM
+from hgrn2.quantities import perplexity
 
 WINDOW_TOKENS = 2048
 # number of unknown parts of a text that are named
@@ -45,8 +46,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(nats per token); inf if it does not fit a float."""
-        mean = self.nats / self.num_tokens
-        return math.exp(mean) if mean < 700 else math.inf
+        return perplexity(self.nats / self.num_tokens)
 
     @property
     def bits_per_byte(self) -> float | None:

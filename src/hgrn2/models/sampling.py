@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from hgrn2.constraints import check_fields
-from hgrn2.errors import UserError
+from hgrn2.constraints import Ge, Gt, Le, Lt, check_fields
 
 # tokens of a prompt read in one pass, to limit memory
 PREFILL_TOKENS = 2048
@@ -28,26 +27,15 @@ class Sampling:
         seed: of the draws; None for a fresh one.
     """
 
-    repetition_penalty: float = 1.0
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
+    repetition_penalty: Annotated[float, Ge(0.01), Le(100)] = 1.0
+    temperature: Annotated[float, Ge(0)] = 0.8
+    top_k: Annotated[int, Ge(0)] = 0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    min_p: Annotated[float, Ge(0), Le(1)] = 0.0
+    seed: Annotated[int | None, Ge(-(2**63)), Lt(2**64)] = None
 
     def __post_init__(self) -> None:
         check_fields(self, "sampling")
-        wanted = {
-            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
-            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "seed": (self.seed is None or -(2**63) <= self.seed < 2**64, "at least -2^63 and below 2^64"),
-        }
-        for name, (good, text) in wanted.items():
-            if not good:
-                raise UserError(f"sampling: {name} is {getattr(self, name)}; wanted {text}")
 
 
 def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -12,11 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hgrn2.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows has none; two processes must not prepare the same directory there at once
-    fcntl = None
+from hgrn2.storage.lock import HAS_LOCKS, hold
 
 # every failed attempt means that another process made progress, so a handful would do
 _ATTEMPTS = 100
@@ -168,17 +164,14 @@ def _lock_directory(stage: Path) -> int | None:
     """Create the directory and return an exclusive lock on it; the system releases it when the process ends."""
     while True:
         _make_directory(stage)
-        if fcntl is None:
+        if not HAS_LOCKS:
+            # two processes must not prepare the same directory there at once
             return None
         try:
             lock = os.open(stage, os.O_RDONLY)
         except FileNotFoundError:
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            # some network file systems have no locks
-            return lock
+        hold(lock, wait=True)
         # another process may have renamed the directory to its target while this one waited
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), os.stat(stage)):

@@ -15,6 +15,7 @@ from hgrn2.data.sequential import sequential_windows
 from hgrn2.errors import UserError
 from hgrn2.models import ModelState
 from hgrn2.nn.loss import IGNORE
+from hgrn2.quantities import perplexity
 from hgrn2.tasks.base import Metric, ReportFigure, TaskBase, TaskContext, TaskOptions, TaskReport
 from hgrn2.tasks.registry import register_task
 
@@ -186,8 +187,7 @@ def text_figures(nats: float, num_tokens: int, num_text_bytes: int, keeps_text: 
     loss = nats / num_tokens
     return {
         "val_loss": loss,
-        # beyond 700 the exponential overflows
-        "val_perplexity": math.exp(min(loss, 700.0)),
+        "val_perplexity": perplexity(loss),
         "val_bits_per_byte": nats / math.log(2) / num_text_bytes if keeps_text else None,
         "val_tokens": num_tokens,
         "val_text_bytes": num_text_bytes,
