@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hgrn2.errors import UserError
 from hgrn2.formats.fla import read_config, write_config
 from hgrn2.formats.opening import open_folder
 from hgrn2.formats.tables import model_shapes
@@ -61,9 +60,7 @@ def test_merged_gate_and_up_are_taken_apart(tmp_path):
     # one layer of the old form among those of the new
     mixed = tensors | {name: x for name, x in merged(tensors).items() if "layers.1.mlp.gate" in name}
     del mixed["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(
-        UserError, match=r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight; 1 misshapen: .*\[48, 16\]"
-    ):
+    with refuses("mismatch", "1 missing: model.layers.1.mlp.up_proj.weight", "1 misshapen", "[48, 16]"):
         open_folder(write(tmp_path / "mixed", FLA_CONFIG, mixed))
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from hgrn2.errors import UserError
 from hgrn2.hf import StateLayer
 from hgrn2.hf.cache import CACHE_NAME
 from tests.hf.cases import KINDS, both, tokens
+from tests.refusals import refuses
 
 
 def filled(model, count, cache=None):
@@ -73,9 +73,9 @@ def test_another_model_is_told():
         num_key_value_heads=2,
     )  # fmt: skip
     llama = LlamaForCausalLM(config).eval()
-    with pytest.raises(UserError, match="cache is of an HGRN2 model, whose states another model cannot use"):
+    with refuses("mismatch", "cache", "HGRN2"):
         llama(tokens(2, 1), **{CACHE_NAME: cache})
-    with pytest.raises(UserError, match="cache is of an HGRN2 model"):
+    with refuses("mismatch", "cache", "HGRN2"):
         cache.layers[0].lazy_initialization(None, None)
 
 
@@ -88,5 +88,5 @@ def test_what_another_model_filled_is_refused(kind):
         cache.update_conv_state(torch.zeros(2, 3, 4), i)
     else:
         cache.update(torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4), i)
-    with pytest.raises(UserError, match=f"layer {i} was filled by another model"):
+    with refuses("mismatch", f"layer {i}"):
         filled(model, 3, cache)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from hgrn2.errors import UserError
 from hgrn2.models import AttentionConfig, HGRN2Config, presets
+from tests.refusals import refuses
 
 SMALL: dict[str, Any] = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "expand_ratio": 4}
 
@@ -47,7 +47,7 @@ def test_replacing_derives_anew():
     assert config.replace(expand_ratio=64).num_heads == 16
     assert config.replace(dropout=0.5).intermediate_size == config.intermediate_size
     assert config.replace(hidden_size=512, intermediate_size=7).intermediate_size == 7
-    with pytest.raises(UserError, match="unknown key 'droput'; did you mean 'dropout'"):
+    with refuses("unknown-name", "'droput'", "'dropout'"):
         config.replace(droput=0.1)
 
 
@@ -61,20 +61,28 @@ def test_the_width_of_a_head_follows_from_the_number_of_heads():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "code", "names"),
     [
-        (lambda: HGRN2Config(hidden_size=64), r"hidden_size = 64 is not .* expand_ratio = 128 \(the default\)"),
-        (lambda: HGRN2Config(expand_ratio=96), r"hidden_size = 2048 \(the default\) is not .* expand_ratio = 96;"),
-        (lambda: HGRN2Config(num_heads=3), r"num_heads is 3; .* divides hidden_size = 2048 \(the default\)"),
-        (lambda: HGRN2Config(hidden_size=64, num_heads=0), r"num_heads is 0; .* divides hidden_size = 64$"),
-        (lambda: HGRN2Config(hidden_size="64", num_heads=4), "hidden_size is '64'; wanted a whole number"),
-        (lambda: HGRN2Config(hidden_size=64, num_heads=4, expand_ratio=8), "num_heads = 4 contradicts"),
-        (lambda: presets.tiny(hidden_size=96), r"hidden_size = 96 is not .* expand_ratio = 64 \(the preset's\)"),
-        (lambda: presets.b1_3(num_heads=3), r"num_heads is 3; .* divides hidden_size = 2048 \(the preset's\)$"),
+        (lambda: HGRN2Config(hidden_size=64), "contradiction", ["hidden_size", "expand_ratio", "128 (the default)"]),
+        (
+            lambda: HGRN2Config(expand_ratio=96),
+            "contradiction",
+            ["hidden_size = 2048 (the default)", "expand_ratio = 96"],
+        ),
+        (lambda: HGRN2Config(num_heads=3), "contradiction", ["num_heads", "3", "hidden_size", "2048 (the default)"]),
+        (lambda: HGRN2Config(hidden_size=64, num_heads=0), "contradiction", ["num_heads", "0", "hidden_size", "64"]),
+        (lambda: HGRN2Config(hidden_size="64", num_heads=4), "invalid-value", ["hidden_size", "'64'"]),
+        (
+            lambda: HGRN2Config(hidden_size=64, num_heads=4, expand_ratio=8),
+            "contradiction",
+            ["num_heads = 4", "expand_ratio"],
+        ),
+        (lambda: presets.tiny(hidden_size=96), "contradiction", ["hidden_size = 96", "64 (the preset's)"]),
+        (lambda: presets.b1_3(num_heads=3), "contradiction", ["num_heads is 3", "2048 (the preset's)"]),
     ],
 )
-def test_messages_say_which_values_were_not_given(make, message):
-    with pytest.raises(UserError, match=message):
+def test_messages_say_which_values_were_not_given(make, code, names):
+    with refuses(code, *names):
         make()
 
 
@@ -92,87 +100,95 @@ def test_scale_of_the_heads():
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("keys", "code", "names"),
     [
-        ({"hiden_size": 16}, r"unknown key 'hiden_size'; did you mean 'hidden_size'"),
-        ({"zzz": 1}, r"unknown key 'zzz'; known keys: attn, block_norm"),
-        ({"hidden_size": "abc"}, r"hidden_size is 'abc'; wanted a whole number"),
-        ({"hidden_size": 16.0}, r"hidden_size is 16.0; wanted a whole number"),
-        ({"hidden_size": 0}, r"hidden_size is 0; wanted at least 1"),
-        ({"num_hidden_layers": 2**24}, "num_hidden_layers is 16777216; wanted at most 4096"),
-        ({"hidden_size": 10**21}, r"hidden_size is 10{21}; wanted at most 16777216"),
-        ({"vocab_size": 10**18}, r"vocab_size is 10{18}; wanted at most"),
-        ({"hidden_ratio": 1e300}, r"hidden_ratio is 1e\+300; wanted less"),
-        ({"vocab_size": -1}, r"vocab_size is -1"),
-        ({"vocab_size": None}, r"vocab_size is None; wanted a whole number"),
-        ({"expand_ratio": True}, r"expand_ratio is True"),
-        ({"expand_ratio": 5}, r"hidden_size = 16 is not a multiple of expand_ratio = 5"),
-        ({"num_heads": 3}, r"num_heads = 3 contradicts hidden_size / expand_ratio = 4; leave one of them out"),
-        ({"intermediate_size": 0}, r"intermediate_size is 0"),
-        ({"intermediate_size": "7"}, r"intermediate_size is '7'; wanted a whole number or null"),
-        ({"hidden_ratio": -1}, r"hidden_ratio is -1; wanted above 0"),
-        ({"hidden_ratio": 0, "intermediate_size": 24}, r"hidden_ratio is 0; wanted above 0"),
-        ({"hidden_ratio": float("nan")}, r"hidden_ratio is nan; wanted a finite number"),
-        ({"dropout": True}, r"dropout is True; wanted a finite number"),
-        ({"dropout": 1}, r"dropout is 1; wanted in \[0, 1\)"),
-        ({"dropout": "x"}, r"dropout is 'x'"),
-        ({"scale": "x"}, r"scale is 'x'; wanted a finite number or null"),
-        ({"scale": 0}, r"scale is 0; wanted above 0, or null"),
-        ({"scale": -1.5}, r"scale is -1.5; wanted above 0, or null"),
-        ({"norm_eps": -1e-6}, r"norm_eps is -1e-06"),
-        ({"norm_eps": [1]}, r"norm_eps is \[1\]"),
-        ({"initializer_range": 0}, r"initializer_range is 0"),
-        ({"initializer_range": float("inf")}, r"initializer_range is inf"),
-        ({"tie_word_embeddings": "abc"}, r"tie_word_embeddings is 'abc'; wanted true or false"),
-        ({"use_bias": 1}, r"use_bias is 1; wanted true or false"),
-        ({"use_short_conv": True, "conv_size": 1}, r"conv_size is 1; wanted at least 2"),
-        ({"conv_size": -5}, r"conv_size is -5; wanted at least 2"),
-        ({"conv_size": 2.5}, r"conv_size is 2.5"),
-        ({"min_log_decay": 0.0}, r"min_log_decay is 0.0; wanted in \[-69, 0\), or null"),
-        ({"lower_bound": "both"}, r"lower_bound is 'both'; wanted one of 'inclusive', 'exclusive'"),
-        ({"q_activation": "relu"}, r"q_activation is 'relu'"),
-        ({"v_activation": "sigmoid"}, r"v_activation"),
-        ({"glu_activation": None}, r"glu_activation is None; wanted a word"),
-        ({"mixer_norm": "batchnorm"}, r"mixer_norm is 'batchnorm'"),
-        ({"block_norm": ""}, r"block_norm is ''"),
-        ({"model_type": "hgrn"}, r"model_type is 'hgrn'; wanted 'hgrn2'"),
-        ({"attn": 3}, r"attn is 3; wanted a table"),
-        ({"attn": {}}, r"attn: no layers; wanted layers and num_heads"),
-        ({"attn": {"layers": [0]}}, r"attn: no num_heads"),
-        ({"attn": {"layers": 0, "num_heads": 2}}, r"attn.layers is 0; wanted a list"),
-        ({"attn": {"layers": [], "num_heads": 2}}, r"attn.layers is \[\]; wanted a list of one or more"),
-        ({"attn": {"layers": ["0"], "num_heads": 2}}, r"attn.layers is \['0'\]"),
-        ({"attn": {"layers": [0, 0], "num_heads": 2}}, r"attn.layers is \[0, 0\]; wanted a list of one or more"),
-        ({"attn": {"layers": [2], "num_heads": 2}}, r"attn.layers holds \[2\]; the model has layers 0 to 1"),
-        ({"attn": {"layers": [0], "num_heads": 0}}, r"attn.num_heads is 0"),
-        ({"attn": {"layers": [0], "num_heads": 2.0}}, r"attn.num_heads is 2.0; wanted a whole number"),
-        ({"attn": {"layers": [0], "num_heads": 4, "num_kv_heads": 3}}, r"num_kv_heads is 3, which does not divide"),
-        ({"attn": {"layers": [0], "num_heads": 16}}, r"no heads of even width"),
-        ({"attn": {"layers": [0], "num_heads": 2, "window_size": 0}}, r"attn.window_size is 0"),
-        ({"attn": {"layers": [0], "num_heads": 2, "rope_theta": -1}}, r"attn.rope_theta is -1"),
-        ({"attn": {"layers": [0], "num_heads": 2, "windw_size": 3}}, r"attn: unknown key 'windw_size'; did you mean"),
+        ({"hiden_size": 16}, "unknown-name", ["'hiden_size'", "'hidden_size'"]),
+        ({"zzz": 1}, "unknown-name", ["'zzz'", "block_norm"]),
+        ({"hidden_size": "abc"}, "invalid-value", ["hidden_size", "'abc'"]),
+        ({"hidden_size": 16.0}, "invalid-value", ["hidden_size", "16.0"]),
+        ({"hidden_size": 0}, "invalid-value", ["hidden_size", "0"]),
+        ({"num_hidden_layers": 2**24}, "invalid-value", ["num_hidden_layers", "16777216"]),
+        ({"hidden_size": 10**21}, "invalid-value", ["hidden_size"]),
+        ({"vocab_size": 10**18}, "invalid-value", ["vocab_size"]),
+        ({"hidden_ratio": 1e300}, "invalid-value", ["hidden_ratio", "1e+300"]),
+        ({"vocab_size": -1}, "invalid-value", ["vocab_size", "-1"]),
+        ({"vocab_size": None}, "invalid-value", ["vocab_size", "None"]),
+        ({"expand_ratio": True}, "invalid-value", ["expand_ratio", "True"]),
+        ({"expand_ratio": 5}, "contradiction", ["expand_ratio", "5", "hidden_size"]),
+        ({"num_heads": 3}, "contradiction", ["expand_ratio", "4", "num_heads", "hidden_size"]),
+        ({"intermediate_size": 0}, "invalid-value", ["intermediate_size", "0"]),
+        ({"intermediate_size": "7"}, "invalid-value", ["intermediate_size", "'7'"]),
+        ({"hidden_ratio": -1}, "invalid-value", ["hidden_ratio", "-1"]),
+        ({"hidden_ratio": 0, "intermediate_size": 24}, "invalid-value", ["hidden_ratio", "0"]),
+        ({"hidden_ratio": float("nan")}, "invalid-value", ["hidden_ratio", "nan"]),
+        ({"dropout": True}, "invalid-value", ["dropout", "True"]),
+        ({"dropout": 1}, "invalid-value", ["dropout", "1"]),
+        ({"dropout": "x"}, "invalid-value", ["dropout", "'x'"]),
+        ({"scale": "x"}, "invalid-value", ["scale", "'x'"]),
+        ({"scale": 0}, "invalid-value", ["scale", "0"]),
+        ({"scale": -1.5}, "invalid-value", ["scale", "-1.5"]),
+        ({"norm_eps": -1e-6}, "invalid-value", ["norm_eps", "-1e-06"]),
+        ({"norm_eps": [1]}, "invalid-value", ["norm_eps", "[1]"]),
+        ({"initializer_range": 0}, "invalid-value", ["initializer_range", "0"]),
+        ({"initializer_range": float("inf")}, "invalid-value", ["initializer_range", "inf"]),
+        ({"tie_word_embeddings": "abc"}, "invalid-value", ["tie_word_embeddings", "'abc'"]),
+        ({"use_bias": 1}, "invalid-value", ["use_bias", "1"]),
+        ({"use_short_conv": True, "conv_size": 1}, "invalid-value", ["conv_size", "1"]),
+        ({"conv_size": -5}, "invalid-value", ["conv_size", "-5"]),
+        ({"conv_size": 2.5}, "invalid-value", ["conv_size", "2.5"]),
+        ({"min_log_decay": 0.0}, "invalid-value", ["min_log_decay", "0.0"]),
+        ({"lower_bound": "both"}, "invalid-value", ["lower_bound", "'both'", "'inclusive'", "'exclusive'"]),
+        ({"q_activation": "relu"}, "invalid-value", ["q_activation", "'relu'"]),
+        ({"v_activation": "sigmoid"}, "invalid-value", ["v_activation"]),
+        ({"glu_activation": None}, "invalid-value", ["glu_activation", "None"]),
+        ({"mixer_norm": "batchnorm"}, "invalid-value", ["mixer_norm", "'batchnorm'"]),
+        ({"block_norm": ""}, "invalid-value", ["block_norm", "''"]),
+        ({"model_type": "hgrn"}, "unsupported", ["model_type", "'hgrn'", "'hgrn2'"]),
+        ({"attn": 3}, "invalid-value", ["attn", "3"]),
+        ({"attn": {}}, "incomplete", ["attn", "layers"]),
+        ({"attn": {"layers": [0]}}, "incomplete", ["num_heads"]),
+        ({"attn": {"layers": 0, "num_heads": 2}}, "invalid-value", ["attn.layers is 0"]),
+        ({"attn": {"layers": [], "num_heads": 2}}, "invalid-value", ["attn.layers is []"]),
+        ({"attn": {"layers": ["0"], "num_heads": 2}}, "invalid-value", ["attn.layers is ['0']"]),
+        ({"attn": {"layers": [0, 0], "num_heads": 2}}, "invalid-value", ["attn.layers is [0, 0]"]),
+        ({"attn": {"layers": [2], "num_heads": 2}}, "contradiction", ["attn.layers", "[2]"]),
+        ({"attn": {"layers": [0], "num_heads": 0}}, "invalid-value", ["attn.num_heads is 0"]),
+        ({"attn": {"layers": [0], "num_heads": 2.0}}, "invalid-value", ["attn.num_heads is 2.0"]),
+        ({"attn": {"layers": [0], "num_heads": 4, "num_kv_heads": 3}}, "contradiction", ["num_kv_heads is 3"]),
+        ({"attn": {"layers": [0], "num_heads": 16}}, "contradiction", ["attn.num_heads is 16", "hidden_size = 16"]),
+        (
+            {"attn": {"layers": [0], "num_heads": 2, "window_size": 0}},
+            "invalid-value",
+            ["attn.window_size is 0"],
+        ),
+        (
+            {"attn": {"layers": [0], "num_heads": 2, "rope_theta": -1}},
+            "invalid-value",
+            ["attn.rope_theta is -1"],
+        ),
+        ({"attn": {"layers": [0], "num_heads": 2, "windw_size": 3}}, "unknown-name", ["'windw_size'"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(keys, message):
-    with pytest.raises(UserError, match=message) as caught:
+def test_what_cannot_be_is_refused_in_one_line(keys, code, names):
+    with refuses(code, *names) as caught:
         HGRN2Config.from_dict(SMALL | keys)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("model config")
 
 
 def test_not_even_a_table():
-    with pytest.raises(UserError, match="model config: found list; wanted a table"):
+    with refuses("invalid-value", "model config", "list"):
         HGRN2Config.from_dict([1])  # type: ignore[arg-type]
 
 
 def test_presets_take_changes():
     assert presets.preset("tiny", vocab_size=300).vocab_size == 300
     assert presets.preset("1.3b") == presets.b1_3() == HGRN2Config(intermediate_size=5632)
-    with pytest.raises(UserError, match=r"presets: unknown key '1.4b'; did you mean '1.3b'"):
+    with refuses("unknown-name", "'1.4b'", "'1.3b'"):
         presets.preset("1.4b")
-    with pytest.raises(UserError, match="unknown key 'name'"):
+    with refuses("unknown-name", "'name'"):
         presets.preset("tiny", name="x")
-    with pytest.raises(UserError, match="variants: unknown key 'flaa'; did you mean 'fla'"):
+    with refuses("unknown-name", "'flaa'", "'fla'"):
         presets.variant("flaa")
 
 
