@@ -203,7 +203,7 @@ def test_however_the_work_is_cut(kernels, monkeypatch, cut, shift, packed):
 
 @pytest.mark.parametrize("shift", [0.0, "wild"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_same_bits_whoever_is_first(kernels, packed, shift):
+def test_the_same_bits_in_every_schedule(kernels, packed, shift):
     inputs = Case(190, shift=shift, cu_seqlens=PACKED if packed else None).inputs()
     first = run(hgrn2_scan, inputs)
     for seed in range(1, 5):
@@ -306,7 +306,7 @@ def test_a_floor_near_1_over_a_long_sequence(kernels):
     assert relative_error(found["final_state"], wanted["final_state"]).rms < 1e-6
 
 
-def test_calls_that_differ_share_no_recipe(kernels):
+def test_calls_that_differ_share_no_launches(kernels):
     inputs, packed, other = (Case(70, cu_seqlens=cut).inputs() for cut in (None, (0, 70), (0, 30, 70)))
     wide = packed | {"cu_seqlens": packed["cu_seqlens"].long()}
     apart = [{name: torch.cat((inputs[name], inputs[name]), 2)[:, :, :1]} for name in "qfv"]
@@ -321,7 +321,7 @@ def test_calls_that_differ_share_no_recipe(kernels):
     assert schedule.forward_launches.cache_info()[:2] == schedule.backward_launches.cache_info()[:2] == (1, len(calls))
 
 
-def test_outputs_gradients_that_differ_share_no_recipe(kernels):
+def test_outputs_gradients_that_differ_share_no_launches(kernels):
     inputs = Case(70).inputs()
     leaf, dy = inputs["v"].requires_grad_(), torch.randn_like(inputs["v"])
     apart, expanded = torch.cat((dy, dy), 2)[:, :, :1], dy[:, :1].expand_as(dy)
@@ -412,7 +412,7 @@ class Watched(TorchDispatchMode):
 seen: set[str] = set()
 
 
-def test_whoever_looks_on_sees_the_operators(kernels):
+def test_dispatch_modes_see_the_operators(kernels):
     inputs = Case().inputs()
     wanted = run(hgrn2_scan, inputs)
     with Watched():

@@ -84,7 +84,7 @@ __device__ __forceinline__ bool finite_outputs(u32 tile) {
 #pragma unroll
         for (int e = 0; e < 4; e++) note_finite(noted[e], values[e]);
     }
-    // not a number, whatever its sign
+    // NaN of either sign
     return !((noted[0] | noted[1] | noted[2] | noted[3]) & 0x7fff7fffu);
 }
 
@@ -621,7 +621,7 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
 
     float out[4][4];
     Quarter grad;
-    // dQ by two warpgroups, dK by the others, each 64 channels. The warpgroup is asked for anew, and places are sums,
+    // dQ by two warpgroups, dK by the others, each 64 channels. The warpgroup is read again, and places are sums,
     // not choices: so the compiler keeps all of it in the warp's own registers, where products want it.
     int of_keys = __shfl_sync(~0u, thread_index() >> 8, 0), channels = __shfl_sync(~0u, thread_index() >> 7 & 1, 0);
     if (gates_divisible) {
@@ -715,7 +715,7 @@ __device__ __forceinline__ void take_gradients(const Walk& walk, const Product& 
     end_state(walk, p, chunk, dy_finite, state);
     products_wait<0>();
     settle(grad);
-    // all products are done: their factors' room is free
+    // all products are done: the memory of their factors is free
     __syncthreads();
     if (HALVED) {
         // where keys were
@@ -770,7 +770,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_walk(const __g
     Quarter state;
     __syncthreads();
     for (int chunk = end - 1; chunk >= walk.first(); chunk--) {
-        // found anew wherever it is needed: there are no registers to keep it in
+        // recomputed wherever it is needed: no register is free to keep it in
         Span span = walk.span_at(chunk);
         if (chunk == end - 1 || span.last) {
             const float* known = nullptr;

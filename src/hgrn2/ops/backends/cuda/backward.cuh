@@ -1,4 +1,4 @@
-// What the one walk of the backward pass (backward.cu) works with: shared memory, who does what.
+// The fast kernel of the backward pass (backward.cu): shared memory, and the work of each thread.
 
 constexpr int THREADS = 512;
 constexpr float SMALLEST_GATE = 1.220703125e-4f;  // 2^-13
@@ -10,7 +10,7 @@ constexpr float OPEN = 300.0f;
 // Shared memory: q and f as they came, of two chunks (or of one, and its keys as later queries see them); Q and K; v and
 // dy; S and D [128 v, 128 k], over which gradients of Q and K are summed in float32; scores, as two summands, and their
 // gradients; numbers. All channels of K but those of q and f as they came are in the order of the states: of 32 pairs of
-// channels, pair 4 i + c at place 8 c + i. kernels.py knows the size
+// channels, pair 4 i + c at place 8 c + i. kernels.py holds the size
 constexpr int AT_RAW = 0, AT_Q = 4 * TILE_BYTES, AT_K = AT_Q + TILE_BYTES, AT_V = AT_K + TILE_BYTES, AT_DY = AT_V + TILE_BYTES;
 constexpr int STATE_BYTES = 2 * TILE_BYTES, STATE_PANEL = 2 * PANEL_BYTES;
 constexpr int AT_STATE = AT_DY + TILE_BYTES, AT_D_STATE = AT_STATE + STATE_BYTES, AT_SCORES = AT_D_STATE + STATE_BYTES;
@@ -50,8 +50,8 @@ struct Memory {
 __device__ __forceinline__ int spread(int place) { return place ^ (place >> 2 & 8); }
 __device__ __forceinline__ int spread_piece(int n) { return n ^ (n >> 2); }
 
-// Tokens and channels of a thread in the work on columns: 8 tokens, two channels. Asked anew by every stage, like
-// Product: there are no registers to keep it in.
+// Tokens and channels of a thread in the work on columns: 8 tokens, two channels. Computed again by every stage, like
+// Product: no register is free to keep it in.
 struct Column {
     int group, channel, place, apart;  // `place` of the first channel in the states' order, and spread
     u32 raw_at, own_at;
@@ -72,7 +72,7 @@ struct Column {
 struct Product {
     int group, warp, v_half, k_half;
     __device__ __forceinline__ Product() {
-        // asked of one lane, so that the compiler sees that all agree
+        // read from one lane, so that the compiler knows that all agree
         int all = __shfl_sync(~0u, thread_index() >> 5, 0);
         group = all >> 2, warp = all & 3, v_half = group & 1, k_half = group >> 1;
     }

@@ -7,9 +7,9 @@
 // gradient of a decay's logarithm is the sum of X dX over the X that hold the decay: terms of one kind added up, none
 // taken away. Within a warp's 8 tokens pairs are taken one by one, larger blocks by matrix products.
 
-// of a pair of tokens among 8, scores' gradients in float32: over what is left of the values' room
+// of a pair of tokens among 8, scores' gradients in float32: over memory of the values
 constexpr int AT_PAIRS = 3 * SUMS_BYTES, AT_DX = 2 * SUMS_BYTES, AT_X = AT_SCALED_Q;
-// sums of X dX over a warp's tokens, [8, 64] each: of the two larger kinds of blocks, and of what meets the states
+// sums of X dX over a warp's tokens, [8, 64] each: of the two larger kinds of blocks, and of products with the states
 constexpr int AT_TOTALS = AT_SCALED_K, TOTAL_BYTES = GROUPS * HALF * 4;
 static_assert(AT_PAIRS + GROUPS * 64 * 4 <= AT_Q && AT_TOTALS + 4 * TOTAL_BYTES <= AT_SCORES);
 // of a decay. Below it nothing of a state is left, and a gradient by the decay is one by its logarithm divided by it
@@ -187,7 +187,7 @@ __device__ __forceinline__ void join_pairs(char* shared, const Columns& columns,
     if (COUNT > 1) *(float2*)(totals + warp * HALF) = total;
 }
 
-// One piece of what was left over
+// Computes the gradients of one piece
 __device__ __forceinline__ void exact_gradients(const BackwardArguments& a, const Piece& p, char* shared) {
     u32 base = shared_address(shared);
     int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
@@ -234,7 +234,7 @@ __device__ __forceinline__ void exact_gradients(const BackwardArguments& a, cons
     *(float2*)(groups + warp * HALF) = own;
     __syncthreads();
 
-    // the states: what came before the chunk meets every query, every key what comes after it
+    // the states: the one before the chunk meets every query, the gradient of the one after it every key
     float* totals = (float*)(shared + AT_TOTALS) + 2 * lane;
     constexpr int TOTAL = GROUPS * HALF;
     const float *dq_sums = (const float*)(shared + AT_DQ), *dk_sums = (const float*)(shared + AT_DK);
@@ -282,7 +282,7 @@ __device__ __forceinline__ void exact_gradients(const BackwardArguments& a, cons
         // open is (1 - beta) sigmoid(z)
         *(u32*)(df_out + i * step * 2) = pack(open0 * g0, open1 * g1);
     }
-    // everybody has read the groups' decays
+    // all threads have read the groups' decays
     __syncthreads();
     *(float2*)(groups + warp * HALF) = d_bound;
     __syncthreads();
@@ -294,17 +294,17 @@ __device__ __forceinline__ void exact_gradients(const BackwardArguments& a, cons
         i64 to = (((i64)p.batch * a.chunks + p.chunk) * a.heads + head) * WIDTH + p.half * HALF + 2 * lane;
         *(float2*)(a.d_bound + to) = d_bound;
     }
-    // the next piece takes the room
+    // the next piece reuses the memory
     __syncthreads();
 }
 
-// Programs, of any number, share out the flags.
+// Any number of programs share the flags.
 extern "C" __global__ void __launch_bounds__(GATE_THREADS, 2) backward_exact(
     const __grid_constant__ BackwardArguments a) {
     extern __shared__ __align__(1024) char shared[];
     i64 pieces = (i64)a.batches * a.part_chunks * a.group * 2;
     for (i64 first = blockIdx.x; first < pieces; first += 32 * gridDim.x) {
-        // every warp asks for the same 32
+        // every warp reads the same 32 flags
         i64 own = first + (i64)(threadIdx.x & 31) * gridDim.x;
         u32 found = __ballot_sync(~0u, own < pieces && a.fallback[own]);
         while (found) {

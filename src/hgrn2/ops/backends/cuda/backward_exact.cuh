@@ -1,7 +1,7 @@
-// What backward_exact.cu works with: what it reads, and the products with values. A program works on one half of
-// the channels of one head in one chunk at a time; for dV, on all of them.
+// Parts of backward_exact.cu: reads, and the products with values. A program works on one half of the channels of one head
+// in one chunk at a time; for dV, on all of them.
 
-// joins.cuh and gates.cuh are written for the other walks' argument, of which they need what is here too
+// joins.cuh and gates.cuh take this argument; the fields they use exist in both structs
 typedef BackwardArguments ForwardArguments;
 
 constexpr int GATE_THREADS = 256, GATES = 1, PAIRS = 8;
@@ -11,7 +11,7 @@ constexpr int SUM_ROW = HALF + 8;  // padded, so that fragments' rows lie in dif
 
 // Shared memory: S and dS [128 v, 64 k], v and dy, then (over these, when they are no longer needed) gradients in
 // float32; q and z as they came; two tiles of what they become; gradients of scores; sums of a few kinds, [64] each.
-// kernels.py knows the size
+// kernels.py holds the size
 constexpr int AT_STATE = 0, AT_D_STATE = AT_STATE + TILE_BYTES;
 constexpr int AT_V = AT_D_STATE + TILE_BYTES, AT_DY = AT_V + TILE_BYTES;
 constexpr int SUMS_BYTES = CHUNK * SUM_ROW * 4;
@@ -20,7 +20,7 @@ constexpr int AT_Q = AT_DY + TILE_BYTES, AT_Z = AT_Q + SMALL_BYTES, AT_SCALED_Q 
 constexpr int AT_SCALED_K = AT_SCALED_Q + SMALL_BYTES, AT_SCORES = AT_SCALED_K + SMALL_BYTES;
 constexpr int AT_GROUPS = AT_SCORES + SMALL_BYTES, AT_STATES = AT_GROUPS + GROUPS * HALF * 4;
 
-// For dV, as the joins know it: q and f, then Q and K, with channels in the states' order; dy; dS [128 v, 128 k]; scores, as
+// For dV, laid out for the joins: q and f, then Q and K, with channels in the states' order; dy; dS [128 v, 128 k]; scores, as
 // two summands; numbers.
 struct Memory {
     static constexpr int DY = 2 * TILE_BYTES, D_STATE = DY + TILE_BYTES, SCORES = D_STATE + 2 * TILE_BYTES;
@@ -33,7 +33,7 @@ struct Memory {
     // decays of blocks of 16 tokens, and 1 minus them [4, 128]
     __device__ __forceinline__ float* blocks() const { return beta() + WIDTH; }
     __device__ __forceinline__ float* lost() const { return blocks() + 4 * WIDTH; }
-    // how far numbers that are not finite reach, [128]
+    // last token that a non-finite number reaches, [128]
     __device__ __forceinline__ int* reached() const { return (int*)(lost() + 4 * WIDTH); }
 };
 static_assert(Memory::END <= AT_STATES + 4 * HALF * 4);
@@ -51,7 +51,7 @@ __device__ __forceinline__ u32 tile_place(int row, int piece) { return row * ROW
 // place of a 16-byte piece of a row of 64 numbers
 __device__ __forceinline__ u32 narrow_place(int row, int piece) { return row * CHUNK * 2 + ((piece ^ (row & 7)) << 4); }
 
-// Reads rows of q and f, which come first, then of the states, v and dy. Of a row that does not exist nothing is read.
+// Reads rows of q and f, which come first, then of the states, v and dy. Rows that do not exist are not read.
 __device__ __forceinline__ void fetch(const BackwardArguments& a, const Piece& p, u32 base) {
     int head = a.first_head + p.local, left = p.span.left;
     int row = threadIdx.x >> 3, piece = threadIdx.x & 7, sign = a.reverse ? -1 : 1;

@@ -1,4 +1,4 @@
-// The gradient of the lower bound: the sum of what chunks left of it.
+// Gradient of the lower bound: the sum over chunks.
 
 struct BoundsArguments {
     const float* parts;  // [rows, H, 128], of every chunk
@@ -9,7 +9,7 @@ struct BoundsArguments {
 
 constexpr int BOUNDS_THREADS = 1024;
 
-// Programs: (H). A thread sums every 32nd row of four channels, then those sums meet, always in the same order.
+// Programs: (H). A thread sums every 32nd row of four channels, then those sums are added, always in the same order.
 extern "C" __global__ void __launch_bounds__(BOUNDS_THREADS) sum_bounds(const __grid_constant__ BoundsArguments a) {
     extern __shared__ __align__(1024) char shared[];
     constexpr int FOURS = WIDTH / 4, ROWS = BOUNDS_THREADS / FOURS;

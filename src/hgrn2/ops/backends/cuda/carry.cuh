@@ -1,4 +1,4 @@
-// From what each segment adds to the state, and how it decays, to the state before each.
+// Computes the state before each segment from the update and decay of each.
 
 struct CarryArguments {
     float* update;       // [B, segments, G, K, V]: what it adds; replaced by the state before it (back: after it)
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(CARRY_THREADS) carry_states(const _
             if (start + i > last) break;
             *(float4*)(a.update + place(start + i) * STATE + element) = state;
             auto carry = [&](float x, float added) {
-                // small numbers first: a state that hardly decays is not rounded in a product with a number near 1
+                // the complement first: a state that hardly decays is not rounded in a product with a number near 1
                 float kept = gone[i] < 0.5f ? fmaf(-gone[i], x, x) : decay[i] * x;
                 return (gone[i] == REPLACED ? 0.0f : kept) + added;
             };

@@ -1,8 +1,8 @@
-// What the kernels for K = V = 128 share: where chunks lie, memory movement, matrix products, gates.
+// Shared by the kernels for K = V = 128: location of chunks, memory movement, matrix products, gates.
 //
 // Products of backward_exact.cu and of the joins are mma.sync m16n8k16 on bfloat16 or float16 with float32 sums; those of the
 // walks and of values.cuh are wgmma (wgmma.cuh). Shared memory holds rows in 16-byte pieces whose place is XORed with the
-// row, so that eight rows of one column never meet in a bank.
+// row, so that eight rows of one column are in different banks.
 //
 // Fragment of a 16 x 16 piece, the same for a factor on the left (rows x depth) and, transposed in roles, on the right:
 // lane = 4 g + c holds rows g and g + 8, columns 2c, 2c + 1, 2c + 8, 2c + 9 as four registers of two numbers,

@@ -1,4 +1,4 @@
-// The work of a forward walk's gate warps: what the state needs, decays, queries and keys, and scores of dense products.
+// Work of the gate warps: decays, queries and keys for the state warps, and scores of dense products.
 
 // Where one head of one sequence begins
 struct Row {
@@ -8,7 +8,7 @@ struct Row {
     char* y;
 };
 
-// Each warp fetches what it works on itself, 16 rows and half of the channels, so that nobody else waits for it
+// Each warp fetches what it works on itself, 16 rows and half of the channels, so that no other warp waits for it
 template <bool QUERIES>
 __device__ __forceinline__ void fetch(const ForwardArguments& a, const Memory& m, int stage, const Span& span,
                                       const Row& from) {

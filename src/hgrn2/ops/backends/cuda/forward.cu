@@ -5,8 +5,8 @@
 // each holds 16 of the 128 columns of V.
 //
 // With e the product of decays since the middle of a token's half of the chunk (before it, one over the product up to it),
-// Q = q e and K = k / e, a score within the half is Q K^T whatever the two tokens. The state, as the half's middle sees it,
-// knows what came before, so everything is a dense product, for one half and then the other:
+// Q = q e and K = k / e, a score within the half is Q K^T for any two tokens. The state, as the half's middle sees it,
+// holds all earlier tokens, so everything is a dense product, for one half and then the other:
 //     X = S times the decays to the middle      Y = Q X + (Q K^T) V      X += K^T V      S = X times the decays to the end
 // That needs the decays between a middle and the tokens of its half to be far from 0. Where they are not, the chunk goes
 // through the joins of joins.cuh, which are exact for any gate: Q then holds the decays since the chunk's start, K those
@@ -101,7 +101,7 @@ __device__ __forceinline__ void work_on_state(const ForwardArguments& a, const M
         int slot = i & 1;
         if (!OUTPUT) {
             i64 at = ((i64)batch * a.kept_chunks + (chunk - a.first_chunk)) * group + local;
-            // what a lane holds of each half of K lies together
+            // the elements of a lane in each half of K are contiguous
             uint4* kept = (uint4*)a.kept + (at * WIDTH + 64 * r.half + 16 * r.warp + r.g) * 16 + 2 * r.c;
 #pragma unroll
             for (int k = 0; k < 4; k++)

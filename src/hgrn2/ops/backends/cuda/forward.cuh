@@ -1,4 +1,4 @@
-// What the warps of a walk (forward.cu) share: their argument, their numbers, shared memory.
+// Shared by the warps of a walk (forward.cu): argument, constants, shared memory.
 
 struct ForwardArguments {
     const void* q;
@@ -39,13 +39,13 @@ constexpr int STAGES = 3;
 // barriers: among the gate warps; slots filled for the state warps, and emptied by them; among the warps of a half of
 // the state; between the two gate warps of a block of tokens
 constexpr int GATES = 1, FILLED = 2, EMPTIED = 4, STATES = 6, PAIRS = 8;
-// what is said of a chunk: it went through the joins
+// flag of a chunk: it took the joins
 constexpr int JOINED = 1;
 
 // Shared memory: q, f, v of STAGES chunks; for two chunks (slots) two summands of the scores, and the decays that the
 // state is multiplied by [4, 128] (summaries: what is left across all chunks so far, and 1 minus it); decays of the
 // blocks of 16 tokens, and 1 minus them [4, 128]; beta [128]; how far values that are not finite reach [128]; what is
-// said of both slots. kernels.py knows the size. Tiles are laid out as in wgmma.cuh
+// said of both slots. kernels.py holds the size. Tiles are laid out as in wgmma.cuh
 struct Memory {
     char* start;
     __device__ __forceinline__ u32 tile(int stage, int which) const {

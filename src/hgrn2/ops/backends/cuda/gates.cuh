@@ -10,7 +10,7 @@ struct Place {
     }
 };
 
-// Asked anew by every stage of the work: few registers are left over to keep it in
+// Computed again by every stage: few registers are free to keep it in
 __device__ __forceinline__ Place place_of_thread() {
     u32 thread = thread_index();
     Place at;

@@ -1,4 +1,4 @@
-// What the kernels of the backward pass share: their argument, and small things.
+// Shared by the kernels of the backward pass: their argument and helpers.
 
 struct BackwardArguments {
     const void* q;
@@ -22,7 +22,7 @@ struct BackwardArguments {
     i64 q_batch, q_row, q_head, f_batch, f_row, f_head, v_batch, v_row, v_head, dy_batch, dy_row, dy_head;
     i64 length;
     int batches, heads, chunks;           // B, H, and chunks of a sequence
-    int first_head, group;                // heads that are worked on: the first, and how many, G
+    int first_head, group;                // heads of this launch: the first, and their number G
     int first_chunk, end_chunk, segment_chunks;
     int before_segments, before_segment, before_heads, before_head;
     int part_chunks, reverse;
@@ -41,15 +41,15 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
     return r;
 }
 
-// where a channel lies in the states' order: of 32 pairs of channels, pair 4 i + c at place 8 c + i
+// place of a channel in the states' order: of 32 pairs of channels, pair 4 i + c at place 8 c + i
 __device__ __forceinline__ int place_of_channel(int channel) {
     return (channel & 64) + (channel >> 1 & 3) * 16 + (channel >> 3 & 7) * 2 + (channel & 1);
 }
 
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
-// Takes what is not finite out of a tile of dy: 0 times it would reach every token of the chunk. For each column, the last
-// token it may reach in time, or one that does not exist.
+// Replaces non-finite numbers of a tile of dy by 0: 0 times them would reach every token of the chunk. Stores for each
+// column the last token they may reach in time, or -1.
 __device__ __forceinline__ void remove_bad(u32 dy, int* reached) {
     constexpr u32 EXPONENT = BFLOAT16 ? 0x7f80u : 0x7c00u;
     int column = thread_index(), found = -1;

@@ -11,7 +11,7 @@ typedef unsigned long long u64;
 #define NUMBER "f16"
 #endif
 
-// threadIdx.x, asked anew each time
+// threadIdx.x, read again each time
 __device__ __forceinline__ u32 thread_index() {
     u32 thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -153,7 +153,7 @@ __device__ __forceinline__ void barrier_wait(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// waits for all, and says whether all said yes
+// waits for all threads, and returns whether every vote is true
 __device__ __forceinline__ bool barrier_all(int id, int threads, bool vote) {
     u32 all;
     asm volatile(

@@ -1,4 +1,4 @@
-// Where packed sequences and their chunks lie.
+// Locations of packed sequences and their chunks.
 
 struct PackedArguments {
     const void* cu_seqlens;  // [N + 1], of 4 or 8 bytes
@@ -6,7 +6,7 @@ struct PackedArguments {
     int* num_spans;          // how many there are
     void* outputs[3];        // [1, length, H, 128] each, or null: rows of no sequence become zeros
     i64 length;              // rows there are
-    int sequences, most;     // N, and chunks there is room for
+    int sequences, most;     // N, and the most chunks that fit
     int heads;               // H
     int wide, reverse;       // wide: boundaries have 8 bytes
 };
@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(PACKED_THREADS) cut_sequences(const
     int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, before = 0;
     auto bound = [&](i64 i) {
         i64 x = a.wide ? ((const i64*)a.cu_seqlens)[i] : ((const int*)a.cu_seqlens)[i];
-        // whatever the boundaries say, no row beyond the inputs is touched
+        // wrong boundaries must not lead beyond the inputs
         return x < 0 ? 0 : x > a.length ? a.length : x;
     };
     for (int tile = 0; tile < a.sequences; tile += PACKED_THREADS) {
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(PACKED_THREADS) cut_sequences(const
         i64 start = 0, tokens = 0;
         if (sequence < a.sequences) {
             start = bound(sequence), tokens = bound(sequence + 1) - start;
-            // boundaries that go back leave a sequence without a token
+            // boundaries that fall leave a sequence without a token
             if (tokens < 0) tokens = 0;
         }
         int chunks = (int)((tokens + CHUNK - 1) / CHUNK), sum = chunks;
@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(PACKED_THREADS) cut_sequences(const
             int tokens = tokens_of[j];
             for (int i = lane; i * CHUNK < tokens; i += 32) {
                 int left = tokens - i * CHUNK, place = first_of[j] + i;
-                // boundaries that go back would make more chunks than there is room for
+                // boundaries that fall would make more chunks than fit
                 if (place >= a.most) break;
                 i64 row = a.reverse ? start_of[j] + left - 1 : start_of[j] + i * CHUNK;
                 a.spans[place] = make_int4((int)row, left, tile + j, (i == 0) | (left <= CHUNK) << 1);

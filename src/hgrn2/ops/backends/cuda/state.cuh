@@ -1,4 +1,4 @@
-// The work of a walk's state warps: outputs of a chunk, and the state after it.
+// Work of the state warps: outputs of a chunk, and the state after it.
 
 // Which part of the state a state warp holds: of the half of the columns of V that is its warpgroup's, 16
 struct Reader {
@@ -8,7 +8,7 @@ struct Reader {
 
 __device__ __forceinline__ Reader reader_of_thread(const ForwardArguments& a) {
     Reader r;
-    // asked of one lane, so that the compiler sees that all agree
+    // read from one lane, so that the compiler knows that all agree
     int warp = __shfl_sync(~0u, (threadIdx.x - GATE_THREADS) >> 5, 0);
     r.half = warp >> 2, r.warp = warp & 3, r.lane = threadIdx.x & 31, r.g = r.lane >> 2, r.c = r.lane & 3;
     r.y_step = (a.reverse ? -1 : 1) * a.heads * WIDTH * 2;
@@ -27,7 +27,7 @@ __device__ __forceinline__ void multiply_by(State& state, const float* decays, i
     }
 }
 
-// Whether a half of the columns of the values is finite; asked by its four warps together.
+// Whether a half of the columns of the values is finite; called by its four warps together.
 __device__ __forceinline__ bool finite_values(u32 panel, const Reader& r) {
     u32 noted[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -37,7 +37,7 @@ __device__ __forceinline__ bool finite_values(u32 panel, const Reader& r) {
 #pragma unroll
         for (int e = 0; e < 4; e++) note_finite(noted[e], values[e]);
     }
-    // not a number, whatever its sign
+    // NaN of either sign
     return barrier_all(STATES + r.half, GROUP_THREADS, !((noted[0] | noted[1] | noted[2] | noted[3]) & 0x7fff7fffu));
 }
 

@@ -5,7 +5,7 @@
 // channel, what came before adds nothing, and the walk ends. BACK: the gradient of the state before a segment, from the
 // segment's start on, with queries as keys.
 
-// what is said of a chunk here: it is the first of its sequence (BACK: the last); it adds nothing
+// flags of a chunk: it is the first of its sequence (BACK: the last); it adds nothing
 constexpr int BEGINS = 1, OVER = 2;
 // in place of 1 minus the decay where a sequence begins: whatever came before, numbers that are none included, is not
 // of this sequence
@@ -121,7 +121,7 @@ __device__ __forceinline__ void summarize_state(const ForwardArguments& a, const
                     state[j][e] =
                         fmaf(known[state_place(j, e)], m.decays(slot, 0)[8 * j + 2 * r.c + (e & 1)], state[j][e]);
         }
-        // nothing is left of what came before
+        // nothing of earlier tokens is left
         rest = said ? 0.0f : m.decays(slot, 0)[thread & (WIDTH - 1)];
         gone = said == BEGINS ? REPLACED : said ? 1.0f : m.decays(slot, 1)[thread & (WIDTH - 1)];
         if (said) break;

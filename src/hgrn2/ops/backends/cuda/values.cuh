@@ -72,6 +72,6 @@ __device__ __forceinline__ void exact_values(const BackwardArguments& a, const P
         settle(out);
         write_values(a, p.batch, head, p.span, warp, columns, m.reached(), out);
     }
-    // the next piece takes the room
+    // the next piece reuses the memory
     __syncthreads();
 }

@@ -1,7 +1,7 @@
-// Factors of products by a warpgroup, wgmma (instructions.cuh): read from shared memory as they lie there.
+// Factors of products by a warpgroup, wgmma (instructions.cuh): read from shared memory directly.
 //
 // A tile of 64 rows of 128 numbers is two panels of 64 columns, each 64 rows of 128 bytes whose 16-byte pieces are at
-// their index XORed with the row modulo 8: the 128-byte swizzle that wgmma knows. Descriptors of a panel:
+// their index XORed with the row modulo 8: the 128-byte swizzle of wgmma. Descriptors of a panel:
 //     rows are the product's rows or columns, columns the depth:      8 rows are 1024 bytes; depth 16 is 32 bytes on
 //     rows are the depth, columns the product's (`turned` factors):  8 rows are 1024 bytes, the next 64 columns a
 //                                                                    panel on; depth 16 is 2048 bytes on
