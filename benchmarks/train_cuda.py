@@ -41,6 +41,7 @@ class Case:
         vocab_size: None for the preset's.
         steps: that are recorded.
         compiled: with torch.compile.
+        cuda_graph: with steps captured in CUDA graphs.
     """
 
     preset: str
@@ -49,15 +50,18 @@ class Case:
     vocab_size: int | None = None
     steps: int = 60
     compiled: bool = True
+    cuda_graph: bool = False
 
     @property
     def name(self) -> str:
         """Name of the case in the tables."""
-        return f"{self.preset}, {self.batch_size} x {self.seq_len}, {'compiled' if self.compiled else 'eager'}"
+        kind = "compiled" if self.compiled else "eager"
+        return f"{self.preset}, {self.batch_size} x {self.seq_len}, {kind}{' in a graph' if self.cuda_graph else ''}"
 
 
 CASES = {
     "44m": Case("wikitext-44m", 64, 512, 16384, 120),
+    "44m-graph": Case("wikitext-44m", 64, 512, 16384, 120, cuda_graph=True),
     "44m-eager": Case("wikitext-44m", 64, 512, 16384, 60, False),
     "150m": Case("150m", 16, 2048, None, 60),
     "150m-eager": Case("150m", 16, 2048, None, 40, False),
@@ -92,7 +96,8 @@ def train(case: Case, folder: Path) -> None:
     data = PreparedData(folder, datasets["train"], datasets["validation"], tokenizer, {})
     settings = {
         "max_steps": 10**6, "batch_size": case.batch_size, "seq_len": case.seq_len, "precision": "bfloat16",
-        "compile": case.compiled, "validation_every": 0, "checkpoint_every": 0, "learning_rate": 1e-4,
+        "compile": case.compiled, "cuda_graph": case.cuda_graph, "validation_every": 0, "checkpoint_every": 0,
+        "learning_rate": 1e-4,
     }  # fmt: skip
     start_language_run(folder / "run", config, settings, data, data_settings={})
 
@@ -167,7 +172,9 @@ def measure(name: str, limit_s: float) -> tuple[list[dict], float | None, str]:
 def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, *PEERS], default=["44m", "150m", "1.3b", *PEERS])
+    names = [*CASES, *PEERS]
+    default = ["44m", "44m-graph", "150m", "1.3b", *PEERS]
+    parser.add_argument("--cases", nargs="+", choices=names, default=default)
     parser.add_argument("--limit-s", type=float, default=150, help="of one case")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     parser.add_argument("--child", choices=[*CASES, *PEERS], help=argparse.SUPPRESS)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hgrn2.data.batches import PackedBatches, StreamBatches
+from hgrn2.data.batches import Batch, PackedBatches, StreamBatches
 from tests.refusals import refuses
 
 EOT = 256
@@ -255,3 +255,11 @@ def test_stream_positions_need_the_same_streams(make_dataset):
     with refuses("mismatch", "num_streams", None, 2):
         StreamBatches(dataset, 2, 8).load_state_dict(PackedBatches(dataset, 2, 8).state_dict())
     StreamBatches(dataset, 1, 8, world_size=2).load_state_dict(StreamBatches(dataset, 2, 8).state_dict())
+
+
+def test_padded_sequences_are_empty_and_come_last():
+    batch = Batch(torch.zeros(1, 10, dtype=torch.long), torch.zeros(1, 10, dtype=torch.long), torch.tensor([0, 4, 10]))
+    assert batch.pad_sequences().cu_seqlens.tolist() == [0, 4, 10, 10, 10, 10, 10, 10, 10]
+    many = Batch(batch.input_ids, batch.targets, torch.arange(11))
+    assert len(many.pad_sequences().cu_seqlens) == 17
+    assert len(many.pad_sequences().pad_sequences().cu_seqlens) == 17

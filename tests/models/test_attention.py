@@ -28,6 +28,7 @@ def query(dtype=torch.bfloat16, size=64, length=5, is_cuda=True):
     ids=str,
 )
 def test_what_the_kernel_takes(monkeypatch, given, taken):
+    attention.load_compiled_parts()
     monkeypatch.setattr(attention, "_flash_ragged", object())
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

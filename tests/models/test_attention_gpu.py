@@ -39,6 +39,7 @@ def test_packed_sequences(num_kv_heads, window_size, monkeypatch):
     low = copy.deepcopy(module).bfloat16()
     given = (low, x.bfloat16(), dy.bfloat16(), bounds)
     taken = []
+    attention.load_compiled_parts()
     kernel = attention._flash_ragged
     monkeypatch.setattr(attention, "_flash_ragged", lambda *a, **k: taken.append(1) or kernel(*a, **k))
     found = passes(*given)

@@ -12,8 +12,6 @@ from hgrn2 import HGRN2LM, presets
 from hgrn2.nn import loss as loss_module
 from hgrn2.nn.loss import linear_cross_entropy
 from hgrn2.nn.mlp import GatedMLP
-from hgrn2.train.config import TrainConfig
-from hgrn2.train.optim import NamedOptimizer
 from tests.numerics import relative_error
 
 pytestmark = [
@@ -86,34 +84,6 @@ def test_a_hook_on_a_projection_is_called():
     mlp.up_proj.register_forward_hook(lambda *_: called.append(1))
     mlp(torch.randn(2, 64, device="cuda"))
     assert called
-
-
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
-def test_an_update_without_waiting_is_the_same(clip_norm):
-    torch.manual_seed(0)
-    models = [torch.nn.Linear(8, 8).cuda() for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    roles = {"weight": "matrix", "bias": "vector"}
-    config = TrainConfig(max_steps=1, clip_norm=clip_norm)
-    ours, plain = (NamedOptimizer(model, roles, config) for model in models)
-    assert ours.updates_without_waiting
-    for scale in (1.0, 100.0, 0.01, math.inf, math.nan, 1.0):
-        x = torch.randn(4, 8, device="cuda") * scale
-        for model in models:
-            model(x).square().sum().backward()
-        losses = [model(x).square().sum().detach() for model in models]
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) for model in models]
-        assert ours.step_if_finite(losses[0], clip_norm).item() == pytest.approx(norms[0].item(), rel=1e-6, nan_ok=True)
-        if norms[1].isfinite() and losses[1].isfinite():
-            if clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(models[1].parameters(), clip_norm, norms[1])
-            plain.step()
-        for optimizer in (ours, plain):
-            optimizer.zero_grad()
-        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-            torch.testing.assert_close(a, b)
-    for name, value in ours.state_tensors().items():
-        torch.testing.assert_close(value, plain.state_tensors()[name])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,6 +8,7 @@ from hgrn2.tasks.distillation import DistillationOptions
 from hgrn2.tasks.language import LanguageOptions
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.settings import RunSettings
+from tests.refusals import refuses
 
 
 def test_round_trip():
@@ -103,3 +104,9 @@ def test_every_field_has_a_docstring(kind):
     for name in kind.__annotations__:
         position = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
         assert lines[position + 1].startswith('"""'), name
+
+
+@pytest.mark.parametrize("other", [{"freeze": "*.mlp.*"}, {"grad_accumulation": 2}, {"optimizer": "muon"}])
+def test_a_cuda_graph_goes_with_plain_steps_only(other):
+    with refuses("contradiction", "cuda_graph", *other):
+        TrainConfig(max_steps=1, cuda_graph=True, **other)

@@ -60,6 +60,19 @@ class Batch:
         """Return the batch in pinned memory, from which copies to a GPU are asynchronous."""
         return self._map(torch.Tensor.pin_memory)
 
+    def pad_sequences(self) -> Batch:
+        """Return a packed batch with empty sequences at its end, up to a power of two of them: few shapes then occur.
+
+        The batch must carry no states.
+        """
+        if self.cu_seqlens is None:
+            return self
+        assert self.carry_from is None
+        num_sequences = len(self.cu_seqlens) - 1
+        missing = max(8, 1 << (num_sequences - 1).bit_length()) - num_sequences
+        padded = torch.cat([self.cu_seqlens, self.cu_seqlens[-1:].expand(missing)])
+        return replace(self, cu_seqlens=padded.pin_memory() if self.cu_seqlens.is_pinned() else padded)
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: function(value) for name, value in tensors.items()})

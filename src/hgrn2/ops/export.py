@@ -22,6 +22,7 @@ from hgrn2.errors import UserError
 from hgrn2.ops.backends.chunked.joins import COMPLEMENT_BELOW
 from hgrn2.ops.call import ScanCall, state_dtype
 from hgrn2.ops.gates import Floor
+from hgrn2.ops.tracing import constant_in_traces
 
 # domains that define LinearAttention: the standard's and ONNX Runtime's own
 STANDARD = "ai.onnx"
@@ -42,7 +43,7 @@ def is_onnx_export() -> bool:
 
 
 # torch.compile would trace it as false
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _is_in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 

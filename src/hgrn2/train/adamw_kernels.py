@@ -36,7 +36,7 @@ def prepare_kernel(
     """Write the norm of the gradient and the numbers that `update_kernel` reads. Programs: 1.
 
     They are: whether to skip the step; the factor that clips the gradient; one minus beta1^step; the root of one minus
-    beta2^step. The step is counted unless it is skipped.
+    beta2^step. The learning rate after them is the host's. The step is counted unless it is skipped.
     """
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -60,7 +60,7 @@ def prepare_kernel(
 
 @triton.jit
 def update_kernel(
-    tables_p, grads_p, tensors_p, orders_p, sizes_p, decays_p, scalars_p, learning_rate, beta1, beta2, eps, COUNT,
+    tables_p, grads_p, tensors_p, orders_p, sizes_p, decays_p, scalars_p, beta1, beta2, eps, COUNT,
     IS_LOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update a block of one parameter and of its moments. Programs: blocks of all tensors.
@@ -81,7 +81,8 @@ def update_kernel(
         start, size = tl.load(orders_p + i_block).to(tl.int64) * BLOCK, tl.load(sizes_p + i_tensor)
         places = start + tl.arange(0, BLOCK)
         factor, decay = tl.load(scalars_p + 1), tl.load(decays_p + i_tensor)
-        step_size, root = learning_rate / tl.load(scalars_p + 2), tl.load(scalars_p + 3)
+        learning_rate, root = tl.load(scalars_p + 4), tl.load(scalars_p + 3)
+        step_size = learning_rate / tl.load(scalars_p + 2)
         if start + BLOCK <= size:
             grad = tl.load(grad_p + places)
             param, mean, square = tl.load(param_p + places), tl.load(mean_p + places), tl.load(square_p + places)

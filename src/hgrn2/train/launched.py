@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,7 @@ class LaunchedStep:
         num_targets: targets that the loss is a sum over.
         learning_rate: of AdamW.
         started_s: start of the step by the monotonic clock.
-        values: the summed loss, the gradient's norm and the further sums of the task, once they are known.
-        names: of the further sums.
+        values: "loss", the summed loss, "grad_norm", and the further sums of the task, once they are known.
     """
 
     step: int
@@ -29,20 +29,23 @@ class LaunchedStep:
     num_targets: int
     learning_rate: float
     started_s: float
-    values: tuple[float, ...] | None = None
-    names: tuple[str, ...] = ()
+    values: dict[str, float] | None = None
 
-    def read_back(self, loss_sum: Tensor, *further: Tensor) -> None:
-        """Start to copy the values from a GPU, without waiting for it."""
-        self._copy = torch.stack((loss_sum, *(value.to(loss_sum.dtype) for value in further))).to(
-            "cpu", non_blocking=True
-        )
+    def read_back(self, values: Mapping[str, Tensor]) -> None:
+        """Start to copy values from a GPU, without waiting for it.
+
+        Args:
+            values: scalars by name, the loss among them.
+        """
+        dtype = values["loss"].dtype
+        self._names = tuple(values)
+        self._copy = torch.stack([x.to(dtype) for x in values.values()]).to("cpu", non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
 
-    def wait(self) -> tuple[float, ...]:
+    def wait(self) -> dict[str, float]:
         """Return `values`; waits for the copy if there is one."""
         if self.values is None:
             self._copied.synchronize()
-            self.values = tuple(self._copy.tolist())
+            self.values = dict(zip(self._names, self._copy.tolist(), strict=True))
         return self.values

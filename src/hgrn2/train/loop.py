@@ -6,7 +6,7 @@ import errno
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +20,10 @@ from hgrn2.constraints import check_fields
 from hgrn2.errors import UserError
 from hgrn2.tasks.base import StepLoss, Task, check_figures
 from hgrn2.train import checkpoint as ckpt
+from hgrn2.train.captured import CapturedSteps
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import Counters, describe_changes
+from hgrn2.train.device_adamw import DeviceAdamW
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.freezing import Freezing
 from hgrn2.train.interrupt import StopRequest
@@ -105,6 +107,7 @@ class Trainer:
         self._saved_step = -1
         self._saved_records: int | None = None
         self._launched: LaunchedStep | None = None
+        self._captured: CapturedSteps | None = None
         self._last_end_s = 0.0
 
     def run(self) -> TrainResult:
@@ -191,6 +194,7 @@ class Trainer:
         metrics.write({"kind": "start", "step": counters.step, **self._environment(), **self.about})
         self.has_started = True
         self._progress_at_start, self._session_started_s = self._progress(), time.monotonic()
+        self._captured = self._capture_steps()
         finished = self._progress() >= 1.0
         while not finished and stop.signal_name is None:
             self._step(metrics)
@@ -228,12 +232,51 @@ class Trainer:
         )
 
     def _step(self, metrics: MetricsWriter) -> None:
-        config, counters = self.config, self._counters
+        config = self.config
         started_s = time.monotonic()
-        fraction = lr_fraction(config, counters.step, self._progress())
+        fraction = lr_fraction(config, self._counters.step, self._progress())
         learning_rate = self._optimizer.set_lr_fraction(fraction, self._freezing.lr_fraction())
         batches = [self.task.next_batch() for _ in range(config.grad_accumulation)]
         num_targets = max(1, sum(self.task.num_targets(batch) for batch in batches))
+        on_device = self._optimizer.on_device
+        if on_device is not None:
+            on_device.prepare()
+            if self._captured is not None:
+                values = self._captured(batches[0], num_targets)
+            else:
+                values = self._step_on_device(on_device, batches, num_targets)
+            launched = self._count_step(batches, num_targets, learning_rate, started_s)
+            launched.read_back(values)
+            self._optimizer.zero_grad()
+            # of the step before, which the device has finished or is about to
+            self._finish_step(metrics)
+            self._launched = launched
+            return
+        loss_sum, sums = self._forward_backward(batches, num_targets)
+        launched = self._count_step(batches, num_targets, learning_rate, started_s)
+        norm = self._optimizer.gradient_norm()
+        loss, grad_norm = loss_sum.item(), norm.item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            if config.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self._optimizer.parameters, config.clip_norm, norm)
+            self._optimizer.step()
+        else:
+            self.task.step_skipped()
+        self._optimizer.zero_grad()
+        launched.values = {name: x.item() for name, x in sums.items()} | {"loss": loss, "grad_norm": grad_norm}
+        self._launched = launched
+        self._finish_step(metrics)
+
+    def _count_step(
+        self, batches: Sequence[Any], num_targets: int, learning_rate: float, started_s: float
+    ) -> LaunchedStep:
+        counters, num_tokens = self._counters, sum(self.task.num_tokens(batch) for batch in batches)
+        counters.step += 1
+        counters.tokens += num_tokens
+        return LaunchedStep(counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s)
+
+    def _forward_backward(self, batches: Sequence[Any], num_targets: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the gradients of a step; return its summed loss and the further sums of the task."""
         loss_sum = torch.zeros((), device=self._device)
         sums: dict[str, Tensor] = {}
         for batch in batches:
@@ -245,32 +288,30 @@ class Trainer:
             loss_sum += batch_loss.detach()
             for name, value in further.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
+        return loss_sum, sums
 
-        num_tokens = sum(self.task.num_tokens(batch) for batch in batches)
-        counters.step += 1
-        counters.tokens += num_tokens
-        launched = LaunchedStep(counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s)
-        launched.names = tuple(sums)
-        if self._optimizer.updates_without_waiting and not (config.freeze or self.task.carries_state):
-            norm = self._optimizer.step_if_finite(loss_sum, config.clip_norm)
-            launched.read_back(loss_sum, norm, *sums.values())
-            self._optimizer.zero_grad()
-            # of the step before, which the device has finished or is about to
-            self._finish_step(metrics)
-            self._launched = launched
-            return
-        norm = self._optimizer.gradient_norm()
-        loss, grad_norm = loss_sum.item(), norm.item()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            if config.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self._optimizer.parameters, config.clip_norm, norm)
-            self._optimizer.step()
-        else:
-            self.task.step_skipped()
-        self._optimizer.zero_grad()
-        launched.values = loss, grad_norm, *(value.item() for value in sums.values())
-        self._launched = launched
-        self._finish_step(metrics)
+    def _step_on_device(
+        self, on_device: DeviceAdamW, batches: Sequence[Any], num_targets: int | Tensor
+    ) -> dict[str, Tensor]:
+        """Compute and update without waiting; return the values that `LaunchedStep` records."""
+        loss_sum, sums = self._forward_backward(batches, num_targets)
+        return {**sums, "loss": loss_sum, "grad_norm": on_device.step(loss_sum, self.config.clip_norm)}
+
+    def _capture_steps(self) -> CapturedSteps | None:
+        """Return what runs steps from a CUDA graph; None unless it is asked for."""
+        on_device = self._optimizer.on_device
+        if not self.config.cuda_graph:
+            return None
+        if on_device is None:
+            raise UserError(
+                "cuda_graph needs a GPU with Triton, and steps that carry no state to the next; leave it out",
+                "unsupported",
+            )
+
+        def step(batch: Any, num_targets: Tensor) -> dict[str, Tensor]:
+            return self._step_on_device(on_device, [batch], num_targets)
+
+        return CapturedSteps(step, on_device, self._optimizer.zero_grad, self._device)
 
     def _finish_step(self, metrics: MetricsWriter) -> None:
         """Record the step that was launched last, if it has not been; waits for the device where it must."""
@@ -278,8 +319,8 @@ class Trainer:
         if launched is None:
             return
         counters = self._counters
-        loss_sum, grad_norm, *further = launched.wait()
-        loss = loss_sum / launched.num_targets
+        values = dict(launched.wait())
+        loss, grad_norm = values.pop("loss") / launched.num_targets, values.pop("grad_norm")
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if is_finite:
             smoothed = counters.smoothed_loss
@@ -306,11 +347,9 @@ class Trainer:
             "memory_bytes": memory_bytes(self._device),
             "skipped_steps": counters.skipped_steps,
         }
-        if launched.names:
-            means = [value / launched.num_targets for value in further]
-            record["figures"] = {
-                name: value if math.isfinite(value) else None for name, value in zip(launched.names, means, strict=True)
-            }
+        if values:
+            means = {name: value / launched.num_targets for name, value in values.items()}
+            record["figures"] = {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
         metrics.write(record)
         self.display.train(record, self._progress(), self._eta_s())
         if not is_finite:

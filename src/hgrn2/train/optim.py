@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hgrn2.errors import UserError
 from hgrn2.ops.backends import triton_runs
 from hgrn2.train.config import TrainConfig
-from hgrn2.train.mixed_precision import MixedPrecisionAdamW
+from hgrn2.train.device_adamw import DeviceAdamW
 
 DECAYED_ROLES = frozenset({"matrix", "embedding", "head"})
 ROLES = frozenset({"matrix", "embedding", "head", "vector", "lower_bounds"})
@@ -57,23 +57,24 @@ class NamedOptimizer:
         if muon_names:
             self._optimizers.append(self._muon(muon_names, config))
         self._peaks = [group["lr"] for group in self._groups()]
-        self._mixed = self._mixed_precision(roles, config) if not waits_for_step else None
+        self._device_adamw = None if waits_for_step else self._make_device_adamw(roles, config)
 
-    def _mixed_precision(self, roles: Mapping[str, str], config: TrainConfig) -> MixedPrecisionAdamW | None:
-        """Return the update for weights of which the model uses bfloat16 copies; None where it cannot be used."""
-        is_plain = config.grad_accumulation == 1 and not config.freeze
-        if config.precision != "bfloat16" or not is_plain or not self.updates_without_waiting:
+    def _make_device_adamw(self, roles: Mapping[str, str], config: TrainConfig) -> DeviceAdamW | None:
+        """Return the update that needs no waiting; None where it cannot be used."""
+        if config.freeze or config.optimizer != "adamw" or not triton_runs():
             return None
-        if not triton_runs(torch.bfloat16) or any(p.dtype != torch.float32 for p in self._named.values()):
+        if any(not p.is_cuda or p.dtype != torch.float32 for p in self._named.values()):
             return None
-        matrices = [p for name, p in self._named.items() if roles[name] == "matrix"]
+        # gradients of several batches are added up in float32
+        is_low = config.precision == "bfloat16" and config.grad_accumulation == 1
+        low = [p for name, p in self._named.items() if roles[name] == "matrix"] if is_low else []
         (optimizer,) = self._optimizers
         assert isinstance(optimizer, torch.optim.AdamW)
-        return MixedPrecisionAdamW(optimizer, matrices)
+        return DeviceAdamW(optimizer, low)
 
     def working_precision(self) -> AbstractContextManager[None]:
         """Give the model the values it computes with inside: bfloat16 matrices, where that saves conversions."""
-        return nullcontext() if self._mixed is None else self._mixed.active()
+        return nullcontext() if self._device_adamw is None else self._device_adamw.active()
 
     def full_precision(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put float32 weights in place of their bfloat16 copies.
@@ -81,11 +82,10 @@ class NamedOptimizer:
         Args:
             tensors: of the model, by name.
         """
-        if self._mixed is None:
-            return dict(tensors)
-        return {
-            name: self._mixed.weight(self._named[name]) if name in self._named else x for name, x in tensors.items()
-        }
+        found = dict(tensors)
+        if self._device_adamw is not None:
+            found |= {name: self._device_adamw.weight(p) for name, p in self._named.items() if name in found}
+        return found
 
     def _adamw(self, names: list[str], roles: Mapping[str, str], config: TrainConfig) -> torch.optim.Optimizer:
         decayed = [name for name in names if roles[name] in DECAYED_ROLES]
@@ -148,40 +148,13 @@ class NamedOptimizer:
             optimizer.step()
 
     @property
-    def updates_without_waiting(self) -> bool:
-        """Whether `step_if_finite` can be called: every parameter is on a GPU, under fused AdamW."""
-        return all(
-            isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"] for optimizer in self._optimizers
-        ) and all(p.is_cuda for p in self._named.values())
+    def on_device(self) -> DeviceAdamW | None:
+        """The update that needs no waiting for the device; None where `step` is the only one."""
+        return self._device_adamw
 
     def gradient_norm(self) -> Tensor:
         """Compute the norm of the whole gradient, a scalar."""
         return torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
-
-    def step_if_finite(self, loss: Tensor, clip_norm: float) -> Tensor:
-        """Clip and update on the device alone; nothing changes if the loss or the gradient is not finite.
-
-        Args:
-            loss: a scalar.
-            clip_norm: largest norm of the whole gradient; 0 does not clip.
-
-        Returns:
-            The norm before clipping, a scalar.
-        """
-        if self._mixed is not None:
-            return self._mixed.step(loss, clip_norm)
-        norm = self.gradient_norm()
-        skip = (~(loss.isfinite() & norm.isfinite())).float()
-        # as torch.nn.utils.clip_grads_with_norm_ has it
-        divisor = ((norm.float() + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else torch.ones_like(skip)
-        for optimizer in self._optimizers:
-            # the fused kernel divides by one number and looks at one flag, which were made for scaled losses
-            optimizer.grad_scale, optimizer.found_inf = divisor, skip  # pyright: ignore[reportAttributeAccessIssue]
-            try:
-                optimizer.step()
-            finally:
-                del optimizer.grad_scale, optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
-        return norm
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import importlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -183,6 +185,17 @@ def evaluate_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], which: str 
     return figures
 
 
+@contextmanager
+def _importing_compiler(is_wanted: bool) -> Iterator[None]:
+    """Import torch's compiler in the background, which takes as long as to draw many weights; done at the end."""
+    thread = threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True)
+    if is_wanted:
+        thread.start()
+    yield
+    if is_wanted:
+        thread.join()
+
+
 @dataclass(frozen=True)
 class _Parts:
     """The model and the task of a run, built before the run folder is touched."""
@@ -201,7 +214,8 @@ class _Parts:
             torch.set_num_threads(config.num_threads)
         task = spec.build_task(device)
         seed_everything(config.seed)
-        model: Any = spec.build_model(device)
+        with _importing_compiler(config.compile):
+            model: Any = spec.build_model(device)
         if config.activation_checkpointing:
             if not hasattr(model, "activation_checkpointing"):
                 raise UserError(

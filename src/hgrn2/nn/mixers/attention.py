@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from dataclasses import dataclass
@@ -16,21 +17,28 @@ from hgrn2.nn.mixers.base import Context, Memory, Mixer, MixerOptions, MixerStat
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.ops.export import is_exporting
+from hgrn2.ops.tracing import constant_in_traces
 
 # queries of windowed attention in one block; a larger window is its own block size
 WINDOW_BLOCK = 256
 
 
-def _find_flash_ragged() -> Any:
-    """Return torch's kernel for packed sequences; None in versions without it, or without its windows."""
+# torch's kernel for packed sequences; None before `load_compiled_parts`, and in versions without it or without windows
+_flash_ragged: Any = None
+
+
+@functools.cache
+def load_compiled_parts() -> None:
+    """Import what only attention needs of torch, with the first layer: it imports the compiler, which takes seconds."""
+    global _flash_ragged
+    # a trace cannot loop over the values of bounds: break the graph here
+    Attention._attend_packed = torch.compiler.disable(Attention._attend_packed)  # pyright: ignore
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
-
-
-_flash_ragged = _find_flash_ragged()
+        return
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        _flash_ragged = varlen_attn
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class Attention(Mixer):
         qkv_bias: bool,
     ):  # fmt: skip
         super().__init__()
+        load_compiled_parts()
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, hidden_size // num_heads
         self.window_size, self.rope_theta = window_size, rope_theta
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
@@ -200,8 +209,6 @@ class Attention(Mixer):
         y = _flash_ragged(q[0], k[0], v[0], bounds, bounds, longest, longest, window_size=(window, 0))
         return y.flatten(1).unsqueeze(0)
 
-    # a trace cannot loop over the values of bounds: break the graph here
-    @torch.compiler.disable
     def _attend_packed(
         self, q: Tensor, k: Tensor, v: Tensor, state: MixerState | None, cu_seqlens: Tensor, keep_state: bool
     ) -> tuple[Tensor, MixerState]:
@@ -310,7 +317,7 @@ def _flash_takes(q: Tensor) -> bool:
     return _flash_ragged is not None and q.is_cuda and fits and q.numel() > 0 and _has_flash(q.device)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _has_flash(device: torch.device) -> bool:
     # FlashAttention needs Ampere or later
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hgrn2.ops.device import on_device
 
-BLOCK = 4096
-WARPS = 8
-# neighbours that one thread holds, 16 bytes of a 16-bit type
-NEIGHBOURS = 8
+BLOCK = 8192
+WARPS = 16
+# neighbours that one thread holds, twice 16 bytes of a 16-bit type
+NEIGHBOURS = 16
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int, ignore: int
     """
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
-        block = max(NEIGHBOURS, min(BLOCK, triton.next_power_of_2(logits.shape[1])))
+        block = max(16 * NEIGHBOURS, min(BLOCK, triton.next_power_of_2(logits.shape[1])))
         with on_device(logits.device):
             cross_entropy_kernel[(logits.shape[0],)](
                 logits, targets, losses, vocab_size, logits.shape[1], logits.stride(0), IGNORE=ignore,

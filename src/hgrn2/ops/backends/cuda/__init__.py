@@ -13,6 +13,7 @@ from hgrn2.ops.backends.base import Backend, find
 from hgrn2.ops.backends.cuda.plan import WIDTH, coarse_chunks, kept_shape
 from hgrn2.ops.call import CallTraits, ScanCall
 from hgrn2.ops.gates import activate
+from hgrn2.ops.tracing import constant_in_traces
 
 DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITY = (9, 0)
@@ -94,7 +95,7 @@ class CudaBackend(Backend):
         return find("triton").step(call, in_place)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _device_problem(index: int) -> str | None:
     if index not in _device_problems:
         from hgrn2.ops.backends.cuda import compiler

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hgrn2.train.mixed_precision import BLOCK, MixedPrecisionAdamW
+from hgrn2.train.device_adamw import BLOCK, DeviceAdamW
 
 pytest.importorskip("triton")
 
@@ -31,7 +31,7 @@ def gradients(step):
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_updates_are_those_of_torch(clip_norm):
     (ours, optimizer), (theirs, wanted) = make(), make()
-    mixed = MixedPrecisionAdamW(optimizer, [ours[0], ours[2]])
+    mixed = DeviceAdamW(optimizer, [ours[0], ours[2]])
     for part in range(2):
         # the second part takes over what the first left, as a resumed run does
         with mixed.active():
@@ -43,6 +43,7 @@ def test_updates_are_those_of_torch(clip_norm):
                 for p, q, grad in zip(ours, theirs, found, strict=True):
                     p.grad, q.grad = grad.to(p.dtype), grad.clone()
                 loss = torch.tensor(math.nan if step == 5 else 1.0, device=DEVICE)
+                mixed.prepare()
                 norm = mixed.step(loss, clip_norm)
                 wanted_norm = torch.nn.utils.get_total_norm([p.grad for p in theirs])
                 assert norm.item() == pytest.approx(wanted_norm.item(), rel=1e-5)
@@ -65,10 +66,11 @@ def test_updates_are_those_of_torch(clip_norm):
 
 def test_a_parameter_without_a_gradient_stays():
     params, optimizer = make()
-    mixed = MixedPrecisionAdamW(optimizer, [params[0]])
+    mixed = DeviceAdamW(optimizer, [params[0]])
     before = [p.detach().clone() for p in params]
     with mixed.active():
         params[0].grad = torch.ones_like(params[0])
+        mixed.prepare()
         mixed.step(torch.tensor(1.0, device=DEVICE), 0.0)
     assert not torch.equal(params[0].data, before[0])
     assert torch.equal(params[1].data, before[1])
@@ -77,11 +79,12 @@ def test_a_parameter_without_a_gradient_stays():
 
 def test_gradients_of_any_layout_are_read():
     params, optimizer = make()
-    mixed = MixedPrecisionAdamW(optimizer, [params[0]])
+    mixed = DeviceAdamW(optimizer, [params[0]])
     twins, wanted = make()
     with mixed.active():
         grad = torch.randn(8, 37, device=DEVICE).t()
         params[0].grad, twins[0].grad = grad.bfloat16(), grad.bfloat16().float()
+        mixed.prepare()
         mixed.step(torch.tensor(1.0, device=DEVICE), 0.0)
     wanted.step()
     torch.testing.assert_close(params[0].data, twins[0].data, rtol=2e-6, atol=2e-6)

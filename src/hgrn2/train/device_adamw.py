@@ -1,4 +1,4 @@
-"""AdamW for models that compute in bfloat16: float32 weights in the optimizer, bfloat16 copies in the model."""
+"""AdamW that the device updates alone, with float32 weights of which the model may use bfloat16 copies."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Group:
     is_low: bool
 
 
-class MixedPrecisionAdamW:
-    """Updates float32 weights and their bfloat16 copies in one kernel each, without waiting for the device.
+class DeviceAdamW:
+    """Updates all weights, and bfloat16 copies of some, without waiting for the device.
 
     The update is that of torch.optim.AdamW, whose moments it takes over and leaves up to date. A weight that is rounded
     to bfloat16 once a step is what autocast computes with as well, and its gradient is bfloat16 either way, so a step
     has the same result up to the order of sums; what is saved are the conversions.
 
     Args:
-        optimizer: torch's, on one GPU; every parameter float32, with one step count for all.
-        low: parameters that the model uses in products of bfloat16 alone.
+        optimizer: torch's, on one GPU; every parameter float32, with one step count and one learning rate for all.
+        low: parameters that the model uses in products of bfloat16 alone; empty without autocast.
     """
 
     def __init__(self, optimizer: torch.optim.AdamW, low: Sequence[Tensor]) -> None:
@@ -57,6 +57,9 @@ class MixedPrecisionAdamW:
         self._weights: dict[int, Tensor] = {}
         # of the gradients of each group: on the host, and on the device
         self._addresses: dict[bool, tuple[list[int], Tensor]] = {}
+        # as above, of the step that is being captured; and the tables of steps captured before, which read them still
+        self._capturing: dict[bool, tuple[list[int], Tensor]] = {}
+        self._captured: list[Tensor] = []
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -70,6 +73,23 @@ class MixedPrecisionAdamW:
     def weight(self, param: Tensor) -> Tensor:
         """Return the float32 weight of a parameter."""
         return self._weights.get(id(param), param)
+
+    def prepare(self) -> None:
+        """Hand the learning rate to the device; before `step`, and before a captured one is replayed."""
+        self._scalars[4:].fill_(self._optimizer.param_groups[0]["lr"])
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Capture a call of `step` inside, and hand it the addresses of its gradients afterwards."""
+        # what is allocated during a capture is overwritten in each replay before it is used
+        self._capturing = {group.is_low: ([], torch.empty_like(group.sizes)) for group in self._groups}
+        try:
+            yield
+            for addresses, table in self._capturing.values():
+                table.copy_(torch.tensor(addresses, dtype=torch.int64))
+                self._captured.append(table)
+        finally:
+            self._capturing = {}
 
     def step(self, loss: Tensor, clip_norm: float) -> Tensor:
         """Clip the gradient and update, unless the loss or the gradient is not finite.
@@ -102,8 +122,8 @@ class MixedPrecisionAdamW:
         for group, grads in zip(self._groups, addresses, strict=True):
             tensors, orders = group.blocks[BLOCK]
             kernels.update_kernel[(len(tensors),)](
-                group.tables, grads, tensors, orders, group.sizes, group.decays, self._scalars, settings["lr"], beta1,
-                beta2, settings["eps"], len(group.params), IS_LOW=group.is_low, BLOCK=BLOCK, num_warps=4,
+                group.tables, grads, tensors, orders, group.sizes, group.decays, self._scalars, beta1, beta2,
+                settings["eps"], len(group.params), IS_LOW=group.is_low, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
         return norm
 
@@ -120,7 +140,7 @@ class MixedPrecisionAdamW:
             state[p].setdefault("exp_avg_sq", torch.zeros_like(p))
             # one count for all, which the kernel raises
             state[p]["step"] = self._step
-        self._scalars = torch.empty(4, device=device)
+        self._scalars = torch.zeros(5, device=device)
         low, full = [p for p in params if id(p) in self._low], [p for p in params if id(p) not in self._low]
         for p in low:
             self._weights[id(p)] = p.data
@@ -157,6 +177,10 @@ class MixedPrecisionAdamW:
             if p.grad is not None and (p.grad.dtype != dtype or not _can_be_read(p.grad)):
                 p.grad = p.grad.to(dtype).clone(memory_format=torch.contiguous_format)
         found = [0 if p.grad is None else p.grad.data_ptr() for p in group.params]
+        if group.is_low in self._capturing:
+            addresses, table = self._capturing[group.is_low]
+            addresses[:] = found
+            return table
         # torch allocates in the same order every step, so the addresses seldom change
         known, table = self._addresses.get(group.is_low, ([], None))
         if table is None or found != known:
@@ -173,7 +197,7 @@ class MixedPrecisionAdamW:
                 p.data = weight
         for state in self._optimizer.state.values():
             state["step"] = self._step.clone()
-        self._groups, self._weights, self._addresses = [], {}, {}
+        self._groups, self._weights, self._addresses, self._captured = [], {}, {}, []
 
 
 def _can_be_read(grad: Tensor) -> bool:

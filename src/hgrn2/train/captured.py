@@ -1,0 +1,111 @@
+"""Training steps captured in CUDA graphs: the host starts a step with one call instead of thousands of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgrn2.errors import UserError
+from hgrn2.train.device_adamw import DeviceAdamW
+
+# steps of each shape that run before it is captured: they compile kernels and allocate what stays
+_WARMUP_STEPS = 3
+# shapes that are captured; each keeps its own memory, and further ones run step by step
+_MOST_SHAPES = 4
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A captured step, with the memory it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    results: dict[str, Tensor]
+
+
+class CapturedSteps:
+    """Runs training steps, from a graph as soon as their shape is known.
+
+    Args:
+        step: computes a step, forward, backward and update, from a batch on the device and the number of its targets;
+            waits for nothing, and returns scalars by name.
+        optimizer: what `step` updates the weights with.
+        forget: drops the gradients.
+        device: a GPU.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Any, Tensor], dict[str, Tensor]],
+        optimizer: DeviceAdamW,
+        forget: Callable[[], None],
+        device: torch.device,
+    ) -> None:
+        self._step, self._optimizer, self._forget, self._device = step, optimizer, forget, device
+        self._counts: dict[Any, int] = {}
+        self._graphs: dict[Any, _Captured] = {}
+        self._pool: Any = None
+        self._num_targets = torch.ones((), device=device)
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, batch: Any, num_targets: int) -> dict[str, Tensor]:
+        """Run a step.
+
+        Args:
+            batch: a dataclass with tensors among its fields. If it has a method `pad_sequences`, this is called, so
+                that few shapes occur.
+            num_targets: targets of the batch.
+
+        Returns:
+            What `step` returns; the next call may overwrite it.
+
+        Raises:
+            UserError: the step waits for the device, or does something else that cannot be captured.
+        """
+        self._num_targets.fill_(num_targets)
+        if hasattr(batch, "pad_sequences"):
+            batch = batch.pad_sequences()
+        tensors = {name: x for name, x in vars(batch).items() if isinstance(x, Tensor)}
+        key = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
+        captured = self._graphs.get(key)
+        if captured is None:
+            self._counts[key] = self._counts.get(key, 0) + 1
+            if self._counts[key] <= _WARMUP_STEPS or len(self._graphs) >= _MOST_SHAPES:
+                return self._run(batch)
+            captured = self._graphs[key] = self._capture(batch, tensors)
+        for name, x in captured.inputs.items():
+            x.copy_(tensors[name], non_blocking=True)
+        captured.graph.replay()
+        return captured.results
+
+    def _run(self, batch: Any) -> dict[str, Tensor]:
+        """Run a step on another stream than the default one, as it will be captured."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            results = self._step(batch, self._num_targets)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return results
+
+    def _capture(self, batch: Any, tensors: dict[str, Tensor]) -> _Captured:
+        inputs = {name: x.to(self._device) for name, x in tensors.items()}
+        self._forget()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        # activations of the steps before, which the graph cannot use
+        torch.cuda.empty_cache()
+        try:
+            with self._optimizer.capture(), torch.cuda.graph(graph, pool=self._pool):
+                results = self._step(replace(batch, **inputs), self._num_targets)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"cuda_graph: the step cannot be captured ({reason}); train without it", "unsupported"
+            ) from error
+        self._pool = graph.pool()
+        # their memory is the graph's
+        self._forget()
+        return _Captured(graph, inputs, results)
