@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -25,6 +26,7 @@ from tests.formats.published import (
     write,
     write_shards,
 )
+from tests.refusals import refuses
 
 TENSORS = draw(fla_shapes())
 INDEX = "model.safetensors.index.json"
@@ -35,8 +37,8 @@ def read_all(folder):
     return {name: opened.read(name) for name in opened.places}
 
 
-def refused(folder, message):
-    with pytest.raises(UserError, match=message) as error:
+def refused(folder, code, *names):
+    with refuses(code, *names) as error:
         open_folder(folder)
     # one line, that begins with the place
     assert "\n" not in str(error.value)
@@ -104,44 +106,38 @@ def test_a_layout_is_told_by_keys(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "code", "names"),
     [
-        (FLA_CONFIG | {"model_type": "gla"}, "model_type is 'gla'; wanted 'hgrn2'"),
-        ({"model_type": "hgrn2", "hidden_size": 16}, "no key that tells which layout it is of"),
-        (
-            FLA_CONFIG | {"glu_act": "none"},
-            "keys of more than one layout, attn_mode of fla and glu_act of hgru2-pytorch",
-        ),
-        (
-            FLA_CONFIG | {"mixer_norm": "rmsnorm"},
-            r"keys of more than one layout, mixer_norm of hgrn2\.hf and attn_mode",
-        ),
-        (FLA_CONFIG | {"model": {}}, "keys of more than one layout, model of a run and attn_mode of fla"),
-        ({"model": {"hidden_size": 16}, "hidden_size": 16}, "hidden_size beside the table 'model'"),
-        ({"model": {"hidden_size": 16}, "trian": {}}, "config of a run: unknown key 'trian'; did you mean 'train'"),
-        ({"model": 3}, "found int; wanted a table of settings"),
-        ({"mixer_norm": "rmsnorm", "hidden_sise": 16}, "unknown key 'hidden_sise'; did you mean 'hidden_size'"),
-        (FLA_CONFIG | {"num_heads": 2}, "num_heads = 2 contradicts hidden_size / expand_ratio = 4"),
-        ([1], "found list, wanted an object"),
-        (FLA_CONFIG | {"num_hidden_layers": 4000}, "asks for 4000 layers; the files hold 34 tensors"),
+        (FLA_CONFIG | {"model_type": "gla"}, "unsupported", ["model_type", "'gla'", "'hgrn2'"]),
+        ({"model_type": "hgrn2", "hidden_size": 16}, "unreadable", ["'model'", "'attn_mode'"]),
+        (FLA_CONFIG | {"glu_act": "none"}, "contradiction", ["attn_mode of fla", "glu_act of hgru2-pytorch"]),
+        (FLA_CONFIG | {"mixer_norm": "rmsnorm"}, "contradiction", ["mixer_norm of hgrn2.hf", "attn_mode of fla"]),
+        (FLA_CONFIG | {"model": {}}, "contradiction", ["model of a run", "attn_mode of fla"]),
+        ({"model": {"hidden_size": 16}, "hidden_size": 16}, "contradiction", ["hidden_size", "'model'"]),
+        ({"model": {"hidden_size": 16}, "trian": {}}, "unknown-name", ["'trian'", "'train'"]),
+        ({"model": 3}, "invalid-value", ["model config", "int"]),
+        ({"mixer_norm": "rmsnorm", "hidden_sise": 16}, "unknown-name", ["'hidden_sise'", "'hidden_size'"]),
+        (FLA_CONFIG | {"num_heads": 2}, "contradiction", ["num_heads = 2", "hidden_size / expand_ratio = 4"]),
+        ([1], "unreadable", ["config.json", "list"]),
+        (FLA_CONFIG | {"num_hidden_layers": 4000}, "mismatch", ["4000 layers", "34 tensors"]),
     ],
 )
-def test_settings_that_are_ambiguous_or_of_another_model(config, message, tmp_path):
-    refused(write(tmp_path / "folder", config, TENSORS), message)
+def test_settings_that_are_ambiguous_or_of_another_model(config, code, names, tmp_path):
+    refused(write(tmp_path / "folder", config, TENSORS), code, *names)
 
 
 def test_no_settings_or_no_json(tmp_path):
     folder = write(tmp_path / "folder", FLA_CONFIG, TENSORS)
     (folder / "config.json").write_text("{")
-    refused(folder, "config.json: not JSON")
+    refused(folder, "unreadable", "config.json", "JSON")
     (folder / "config.json").write_bytes(b"\xff\xfe")
-    refused(folder, "config.json: not JSON")
+    refused(folder, "unreadable", "config.json", "JSON")
     (folder / "config.json").write_text("[" * 100_000)
-    refused(folder, "config.json: not JSON")
+    refused(folder, "unreadable", "config.json", "JSON")
     (folder / "config.json").unlink()
-    refused(folder, "no config.json there")
+    refused(folder, "not-found", "config.json")
     (folder / "config.json").mkdir()
-    refused(folder, "config.json: cannot be read")
+    refused(folder, "unreadable", "config.json")
 
 
 # tensors that do not belong to the settings
@@ -156,35 +152,42 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed(tmp_path):
     del tensors["lm_head.weight"], tensors["model.layers.2.attn.q_proj.weight"]
     refused(
         write(tmp_path / "folder", FLA_CONFIG, tensors),
-        r"\(layout of fla\) asks for: 2 missing: model\.layers\.2\.attn\.q_proj\.weight, lm_head\.weight; "
-        r"2 unexpected: model\.extra, score\.weight; 1 misshapen: model\.norm\.weight \[7\], wanted \[16\]",
+        "mismatch",
+        "2 missing: model.layers.2.attn.q_proj.weight, lm_head.weight;",
+        "2 unexpected: model.extra, score.weight;",
+        "1 misshapen: model.norm.weight [7]",
+        "[16]",
     )
 
 
 def test_a_name_of_two_lines_is_shown_in_one(tmp_path):
     tensors = TENSORS | {"first\nsecond": torch.zeros(2)}
-    refused(write(tmp_path / "folder", FLA_CONFIG, tensors), r"1 unexpected: 'first\\nsecond'; take")
+    refused(write(tmp_path / "folder", FLA_CONFIG, tensors), "mismatch", r"1 unexpected: 'first\nsecond'")
 
 
 def test_a_long_list_is_cut_and_counted(tmp_path):
     folder = write(tmp_path / "official-tensors", FLA_CONFIG, draw(official_shapes()))
-    refused(
-        folder, r"\d+ missing: [\w.]+(, [\w.]+){7} and \d+ more; 16 unexpected: [\w.]+(, [\w.]+){7} and 8 more; take"
-    )
+    with refuses("mismatch", folder) as caught:
+        open_folder(folder)
+    some = r"[\w.]+(, [\w.]+){7}"
+    assert re.search(rf"\d+ missing: {some} and \d+ more; 16 unexpected: {some} and 8 more;", str(caught.value))
 
 
 def test_a_width_that_is_not_the_tensors(tmp_path):
     config = FLA_CONFIG | {"hidden_size": 2 * D, "num_heads": 8}
     refused(
         write(tmp_path / "folder", config, TENSORS),
-        r"34 misshapen: .*model\.embeddings\.weight \[300, 16\], wanted \[300, 32\]",
+        "mismatch",
+        "34 misshapen",
+        "model.embeddings.weight [300, 16]",
+        "[300, 32]",
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_tensors_that_are_no_numbers_of_a_model(dtype, tmp_path):
     tensors = TENSORS | {"model.norm.weight": torch.ones(D).to(dtype)}
-    refused(write(tmp_path / "folder", FLA_CONFIG, tensors), r"no floating-point numbers: model\.norm\.weight \(\S+\)")
+    refused(write(tmp_path / "folder", FLA_CONFIG, tensors), "unsupported", "model.norm.weight")
 
 
 def test_values_that_are_not_finite_are_warned_of(tmp_path):
@@ -205,8 +208,8 @@ def test_a_tied_matrix_under_either_name_or_both(tmp_path):
         folder = write(tmp_path / str(i), config, tensors | {name: embeddings.clone() for name in names})
         assert torch.equal(open_folder(folder).read("model.embeddings.weight"), embeddings)
     both = tensors | {"model.embeddings.weight": embeddings, "lm_head.weight": embeddings + 1}
-    refused(write(tmp_path / "differ", config, both), "tie_word_embeddings is true, but .* differ")
-    refused(write(tmp_path / "neither", config, tensors), r"1 missing: model\.embeddings\.weight; take")
+    refused(write(tmp_path / "differ", config, both), "contradiction", "tie_word_embeddings", "lm_head.weight")
+    refused(write(tmp_path / "neither", config, tensors), "mismatch", "1 missing: model.embeddings.weight")
 
 
 # files
@@ -215,10 +218,10 @@ def test_a_tied_matrix_under_either_name_or_both(tmp_path):
 def test_no_weights_or_too_many(tmp_path):
     folder = write(tmp_path / "folder", FLA_CONFIG, TENSORS)
     shutil.copyfile(folder / "model.safetensors", folder / INDEX)
-    refused(folder, "holds both model.safetensors and model.safetensors.index.json")
+    refused(folder, "contradiction", "model.safetensors and model.safetensors.index.json")
     (folder / INDEX).unlink()
     (folder / "model.safetensors").unlink()
-    refused(folder, r"no weights there \(looked for model\.safetensors, .*pytorch_model\.bin")
+    refused(folder, "not-found", "model.safetensors", "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("cut", [0, 5, 500, -1])
@@ -226,14 +229,14 @@ def test_a_truncated_file(cut, tmp_path):
     folder = write(tmp_path / "folder", FLA_CONFIG, TENSORS)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:cut])
-    refused(folder, "model.safetensors: truncated, or no safetensors file")
+    refused(folder, "unreadable", "model.safetensors")
 
 
 def test_a_truncated_shard_is_named(tmp_path):
     folder = write_shards(tmp_path / "folder", FLA_CONFIG, TENSORS)
     shard = folder / "model-00002-of-00002.safetensors"
     os.truncate(shard, shard.stat().st_size - 4)
-    refused(folder, "model-00002-of-00002.safetensors: truncated")
+    refused(folder, "unreadable", "model-00002-of-00002.safetensors")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -243,15 +246,15 @@ def test_a_truncated_pickle(cut, zipped, tmp_path):
     content = (folder / "pytorch_model.bin").read_bytes()
     size = int(cut * len(content)) if isinstance(cut, float) else cut
     (folder / "pytorch_model.bin").write_bytes(content[:size])
-    refused(folder, "pytorch_model.bin: truncated, or no file of PyTorch with tensors alone")
+    refused(folder, "unreadable", "pytorch_model.bin")
 
 
 def test_an_index_that_names_absent_files(tmp_path):
     folder = write_shards(tmp_path / "folder", FLA_CONFIG, TENSORS, 3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    refused(folder, r"index.json: names model-00002-of-00003\.safetensors, which is not there")
+    refused(folder, "not-found", "index.json", "model-00002-of-00003.safetensors")
     (folder / "model-00003-of-00003.safetensors").unlink()
-    refused(folder, r"names model-00002-of-00003\.safetensors, model-00003-of-00003\.safetensors, which are not there")
+    refused(folder, "not-found", "model-00002-of-00003.safetensors, model-00003-of-00003.safetensors")
 
 
 def test_an_index_that_names_the_wrong_shard(tmp_path):
@@ -260,9 +263,7 @@ def test_an_index_that_names_the_wrong_shard(tmp_path):
     def swap(index):
         index["weight_map"]["model.embeddings.weight"] = "model-00002-of-00002.safetensors"
 
-    refused(
-        edit_index(folder, swap), r"says that model\.embeddings\.weight is in model-00002-.*, but it is in model-00001-"
-    )
+    refused(edit_index(folder, swap), "damaged", "model.embeddings.weight", "model-00002-of", "model-00001-of")
 
     def invent(index):
         index["weight_map"] |= {
@@ -270,26 +271,26 @@ def test_an_index_that_names_the_wrong_shard(tmp_path):
             "model.x": "model-00001-of-00002.safetensors",
         }
 
-    refused(edit_index(folder, invent), r"says that model\.x is in .*, but it is in no shard \(1 such tensors\)")
+    refused(edit_index(folder, invent), "damaged", "model.x", "model-00001-of", "no shard")
 
     def forget(index):
         del index["weight_map"]["model.x"], index["weight_map"]["model.norm.weight"]
 
-    refused(edit_index(folder, forget), r"does not name model\.norm\.weight in model-00001-of-00002\.safetensors")
+    refused(edit_index(folder, forget), "damaged", "model.norm.weight", "model-00001-of-00002.safetensors")
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "..", ".", "", "sub/model.safetensors"])
 def test_an_index_that_leaves_its_folder(file, tmp_path):
     write(tmp_path / "elsewhere", FLA_CONFIG, TENSORS)
     folder = write_shards(tmp_path / "folder", FLA_CONFIG, TENSORS)
-    refused(edit_index(folder, lambda index: index["weight_map"].update(x=file)), "wanted names of files beside it")
+    refused(edit_index(folder, lambda index: index["weight_map"].update(x=file)), "damaged", repr(file))
 
 
 @pytest.mark.parametrize("places", [None, [], {}, {"a": 3}])
 def test_an_index_without_places(places, tmp_path):
     folder = write_shards(tmp_path / "folder", FLA_CONFIG, TENSORS)
     (folder / INDEX).write_text(json.dumps({"weight_map": places}))
-    refused(folder, "no weight_map from tensors to files in it")
+    refused(folder, "damaged", INDEX, "weight_map")
 
 
 class Code:
@@ -310,8 +311,7 @@ def test_a_pickle_with_code_is_refused_and_the_code_not_run(how, tmp_path):
     if how == "plain":
         with (folder / "pytorch_model.bin").open("wb") as file:
             pickle.dump({"a": Code(mark)}, file, protocol=4)
-    reason = "no file of PyTorch" if how == "plain" else r"holds code \(_?io\.open\), which is not run"
-    refused(folder, f"pytorch_model.bin: .*{reason}")
+    refused(folder, "unreadable", "pytorch_model.bin", *(() if how == "plain" else ("io.open",)))
     assert not mark.exists()
 
 
@@ -328,13 +328,13 @@ def test_a_damaged_pickle(zipped, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "name"),
     [
-        ([torch.ones(2)], "holds list; wanted a table of tensors"),
-        ({"state_dict": {"a": torch.ones(2)}, "step": 3}, "state_dict, step: no plain tensors"),
-        ({"a": torch.eye(2).to_sparse()}, "a: no plain tensors"),
-        ({3: torch.ones(2)}, "3: no plain tensors"),
+        ([torch.ones(2)], "list"),
+        ({"state_dict": {"a": torch.ones(2)}, "step": 3}, "state_dict, step"),
+        ({"a": torch.eye(2).to_sparse()}, "a:"),
+        ({3: torch.ones(2)}, "3:"),
     ],
 )
-def test_a_pickle_of_something_else(content, message, tmp_path):
-    refused(pickled(tmp_path / "folder", content), message)
+def test_a_pickle_of_something_else(content, name, tmp_path):
+    refused(pickled(tmp_path / "folder", content), "unreadable", "pytorch_model.bin", name)
