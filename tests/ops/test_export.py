@@ -143,15 +143,15 @@ def test_a_program_of_torch_export_in_ordinary_operations(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "code", "named"),
     [
-        ({"linear_attention": "onnx"}, ("linear_attention", "'onnx'", "'ai.onnx'", "'com.microsoft'")),
-        ({"dynamo": False}, ("dynamo", "False")),
-        ({"linear_attention": "ai.onnx", "opset_version": 20}, ("opset_version", "20")),
+        ({"linear_attention": "onnx"}, "invalid-value", ("linear_attention", "'onnx'", "'ai.onnx'", "'com.microsoft'")),
+        ({"dynamo": False}, "unsupported", ("dynamo", "False")),
+        ({"linear_attention": "ai.onnx", "opset_version": 20}, "invalid-value", ("opset_version", "20")),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, named):
-    with refuses("invalid-value", *named):
+def test_options_that_do_not_fit_are_refused(options, code, named):
+    with refuses(code, *named):
         hgrn2.onnx.export(Scans(), inputs_of(1, 3), **options)
 
 
