@@ -18,13 +18,13 @@ def read_toml(path: Path | None) -> dict[str, dict[str, Any]]:
         with path.open("rb") as file:
             found = tomllib.load(file)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a TOML file") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a TOML file", "unreadable") from None
     except (ValueError, RecursionError) as error:
         # not TOML, not UTF-8, a number of thousands of digits, or tables nested as deep
-        raise UserError(f"{path}: not TOML ({error}); see docs/guide/training.md") from None
+        raise UserError(f"{path}: not TOML ({error}); see docs/guide/training.md", "unreadable") from None
     for key, value in found.items():
         if key not in tables:
-            raise UserError(unknown_key_message(str(path), key, tables))
+            raise UserError(unknown_key_message(str(path), key, tables), "unknown-name")
         if not isinstance(value, dict):
             raise UserError(f"{path}: {key} is {value!r}; wanted a table, [{key}]")
     return tables | found

@@ -54,9 +54,11 @@ def convert(
     """
     start = StartSettings(keep_attention, expand_ratio, copy_qv, seed)
     if not from_transformer and start != StartSettings():
-        raise UserError("--keep-attention, --expand-ratio, --copy-qv and --seed go with --from-transformer")
+        raise UserError(
+            "--keep-attention, --expand-ratio, --copy-qv and --seed go with --from-transformer", "contradiction"
+        )
     if to is None and not from_transformer:
-        raise UserError(f"--to is missing; wanted {' or '.join(_NAMES)}")
+        raise UserError(f"--to is missing; wanted {' or '.join(_NAMES)}", "incomplete")
     written = convert_model(
         source, out, to or "hf", dtype, max_shard_size, checkpoint, start if from_transformer else None
     )

@@ -68,9 +68,12 @@ def evaluate(
     }  # fmt: skip
     flags, others = ([name for name, value in of.items() if value] for of in (of_tasks, of_files))
     if not files and not tasks:
-        raise UserError("no file to evaluate; name one or more after the run, or tasks with --tasks")
+        raise UserError("no file to evaluate; name one or more after the run, or tasks with --tasks", "incomplete")
     if flags and others:
-        raise UserError(f"{' and '.join(flags)}: for tasks, {' and '.join(others)}: for texts; evaluate one of them")
+        raise UserError(
+            f"{' and '.join(flags)}: for tasks, {' and '.join(others)}: for texts; evaluate one of them",
+            "contradiction",
+        )
     if json_out is not None:
         check_writable_file(json_out)
     if tasks:
@@ -87,7 +90,9 @@ def evaluate(
         try:
             write_text_atomic(json_out, result)
         except OSError as error:
-            raise UserError(f"{json_out}: cannot be written ({error.strerror}); name another file") from None
+            raise UserError(
+                f"{json_out}: cannot be written ({error.strerror}); name another file", "unwritable"
+            ) from None
     show()
 
 
@@ -113,7 +118,7 @@ def _evaluate_texts(
             found = score(lm, tokenizer, document, window, bar.advance)
             by_source.setdefault(document.source or document.name, []).append(found)
     if not by_source:
-        raise UserError(f"{' '.join(files)}: no text in it; name other files")
+        raise UserError(f"{' '.join(files)}: no text in it; name other files", "not-found")
     rows = [row for found in by_source.values() for row in found]
     if not each:
         rows = [found[0] if len(found) == 1 else total(found, name) for name, found in by_source.items()]

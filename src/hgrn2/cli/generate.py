@@ -107,9 +107,11 @@ def _piped_prompt() -> str:
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 (offset {error.start}); give text, or --prompt") from None
+        raise UserError(
+            f"standard input is not UTF-8 (offset {error.start}); give text, or --prompt", "unreadable"
+        ) from None
     if "\0" in text:
-        raise UserError("standard input is binary, not text (it holds a NUL); give text, or --prompt")
+        raise UserError("standard input is binary, not text (it holds a NUL); give text, or --prompt", "unreadable")
     return text.removesuffix("\n").removesuffix("\r")
 
 

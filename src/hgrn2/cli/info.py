@@ -29,7 +29,7 @@ def info(model: tyro.conf.Positional[str | None] = None, seq_len: int = 2048, se
         raise UserError(f"--seq-len is {seq_len}; wanted at least 1")
     if model is None:
         if set:
-            raise UserError("--set changes a model; name one before it")
+            raise UserError("--set changes a model; name one before it", "incomplete")
         show_table(_presets())
         return
     config = model_config(model, {}, set, None)

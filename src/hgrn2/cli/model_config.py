@@ -45,7 +45,7 @@ def model_config(
     else:
         near = difflib.get_close_matches(model, presets.PRESETS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(presets.PRESETS)}"
-        raise UserError(f"model {model!r}: no such preset, file or folder; {hint}")
+        raise UserError(f"model {model!r}: no such preset, file or folder; {hint}", "unknown-name")
     config = HGRN2Config.from_dict(
         {"vocab_size": vocab_size} | found if vocab_size and "vocab_size" not in found else found
     )

@@ -89,7 +89,7 @@ def parse(argv: Sequence[str], commands: Mapping[str, Command]) -> functools.par
     if name == "--print-completion":
         return functools.partial(print, _completion_script(words, commands))
     if name not in commands:
-        raise UserError(f"{hints.unknown_command(name, commands)}see hgrn2 --help")
+        raise UserError(f"{hints.unknown_command(name, commands)}see hgrn2 --help", "unknown-name")
     function = commands[name].function
     flags = words[: words.index("--")] if "--" in words else words
     if asked := {"-h", "--help", "--help-all"}.intersection(flags):

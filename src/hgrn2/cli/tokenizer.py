@@ -30,7 +30,7 @@ def tokenizer(
 
     check_writable_folder(out)
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: exists already; name another folder")
+        raise UserError(f"{out}: exists already; name another folder", "already-exists")
     pieces = (piece for document in open_corpus(data, text_field).documents() for piece in document.pieces)
     made = train_bpe(pieces, vocab_size)
     with staged_directory(out, replace=False) as stage:

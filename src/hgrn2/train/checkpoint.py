@@ -200,7 +200,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             config=read_config(path),
         )
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: {error}; {way_out(path)}") from None
+        raise UserError(f"checkpoint {path}: {error}; {way_out(path)}", "damaged") from None
 
 
 def check_new_run(run_dir: Path) -> None:
@@ -217,7 +217,10 @@ def _check_free(run_dir: Path) -> None:
     if checkpoints_of(run_dir) or (
         config.exists() and (find_weights(run_dir) is not None or "train" not in read_config(run_dir))
     ):
-        raise UserError(f"{run_dir}: holds a run already; continue it with --resume {run_dir}, or name another folder")
+        raise UserError(
+            f"{run_dir}: holds a run already; continue it with --resume {run_dir}, or name another folder",
+            "already-exists",
+        )
 
 
 def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) -> None:
@@ -254,7 +257,9 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
             write_text_atomic(run_dir / SUMS_NAME, "".join(f"{sha256_of(path)}  {path.name}\n" for path in saved))
         write_config(run_dir, config)
     except OSError as error:
-        raise UserError(f"{run_dir}: cannot make the run folder ({error.strerror}); name another folder") from None
+        raise UserError(
+            f"{run_dir}: cannot make the run folder ({error.strerror}); name another folder", "unwritable"
+        ) from None
 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
@@ -282,12 +287,15 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
     """
     own = model_tensors(model)
     if missing := sorted(own.keys() ^ tensors.keys()):
-        raise UserError(f"{source}: tensor {missing[0]!r} is not in both model and file; use the config beside it")
+        raise UserError(
+            f"{source}: tensor {missing[0]!r} is not in both model and file; use the config beside it", "mismatch"
+        )
     for name, tensor in own.items():
         found = tensors[name]
         if found.shape != tensor.shape:
             raise UserError(
                 f"{source}: {name} has shape {list(found.shape)}, the model wants {list(tensor.shape)}; "
-                "use the config beside the file"
+                "use the config beside the file",
+                "mismatch",
             )
         tensor.copy_(found)

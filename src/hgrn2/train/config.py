@@ -109,7 +109,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self, "train config")
         if self.max_steps is None and self.max_tokens is None and self.max_time_s is None:
-            raise UserError("train config: no budget; set max_steps, max_tokens or max_time_s")
+            raise UserError("train config: no budget; set max_steps, max_tokens or max_time_s", "incomplete")
         muon_rate = self.muon_learning_rate or self.learning_rate
         if self.optimizer == "muon" and muon_rate > _LARGEST_MUON_RATE:
             raise UserError(f"train config: Muon's learning rate is {muon_rate}; wanted at most {_LARGEST_MUON_RATE:g}")

@@ -88,7 +88,9 @@ class Freezing:
         """
         # none in checkpoints from before it was kept
         if (before := state.get("freeze", self._freeze)) != self._freeze:
-            raise UserError(f"freeze: saved with {before!r}, now it is {self._freeze!r}; resume with the same setting")
+            raise UserError(
+                f"freeze: saved with {before!r}, now it is {self._freeze!r}; resume with the same setting", "mismatch"
+            )
         self._loss_sum, self._num_steps = state["loss_sum"], state["num_steps"]
         self._mean_before, self._num_free_steps = state["mean_before"], state["num_free_steps"]
         self._set(state["frozen"] and bool(self._parameters))
@@ -109,7 +111,10 @@ def frozen_names(model: nn.Module, freeze: str) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     if freeze == COPIED:
         if not isinstance(model, HGRN2LM):
-            raise UserError("train config: freeze is copied, which concerns language models; wanted patterns of names")
+            raise UserError(
+                "train config: freeze is copied, which concerns language models; wanted patterns of names",
+                "unsupported",
+            )
         new = {"model.lower_bounds"}
         for i, layer in enumerate(model.model.layers):
             if isinstance(layer.attn, HGRN2):
@@ -122,7 +127,8 @@ def frozen_names(model: nn.Module, freeze: str) -> list[str]:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UserError(
                     f"train config: freeze: no parameter fits {pattern!r}; wanted {COPIED}, or patterns of names "
-                    f"such as {names[0]} or *.mlp.*"
+                    f"such as {names[0]} or *.mlp.*",
+                    "unknown-name",
                 )
         frozen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(frozen) == len(names):

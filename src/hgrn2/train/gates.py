@@ -80,12 +80,13 @@ class GateSummary:
                     summary = cls(**{field.name: arrays[field.name] for field in fields(cls)})
         except OSError as error:
             raise UserError(
-                f"{path}: cannot read the gates ({error.strerror or error}); a run writes them when it ends"
+                f"{path}: cannot read the gates ({error.strerror or error}); a run writes them when it ends",
+                "not-found",
             ) from None
         except (ValueError, KeyError, EOFError, BadZipFile, NotImplementedError, zlib.error):
-            raise UserError(f"{path}: {_DAMAGED}") from None
+            raise UserError(f"{path}: {_DAMAGED}", "damaged") from None
         if not summary._is_consistent():
-            raise UserError(f"{path}: {_DAMAGED}")
+            raise UserError(f"{path}: {_DAMAGED}", "damaged")
         return summary
 
     def _is_consistent(self) -> bool:

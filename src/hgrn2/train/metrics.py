@@ -58,23 +58,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     path = path / METRICS_NAME if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{path}: no such file; name a run folder that has {METRICS_NAME}")
+        raise UserError(f"{path}: no such file; name a run folder that has {METRICS_NAME}", "not-found")
     *lines, torn = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = parse_json(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the line") from None
+            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the line", "damaged") from None
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: found {type(record).__name__}, wanted an object; remove the line")
+            raise UserError(
+                f"{path}, line {number}: found {type(record).__name__}, wanted an object; remove the line", "damaged"
+            )
         if fault := _fault(record):
-            raise UserError(f"{path}, line {number}: {fault}; remove the line")
+            raise UserError(f"{path}, line {number}: {fault}; remove the line", "damaged")
         record.pop(_CHECKSUM, None)
         records.append(record)
     # what a kill cuts off while it is written ends with the record, at the latest
     if (end := torn.rfind(b"}")) >= 0 and torn[end + 1 :] and _is_json(torn[: end + 1]):
-        raise UserError(f"{path}, line {len(lines) + 1}: goes on after its record; remove the line")
+        raise UserError(f"{path}, line {len(lines) + 1}: goes on after its record; remove the line", "damaged")
     return records
 
 
@@ -224,6 +226,6 @@ def _tensorboard_writer(directory: Path, resume_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         command = install_command("tensorboard")
-        raise UserError(f"tensorboard is not installed: {command}, or drop the setting") from None
+        raise UserError(f"tensorboard is not installed: {command}, or drop the setting", "unavailable") from None
     # purge_step hides the events of the steps that are about to be trained again, of a run begun anew all of them
     return SummaryWriter(str(directory), purge_step=resume_step + 1)

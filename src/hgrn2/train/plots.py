@@ -59,7 +59,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     if (run_dir / GATES_NAME).exists():
         pictures["memory"] = memory_figure(GateSummary.load(run_dir))
     if not pictures:
-        raise UserError(f"{run_dir}: no training step is recorded; let the run do at least one")
+        raise UserError(f"{run_dir}: no training step is recorded; let the run do at least one", "not-found")
     folder = run_dir / FOLDER_NAME
     folder.mkdir(exist_ok=True)
     paths = []

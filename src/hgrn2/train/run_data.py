@@ -40,12 +40,14 @@ def open_prepared(run: Path, prepared: Path | None = None, data: Sequence[str] =
     if not isinstance(settings.get("prepared"), str) or not isinstance(was_at, str | None):
         raise UserError(
             f"{folder}: config.json does not say where the prepared data is; restore it from a checkpoint, or name the "
-            "data with --prepared"
+            "data with --prepared",
+            "damaged",
         )
     place = from_saved_path(folder, settings["prepared"], was_at)
     if not place.exists():
         raise UserError(
             f"{place}: the prepared tokens of {folder} are not there; name their place with --prepared, or the text "
-            "they were made from with --data"
+            "they were made from with --data",
+            "not-found",
         )
     return PreparedData.open(place)
