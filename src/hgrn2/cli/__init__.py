@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # what a terminal's encoding lacks is replaced, not a reason to stop
+        # replace characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="replace")
     call = status = None
     try:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.needs_output for command in COMMANDS.values() if command.function is getattr(call, "func", None)
         )
         if isinstance(error, BrokenPipeError) and (status is not None or not needs_output):
-            # the reader has closed the pipe, as in `hgrn2 generate ... | head`. for an unfinished run it is an error
+            # the reader closed the pipe, as in `hgrn2 generate ... | head`; an error only for an unfinished run
             release_output()
             return status or 0
         if error.filename is not None:

@@ -83,8 +83,8 @@ def train(
         task_set: Options of the task as KEY=VALUE.
         out: Folder of the run (default: runs/run).
         config: A TOML file with tables [model], [task], [train] and [data]; flags win over it.
-        resume: A run folder, or one of its checkpoints, to go on with; training flags change its settings, --prepared
-            or --data say where its own data is now.
+        resume: A run folder, or one of its checkpoints, to continue; training flags change its settings, --prepared or
+            --data name the new place of its data.
         compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
         settings: Training settings.
     """
@@ -211,7 +211,7 @@ def _start_task(
     file: Mapping[str, Any],
     has_budget: bool,
 ) -> Any:
-    """Train on a task that makes its own data."""
+    """Train on a task that generates its data."""
     from hgrn2.train.runs import start_task_run
 
     _refuse_text_flags(settings.task.name, flags)

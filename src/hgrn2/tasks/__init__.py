@@ -1,4 +1,4 @@
-"""What a model can be trained on: batches, loss, metric and report of each task, registered by name."""
+"""Training tasks: batches, loss, metric and report of each, registered by name."""
 
 from hgrn2.tasks.base import Metric, ReportFigure, StepLoss, Task, TaskBase, TaskContext, TaskOptions, TaskReport
 from hgrn2.tasks.distillation import DistillationTask

@@ -1,4 +1,4 @@
-"""The protocol of a task: batches, a loss, a metric and a report. The training loop knows nothing else about it."""
+"""The protocol of a task: batches, a loss, a metric and a report. The training loop uses nothing else of it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TaskOptions:
     """
 
     what: ClassVar[str] = "task options"
-    """What the fields belong to, for messages."""
+    """Name of the options in messages."""
     paths: ClassVar[tuple[str, ...]] = ()
     """Fields that name a file or folder."""
 
@@ -72,7 +72,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a task is built with, besides its options.
+    """Batch size, seed, device and data that a task is built with.
 
     Attributes:
         batch_size: examples in a batch.
@@ -98,7 +98,7 @@ class ReportFigure(NamedTuple):
         key: of `Task.evaluate`.
         label: its name in words.
         style: format in the summary.
-        note: what it says.
+        note: explains it.
         table_style: format in the table of validations.
     """
 
@@ -136,11 +136,11 @@ class Task(Protocol):
     Options: ClassVar[type[TaskOptions]]
     """Its options."""
     metric: ClassVar[Metric]
-    """What decides which checkpoint is best."""
+    """Figure that decides which checkpoint is best."""
     reads_text: ClassVar[bool]
     """Whether it is trained on prepared text, which `TaskContext.data` holds."""
     report: ClassVar[TaskReport]
-    """What a report shows of it."""
+    """How a report describes it."""
 
     @classmethod
     def build(cls, options: Any, context: TaskContext) -> Self:

@@ -36,19 +36,19 @@ from hgrn2.storage.lock import LOCK_NAME, run_lock
 from hgrn2.storage.staging import sync_path, write_text_atomic
 
 _TEMPORARY = ".tmp-"
-# checkpoints of later steps than the one a run goes on from, kept until its next checkpoint is whole
+# checkpoints after the step a run resumes from, kept until its next checkpoint is complete
 _SET_ASIDE = "replaced-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a run resumes from, read and verified.
+    """A checkpoint, read and verified.
 
     Attributes:
         path: the checkpoint's folder.
         model: parameters and buffers by name.
         optimizer: state by "parameter name/key".
-        task: tensors the task carries from step to step; empty for most.
+        task: tensors that the task carries from step to step.
         state: step, tokens, position in the data, generators, counters.
         config: the config.json it was written with.
     """
@@ -78,7 +78,7 @@ class CheckpointStore:
         """Remove what a killed process left half-written; only for the process that holds the run's lock."""
         for leftover in self._folder.glob(f"{_TEMPORARY}*"):
             final = self._folder / leftover.name.removeprefix(_TEMPORARY)
-            # killed just before the rename: whole, and perhaps the only one of its step
+            # killed just before the rename: complete, and perhaps the only one of its step
             is_free = is_checkpoint_name(final.name) and not os.path.lexists(final)
             if is_free and find_fault(leftover, final.name) is None:
                 leftover.rename(final)
@@ -103,10 +103,10 @@ class CheckpointStore:
         config: Mapping[str, Any],
         best_step: int | None,
     ) -> Path:
-        """Write one checkpoint, then remove those that are neither among the newest nor the best.
+        """Write one checkpoint, then remove all but the newest few and the best.
 
         Raises:
-            OSError: the disk refused; nothing of the new checkpoint is left, the older ones are untouched.
+            OSError: writing failed; nothing of the new checkpoint is left, the older ones are untouched.
         """
         final = self._folder / f"step-{state['step']:08d}"
         temporary = self._folder / f"{_TEMPORARY}{final.name}"
@@ -132,7 +132,7 @@ class CheckpointStore:
         return final
 
     def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints of later steps; they are removed when the next checkpoint is whole."""
+        """Rename the checkpoints of later steps; they are removed when the next checkpoint is complete."""
         for path in checkpoints_of(self._folder.parent):
             if step_of(path) > step:
                 self._set_aside(path)
@@ -145,21 +145,21 @@ class CheckpointStore:
 
     def _retain(self, newest: Path, best_step: int | None) -> None:
         for path in self._folder.glob(f"{_SET_ASIDE}step-*"):
-            # one that was renamed is not the one that its name says has been replaced
-            if is_of_step(path, path.name.removeprefix(_SET_ASIDE)) or _leads_nowhere(path):
+            # keep a folder whose state is of another step than its name says: a person renamed it
+            if is_of_step(path, path.name.removeprefix(_SET_ASIDE)) or _is_dangling_link(path):
                 self._remove(path)
-        # a renamed or truncated one is not counted, so that it pushes no good one out; nor is it removed
+        # do not count or remove a renamed or truncated one: it must not displace a good one
         found = checkpoints_of(self._folder.parent)
         whole = [path for path in found if looks_whole(path, path.name)]
         kept = {*whole[-self._keep_last :], newest}
         oldest_kept = min(map(step_of, kept))
         for path in found:
-            is_old_link = _leads_nowhere(path) and step_of(path) < oldest_kept
+            is_old_link = _is_dangling_link(path) and step_of(path) < oldest_kept
             if (path in whole or is_old_link) and path not in kept and step_of(path) != best_step:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        # renamed first, so that a kill in the middle leaves no half of a checkpoint under a good name
+        # rename first, so that a kill leaves no partial checkpoint under a valid name
         doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
         _delete(doomed)
         path.rename(doomed)
@@ -167,15 +167,15 @@ class CheckpointStore:
 
 
 def _delete(path: Path) -> None:
-    # what a link leads to may be the only copy, on another disk
+    # remove the link alone: its target may be the only copy
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
 
 
-def _leads_nowhere(path: Path) -> bool:
-    """Whether it is a symbolic link to something that is gone, or a loop of links."""
+def _is_dangling_link(path: Path) -> bool:
+    """Return whether it is a symbolic link whose target does not exist, or a loop of links."""
     return path.is_symlink() and not path.exists()
 
 
@@ -204,7 +204,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_new_run(run_dir: Path) -> None:
-    """Raises UserError if a run cannot begin in the folder: it holds one with a checkpoint, or one that is training."""
+    """Raise UserError if a run cannot begin in the folder: it holds one with a checkpoint, or one that is training."""
     _check_free(run_dir)
     if (run_dir / LOCK_NAME).exists():
         with run_lock(run_dir):
@@ -212,7 +212,7 @@ def check_new_run(run_dir: Path) -> None:
 
 
 def _check_free(run_dir: Path) -> None:
-    """Raises UserError if the folder holds a run or a model; a run that got to no checkpoint is none to keep."""
+    """Raise UserError if the folder holds a model, or a run with a checkpoint."""
     config = run_dir / CONFIG_NAME
     if checkpoints_of(run_dir) or (
         config.exists() and (find_weights(run_dir) is not None or "train" not in read_config(run_dir))
@@ -227,7 +227,7 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
     """Make a run folder: the tokenizer's file, then config.json, whose presence means the folder is a run.
 
     Args:
-        run_dir: new, empty of a run, or with one that ended before its first checkpoint, which is begun anew.
+        run_dir: new, without a run, or with a run that has no checkpoint, which is replaced.
         config: JSON values; "model", "train" and "data" by convention.
         tokenizer: anything with save(directory).
 
@@ -238,11 +238,11 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if (run_dir / CONFIG_NAME).exists():
-            # files of the model that the earlier beginning was started from
+            # files that came with the weights of the replaced run
             sums = run_dir / SUMS_NAME
             listed = sums.read_text(encoding="utf-8", errors="replace").split() if sums.is_file() else []
             companions = [path for path in companion_files(run_dir) if path.name in listed]
-            # first config.json, then the tokenizer, which may have another name than the new one
+            # config.json first: without it the folder is not a run
             for old in (
                 run_dir / CONFIG_NAME,
                 run_dir / SUMS_NAME,
@@ -263,13 +263,13 @@ def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) 
 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
-    """Replace the run's config.json in one move."""
+    """Replace the run's config.json atomically."""
     write_text_atomic(run_dir / CONFIG_NAME, json.dumps(with_digest(config), indent=1))
     sync_path(run_dir)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, a tensor with two names (tied weights) under its first."""
+    """Return parameters and buffers by name, tied weights once, under their first name."""
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from hgrn2.constraints import Ge, Gt, Le, Lt, check_fields
 from hgrn2.errors import UserError, unknown_key_message
 
-# more than any machine has; far beyond, torch cannot even be told
+# more threads than any machine has; torch raises an obscure error for much larger values
 _MOST_THREADS = 4096
-# Muon's updates all have one size; rates beyond float32 make torch fail
+# Muon's updates have a fixed size, and torch fails for rates beyond float32
 _LARGEST_MUON_RATE = 1e6
 # the default warmup
 _MOST_WARMUP_STEPS = 100
@@ -20,10 +20,10 @@ BUDGETS = ("max_steps", "max_tokens", "max_time_s")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of training: budget, batch, optimizer, schedule, and what to record on the way.
+    """Settings of training: budget, batch, optimizer, schedule, validations and checkpoints.
 
-    At least one budget is needed; with several, the run ends at the first that is used up, and the learning
-    rate's schedule runs on the largest used fraction.
+    At least one budget is needed; with several, the run ends at the first that is used up, and the learning-rate
+    schedule follows the largest used fraction.
 
     Example:
         >>> TrainConfig(max_steps=100, learning_rate=3e-3).num_warmup_steps
@@ -64,7 +64,7 @@ class TrainConfig:
     warmup_steps: Annotated[int | None, Ge(0)] = None
     """Steps in which the learning rate rises from zero (default: 100, at most a tenth of the budget)."""
     decay_fraction: Annotated[float | None, Gt(0), Le(1)] = None
-    """The last part of the budget, over which wsd decays (default: 0.2)."""
+    """Last fraction of the budget, over which wsd decays (default: 0.2)."""
     min_lr_fraction: Annotated[float | None, Ge(0), Lt(1)] = None
     """Learning rate that cosine and wsd go down to, as a fraction of the peak (default: 0.1)."""
 
@@ -81,14 +81,14 @@ class TrainConfig:
     num_threads: Annotated[int | None, Gt(0), Le(_MOST_THREADS)] = None
     """Threads torch computes with on the CPU; another number changes the last bits (default: torch's choice)."""
     freeze: str = ""
-    """Weights that wait: copied (all but the recurrent mixers' own) or patterns such as *.mlp.*; empty: none."""
+    """Weights that are frozen at first: copied (all but the recurrent mixers' own) or patterns such as *.mlp.*."""
     unfreeze_every: Annotated[int | None, Ge(0)] = None
-    """Steps of an interval, whose mean loss is compared with that of the one before; 0: never (default: 100)."""
+    """Steps of an interval whose mean loss is compared with the one before; 0: never unfreeze (default: 100)."""
     unfreeze_threshold: Annotated[float | None, Ge(0)] = None
     """Improvement between two intervals, in nats per token, below which frozen weights are unfrozen (default: 0.02)."""
 
     unfrozen_lr_fraction: Annotated[float | None, Gt(0)] = None
-    """Learning rate of weights that were frozen, as a part of the others', after its own warmup (default: 0.1)."""
+    """Learning rate of unfrozen weights as a fraction of the others', after a warmup of its own (default: 0.1)."""
 
     seed: Annotated[int, Ge(0), Lt(2**64)] = 0
     """Seed of the weights, the data order and the dropout."""
@@ -154,7 +154,7 @@ class TrainConfig:
         Args:
             tokens_per_step: tokens that one optimizer step reads; None leaves max_tokens out of account.
         """
-        # inverse-sqrt is the same whatever the budget, and its shape depends on the warmup
+        # the shape of inverse-sqrt depends on the warmup, and must not depend on the budget
         if self.schedule == "inverse-sqrt":
             return _MOST_WARMUP_STEPS
         steps = [_MOST_WARMUP_STEPS]

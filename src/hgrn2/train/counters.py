@@ -1,4 +1,4 @@
-"""Counters of a run's progress, and lines about settings that changed since a checkpoint."""
+"""Counters of a run, and lines about settings that changed since a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hgrn2.train.schedule import lr_fraction, used_fraction
 
 @dataclass
 class Counters:
-    """Progress of a run; travels in every checkpoint's state.json.
+    """Progress of a run; saved in state.json of every checkpoint.
 
     Attributes:
         step: optimizer steps, skipped ones included.
         tokens: tokens read for training.
-        elapsed_s: wall clock of the run so far, without the time it stood still.
+        elapsed_s: wall-clock time of training so far, without pauses between sessions.
         skipped_steps: steps whose loss or gradient was not finite.
         skipped_in_a_row: how many of those came last.
         smoothed_loss: running mean of the finite losses, nats per target.

@@ -1,4 +1,4 @@
-"""Numbers behind the curves of a run, shared by its pictures and its report."""
+"""Data of a run's curves, shared by its pictures and its report."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _TWO_PAIRS = 60
 
 
 class Display(Protocol):
-    """Takes the records of metrics.jsonl as they come; see Trainer for their keys."""
+    """Shows the records of metrics.jsonl as they are written."""
 
     def __enter__(self) -> Display:
         """Start showing."""
@@ -38,24 +38,24 @@ class Display(Protocol):
         ...
 
     def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
-        """A training step is done; progress is the used fraction of the budget."""
+        """Show a training step; progress is the used fraction of the budget."""
         ...
 
     def validation(self, record: dict[str, Any]) -> None:
-        """A validation is done."""
+        """Show a validation."""
         ...
 
     def sample(self, record: dict[str, Any]) -> None:
-        """The model has written something."""
+        """Show a sample."""
         ...
 
     def note(self, text: str) -> None:
-        """One line worth knowing."""
+        """Show a line."""
         ...
 
 
 def make_display(console: Console | None = None) -> Display:
-    """The live display on a terminal, plain lines everywhere else; both on standard error."""
+    """Return the live display on a terminal, plain lines elsewhere; both on standard error."""
     console = console or Console(stderr=True)
     return LiveDisplay(console) if console.is_terminal and not console.is_dumb_terminal else PlainDisplay()
 
@@ -78,7 +78,7 @@ class PlainDisplay:
         pass
 
     def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
-        """A line, unless the last one is younger than every_s."""
+        """Print a line, unless the last one was printed less than every_s ago."""
         if time.monotonic() - self._last_s < self._every_s and progress < 1.0:
             return
         self._last_s = time.monotonic()
@@ -90,15 +90,15 @@ class PlainDisplay:
         )
 
     def validation(self, record: dict[str, Any]) -> None:
-        """A line."""
+        """Print a line."""
         self.note(f"step {record['step']}  validation: {validation_text(record)}")
 
     def sample(self, record: dict[str, Any]) -> None:
-        """The text between two rules of dashes."""
+        """Print the text between two rules of dashes."""
         self.note(f"step {record['step']}  sample:\n{'-' * 40}\n{visible(record['text'])}\n{'-' * 40}")
 
     def note(self, text: str) -> None:
-        """The line."""
+        """Print the line."""
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 
@@ -175,7 +175,7 @@ class LiveDisplay:
         self._sample = visible(record["text"])
 
     def note(self, text: str) -> None:
-        """A line above the panel."""
+        """Print a line above the panel."""
         with suppress(OSError):
             self._console.print(Text(text))
 
@@ -204,7 +204,7 @@ class LiveDisplay:
 
 
 def validation_text(record: dict[str, Any]) -> str:
-    """The figures of a validation record in words."""
+    """Return the figures of a validation record in words."""
     parts = [f"loss {record['val_loss']:.4f}"]
     if "val_perplexity" in record:
         parts.append(f"perplexity {record['val_perplexity']:.2f} per token")
@@ -218,7 +218,7 @@ def _loss(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Such as 1:02:03 or 4:05; a question mark for None."""
+    """Return a duration such as 1:02:03 or 4:05; a question mark for None."""
     if seconds is None:
         return "?"
     minutes, second = divmod(round(seconds), 60)
@@ -227,7 +227,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Such as 900 B or 1.5 GiB."""
+    """Return a size such as 900 B or 1.5 GiB."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while num_bytes >= 1024 and len(units) > 1:
         num_bytes /= 1024

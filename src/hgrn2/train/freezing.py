@@ -1,4 +1,4 @@
-"""Weights that stay as they are until the others have learnt to go with them (staged unfreezing, arXiv 2404.02684)."""
+"""Freeze weights at first, and unfreeze them when the others have adapted (staged unfreezing, arXiv 2404.02684)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ UNFREEZE_EVERY, UNFREEZE_THRESHOLD, LR_FRACTION = 100, 0.02, 0.1
 
 
 class Freezing:
-    """Holds parameters back, and lets them go when the loss improves too little from one interval to the next.
+    """Freezes parameters, and unfreezes them when the loss improves too little from one interval to the next.
 
-    A frozen parameter has no gradient, so the optimizer passes it over: it does not move, does not decay, and has no
-    state. It is let go after an interval of `unfreeze_every` steps whose mean loss is less than `unfreeze_threshold`
-    below that of the interval before. Its learning rate then rises over the steps of the warmup, to
-    `unfrozen_lr_fraction` of the others': the first steps of an optimizer without history are large.
+    A frozen parameter has no gradient, so the optimizer skips it: no update, no decay, no state. It is unfrozen after
+    an interval of `unfreeze_every` steps whose mean loss is less than `unfreeze_threshold` below that of the interval
+    before. Its learning rate then rises over the steps of the warmup to `unfrozen_lr_fraction` of the others', because
+    the first steps of an optimizer without history are large.
 
     Args:
         model: its parameters' requires_grad is set.
@@ -49,7 +49,11 @@ class Freezing:
             parameter.requires_grad_(not frozen)
 
     def count(self, loss: float) -> bool:
-        """Takes note of a step's loss; True if with it the frozen parameters have begun to learn."""
+        """Count a step; returns whether it unfroze the parameters.
+
+        Args:
+            loss: of the step, nats per target.
+        """
         if not self.frozen:
             self._num_free_steps += 1
         if not self.frozen or self._every == 0:
@@ -66,11 +70,11 @@ class Freezing:
         return True
 
     def lr_fraction(self) -> float:
-        """What the learning rate of the parameters that were frozen is of the others', in the next step."""
+        """Return the learning rate of unfrozen parameters in the next step, as a fraction of the others'."""
         return self._lr_fraction * min(1.0, (self._num_free_steps + 1) / max(1, self._num_warmup_steps))
 
     def state_dict(self) -> dict[str, Any]:
-        """The stage, and where in an interval it is, as JSON values."""
+        """Return the stage and the position in the interval, as JSON values."""
         return {
             "freeze": self._freeze,
             "frozen": self.frozen,
@@ -81,12 +85,12 @@ class Freezing:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what state_dict gave.
+        """Restore what state_dict returned.
 
         Raises:
             UserError: it was saved with another setting of freeze, which has had its effect already.
         """
-        # none in checkpoints from before it was kept
+        # older checkpoints lack it
         if (before := state.get("freeze", self._freeze)) != self._freeze:
             raise UserError(
                 f"freeze: saved with {before!r}, now it is {self._freeze!r}; resume with the same setting", "mismatch"
@@ -97,7 +101,7 @@ class Freezing:
 
 
 def frozen_names(model: nn.Module, freeze: str) -> list[str]:
-    """The parameters that a setting means.
+    """Return the names of the parameters that a setting freezes.
 
     Args:
         model: whose parameters they are.

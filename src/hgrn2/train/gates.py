@@ -1,4 +1,4 @@
-"""What the gates of a trained model do on real text, small enough to keep in the run folder."""
+"""Statistics of a trained model's gates on text, small enough for the run folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEAST_DECAY = 2.0**-25
 
 
 class GatedModel(Protocol):
-    """A model that can be asked for its gates."""
+    """A model that returns the values of its gates."""
 
     def gate_statistics(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[dict[str, Any]]:
         """For every recurrent layer: its index, lower_bound [D], forget_gate [B, T, D] and state_norm."""

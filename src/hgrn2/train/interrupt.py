@@ -14,8 +14,8 @@ _SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 class StopRequest:
     """While entered, the first SIGINT, SIGTERM or SIGHUP sets `signal_name`; a further SIGINT or SIGTERM interrupts.
 
-    A SIGHUP that is ignored, as by nohup, stays so. Outside of the main thread, where Python takes no signals, nothing
-    is done.
+    An ignored SIGHUP, as under nohup, stays ignored. Outside the main thread, where Python handles no signals, it does
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -38,6 +38,6 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name
-        # a terminal that closes sends SIGHUP more than once, and nobody is in a hurry
+        # a closing terminal sends SIGHUP more than once: only the first counts
         elif number != _SIGHUP:
             raise KeyboardInterrupt

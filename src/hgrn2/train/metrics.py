@@ -16,10 +16,10 @@ from hgrn2.storage.json_files import parse_json
 from hgrn2.storage.staging import staged_file
 
 METRICS_NAME = "metrics.jsonl"
-# of the record without it; lines of older runs, and lines that people append, have none
+# of the record without this key; lines of older runs, and lines appended by hand, have none
 _CHECKSUM = "crc32"
 _COMMON = {"kind", "step", "tokens", "elapsed_s", _CHECKSUM}
-# what a line without a checksum may hold: anything else is a damaged name. A task's figures have names of their own
+# keys of a line without a checksum: others are damaged names. Figures of tasks have other names
 _KEYS = {
     "start": _COMMON | {"device", "num_threads", "torch", "hgrn2", "parameters", "data", "prompt"},
     "train": _COMMON
@@ -38,7 +38,7 @@ _KEYS = {
     "unfreeze": _COMMON,
     "compressors": _COMMON | {"text_bytes", "bits_per_byte"},
 }
-# figures that readers rely on, by the kind of record; those that may be null were not finite, or not measured
+# figures that readers need, by kind of record; null stands for values that were not finite or not measured
 _NUMBERS = {"train": ("tokens", "elapsed_s"), "validation": ("tokens", "elapsed_s")}
 _NUMBERS_OR_NULL = {"train": ("loss",), "validation": ("val_loss",)}
 _OPTIONAL = ("val_bits_per_byte",)
@@ -54,7 +54,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         The records, without their checksums.
 
     Raises:
-        UserError: there is no such file, or a whole line is no record of a run, or not the one that was written.
+        UserError: there is no such file, or a complete line is not a record, or not as it was written.
     """
     path = path / METRICS_NAME if path.is_dir() else path
     if not path.is_file():
@@ -74,9 +74,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number}: {fault}; remove the line", "damaged")
         record.pop(_CHECKSUM, None)
         records.append(record)
-    # what a kill cuts off while it is written ends with the record, at the latest
+    # a line cut off by a kill has nothing after its record
     if (end := torn.rfind(b"}")) >= 0 and torn[end + 1 :] and _is_json(torn[: end + 1]):
-        raise UserError(f"{path}, line {len(lines) + 1}: goes on after its record; remove the line", "damaged")
+        raise UserError(f"{path}, line {len(lines) + 1}: has text after its record; remove the line", "damaged")
     return records
 
 

@@ -1,4 +1,4 @@
-"""Paths in a run's config.json, saved so that the run can be moved together with what lies beside it."""
+"""Paths in a run's config.json: relative to the run where possible, so that both can be moved together."""
 
 from __future__ import annotations
 

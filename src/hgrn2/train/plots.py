@@ -1,4 +1,4 @@
-"""Pictures of a run, from its metrics.jsonl and gates.npz alone."""
+"""Pictures of a run, drawn from its metrics.jsonl and gates.npz."""
 
 from __future__ import annotations
 

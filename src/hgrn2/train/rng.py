@@ -1,4 +1,4 @@
-"""The random number generators training draws from: saved, restored, and shielded."""
+"""Save, restore and shield the random number generators of training."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.set_rng_state(torch.from_numpy(_decode(state["torch"], np.uint8)))
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    # a run may go on where there are fewer GPUs, or none
+    # a run may resume on a machine with fewer GPUs
     for index, encoded in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(torch.from_numpy(_decode(encoded, np.uint8)), index)
 

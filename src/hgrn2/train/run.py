@@ -33,7 +33,7 @@ from hgrn2.train.settings import RunSettings
 
 
 class SavesFiles(Protocol):
-    """A tokenizer, or whatever else is kept beside config.json."""
+    """A tokenizer, or another object saved beside config.json."""
 
     def save(self, directory: Path) -> Any:
         """Write its files into a folder."""
@@ -77,7 +77,7 @@ class SavedRun:
     Attributes:
         run_dir: the run folder.
         config: its config.json.
-        checkpoint: the checkpoint to go on from; None if the run was stopped before the first.
+        checkpoint: the checkpoint to resume from; None if the run was stopped before its first.
         settings: of training and of the task, as the run has them.
     """
 

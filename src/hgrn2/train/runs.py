@@ -1,4 +1,4 @@
-"""Runs on text and runs of tasks that make their own data, started and resumed in one call each."""
+"""Start or resume a run in one call: on text, or on a task that generates its data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def start_language_run(
     display: Display | None = None,
     compressors: bool = False,
 ) -> Run:
-    """Train a new language model, or go on with the weights of one.
+    """Train a language model, from new weights or from those of another model.
 
     Args:
         run_dir: a folder to make.
@@ -122,7 +122,7 @@ def start_task_run(
     start: ModelFolder | None = None,
     display: Display | None = None,
 ) -> Run:
-    """Train a new model on a task that makes its own data; arguments as for `start_language_run`."""
+    """Train a new model on a task that generates its data; arguments as for `start_language_run`."""
     return start_run(run_dir, task_spec(settings.resolved(), model_config, start=start), display)
 
 
@@ -133,7 +133,7 @@ def resume_task_run(
     task_changes: Mapping[str, Any] | None = None,
     display: Display | None = None,
 ) -> Run:
-    """Resume a run of a task that makes its own data; arguments as for `resume_language_run`."""
+    """Resume a run of a task that generates its data; arguments as for `resume_language_run`."""
     return resume_run(path, saved_task_spec(changes, task_changes), display)
 
 

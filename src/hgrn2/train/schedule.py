@@ -6,7 +6,7 @@ import math
 
 from hgrn2.train.config import TrainConfig
 
-# part of a budget of time
+# fraction of a time budget
 _LONGEST_WARMUP = 0.1
 
 

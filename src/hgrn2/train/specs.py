@@ -1,4 +1,4 @@
-"""Specifications of runs: of a task that makes its own data, and of one that reads prepared text."""
+"""Specifications of runs: of a task that generates its data, and of one that reads prepared text."""
 
 from __future__ import annotations
 
