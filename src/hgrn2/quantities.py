@@ -14,7 +14,7 @@ def perplexity(nats: float) -> float:
     """Return exp of a cross entropy in nats per token; inf where it does not fit a float.
 
     Example:
-        >>> perplexity(math.log(8))
+        >>> round(perplexity(math.log(8)), 3)
         8.0
     """
     return math.exp(nats) if nats < 700 else math.inf

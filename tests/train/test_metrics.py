@@ -184,5 +184,5 @@ def test_a_record_with_something_after_it_is_no_torn_one(tmp_path):
     write(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
-    with pytest.raises(UserError, match="line 2: goes on after its record"):
+    with pytest.raises(UserError, match="line 2: has text after its record"):
         read_metrics(tmp_path)
