@@ -161,8 +161,8 @@ def test_the_teacher_s_own_weights_have_nothing_to_learn(here):
 
 
 def test_commands_of_the_guide(here, capsys):
-    guide = Path(__file__).resolve().parents[2] / "docs" / "guide" / "huggingface.md"
-    section = guide.read_text(encoding="utf-8").split("## Start from a Transformer\n")[1].split("\n## ")[0]
+    guide = Path(__file__).resolve().parents[2] / "docs" / "guide" / "start.md"
+    section = guide.read_text(encoding="utf-8").split("\n## ")[0]
     commands = [shlex.split(line) for line in re.findall(r"^hgrn2 (.+)$", section, re.MULTILINE)]
     assert [command[0] for command in commands] == ["convert"] * 2 + ["train"] * 2 + ["eval"] * 2
     os.symlink("llama", "SmolLM2-135M")
