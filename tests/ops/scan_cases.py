@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from hgrn2.ops import gated_scan, hgrn2_scan
+from hgrn2.ops.backends import find
 from hgrn2.ops.backends.reference import activation
+from hgrn2.ops.call import ScanCall, ScanSettings
+from hgrn2.ops.registration import run_scan
 from tests.numerics import run
 
 BY_TOKEN = ("q", "f", "k", "v", "log_f")
@@ -72,6 +75,20 @@ def free_inputs(
     z = inputs.pop("f")
     state_dtype = torch.promote_types(dtype, torch.float32)
     return inputs | {"k": torch.tanh(z).flip(1), "log_f": torch.nn.functional.logsigmoid(z.to(state_dtype))}
+
+
+def unchecked(op: Callable[..., Any], backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """An operator with its default settings on inputs whose values nothing has checked, as on a GPU."""
+
+    def scan(q, v, initial_state, cu_seqlens, **rest):
+        if op is hgrn2_scan:
+            operands, activation = (q, rest["f"], None, v, rest["lower_bound"]), "silu"
+        else:
+            operands, activation = (q, rest["log_f"], rest["k"], v, None), "none"
+        call = ScanCall(*operands, initial_state, cu_seqlens, ScanSettings(q_activation=activation))
+        return run_scan(call, find(backend))
+
+    return scan
 
 
 def log_uniform(shape: tuple[int, ...], low: float, high: float, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from hgrn2.errors import UserError
 from hgrn2.ops.triton.installed import triton_runs
-from hgrn2.shapes import require_shape
+from hgrn2.shapes import Rows, require_shape
 
 BACKENDS = ("auto", "torch", "triton")
 # a row has to fit the registers of one program
@@ -19,7 +19,7 @@ WIDEST = 1 << 14
 LARGE = 1 << 22
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, backend: str = "auto") -> Tensor:
+def rms_norm(x: Rows, weight: Tensor | None, eps: float, dtype: torch.dtype, backend: str = "auto") -> Rows:
     """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467).
 
     Args:

@@ -20,6 +20,7 @@ from hgrn2.ops.backends.base import Backend, find
 from hgrn2.ops.call import SCHEMA, ScanCall, ScanGradients, ScanSettings, state_dtype
 from hgrn2.ops.checks import check_tangents
 from hgrn2.ops.export import is_exporting
+from hgrn2.shapes import BHKV, BHV, BTHV, NHKV
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 # place of the lower bound behind a backend and a plan
@@ -27,7 +28,7 @@ _LOWER_BOUND = 2 + ScanCall._fields.index("lower_bound")
 _NO_GRADIENTS = (None,) * len(ScanSettings._fields)
 
 
-def run_scan(call: ScanCall, backend: Backend) -> tuple[Tensor, Tensor]:
+def run_scan(call: ScanCall, backend: Backend) -> tuple[BTHV, NHKV]:
     """Run a scan.
 
     Args:
@@ -53,7 +54,7 @@ def run_scan(call: ScanCall, backend: Backend) -> tuple[Tensor, Tensor]:
     return y, state
 
 
-def run_step(call: ScanCall, backend: Backend, in_place: bool) -> tuple[Tensor, Tensor]:
+def run_step(call: ScanCall, backend: Backend, in_place: bool) -> tuple[BHV, BHKV]:
     """Run one token of each sequence.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hgrn2.errors import UserError
 from hgrn2.ops.call import CallTraits, ScanCall, ScanGradients
+from hgrn2.shapes import BHKV, BHV, BTHV, NHKV
 
 AUTO = "auto"
 
@@ -61,7 +62,7 @@ class Backend(Protocol):
         """Return the shape of the tensor in the state dtype that `forward` keeps, from shapes alone; (0,) for none."""
         return (0,)
 
-    def forward(self, call: ScanCall, plan: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor | None]:
         """Scan.
 
         Args:
@@ -75,7 +76,7 @@ class Backend(Protocol):
         ...
 
     def backward(
-        self, call: ScanCall, plan: int, kept: Tensor | None, dy: Tensor, d_final_state: Tensor | None,
+        self, call: ScanCall, plan: int, kept: Tensor | None, dy: BTHV, d_final_state: NHKV | None,
         bound_wanted: bool,
     ) -> ScanGradients:  # fmt: skip
         """Gradient of `forward`.
@@ -90,7 +91,7 @@ class Backend(Protocol):
         """
         raise AssertionError(f"autograd differentiates the forward pass of {self.name}")
 
-    def step(self, call: ScanCall, in_place: bool) -> tuple[Tensor, Tensor]:
+    def step(self, call: ScanCall, in_place: bool) -> tuple[BHV, BHKV]:
         """Run one token.
 
         Args:

@@ -18,6 +18,7 @@ from hgrn2.ops.call import CallTraits, ScanCall, state_dtype
 from hgrn2.ops.device import without_autocast
 from hgrn2.ops.gates import activate
 from hgrn2.ops.tiles import boundaries
+from hgrn2.shapes import BHKV, BHV, BTHK, BTHV, NHKV
 
 
 def activation(x: Tensor, name: str) -> Tensor:
@@ -58,15 +59,15 @@ def _sigmoid(x: Tensor) -> Tensor:
 
 
 def recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    state: Tensor,
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    f: BTHK,
+    state: NHKV,
     cu_seqlens: Tensor | None,
     reverse: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[BTHV, NHKV]:
     """Compute S_t = Diag(f_t) S_{t-1} + k_t v_t^T, y_t = scale * S_t^T q_t, one token after the other.
 
     Args:
@@ -130,7 +131,7 @@ class ReferenceBackend(Backend):
         return step_in_torch(call, in_place)
 
 
-def step_in_torch(call: ScanCall, in_place: bool) -> tuple[Tensor, Tensor]:
+def step_in_torch(call: ScanCall, in_place: bool) -> tuple[BHV, BHKV]:
     """Run one token in a few element-wise operations, which torch differentiates.
 
     Args:

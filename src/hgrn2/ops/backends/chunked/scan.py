@@ -15,6 +15,7 @@ from hgrn2.ops.call import CallTraits, ScanCall, ScanGradients
 from hgrn2.ops.device import without_autocast
 from hgrn2.ops.gates import FreeGate, TiedGate
 from hgrn2.ops.tiles import Tile, batch_per_tile, boundaries, chunk_size, chunks_per_tile, load, max_tiles, store, tiles
+from hgrn2.shapes import BHKV, BHV, BTHV, NHKV
 
 
 class ChunkedBackend(Backend):
@@ -36,18 +37,18 @@ class ChunkedBackend(Backend):
         """Return the shape of the states between tiles."""
         return kept_states_shape(call, plan) if plan > 0 else (0,)
 
-    def forward(self, call: ScanCall, plan: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor | None]:
         """Scan tile by tile."""
         return forward(call, abs(plan), keep_states=plan > 0)
 
     def backward(
-        self, call: ScanCall, plan: int, kept: Tensor | None, dy: Tensor, d_final_state: Tensor | None,
+        self, call: ScanCall, plan: int, kept: Tensor | None, dy: BTHV, d_final_state: NHKV | None,
         bound_wanted: bool,
     ) -> ScanGradients:  # fmt: skip
         """Gradient of `forward`."""
         return backward(call, abs(plan), kept if plan > 0 else None, dy, d_final_state)
 
-    def step(self, call: ScanCall, in_place: bool) -> tuple[Tensor, Tensor]:
+    def step(self, call: ScanCall, in_place: bool) -> tuple[BHV, BHKV]:
         """Run one token."""
         return step_in_torch(call, in_place)
 
@@ -99,7 +100,7 @@ def _state_frame(states: Tensor, packed: bool) -> Tensor:
     return states.unsqueeze(1 if packed else 0)
 
 
-def forward(call: ScanCall, tile_chunks: int, keep_states: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(call: ScanCall, tile_chunks: int, keep_states: bool) -> tuple[BTHV, NHKV, Tensor | None]:
     """Scan.
 
     Args:
@@ -116,7 +117,7 @@ def forward(call: ScanCall, tile_chunks: int, keep_states: bool) -> tuple[Tensor
 
 def _forward(
     gate: TiedGate | FreeGate, call: ScanCall, tile_chunks: int, keep_states: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[BTHV, NHKV, Tensor | None]:
     q, v, reverse = call.q, call.v, call.settings.reverse
     plan = _plan(call, tile_chunks)
     low = _low_dtype(gate)
@@ -175,7 +176,7 @@ def _at_or_after(bad: Tensor, reverse: bool) -> Tensor:
 
 
 def backward(
-    call: ScanCall, tile_chunks: int, kept: Tensor | None, dy: Tensor, d_final_state: Tensor | None
+    call: ScanCall, tile_chunks: int, kept: Tensor | None, dy: BTHV, d_final_state: NHKV | None
 ) -> ScanGradients:
     """Gradient of `forward`, run again if it kept no states.
 
@@ -205,7 +206,7 @@ def backward(
 
 
 def _backward(
-    gate: TiedGate | FreeGate, call: ScanCall, tile_chunks: int, kept: Tensor, dy: Tensor, d_final_state: Tensor
+    gate: TiedGate | FreeGate, call: ScanCall, tile_chunks: int, kept: Tensor, dy: BTHV, d_final_state: NHKV
 ) -> Tensor:
     """Leave the gradients of the inputs in the gate and return that of the initial state."""
     reverse, packed = call.settings.reverse, call.cu_seqlens is not None

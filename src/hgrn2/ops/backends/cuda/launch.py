@@ -14,12 +14,13 @@ from hgrn2.ops.backends.cuda.plan import kept_shape
 from hgrn2.ops.backends.cuda.schedule import LaunchKey, backward_launches, forward_launches
 from hgrn2.ops.call import ScanCall, ScanGradients
 from hgrn2.ops.device import on_device
+from hgrn2.shapes import BTHV, NHKV
 
 # stride between tokens: backward.cu counts the bytes across four of them in 32 bits
 MOST_ROW_BYTES = 2**29
 
 
-def forward(call: ScanCall, plan: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor]:
     """Scan.
 
     Args:
@@ -41,7 +42,7 @@ def forward(call: ScanCall, plan: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    call: ScanCall, plan: int, kept: Tensor | None, dy: Tensor, d_final: Tensor | None, bound_wanted: bool
+    call: ScanCall, plan: int, kept: Tensor | None, dy: BTHV, d_final: NHKV | None, bound_wanted: bool
 ) -> ScanGradients:
     """Gradient of `forward`; arguments as for `Backend.backward`."""
     if not plan:

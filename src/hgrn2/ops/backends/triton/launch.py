@@ -19,6 +19,7 @@ from hgrn2.ops.backends.triton.recurrent import step_kernel
 from hgrn2.ops.call import ScanCall, ScanGradients
 from hgrn2.ops.device import on_device
 from hgrn2.ops.gates import Floor
+from hgrn2.shapes import BHKV, BHV, BTHV, NHKV
 
 # limit for the chunk states of a group of heads: it bounds memory, and the next kernel finds them in the cache
 STATE_BYTES = 1 << 28
@@ -188,7 +189,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def forward(call: ScanCall, plan: int) -> tuple[Tensor, Tensor, None]:
+def forward(call: ScanCall, plan: int) -> tuple[BTHV, NHKV, None]:
     """Scan; nothing is kept for the backward pass.
 
     Args:
@@ -212,7 +213,7 @@ def forward(call: ScanCall, plan: int) -> tuple[Tensor, Tensor, None]:
 
 
 def backward(
-    call: ScanCall, plan: int, kept: Tensor | None, dy: Tensor, d_final: Tensor | None, bound_wanted: bool
+    call: ScanCall, plan: int, kept: Tensor | None, dy: BTHV, d_final: NHKV | None, bound_wanted: bool
 ) -> ScanGradients:
     """Gradient of `forward`; arguments as for `Backend.backward`."""
     run = Launcher(call)
@@ -255,7 +256,7 @@ def _new_decays(run: Launcher, heads: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=run.call.q.device)
 
 
-def step(call: ScanCall, in_place: bool) -> tuple[Tensor, Tensor]:
+def step(call: ScanCall, in_place: bool) -> tuple[BHV, BHKV]:
     """Run one token.
 
     Args:
