@@ -367,15 +367,26 @@ def test_a_failure_in_the_middle_leaves_nothing(failure, run, capsys, monkeypatc
         assert status == 130
 
 
-def test_the_folder_made_by_another_process_meanwhile_stays(run, monkeypatch):
-    def appear(*_):
+class Interrupted:
+    """A source that does something else first, when it is asked for something for the first time."""
+
+    def __init__(self, source, name, act):
+        self.source, self.name, self.act = source, name, act
+
+    def __getattr__(self, name):
+        if name == self.name and self.act is not None:
+            self.act, act = None, self.act
+            act()
+        return getattr(self.source, name)
+
+
+def test_the_folder_made_by_another_process_meanwhile_stays(run):
+    def appear():
         # as if it had been made while this one waited for the lock
         (run.parent / "out").mkdir()
         (run.parent / "out" / "theirs").touch()
-        return [{}]
 
-    monkeypatch.setattr(convert_module, "_shards", appear)
-    source = open_folder(run / "checkpoints" / "step-00000003")
+    source = Interrupted(open_folder(run / "checkpoints" / "step-00000003"), "spec", appear)
     with refuses("already-exists", "out"):
         convert(source, run.parent / "out", "fla", tokenizer_dir=run)
     assert os.listdir("out") == ["theirs"]
@@ -422,19 +433,16 @@ def test_a_model_of_ours_is_what_comes_back(tmp_path):
     assert settings(tmp_path / "hf")["eos_token_id"] is None
 
 
-def test_a_folder_that_appears_while_one_is_written_stays(run, tmp_path, monkeypatch):
-    write = convert_module._write_weights
-
-    def meanwhile(*args):
-        write(*args)
+def test_a_folder_that_appears_while_one_is_written_stays(run, tmp_path):
+    def appear():
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("mine")
 
-    monkeypatch.setattr(convert_module, "_write_weights", meanwhile)
     (tmp_path / ".out.old").mkdir()
     before = sorted(tmp_path.iterdir())
+    source = Interrupted(open_folder(run / "checkpoints" / "step-00000003"), "read", appear)
     with refuses("already-exists", "out"):
-        to("native", run / "checkpoints" / "step-00000003", tmp_path / "out")
+        convert(source, tmp_path / "out", "native", tokenizer_dir=run)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
     assert (tmp_path / "out" / "precious").read_text() == "mine"
 

@@ -13,6 +13,7 @@ import torch
 from hgrn2 import cli
 from hgrn2.data import prepare, train_bpe
 from hgrn2.formats.opening import open_folder
+from hgrn2.inference.writing import Writer
 from hgrn2.train import plots
 from hgrn2.train.metrics import read_metrics
 from tests.formats.published import FLA_CONFIG, draw, fla_shapes, write
@@ -44,7 +45,7 @@ def made(tmp_path_factory):
 def here(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # samples and pictures take longer than these runs, and are tested elsewhere
-    monkeypatch.setattr(cli.train, "_make_sampler", lambda tokenizer: None)
+    monkeypatch.setattr(Writer, "write", lambda *_: ())
     monkeypatch.setattr(plots, "plot_run", lambda run: [])
     for name in ("text", "llama", "start"):
         os.symlink(made / name, name)
