@@ -22,8 +22,9 @@ from hgrn2.tasks.base import Metric, TaskBase
 from hgrn2.train import checkpoint
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
-from hgrn2.train.loop import Trainer, TrainResult
+from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
+from hgrn2.train.result import TrainResult
 from hgrn2.train.runs import resume_language_run, start_language_run
 
 SEQ_LEN = 16

@@ -4,60 +4,36 @@ from __future__ import annotations
 
 import errno
 import math
-import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import hgrn2
 from hgrn2.constraints import check_fields
 from hgrn2.errors import UserError
-from hgrn2.tasks.base import StepLoss, Task, check_figures
+from hgrn2.tasks.base import Task, check_figures
 from hgrn2.train import checkpoint as ckpt
-from hgrn2.train.captured import CapturedSteps
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import Counters, describe_changes
-from hgrn2.train.device_adamw import DeviceAdamW
 from hgrn2.train.display import Display, make_display
+from hgrn2.train.environment import describe_environment, memory_bytes
 from hgrn2.train.freezing import Freezing
 from hgrn2.train.interrupt import StopRequest
 from hgrn2.train.launched import LaunchedStep
-from hgrn2.train.metrics import METRICS_NAME, MetricsWriter, read_metrics
+from hgrn2.train.metrics import MetricsWriter
 from hgrn2.train.optim import NamedOptimizer
+from hgrn2.train.result import TrainResult, last_validation
 from hgrn2.train.rng import rng_state, seed_everything, set_rng_state, shielded_rng
 from hgrn2.train.schedule import lr_fraction, used_fraction
+from hgrn2.train.stepper import Stepper
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SMOOTHING = 0.95
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Result of a run.
-
-    Attributes:
-        run_dir: the run folder.
-        checkpoint: the newest checkpoint.
-        counters: steps, tokens, seconds, skipped steps, best validation.
-        last_validation: the last validation record of metrics.jsonl; None if there is none, or if it was not finite.
-        stopped_by: name of the signal that stopped the run, or None when its budget is used up.
-        had_ended: whether the budget was used up already, so that nothing was done.
-        metric: key of the figure that decides which checkpoint is best.
-    """
-
-    run_dir: Path
-    checkpoint: Path
-    counters: Counters
-    last_validation: dict[str, Any] | None = None
-    stopped_by: str | None = None
-    had_ended: bool = False
-    metric: str = "val_loss"
 
 
 @dataclass
@@ -103,11 +79,11 @@ class Trainer:
         )
         self._freezing = Freezing(self.model, self.frozen, self.config)
         self._device = self._optimizer.parameters[0].device
+        self._stepper = Stepper(self.model, self.task, self._optimizer, self.config)
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
         self._saved_step = -1
         self._saved_records: int | None = None
         self._launched: LaunchedStep | None = None
-        self._captured: CapturedSteps | None = None
         self._last_end_s = 0.0
 
     def run(self) -> TrainResult:
@@ -170,14 +146,11 @@ class Trainer:
     def _result(self, finished: bool, signal_name: str | None = None, had_ended: bool = False) -> TrainResult:
         newest = self._store.latest()
         assert newest is not None, "a run that ends has a checkpoint"
-        has_records = (self.run_dir / METRICS_NAME).exists()
-        records = read_metrics(self.run_dir) if has_records else []
-        last = next((record for record in reversed(records) if record["kind"] == "validation"), None)
         return TrainResult(
             self.run_dir,
             newest,
             self._counters,
-            None if last is None or last["val_loss"] is None else last,
+            last_validation(self.run_dir),
             None if finished else signal_name,
             had_ended,
             self.task.metric.name,
@@ -191,10 +164,10 @@ class Trainer:
                 f"metrics.jsonl: {num_lost:,} of {self._saved_records:,} records up to step {counters.step} are gone; "
                 "training goes on, pictures will lack them"
             )
-        metrics.write({"kind": "start", "step": counters.step, **self._environment(), **self.about})
+        metrics.write({"kind": "start", "step": counters.step, **describe_environment(self._device), **self.about})
         self.has_started = True
         self._progress_at_start, self._session_started_s = self._progress(), time.monotonic()
-        self._captured = self._capture_steps()
+        self._stepper.begin()
         finished = self._progress() >= 1.0
         while not finished and stop.signal_name is None:
             self._step(metrics)
@@ -232,86 +205,14 @@ class Trainer:
         )
 
     def _step(self, metrics: MetricsWriter) -> None:
-        config = self.config
-        started_s = time.monotonic()
-        fraction = lr_fraction(config, self._counters.step, self._progress())
+        fraction = lr_fraction(self.config, self._counters.step, self._progress())
         learning_rate = self._optimizer.set_lr_fraction(fraction, self._freezing.lr_fraction())
-        batches = [self.task.next_batch() for _ in range(config.grad_accumulation)]
-        num_targets = max(1, sum(self.task.num_targets(batch) for batch in batches))
-        on_device = self._optimizer.on_device
-        if on_device is not None:
-            on_device.prepare()
-            if self._captured is not None:
-                values = self._captured(batches[0], num_targets)
-            else:
-                values = self._step_on_device(on_device, batches, num_targets)
-            launched = self._count_step(batches, num_targets, learning_rate, started_s)
-            launched.read_back(values)
-            self._optimizer.zero_grad()
-            # of the step before, which the device has finished or is about to
-            self._finish_step(metrics)
-            self._launched = launched
-            return
-        loss_sum, sums = self._forward_backward(batches, num_targets)
-        launched = self._count_step(batches, num_targets, learning_rate, started_s)
-        norm = self._optimizer.gradient_norm()
-        loss, grad_norm = loss_sum.item(), norm.item()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            if config.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self._optimizer.parameters, config.clip_norm, norm)
-            self._optimizer.step()
-        else:
-            self.task.step_skipped()
-        self._optimizer.zero_grad()
-        launched.values = {name: x.item() for name, x in sums.items()} | {"loss": loss, "grad_norm": grad_norm}
-        self._launched = launched
+        launched = self._stepper.run(self._counters, learning_rate)
+        # the step before, which the device has finished or is about to
         self._finish_step(metrics)
-
-    def _count_step(
-        self, batches: Sequence[Any], num_targets: int, learning_rate: float, started_s: float
-    ) -> LaunchedStep:
-        counters, num_tokens = self._counters, sum(self.task.num_tokens(batch) for batch in batches)
-        counters.step += 1
-        counters.tokens += num_tokens
-        return LaunchedStep(counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s)
-
-    def _forward_backward(self, batches: Sequence[Any], num_targets: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the gradients of a step; return its summed loss and the further sums of the task."""
-        loss_sum = torch.zeros((), device=self._device)
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            with self._autocast():
-                found = self.task.loss(self.model, batch)
-            batch_loss, further = found if isinstance(found, StepLoss) else StepLoss(found)
-            # every target of the step weighs the same, however the targets fall into the batches
-            (batch_loss / num_targets).backward()
-            loss_sum += batch_loss.detach()
-            for name, value in further.items():
-                sums[name] = sums.get(name, 0.0) + value.detach()
-        return loss_sum, sums
-
-    def _step_on_device(
-        self, on_device: DeviceAdamW, batches: Sequence[Any], num_targets: int | Tensor
-    ) -> dict[str, Tensor]:
-        """Compute and update without waiting; return the values that `LaunchedStep` records."""
-        loss_sum, sums = self._forward_backward(batches, num_targets)
-        return {**sums, "loss": loss_sum, "grad_norm": on_device.step(loss_sum, self.config.clip_norm)}
-
-    def _capture_steps(self) -> CapturedSteps | None:
-        """Return what runs steps from a CUDA graph; None unless it is asked for."""
-        on_device = self._optimizer.on_device
-        if not self.config.cuda_graph:
-            return None
-        if on_device is None:
-            raise UserError(
-                "cuda_graph needs a GPU with Triton, and steps that carry no state to the next; leave it out",
-                "unsupported",
-            )
-
-        def step(batch: Any, num_targets: Tensor) -> dict[str, Tensor]:
-            return self._step_on_device(on_device, [batch], num_targets)
-
-        return CapturedSteps(step, on_device, self._optimizer.zero_grad, self._device)
+        self._launched = launched
+        if launched.values is not None:
+            self._finish_step(metrics)
 
     def _finish_step(self, metrics: MetricsWriter) -> None:
         """Record the step that was launched last, if it has not been; waits for the device where it must."""
@@ -428,7 +329,7 @@ class Trainer:
                 "task": self.task.state_dict(),
                 "freezing": self._freezing.state_dict(),
                 "rng": rng_state(),
-                "environment": self._environment(),
+                "environment": describe_environment(self._device),
                 "num_records": metrics.num_records,
             },
             config=self.run_config,
@@ -458,7 +359,7 @@ class Trainer:
         self._saved_records = state.get("num_records")
         for line in describe_changes(saved.config, self.run_config, self._counters):
             self.display.note(line)
-        before, now = state["environment"], self._environment()
+        before, now = state["environment"], describe_environment(self._device)
         if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
             self.display.note(f"resuming elsewhere ({', '.join(changed)}): losses may differ in the last bits")
 
@@ -472,17 +373,12 @@ class Trainer:
         spent_s = time.monotonic() - self._session_started_s
         return spent_s / done * (1.0 - self._progress()) if done > 0 else None
 
-    def _autocast(self) -> Any:
-        if self.config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=torch.bfloat16)
-
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
         """Evaluation mode, no gradients, generators of its own: looking does not change the training."""
         self.model.eval()
         try:
-            with torch.no_grad(), shielded_rng(self.config.seed), self._autocast():
+            with torch.no_grad(), shielded_rng(self.config.seed), self._stepper.autocast():
                 yield
         finally:
             self.model.train()
@@ -490,15 +386,6 @@ class Trainer:
     def _last_good(self) -> str:
         newest = self._store.latest()
         return f"last good checkpoint: {newest}" if newest else "no checkpoint was written yet"
-
-    def _environment(self) -> dict[str, Any]:
-        gpu = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
-        return {
-            "device": gpu,
-            "num_threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),
-            "hgrn2": hgrn2.__version__,
-        }
 
 
 @contextmanager
@@ -518,16 +405,3 @@ def _corrupt_state_as_user_error(checkpoint: Path | None) -> Iterator[None]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the GPU, or of the process; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux kibibytes
-    return peak if sys.platform == "darwin" else peak * 1024

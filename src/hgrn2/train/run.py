@@ -25,9 +25,10 @@ from hgrn2.train.display import Display, make_display
 from hgrn2.train.ending import Ending, EndStep
 from hgrn2.train.freezing import frozen_names
 from hgrn2.train.gates import GATES_NAME
-from hgrn2.train.loop import Trainer, TrainResult
+from hgrn2.train.loop import Trainer
 from hgrn2.train.places import was_at
 from hgrn2.train.report import REPORT_NAME, write_report
+from hgrn2.train.result import TrainResult
 from hgrn2.train.rng import seed_everything
 from hgrn2.train.settings import RunSettings
 

@@ -1,0 +1,136 @@
+"""One optimizer step: forward and backward passes, the norm of the gradient, the update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hgrn2.errors import UserError
+from hgrn2.tasks.base import StepLoss, Task
+from hgrn2.train.captured import CapturedSteps
+from hgrn2.train.config import TrainConfig
+from hgrn2.train.counters import Counters
+from hgrn2.train.device_adamw import DeviceAdamW
+from hgrn2.train.launched import LaunchedStep
+from hgrn2.train.optim import NamedOptimizer
+
+
+class Stepper:
+    """Runs the steps of a training run.
+
+    On a GPU a step is launched without waiting for it where the update can be skipped on the device; otherwise the loss
+    and the norm of the gradient are read back before the update.
+
+    Args:
+        model: on its device.
+        task: gives batches and losses.
+        optimizer: updates the model.
+        config: grad_accumulation, precision, clip_norm and cuda_graph are read.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, optimizer: NamedOptimizer, config: TrainConfig) -> None:
+        self._model, self._task, self._optimizer, self._config = model, task, optimizer, config
+        self._device = optimizer.parameters[0].device
+        self._captured: CapturedSteps | None = None
+
+    def begin(self) -> None:
+        """Prepare for the steps to come, after the optimizer has taken its working precision.
+
+        Raises:
+            UserError: cuda_graph is set, and steps here cannot be captured.
+        """
+        on_device = self._optimizer.on_device
+        if not self._config.cuda_graph:
+            return
+        if on_device is None:
+            raise UserError(
+                "cuda_graph needs a GPU with Triton, and steps that carry no state to the next; leave it out",
+                "unsupported",
+            )
+
+        def step(batch: Any, num_targets: Tensor) -> dict[str, Tensor]:
+            return self._on_device(on_device, [batch], num_targets)
+
+        self._captured = CapturedSteps(step, on_device, self._optimizer.zero_grad, self._device)
+
+    def autocast(self) -> Any:
+        """Return the context in which the model computes."""
+        if self._config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+
+    def run(self, counters: Counters, learning_rate: float) -> LaunchedStep:
+        """Run one step, or launch it.
+
+        Args:
+            counters: the step and its tokens are counted.
+            learning_rate: which the optimizer has been given, for the record.
+
+        Returns:
+            The step; its `values` are None while the device may still work on it.
+        """
+        started_s = time.monotonic()
+        batches = [self._task.next_batch() for _ in range(self._config.grad_accumulation)]
+        num_targets = max(1, sum(self._task.num_targets(batch) for batch in batches))
+        num_tokens = sum(self._task.num_tokens(batch) for batch in batches)
+        on_device = self._optimizer.on_device
+        copied: dict[str, Tensor] = {}
+        values: dict[str, float] | None = None
+        if on_device is None:
+            values = self._waiting(batches, num_targets)
+        else:
+            on_device.prepare()
+            if self._captured is not None:
+                copied = self._captured(batches[0], num_targets)
+            else:
+                copied = self._on_device(on_device, batches, num_targets)
+        self._optimizer.zero_grad()
+        counters.step += 1
+        counters.tokens += num_tokens
+        launched = LaunchedStep(
+            counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s, values
+        )
+        if values is None:
+            launched.read_back(copied)
+        return launched
+
+    def _waiting(self, batches: Sequence[Any], num_targets: int) -> dict[str, float]:
+        """Compute a step, and update unless the loss or the gradient is not finite."""
+        loss_sum, sums = self._forward_backward(batches, num_targets)
+        norm, clip_norm = self._optimizer.gradient_norm(), self._config.clip_norm
+        loss, grad_norm = loss_sum.item(), norm.item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            if clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self._optimizer.parameters, clip_norm, norm)
+            self._optimizer.step()
+        else:
+            self._task.step_skipped()
+        return {name: x.item() for name, x in sums.items()} | {"loss": loss, "grad_norm": grad_norm}
+
+    def _on_device(
+        self, on_device: DeviceAdamW, batches: Sequence[Any], num_targets: int | Tensor
+    ) -> dict[str, Tensor]:
+        """Launch a step, whose update the device skips by itself; return the values of `LaunchedStep`."""
+        loss_sum, sums = self._forward_backward(batches, num_targets)
+        return {**sums, "loss": loss_sum, "grad_norm": on_device.step(loss_sum, self._config.clip_norm)}
+
+    def _forward_backward(self, batches: Sequence[Any], num_targets: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the gradients of a step; return its summed loss and the further sums of the task."""
+        loss_sum = torch.zeros((), device=self._device)
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            with self.autocast():
+                found = self._task.loss(self._model, batch)
+            batch_loss, further = found if isinstance(found, StepLoss) else StepLoss(found)
+            # every target of the step weighs the same, however the targets fall into the batches
+            (batch_loss / num_targets).backward()
+            loss_sum += batch_loss.detach()
+            for name, value in further.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        return loss_sum, sums
