@@ -163,9 +163,9 @@ def test_patterns_of_names():
 @pytest.mark.parametrize(
     ("freeze", "message"),
     [
-        ("copeid", "no parameter fits 'copeid'; wanted copied, or patterns"),
-        ("*.mlp.*,", "no parameter fits ''"),
-        ("*", "leaves no weight to learn"),
+        ("copeid", "no parameter matches 'copeid'; wanted copied, or patterns"),
+        ("*.mlp.*,", "no parameter matches ''"),
+        ("*", "leaves no weight to train"),
     ],
 )
 def test_settings_that_freeze_nothing_or_all(freeze, message):
@@ -175,7 +175,7 @@ def test_settings_that_freeze_nothing_or_all(freeze, message):
 
 def test_a_model_of_attention_alone_has_nothing_new():
     model = lm(attn={"layers": [0, 1], "num_heads": 2}, use_lower_bound=False)
-    with pytest.raises(UserError, match="leaves no weight to learn"):
+    with pytest.raises(UserError, match="leaves no weight to train"):
         frozen_names(model, "copied")
 
 

@@ -310,7 +310,7 @@ def test_a_run_leaves_a_report_and_so_does_resuming(prepared, tmp_path, monkeypa
     display = Notes()
     run = resume_language_run(tmp_path / "run", prepared, changes={"max_steps": 6}, display=display, compressors=True)
     assert run.pictures == []
-    assert any("no pictures beside the report" in note for note in display.notes)
+    assert any("no plots besides the report" in note for note in display.notes)
     shown = Page(run.report.read_text(encoding="utf-8")).text()
     assert "resumed" in shown
     bits = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "compressors"][-1]["bits_per_byte"]
@@ -353,7 +353,7 @@ def test_what_cannot_be_written_at_the_end_is_a_note(prepared, tmp_path, monkeyp
     assert run.report is None
     assert run.pictures == []
     assert run.result.stopped_by is None
-    for what in ("the report", "the pictures"):
+    for what in ("the report", "the plots"):
         (note,) = [note for note in display.notes if what in note]
         assert "No space left on device" in note
         assert f"hgrn2 plot {tmp_path / 'run'}" in note

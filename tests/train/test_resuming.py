@@ -83,7 +83,7 @@ def test_tokens_that_were_moved_elsewhere(home, capsys):
     place = next((home / "runs/prepared").iterdir())
     place.rename(home / "elsewhere")
     assert resume("--max-steps", 5) == 2
-    assert "are not there; name their place with --prepared, or the text" in capsys.readouterr().err
+    assert "are not there; name their folder with --prepared, or the text" in capsys.readouterr().err
     assert resume("--max-steps", 5, "--prepared", "elsewhere") == 0
     # from then on they are looked for there
     assert resume("--max-steps", 6) == 0
@@ -130,7 +130,7 @@ def test_a_run_that_has_ended_is_left_as_it_is(home, capsys):
     for flags in ([], ["--max-steps", 3]):
         assert resume(*flags) == 0
         shown = capsys.readouterr()
-        wanted = f"finished: 4 of {flags[1] if flags else 4} steps used; to train on, give a larger budget in all: "
+        wanted = f"finished: 4 of {flags[1] if flags else 4} steps used; to continue, give a larger total budget: "
         assert wanted + "--max-steps N" in shown.err
         # the report is named, as at the end of every run
         assert shown.out.startswith("report   ")

@@ -25,7 +25,7 @@ def plot(run: tyro.conf.Positional[Path]) -> None:
     try:
         from hgrn2.train.plots import plot_run
     except ImportError as error:
-        tell(f"no pictures beside the report: {error.name} is not installed: {install_command('train')}")
+        tell(f"no plots besides the report: {error.name} is not installed: {install_command('train')}")
         return
     for path in plot_run(run):
         print(path)

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and JSON that exists whole or not at all; see `hgrn2.formats.run_folder`."""
+"""Write and load checkpoints: folders of safetensors and JSON files, complete or absent."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Checkpoint:
         optimizer: state by "parameter name/key".
         task: tensors that the task carries from step to step.
         state: step, tokens, position in the data, generators, counters.
-        config: the config.json it was written with.
+        config: the content of its config.json.
     """
 
     path: Path
@@ -62,11 +62,11 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run: writes, keeps the newest few and the best, removes the rest.
+    """Write the checkpoints of a run; keep the newest few and the best, remove the rest.
 
     Args:
         run_dir: the run folder.
-        keep_last: how many of the newest to keep.
+        keep_last: number of newest checkpoints to keep.
     """
 
     def __init__(self, run_dir: Path, keep_last: int) -> None:
@@ -75,7 +75,7 @@ class CheckpointStore:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed process left half-written; only for the process that holds the run's lock."""
+        """Remove partial files of a killed process; the caller must hold the run's lock."""
         for leftover in self._folder.glob(f"{_TEMPORARY}*"):
             final = self._folder / leftover.name.removeprefix(_TEMPORARY)
             # killed just before the rename: complete, and perhaps the only one of its step
@@ -84,12 +84,12 @@ class CheckpointStore:
                 leftover.rename(final)
             else:
                 _delete(leftover)
-        # see staged_file
+        # temporary files of staged_file
         for leftover in self._folder.parent.glob(".*.partial"):
             leftover.unlink(missing_ok=True)
 
     def latest(self) -> Path | None:
-        """Folder of the newest checkpoint, if there is one."""
+        """Return the folder of the newest checkpoint; None if there is none."""
         found = checkpoints_of(self._folder.parent)
         return found[-1] if found else None
 
@@ -186,7 +186,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         path: the checkpoint's folder.
 
     Raises:
-        UserError: a file is missing, truncated or changed; the newest older one that is good is named.
+        UserError: a file is missing, truncated or changed; the message names the newest older good checkpoint.
     """
     try:
         if fault := find_fault(path, path.name):
@@ -224,7 +224,7 @@ def _check_free(run_dir: Path) -> None:
 
 
 def create_run(run_dir: Path, config: Mapping[str, Any], tokenizer: Any = None) -> None:
-    """Make a run folder: the tokenizer's file, then config.json, whose presence means the folder is a run.
+    """Make a run folder: the tokenizer, then config.json, whose presence marks a run.
 
     Args:
         run_dir: new, without a run, or with a run that has no checkpoint, which is replaced.
@@ -283,7 +283,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
     """Copy tensors into the model in place.
 
     Raises:
-        UserError: names or shapes are not the model's.
+        UserError: names or shapes differ from the model's.
     """
     own = model_tensors(model)
     if missing := sorted(own.keys() ^ tensors.keys()):

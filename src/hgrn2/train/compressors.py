@@ -1,4 +1,4 @@
-"""Sizes of a text under general-purpose compressors, to compare with a model's bits per byte."""
+"""Bits per byte of general-purpose compressors, for comparison with a model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import zlib
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.data.tokens import TokenDataset
 
-# gzip's format: deflate in a window of 2^15 with a header and a checksum
+# wbits for gzip's format: deflate with a 2^15 window, header and checksum
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 
 def compressed_bits(dataset: TokenDataset, tokenizer: Tokenizer) -> tuple[dict[str, float], int]:
-    """Return the bits per byte that gzip -9 and xz -9 need for all text of a dataset, and the bytes of the text.
+    """Return the bits per byte of gzip -9 and xz -9 for the text of a dataset, and the bytes of the text.
 
     Args:
-        dataset: text as tokens; its documents are compressed end to end.
+        dataset: text as tokens; its concatenated documents are compressed.
         tokenizer: the tokenizer that made them.
     """
     compressors = {

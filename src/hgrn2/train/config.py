@@ -1,4 +1,4 @@
-"""Every setting of a training run, checked when it is made."""
+"""Settings of training, checked when they are made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hgrn2.errors import UserError, unknown_key_message
 _MOST_THREADS = 4096
 # Muon's updates have a fixed size, and torch fails for rates beyond float32
 _LARGEST_MUON_RATE = 1e6
-# the default warmup
+# default length of the warmup
 _MOST_WARMUP_STEPS = 100
 BUDGETS = ("max_steps", "max_tokens", "max_time_s")
 
@@ -35,19 +35,19 @@ class TrainConfig:
     max_tokens: Annotated[int | None, Gt(0)] = None
     """Budget in training tokens."""
     max_time_s: Annotated[float | None, Gt(0)] = None
-    """Budget in wall-clock seconds; not repeatable to the bit, as the schedule then follows the clock."""
+    """Budget in wall-clock seconds; the run is not reproducible to the bit, because the schedule follows the clock."""
 
     batch_size: Annotated[int, Gt(0)] = 16
     """Sequences (examples, for some tasks) in one forward pass."""
     grad_accumulation: Annotated[int, Gt(0)] = 1
-    """Forward passes summed into one optimizer step; every target weighs the same whatever pass it is in."""
+    """Forward passes per optimizer step; every target has the same weight, whatever pass it is in."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw for everything, or muon for the hidden matrices and adamw for the rest."""
     learning_rate: Annotated[float, Gt(0)] = 1e-3
     """Peak learning rate of AdamW."""
     muon_learning_rate: Annotated[float | None, Gt(0)] = None
-    """Peak learning rate of Muon, in AdamW's scale (updates of equal size) (default: learning_rate)."""
+    """Peak learning rate of Muon, scaled so that updates have the size of AdamW's (default: learning_rate)."""
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Decay of AdamW's running mean of the gradient."""
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
@@ -57,21 +57,21 @@ class TrainConfig:
     weight_decay: Annotated[float, Ge(0)] = 0.1
     """Decoupled weight decay on matrices, embedding and head; never on norms, biases, or lower bounds."""
     clip_norm: Annotated[float, Ge(0)] = 1.0
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """Maximum norm of the gradient; 0: no clipping."""
 
     schedule: Literal["cosine", "wsd", "inverse-sqrt", "constant"] = "cosine"
-    """Shape of the learning rate after the warmup; wsd: warmup, stable, decay to the end."""
+    """Learning rate schedule after the warmup; wsd: stable, then decay to the end."""
     warmup_steps: Annotated[int | None, Ge(0)] = None
     """Steps in which the learning rate rises from zero (default: 100, at most a tenth of the budget)."""
     decay_fraction: Annotated[float | None, Gt(0), Le(1)] = None
     """Last fraction of the budget, over which wsd decays (default: 0.2)."""
     min_lr_fraction: Annotated[float | None, Ge(0), Lt(1)] = None
-    """Learning rate that cosine and wsd go down to, as a fraction of the peak (default: 0.1)."""
+    """Final learning rate of cosine and wsd, as a fraction of the peak (default: 0.1)."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass; bfloat16 is autocast, with weights and optimizer in float32."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""
     compile: bool = False
     """Compile the layers with torch.compile: faster steps, half a minute of waiting at the start."""
     cuda_graph: bool = False
@@ -79,7 +79,7 @@ class TrainConfig:
     device: str = "auto"
     """Torch device, such as cpu or cuda:0; auto: the first GPU, or the CPU."""
     num_threads: Annotated[int | None, Gt(0), Le(_MOST_THREADS)] = None
-    """Threads torch computes with on the CPU; another number changes the last bits (default: torch's choice)."""
+    """Threads of torch on the CPU; another number changes the last bits of results (default: torch's choice)."""
     freeze: str = ""
     """Weights that are frozen at first: copied (all but the recurrent mixers' own) or patterns such as *.mlp.*."""
     unfreeze_every: Annotated[int | None, Ge(0)] = None
@@ -96,15 +96,15 @@ class TrainConfig:
     validation_every: Annotated[int, Ge(0)] = 250
     """Steps between validations; 0: only at the end."""
     checkpoint_every: Annotated[int, Ge(0)] = 500
-    """Steps between checkpoints; 0: only at the end. A new best validation writes one as well."""
+    """Steps between checkpoints; 0: only at the end. A new best validation also writes one."""
     keep_last: Annotated[int, Gt(0)] = 2
-    """Newest checkpoints that are kept, beside the best one."""
+    """Number of newest checkpoints to keep, besides the best one."""
     sample_every: Annotated[int, Ge(0)] = 0
-    """Steps between samples of the model's writing; 0: only at the end."""
+    """Steps between text samples; 0: only at the end."""
     max_nonfinite: Annotated[int, Gt(0)] = 10
-    """Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops."""
+    """Number of consecutive steps with a non-finite loss or gradient (each is skipped) after which the run stops."""
     tensorboard: bool = False
-    """Write TensorBoard event files into the run folder, beside metrics.jsonl."""
+    """Write TensorBoard event files into the run folder, besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
         check_fields(self, "train config")
@@ -145,14 +145,14 @@ class TrainConfig:
 
     @property
     def num_warmup_steps(self) -> int:
-        """warmup_steps, or its default where only max_steps is known; see `default_warmup_steps`."""
+        """warmup_steps, or the default that follows from max_steps."""
         return self.default_warmup_steps(None) if self.warmup_steps is None else self.warmup_steps
 
     def default_warmup_steps(self, tokens_per_step: int | None) -> int:
         """Return the default of warmup_steps: 100, but at most a tenth of the budget.
 
         Args:
-            tokens_per_step: tokens that one optimizer step reads; None leaves max_tokens out of account.
+            tokens_per_step: tokens per optimizer step; None ignores max_tokens.
         """
         # the shape of inverse-sqrt depends on the warmup, and must not depend on the budget
         if self.schedule == "inverse-sqrt":
@@ -165,13 +165,13 @@ class TrainConfig:
         return min(steps)
 
     def resolved(self, tokens_per_step: int) -> TrainConfig:
-        """Return the settings with which a run begins: defaults that depend on the budget become numbers.
+        """Return the settings with defaults that depend on the budget replaced by numbers.
 
-        They then stay the same when the run is resumed with a longer budget. A warmup that is longer than the budget is
-        lowered, with a warning.
+        They then stay the same when the run is resumed with a longer budget. A warmup longer than the budget is
+        shortened with a warning.
 
         Args:
-            tokens_per_step: tokens that one optimizer step reads.
+            tokens_per_step: tokens per optimizer step.
         """
         steps = self.default_warmup_steps(tokens_per_step) if self.warmup_steps is None else self.warmup_steps
         if self.max_steps is None or steps <= self.max_steps:
@@ -202,7 +202,7 @@ class TrainConfig:
         """Return the config with these settings and the defaults for the rest.
 
         Raises:
-            UserError: for a key that does not exist (near matches are named) or a value that cannot be used.
+            UserError: a key does not exist (the message names near matches), or a value is invalid.
         """
         known = [field.name for field in fields(cls)]
         for key in settings:

@@ -38,18 +38,18 @@ class Counters:
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], counters: Counters) -> list[str]:
-    """Return lines about settings that changed since a checkpoint, and a learning rate that goes up by it.
+    """Describe settings that changed since a checkpoint, and a learning rate that rises because of it.
 
     Args:
         before: config.json of the checkpoint.
-        now: that of the run from here on.
-        counters: where the run is.
+        now: config.json of the resumed run.
+        counters: progress of the run.
     """
     before, now = _settings(before), _settings(now)
-    # a setting that did not exist then had its default
+    # a setting that did not exist then has its default
     changed = {key: value for key, value in before.items() if key in now and now[key] != value}
     if changed.get("warmup_steps", 0) is None:
-        # older runs kept no number, and the one they had is filled in when they are resumed
+        # older runs did not save the number; it is filled in when they are resumed
         del changed["warmup_steps"]
     if not changed:
         return []
@@ -66,13 +66,13 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], counters
 
 
 def describe_end(config: TrainConfig, counters: Counters) -> str:
-    """Return a line about a run whose budget is used up, and the flags that lengthen it."""
+    """Return a line that says the budget is used up, and how to extend it."""
     used = {"max_steps": counters.step, "max_tokens": counters.tokens, "max_time_s": counters.elapsed_s}
     ends = {name: getattr(config, name) for name in BUDGETS if used[name] >= (getattr(config, name) or math.inf)}
     units = {"max_steps": "steps", "max_tokens": "tokens", "max_time_s": "s"}
     parts = [f"{used[name]:,.0f} of {budget:,.0f} {units[name]}" for name, budget in ends.items()]
     flags = " and ".join(f"--{name.replace('_', '-')} N" for name in ends)
-    return f"finished: {' and '.join(parts)} used; to train on, give a larger budget in all: {flags}"
+    return f"finished: {' and '.join(parts)} used; to continue, give a larger total budget: {flags}"
 
 
 def _next_rate(settings: dict[str, Any], counters: Counters) -> float:

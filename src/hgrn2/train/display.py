@@ -1,6 +1,6 @@
-"""Display of a running training: a live panel on a terminal, plain lines elsewhere.
+"""Show the progress of training: a live panel on a terminal, plain lines elsewhere.
 
-A terminal or a reader that has gone is no reason to stop training: what cannot be shown is left out.
+A closed terminal or pipe does not stop training; output that cannot be written is dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.text import Text
 
 from hgrn2.errors import visible
 
-# columns that two pairs of a name and a figure take
+# width of two pairs of a name and a figure
 _TWO_PAIRS = 60
 
 
@@ -30,11 +30,11 @@ class Display(Protocol):
     """Shows the records of metrics.jsonl as they are written."""
 
     def __enter__(self) -> Display:
-        """Start showing."""
+        """Start the display."""
         ...
 
     def __exit__(self, *error: object) -> None:
-        """Stop showing, leaving the last state on the screen."""
+        """Stop the display; the last state stays on the screen."""
         ...
 
     def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
@@ -61,10 +61,10 @@ def make_display(console: Console | None = None) -> Display:
 
 
 class PlainDisplay:
-    """One line every few seconds, for logs.
+    """Print one line every few seconds, for logs.
 
     Args:
-        every_s: least time between two training lines; validations, samples and notes always show.
+        every_s: minimum time between training lines; validations, samples and notes are always printed.
     """
 
     def __init__(self, every_s: float = 10.0) -> None:
@@ -104,9 +104,9 @@ class PlainDisplay:
 
 
 class _ResizedLive(Live):
-    """A live panel that leaves nothing behind when the terminal becomes narrower.
+    """A live panel that is erased completely when the terminal becomes narrower.
 
-    Terminals then wrap the lines that are on the screen, so that the panel takes more rows than rich erases.
+    The terminal then wraps the lines on the screen, so the panel has more rows than rich erases.
     """
 
     _panel: RenderableType = ""
@@ -114,12 +114,12 @@ class _ResizedLive(Live):
     _drawn: Sequence[int] = ()
 
     def get_renderable(self) -> RenderableType:
-        """Return what is to be drawn, and remember it."""
+        """Return the panel to draw, and remember it."""
         self._panel = super().get_renderable()
         return self._panel
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """Erase the rows that wrapping has added, before rich erases as many as it has drawn."""
+        """Erase the rows added by wrapping before rich erases the rows it has drawn."""
         width, height = self.console.size
         if width < self._width:
             added = sum(max(length - 1, 0) // width for length in self._drawn)
@@ -133,7 +133,7 @@ class _ResizedLive(Live):
 
 
 class LiveDisplay:
-    """A panel that stays in place: progress, figures, the last validation and the last sample."""
+    """Show a panel with progress, figures, the last validation and the last sample."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -157,12 +157,12 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # shows the last state
+        # draws the last state
         with suppress(OSError):
             self._live.stop()
 
     def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
-        """Move the bar and the figures."""
+        """Update the bar and the figures."""
         self._record = record
         self._bar.update(self._task, completed=min(progress, 1.0), left=duration(eta_s))
 
@@ -193,7 +193,7 @@ class LiveDisplay:
                 ("memory", size(record["memory_bytes"])),
                 ("skipped steps", str(record["skipped_steps"])),
             ]
-            # a narrow terminal would break two pairs in the middle
+            # two pairs do not fit a narrow terminal
             num_pairs = 2 if self._console.width >= _TWO_PAIRS else 1
             for i in range(0, len(pairs), num_pairs):
                 figures.add_row(*(word for pair in pairs[i : i + num_pairs] for word in pair))

@@ -1,4 +1,4 @@
-"""Files that a run writes when it ends: gates, report, pictures. A failure to write one does not fail the run."""
+"""Write the files of a run's end: gates, report, plots. A failure to write one does not fail the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hgrn2.train.gates import GATES_NAME, measure_gates
 from hgrn2.train.metrics import append_record, read_metrics
 from hgrn2.train.report import write_report
 
-# tokens of held-out text that the gates are measured on: enough for a histogram, little to hold at once
+# held-out tokens for measuring gates: enough for a histogram, few enough for memory
 _GATE_TOKENS = 8192
 
 
@@ -28,10 +28,10 @@ class EndStep:
     """A measurement at the end of a run.
 
     Attributes:
-        what: is measured, for messages.
-        file: in the run folder, takes it.
+        what: name of the measurement, for messages.
+        file: the file in the run folder that it writes.
         measure: called with the run folder, the model in evaluation mode, its device and the run's last step.
-        is_once: only when the budget is used up; otherwise whenever the report is written.
+        is_once: run only when the budget is used up; otherwise whenever the report is written.
     """
 
     what: str
@@ -48,7 +48,7 @@ def gates_step(data: PreparedData) -> EndStep:
         windows = sequential_windows(data.validation, _GATE_TOKENS, 1, max_tokens=_GATE_TOKENS)
         batch = next(iter(windows)).to(device)
         gates = measure_gates(model, batch.input_ids, batch.cu_seqlens)
-        # gates measured at an earlier end of the run would pass for current ones
+        # remove gates of an earlier end of the run, which would look current
         (run_dir / GATES_NAME).unlink(missing_ok=True)
         if gates is not None:
             gates.save(run_dir)
@@ -57,7 +57,7 @@ def gates_step(data: PreparedData) -> EndStep:
 
 
 def compressors_step(data: PreparedData) -> EndStep:
-    """Return the step that records what compressors make of the held-out text."""
+    """Return the step that records how well compressors compress the held-out text."""
 
     def measure(run_dir: Path, model: Any, device: torch.device, step: int) -> None:
         del model, device
@@ -69,14 +69,14 @@ def compressors_step(data: PreparedData) -> EndStep:
 
 @dataclass(frozen=True)
 class Ending:
-    """Writes the files that a run leaves beside its checkpoints.
+    """Write the files that a run leaves besides its checkpoints.
 
     Attributes:
         run_dir: the run folder, locked.
-        model: as it is after the last step.
-        device: where the model is.
-        steps: measurements.
-        note: shows a line to the user, such as about a file that cannot be written.
+        model: the model after the last step.
+        device: the device of the model.
+        steps: the measurements.
+        note: shows a line to the user, e.g. about a file that cannot be written.
     """
 
     run_dir: Path
@@ -95,10 +95,10 @@ class Ending:
         return None
 
     def measure_once(self, last_step: int) -> bool:
-        """Do the steps that are for the end alone; returns whether there were any.
+        """Run the steps that are only for the end; return whether there were any.
 
         Args:
-            last_step: the run's last.
+            last_step: the last step of the run.
         """
         steps = [step for step in self.steps if step.is_once]
         for step in steps:
@@ -106,14 +106,14 @@ class Ending:
         return bool(steps)
 
     def pictures(self) -> list[Path]:
-        """Draw the pictures; none if there is nothing to draw, or nothing to draw with."""
+        """Draw the plots; return no paths if there is nothing to draw or matplotlib is missing."""
         try:
-            # matplotlib takes a second to import, which only the end of a run should wait for
+            # importing matplotlib takes a second, so import it only at the end
             from hgrn2.train.plots import plot_run
         except ImportError as error:
-            self.note(f"no pictures beside the report: {error.name} is not installed: {install_command('train')}")
+            self.note(f"no plots besides the report: {error.name} is not installed: {install_command('train')}")
             return []
-        with self._failure_as_note("the pictures", "plots"):
+        with self._failure_as_note("the plots", "plots"):
             # every step may have been skipped, or the time may have run out before the first
             has_learnt = any(r["kind"] == "train" and r["loss"] is not None for r in read_metrics(self.run_dir))
             return plot_run(self.run_dir) if has_learnt or (self.run_dir / GATES_NAME).exists() else []
@@ -129,12 +129,12 @@ class Ending:
 
     @contextmanager
     def _failure_as_note(self, what: str, name: str) -> Iterator[None]:
-        """Turn a failure into a note: the checkpoint is written, and the run has done its work."""
+        """Turn a failure into a note: the checkpoint is written, so the run has succeeded."""
         try:
             yield
         except (OSError, UserError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             self.note(
                 f"trained, but {what} cannot be written ({self.run_dir / name}: {reason}); "
-                f"when that is mended: hgrn2 plot {self.run_dir}"
+                f"once that is fixed: hgrn2 plot {self.run_dir}"
             )

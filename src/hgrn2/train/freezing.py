@@ -130,11 +130,11 @@ def frozen_names(model: nn.Module, freeze: str) -> list[str]:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UserError(
-                    f"train config: freeze: no parameter fits {pattern!r}; wanted {COPIED}, or patterns of names "
+                    f"train config: freeze: no parameter matches {pattern!r}; wanted {COPIED}, or patterns of names "
                     f"such as {names[0]} or *.mlp.*",
                     "unknown-name",
                 )
         frozen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(frozen) == len(names):
-        raise UserError(f"train config: freeze is {freeze!r}, which leaves no weight to learn; freeze less")
+        raise UserError(f"train config: freeze is {freeze!r}, which leaves no weight to train; freeze less")
     return frozen

@@ -19,7 +19,7 @@ from hgrn2.storage.staging import staged_file
 GATES_NAME = "gates.npz"
 _NUM_BINS = 50
 _DAMAGED = "cannot read the gates (damaged, or no gates at all); remove it, and resuming the run measures anew"
-# float32 cannot tell a gate closer to 1 from 1, nor its logarithm from 0
+# float32 cannot represent gates closer to 1, so smaller decays are indistinguishable from 0
 _LEAST_DECAY = 2.0**-25
 
 
@@ -27,7 +27,7 @@ class GatedModel(Protocol):
     """A model that returns the values of its gates."""
 
     def gate_statistics(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[dict[str, Any]]:
-        """For every recurrent layer: its index, lower_bound [D], forget_gate [B, T, D] and state_norm."""
+        """Return for every recurrent layer its index, lower_bound [D], forget_gate [B, T, D] and state_norm."""
         ...
 
 
@@ -36,14 +36,14 @@ class GateSummary:
     """Gates of the L recurrent layers with D channels each, measured on num_tokens tokens.
 
     Attributes:
-        layer: [L], the layers' indices in the model.
+        layer: [L], indices of the layers in the model.
         lower_bound: [L, D], in [0, 1).
-        half_life_tokens: [L, D], tokens after which half of what a channel holds is forgotten on average:
-            log 2 / mean(-log f). Decays multiply, so the mean is of the logarithm.
+        half_life_tokens: [L, D], tokens after which a channel has forgotten half of its content on average:
+            log 2 / mean(-log f). Decays multiply, so logarithms are averaged.
         forget_gate_counts: [L, bins], histogram of f over tokens and channels.
         forget_gate_edges: [bins + 1], from 0 to 1.
-        state_norm: [L], Frobenius norm of a head's final state, the mean over heads and sequences.
-        num_tokens: tokens the rest is measured on.
+        state_norm: [L], Frobenius norm of a head's final state, averaged over heads and sequences.
+        num_tokens: number of tokens measured.
     """
 
     layer: np.ndarray
@@ -55,9 +55,9 @@ class GateSummary:
     num_tokens: np.ndarray
 
     def save(self, run_dir: Path) -> Path:
-        """Write gates.npz into the run folder, in one move."""
+        """Write gates.npz into the run folder atomically."""
         path = run_dir / GATES_NAME
-        # numpy gives a name of its own to a path without .npz
+        # numpy would append .npz to the temporary name
         with staged_file(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **asdict(self))
         return path
@@ -67,11 +67,11 @@ class GateSummary:
         """Read gates.npz of a run folder.
 
         Raises:
-            UserError: it is not there, or not readable.
+            UserError: the file is missing or unreadable.
         """
         path = run_dir / GATES_NAME
         try:
-            # numpy takes any other file for a pickle, and advises to load it as one
+            # numpy would treat any other file as a pickle
             with path.open("rb") as file:
                 if file.read(2) != b"PK":
                     raise BadZipFile
@@ -108,15 +108,15 @@ class GateSummary:
 
 @torch.no_grad()
 def measure_gates(model: GatedModel, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> GateSummary | None:
-    """Run the model over some text and summarise its gates.
+    """Run the model on some text and summarise its gates.
 
     Args:
-        model: in evaluation mode.
-        input_ids: int64 [B, T], or [1, T] packed.
-        cu_seqlens: int32 [N + 1] of a packed batch.
+        model: the model, in evaluation mode.
+        input_ids: int64 [B, T], or packed [1, T].
+        cu_seqlens: int32 [N + 1], boundaries of a packed batch.
 
     Returns:
-        None if every layer attends and none has gates, or if they are not finite.
+        The summary; None if no layer has gates, or if they are not finite.
     """
     edges = np.linspace(0.0, 1.0, _NUM_BINS + 1)
     statistics = model.gate_statistics(input_ids, cu_seqlens=cu_seqlens)

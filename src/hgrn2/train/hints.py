@@ -1,4 +1,4 @@
-"""Next steps with a run as commands to copy, shown in its report and when it ends."""
+"""Commands for the next steps with a run, shown in its report and at its end."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.data.tokens import TokenDataset
 from hgrn2.train.config import BUDGETS
 
-# tokens read from the start of a document: enough for a few words of any language
+# tokens read from the start of a document, enough for a few words of any language
 _READ_TOKENS = 96
 _MOST_WORDS, _MOST_CHARACTERS = 5, 40
-# a longer word comes from a text without spaces, and is cut
+# a longer word comes from text without spaces and is cut
 _LONGEST_WORD, _CUT_CHARACTERS = 24, 12
 _DOCUMENTS = 32
 
 
 def first_words(dataset: TokenDataset, tokenizer: Tokenizer) -> str:
-    """Return the first words of a document: a prompt of the kind that the model has learnt to continue.
+    """Return the first words of a document, as a prompt similar to the training text.
 
     Args:
         dataset: held-out text.
         tokenizer: its tokenizer.
 
     Returns:
-        Printable characters without a space at either end; empty if no document begins with any.
+        Printable characters without spaces at the ends; empty if no document starts with any.
     """
     best = ""
     for index in range(min(_DOCUMENTS, dataset.num_documents)):
         tokens = dataset.document_tokens(index, _READ_TOKENS)
-        # the last line may be longer than what was read
+        # the last line may be incomplete
         *lines, rest = tokenizer.decode(tokens).split("\n")
         for line in lines or [rest]:
             prompt = _start_of(line)
-            # a comment or a heading is a worse beginning than words
+            # prefer words to comments and headings
             if len(prompt.split()) >= 3 and prompt[0].isalpha():
                 return prompt
             best = best or prompt
@@ -56,12 +56,12 @@ def _start_of(line: str) -> str:
         words.pop()
     if len(words[0]) > _LONGEST_WORD:
         return words[0][:_CUT_CHARACTERS]
-    # keep the original spaces between the words
+    # keep the original spaces between words
     return re.match(r"\s*".join(map(re.escape, words)), line)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
 def program() -> str:
-    """Return how to call the command as it was called: its name where the shell finds it, else its path."""
+    """Return how to invoke the command: its name if the shell finds it, otherwise its path."""
     called = Path(sys.argv[0])
     if called.name != "hgrn2":
         return "hgrn2"
@@ -70,11 +70,11 @@ def program() -> str:
 
 
 def generate_command(run_dir: Path, prompt: str) -> str:
-    """Return the command that writes with a run's model.
+    """Return the command that generates text with a run's model.
 
     Args:
         run_dir: the run folder.
-        prompt: text to continue; empty: the start of a document.
+        prompt: text to continue; empty means the start of a document.
     """
     words = [program(), "generate", shlex.quote(str(run_dir))]
     if prompt:
@@ -83,11 +83,11 @@ def generate_command(run_dir: Path, prompt: str) -> str:
 
 
 def resume_command(run_dir: Path, settings: Mapping[str, Any], is_finished: bool) -> str:
-    """Return the command that trains on: to the end of the budget, or for twice the budget when that is used up.
+    """Return the command that continues training, with twice the budget if it is used up.
 
     Args:
         run_dir: the run folder.
-        settings: of its training.
+        settings: settings of its training.
         is_finished: whether the budget is used up.
     """
     words = [program(), "train", "--resume", shlex.quote(str(run_dir))]
@@ -99,15 +99,15 @@ def resume_command(run_dir: Path, settings: Mapping[str, Any], is_finished: bool
 
 
 def compressor_caveat(num_read_bytes: int | None, num_parameters: int | None) -> str:
-    """Return why the comparison of a model with compressors is not quite fair.
+    """Return a caveat for the comparison of a model with compressors.
 
     Args:
-        num_read_bytes: text the model was trained on; None: not known.
-        num_parameters: of the model; None: not known.
+        num_read_bytes: bytes of training text; None if unknown.
+        num_parameters: parameters of the model; None if unknown.
     """
     read = "text" if num_read_bytes is None else f"{num_read_bytes / 1e6:,.1f} MB of text"
     weights = "" if num_parameters is None else f" ({4 * num_parameters / 1e6:,.1f} MB)"
     return (
-        f"The comparison flatters the model: it has been trained on {read} of the same kind, and its own size{weights} "
+        f"The comparison favours the model: it was trained on {read} of the same kind, and its own size{weights} "
         "is not counted; compressors start from nothing."
     )

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as a request to stop after the current step."""
+"""Treat SIGINT, SIGTERM and SIGHUP as a request to stop after the current step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: steps, records, checkpoints, and every way a run can stop and go on."""
+"""The training loop: steps, records, checkpoints, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -38,25 +38,26 @@ _SMOOTHING = 0.95
 
 @dataclass
 class Trainer:
-    """Trains a model on a task and leaves a run folder that can be resumed at any moment.
+    """Train a model on a task in a run folder that can be resumed at any time.
 
-    Whoever makes one holds the folder's `run_lock`, from before the choice of resume_from until the run has ended.
+    The caller must hold `run_lock` from before it chooses `resume_from` until the run ends.
 
     Attributes:
         model: on its device already.
         task: batches, loss and metric.
-        roles: role of every parameter, see NamedOptimizer.
-        frozen: names of parameters that stay as they are until the loss improves too little, see Freezing.
-        config: the settings.
-        run_dir: made by create_run.
-        run_config: written to run_dir/config.json as soon as the checkpoint to go on from is accepted, and copied
-            into every checkpoint.
-        resume_from: a checkpoint folder to go on from; later checkpoints and records of the run are removed.
-            None starts at the beginning, and removes whatever an earlier attempt left.
-        display: where progress is shown; by default on standard error.
-        check_lock: what `run_lock` gave: raises if the folder is another by now. Called before every checkpoint.
-        about: JSON values for the record of the start, such as sizes of model and data.
-        has_started: whether the record of the start is written; set by `run`.
+        roles: role of every parameter, for `NamedOptimizer`.
+        frozen: names of parameters that are frozen at first, for `Freezing`.
+        config: settings of training.
+        run_dir: the run folder, made by create_run.
+        run_config: content of config.json, written once the checkpoint to resume from is accepted, and copied into
+            every checkpoint.
+        resume_from: the checkpoint to resume from; later checkpoints and records of the run are removed. None starts
+            at the beginning and removes the remains of an earlier attempt.
+        display: shows progress; by default on standard error.
+        check_lock: the check yielded by `run_lock`, which raises if the folder was replaced; called before every
+            checkpoint.
+        about: JSON values for the start record, such as sizes of model and data.
+        has_started: whether the start record is written; set by `run`.
     """
 
     model: nn.Module
@@ -157,7 +158,7 @@ class Trainer:
         )
 
     def _train(self, stop: StopRequest, metrics: MetricsWriter) -> bool:
-        """Go on to the end of the budget (True) or to a signal (False)."""
+        """Train until the budget is used up (return True) or a signal arrives (return False)."""
         config, counters = self.config, self._counters
         if num_lost := max(0, (self._saved_records or 0) - metrics.num_records):
             self.display.note(
@@ -178,7 +179,7 @@ class Trainer:
             # before the checkpoint: a run that goes on from there does not write again
             if finished or _due(counters.step, config.sample_every):
                 self._sample(metrics)
-            # a step is skipped where the one before has spoilt the weights: older checkpoints are worth more
+            # after a skipped step the weights may be bad, so older checkpoints are worth more
             due = _due(counters.step, config.checkpoint_every) and not counters.skipped_in_a_row
             if finished or new_best or due:
                 self._save(metrics)
@@ -257,7 +258,7 @@ class Trainer:
             self._report_nonfinite(launched.step, loss)
         elif self._freezing.count(loss):
             metrics.write({"kind": "unfreeze", "step": counters.step, "tokens": counters.tokens})
-            self.display.note(f"step {counters.step}: the loss improves no more; all weights learn from now on")
+            self.display.note(f"step {counters.step}: the loss improves no more; all weights are trained from now on")
 
     def _report_nonfinite(self, step: int, loss: float) -> None:
         counters = self._counters
@@ -301,7 +302,7 @@ class Trainer:
             with self._evaluation_mode():
                 text = self.task.sample(self.model)
         except UserError as error:
-            # weights that have gone astray: no reason to end the run here
+            # diverged weights must not end the run here
             self.display.note(f"step {self._counters.step}: no sample ({error})")
             return
         if text is not None:
@@ -375,7 +376,7 @@ class Trainer:
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, generators of its own: looking does not change the training."""
+        """Switch to evaluation mode without gradients and with separate generators, so training is not affected."""
         self.model.eval()
         try:
             with torch.no_grad(), shielded_rng(self.config.seed), self._stepper.autocast():
@@ -390,7 +391,7 @@ class Trainer:
 
 @contextmanager
 def _corrupt_state_as_user_error(checkpoint: Path | None) -> Iterator[None]:
-    """Turn errors from a state.json with the right checksum and the wrong content into a UserError."""
+    """Turn errors from a state.json with a valid checksum but wrong content into a UserError."""
     try:
         yield
     except UserError:

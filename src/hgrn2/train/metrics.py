@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, whole lines only, nothing from after the step a run resumes at."""
+"""Read and write metrics.jsonl: one JSON record per line, complete lines only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _OPTIONAL = ("val_bits_per_byte",)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read every whole record of a metrics file; a last line torn by a kill is left out.
+    """Read every complete record of a metrics file; a last line cut off by a kill is skipped.
 
     Args:
         path: the file, or the run folder that holds it.
@@ -89,7 +89,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _fault(record: dict[str, Any]) -> str | None:
-    """Return what is wrong with a record, or None."""
+    """Return what is wrong with a record; None if nothing is."""
     kind = record.get("kind")
     if not isinstance(kind, str):
         return f"kind is {kind!r}, wanted a word"
@@ -121,7 +121,7 @@ def _unknown(kind: str, record: dict[str, Any]) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    # the comparison is false for NaN, and does not overflow for whole numbers of any length
+    # the comparison is False for NaN and does not overflow for large integers
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -131,17 +131,17 @@ def _shown(value: Any) -> str:
 
 
 def _checksum(record: dict[str, Any]) -> str:
-    # of the values: tools that write the same ones in another layout or order may
+    # computed from the values, so other tools may change layout and order
     try:
         text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     except (RecursionError, ValueError):
-        # no record of ours is that deep, or holds such numbers
+        # we never write such a record, so no checksum can match
         return ""
     return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _line(record: dict[str, Any]) -> str:
-    # JSON has no NaN and no infinity: they become null
+    # JSON has no NaN or infinity; write null
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps({**finite, _CHECKSUM: _checksum(finite)}, ensure_ascii=False) + "\n"
 
@@ -151,26 +151,26 @@ def append_record(run_dir: Path, record: dict[str, Any]) -> None:
 
     Args:
         run_dir: the run folder, locked.
-        record: "kind" and "step" say what it is.
+        record: the record, with "kind" and "step".
     """
     with (run_dir / METRICS_NAME).open("a", encoding="utf-8") as file:
         file.write(_line(record))
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl, each flushed as it is written, and to TensorBoard if asked.
+    """Append records to metrics.jsonl, flushing each, and optionally to TensorBoard.
 
     Args:
         run_dir: the run folder.
-        resume_step: records of later steps, and a torn last line, are dropped first; 0 drops everything.
+        resume_step: drop records of later steps and an incomplete last line first; 0 drops everything.
         tensorboard: also write event files under run_dir / "tensorboard".
-        before_dropping: called when nothing can refuse any more, before the records are dropped.
+        before_dropping: called after all checks, before records are dropped.
 
     Attributes:
-        num_records: records in the file.
+        num_records: number of records in the file.
 
     Raises:
-        UserError: TensorBoard is asked for and not installed, or the file that is there cannot be read.
+        UserError: TensorBoard is requested but not installed, or the existing file cannot be read.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; "kind" and "step" say what it is."""
+        """Append one record, which has "kind" and "step"."""
         self.num_records += 1
         self._file.write(_line(record))
         self._file.flush()
@@ -201,13 +201,13 @@ class MetricsWriter:
                     self._board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 
     def sync(self) -> None:
-        """Force everything written so far to the disk."""
+        """Flush everything written so far to the disk."""
         os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
-        """Close the files; a full disk may leave an unfinished last line, which readers leave out."""
+        """Close the files; a full disk may leave an incomplete last line, which readers skip."""
         try:
             self._file.close()
         finally:
@@ -227,5 +227,5 @@ def _tensorboard_writer(directory: Path, resume_step: int) -> Any:
     except ImportError:
         command = install_command("tensorboard")
         raise UserError(f"tensorboard is not installed: {command}, or drop the setting", "unavailable") from None
-    # purge_step hides the events of the steps that are about to be trained again, of a run begun anew all of them
+    # purge_step hides events of steps that will be trained again; for a new run, all of them
     return SummaryWriter(str(directory), purge_step=resume_step + 1)

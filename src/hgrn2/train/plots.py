@@ -43,13 +43,13 @@ def plot_run(run_dir: Path) -> list[Path]:
     """Draw everything the run folder has data for.
 
     Args:
-        run_dir: a run folder; gates.npz is there once the run has ended.
+        run_dir: a run folder; it has gates.npz once the run has ended.
 
     Returns:
-        The pictures, in RUN/plots.
+        The paths of the plots, in RUN/plots.
 
     Raises:
-        UserError: the folder has no metrics, or neither a training step nor gates.
+        UserError: the folder has no metrics, or neither training steps nor gates.
     """
     records = read_metrics(run_dir)
     train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
@@ -71,7 +71,7 @@ def plot_run(run_dir: Path) -> list[Path]:
 
 
 def loss_figure(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
-    """Draw the loss against tokens and against time: every step faint, smoothed strong, validations marked."""
+    """Draw the loss against tokens and against time: steps, their moving average, and validations."""
     losses = np.array([r["loss"] for r in train])
     scale, unit = time_unit(max(r["elapsed_s"] for r in [*train, *validation]))
     low, high = loss_limits(train, validation)
@@ -113,7 +113,7 @@ def _loss_caption(validation: list[dict[str, Any]]) -> str:
 
 
 def memory_figure(gates: GateSummary) -> Figure:
-    """Draw what each layer remembers: lower bounds, forget gates, half-lives and the size of the state."""
+    """Draw lower bounds, forget gates, half-lives and state norms of each layer."""
     num_layers = len(gates.state_norm)
     layers = np.arange(num_layers)
     with mpl.rc_context(_STYLE):
@@ -125,7 +125,7 @@ def memory_figure(gates: GateSummary) -> Figure:
 
         density = gates.forget_gate_counts / np.maximum(gates.forget_gate_counts.sum(1, keepdims=True), 1)
         edges = gates.forget_gate_edges
-        # shares span decades: most of a layer's gates sit in a few bins
+        # logarithmic: most of a layer's gates are in a few bins
         image = gate.pcolormesh(
             np.arange(num_layers + 1) - 0.5, edges, np.where(density > 0, density, np.nan).T,
             norm=LogNorm(vmin=1e-4, vmax=1.0), cmap="viridis", rasterized=True,
@@ -144,7 +144,7 @@ def memory_figure(gates: GateSummary) -> Figure:
         half_life.yaxis.set_minor_locator(NullLocator())
 
         norm.plot(layers, gates.state_norm, color=_TRAIN, marker="o", linewidth=1.8)
-        norm.set(title="Norm of the state", ylabel="Frobenius norm of a head")
+        norm.set(title="State norm", ylabel="Frobenius norm of a head")
         norm.set_ylim(0, 1.1 * max(gates.state_norm.max(), 1e-6))
         for axes in (bounds, gate, half_life, norm):
             axes.set_xlabel("layer")
@@ -154,15 +154,15 @@ def memory_figure(gates: GateSummary) -> Figure:
         figure.suptitle("What the layers remember", x=0.01, ha="left", fontweight="bold")
         figure.supxlabel(
             f"Measured on {int(gates.num_tokens):,} tokens of held-out text. Layer 0 comes first. The forget gate f "
-            "scales what a channel holds at every token and cannot fall below its bound;\nthe half-life is the number "
-            "of tokens after which half is forgotten, log 2 / mean(-log f).",
+            "multiplies the state of a channel at every token and cannot fall below its bound;\nthe half-life is the "
+            "number of tokens after which half of the state is forgotten, log 2 / mean(-log f).",
             fontsize=9, color=_CAPTION, x=0.01, ha="left",
         )  # fmt: skip
     return figure
 
 
 def _bands(axes: Axes, layers: np.ndarray, values: np.ndarray) -> None:
-    """Median over a layer's channels with the middle half and the middle nine tenths around it."""
+    """Draw the median over a layer's channels with its 25 to 75 % and 5 to 95 % ranges."""
     low, lower, median, upper, high = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
     axes.vlines(layers, low, high, color=_BAND, linewidth=5, label="5 to 95 % of channels")
     axes.vlines(layers, lower, upper, color=_TRAIN, linewidth=5, alpha=0.75, label="25 to 75 %")

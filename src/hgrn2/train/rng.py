@@ -15,12 +15,12 @@ import torch
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators, on every device."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 the global generator is the one third-party code draws from
+    np.random.seed(seed % 2**32)  # noqa: NPY002 third-party code uses the global generator
     torch.manual_seed(seed)
 
 
 def rng_state() -> dict[str, Any]:
-    """State of every generator as JSON values."""
+    """Return the state of every generator as JSON values."""
     version, words, gauss_next = random.getstate()
     name, key, *rest = np.random.get_state()  # noqa: NPY002
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -33,10 +33,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what rng_state gave, also after a trip through JSON.
+    """Restore the result of rng_state, also after a round trip through JSON.
 
     Raises:
-        LookupError, TypeError, ValueError: it is something else.
+        LookupError, TypeError, ValueError: the state is malformed.
     """
     version, words, gauss_next = state["python"]
     random.setstate((version, tuple(_decode(words, np.uint32).tolist()), gauss_next))
@@ -53,7 +53,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def shielded_rng(seed: int) -> Iterator[None]:
-    """Seed the generators for the body and put them back after it, so that it leaves no trace in training."""
+    """Seed the generators for the block and restore them afterwards, so that training is not affected."""
     saved = rng_state()
     seed_everything(seed)
     try:

@@ -1,4 +1,4 @@
-"""Runs of any task, from a specification to the report: start, resume, evaluate."""
+"""Start, resume and evaluate runs of any task."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class SavesFiles(Protocol):
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that makes a run of some task, before anything is built or written.
+    """Specification of a run, before anything is built or written.
 
     Attributes:
-        settings: of training and of the task.
-        build_model: makes the model on a device, with its first weights; the generators are seeded before the call.
+        settings: settings of training and of the task.
+        build_model: makes the model on a device with its initial weights; called after seeding.
         build_task: makes the task for a device.
-        saved: tables of config.json beside those of the settings: "model", and "data" for tasks that read any.
-        tokenizer: saved into the run folder; None for tasks without one.
-        describe: facts about the model and the data for the record of the start, JSON values.
-        at_end: what is measured of the model when the run ends, see `EndStep`.
+        saved: further tables of config.json: "model", and "data" for tasks that read text.
+        tokenizer: saved into the run folder; None for tasks without a tokenizer.
+        describe: returns facts about the model and the data for the start record, as JSON values.
+        at_end: measurements at the end of the run.
     """
 
     settings: RunSettings
@@ -64,9 +64,9 @@ class RunSpec:
     at_end: Sequence[EndStep] = ()
 
     def config(self, run_dir: Path) -> dict[str, Any]:
-        """Return what config.json of a run folder holds."""
+        """Return the content of the run's config.json."""
         tables = self.settings.to_saved(run_dir)
-        # in the order of older runs
+        # keep the order of older runs
         order = ("model", "train", "task", "data")
         return {name: table for name in order if (table := {**tables, **self.saved}.get(name)) is not None}
 
@@ -92,7 +92,7 @@ class SavedRun:
         """Read a run folder.
 
         Raises:
-            UserError: its config.json lacks a table, or holds an unknown one.
+            UserError: config.json lacks a table or has an unknown one.
         """
         config = read_config(run_dir)
         check_tokenizer(run_dir)
@@ -112,9 +112,9 @@ class Run:
     """A run that has ended.
 
     Attributes:
-        model: as it is after the last step.
+        model: the model after the last step.
         result: how the run ended.
-        pictures: paths of the PNG files; empty if a signal stopped the run.
+        pictures: paths of the plots; empty if a signal stopped the run.
         report: path of report.html; None if it could not be written.
     """
 
@@ -128,12 +128,12 @@ def start_run(run_dir: Path, spec: RunSpec, display: Display | None = None) -> R
     """Train a new model.
 
     Args:
-        run_dir: a folder to make.
-        spec: the run.
-        display: where progress is shown; by default on standard error.
+        run_dir: the new run folder.
+        spec: the specification.
+        display: shows progress; None means standard error.
 
     Raises:
-        UserError: settings that do not fit each other or the data (nothing is written), or as Trainer.run.
+        UserError: settings contradict each other or the data (nothing is written), or training fails (`Trainer.run`).
     """
     parts = _Parts.build(spec)
     with run_lock(run_dir) as check_lock:
@@ -143,33 +143,34 @@ def start_run(run_dir: Path, spec: RunSpec, display: Display | None = None) -> R
 
 
 def resume_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], display: Display | None = None) -> Run:
-    """Resume a run; on the CPU with the losses it would have had without the stop, to the last bit.
+    """Resume a run; on the CPU its losses are bit-identical to those of an uninterrupted run.
 
     Args:
         path: a run folder, or one of its checkpoints.
-        spec_of: returns the specification of the run, perhaps with other settings; config.json gets them once the
-            checkpoint goes with them.
-        display: as for start_run.
+        spec_of: returns the specification for a saved run, with changed settings if wanted. config.json is updated once
+            the checkpoint is accepted.
+        display: shows progress; None means standard error.
 
     Raises:
-        UserError: there is no run, its checkpoint is damaged, the data or the model is another, or as Trainer.run.
+        UserError: there is no run, its checkpoint is damaged, data or model do not match, or training fails
+            (`Trainer.run`).
     """
     run_dir, _ = resume_point(path)
     with run_lock(run_dir) as check_lock:
         # a killed process may have left the newest checkpoint under its temporary name
         CheckpointStore(run_dir, 1).remove_leftovers()
-        # again: until now another process may have written and removed checkpoints
+        # look again: before the lock, another process may have written and removed checkpoints
         _, checkpoint = resume_point(path)
         spec = spec_of(SavedRun.read(run_dir, checkpoint))
         return _Parts.build(spec).run(run_dir, spec.config(run_dir), checkpoint, display, check_lock)
 
 
 def evaluate_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], which: str = "latest") -> dict[str, Any]:
-    """Return the figures of the task for a trained model, as a validation while training has them.
+    """Return the validation figures of a trained model.
 
     Args:
         path: a run folder, or one of its checkpoints.
-        spec_of: as for resume_run.
+        spec_of: returns the specification for a saved run.
         which: "latest" or "best" checkpoint of a run folder.
 
     Raises:
@@ -279,7 +280,7 @@ class _Parts:
 
 
 def _is_drawn(run_dir: Path) -> bool:
-    """Whether the report and all pictures of a run exist; a full disk may have prevented some."""
+    """Return whether the report and all plots of a run exist; a full disk may have prevented some."""
     if not (run_dir / REPORT_NAME).exists():
         return False
     names = {path.name for path in (run_dir / "plots").glob("*.png")}

@@ -1,4 +1,4 @@
-"""The prepared tokens that a run was started with."""
+"""Open the prepared tokens that a run was started with."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def open_prepared(run: Path, prepared: Path | None = None, data: Sequence[str] =
 
     Args:
         run: a run folder, or one of its checkpoints.
-        prepared: where the tokens are now; by default where the run remembers them.
-        data: the text they were made from, wherever it lies now, to prepare again with the run's own tokenizer.
+        prepared: current folder of the tokens; None means the one saved in config.json.
+        data: the text the tokens were made from, to prepare it again with the run's own tokenizer.
 
     Raises:
-        UserError: there are no tokens, or they are damaged. Whether they are the run's is known when it is resumed.
+        UserError: there are no tokens, or they are damaged. Resuming checks that they are the run's.
     """
     folder = resume_point(run)[0]
     settings = read_config(folder).get("data")
     if not isinstance(settings, dict):
         settings = {}
     if data:
-        # the split, the field and the rest are those of the run
+        # take validation data and text field from the run
         own = {key: settings[key] for key in ("validation", "text_field") if key in settings}
         named = data_settings(
             own, data=list(data), tokenizer=str(folder), prepared=None if prepared is None else str(prepared)
@@ -46,7 +46,7 @@ def open_prepared(run: Path, prepared: Path | None = None, data: Sequence[str] =
     place = from_saved_path(folder, settings["prepared"], was_at)
     if not place.exists():
         raise UserError(
-            f"{place}: the prepared tokens of {folder} are not there; name their place with --prepared, or the text "
+            f"{place}: the prepared tokens of {folder} are not there; name their folder with --prepared, or the text "
             "they were made from with --data",
             "not-found",
         )

@@ -39,19 +39,19 @@ def start_language_run(
     """Train a language model, from new weights or from those of another model.
 
     Args:
-        run_dir: a folder to make.
-        model_config: the model.
-        settings: of training and of the task; flat keys are sorted by `RunSettings.from_flat`.
+        run_dir: the new run folder.
+        model_config: configuration of the model.
+        settings: settings of training and of the task, or flat keys for `RunSettings.from_flat`.
         data: prepared tokens and their tokenizer.
-        data_settings: JSON values that say what the data was prepared from; kept as "data" in config.json, with the
-            place of the prepared tokens and their fingerprints.
-        start: where the first weights come from; None: drawn.
-        sampler: writes samples from the model and a prompt; None: no samples.
-        display: where progress is shown; by default on standard error.
-        compressors: at the end, record what gzip and xz make of the held-out text.
+        data_settings: JSON values that describe the sources of the data; saved as "data" in config.json with the
+            location and the fingerprints of the tokens.
+        start: a model to take the weights from; None initialises them.
+        sampler: writes text samples from the model and a prompt; None writes none.
+        display: shows progress; None means standard error.
+        compressors: record how gzip and xz compress the held-out text at the end.
 
     Raises:
-        UserError: settings that do not fit each other or the data (nothing is written), or as Trainer.run.
+        UserError: settings contradict each other or the data (nothing is written), or training fails (`Trainer.run`).
     """
     if not isinstance(settings, RunSettings):
         settings = RunSettings.from_flat(settings)
@@ -72,20 +72,20 @@ def resume_language_run(
     display: Display | None = None,
     compressors: bool = False,
 ) -> Run:
-    """Resume a run on text; on the CPU with the losses it would have had without the stop, to the last bit.
+    """Resume a run on text; on the CPU its losses are bit-identical to those of an uninterrupted run.
 
     Args:
         path: a run folder, or one of its checkpoints.
-        data: the tokens it was started with, wherever they lie now.
-        changes: flat settings that are to be different from now on, such as a larger max_steps; config.json
-            gets them once the checkpoint goes with them.
-        task_changes: options of the task that are to be different.
-        sampler: as for start_language_run.
-        display: as for start_language_run.
-        compressors: as for start_language_run.
+        data: the tokens the run was started with, wherever they are now.
+        changes: flat settings to change, such as a larger max_steps; saved once the checkpoint is accepted.
+        task_changes: options of the task to change.
+        sampler: writes text samples from the model and a prompt; None writes none.
+        display: shows progress; None means standard error.
+        compressors: record how gzip and xz compress the held-out text at the end.
 
     Raises:
-        UserError: there is no run, its checkpoint is damaged, the data or the model is another, or as Trainer.run.
+        UserError: there is no run, its checkpoint is damaged, data or model do not match, or training fails
+            (`Trainer.run`).
     """
     spec_of = saved_text_spec(data, changes or {}, task_changes or {}, sampler, compressors)
     return resume_run(path, spec_of, display)
@@ -98,7 +98,15 @@ def saved_text_spec(
     sampler: Sampler | None = None,
     compressors: bool = False,
 ) -> Callable[[SavedRun], RunSpec]:
-    """Return what makes the specification of a saved run on text; arguments as for `resume_language_run`."""
+    """Return a function from a saved run on text to its specification.
+
+    Args:
+        data: the tokens the run was started with, wherever they are now.
+        changes: flat settings to change.
+        task_changes: options of the task to change.
+        sampler: writes text samples from the model and a prompt; None writes none.
+        compressors: record how gzip and xz compress the held-out text at the end.
+    """
 
     def spec_of(run: SavedRun) -> RunSpec:
         if not run.settings.task.reads_text:
@@ -140,7 +148,12 @@ def resume_task_run(
 def saved_task_spec(
     changes: Mapping[str, Any] | None = None, task_changes: Mapping[str, Any] | None = None
 ) -> Callable[[SavedRun], RunSpec]:
-    """Return what makes the specification of a saved run without text; arguments as for `resume_language_run`."""
+    """Return a function from a saved run without text to its specification.
+
+    Args:
+        changes: flat settings to change.
+        task_changes: options of the task to change.
+    """
 
     def spec_of(run: SavedRun) -> RunSpec:
         return task_spec(run.settings.replaced(changes or {}, task_changes or {}), saved_model_config(run))

@@ -1,4 +1,4 @@
-"""Settings of a run: those of training and those of its task, sorted from the flat keys that files and flags hold."""
+"""Settings of a run: flat keys of files and flags, sorted into settings of training and of the task."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hgrn2.tasks.registry import find_task, make_options, option_names, unknown_
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.places import from_saved_path, to_saved_path
 
-# of one step, whose batches are in memory at once
+# limit of tokens per step, whose batches are in memory at once
 _MOST_TOKENS = 2**26
 _TRAIN_KEYS = tuple(field.name for field in fields(TrainConfig))
-# tasks whose options lie among the keys of training: [train] of a file and "train" of config.json are flat for them
+# tasks whose options are among the keys of [train] in a file and of "train" in config.json
 _FLAT_TASKS = (LanguageTask.name, DistillationTask.name)
 _FLAT_DEFAULTS = {field.name: field.default for field in fields(DistillationOptions)}
 FLAT_DEFAULTS = {field.name: field.default for field in fields(TrainConfig)} | _FLAT_DEFAULTS
@@ -31,8 +31,8 @@ class RunSettings:
 
     Attributes:
         train: settings of training.
-        task: the task.
-        options: its options, an instance of `task.Options`.
+        task: class of the task.
+        options: options of the task, an instance of `task.Options`.
 
     Example:
         >>> RunSettings.from_flat({"max_steps": 10, "batch_size": 2, "seq_len": 64}).tokens_per_step
@@ -62,7 +62,7 @@ class RunSettings:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens (examples, for some tasks) that one optimizer step reads."""
+        """Tokens (for some tasks, examples) per optimizer step."""
         return self.train.batch_size * self.options.tokens_per_example * self.train.grad_accumulation
 
     @property
@@ -72,7 +72,7 @@ class RunSettings:
         return train.default_warmup_steps(self.tokens_per_step) if train.warmup_steps is None else train.warmup_steps
 
     def resolved(self) -> RunSettings:
-        """Return the settings with which a run begins; see `TrainConfig.resolved`."""
+        """Return the settings with defaults that depend on the budget replaced by numbers (`TrainConfig.resolved`)."""
         return replace(self, train=self.train.resolved(self.tokens_per_step))
 
     @classmethod
@@ -82,12 +82,12 @@ class RunSettings:
         """Sort flat keys into those of training and those of the task.
 
         Args:
-            keys: settings of training, and options of the task beside them.
-            task: its name; None: language, or distillation if a teacher is named.
-            options: further options of the task, which win over those among the keys.
+            keys: settings of training and options of the task.
+            task: name of the task; None means language, or distillation if a teacher is given.
+            options: further options of the task, which override those among the keys.
 
         Raises:
-            UserError: a key that does not exist or belongs to another task, or a value that cannot be used.
+            UserError: a key does not exist or belongs to another task, or a value is invalid.
         """
         keys = dict(keys)
         if task is None:
@@ -113,16 +113,16 @@ class RunSettings:
 
         Args:
             changes: flat keys, as for `from_flat`.
-            options: options of the task alone.
+            options: options of the task.
         """
         task = None if self.task.name in _FLAT_TASKS else self.task.name
         return RunSettings.from_flat({**self.to_flat(), **changes}, task, options)
 
     def to_saved(self, run_dir: Path) -> dict[str, Any]:
-        """Return the tables of config.json: "train" alone for language models, "train" and "task" for other tasks.
+        """Return tables for config.json: "train" for language models, "train" and "task" for other tasks.
 
         Args:
-            run_dir: the run folder; paths that lie beside it are saved relative to it.
+            run_dir: the run folder; paths beside it are saved relative to it.
         """
         paths = {
             name: to_saved_path(run_dir, value)
@@ -138,15 +138,15 @@ class RunSettings:
 
     @classmethod
     def from_saved(cls, config: Mapping[str, Any], run_dir: Path, was_at: str | None = None) -> RunSettings:
-        """Undo `to_saved`, for the files of older runs as well.
+        """Invert `to_saved`; also reads files of older runs.
 
         Args:
-            config: config.json.
-            run_dir: where the run is now.
-            was_at: see `from_saved_path`.
+            config: the content of config.json.
+            run_dir: the current folder of the run.
+            was_at: the folder of the run when config.json was written, as for `from_saved_path`.
 
         Raises:
-            UserError: the tables are not what a run writes, or of a task that is not registered here.
+            UserError: the tables are malformed, or the task is not registered.
         """
         table = config.get("task")
         if table is None:
@@ -157,7 +157,7 @@ class RunSettings:
             task = find_task(str(table.get("name")))
             options = _with_places(table["options"], task.Options.paths, run_dir, was_at)
             settings = cls.from_flat(config["train"], task.name, options)
-        # older runs kept no number for the default
+        # older runs did not save the default as a number
         return replace(settings, train=replace(settings.train, warmup_steps=settings.num_warmup_steps))
 
 
@@ -172,7 +172,7 @@ def _with_places(
 
 
 def _without_distillation(keys: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what only distillation knows; it has no effect without a teacher."""
+    """Drop options of distillation, which have no effect without a teacher."""
     own = option_names(LanguageTask)
     only = {key for key in _FLAT_DEFAULTS if key not in own}
     for name in only - {"teacher"}:

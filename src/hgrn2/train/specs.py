@@ -36,11 +36,11 @@ def task_spec(
     """Return the specification of a run.
 
     Args:
-        settings: of training and of the task.
-        model_config: the model.
-        data: prepared text, for tasks that read any.
-        sampler: writes samples from the model and a prompt; None: no samples.
-        start: where the first weights come from; None: drawn.
+        settings: settings of training and of the task.
+        model_config: configuration of the model.
+        data: prepared text, for tasks that read text.
+        sampler: writes text samples from the model and a prompt; None writes none.
+        start: a model to take the weights from; None initialises them.
     """
     task, options, train = settings.task, settings.options, settings.train
 
@@ -70,16 +70,16 @@ def text_spec(
     """Return the specification of a run on prepared text.
 
     Args:
-        settings: as for task_spec.
-        model_config: as for task_spec.
+        settings: settings of training and of the task.
+        model_config: configuration of the model.
         data: prepared tokens and their tokenizer.
-        saved_data: "data" of config.json, see saved_data_settings.
-        sampler: as for task_spec.
-        start: as for task_spec.
-        compressors: at the end, record what gzip and xz make of the held-out text.
+        saved_data: "data" of config.json, made by `saved_data_settings`.
+        sampler: writes text samples from the model and a prompt; None writes none.
+        start: a model to take the weights from; None initialises them.
+        compressors: record how gzip and xz compress the held-out text at the end.
 
     Raises:
-        UserError: the model has fewer tokens than the tokenizer.
+        UserError: the vocabulary of the model is smaller than the tokenizer's.
     """
     data.tokenizer.check_fits(model_config.vocab_size)
     spec = task_spec(settings, model_config, data=data, sampler=sampler, start=start)
@@ -94,19 +94,19 @@ def text_spec(
 
 
 def saved_data_settings(settings: Mapping[str, Any], data: PreparedData, run_dir: Path) -> dict[str, Any]:
-    """Return "data" of config.json: settings, the place of the tokens and the place of the run."""
+    """Return "data" of config.json: settings, and the locations of the tokens and the run."""
     return {**settings, "prepared": to_saved_path(run_dir, data.directory), "run_was_at": os.path.realpath(run_dir)}
 
 
 def fingerprints(data: PreparedData) -> dict[str, str]:
-    """Return what tells the tokens of both parts from others."""
+    """Return the fingerprints of the training and validation tokens."""
     return {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
 
 
 def check_data(run: SavedRun, data: PreparedData) -> None:
-    """Raise UserError if tokens are not those that a run was started with."""
+    """Raise UserError if the tokens are not those that the run was started with."""
     wanted = run.config["data"].get("fingerprints")
-    # older runs have none of these; the position in the data knows the training tokens
+    # older runs have none; the position in the data still checks the training tokens
     if wanted is None:
         return
     known = wanted if isinstance(wanted, dict) else {}
@@ -120,10 +120,10 @@ def check_data(run: SavedRun, data: PreparedData) -> None:
 
 
 def saved_model_config(run: SavedRun) -> HGRN2Config:
-    """Return the model of a run.
+    """Return the model configuration of a run.
 
     Raises:
-        UserError: it is not that of the checkpoint's weights.
+        UserError: it differs from that of the checkpoint.
     """
     config = HGRN2Config.from_dict(run.config["model"])
     if run.checkpoint is None:
@@ -142,7 +142,7 @@ def saved_model_config(run: SavedRun) -> HGRN2Config:
 
 
 def _describe_data(model: nn.Module, data: PreparedData, prompt: str) -> dict[str, Any]:
-    """Return facts about the data for the record of a run's start: sizes of both parts, a few words to continue."""
+    """Return facts about the data for the start record: sizes of both parts, and a prompt."""
     del model
     if not prompt.isprintable() or prompt != prompt.strip() or not prompt:
         prompt = first_words(data.validation, data.tokenizer)

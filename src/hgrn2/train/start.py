@@ -1,4 +1,4 @@
-"""A model whose weights a new run begins with."""
+"""Open a model to start a new run from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hgrn2.formats.run_folder import locate_model, read_while_training
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A model whose weights a new run begins with.
+    """A model to start a new run from.
 
     Attributes:
         model: the model.
-        tokenizer: beside it; None if there is none.
-        tokenizer_dir: where that lies.
+        tokenizer: its tokenizer; None if it has none.
+        tokenizer_dir: the folder of the tokenizer.
     """
 
     model: ModelFolder
@@ -37,21 +37,21 @@ class Start:
             folder, tokenizer_dir = locate_model(path)
             tokenizer = tokenizer_of(tokenizer_dir)
             if isinstance(tokenizer, HFTokenizer):
-                # chat template, special tokens and settings of generation go with the model
+                # keep chat template, special tokens and generation settings with the model
                 tokenizer.companions = read_companions(tokenizer_dir, tokenizer.eot_id)
             return cls(open_folder(folder), tokenizer, tokenizer_dir)
 
         return read_while_training(path, read)
 
     def data_defaults(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return defaults for `data_settings`: data that is not prepared yet gets the model's tokenizer."""
+        """Return defaults for `data_settings`: the model's tokenizer, unless the data is prepared already."""
         prepared_already = len(names) == 1 and is_prepared(names[0])
         return {} if self.tokenizer is None or prepared_already else {"tokenizer": str(self.tokenizer_dir)}
 
     def own_tokenizer(self, data: PreparedData) -> PreparedData:
-        """Return the data with the model's tokenizer, which may hold more than the one saved with the tokens."""
+        """Return the data with the model's tokenizer, which may have more files than the one saved with the tokens."""
         return data if self.tokenizer is None else dataclasses.replace(data, tokenizer=self.tokenizer)
 
     def check_tokens(self, found: Tokenizer) -> None:
-        """Raise UserError if the data is in other tokens than the model's."""
+        """Raise UserError if the tokens of the data are not the model's."""
         check_same_tokens(self.tokenizer, found, f"model {self.model.path}")
