@@ -5,6 +5,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hgrn2.models import HGRN2LM, HGRN2Config, presets
 from hgrn2.models.cost import cost, cost_table
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.optim import ROLES
+from hgrn2.train.specs import saved_model_config
 from tests.formats.command_line import run_cli
 from tests.models import toy_mixer
 from tests.models.cases import SIZE, config_of, make_model, tokens
@@ -103,6 +105,7 @@ def test_it_appears_in_info(capsys):
     config = HGRN2Config.from_dict(KEYS)
     assert config.described_layers == {"average": "0, 2", "hgrn2": "1", "attention": "3"}
     assert "2 average, 1 hgrn2, 1 attention" in config.summary
+    assert config.layer_memories == ("state", "state", "state", "tokens")
 
 
 def test_costs_are_those_of_its_parts():
@@ -212,6 +215,15 @@ def test_patterns_and_options_that_do_not_fit_are_refused(keys, code, names):
         HGRN2Config.from_dict(SIZE | keys)
     assert str(caught.value).startswith("model config")
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_whose_pattern_was_edited_is_not_its_checkpoint(runs):
+    flat = HGRN2Config.from_dict(SIZE).to_dict()
+    saved = SimpleNamespace(
+        run_dir=runs[0], config={"model": flat}, checkpoint=runs[0] / "checkpoints" / "step-00000008"
+    )
+    with refuses("mismatch", "layers is None", "average"):
+        saved_model_config(saved)  # pyright: ignore[reportArgumentType]
 
 
 def test_decoding_gives_the_logits_of_the_whole():

@@ -109,9 +109,9 @@ def _evaluate_texts(
     lm, tokenizer = load(run, checkpoint, device)
     corpus = open_corpus(files, text_field)
     num_bytes = corpus.num_bytes
-    attn = lm.config.attn
-    if attn is not None and attn.window_size is None and (num_bytes is None or num_bytes > _LONG_TEXT_BYTES):
-        tell(f"note: {len(attn.layers)} layers attend to the whole text; time and memory grow with its length")
+    attending = lm.config.layer_memories.count("tokens")
+    if attending and (num_bytes is None or num_bytes > _LONG_TEXT_BYTES):
+        tell(f"note: {attending} layers attend to the whole text; time and memory grow with its length")
     by_source: dict[str, list[Score]] = {}
     with progress_bar("scoring", num_bytes, None) as bar:
         for document in corpus.documents():

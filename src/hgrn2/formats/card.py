@@ -10,7 +10,6 @@ from typing import Any
 from hgrn2.models import HGRN2Config
 from hgrn2.models.config import MODEL_TYPE
 from hgrn2.models.cost import cost
-from hgrn2.models.pattern import ATTENTION
 
 CARD_NAME = "README.md"
 # metadata of the Hub: lines between two rows of dashes at the top of a card
@@ -48,7 +47,7 @@ def write_card(
     costs = cost(config)
     found = _license_of(source / CARD_NAME)
     data = _data_of(settings)
-    attending = config.layer_mixers.count(ATTENTION)
+    attending = sum(memory != "state" for memory in config.layer_memories)
     kinds = "all recurrent" if not attending else f"{attending} of them attend, the others are recurrent"
     if config.layers is not None:
         kinds = "; ".join(f"{name} at {layers}" for name, layers in config.described_layers.items())

@@ -20,7 +20,7 @@ from hgrn2.models.pattern import (
     read_pattern,
 )  # fmt: skip
 from hgrn2.nn.gates import LOWER_BOUNDS
-from hgrn2.nn.mixers.base import Mixer, MixerOptions
+from hgrn2.nn.mixers.base import Memory, Mixer, MixerOptions
 from hgrn2.nn.mixers.hgrn2 import DEFAULT_EXPAND_RATIO, HGRN2Options
 from hgrn2.nn.mixers.registry import find_mixer, mixers_with_option
 from hgrn2.nn.mlp import GLU_ACTIVATIONS
@@ -278,6 +278,12 @@ class HGRN2Config:
     def described_layers(self) -> dict[str, str]:
         """Layers of each mixer in words, such as {"hgrn2": "0-2, 4-6", "attention": "3, 7"}."""
         return describe_layers(self.layer_mixers)
+
+    @property
+    def layer_memories(self) -> tuple[Memory, ...]:
+        """Content of each layer's state, see `Mixer.memory`."""
+        found = {name: find_mixer(name).mixer.memory(self.mixer_options(name)) for name in set(self.layer_mixers)}
+        return tuple(found[name] for name in self.layer_mixers)
 
     @property
     def bounded_layers(self) -> tuple[int, ...]:

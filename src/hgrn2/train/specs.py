@@ -132,7 +132,9 @@ def saved_model_config(run: SavedRun) -> HGRN2Config:
     if not isinstance(saved, dict):
         raise UserError(f"{run.checkpoint}/config.json: no 'model' settings; name an older checkpoint", "damaged")
     now, before = config.to_dict(), HGRN2Config.from_dict(saved).to_dict()
-    if differing := [f"{key} is {now[key]!r}, there {before[key]!r}" for key in now if now[key] != before[key]]:
+    # some keys are only written where they are set
+    keys = [key for key in now | before if now.get(key) != before.get(key)]
+    if differing := [f"{key} is {now.get(key)!r}, there {before.get(key)!r}" for key in keys]:
         raise UserError(
             f"{run.run_dir}/config.json: the model is not that of {run.checkpoint.name}: {', '.join(differing)}; "
             "restore the file from the checkpoint, or begin another run with --from and --set",
