@@ -33,6 +33,7 @@ BHK = Annotated[Tensor, "B H K"]
 BHV = Annotated[Tensor, "B H V"]
 BHKV = Annotated[Tensor, "B H K V"]
 HK = Annotated[Tensor, "H K"]
+LD = Annotated[Tensor, "L D"]
 NHKV = Annotated[Tensor, "N H K V"]
 # any leading axes
 Rows = Annotated[Tensor, "*batch D"]

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hgrn2.shapes import LD
+
 LOWER_BOUNDS = ("inclusive", "exclusive")
 # the largest float32 below 1: a bound of exactly 1 would freeze the state
 _BELOW_ONE = 1 - 2**-24
 
 
-def lower_bounds(gamma: Tensor, kind: str) -> Tensor:
+def lower_bounds(gamma: LD, kind: str) -> LD:
     """Computes bounds that grow with depth, from free parameters (arXiv 2311.04823, section 3.2).
 
     With P = softmax of gamma over the layers, layer l's bound is

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.ops.export import is_exporting
 from hgrn2.ops.tracing import constant_in_traces
+from hgrn2.shapes import BTD
+
+# heads of width E; S keys, of as many heads or of fewer
+Queries = Annotated[Tensor, "B T H E"]
+Keys = Annotated[Tensor, "B S G E"]
 
 # queries of windowed attention in one block; a larger window is its own block size
 WINDOW_BLOCK = 256
@@ -113,7 +118,7 @@ class Attention(Mixer):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_size, bias=qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, state: MixerState | None, context: Context) -> tuple[Tensor, MixerState]:
+    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
         """Attends, see `Mixer.forward`."""
         cu_seqlens, mask, keep_state = context.cu_seqlens, context.mask, context.keep_state
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_size))
@@ -194,7 +199,7 @@ class Attention(Mixer):
         first = self._first_kept(k.shape[1])
         return y, {"key": k[:, first:], "value": v[:, first:], "valid": valid[:, first:], "position": count}
 
-    def _attend_ragged(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _attend_ragged(self, q: Queries, k: Keys, v: Keys, cu_seqlens: Tensor) -> BTD:
         """Attend within packed sequences in one kernel, which reads the bounds on the device; [1, T, D].
 
         Rows after the last bound belong to no sequence and are not written.
@@ -240,7 +245,7 @@ class Attention(Mixer):
         cache = {"key": _stack(keys, k, longest), "value": _stack(values, v, longest)}
         return y, {**cache, "valid": valid, "position": count}
 
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _causal(self, q: Queries, k: Keys, v: Keys) -> BTD:
         """Attend causally to keys without padding; [B, T, D]."""
         length, count = q.shape[1], k.shape[1]
         if length == count and self.window_size is None:
@@ -262,7 +267,7 @@ class Attention(Mixer):
             outputs.append(self._dot_product(q[:, start:stop], k[:, first:last], v[:, first:last], seen))
         return torch.cat(outputs, 1) if outputs else q.flatten(2)
 
-    def _dot_product(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    def _dot_product(self, q: Queries, k: Keys, v: Keys, seen: Tensor | None) -> BTD:
         """Attend with q [B, T, heads, size] where seen [..., T, keys] is true, None for causal; [B, T, D]."""
         y = functional.scaled_dot_product_attention(
             q.transpose(1, 2),

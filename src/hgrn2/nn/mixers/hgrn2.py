@@ -17,7 +17,7 @@ from hgrn2.nn.short_conv import ShortConv
 from hgrn2.ops import check_backend, hgrn2_scan, hgrn2_step
 from hgrn2.ops.checks import check_fixed_settings
 from hgrn2.ops.tiles import CHUNK_SIZE
-from hgrn2.shapes import describe
+from hgrn2.shapes import BTD, BTHK, BTHV, NHKV, describe
 
 # a pre-activation that makes the forget gate exactly 1 and the key exactly 0 in every dtype
 _KEEP_STATE = 1e4
@@ -115,16 +115,14 @@ class HGRN2(Mixer):
         self.g_norm = Norm(norm, hidden_size, norm_eps, norm_affine)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, state: MixerState | None, context: Context) -> tuple[Tensor, MixerState]:
+    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
         """Mixes tokens, see `Mixer.forward`."""
         q, z, v, new_state = self.project(x, state, context)
         before = None if state is None else state["recurrent"]
         y, new_state["recurrent"] = self.mix(q, z, v, before, context)
         return self.finish(y), new_state if context.keep_state else {}
 
-    def project(
-        self, x: Tensor, state: MixerState | None, context: Context
-    ) -> tuple[Tensor, Tensor, Tensor, MixerState]:
+    def project(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTHK, BTHK, BTHV, MixerState]:
         """Computes the scan's pre-activations, each [B, T, H, K], and the new state of the short convolutions."""
         mask = context.mask
         projected = {"q": self.q_proj(x), "f": self.f_proj(x), "i": self.i_proj(x)}
@@ -140,8 +138,8 @@ class HGRN2(Mixer):
         return q, z, v, new_state
 
     def mix(
-        self, q: Tensor, z: Tensor, v: Tensor, state: Tensor | None, context: Context, *, reverse: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self, q: BTHK, z: BTHK, v: BTHV, state: NHKV | None, context: Context, *, reverse: bool = False
+    ) -> tuple[BTHV, NHKV]:
         """Runs the recurrence.
 
         Args:
@@ -178,11 +176,11 @@ class HGRN2(Mixer):
             backend=self.backend,
         )  # fmt: skip
 
-    def finish(self, y: Tensor) -> Tensor:
+    def finish(self, y: BTHV) -> BTD:
         """Normalises the scan's outputs [B, T, H, V] over all heads, and projects them to [B, T, D]."""
         return self.o_proj(self.g_norm(y.flatten(2)))
 
-    def forget_gate(self, x: Tensor, state: MixerState | None, context: Context) -> Tensor:
+    def forget_gate(self, x: BTD, state: MixerState | None, context: Context) -> BTD:
         """Computes the part of each state channel that each token keeps, [B, T, D] in float32 or wider."""
         z = self.project(x, state, context)[1]
         return forget_gate(z.flatten(2), context.lower_bound)
