@@ -15,9 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgrn2.ops import hgrn2_scan
-from hgrn2.ops.backends import registered
+from hgrn2.ops.backends import find, registered
 from hgrn2.ops.backends.cuda import CudaBackend, launch, launch_list, plan, schedule
 from hgrn2.ops.backends.cuda import kernels as cuda_kernels
+from hgrn2.ops.call import ScanCall, ScanSettings
 from tests.numerics import assert_close, assert_equal, assert_no_worse, relative_error, run
 from tests.ops.cuda_emulator import Emulator
 from tests.ops.scan_cases import honest, spread, tied_inputs, unchecked
@@ -286,12 +287,14 @@ def test_activations(kernels, activation):
     assert_close(found, wanted, 5e-3)
 
 
-def test_an_activation_of_values(kernels):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_activation_of_values(kernels, compiled):
+    # applied before the operator, also in a trace
     inputs = Case(70).inputs()
     settings = {"v_activation": "silu", "min_log_decay": -3.0}
-    assert_no_worse(
-        run(hgrn2_scan, inputs, **settings), honest(hgrn2_scan, inputs, **settings), exact(inputs, **settings)
-    )
+    torch.compiler.reset()
+    op = torch.compile(hgrn2_scan, fullgraph=True, backend="aot_eager") if compiled else hgrn2_scan
+    assert_no_worse(run(op, inputs, **settings), honest(hgrn2_scan, inputs, **settings), exact(inputs, **settings))
     assert "forward_outputs" in kernels.made
 
 
@@ -416,6 +419,28 @@ def test_dispatch_modes_see_the_operators(kernels):
     with Watched():
         assert_equal(run(hgrn2_scan, inputs), wanted)
     assert seen >= {"hgrn2.scan.default", "hgrn2.scan_backward.default"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(kernels, monkeypatch, packed):
+    # states are kept on the way
+    monkeypatch.setattr(plan, "MIN_SEGMENT_CHUNKS", 1)
+    monkeypatch.setattr(plan, "MAX_STATES", 1)
+    inputs = Case(190, cu_seqlens=PACKED if packed else None).inputs()
+    # opcheck runs the operator again and compares every element
+    torch.use_deterministic_algorithms(False)
+    names = ("q", "f", None, "v", "lower_bound", "initial_state", "cu_seqlens")
+    call = ScanCall._make((*(inputs.get(name) for name in names), ScanSettings(packed, 0.5, "silu")))
+    checks = ("test_schema", "test_faketensor")
+    for needs_grad in (False, True):
+        call, coarse = find("cuda").plan(call, needs_grad)
+        arguments = ("cuda", coarse, *call.flat())
+        torch.library.opcheck(torch.ops.hgrn2.scan.default, arguments, test_utils=checks)
+    y, state, kept = torch.ops.hgrn2.scan(*arguments)
+    assert kept.shape[1] > 0
+    for bound_wanted, d_state in ((True, torch.randn_like(state)), (False, None)):
+        arguments = ("cuda", coarse, torch.randn_like(y), d_state, kept, bound_wanted, *call.flat())
+        torch.library.opcheck(torch.ops.hgrn2.scan_backward.default, arguments, test_utils=checks)
 
 
 def test_a_second_derivative_is_refused(kernels):

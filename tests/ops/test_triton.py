@@ -501,6 +501,19 @@ def test_traced_whole_graph_equals_eager(op, packed):
     torch.compiler.reset()
 
 
+def test_traced_gradient_of_a_step():
+    inputs = step_inputs()
+
+    def function(**inputs):
+        return hgrn2_step(backend="triton", **inputs)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = run(compiled, inputs)
+    torch.compiler.reset()
+    assert_close(found, run(function, inputs), 1e-7)
+
+
 def test_traced_step_in_place():
     inputs = step_inputs()
 
