@@ -179,7 +179,7 @@ def honest_gated_scan(
 def honest(
     op: Callable[..., Any], inputs: Mapping[str, Any], reverse: bool = False, **settings: Any
 ) -> dict[str, Tensor]:
-    """What `run` gives with honest torch in the dtype of the inputs, sequence by sequence, in either direction."""
+    """Return the results of `run` with honest torch in the dtype of the inputs, one sequence at a time."""
     scan = partial({hgrn2_scan: honest_scan, gated_scan: honest_gated_scan}[op], **settings)
 
     def whole(**inputs):

@@ -1,4 +1,4 @@
-"""Which backend runs, and what is said where one cannot. No kernel runs here."""
+"""Choice of a backend, rejections and registration. No kernel runs here."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_auto_without_a_backend_for_the_call():
 
 
 def problem_with(monkeypatch, versions: dict[str, str]) -> str | None:
-    """What is said of Triton where these packages are installed."""
+    """Return the problem of Triton where these packages are installed."""
 
     def version(name: str) -> str:
         if name not in versions:

@@ -1,4 +1,4 @@
-"""What can be said of the CUDA kernels without a GPU; `test_gpu.py` runs them."""
+"""The CUDA kernels without a GPU: layout of arguments, compilation, division of the work; `test_gpu.py` runs them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def emulator(request):
-    """What it builds is kept beside pytest's own cache, by what it was built from."""
+    """An emulator whose builds are cached beside pytest's own cache."""
     return Emulator(request.config.cache.mkdir("cuda-emulator"))
 
 
@@ -176,7 +176,7 @@ def test_a_bound_whose_gradient_is_not_wanted(kernels, shift, compiled):
 
 
 def gradients(inputs, dy, dtype=torch.bfloat16, op=hgrn2_scan, **settings):
-    """Of all inputs but the bound, for a gradient of the outputs alone."""
+    """Return gradients of all inputs but the bound, for a gradient of the outputs alone."""
     high = torch.promote_types(dtype, torch.float32)
     leaves = {name: inputs[name].to(dtype).requires_grad_() for name in "qfv"}
     leaves["initial_state"] = inputs["initial_state"].to(high).requires_grad_()
@@ -517,7 +517,7 @@ class Numbers(ctypes.Structure):
 
 
 def emulate(emulator, body: str) -> list[list[int]]:
-    """What the threads leave behind, each time with another order of things."""
+    """Return the numbers that the threads write, for several schedules."""
     names, which = tuple(f"kernel_{i}" for i in range(len(BODIES))), BODIES.index(body)
     kernel = emulator.kernel("\n" + SOURCE + "\n", names, names[which], {"BFLOAT16": "1", "FLOOR": "0.0f"}, 1024, 64)
     found = []

@@ -1,4 +1,4 @@
-"""What does not fit is refused with a line that names the argument, what was found and what is wanted."""
+"""Inputs that do not fit are refused with a line that names the argument, the value found and the one wanted."""
 
 from __future__ import annotations
 

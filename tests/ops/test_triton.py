@@ -177,7 +177,7 @@ def test_slices_of_one_projection():
 
 
 def turned(x: torch.Tensor, how: int) -> torch.Tensor:
-    """The same values with other strides."""
+    """Return the same values with other strides."""
     # the last axis outermost, every second element of a wider one, the first two axes exchanged
     return (
         x.movedim(-1, 0).contiguous().movedim(0, -1),

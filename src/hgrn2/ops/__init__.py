@@ -1,4 +1,4 @@
-"""The operator: pure functions on tensors."""
+"""Scans and steps of gated linear recurrences: pure functions on tensors."""
 
 from hgrn2.ops.backends import check_backend, resolve_backend
 from hgrn2.ops.scan import gated_scan, hgrn2_scan, hgrn2_step

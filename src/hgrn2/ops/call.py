@@ -1,4 +1,4 @@
-"""Scans and steps as values: operands and settings, checked once by the public functions and passed as they are."""
+"""Scans and steps as values: operands and settings that the public functions check once and pass on unchanged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ScanCall(NamedTuple):
         lower_bound: [H, K] in the state dtype, or None for 0.
         initial_state: [N, H, K, V] in the state dtype, or None for zeros.
         cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, or None.
-        settings: what is not a tensor.
+        settings: the settings.
     """
 
     q: Tensor
@@ -94,11 +94,11 @@ class ScanGradients(NamedTuple):
 
 
 class CallTraits(NamedTuple):
-    """The part of a call that decides which backends can run it.
+    """Traits of a call that decide which backends can run it.
 
     Attributes:
-        device: of the inputs.
-        dtype: of q.
+        device: device of the inputs.
+        dtype: dtype of q.
         k_width: K.
         v_width: V.
         batch: B.

@@ -185,7 +185,7 @@ def _log1p(x: Tensor) -> Tensor:
 
 
 def _expm1(x: Tensor) -> Tensor:
-    # likewise exp(x) - 1; x is at most 0
+    # exporters write exp(x) - 1, which has the same problem; x is at most 0
     u = torch.exp(x)
     near = torch.where((u == 1) | (u < math.exp(-1)), 0.5, u)
     small = torch.where(u == 1, x, (near - 1) * (x / near.log()))

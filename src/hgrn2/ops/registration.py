@@ -1,10 +1,10 @@
-"""The operators in torch's library: opaque to torch.compile, with shapes and gradients it can reason about.
+"""Operators in torch's library: opaque to torch.compile, with fake shapes and gradients.
 
 There are four, for all backends: `hgrn2::scan`, `hgrn2::scan_backward`, `hgrn2::step` and `hgrn2::step_in_place`. Each
-takes the name of a backend and the flat arguments of a call.
+takes the name of a backend and the flat arguments of a call (`hgrn2.ops.call.SCHEMA`).
 
-The dispatcher's path to an operator written in Python costs more time than the launches of a GPU's kernels. So a plain
-eager call, which no compiler, transform, mode or tensor subclass observes, is known to autograd alone.
+Dispatch to an operator written in Python takes longer than the launches of a GPU's kernels. So a plain eager call,
+which no compiler, transform, mode or tensor subclass observes, skips the dispatcher and goes through autograd alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hgrn2.ops.export import is_exporting
 from hgrn2.shapes import BHKV, BHV, BTHV, NHKV
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-# place of the lower bound behind a backend and a plan
+# index of the lower bound in arguments that begin with a backend and a plan
 _LOWER_BOUND = 2 + ScanCall._fields.index("lower_bound")
 _NO_GRADIENTS = (None,) * len(ScanSettings._fields)
 
@@ -43,7 +43,7 @@ def run_scan(call: ScanCall, backend: Backend) -> tuple[BTHV, NHKV]:
         return y, state
     check_tangents(backend.name, *call[:-1])
     needs_grad = call.needs_gradient()
-    # how much is kept depends on the length, which an exported program leaves open
+    # the size of what is kept depends on the length, which an exported program may leave open
     call, plan = backend.plan(call, needs_grad and not is_exporting())
     if not _is_plain_eager(call):
         y, state, _ = _traced_scan(backend.name, plan, *call.flat())
@@ -79,7 +79,7 @@ def run_step(call: ScanCall, backend: Backend, in_place: bool) -> tuple[BHV, BHK
         found = operator(backend.name, *call.flat())
         return (found, state) if in_place else found
     if in_place and not state.is_inference():
-        # as torch's library does for an argument that an operator changes
+        # as torch's library does for arguments that an operator mutates
         torch.autograd.graph.increment_version(state)
     return backend.step(call, in_place)
 
@@ -103,13 +103,13 @@ class _EagerScan(torch.autograd.Function):
         call = ScanCall(*fields)
         y, final_state, kept = backend.forward(call, plan)
         _save(ctx, backend.name, plan, call, kept)
-        # the final state is seldom used: no zeros for its gradient
+        # the final state is seldom used: make no zeros for its gradient
         ctx.set_materialize_grads(False)
         return y, final_state
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_final_state: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # with a second derivative in sight, the operator: it refuses that one if it is asked for
+        # with create_graph=True through the operator, which refuses a second derivative
         compute = _traced_gradients if torch.is_grad_enabled() else _gradients
         return None, None, *_backward(ctx, compute, dy, d_final_state), None, None
 
@@ -248,7 +248,7 @@ def _with_transforms(
         except NotImplementedError as error:
             if "jvp" not in str(error):
                 raise
-            # forward mode inside another transform, which `check_tangents` does not see
+            # forward mode inside another transform, which `check_tangents` cannot detect
             raise NotImplementedError(
                 f"backend {inputs[0]!r} has no derivative in forward mode; use backend='reference'"
             ) from error

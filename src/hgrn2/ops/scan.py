@@ -1,4 +1,4 @@
-"""The public operators, and which backend runs."""
+"""The public operators: each checks its arguments, chooses a backend and runs the call."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def hgrn2_scan(
     Raises:
         UserError: shapes, dtypes, devices, settings, values of cu_seqlens or of the lower bound that do not fit;
             values of tensors are checked where that needs no wait for an accelerator.
-        NotImplementedError: a derivative in forward mode is asked of another backend than "reference".
-        RuntimeError: likewise a second derivative, where it is computed.
+        NotImplementedError: forward-mode differentiation of another backend than "reference".
+        RuntimeError: a second derivative of another backend than "reference"; raised when it is computed.
 
     Example:
         >>> import torch, hgrn2

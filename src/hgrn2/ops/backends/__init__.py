@@ -1,4 +1,4 @@
-"""Backends of the scans: a room each, and the rule by which one is chosen."""
+"""Backends of the scans, and their registry."""
 
 from hgrn2.ops.backends.base import (
     Backend,
@@ -36,5 +36,5 @@ __all__ = [
 
 for _backend in (ReferenceBackend(), ChunkedBackend(), TritonBackend(), CudaBackend()):
     register(_backend)
-# the reference runs by its name alone, and so do kernels in an interpreter, which are for tests
+# "auto" never takes the reference, nor kernels in an interpreter, which are for tests
 set_auto_order("cuda", *(() if IS_INTERPRETED else ("triton",)), "chunked")

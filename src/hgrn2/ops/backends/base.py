@@ -1,4 +1,4 @@
-"""What a backend is, which ones there are, and which of them runs a call."""
+"""The protocol of backends, their registry, and the choice of one for a call."""
 
 from __future__ import annotations
 
@@ -18,39 +18,47 @@ AUTO = "auto"
 
 
 class Unavailable(str):
-    """A rejection for want of something that can be installed; "auto" warns of it."""
+    """Reason for a rejection that an installation would lift; "auto" warns of it."""
 
     __slots__ = ()
 
 
 class Backend(Protocol):
-    """A way to compute scans and steps.
+    """Protocol of an implementation of scans and steps.
 
-    Classes that derive from this one inherit what most backends share: no plan, nothing kept, steps of their own.
+    Derived classes inherit defaults: no plan, no tensor kept for the backward pass, steps of their own.
 
     Attributes:
-        name: what callers ask for.
-        opaque: which of "scan" and "step" are operators of torch's library, whose inside neither torch.compile nor
-            autograd sees. An opaque scan needs `backward`; the gradient of an opaque step is that of a scan of one
-            token. What is not opaque must be made of differentiable operations of torch.
+        name: name in the `backend` argument of the operators.
+        opaque: those of "scan" and "step" that run as operators of torch's library, into which neither torch.compile
+            nor autograd looks. An opaque scan needs `backward`; the gradient of an opaque step is that of a scan of one
+            token. A scan or step that is not opaque consists of differentiable operations of torch.
     """
 
     name: str
     opaque: tuple[str, ...] = ("scan",)
 
     def rejects(self, traits: CallTraits) -> str | None:
-        """Return the reason why it cannot run such calls, or None. Must not wait for a device."""
+        """Return the reason why it cannot run such calls, or None, without waiting for a device.
+
+        Args:
+            traits: traits of the calls.
+        """
         ...
 
     def step_backend(self, traits: CallTraits) -> str:
-        """Return the name of the backend whose step it uses, which is usually itself."""
+        """Return the name of the backend whose step it uses, by default its own.
+
+        Args:
+            traits: traits of the step.
+        """
         return self.name
 
     def plan(self, call: ScanCall, needs_grad: bool) -> tuple[ScanCall, int]:
-        """Return the call in the form that `forward` takes, and a number that decides what it keeps.
+        """Return the call as `forward` takes it, and a number that determines the size of what it keeps.
 
-        Both are found outside the operator: operations of torch that the call needs first are differentiated by
-        autograd, and a traced program holds the number.
+        This runs outside the operator: autograd differentiates operations of torch that prepare the call, and a traced
+        program holds the number.
 
         Args:
             call: the call.
@@ -59,7 +67,12 @@ class Backend(Protocol):
         return call, 0
 
     def kept_shape(self, call: ScanCall, plan: int) -> tuple[int, ...]:
-        """Return the shape of the tensor in the state dtype that `forward` keeps, from shapes alone; (0,) for none."""
+        """Return the shape of the tensor that `forward` keeps, from shapes alone; (0,) for none.
+
+        Args:
+            call: the call; its tensors may be fake.
+            plan: number returned by `plan`.
+        """
         return (0,)
 
     def forward(self, call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor | None]:
@@ -67,11 +80,11 @@ class Backend(Protocol):
 
         Args:
             call: the call.
-            plan: as `plan` gave it.
+            plan: number returned by `plan`.
 
         Returns:
-            y [B, T, H, V] in q's dtype, the final state [N, H, K, V] in the state dtype, and what `backward` needs of
-            the way there or None; tensors of their own, contiguous.
+            y [B, T, H, V] in q's dtype, the final state [N, H, K, V] in the state dtype, and a tensor in the state
+            dtype that is kept for `backward`, or None. All are new and contiguous.
         """
         ...
 
@@ -79,12 +92,12 @@ class Backend(Protocol):
         self, call: ScanCall, plan: int, kept: Tensor | None, dy: BTHV, d_final_state: NHKV | None,
         bound_wanted: bool,
     ) -> ScanGradients:  # fmt: skip
-        """Gradient of `forward`.
+        """Return the gradient of `forward`.
 
         Args:
             call: the call.
-            plan: as `plan` gave it.
-            kept: as `forward` left it; not to be read if it left nothing.
+            plan: number returned by `plan`.
+            kept: tensor that `forward` kept; unspecified if it kept none.
             dy: [B, T, H, V], gradient of the outputs.
             d_final_state: [N, H, K, V], gradient of the final state; None for zeros.
             bound_wanted: whether the gradient of the lower bound is wanted.
@@ -131,7 +144,7 @@ def register(backend: Backend) -> None:
 def _has(backend: Any, part: str) -> bool:
     if part == "backward" and "scan" not in getattr(backend, "opaque", ("scan",)):
         return True
-    # looked up in the class: an attribute that is made on first use may import a compiler
+    # looked up in the class: an attribute that is computed on first use may import a compiler
     found = vars(backend).get(part, getattr(type(backend), part, None))
     is_required = part in ("rejects", "forward", "backward", "step")
     return found is not None and not (is_required and found is getattr(Backend, part))
@@ -150,7 +163,7 @@ def unregister(name: str) -> None:
 
 @contextlib.contextmanager
 def registered(*backends: Backend, auto_order: tuple[str, ...] | None = None) -> Iterator[None]:
-    """Register backends for a block, each in the place of one of the same name if there is one.
+    """Register backends for a block; each replaces a backend with its name.
 
     Args:
         *backends: as for `register`.
@@ -176,7 +189,7 @@ def auto_order() -> tuple[str, ...]:
 
 
 def set_auto_order(*names: str) -> None:
-    """Let "auto" be the first of these backends that does not reject a call.
+    """Set the order in which "auto" tries backends: it takes the first that does not reject a call.
 
     Args:
         *names: of registered backends.
@@ -188,7 +201,7 @@ def set_auto_order(*names: str) -> None:
 
 
 def backend_names() -> tuple[str, ...]:
-    """Return what `backend` may be: "auto" and the names of all registered backends."""
+    """Return the valid values of `backend`: "auto" and the names of all registered backends."""
     return (AUTO, *_backends)
 
 
@@ -210,7 +223,7 @@ def find(name: str) -> Backend:
         name: its name.
 
     Raises:
-        UserError: there is none.
+        UserError: no backend has this name.
     """
     if not isinstance(name, str) or name not in _backends:
         raise _unknown(name, tuple(_backends))

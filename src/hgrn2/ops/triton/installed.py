@@ -35,5 +35,5 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_runs(*dtypes: torch.dtype) -> bool:
-    """Whether a Triton that can be used is installed, and its kernels take these dtypes, if any."""
+    """Whether a usable Triton is installed whose kernels take these dtypes."""
     return PROBLEM is None and all(dtype in DTYPES for dtype in dtypes)

@@ -27,7 +27,7 @@ def norm_backward_kernel(
     dy_p, x_p, weight_p, factor_p, dx_p, d_weight_p, ROWS, WIDTH, BLOCKS, PROGRAMS, BR: tl.constexpr, BW: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, WEIGHT_LEARNS: tl.constexpr,
 ):  # fmt: skip
-    """With n = x factor and g = dy weight: dx = (g - n mean(g n)) factor, and d weight, the sum of dy n.
+    """Compute dx = (g - n mean(g n)) factor and d weight = sum of dy n, with n = x factor and g = dy weight.
 
     Programs: PROGRAMS, each with every PROGRAMS-th of the BLOCKS blocks of BR rows and a sum of its own.
     """

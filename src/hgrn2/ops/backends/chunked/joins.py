@@ -14,7 +14,7 @@ After a join q_L is multiplied by the whole decay of E, and k_E by that of L: ri
 After the last join q carries the decay since the chunk's start and k the decay to the chunk's end, which is what the
 state between chunks needs.
 
-A product of many gates just below 1 would gather rounding errors that all point the same way. So the complement
+In a product of many gates just below 1 the rounding errors would add up. So the complement
 c = 1 - f is joined beside the decay (c = c_E + f_E c_L, a sum of non-negative numbers) and decides where it is small.
 
 The gradient runs the joins backwards; it too is right at f = 0. A scan in reverse time swaps the roles of E and L.

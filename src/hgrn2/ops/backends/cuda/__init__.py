@@ -1,4 +1,4 @@
-"""Scans as kernels in CUDA C++ for Hopper and head width 128, compiled when first used by the compiler of torch."""
+"""Scans as CUDA C++ kernels for Hopper and head width 128, compiled on first use by NVRTC."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hgrn2.ops.tracing import constant_in_traces
 
 DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITY = (9, 0)
-# programs of the third dimension of a grid
+# limit of the third dimension of a grid
 MOST_SEQUENCES = (1 << 16) - 1
 _device_problems: dict[int, str | None] = {}
 
 
 class CudaBackend(Backend):
-    """The CUDA kernels. float16 lacks the range for their backward pass, which is Triton's then; steps are too."""
+    """The CUDA kernels. Steps, and the backward pass of float16, which lacks the range, are left to Triton."""
 
     name = "cuda"
     opaque = ("scan", "step")
@@ -74,7 +74,7 @@ class CudaBackend(Backend):
         """Return the shape of the states on the way."""
         return kept_shape(call, plan)
 
-    # made on first use, which loads the compiler; a call then enters the launching module alone
+    # set on first use, which loads the compiler; from then on a call goes directly to launch.py
 
     @cached_property
     def forward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]

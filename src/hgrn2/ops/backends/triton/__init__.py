@@ -12,7 +12,7 @@ from hgrn2.ops.backends.base import Backend, Unavailable
 from hgrn2.ops.call import CallTraits
 from hgrn2.ops.triton.installed import DTYPES, IS_INTERPRETED, PROBLEM
 
-# what matrix units take at least, and what fits a multiprocessor
+# least width for matrix units, and the largest that fits a multiprocessor
 NARROWEST, WIDEST = 16, 256
 
 
@@ -45,7 +45,7 @@ class TritonBackend(Backend):
             return f"K is {k_width} and V {v_width}, and its kernels take {NARROWEST} to {WIDEST}"
         return self.problem
 
-    # made on first use, which imports Triton; a call then enters the launching module alone
+    # set on first use, which imports Triton; from then on a call goes directly to launch.py
 
     @cached_property
     def forward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
