@@ -60,6 +60,7 @@ def losses(run):
     return {m["step"]: m["loss"] for m in read_metrics(run) if "loss" in m}
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_with_equal_losses(runs):
     whole, parted = map(losses, runs)
     assert sorted(whole) == sorted(parted)
@@ -69,6 +70,7 @@ def test_it_trains_and_resumes_with_equal_losses(runs):
     assert model.config.mixers["average"].slowest == 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["native", "hf"])
 def test_it_converts_and_opens_in_transformers(runs, tmp_path, capsys, layout):
     from hgrn2.hf import HGRN2ForCausalLM
@@ -89,6 +91,7 @@ def test_it_converts_and_opens_in_transformers(runs, tmp_path, capsys, layout):
     assert open_folder(tmp_path / "again").config == own.config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fla", "official"])
 def test_layouts_that_cannot_say_it_refuse(runs, tmp_path, layout):
     from hgrn2.formats.convert import convert
@@ -217,6 +220,7 @@ def test_patterns_and_options_that_do_not_fit_are_refused(keys, code, names):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_whose_pattern_was_edited_is_not_its_checkpoint(runs):
     flat = HGRN2Config.from_dict(SIZE).to_dict()
     saved = SimpleNamespace(

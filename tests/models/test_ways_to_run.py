@@ -170,6 +170,15 @@ def test_every_mixer_is_in_the_table():
     assert covered >= set(mixer_names())
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mixer_says_alike_what_its_state_holds(name):
+    config = config_of(name)
+    for memory, specs in zip(config.layer_memories, make_model(config).state_spec(), strict=True):
+        growing = [spec for spec in specs.values() if spec.grows]
+        assert bool(growing) == (memory != "state")
+        assert all((spec.limit is not None) == (memory == "window") for spec in growing)
+
+
 def test_packed_streams_change_places():
     """One starts afresh and one is done, as streams do between windows."""
     for name in KINDS:
