@@ -65,8 +65,10 @@ class _Module(pytest.Module):
             return super().collect()
         except self.CollectError as error:
             missing = error.__cause__
-            if isinstance(missing, ModuleNotFoundError) and (missing.name or "").partition(".")[0] in EXTRAS:
-                pytest.skip(f"{missing.name} is not installed", allow_module_level=True)
+            if isinstance(missing, ImportError) and (missing.name or "").partition(".")[0] in EXTRAS:
+                # a package that lacks a name is of a version that the extra excludes
+                reason = "not installed" if isinstance(missing, ModuleNotFoundError) else "too old"
+                pytest.skip(f"{missing.name} is {reason}", allow_module_level=True)
             raise
 
 

@@ -15,8 +15,8 @@ from hgrn2.data import train_bpe
 from hgrn2.nn.mixers.attention import Attention
 from hgrn2.train import plots
 from hgrn2.train.metrics import read_metrics
+from tests.formats.llama import LLAMA, TENSORS
 from tests.formats.published import write
-from tests.formats.test_start import LLAMA, TENSORS
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = ("report", "pretrained", "xatl")

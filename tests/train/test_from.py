@@ -16,8 +16,8 @@ from hgrn2.formats.opening import open_folder
 from hgrn2.inference.writing import Writer
 from hgrn2.train import plots
 from hgrn2.train.metrics import read_metrics
+from tests.formats.llama import LLAMA, TENSORS
 from tests.formats.published import FLA_CONFIG, draw, fla_shapes, write
-from tests.formats.test_start import LLAMA, TENSORS
 from tests.train.tiny_run import saved_tensors
 
 FLAGS = [
