@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hgrn2.nn.mixers import attention
+from hgrn2.nn.mixers import Context, attention
 from hgrn2.nn.mixers.attention import Attention
 from tests.numerics import relative_error
 
@@ -23,7 +23,7 @@ CU_SEQLENS = [0, 0, 1, 65, 65, 200, 330]
 
 def passes(module, x, dy, cu_seqlens):
     x = x.detach().requires_grad_()
-    y, state = module(x, None, cu_seqlens=cu_seqlens, keep_state=False)
+    y, state = module(x, None, Context(cu_seqlens, keep_state=False))
     assert state == {}
     return y.detach(), *torch.autograd.grad(y, (x, *module.parameters()), dy)
 
@@ -57,7 +57,7 @@ def test_nothing_is_waited_for():
     bounds = torch.tensor([0, 30, 100], device="cuda")
 
     def work():
-        y, _ = module(x, None, cu_seqlens=bounds, keep_state=False)
+        y, _ = module(x, None, Context(bounds, keep_state=False))
         y.sum().backward()
 
     work()
