@@ -31,25 +31,25 @@ class _Bound:
 
 
 class Ge(_Bound):
-    """At least this."""
+    """Greater than or equal to the limit."""
 
     holds = operator.ge
 
 
 class Gt(_Bound):
-    """More than this."""
+    """Greater than the limit."""
 
     holds = operator.gt
 
 
 class Le(_Bound):
-    """At most this."""
+    """Less than or equal to the limit."""
 
     holds = operator.le
 
 
 class Lt(_Bound):
-    """Less than this."""
+    """Less than the limit."""
 
     holds = operator.lt
 
@@ -57,16 +57,16 @@ class Lt(_Bound):
 def check_fields(values: Any, what: str, prefix: str = "") -> None:
     """Check every field of a dataclass against its annotation: plain types, `Literal`, and bounds in `Annotated`.
 
-    Fields of other types are not checked. A whole number is a float too, a bool is no number. Whole numbers with
-    bounds, but none above, must be less than 2^63. Bounds do not concern None.
+    Fields of other types are not checked. Integers are accepted as floats; bools are not numbers. Integers with
+    bounds but no upper one must be less than 2^63. None is not checked against bounds.
 
     Args:
         values: the instance.
-        what: the thing the fields belong to, e.g. "model config".
-        prefix: stands before a field's name in the message.
+        what: owner of the fields for messages, e.g. "model config".
+        prefix: text before a field's name in messages.
 
     Raises:
-        UserError: a value is not of its field's type, or out of its bounds.
+        UserError: a value has the wrong type or violates a bound.
 
     Example:
         >>> @dataclass
@@ -108,7 +108,7 @@ def _bound_fault(name: str, value: Any, hint: Any, bounds: list[_Bound]) -> str 
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     if broken := [bound for bound in bounds if not type(bound).holds(value, bound.limit)]:
-        # of a whole number, the bound that it breaks is news enough
+        # for an integer, report only the violated bound
         return f"is {value}; wanted {_describe_bounds(name, broken if isinstance(value, int) else bounds)}"
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     has_upper = any(isinstance(bound, Le | Lt) for bound in bounds)

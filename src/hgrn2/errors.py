@@ -1,41 +1,41 @@
-"""The one exception meant for the person at the keyboard, and text made safe for a terminal."""
+"""The exception for errors that users can fix, and text made safe for terminals."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# what can be wrong with an input; programs and tests look at the code, people at the message
+# kinds of errors; programs and tests use the code, people read the message
 CODES = {
     "invalid-value": "a value of the wrong type, range, shape, dtype or device",
-    "contradiction": "inputs that cannot stand together",
+    "contradiction": "inputs that contradict each other",
     "unknown-name": "a key, option, preset, backend or command that does not exist",
     "not-found": "a file, folder or entry that is not there",
-    "already-exists": "a place that is taken, or a name that is registered twice",
+    "already-exists": "a path that exists, or a name that is registered twice",
     "unreadable": "a file that cannot be opened or is not in the expected format",
-    "damaged": "a file that is not what was written",
+    "damaged": "a file whose content has changed since it was written",
     "version": "a file of a version that cannot be read",
-    "mismatch": "parts of different models, tokenizers, data or runs",
-    "unsupported": "something valid that this layout, backend or model cannot do",
+    "mismatch": "parts that belong to different models, tokenizers, data or runs",
+    "unsupported": "a valid request that this layout, backend or model does not support",
     "unavailable": "a package, device or connection that this machine does not have",
-    "in-use": "a folder that another process holds",
-    "unwritable": "a place that cannot be written, or a full disk",
+    "in-use": "a folder that another process is using",
+    "unwritable": "a path that cannot be written, or a full disk",
     "not-finite": "values that became infinite or not a number",
-    "incomplete": "a part that lacks something its protocol asks for",
+    "incomplete": "a definition that lacks a required part",
 }
 
 
 class UserError(ValueError):
-    """Input that cannot be used; the message says what, where, what was wanted and what to do.
+    """An error that the user can fix; the message says what was found, what was wanted and what to do.
 
-    The command line prints it as one line and exits with status 2; from Python it is a ValueError.
+    The command line prints it as one line and exits with status 2. In Python it is a ValueError.
 
     Args:
-        message: for people.
-        code: for programs; one of `CODES`.
+        message: message for people.
+        code: kind of error for programs, one of `CODES`.
 
     Attributes:
-        code: as given.
+        code: the code.
     """
 
     def __init__(self, message: str, code: str = "invalid-value") -> None:
@@ -52,12 +52,12 @@ class MissingPackage(UserError, ImportError):
 
 
 def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
-    """One line about an unknown key, with the nearest known ones.
+    """Return a one-line message about an unknown key, with near matches.
 
     Args:
-        what: the thing the key belongs to, e.g. "model config".
-        key: the key that was found.
-        known: the keys that exist.
+        what: owner of the key, e.g. "model config".
+        key: the unknown key.
+        known: the valid keys.
     """
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
@@ -65,16 +65,16 @@ def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
     return f"{what}: unknown key {key!r}; {hint}"
 
 
-# marks that change the direction of text, and separators that end a line on some terminals
+# direction marks, and separators that end a line on some terminals
 _DIRECTION_MARKS = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
-    r"""Return a text with every character that a terminal would obey shown as U+FFFD.
+    r"""Return a text with control characters and direction marks replaced by U+FFFD.
 
     Args:
-        text: what a model wrote, the name of a file, anything from outside.
-        keep: control characters that stay; the rest of C0, DEL, C1 and marks of direction are replaced.
+        text: generated text, a file name, or any other foreign text.
+        keep: control characters to keep; the rest of C0, DEL, C1 and direction marks are replaced.
 
     Example:
         >>> visible("red\x1b[31m")

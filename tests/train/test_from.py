@@ -139,7 +139,7 @@ def test_a_teacher_that_has_moved(here, capsys):
     assert cli.main(resume) == 2
     said = capsys.readouterr().err
     assert f"teacher {here / 'llama'}: no model there" in said
-    assert "if the teacher has moved, name its new place: --teacher NEW" in said
+    assert "if the teacher has moved, name its new path: --teacher NEW" in said
     assert cli.main([*resume, "--teacher", "moved"]) == 0
     assert figures("again") == wanted
 

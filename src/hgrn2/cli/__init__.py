@@ -1,4 +1,4 @@
-"""The command line `hgrn2`: one module a command."""
+"""The command line `hgrn2`, with one module per command."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `hgrn2`; those of the process if None.
 
     Returns:
-        The exit status: 2 for what the user can mend; 128 + the signal's number when one stopped the work.
+        The exit status: 2 for errors that the user can fix; 128 + the signal number after a signal.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     warnings.showwarning = lambda message, *_args, **_kwargs: tell(f"warning: {message}")
-    # closed by >&- or 2>&-
+    # None if closed by >&- or 2>&-
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             call = parse(argv, COMMANDS)
             status = call() or 0
         except SystemExit:
-            # help
+            # after printing help
             sys.stdout.flush()
             raise
         sys.stdout.flush()
@@ -80,6 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch has no type of its own for the CPU, and several texts for a GPU
+    # on a CPU torch raises a plain RuntimeError, on a GPU errors with several texts
     words = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)

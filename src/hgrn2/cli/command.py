@@ -1,4 +1,4 @@
-"""Commands of `hgrn2`: a module of this package each, with a `Command` named COMMAND in it."""
+"""Register commands. Each module of this package that defines COMMAND is a command of `hgrn2`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Function = Callable[..., int | None]
 
 @dataclass(frozen=True)
 class Command:
-    """One command of the command line.
+    """A command of the command line.
 
     Attributes:
-        name: word after `hgrn2`.
-        function: carries it out and returns the exit status, None for 0. Its signature and docstring are the flags and
-            the help.
-        order: place in the help; smaller first.
-        common: parameters or fields that the short help shows; empty: all.
-        aliases: words that people type instead of the name.
-        needs_output: whether a reader that closes the pipe before the command is done is an error.
+        name: the word after `hgrn2`.
+        function: runs the command and returns the exit status (None means 0). Its signature and docstring define the
+            flags and the help.
+        order: position in the help; smaller first.
+        common: parameters or fields shown by the short help; empty means all.
+        aliases: words that users may type instead of the name, for suggestions.
+        needs_output: whether a pipe that the reader closes early is an error.
     """
 
     name: str
@@ -41,7 +41,7 @@ def register_command(command: Command) -> None:
     """Add a command to the command line.
 
     Raises:
-        UserError: the name is taken, or the function has no docstring, from which the help is made.
+        UserError: the name is taken, or the function has no docstring to make the help from.
     """
     name = command.name
     if name in COMMANDS:

@@ -1,4 +1,4 @@
-"""The configuration file of `hgrn2 train`."""
+"""Read the configuration file of `hgrn2 train`."""
 
 from __future__ import annotations
 

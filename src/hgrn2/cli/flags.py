@@ -1,4 +1,4 @@
-"""The flags of a command, read from its signature and docstrings: for the help, and for hints after a mistake."""
+"""Read the flags of a command from its signature and docstrings, for help and suggestions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Flag:
         field: name of the parameter or of the field of a dataclass, e.g. "max_steps".
         is_positional: it has no name on the command line.
         is_switch: it takes no value and has a `--no-` form.
-        placeholder: stands for its value in the help; empty for a switch.
+        placeholder: name of its value in the help; empty for a switch.
         text: what it does, with its default.
     """
 
@@ -125,6 +125,6 @@ def _placeholder(name: str, kind: Any, is_positional: bool) -> str:
         kind = typing.get_args(kind)[0]
     word = _PLACEHOLDERS.get(name) or (name.upper() if is_positional else _PLACEHOLDERS_OF_TYPES[kind])
     if several and is_positional:
-        # the parser takes none of them as well
+        # the parser also accepts none
         return f"[{word} ...]"
     return f"{word} [{word} ...]" if several else word

@@ -1,4 +1,4 @@
-"""The help: an overview of the commands, and the flags of each, the common ones first."""
+"""Format the help: an overview of the commands, and the flags of each command, common ones first."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import docstring_parser
 from hgrn2.cli.command import Command, Function
 from hgrn2.cli.flags import Flag, flags_of
 
-# where the descriptions begin
+# column of the descriptions
 _INDENT = 28
 
 
 def overview(commands: Mapping[str, Command]) -> str:
-    """Return one line for each command."""
+    """Return the overview of commands, one line each."""
     lines = [f"  {name:<11}{_summary(command.function)}" for name, command in commands.items()]
     return "\n".join([
         "usage: hgrn2 COMMAND ...",

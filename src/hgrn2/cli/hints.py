@@ -1,4 +1,4 @@
-"""One-line explanations of parser errors, with a guess at what was meant."""
+"""Turn parser errors into one-line messages with suggestions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hgrn2.cli.command import Command
 from hgrn2.cli.flags import Flag
 from hgrn2.models import HGRN2Config
 
-# names that other programs use for a flag; of several, the first that the command has is meant
+# names of flags in other programs; the first one that the command has is suggested
 _FLAGS = {
     "max-steps": "steps iters max-iters iterations num-steps train-steps epochs num-epochs num-train-epochs n-epochs",
     "max-tokens": "tokens n num-tokens length max-length max-new-tokens new-tokens num-predict",
@@ -54,7 +54,7 @@ _FLAGS = {
 
 
 def unknown_command(word: str, commands: Mapping[str, Command]) -> str:
-    """Return a line about a first word that is no command, up to what to do."""
+    """Return the start of a message about an unknown command."""
     if word.startswith("-"):
         return f"{word.split('=')[0]} comes before the command; name that first: {', '.join(commands)}; "
     near = [name for name, command in commands.items() if word.lower() in command.aliases]
@@ -79,7 +79,7 @@ def explain(message: str, command: str, flags: Sequence[Flag]) -> str:
         wanted = f"did you mean {near[0]}? wanted" if near else "wanted"
         return f"{choice[2]} is {choice[1]}; {wanted} {_alternatives(known)}"
     if message.startswith("Missing from "):
-        # its words begin with the description of what is missing
+        # the message starts with the description of the missing argument
         missing = [f for f in flags if f.is_positional and f.text and f.text[:20] in message]
         described = " and ".join(f"{f.name} ({_start_lower(f.text)})" for f in missing)
         return f"{command}: {described} is missing" if len(missing) == 1 else f"{command}: {described} are missing"

@@ -1,4 +1,4 @@
-"""Settings in words of the form KEY=VALUE."""
+"""Parse settings of the form KEY=VALUE."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hgrn2.storage.json_files import parse_json
 
 
 def parse_key_values(words: Sequence[str], flag: str, what: str) -> dict[str, Any]:
-    """Return the settings in words of the form KEY=VALUE, where a value is JSON or a plain word.
+    """Parse settings of the form KEY=VALUE, where a value is JSON or a plain word.
 
     Args:
         words: one setting each.
-        flag: that they follow, for messages.
-        what: they set, e.g. "a setting of a model".
+        flag: the flag before them, for messages.
+        what: the kind of setting, for messages, e.g. "a setting of a model".
 
     Raises:
-        UserError: a word has no key or no sign, or begins as JSON and is not.
+        UserError: a word has no key or no "=", or its value starts like JSON but is not JSON.
     """
     found = {}
     for word in words:
@@ -28,7 +28,7 @@ def parse_key_values(words: Sequence[str], flag: str, what: str) -> dict[str, An
         try:
             found[key] = parse_json(value)
         except ValueError as error:
-            # a word needs no quotes; what begins as JSON does is meant to be JSON
+            # plain words need no quotes, but a value that starts like JSON must be JSON
             if value.lstrip()[:1] in ("[", "{") or value.isdecimal():
                 raise UserError(f"{flag} {key}: not JSON ({error}); wanted {what}") from None
             found[key] = value

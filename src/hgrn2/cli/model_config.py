@@ -1,4 +1,4 @@
-"""A model's configuration from words: a preset, a file or a folder, and changes to it."""
+"""Build a model's configuration from a preset, a file or a folder, with changes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hgrn2.storage.json_files import read_json_object
 def model_config(
     model: str | None, file: dict[str, Any], changes: Sequence[str], vocab_size: int | None
 ) -> HGRN2Config:
-    """Return a preset, or the configuration in a file or run, with changes.
+    """Return the configuration of a preset, a file or a run, with changes.
 
     Args:
-        model: a preset, a file or a folder; None: what the file's preset says, by default tiny.
-        file: [model] of the configuration file.
-        changes: words of the form KEY=VALUE, which win over the file.
-        vocab_size: default of the vocabulary, from the tokenizer or the task.
+        model: a preset, a file or a folder; None means the preset in `file`, or tiny.
+        file: table [model] of the configuration file.
+        changes: settings of the form KEY=VALUE, which override the file.
+        vocab_size: default vocabulary size, from the tokenizer or the task.
     """
     keys = dict(file)
     preset = keys.pop("preset", "tiny")

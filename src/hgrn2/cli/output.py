@@ -14,7 +14,7 @@ def show_table(table: Any) -> None:
     """Print a rich table."""
     from rich.console import Console
 
-    # rich itself would end the process with status 1 where the reader has gone
+    # rich would exit with status 1 if the reader has closed the pipe
     console = Console()
     with console.capture() as shown:
         console.print(table)
@@ -23,20 +23,20 @@ def show_table(table: Any) -> None:
 
 def tell(line: str) -> None:
     """Print a line on standard error."""
-    # a closed standard error is no reason to stop; names of files may hold what a terminal would obey
+    # a closed stderr must not stop the command; file names may contain control characters
     with contextlib.suppress(OSError):
         print(visible(line), file=sys.stderr)
 
 
 def refuse(line: str) -> int:
-    """Print an error; returns the exit status that goes with it."""
+    """Print an error and return the exit status 2."""
     tell(visible(f"error: {line}", keep=""))
     release_output()
     return 2
 
 
 def release_output() -> None:
-    """Drop what a closed or full output does not take; otherwise Python would complain of it at exit."""
+    """Discard output that cannot be written; otherwise Python would report an error at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

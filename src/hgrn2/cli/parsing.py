@@ -1,4 +1,4 @@
-"""Parsing with tyro: plain names of types, errors of one line, and hints after a mistake."""
+"""Parse the command line with tyro: plain type names, one-line errors, suggestions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHELLS = ("bash", "zsh", "fish")
 
 @_types.primitive_rule
 def _plain_type(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Numbers, texts, paths and choices; "None" unsets those that may be unset."""
+    """Return the parser of numbers, texts, paths and choices; "None" unsets optional ones."""
     is_union = typing.get_origin(type_info.type) in (types.UnionType, typing.Union)
     kinds = typing.get_args(type_info.type) if is_union else (type_info.type,)
     optional = types.NoneType in kinds
@@ -50,7 +50,7 @@ def _plain_type(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] |
             return word
         if optional and word == "None":
             return None
-        # Path("") is the current folder, which an empty word does not mean
+        # an empty word must not mean the current folder, as Path("") does
         if kind is Path and not word:
             raise ValueError("'' is not a path")
         try:
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str], commands: Mapping[str, Command]) -> functools.par
 
 
 def _first_message(printed: str) -> str:
-    """Return what is wrong; the parser prints it in a box, below a title and above hints."""
+    """Extract the message from the box that the parser prints, with a title above and hints below."""
     _, *rows = (row.strip("│ ") for row in printed.splitlines())
     is_rule = [row.startswith(("───", "---")) and not row.strip("─-") for row in rows]
     first = is_rule.index(False)
@@ -119,7 +119,7 @@ def _first_message(printed: str) -> str:
 
 
 def _deferred(function: Function) -> Any:
-    """Return a function that only prepares the call, so that what parsing prints can be told apart."""
+    """Return a function that only prepares the call, so that output of the parser can be captured separately."""
 
     @functools.wraps(function)
     def prepare(*args: Any, **kwargs: Any) -> Any:
@@ -129,7 +129,7 @@ def _deferred(function: Function) -> Any:
 
 
 def _with_given(value: Any, words: Sequence[str]) -> Any:
-    """Fill in which fields of a dataclass of flags were named, so that the others leave files alone."""
+    """Record which fields of a dataclass of flags were given, so that the others do not override files."""
     if not hasattr(value, "given"):
         return value
     named = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
@@ -147,5 +147,5 @@ def _completion_script(words: Sequence[str], commands: Mapping[str, Command]) ->
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         app.cli(prog="hgrn2", registry=_types, args=["--tyro-print-completion", words[0]])
-    # names of files where the parser knows nothing better
+    # complete file names by default
     return script.getvalue().rstrip().replace("\ncomplete -F ", "\ncomplete -o default -F ")

@@ -1,4 +1,4 @@
-"""`hgrn2 plot`: draw a run's report and pictures again."""
+"""`hgrn2 plot`: write a run's report and plots again."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hgrn2.cli.command import Command
 
 
 def plot(run: tyro.conf.Positional[Path]) -> None:
-    """Draw a run's report and pictures again.
+    """Write a run's report and plots again.
 
-    They show loss, samples, what the layers remember, speed and settings; the run may still be training.
+    They show loss, samples, gates, speed and settings; the run may still be training.
 
     Args:
         run: A run folder.

@@ -34,16 +34,16 @@ _RUN = Path("runs/run")
 
 @dataclasses.dataclass(frozen=True)
 class TrainFlags(DistillationOptions, TrainConfig):
-    """Settings of training and of language tasks as flags; checked when the configuration file has been read as well.
+    """Settings of training and of language tasks as flags; checked after the configuration file is read.
 
     Attributes:
-        given: names of the settings that were named on the command line; `parse` fills them in.
+        given: names of the settings given on the command line; filled in by `parse`.
     """
 
     given: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        """Check nothing yet."""
+        """Check nothing: the configuration file is not read yet."""
 
 
 def train(
@@ -71,10 +71,10 @@ def train(
 
     Args:
         data: Text files, folders, globs, .jsonl(.zst), .parquet or hf:NAME datasets.
-        validation: The same for held-out text; by default one document in twenty is held out.
+        validation: The same for held-out text (default: hold out one document in twenty).
         text_field: Key or column of the text in .jsonl, .parquet and datasets (default: text).
         tokenizer: bytes, bpe:SIZE to train one, a tokenizer.json, a folder with one, or a Hub name (default: bpe:4096).
-        prepared: Where the prepared tokens are kept (default: beside the run, in a folder named after the data).
+        prepared: Folder of the prepared tokens (default: beside the run, named after the data).
         rebuild: Prepare the tokens again even if nothing has changed.
         model: A preset ({presets}) or a JSON file (default: tiny).
         from_: Start with the weights of a model: a run folder, a checkpoint, or a folder (see convert).
@@ -82,10 +82,10 @@ def train(
         task: What to learn: {tasks} (default: language, or distillation with a teacher).
         task_set: Options of the task as KEY=VALUE.
         out: Folder of the run (default: runs/run).
-        config: A TOML file with tables [model], [task], [train] and [data]; flags win over it.
+        config: A TOML file with tables [model], [task], [train] and [data]; flags override it.
         resume: A run folder, or one of its checkpoints, to continue; training flags change its settings, --prepared or
             --data name the new place of its data.
-        compressors: At the end, show what gzip -9 and xz -9 make of the held-out text.
+        compressors: At the end, compare with gzip -9 and xz -9 on the held-out text.
         settings: Training settings.
     """
     given = {name: getattr(settings, name) for name in settings.given}
@@ -131,7 +131,7 @@ def _settings(
     options = dict(file["task"])
     named = options.pop("name", None)
     if task is not None and task != named:
-        # options in the file are those of the task in the file
+        # options in the file belong to the task in the file
         options = {}
     elif task is None and isinstance(named, str):
         task = named
@@ -155,7 +155,7 @@ def _resume(path: Path, given: Mapping[str, Any], options: Mapping[str, Any], of
         _refuse_text_flags(str(name), of_text)
         return resume_task_run(path, changes=given, task_changes=options)
     data = open_prepared(path, of_text["prepared"], of_text["data"])
-    # the run's own tokenizer knows where the model's texts begin and end
+    # the run's own tokenizer has the start and end tokens of the model
     sampler = _make_sampler(tokenizer_of(run_dir) or data.tokenizer)
     return resume_language_run(
         path, data, changes=given, task_changes=options, sampler=sampler, compressors=of_text["compressors"]
@@ -180,7 +180,7 @@ def _start_text(
         defaults | dict(file), data=list(flags["data"]), validation=list(flags["validation"]),
         text_field=flags["text-field"], tokenizer=flags["tokenizer"], prepared=prepared,
     )  # fmt: skip
-    # mistakes show before the work of preparing
+    # report mistakes before preparing the data
     _check_place(out, settings)
     configure(None)
 
@@ -190,7 +190,7 @@ def _start_text(
             start.check_tokens(found)
 
     data, kept = prepare_data(sources, out, flags["rebuild"], check_tokenizer)
-    # tokens that were prepared already may be of any tokenizer
+    # already prepared tokens may come from any tokenizer
     check_tokenizer(data.tokenizer)
     if start is not None:
         data = start.own_tokenizer(data)

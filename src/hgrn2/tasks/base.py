@@ -14,30 +14,30 @@ from hgrn2.constraints import check_fields
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config
 
-# writes text: from the model and a prompt to the prompt and its continuation
+# generates text: maps a model and a prompt to the prompt with its continuation
 Sampler = Callable[[nn.Module, str], str]
 
 
 class Metric(NamedTuple):
-    """The figure of a validation that decides which checkpoint is best.
+    """The validation figure that selects the best checkpoint.
 
     Attributes:
         name: key of `Task.evaluate`, e.g. "val_loss" or "val_accuracy".
-        higher_is_better: its direction.
+        higher_is_better: whether larger values are better.
     """
 
     name: str
     higher_is_better: bool = False
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Return whether a value is finite and better than the best so far; None: there is none yet."""
+        """Return whether a value is finite and better than the best so far, if there is one."""
         if not math.isfinite(value):
             return False
         return best is None or (value > best if self.higher_is_better else value < best)
 
 
 class StepLoss(NamedTuple):
-    """The loss of one batch, and whatever else is summed over its targets.
+    """The loss of one batch, with further sums over its targets.
 
     Attributes:
         loss_sum: loss summed over the targets, a float32 scalar with a gradient.
@@ -51,22 +51,22 @@ class StepLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Options of a task apart from those of training; a frozen dataclass with a default for every field but paths.
+    """Base of task options: a frozen dataclass with a default for every field except paths.
 
-    Fields are checked as `hgrn2.constraints.check_fields` says.
+    `hgrn2.constraints.check_fields` checks the fields against their annotations.
     """
 
     what: ClassVar[str] = "task options"
     """Name of the options in messages."""
     paths: ClassVar[tuple[str, ...]] = ()
-    """Fields that name a file or folder."""
+    """Names of fields that hold a path."""
 
     def __post_init__(self) -> None:
         check_fields(self, self.what)
 
     @property
     def tokens_per_example(self) -> int:
-        """Tokens that one example of a batch spends of the budget."""
+        """Tokens of the budget that one example of a batch uses."""
         return 1
 
 
@@ -75,12 +75,12 @@ class TaskContext:
     """Batch size, seed, device and data that a task is built with.
 
     Attributes:
-        batch_size: examples in a batch.
-        seed: decides the order of the data.
-        device: where the model is.
+        batch_size: number of examples per batch.
+        seed: seed of the data order.
+        device: the device of the model.
         model_config: configuration of the model; None if the task builds its own.
         data: a `hgrn2.data.prepared.PreparedData` for tasks that read text, otherwise None.
-        sampler: writes samples; None: no samples.
+        sampler: generates text samples; None means no samples.
     """
 
     batch_size: int = 1
@@ -92,7 +92,7 @@ class TaskContext:
 
 
 class ReportFigure(NamedTuple):
-    """A figure of a validation, as a report shows it.
+    """How a report shows a figure of a validation.
 
     Attributes:
         key: of `Task.evaluate`.
@@ -111,12 +111,12 @@ class ReportFigure(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskReport:
-    """How a report speaks of a task.
+    """How a report describes a task.
 
     Attributes:
-        model: what a model trained on it is.
-        unit: the unit of its loss.
-        figures: figures of a validation, the most telling first.
+        model: description of a model trained on the task.
+        unit: unit of the loss.
+        figures: figures of a validation, the most important first.
     """
 
     model: str = "A model"
@@ -127,18 +127,18 @@ class TaskReport:
 class Task(Protocol):
     """A kind of training: language modelling, classification, a synthetic task.
 
-    The loop calls next_batch, then loss once for every batch in the order they came. evaluate and sample run
-    in the model's evaluation mode, without gradients, with generators of their own.
+    The loop calls next_batch, then loss once for every batch, in order. evaluate and sample run in the model's
+    evaluation mode, without gradients, with separate random generators.
     """
 
     name: ClassVar[str]
-    """Its name on the command line and in config.json."""
+    """Name on the command line and in config.json."""
     Options: ClassVar[type[TaskOptions]]
-    """Its options."""
+    """Class of the options."""
     metric: ClassVar[Metric]
     """Figure that decides which checkpoint is best."""
     reads_text: ClassVar[bool]
-    """Whether it is trained on prepared text, which `TaskContext.data` holds."""
+    """Whether it trains on prepared text, passed as `TaskContext.data`."""
     report: ClassVar[TaskReport]
     """How a report describes it."""
 
@@ -148,35 +148,35 @@ class Task(Protocol):
 
         Args:
             options: an instance of `Options`.
-            context: batch size, seed, device, data.
+            context: batch size, seed, device and data.
         """
         ...
 
     @classmethod
     def model_settings(cls, options: Any) -> dict[str, Any]:
-        """Return the settings of a model that follow from the options, such as vocab_size."""
+        """Return the model settings that follow from the options, such as vocab_size."""
         ...
 
     @classmethod
     def build_model(cls, options: Any, config: HGRN2Config) -> nn.Module:
-        """Make the model on the CPU, with new weights; it has `parameter_roles`."""
+        """Make the model on the CPU with initial weights; it must have `parameter_roles`."""
         ...
 
     @property
     def carries_state(self) -> bool:
-        """Whether a step depends on tensors of the one before: then a skipped step is known before the next begins."""
+        """Whether a step depends on tensors of the previous one; the loop then waits for each step."""
         ...
 
     def next_batch(self) -> Any:
-        """Return the next batch, on any device; loss moves it. Batches never end."""
+        """Return the next batch, on any device; `loss` moves it. Batches never end."""
         ...
 
     def num_tokens(self, batch: Any) -> int:
-        """Return the tokens (or examples) that the batch spends of the budget."""
+        """Return the number of tokens (or examples) of the budget that the batch uses."""
         ...
 
     def num_targets(self, batch: Any) -> int:
-        """Return the targets that the batch's loss is a sum over."""
+        """Return the number of targets that the batch's loss sums over."""
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor | StepLoss:
@@ -184,15 +184,15 @@ class Task(Protocol):
         ...
 
     def step_skipped(self) -> None:
-        """Forget whatever a step that was not finite may have spoilt, such as a carried state."""
+        """Discard everything that a non-finite step may have corrupted, such as a carried state."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        """Return figures on held-out data; "val_loss" (the mean loss of a target) and the metric are among them."""
+        """Return figures on held-out data, including "val_loss" (mean loss per target) and the metric."""
         ...
 
     def sample(self, model: nn.Module) -> str | None:
-        """Return something for people to look at, or None."""
+        """Return a text sample, or None."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,18 +200,18 @@ class Task(Protocol):
         ...
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return tensors carried from step to step; empty for most tasks."""
+        """Return tensors carried between steps; empty for most tasks."""
         ...
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Put back what state_dict and state_tensors gave."""
+        """Restore the results of state_dict and state_tensors."""
         ...
 
 
 class TaskBase:
     """Defaults for the parts of a task that most tasks do not need.
 
-    The rest is up to the task: name, Options, metric, build, next_batch, num_tokens, num_targets, loss, evaluate,
+    A task defines the rest: name, Options, metric, build, next_batch, num_tokens, num_targets, loss, evaluate,
     state_dict and load_state.
     """
 
@@ -232,10 +232,10 @@ class TaskBase:
         return HGRN2LM(config)
 
     def step_skipped(self) -> None:
-        """Nothing is carried from step to step."""
+        """Do nothing: no tensors are carried between steps."""
 
     def sample(self, model: nn.Module) -> str | None:
-        """Return None: there is nothing to look at."""
+        """Return None: there are no samples."""
         del model
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -244,7 +244,7 @@ class TaskBase:
 
 
 def check_figures(task: Task, figures: Mapping[str, Any]) -> None:
-    """Raise a UserError if a validation lacks a figure that the protocol asks for."""
+    """Raise a UserError if a validation lacks a required figure."""
     for name in ("val_loss", task.metric.name):
         if name not in figures:
             raise UserError(

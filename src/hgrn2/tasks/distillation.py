@@ -1,4 +1,4 @@
-"""Learning from another model's predictions beside the text (distillation, arXiv 1503.02531)."""
+"""Distillation: train on text and on the predictions of another model (arXiv 1503.02531)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class DistillationOptions(LanguageOptions):
     paths = ("teacher",)
 
     teacher: str | None = None
-    """A model of the same tokens to learn from beside the text: a run, or a folder as for --from."""
+    """A model with the same tokens to learn from as well: a run or a folder, as for --from."""
     distill_weight: Annotated[float | None, Ge(0), Le(1)] = None
-    """Part of the loss that is the divergence from the teacher's predictions, 0 to 1 (default: 0.5)."""
+    """Weight of the divergence from the teacher's predictions in the loss, 0 to 1 (default: 0.5)."""
     distill_temperature: Annotated[float | None, Ge(0.01), Le(1000)] = None
-    """What both models' logits are divided by in that part (default: 1)."""
+    """Temperature: divides the logits of both models in the divergence (default: 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,14 +51,14 @@ class DistillationOptions(LanguageOptions):
 
 @register_task
 class DistillationTask(LanguageTask):
-    """Next-token prediction with the predictions of a teacher mixed in.
+    """Next-token prediction combined with the predictions of a teacher.
 
     Args:
-        options: as for `LanguageTask`, with the teacher.
-        context: as for `LanguageTask`; model_config is read as well.
+        options: settings of windows, validation and samples, and the teacher.
+        context: provides data (`PreparedData`), batch_size, seed, device, sampler and model_config.
 
     Raises:
-        UserError: there is no such teacher, or it knows other tokens.
+        UserError: there is no such teacher, or it has other tokens.
     """
 
     name = "distillation"
@@ -83,18 +83,18 @@ class DistillationTask(LanguageTask):
 
 
 def open_teacher(options: DistillationOptions, context: TaskContext) -> HGRN2LM:
-    """Open the teacher: on the device, in evaluation mode, without gradients.
+    """Open the teacher on the device, in evaluation mode, without gradients.
 
     Raises:
-        UserError: there is no such teacher, or it knows other tokens than the data.
+        UserError: there is no such teacher, or its tokens are not those of the data.
     """
     assert options.teacher is not None, "the options refuse None"
     try:
         folder, tokenizer_dir = locate_model(Path(options.teacher))
         opened = open_folder(folder)
     except UserError as error:
-        # a run that is resumed remembers where its teacher was
-        hint = "if the teacher has moved, name its new place: --teacher NEW"
+        # a resumed run uses the saved path of its teacher
+        hint = "if the teacher has moved, name its new path: --teacher NEW"
         raise UserError(f"teacher {error}; {hint}", error.code) from None
     vocab_size = context.model_config.vocab_size
     if opened.config.vocab_size != vocab_size:
@@ -110,21 +110,21 @@ def open_teacher(options: DistillationOptions, context: TaskContext) -> HGRN2LM:
 def distillation_loss(
     x: Tensor, head: Tensor, teacher_x: Tensor, teacher_head: Tensor, targets: Tensor, weight: float, temperature: float
 ) -> Tensor:
-    """Return (1 - weight) cross entropy + weight temperature^2 KL(teacher || model), summed; never all logits at once.
+    """Return (1 - weight) cross entropy + weight temperature^2 KL(teacher || model), summed, in parts of the rows.
 
-    The divergence is that of the softmax of logits / temperature; its factor keeps the size of the gradient.
+    The divergence compares the softmax of logits / temperature; temperature^2 preserves the size of the gradient.
 
     Args:
-        x: [M, D], the last hidden states of the model that learns.
-        head: [vocab, D].
-        teacher_x: [M, D'], those of the teacher.
-        teacher_head: [vocab, D'].
-        targets: [M] int64; -100 is not counted, in neither part.
-        weight: 0 to 1.
-        temperature: above 0.
+        x: [M, D], last hidden states of the student.
+        head: [vocab, D], head of the student.
+        teacher_x: [M, D'], last hidden states of the teacher.
+        teacher_head: [vocab, D'], head of the teacher.
+        targets: [M] int64; rows with -100 are ignored.
+        weight: weight of the divergence, 0 to 1.
+        temperature: divides the logits; above 0.
 
     Returns:
-        A scalar in nats, float32 (float64 for float64).
+        A scalar in nats, float32 (float64 for float64 inputs).
     """
 
     def part(x: Tensor, teacher_x: Tensor, targets: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def distillation_loss(
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for start in range(0, x.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        # the backward pass computes a part's logits again
+        # the backward pass recomputes the logits of each part
         total = total + checkpoint(
             part, x[rows], teacher_x[rows], targets[rows], use_reentrant=False, preserve_rng_state=False
         )

@@ -1,4 +1,4 @@
-"""Language modelling: packed documents, or streams with the state carried along."""
+"""Language modelling on packed documents, or on streams that carry state."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class LanguageOptions(TaskOptions):
     what = "train config"
 
     seq_len: Annotated[int, Gt(0)] = 1024
-    """Tokens in one sequence."""
+    """Tokens per sequence."""
     stream: bool = False
-    """Carry the state across a document's windows (truncated backpropagation) instead of packing."""
+    """Carry the state between windows of a document (truncated backpropagation) instead of packing."""
     validation_tokens: Annotated[int, Gt(0)] = 262_144
-    """Tokens of the held-out text that a validation reads: always the same documents, chosen at random."""
+    """Held-out tokens per validation: a fixed random sample of documents."""
     sample_prompt: str = ""
-    """Text that the samples continue; empty: the start of a document."""
+    """Prompt of the text samples; empty: the start of a document."""
 
     def __post_init__(self) -> None:
         check_fields(self, self.what)
         try:
             self.sample_prompt.encode("utf-8")
         except UnicodeEncodeError:
-            # found at the first sample otherwise, which may be at the end of the run
+            # otherwise the first sample would fail, perhaps at the end of the run
             raise UserError(f"train config: sample_prompt is {self.sample_prompt!r}; wanted UTF-8 text") from None
 
     @property
@@ -54,11 +54,11 @@ class LanguageTask(TaskBase):
     """Next-token prediction on prepared text; the task of `hgrn2 train`.
 
     Args:
-        options: windows, validation and samples.
-        context: data (`PreparedData`), batch_size, seed, device and sampler are read.
+        options: settings of windows, validation and samples.
+        context: provides data (`PreparedData`), batch_size, seed, device and sampler.
 
     Raises:
-        UserError: the training tokens are fewer than a window needs.
+        UserError: there are fewer training tokens than one window needs.
     """
 
     name = "language"
@@ -69,7 +69,7 @@ class LanguageTask(TaskBase):
         model="A language model",
         unit="nats per token",
         figures=(
-            ReportFigure("val_bits_per_byte", "bits per byte", ".3f", "of held-out text; fewer is better", ".4f"),
+            ReportFigure("val_bits_per_byte", "bits per byte", ".3f", "of held-out text; lower is better", ".4f"),
             ReportFigure("val_perplexity", "perplexity", ",.2f", "a token of held-out text", ",.2f"),
         ),
     )
@@ -94,13 +94,13 @@ class LanguageTask(TaskBase):
 
     @property
     def carries_state(self) -> bool:
-        """Whether streams go on from the states of the step before."""
+        """Whether streams continue from the states of the previous step."""
         return self._options.stream
 
     def next_batch(self) -> Batch:
-        """Return the next batch, on the CPU, where its targets are counted without waiting for the device."""
+        """Return the next batch on the CPU, where counting its targets does not wait for the device."""
         batch = next(self._batches)
-        # memory from which a copy to the device needs no waiting
+        # copies from pinned memory to the device are asynchronous
         return batch.pin_memory() if self._device.type == "cuda" else batch
 
     def num_tokens(self, batch: Batch) -> int:
@@ -112,17 +112,17 @@ class LanguageTask(TaskBase):
         return int((batch.targets != IGNORE).sum())
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Return the cross entropy summed over the targets, nats."""
+        """Return the cross entropy summed over the targets, in nats."""
         batch = batch.to(self._device, non_blocking=True)
         loss_sum, self._carried = carried_loss(model.loss, batch, self._carried)
         return loss_sum
 
     def step_skipped(self) -> None:
-        """Let the streams start from zero: a state that is not finite would spoil every step to come."""
+        """Reset the streams: a state that is not finite would corrupt all later steps."""
         self._carried = None
 
     def evaluate(self, model: Any) -> dict[str, Any]:
-        """Return `text_figures` of the held-out text; the state is carried through whole documents."""
+        """Return `text_figures` of the held-out text, with the state carried through whole documents."""
         nats = 0.0
         carried: ModelState | None = None
         for batch in self._held_out:
@@ -131,7 +131,7 @@ class LanguageTask(TaskBase):
         return text_figures(nats, self._held_out.num_tokens, self._held_out.num_text_bytes, self._keeps_text)
 
     def sample(self, model: nn.Module) -> str | None:
-        """Return the prompt and what the model makes of it."""
+        """Return the prompt with the model's continuation."""
         return None if self._sampler is None else self._sampler(model, self._options.sample_prompt)
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class LanguageTask(TaskBase):
         return {} if self._carried is None else self._carried.tensors()
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Put back position and carried states."""
+        """Restore the position and the carried states."""
         self._batches.load_state_dict(state)
         moved = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         self._carried = ModelState.from_tensors(moved) if moved else None
@@ -152,16 +152,15 @@ class LanguageTask(TaskBase):
 def carried_loss(
     loss: Callable[..., tuple[Tensor, Tensor, ModelState]], batch: Batch, carried: ModelState | None
 ) -> tuple[Tensor, ModelState | None]:
-    """Return the loss of one batch, whose sequences continue from the carried states where the batch says so.
+    """Return the loss of one batch, whose sequences may continue from carried states.
 
     Args:
-        loss: the model's loss.
-        batch: packed, on the model's device.
-        carried: the state of every stream, as this function returned it; None at the start.
+        loss: the loss function of the model.
+        batch: a packed batch on the model's device.
+        carried: the states of the streams returned by the previous call; None at the start.
 
     Returns:
-        The summed loss, and the state of every stream to carry on, without its history; None if the batch
-        carries nothing.
+        The summed loss, and the detached states of the streams; None if the batch carries no state.
     """
     state = None if carried is None or batch.carry_from is None else carried.select(batch.carry_from)
     keep_state = batch.carry_to is not None
@@ -175,14 +174,14 @@ def text_figures(nats: float, num_tokens: int, num_text_bytes: int, keeps_text: 
     """Turn a cross entropy summed over a text into figures.
 
     Args:
-        nats: summed over the targets.
+        nats: cross entropy summed over the targets.
         num_tokens: number of targets.
-        num_text_bytes: UTF-8 bytes of the text they stand for.
-        keeps_text: whether the text can be told from its tokens; otherwise bits per byte would flatter the tokenizer.
+        num_text_bytes: UTF-8 bytes of the text behind the targets.
+        keeps_text: whether decoding the tokens restores the text; otherwise bits per byte would favour the tokenizer.
 
     Returns:
         val_loss (nats per token), val_perplexity (its exp), val_bits_per_byte (comparable between tokenizers; None if
-        the tokens do not keep the text), and what they were measured on: val_tokens, val_text_bytes.
+        the tokens lose text), val_tokens and val_text_bytes.
     """
     loss = nats / num_tokens
     return {

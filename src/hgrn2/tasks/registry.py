@@ -1,4 +1,4 @@
-"""Tasks by name."""
+"""Register tasks, and find them by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def find_task(name: str) -> type[Any]:
     """Return the task with a name.
 
     Raises:
-        UserError: there is none; near names are named.
+        UserError: no task has this name; the message names near matches.
     """
     if name not in TASKS:
         raise UserError(unknown_key_message("task", name, TASKS).replace("unknown key", "unknown task"), "unknown-name")
@@ -58,7 +58,7 @@ def option_names(task: type[Any]) -> list[str]:
 
 
 def make_options(task: type[Any], values: dict[str, Any]) -> Any:
-    """Return the options with these values and the defaults for the rest.
+    """Return a task's options with these values, and defaults for the rest.
 
     Raises:
         UserError: no option of this task has this name (near names, and the task it belongs to, are named), one that
@@ -75,12 +75,12 @@ def make_options(task: type[Any], values: dict[str, Any]) -> Any:
 
 
 def unknown_option(task: type[Any], key: str, further: tuple[str, ...] = ()) -> str:
-    """Return a line about a key that is no option of a task: near names, or the task that it belongs to.
+    """Return a message about an unknown option: near matches, or the task that has it.
 
     Args:
         task: the task.
         key: the key that was found.
-        further: other keys that would be right there.
+        further: other valid keys in that place.
     """
     owners = [name for name, other in TASKS.items() if key in option_names(other)]
     if owners:
