@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from hgrn2.devices import choose_device
 from hgrn2.errors import UserError
 from hgrn2.formats.run_folder import locate_model, read_config, resume_point
 from hgrn2.formats.soundness import check_tokenizer
+from hgrn2.models import HGRN2Config
 from hgrn2.storage.lock import run_lock
 from hgrn2.tasks.base import Task, check_figures
 from hgrn2.train.checkpoint import CheckpointStore, create_run, load_checkpoint, load_model_tensors
@@ -31,6 +30,7 @@ from hgrn2.train.report import REPORT_NAME, write_report
 from hgrn2.train.result import TrainResult
 from hgrn2.train.rng import seed_everything
 from hgrn2.train.settings import RunSettings
+from hgrn2.train.warm_up import warming_up
 
 
 class SavesFiles(Protocol):
@@ -187,17 +187,6 @@ def evaluate_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], which: str 
     return figures
 
 
-@contextmanager
-def _importing_compiler(is_wanted: bool) -> Iterator[None]:
-    """Import torch's compiler in the background, which takes as long as to draw many weights; done at the end."""
-    thread = threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True)
-    if is_wanted:
-        thread.start()
-    yield
-    if is_wanted:
-        thread.join()
-
-
 @dataclass(frozen=True)
 class _Parts:
     """The model and the task of a run, built before the run folder is touched."""
@@ -216,7 +205,8 @@ class _Parts:
             torch.set_num_threads(config.num_threads)
         task = spec.build_task(device)
         seed_everything(config.seed)
-        with _importing_compiler(config.compile):
+        saved = spec.saved.get("model")
+        with warming_up(None if saved is None else HGRN2Config.from_dict(dict(saved)), config, device):
             model: Any = spec.build_model(device)
         if config.activation_checkpointing:
             if not hasattr(model, "activation_checkpointing"):
