@@ -9,11 +9,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from hgrn2.errors import UserError
 from hgrn2.train.curves import smooth
 from hgrn2.train.gates import GateSummary, measure_gates
 from hgrn2.train.metrics import MetricsWriter
 from hgrn2.train.plots import memory_figure, plot_run
+from tests.refusals import refuses
 
 
 class ConstantGates:
@@ -102,11 +102,11 @@ def test_damaged_gates(tmp_path):
     damaged.append(path.with_suffix(".npy").read_bytes())
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(UserError, match="cannot read the gates") as caught:
+        with refuses("damaged", path) as caught:
             GateSummary.load(tmp_path)
         assert "pickle" not in str(caught.value)
     path.unlink()
-    with pytest.raises(UserError, match="No such file"):
+    with refuses("not-found", path):
         GateSummary.load(tmp_path)
 
 
@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
 
 def test_nothing_to_draw(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "start", "step": 0}) + "\n")
-    with pytest.raises(UserError, match="no training step is recorded"):
+    with refuses("not-found", tmp_path):
         plot_run(tmp_path)
 
 

@@ -12,6 +12,7 @@ from hgrn2.train import checkpoint, loop
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
+from tests.refusals import refuses
 from tests.train.tiny_run import ROLES, TinyModel, TinyTask, losses, run, saved_tensors
 
 SETTINGS = {
@@ -177,7 +178,7 @@ def test_what_cannot_go_on_leaves_the_later_checkpoints(tmp_path, monkeypatch):
     before = run_folder.checkpoints_of(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = TrainConfig.from_dict(SETTINGS | {"tensorboard": True})
-    with pytest.raises(UserError, match="tensorboard is not installed: pip install"):
+    with refuses("unavailable", "tensorboard"):
         Trainer(TinyModel(), TinyTask(config), ROLES, config, tmp_path / "run", {}, before[0], display=Listener()).run()
     assert run_folder.checkpoints_of(tmp_path / "run") == before
 
@@ -328,7 +329,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on(tmp_path):
         if step == 12:
             half = run_dir / "checkpoints" / ".tmp-step-00000015"
             half.mkdir()
-            with pytest.raises(UserError, match="another process is training in it; wait for it") as caught:
+            with refuses("in-use", run_dir) as caught:
                 run(run_dir, SETTINGS | {"learning_rate": 1.0}, display=Listener())
             refused.append(str(caught.value))
             # as far as the intruder knows, the first process is writing there

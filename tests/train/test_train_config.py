@@ -17,7 +17,7 @@ def test_round_trip():
 
 
 def test_unknown_key_names_the_near_one():
-    with pytest.raises(UserError, match=r"unknown key 'learnig_rate'.*'learning_rate'"):
+    with refuses("unknown-name", "'learnig_rate'", "'learning_rate'"):
         RunSettings.from_flat({"max_steps": 10, "learnig_rate": 1.0})
 
 
