@@ -39,7 +39,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, code: str = "invalid-value") -> None:
-        super().__init__(message)
+        # not through super(), which torch.compile cannot trace: it would hide the message
+        self.args = (message,)
         assert code in CODES, f"unknown error code {code!r}"
         self.code = code
 

@@ -140,6 +140,13 @@ def test_bad_cu_seqlens_are_refused_when_compiled(op, bad):
         compiled(**inputs | {"cu_seqlens": torch.tensor(bad)})
 
 
+def test_a_refusal_in_a_trace_keeps_its_message():
+    inputs = tied_inputs(1, 10)
+    compiled = torch.compile(hgrn2_scan, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"UserError.*q_activation is 'relu'"):
+        compiled(**inputs, q_activation="relu")
+
+
 @both_operators
 def test_meta_device_gives_shapes(op):
     inputs = {name: None if x is None else x.to("meta") for name, x in INPUTS[op](1, 71, cu_seqlens=CU_SEQLENS).items()}
