@@ -282,7 +282,9 @@ class HGRN2Config:
     @property
     def layer_memories(self) -> tuple[Memory, ...]:
         """Content of each layer's state, see `Mixer.memory`."""
-        found = {name: find_mixer(name).mixer.memory(self.mixer_options(name)) for name in set(self.layer_mixers)}
+        found: dict[str, Memory] = {
+            name: find_mixer(name).mixer.memory(self.mixer_options(name)) for name in set(self.layer_mixers)
+        }
         return tuple(found[name] for name in self.layer_mixers)
 
     @property
