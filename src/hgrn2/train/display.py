@@ -103,6 +103,28 @@ class PlainDisplay:
             print(text, file=sys.stderr, flush=True)
 
 
+class SilentDisplay:
+    """Shows nothing: for ranks other than the main one."""
+
+    def __enter__(self) -> SilentDisplay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
+        """Drop the record."""
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """Drop the record."""
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """Drop the record."""
+
+    def note(self, text: str) -> None:
+        """Drop the line."""
+
+
 class _ResizedLive(Live):
     """A live panel that is erased completely when the terminal becomes narrower.
 

@@ -7,28 +7,29 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hgrn2.constraints import check_fields
 from hgrn2.errors import UserError
 from hgrn2.tasks.base import Task, check_figures
 from hgrn2.train import checkpoint as ckpt
 from hgrn2.train.config import TrainConfig
-from hgrn2.train.counters import Counters, describe_changes
-from hgrn2.train.display import Display, make_display
+from hgrn2.train.counters import Counters
+from hgrn2.train.display import Display, SilentDisplay, make_display
 from hgrn2.train.environment import describe_environment, memory_bytes
 from hgrn2.train.freezing import Freezing
 from hgrn2.train.interrupt import StopRequest
 from hgrn2.train.launched import LaunchedStep
-from hgrn2.train.metrics import MetricsWriter
+from hgrn2.train.metrics import MetricsWriter, SilentMetrics
 from hgrn2.train.optim import NamedOptimizer
+from hgrn2.train.parallel import ONE_PROCESS, Parallel
 from hgrn2.train.result import TrainResult, last_validation
-from hgrn2.train.rng import rng_state, seed_everything, set_rng_state, shielded_rng
+from hgrn2.train.rng import seed_everything, shielded_rng
+from hgrn2.train.run_state import RunState
 from hgrn2.train.schedule import lr_fraction, used_fraction
 from hgrn2.train.stepper import Stepper
 
@@ -56,6 +57,7 @@ class Trainer:
         display: shows progress; by default on standard error.
         check_lock: the check yielded by `run_lock`, which raises if the folder was replaced; called before every
             checkpoint.
+        parallel: the ranks that train together.
         about: JSON values for the start record, such as sizes of model and data.
         has_started: whether the start record is written; set by `run`.
     """
@@ -70,17 +72,21 @@ class Trainer:
     frozen: Collection[str] = ()
     display: Display = field(default_factory=make_display)
     check_lock: Callable[[], None] = lambda: None
+    parallel: Parallel = ONE_PROCESS
     about: Mapping[str, Any] = field(default_factory=dict)
     has_started: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        if not self.parallel.is_main:
+            self.display = SilentDisplay()
         self._counters = Counters()
         self._optimizer = NamedOptimizer(
             self.model, self.roles, self.config, self.frozen, waits_for_step=self.task.carries_state
         )
         self._freezing = Freezing(self.model, self.frozen, self.config)
         self._device = self._optimizer.parameters[0].device
-        self._stepper = Stepper(self.model, self.task, self._optimizer, self.config)
+        self._stepper = Stepper(self.model, self.task, self._optimizer, self.config, self.parallel)
+        self._state = RunState(self.model, self._optimizer, self.task, self._freezing, self.run_config)
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
         self._saved_step = -1
         self._saved_records: int | None = None
@@ -96,24 +102,17 @@ class Trainer:
             KeyboardInterrupt: at the second signal.
         """
         try:
-            self._store.remove_leftovers()
-            with _corrupt_state_as_user_error(self.resume_from):
-                self._restore()
+            self.parallel.on_main(self._store.remove_leftovers)
+            self._restore()
             if self._has_ended():
                 return self._result(finished=True, had_ended=True)
             with (
                 StopRequest() as stop,
-                MetricsWriter(
-                    self.run_dir,
-                    resume_step=self._counters.step,
-                    tensorboard=self.config.tensorboard,
-                    # what cannot go on leaves the later checkpoints where they are
-                    before_dropping=lambda: self._store.set_aside_after(self._saved_step),
-                ) as metrics,
+                self._open_metrics() as metrics,
                 self.display,
             ):
                 # not before: settings that the checkpoint does not go with would bar every later attempt
-                ckpt.write_config(self.run_dir, self.run_config)
+                self.parallel.on_main(lambda: ckpt.write_config(self.run_dir, self.run_config))
                 self._started_s = time.monotonic() - self._counters.elapsed_s
                 with self._optimizer.working_precision():
                     finished = self._train(stop, metrics)
@@ -138,6 +137,18 @@ class Trainer:
         # a signal that came after the last step has stopped nothing
         return self._result(finished, stop.signal_name)
 
+    def _open_metrics(self) -> MetricsWriter | SilentMetrics:
+        writer = self.parallel.on_main(
+            lambda: MetricsWriter(
+                self.run_dir,
+                resume_step=self._counters.step,
+                tensorboard=self.config.tensorboard,
+                # an error before this leaves the later checkpoints in place
+                before_dropping=lambda: self._store.set_aside_after(self._saved_step),
+            )
+        )
+        return SilentMetrics() if writer is None else writer
+
     def _has_ended(self) -> bool:
         """Whether the checkpoint to resume from is the end of the run: its budget used up, and validated."""
         counters = self._counters
@@ -157,7 +168,7 @@ class Trainer:
             self.task.metric.name,
         )
 
-    def _train(self, stop: StopRequest, metrics: MetricsWriter) -> bool:
+    def _train(self, stop: StopRequest, metrics: MetricsWriter | SilentMetrics) -> bool:
         """Train until the budget is used up (return True) or a signal arrives (return False)."""
         config, counters = self.config, self._counters
         if num_lost := max(0, (self._saved_records or 0) - metrics.num_records):
@@ -170,10 +181,12 @@ class Trainer:
         self._progress_at_start, self._session_started_s = self._progress(), time.monotonic()
         self._stepper.begin()
         finished = self._progress() >= 1.0
-        while not finished and stop.signal_name is None:
+        signal_name = self.parallel.first_of(stop.signal_name)
+        while not finished and signal_name is None:
             self._step(metrics)
             finished = self._progress() >= 1.0
-            if finished or stop.signal_name or self._is_looked_at(counters.step):
+            signal_name = self.parallel.first_of(stop.signal_name)
+            if finished or signal_name or self._is_looked_at(counters.step):
                 self._finish_step(metrics)
             new_best = (finished or _due(counters.step, config.validation_every)) and self._validate(metrics)
             # before the checkpoint: a run that goes on from there does not write again
@@ -193,8 +206,7 @@ class Trainer:
             self._save(metrics)
         if not finished:
             self.display.note(
-                f"stopped by {stop.signal_name} after step {counters.step}; "
-                f"go on with: hgrn2 train --resume {self.run_dir}"
+                f"stopped by {signal_name} after step {counters.step}; go on with: hgrn2 train --resume {self.run_dir}"
             )
         return finished
 
@@ -205,7 +217,7 @@ class Trainer:
             _due(step, every) for every in (config.validation_every, config.sample_every, config.checkpoint_every)
         )
 
-    def _step(self, metrics: MetricsWriter) -> None:
+    def _step(self, metrics: MetricsWriter | SilentMetrics) -> None:
         fraction = lr_fraction(self.config, self._counters.step, self._progress())
         learning_rate = self._optimizer.set_lr_fraction(fraction, self._freezing.lr_fraction())
         launched = self._stepper.run(self._counters, learning_rate)
@@ -215,7 +227,7 @@ class Trainer:
         if launched.values is not None:
             self._finish_step(metrics)
 
-    def _finish_step(self, metrics: MetricsWriter) -> None:
+    def _finish_step(self, metrics: MetricsWriter | SilentMetrics) -> None:
         """Record the step that was launched last, if it has not been; waits for the device where it must."""
         launched, self._launched = self._launched, None
         if launched is None:
@@ -273,7 +285,7 @@ class Trainer:
                 "not-finite",
             )
 
-    def _validate(self, metrics: MetricsWriter) -> bool:
+    def _validate(self, metrics: MetricsWriter | SilentMetrics) -> bool:
         """Write a validation record; True if it is the best so far."""
         counters = self._counters
         with self._evaluation_mode():
@@ -297,7 +309,7 @@ class Trainer:
             counters.best = {"step": counters.step, metric.name: value}
         return is_better
 
-    def _sample(self, metrics: MetricsWriter) -> None:
+    def _sample(self, metrics: MetricsWriter | SilentMetrics) -> None:
         try:
             with self._evaluation_mode():
                 text = self.task.sample(self.model)
@@ -315,59 +327,32 @@ class Trainer:
             metrics.write(record)
             self.display.sample(record)
 
-    def _save(self, metrics: MetricsWriter) -> None:
+    def _save(self, metrics: MetricsWriter | SilentMetrics) -> None:
         counters = self._counters
-        self.check_lock()
+        self.parallel.on_main(self.check_lock)
         # the records up to this step must be on the disk before the checkpoint that relies on them
         metrics.sync()
         counters.elapsed_s = time.monotonic() - self._started_s
-        self._store.save(
-            model=self._optimizer.full_precision(ckpt.model_tensors(self.model)),
-            optimizer=self._optimizer.state_tensors(),
-            task=self.task.state_tensors(),
-            state={
-                **asdict(counters),
-                "task": self.task.state_dict(),
-                "freezing": self._freezing.state_dict(),
-                "rng": rng_state(),
-                "environment": describe_environment(self._device),
-                "num_records": metrics.num_records,
-            },
-            config=self.run_config,
-            best_step=counters.best["step"] if counters.best else None,
-        )
+        self.parallel.save(self._store, **self._state.collect(counters, metrics.num_records))
         self._saved_step = counters.step
 
     def _restore(self) -> None:
         if self.resume_from is None:
             seed_everything(self.config.seed)
             return
-        saved = ckpt.load_checkpoint(self.resume_from)
-        state = saved.state
-        ckpt.load_model_tensors(self.model, saved.model, saved.path)
-        self._optimizer.load_state_tensors(saved.optimizer)
-        self.task.load_state(state["task"], saved.task)
-        # none in checkpoints from before there was freezing
-        if "freezing" in state:
-            self._freezing.load_state_dict(state["freezing"])
-        self._counters = Counters(**{name: state[name] for name in asdict(self._counters)})
+        restored = self._state.restore(self.parallel.load(self.resume_from))
+        self._counters, self._saved_records = restored.counters, restored.num_records
         self._saved_step = self._counters.step
-        check_fields(self._counters, f"checkpoint {saved.path}, {ckpt.STATE_NAME}")
-        if (best := self._counters.best) is not None:
-            name = self.task.metric.name
-            self._counters.best = {"step": int(best["step"]), name: float(best[name])}
-        set_rng_state(state["rng"])
-        self._saved_records = state.get("num_records")
-        for line in describe_changes(saved.config, self.run_config, self._counters):
+        for line in restored.notes:
             self.display.note(line)
-        before, now = state["environment"], describe_environment(self._device)
-        if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
-            self.display.note(f"resuming elsewhere ({', '.join(changed)}): losses may differ in the last bits")
 
     def _progress(self) -> float:
-        """Used fraction of the budget."""
-        counters = self._counters
-        return used_fraction(self.config, counters.step, counters.tokens, time.monotonic() - self._started_s)
+        """Return the used fraction of the budget."""
+        counters, elapsed_s = self._counters, time.monotonic() - self._started_s
+        if self.config.max_time_s is not None:
+            # clocks differ, and all ranks must stop after the same step
+            elapsed_s = self.parallel.from_main(elapsed_s)
+        return used_fraction(self.config, counters.step, counters.tokens, elapsed_s)
 
     def _eta_s(self) -> float | None:
         done = self._progress() - self._progress_at_start
@@ -387,21 +372,6 @@ class Trainer:
     def _last_good(self) -> str:
         newest = self._store.latest()
         return f"last good checkpoint: {newest}" if newest else "no checkpoint was written yet"
-
-
-@contextmanager
-def _corrupt_state_as_user_error(checkpoint: Path | None) -> Iterator[None]:
-    """Turn errors from a state.json with a valid checksum but wrong content into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"checkpoint {checkpoint}: {ckpt.STATE_NAME} is not what a run writes ({reason}); name an older one",
-            "damaged",
-        ) from error
 
 
 def _due(step: int, every: int) -> bool:

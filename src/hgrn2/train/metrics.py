@@ -221,6 +221,24 @@ class MetricsWriter:
         self.close()
 
 
+class SilentMetrics:
+    """Takes records and writes nothing: for ranks other than the main one."""
+
+    num_records = 0
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Drop the record."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> SilentMetrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 def _tensorboard_writer(directory: Path, resume_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

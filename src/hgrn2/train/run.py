@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from hgrn2.train.ending import Ending, EndStep
 from hgrn2.train.freezing import frozen_names
 from hgrn2.train.gates import GATES_NAME
 from hgrn2.train.loop import Trainer
+from hgrn2.train.parallel import ONE_PROCESS, Parallel
 from hgrn2.train.places import was_at
 from hgrn2.train.report import REPORT_NAME, write_report
 from hgrn2.train.result import TrainResult
@@ -124,25 +125,31 @@ class Run:
     report: Path | None
 
 
-def start_run(run_dir: Path, spec: RunSpec, display: Display | None = None) -> Run:
+def start_run(run_dir: Path, spec: RunSpec, display: Display | None = None, parallel: Parallel = ONE_PROCESS) -> Run:
     """Train a new model.
 
     Args:
         run_dir: the new run folder.
         spec: the specification.
         display: shows progress; None means standard error.
+        parallel: the ranks that train together.
 
     Raises:
         UserError: settings contradict each other or the data (nothing is written), or training fails (`Trainer.run`).
     """
-    parts = _Parts.build(spec)
-    with run_lock(run_dir) as check_lock:
+    parts = _Parts.build(spec, parallel)
+    with _lock(run_dir, parallel) as check_lock:
         config = spec.config(run_dir)
-        create_run(run_dir, config, spec.tokenizer)
+        parallel.on_main(lambda: create_run(run_dir, config, spec.tokenizer))
         return parts.run(run_dir, config, None, display, check_lock)
 
 
-def resume_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], display: Display | None = None) -> Run:
+def resume_run(
+    path: Path,
+    spec_of: Callable[[SavedRun], RunSpec],
+    display: Display | None = None,
+    parallel: Parallel = ONE_PROCESS,
+) -> Run:
     """Resume a run; on the CPU its losses are bit-identical to those of an uninterrupted run.
 
     Args:
@@ -150,19 +157,20 @@ def resume_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], display: Disp
         spec_of: returns the specification for a saved run, with changed settings if wanted. config.json is updated once
             the checkpoint is accepted.
         display: shows progress; None means standard error.
+        parallel: the ranks that train together.
 
     Raises:
         UserError: there is no run, its checkpoint is damaged, data or model do not match, or training fails
             (`Trainer.run`).
     """
     run_dir, _ = resume_point(path)
-    with run_lock(run_dir) as check_lock:
+    with _lock(run_dir, parallel) as check_lock:
         # a killed process may have left the newest checkpoint under its temporary name
-        CheckpointStore(run_dir, 1).remove_leftovers()
+        parallel.on_main(CheckpointStore(run_dir, 1).remove_leftovers)
         # look again: before the lock, another process may have written and removed checkpoints
         _, checkpoint = resume_point(path)
         spec = spec_of(SavedRun.read(run_dir, checkpoint))
-        return _Parts.build(spec).run(run_dir, spec.config(run_dir), checkpoint, display, check_lock)
+        return _Parts.build(spec, parallel).run(run_dir, spec.config(run_dir), checkpoint, display, check_lock)
 
 
 def evaluate_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], which: str = "latest") -> dict[str, Any]:
@@ -178,13 +186,21 @@ def evaluate_run(path: Path, spec_of: Callable[[SavedRun], RunSpec], which: str 
     """
     checkpoint, _ = locate_model(path, which)
     run_dir, _ = resume_point(checkpoint)
-    parts = _Parts.build(spec_of(SavedRun.read(run_dir, checkpoint)))
+    parts = _Parts.build(spec_of(SavedRun.read(run_dir, checkpoint)), ONE_PROCESS)
     load_model_tensors(parts.model, load_checkpoint(checkpoint).model, checkpoint)
     parts.model.eval()
     with torch.no_grad():
         figures = parts.task.evaluate(parts.model)
     check_figures(parts.task, figures)
     return figures
+
+
+@contextmanager
+def _lock(run_dir: Path, parallel: Parallel) -> Iterator[Callable[[], None]]:
+    """Hold the run folder on the main rank; an error is raised on every rank."""
+    with ExitStack() as stack:
+        check_lock = parallel.on_main(lambda: stack.enter_context(run_lock(run_dir)))
+        yield check_lock or (lambda: None)
 
 
 @dataclass(frozen=True)
@@ -196,9 +212,10 @@ class _Parts:
     task: Task
     frozen: list[str]
     device: torch.device
+    parallel: Parallel
 
     @classmethod
-    def build(cls, spec: RunSpec) -> _Parts:
+    def build(cls, spec: RunSpec, parallel: Parallel) -> _Parts:
         config = spec.settings.train
         device = choose_device(config.device)
         if config.num_threads is not None:
@@ -221,7 +238,8 @@ class _Parts:
                     f"compile: the model of task {task.name!r} cannot be compiled; leave it out", "unsupported"
                 )
             backbone.compile_blocks()
-        return cls(spec, model, task, frozen_names(model, config.freeze), device)
+        model = parallel.prepare(model)
+        return cls(spec, model, task, frozen_names(model, config.freeze), device, parallel)
 
     def run(
         self,
@@ -244,6 +262,7 @@ class _Parts:
             frozen=self.frozen,
             display=display,
             check_lock=check_lock,
+            parallel=self.parallel,
             about={
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 **self.spec.describe(self.model),
@@ -253,11 +272,13 @@ class _Parts:
             result = trainer.run()
         except UserError:
             # the report may show why the run stopped
-            if trainer.has_started:
+            if trainer.has_started and self.parallel.is_main:
                 with suppress(UserError, OSError):
                     check_lock()
                     write_report(run_dir)
             raise
+        if not self.parallel.is_main:
+            return Run(self.model, result, [], None)
         ending = Ending(run_dir, self.model, self.device, self.spec.at_end, display.note)
         if result.stopped_by:
             return Run(self.model, result, [], ending.report())

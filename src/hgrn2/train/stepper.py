@@ -19,6 +19,7 @@ from hgrn2.train.counters import Counters
 from hgrn2.train.device_adamw import DeviceAdamW
 from hgrn2.train.launched import LaunchedStep
 from hgrn2.train.optim import NamedOptimizer
+from hgrn2.train.parallel import Parallel
 
 
 class Stepper:
@@ -32,10 +33,14 @@ class Stepper:
         task: gives batches and losses.
         optimizer: updates the model.
         config: grad_accumulation, precision, clip_norm and cuda_graph are read.
+        parallel: shares counts, losses and gradients with other ranks.
     """
 
-    def __init__(self, model: nn.Module, task: Task, optimizer: NamedOptimizer, config: TrainConfig) -> None:
+    def __init__(
+        self, model: nn.Module, task: Task, optimizer: NamedOptimizer, config: TrainConfig, parallel: Parallel
+    ) -> None:
         self._model, self._task, self._optimizer, self._config = model, task, optimizer, config
+        self._parallel = parallel
         self._device = optimizer.parameters[0].device
         self._captured: CapturedSteps | None = None
 
@@ -77,8 +82,11 @@ class Stepper:
         """
         started_s = time.monotonic()
         batches = [self._task.next_batch() for _ in range(self._config.grad_accumulation)]
-        num_targets = max(1, sum(self._task.num_targets(batch) for batch in batches))
-        num_tokens = sum(self._task.num_tokens(batch) for batch in batches)
+        num_targets, num_tokens = self._parallel.sum_counts(
+            sum(self._task.num_targets(batch) for batch in batches),
+            sum(self._task.num_tokens(batch) for batch in batches),
+        )
+        num_targets = max(1, num_targets)
         on_device = self._optimizer.on_device
         copied: dict[str, Tensor] = {}
         values: dict[str, float] | None = None
@@ -102,35 +110,35 @@ class Stepper:
 
     def _waiting(self, batches: Sequence[Any], num_targets: int) -> dict[str, float]:
         """Compute a step, and update unless the loss or the gradient is not finite."""
-        loss_sum, sums = self._forward_backward(batches, num_targets)
-        norm, clip_norm = self._optimizer.gradient_norm(), self._config.clip_norm
-        loss, grad_norm = loss_sum.item(), norm.item()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        sums = self._forward_backward(batches, num_targets)
+        norm, clip_norm = self._parallel.global_norm(self._optimizer.gradient_norm()), self._config.clip_norm
+        values = {name: x.item() for name, x in sums.items()} | {"grad_norm": norm.item()}
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             if clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self._optimizer.parameters, clip_norm, norm)
             self._optimizer.step()
         else:
             self._task.step_skipped()
-        return {name: x.item() for name, x in sums.items()} | {"loss": loss, "grad_norm": grad_norm}
+        return values
 
     def _on_device(
         self, on_device: DeviceAdamW, batches: Sequence[Any], num_targets: int | Tensor
     ) -> dict[str, Tensor]:
         """Launch a step, whose update the device skips by itself; return the values of `LaunchedStep`."""
-        loss_sum, sums = self._forward_backward(batches, num_targets)
-        return {**sums, "loss": loss_sum, "grad_norm": on_device.step(loss_sum, self._config.clip_norm)}
+        sums = self._forward_backward(batches, num_targets)
+        return {**sums, "grad_norm": on_device.step(sums["loss"], self._config.clip_norm)}
 
-    def _forward_backward(self, batches: Sequence[Any], num_targets: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the gradients of a step; return its summed loss and the further sums of the task."""
+    def _forward_backward(self, batches: Sequence[Any], num_targets: int | Tensor) -> dict[str, Tensor]:
+        """Compute the gradients of a step; return its summed "loss" and the further sums of the task, of all ranks."""
         loss_sum = torch.zeros((), device=self._device)
         sums: dict[str, Tensor] = {}
-        for batch in batches:
+        for index, batch in enumerate(batches):
             with self.autocast():
                 found = self._task.loss(self._model, batch)
             batch_loss, further = found if isinstance(found, StepLoss) else StepLoss(found)
             # every target of the step weighs the same, however the targets fall into the batches
-            (batch_loss / num_targets).backward()
+            self._parallel.backward(batch_loss / num_targets, is_last=index == len(batches) - 1)
             loss_sum += batch_loss.detach()
             for name, value in further.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-        return loss_sum, sums
+        return self._parallel.sum_values({**sums, "loss": loss_sum})

@@ -1,0 +1,121 @@
+"""The one place through which processes that train together would share counts, losses, norms and files.
+
+`Trainer` and `start_run` call it where several ranks must agree or only one may act. On one process every method is the
+identity, communicates nothing and never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from hgrn2.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+
+T = TypeVar("T")
+
+
+class Parallel(Protocol):
+    """The ranks of a run. Every rank calls the same methods in the same order."""
+
+    is_main: bool
+    """Whether this rank writes files and shows progress."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Return the model wrapped or sharded; called after its blocks are compiled, before the optimizer is made."""
+        ...
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Compute gradients of a batch's part of the loss.
+
+        After the last batch of a step, the gradients are those of the sum over all ranks.
+
+        Args:
+            loss: a scalar, already divided by the number of targets on all ranks.
+            is_last: whether it is the step's last batch; only then ranks need to communicate.
+        """
+        ...
+
+    def sum_counts(self, *counts: int) -> tuple[int, ...]:
+        """Return the sums of counts over the ranks, such as targets and tokens of a step."""
+        ...
+
+    def sum_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums of scalars over the ranks, such as the loss of a step; stays on the device."""
+        ...
+
+    def global_norm(self, norm: Tensor) -> Tensor:
+        """Return the norm of the whole gradient, from the norm of this rank's part."""
+        ...
+
+    def from_main(self, value: T) -> T:
+        """Return the main rank's value, such as the elapsed time, on every rank."""
+        ...
+
+    def first_of(self, value: T | None) -> T | None:
+        """Return the value of the first rank that has one, such as a signal that one of them received."""
+        ...
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Call a function on the main rank; other ranks wait, return None, and raise if it raised there."""
+        ...
+
+    def save(self, store: CheckpointStore, **parts: Any) -> None:
+        """Write a checkpoint of the whole model; arguments as for `CheckpointStore.save`, of this rank."""
+        ...
+
+    def load(self, path: Path) -> Checkpoint:
+        """Read a checkpoint, whatever number of ranks wrote it."""
+        ...
+
+
+class OneProcess:
+    """Training on one process, with nothing to share."""
+
+    is_main = True
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Return the model."""
+        return model
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Compute the gradients."""
+        del is_last
+        loss.backward()
+
+    def sum_counts(self, *counts: int) -> tuple[int, ...]:
+        """Return the counts."""
+        return counts
+
+    def sum_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values."""
+        return dict(values)
+
+    def global_norm(self, norm: Tensor) -> Tensor:
+        """Return the norm."""
+        return norm
+
+    def from_main(self, value: T) -> T:
+        """Return the value."""
+        return value
+
+    def first_of(self, value: T | None) -> T | None:
+        """Return the value."""
+        return value
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Call the function."""
+        return work()
+
+    def save(self, store: CheckpointStore, **parts: Any) -> None:
+        """Write the checkpoint."""
+        store.save(**parts)
+
+    def load(self, path: Path) -> Checkpoint:
+        """Read the checkpoint."""
+        return load_checkpoint(path)
+
+
+ONE_PROCESS = OneProcess()
