@@ -136,7 +136,9 @@ def train_on_ranks(run_dir, **changes):
             found[rank] = train(run_dir, Thread(rank, shared), rank, RANKS, **changes)
         except Exception as error:
             found[rank] = error
-            shared.barrier.abort()
+            if not isinstance(error, UserError):
+                # the others wait for a rank that is gone
+                shared.barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(RANKS)]
     for thread in threads:
