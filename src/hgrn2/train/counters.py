@@ -11,6 +11,8 @@ from typing import Any
 from hgrn2.train.config import BUDGETS, TrainConfig
 from hgrn2.train.schedule import lr_fraction, used_fraction
 
+_SMOOTHING = 0.95
+
 
 @dataclass
 class Counters:
@@ -35,6 +37,22 @@ class Counters:
     smoothed_loss: float | None = None
     validated_step: int = -1
     best: dict[str, Any] | None = None
+
+    def count_outcome(self, loss: float, grad_norm: float) -> bool:
+        """Count a skipped step, or smooth the loss of another; return whether both values are finite.
+
+        Args:
+            loss: of the step, nats per target.
+            grad_norm: norm of its gradient.
+        """
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            return False
+        smoothed = self.smoothed_loss
+        self.smoothed_loss = loss if smoothed is None else _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
+        self.skipped_in_a_row = 0
+        return True
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], counters: Counters) -> list[str]:

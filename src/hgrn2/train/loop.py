@@ -34,7 +34,6 @@ from hgrn2.train.schedule import lr_fraction, used_fraction
 from hgrn2.train.stepper import Stepper
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_SMOOTHING = 0.95
 
 
 @dataclass
@@ -235,14 +234,7 @@ class Trainer:
         counters = self._counters
         values = dict(launched.wait())
         loss, grad_norm = values.pop("loss") / launched.num_targets, values.pop("grad_norm")
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if is_finite:
-            smoothed = counters.smoothed_loss
-            counters.smoothed_loss = loss if smoothed is None else _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
-            counters.skipped_in_a_row = 0
-        else:
-            counters.skipped_steps += 1
-            counters.skipped_in_a_row += 1
+        is_finite = counters.count_outcome(loss, grad_norm)
         now_s = time.monotonic()
         counters.elapsed_s = now_s - self._started_s
         # steps overlap where nothing waits: the time of one is that from the end of the last to its own

@@ -92,14 +92,11 @@ class Moment:
     text: str
 
 
-def line_chart(
-    title: str, x: Axis, y: Axis, *, lines: Sequence[Line], summary: str, bands: Sequence[Band] = (),
-    dots: Sequence[Line] = (), labels: Sequence[Label] = (), moments: Sequence[Moment] = (), right: Axis | None = None,
-    x_key: str = "", is_small: bool = False,
-) -> str:  # fmt: skip
-    """Return a line chart.
+@dataclass(frozen=True)
+class LineChart:
+    """A line chart.
 
-    Args:
+    Attributes:
         title: heading of the chart.
         x: horizontal axis.
         y: vertical axis, on the left.
@@ -113,37 +110,55 @@ def line_chart(
         x_key: key of the x values in the data of the page, for the read-out; empty means no read-out.
         is_small: draw at half the height.
     """
-    shapes = [f'<path class="grid" d="{"".join(f"M0 {_y(p)}H{_SIZE}" for p, _ in y.ticks())}"/>']
-    shapes += [f'<path class="moment" d="M{_x(x.percent(m.x))} 0V{_SIZE}"/>' for m in moments]
-    shapes += [f'<path class="band {b.role}" d="{_band_path(b, x, y)}"/>' for b in bands]
-    levels = [label for label in labels if "level" in label.side]
-    shapes += [f'<path class="level" d="M0 {_y(y.percent(label.y))}H{_SIZE}"/>' for label in levels]
-    shapes += [f'<path class="line {line.role}" d="{_path(line, x, y)}"/>' for line in lines]
-    text = [f'<span class="tick y" style="top:{_css(100 - p)}">{rich(t)}</span>' for p, t in y.ticks()]
-    text += [f'<span class="tick x" style="left:{_css(p)}">{rich(t)}</span>' for p, t in x.ticks()]
-    if right is not None:
-        text += [f'<span class="tick right" style="top:{_css(100 - p)}">{rich(t)}</span>' for p, t in right.ticks()]
-        text.append(f'<span class="axis right">{rich(right.label)}</span>')
-    text.append(f'<span class="axis y">{rich(y.label)}</span><span class="axis x">{rich(x.label)}</span>')
-    for m in moments:
-        text.append(f'<span class="moment" style="left:{_css(x.percent(m.x))}">{rich(m.text)}</span>')
-    for series in dots:
-        text += [
-            f'<i class="dot {series.role}" style="left:{_css(x.percent(at))};top:{_css(100 - y.percent(value))}"></i>'
-            for at, value in zip(series.x, series.y, strict=True) if value is not None
-        ]  # fmt: skip
-    for label in labels:
-        text.append(
-            f'<span class="label {label.side} {label.role}" style="left:{_css(x.percent(label.x))};'
-            f'top:{_css(100 - y.percent(label.y))}">{rich(label.text)}</span>'
+
+    title: str
+    x: Axis
+    y: Axis
+    lines: Sequence[Line]
+    summary: str
+    bands: Sequence[Band] = ()
+    dots: Sequence[Line] = ()
+    labels: Sequence[Label] = ()
+    moments: Sequence[Moment] = ()
+    right: Axis | None = None
+    x_key: str = ""
+    is_small: bool = False
+
+    def html(self) -> str:
+        """Return the chart as HTML."""
+        x, y, right = self.x, self.y, self.right
+        shapes = [f'<path class="grid" d="{"".join(f"M0 {_y(p)}H{_SIZE}" for p, _ in y.ticks())}"/>']
+        shapes += [f'<path class="moment" d="M{_x(x.percent(m.x))} 0V{_SIZE}"/>' for m in self.moments]
+        shapes += [f'<path class="band {b.role}" d="{_band_path(b, x, y)}"/>' for b in self.bands]
+        levels = [label for label in self.labels if "level" in label.side]
+        shapes += [f'<path class="level" d="M0 {_y(y.percent(label.y))}H{_SIZE}"/>' for label in levels]
+        shapes += [f'<path class="line {line.role}" d="{_path(line, x, y)}"/>' for line in self.lines]
+        text = [f'<span class="tick y" style="top:{_css(100 - p)}">{rich(t)}</span>' for p, t in y.ticks()]
+        text += [f'<span class="tick x" style="left:{_css(p)}">{rich(t)}</span>' for p, t in x.ticks()]
+        if right is not None:
+            text += [f'<span class="tick right" style="top:{_css(100 - p)}">{rich(t)}</span>' for p, t in right.ticks()]
+            text.append(f'<span class="axis right">{rich(right.label)}</span>')
+        text.append(f'<span class="axis y">{rich(y.label)}</span><span class="axis x">{rich(x.label)}</span>')
+        for m in self.moments:
+            text.append(f'<span class="moment" style="left:{_css(x.percent(m.x))}">{rich(m.text)}</span>')
+        for series in self.dots:
+            for at, value in zip(series.x, series.y, strict=True):
+                if value is not None:
+                    place = f"left:{_css(x.percent(at))};top:{_css(100 - y.percent(value))}"
+                    text.append(f'<i class="dot {series.role}" style="{place}"></i>')
+        for label in self.labels:
+            text.append(
+                f'<span class="label {label.side} {label.role}" style="left:{_css(x.percent(label.x))};'
+                f'top:{_css(100 - y.percent(label.y))}">{rich(label.text)}</span>'
+            )
+        probe = f' data-x="{self.x_key}" data-low="{x.low!r}" data-high="{x.high!r}"' if self.x_key else ""
+        kinds = (" small" if self.is_small else "") + (" twin" if right else "")
+        return (
+            f'<figure class="chart{kinds}"><h3>{rich(self.title)}</h3>'
+            f'<div class="plot" role="img" aria-label="{plain(self.summary)}"{probe}>'
+            f'<svg viewBox="0 0 {_SIZE} {_SIZE}" preserveAspectRatio="none" aria-hidden="true">{"".join(shapes)}</svg>'
+            f'<div aria-hidden="true">{"".join(text)}</div></div></figure>\n'
         )
-    probe = f' data-x="{x_key}" data-low="{x.low!r}" data-high="{x.high!r}"' if x_key else ""
-    return (
-        f'<figure class="chart{" small" if is_small else ""}{" twin" if right else ""}"><h3>{rich(title)}</h3>'
-        f'<div class="plot" role="img" aria-label="{plain(summary)}"{probe}>'
-        f'<svg viewBox="0 0 {_SIZE} {_SIZE}" preserveAspectRatio="none" aria-hidden="true">{"".join(shapes)}</svg>'
-        f'<div aria-hidden="true">{"".join(text)}</div></div></figure>\n'
-    )
 
 
 def strip_chart(title: str, note: str, x: Axis, layers: Sequence[int], values: np.ndarray, summary: str) -> str:

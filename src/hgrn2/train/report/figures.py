@@ -12,9 +12,9 @@ from hgrn2.train.report.charts import (
     Band,
     Label,
     Line,
+    LineChart,
     Moment,
     density_chart,
-    line_chart,
     strip_chart,
 )
 from hgrn2.train.report.facts import RunFacts
@@ -42,14 +42,14 @@ def loss_figures(facts: RunFacts) -> list[str]:
             # put the label of the lowest line below it
             side = "level under" if index == 0 and len(levels) > 1 else "level"
             labels.append(Label(x.high, value, f"{name}  {facts.compressors[name]:.2f}", "level", side))
-        figure = line_chart(
+        figure = LineChart(
             "Loss against tokens" if key == "tokens" else "Loss against time", x, y, right=right, x_key=key,
             bands=[Band(at, losses, "train")],
             lines=[Line(at[some].tolist(), smoothed[some].tolist(), "train"), held_out],
             dots=[held_out], labels=labels, moments=_moments(facts, key),
             summary=_loss_summary(smoothed, measured, x.label),
         )  # fmt: skip
-        figures.append(figure)
+        figures.append(figure.html())
     return figures
 
 
@@ -108,12 +108,12 @@ def small_figures(facts: RunFacts) -> list[str]:
         middle = values if key == "learning_rate" else smooth(values)
         summary = f"{title}: {compact(float(middle[0]))} at first, {compact(float(middle[-1]))} at the end."
         is_smooth = key == "learning_rate"
-        figure = line_chart(
+        figure = LineChart(
             title, x, y, x_key="elapsed_s", is_small=True, summary=summary,
             bands=[] if is_smooth else [Band(at, values, "train")],
             lines=[Line(at[some].tolist(), middle[some].tolist(), "train")],
         )  # fmt: skip
-        figures.append(figure)
+        figures.append(figure.html())
     return figures
 
 
