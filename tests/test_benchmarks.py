@@ -223,7 +223,7 @@ def test_a_further_case_fails_alone(on_cpu, tmp_path, monkeypatch, capsys):
     rows = {row["name"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
     assert "wrong: relative error of y" in rows["B2 T70, gated_scan: hgrn2"]["note"]
     assert rows["B2 T70, gated_scan: hgrn2"]["value"] is None
-    assert "ValueError" in rows["B1 T140, 2 sequences packed"]["note"]
+    assert "UserError" in rows["B1 T140, 2 sequences packed"]["note"]
     assert rows["B2 T70: hgrn2, forward"]["value"] == 1
     capsys.readouterr()
 

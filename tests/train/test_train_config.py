@@ -22,26 +22,30 @@ def test_unknown_key_names_the_near_one():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "code", "names"),
     [
-        ({}, "no budget"),
-        ({"max_steps": 0}, "max_steps is 0; wanted more than 0"),
-        ({"max_steps": 10, "learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"max_steps": 10, "batch_size": -1}, "batch_size is -1"),
-        ({"max_steps": 10, "beta2": 1.0}, "beta2 is 1.0"),
-        ({"max_steps": 10, "decay_fraction": 1.5, "schedule": "wsd"}, "decay_fraction is 1.5"),
-        ({"max_steps": 10, "schedule": "linear"}, "schedule is 'linear'; wanted cosine or wsd"),
-        ({"max_steps": 10, "schedule": "inverse-sqrt", "warmup_steps": 0}, "set warmup_steps"),
-        ({"max_tokens": 100, "batch_size": 4, "seq_len": 64}, "less than one step of 256"),
-        ({"max_steps": "10"}, "max_steps is '10'; wanted a whole number"),
-        ({"max_steps": 10, "batch_size": 10**11}, "is 102400000000000; wanted at most 67108864 tokens per step"),
-        ({"max_steps": 10, "grad_accumulation": 10**11}, "wanted at most 67108864 tokens per step"),
-        ({"max_steps": 10, "optimizer": "muon", "muon_learning_rate": 1e308}, "Muon's learning rate is 1e[+]308"),
-        ({"max_steps": 10, "optimizer": "muon", "learning_rate": 1e308}, "Muon's learning rate is 1e[+]308"),
+        ({}, "incomplete", ["max_steps", "max_tokens", "max_time_s"]),
+        ({"max_steps": 0}, "invalid-value", ["max_steps is 0"]),
+        ({"max_steps": 10, "learning_rate": float("nan")}, "invalid-value", ["learning_rate is nan"]),
+        ({"max_steps": 10, "batch_size": -1}, "invalid-value", ["batch_size is -1"]),
+        ({"max_steps": 10, "beta2": 1.0}, "invalid-value", ["beta2 is 1.0"]),
+        ({"max_steps": 10, "decay_fraction": 1.5, "schedule": "wsd"}, "invalid-value", ["decay_fraction is 1.5"]),
+        ({"max_steps": 10, "schedule": "linear"}, "invalid-value", ["'linear'", "cosine", "wsd"]),
+        (
+            {"max_steps": 10, "schedule": "inverse-sqrt", "warmup_steps": 0},
+            "contradiction",
+            ["inverse-sqrt", "warmup_steps"],
+        ),
+        ({"max_tokens": 100, "batch_size": 4, "seq_len": 64}, "contradiction", ["max_tokens 100", "256"]),
+        ({"max_steps": "10"}, "invalid-value", ["max_steps is '10'"]),
+        ({"max_steps": 10, "batch_size": 10**11}, "invalid-value", ["batch_size", "102400000000000", "67108864"]),
+        ({"max_steps": 10, "grad_accumulation": 10**11}, "invalid-value", ["grad_accumulation", "67108864"]),
+        ({"max_steps": 10, "optimizer": "muon", "muon_learning_rate": 1e308}, "invalid-value", ["Muon", "1e+308"]),
+        ({"max_steps": 10, "optimizer": "muon", "learning_rate": 1e308}, "invalid-value", ["Muon", "1e+308"]),
     ],
 )
-def test_contradictions_and_bad_values(settings, message):
-    with pytest.raises(UserError, match=message):
+def test_contradictions_and_bad_values(settings, code, names):
+    with refuses(code, *names):
         RunSettings.from_flat(settings)
 
 
