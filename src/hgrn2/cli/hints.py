@@ -66,9 +66,9 @@ def explain(message: str, command: str, flags: Sequence[Flag]) -> str:
     """Rephrase a message of the parser.
 
     Args:
-        message: in one line.
-        command: its name.
-        flags: of the command.
+        message: the message, in one line.
+        command: name of the command.
+        flags: flags of the command.
     """
     if unknown := re.match(r"Unrecognized (?:options|arguments): (.*)", message):
         words = unknown[1].split(", ")

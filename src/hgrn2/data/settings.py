@@ -54,13 +54,13 @@ def data_settings(file: dict[str, Any], **flags: Any) -> dict[str, Any]:
 def prepare_data(
     sources: dict[str, Any], out: Path, rebuild: bool, check_tokenizer: Callable[[Tokenizer], None]
 ) -> tuple[PreparedData, dict[str, Any]]:
-    """Prepared tokens, made or reused, and what a run must remember to open them again.
+    """Prepare or reuse tokens; return them, and the settings with which a resumed run opens them again.
 
     Args:
-        sources: as `data_settings` gives them.
-        out: the run's folder, beside which the tokens are kept by default.
+        sources: settings of the data, from `data_settings`.
+        out: folder of the run, next to which the tokens are stored by default.
         rebuild: prepare even if nothing has changed.
-        check_tokenizer: see `prepare`.
+        check_tokenizer: called with the tokenizer before the corpus is tokenised; if it raises, nothing is written.
     """
     names = sources["data"]
     if len(names) == 1 and names[0] and is_prepared(names[0]):

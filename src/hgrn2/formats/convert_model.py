@@ -20,9 +20,9 @@ def convert_model(
     Args:
         source: a run folder, a checkpoint, or a folder of any layout.
         out: a folder that does not exist yet.
-        to: a name in `hgrn2.formats.layout.LAYOUTS`.
-        dtype: "same", or torch's name of one.
-        max_shard_size: see `parse_size`.
+        to: name of the layout, a key of `hgrn2.formats.layout.LAYOUTS`.
+        dtype: name of a dtype of torch, or "same".
+        max_shard_size: maximum size of a weight file, such as "5GB", "500MB" or "2GiB".
         which: "latest" or "best" checkpoint of a run.
         start: put recurrent layers into a Transformer; None to write the model as it is.
     """

@@ -15,7 +15,7 @@ _BODY = "model."
 
 
 def check_is_model(path: Path) -> None:
-    """Refuses adapters of PEFT and GGUF files; the reader of the folder reports other faults.
+    """Refuse adapters of PEFT and GGUF files; the reader of the folder reports other faults.
 
     Args:
         path: the folder or file that was given as a model.
@@ -64,7 +64,7 @@ def _gguf(path: Path) -> Path | None:
 
 
 def describe_other_head(path: Path, found: Collection[str], wanted: Collection[str]) -> str | None:
-    """Describes a folder that has all tensors of a language model but the head; None for any other folder.
+    """Describe a folder that has all tensors of a language model but the head; None for any other folder.
 
     Args:
         path: the folder.

@@ -41,7 +41,7 @@ class StateLayer(CacheLayerMixin):
 
     Args:
         kind: "linear_attention", "full_attention" or "sliding_attention".
-        size: for attention, places the layer always has; None: it grows. Those not yet used come first, as padding.
+        size: for attention, fixed number of places, of which the unused ones come first, as padding; None: it grows.
         growing: names of the tensors that grow along their second axis.
     """
 
@@ -73,14 +73,14 @@ class StateLayer(CacheLayerMixin):
         return next((x.shape[0] for x in self.state.values()), -1)
 
     def check_room(self, num_tokens: int) -> None:
-        """Raises a UserError if num_tokens do not fit into the layer; does nothing while a call is traced."""
+        """Raise a UserError if num_tokens do not fit into the layer; do nothing while a call is traced."""
         if self.kind == "full_attention" and self.size is not None and not torch.compiler.is_compiling():
             count = self.get_seq_length() + num_tokens
             if count > self.size:
                 raise UserError(f"cache has {self.size} places, and {count} are to be read; make it larger")
 
     def before(self) -> dict[str, Tensor]:
-        """Returns the tensors in a new dictionary, for the mixer to read.
+        """Return the tensors in a new dictionary, for the mixer to read.
 
         Tensors made in inference mode are copied when read outside of it, where autograd could not record them.
         """
@@ -94,7 +94,7 @@ class StateLayer(CacheLayerMixin):
         return dict(self.state)
 
     def replace(self, state: dict[str, Tensor], num_tokens: int) -> None:
-        """Stores a new state.
+        """Store a new state.
 
         Args:
             state: as the mixer returned it.
@@ -122,31 +122,31 @@ class StateLayer(CacheLayerMixin):
         self.num_tokens.add_(num_tokens)
 
     def get_seq_length(self) -> int:
-        """Returns the number of places read, padding included."""
+        """Return the number of places read, padding included."""
         return int(self.num_tokens)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Returns the width of an attention mask for query_length new places, and its offset, 0."""
+        """Return the width of an attention mask for query_length new places, and its offset, 0."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """Returns the number of places; -1 if it is not limited."""
+        """Return the number of places; -1 if it is not limited."""
         return self.size if self.size is not None and self.kind == "full_attention" else -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keeps the states of the chosen sequences."""
+        """Keep the states of the chosen sequences."""
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the states of the chosen sequences."""
+        """Keep the states of the chosen sequences."""
         self._map(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats the state of each sequence."""
+        """Repeat the state of each sequence."""
         self._map(lambda x: x.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
-        """Resets to the state before the first token."""
+        """Reset to the state before the first token."""
         self.num_tokens.zero_()
         if not self.is_compileable:
             self.state = {}
@@ -166,11 +166,11 @@ class StateLayer(CacheLayerMixin):
         )
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises, see `update`."""
+        """Raise a UserError, as `update` does."""
         self.update()
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises: other models fill a cache this way.
+        """Raise a UserError: only other models fill a cache this way.
 
         Raises:
             UserError: always.
@@ -191,11 +191,11 @@ def _of_size(x: Tensor, size: int) -> Tensor:
 
 
 class CacheStates(MutableSequence[Any]):
-    """States of the layers as `hgrn2.models.backbone.run_layers` reads and replaces them, kept in a cache.
+    """The states in a cache as a sequence, which `hgrn2.models.backbone.run_layers` reads and updates.
 
     Args:
-        layers: of the cache.
-        num_tokens: places that the pass reads.
+        layers: layers of the cache.
+        num_tokens: number of places that the pass reads.
     """
 
     def __init__(self, layers: Sequence[StateLayer], num_tokens: int) -> None:
@@ -214,21 +214,21 @@ class CacheStates(MutableSequence[Any]):
         raise TypeError("the number of layers is fixed")
 
     def insert(self, index: int, value: Any) -> NoReturn:
-        """Raises: the number of layers is fixed."""
+        """Raise a TypeError: the number of layers is fixed."""
         del index, value
         raise TypeError("the number of layers is fixed")
 
 
 def state_layers(cache: Cache, kinds: Sequence[str], growing: Sequence[Sequence[str]]) -> list[StateLayer]:
-    """Returns the layers of a cache; replaces them by `StateLayer` at the first call.
+    """Return the layers of a cache; replace them by `StateLayer` at the first call.
 
     Args:
         cache: a `DynamicCache` or a `StaticCache`, new or used by this model before.
-        kinds: what each layer of the model is, `HGRN2Config.layer_types`.
+        kinds: kind of each layer of the model, from `HGRN2Config.layer_types`.
         growing: names of the tensors of each layer's state that grow with the tokens read.
 
     Raises:
-        UserError: another kind of cache, or one that another model filled.
+        UserError: the cache is of another kind, or was filled by another model.
     """
     if getattr(cache, "offloading", False):
         raise UserError(

@@ -17,7 +17,7 @@ from hgrn2.hf.modeling import HGRN2Model, HGRN2PreTrainedModel
 
 
 class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
-    """The model, and a linear layer on its last token.
+    """A text classifier: a linear layer on the hidden state of the last token.
 
     Args:
         config: the model's configuration; `num_labels` or `id2label` say how many classes there are (by default 2;
@@ -25,7 +25,7 @@ class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
             labels).
 
     Raises:
-        UserError: there are no classes.
+        UserError: num_labels is 0.
     """
 
     def __init__(self, config: HGRN2Config) -> None:
@@ -51,26 +51,25 @@ class HGRN2ForSequenceClassification(HGRN2PreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Computes the scores of each class.
+        """Compute the scores of each class.
 
         Args:
-            input_ids: as in `HGRN2Model.forward`, likewise cache, inputs_embeds, use_cache, output_hidden_states,
-                past_key_values and kwargs.
+            input_ids: [B, T] int64.
             attention_mask: [B, T], 0 where a place is padding, on either side. Without it, the tokens after the last
                 that is not `pad_token_id` are padding.
-            cache: see input_ids.
-            inputs_embeds: see input_ids.
-            labels: [B] classes or, for regression, numbers; [B, num_labels] for several classes a text.
-            use_cache: see input_ids.
-            output_hidden_states: see input_ids.
-            past_key_values: see input_ids.
-            **kwargs: see input_ids.
+            cache: cache of the places before, as an earlier call returned it; updated in place.
+            inputs_embeds: [B, T, D], outputs of the embeddings, instead of input_ids.
+            labels: [B] classes or, for regression, numbers; [B, num_labels] for several classes per text.
+            use_cache: whether to return a cache, by default as in `HGRN2Model.forward`.
+            output_hidden_states: whether to return the input of every layer and the output of the model below the head.
+            past_key_values: the cache by its name before transformers 5.24.
+            **kwargs: further arguments of `HGRN2Model.forward`.
 
         Returns:
             The loss or None, logits [B, num_labels], and what `HGRN2Model.forward` returns.
 
         Raises:
-            UserError: several texts, and nothing that says where each ends.
+            UserError: there are several texts, and neither a mask nor a padding id tells where each ends.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids,
@@ -110,6 +109,6 @@ def _last_places(input_ids: Tensor | None, mask: Tensor | None, pad: int | None,
     else:
         asked = "give one" if input_ids is None else "give one, or set pad_token_id in the configuration"
         raise UserError(
-            f"several texts without an attention_mask, so that nothing says where each ends; {asked}", "incomplete"
+            f"several texts without an attention_mask, so the last token of each is unknown; {asked}", "incomplete"
         )
     return (tokens * torch.arange(length, device=x.device)).argmax(-1)

@@ -27,20 +27,20 @@ _LIBRARY_KEYS = TRANSFORMERS_KEYS | {
 
 
 class HGRN2Config(PreTrainedConfig):
-    """Configuration with every key of `hgrn2.models.HGRN2Config`, beside those of transformers.
+    """Configuration with every key of `hgrn2.models.HGRN2Config` and those of transformers.
 
-    Read are a config.json of `save_pretrained`, of `hgrn2 train` and of flash-linear-attention, told apart by their
-    keys (`hgrn2.formats.layout.recognise`); written is the first kind.
+    It reads a config.json written by `save_pretrained`, by `hgrn2 train` or flash-linear-attention, recognised by its
+    keys (`hgrn2.formats.layout.recognise`), and writes the first kind.
 
     Args:
         use_cache: whether the model returns its state.
-        pad_token_id: the token that fills short rows.
-        bos_token_id: the token before the first of a text; models of `hgrn2 train` start after an end of text.
-        eos_token_id: the token after the last.
-        **kwargs: keys of `hgrn2.models.HGRN2Config`, and those every `PreTrainedConfig` takes.
+        pad_token_id: the padding token.
+        bos_token_id: the token before the first of a text; models of `hgrn2 train` start after an end-of-text token.
+        eos_token_id: the token after the last of a text.
+        **kwargs: keys of `hgrn2.models.HGRN2Config` and of `PreTrainedConfig`.
 
     Raises:
-        UserError: an unknown key, values that contradict each other, or keys of two layouts.
+        UserError: a key is unknown, values contradict each other, or keys are of two layouts.
 
     Example:
         >>> HGRN2Config(hidden_size=256, expand_ratio=64, num_hidden_layers=3).layer_types
@@ -83,10 +83,10 @@ class HGRN2Config(PreTrainedConfig):
         super().__init__(**rest)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """Sets an attribute; refuses settings under names that the model does not read.
+        """Set an attribute; refuse settings under names that the model does not read.
 
         Raises:
-            UserError: it is, see `hgrn2.hf.foreign.check_settable`.
+            UserError: the model does not read the attribute (`hgrn2.hf.foreign.check_settable`).
         """
         is_known = key.startswith("_") or key in _LIBRARY_KEYS or key in self.attribute_map or hasattr(type(self), key)
         if is_known or check_settable(key, value, _FIELDS):
@@ -94,10 +94,10 @@ class HGRN2Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Makes a configuration of the content of a config.json, whose keys must identify the layout.
+        """Return the configuration of the content of a config.json, whose keys must identify the layout.
 
         Raises:
-            UserError: the layout is unknown, or as for the class.
+            UserError: the layout is unknown, a key is unknown, or values contradict each other.
         """
         if not isinstance(config_dict, dict):
             raise UserError(f"config.json: found {type(config_dict).__name__}, wanted a table of settings")
@@ -109,7 +109,7 @@ class HGRN2Config(PreTrainedConfig):
         """The settings as `hgrn2.models.HGRN2Config`, checked again.
 
         Raises:
-            UserError: values that contradict each other.
+            UserError: values contradict each other.
         """
         return own.HGRN2Config.from_dict({name: getattr(self, name) for name in _FIELDS})
 
@@ -163,7 +163,7 @@ class HGRN2Config(PreTrainedConfig):
 
 
 def _kind(mixer: str, options: dict[str, Any] | None) -> str:
-    """Returns transformers' word for what a mixer keeps."""
+    """Return transformers' name for what a mixer stores."""
     memory = "state" if options is None else find_mixer(mixer).mixer.memory(read_options(mixer, options))
     return {"state": "linear_attention", "tokens": "full_attention", "window": "sliding_attention"}[memory]
 

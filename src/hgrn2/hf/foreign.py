@@ -43,20 +43,20 @@ _MISSPELT = 0.85
 
 
 def check_settable(key: str, value: Any, fields: Collection[str]) -> bool:
-    """Refuses to set an attribute that looks like a setting of the model but is not read.
+    """Refuse to set an attribute that looks like a setting of the model but is not read.
 
     Other names are allowed: tools store their own data in a configuration.
 
     Args:
-        key: the attribute, none of transformers' own.
+        key: name of the attribute, which is not one of transformers.
         value: the new value.
         fields: names of the model's settings.
 
     Returns:
-        Whether the attribute is to be kept; false where it turns off what no model here has.
+        Whether to set the attribute; false if it disables something that no model here has.
 
     Raises:
-        UserError: the key is a setting of another layout or kind of model, or a misspelt one of this model's.
+        UserError: the key is a setting of another layout or kind of model, or a misspelt setting of this model.
     """
     if key in fields:
         return True

@@ -45,18 +45,18 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """Returns the head."""
+        """Return the head."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replaces the head."""
+        """Replace the head."""
         self.lm_head = new_embeddings
 
     @staticmethod
     def create_masks_for_generate(
         inputs_embeds: Tensor, attention_mask: Tensor | None, is_first_iteration: bool = False, **_: Any
     ) -> Tensor | None:
-        """Returns the mask of the new places for a cache of fixed size, [B, T], or None.
+        """Return the mask of the new places for a cache of fixed size, [B, T], or None.
 
         The cache knows about the places before. A single token after the prompt is never padding, and None keeps the
         shapes of a compiled step constant; PEFT's prompt tuning would make a mask wider by its virtual tokens, which
@@ -84,7 +84,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
     # the library inspects the signature
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Returns the arguments of a step."""
+        """Return the arguments of a step."""
         # given for stop strings; not an argument of the model
         kwargs.pop("tokenizer", None)
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -138,27 +138,27 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Computes logits of the next token at every place, and a loss.
+        """Compute logits of the next token at every place, and a loss.
 
         Args:
-            input_ids: as in `HGRN2Model.forward`, likewise attention_mask, cache, inputs_embeds, use_cache,
-                output_hidden_states, cu_seq_lens_q, past_key_values and kwargs.
-            attention_mask: see input_ids.
-            cache: see input_ids.
-            inputs_embeds: see input_ids.
-            labels: [B, T] int64, the tokens themselves (they are shifted here); -100 where none counts.
-            use_cache: see input_ids.
-            output_hidden_states: see input_ids.
-            logits_to_keep: the last so many places get logits, 0 for all; or a 1-D tensor of places. The loss is of
-                all places whatever is kept, and never holds all logits: 1 saves their memory in training.
-            num_items_in_batch: what the summed loss is divided by, instead of the number of labels that count.
-            cu_seq_lens_q: see input_ids; a sequence's first token is not a label of the one before.
-            past_key_values: see input_ids.
-            **kwargs: see input_ids; and shift_labels [B, T], labels that are shifted already. They go before labels,
-                which the Trainer gives beside them where it spreads a sequence over devices.
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], or [B, S + T] after S places that the cache has read; 0 where a place is padding.
+            cache: cache of the places before, as an earlier call returned it; updated in place.
+            inputs_embeds: [B, T, D], outputs of the embeddings, instead of input_ids.
+            labels: [B, T] int64, the tokens themselves (they are shifted here); -100 at places to ignore.
+            use_cache: whether to return a cache, by default as in `HGRN2Model.forward`.
+            output_hidden_states: whether to return the input of every layer and the output of the model below the head.
+            logits_to_keep: number of last places whose logits are returned, 0 for all; or a 1-D tensor of places. The
+                loss covers all places in any case and never holds all logits, so 1 saves memory in training.
+            num_items_in_batch: divisor of the summed loss, instead of the number of labels that are not ignored.
+            cu_seq_lens_q: [N + 1] starts of sequences packed end to end and the total length, B = 1. The first token
+                of a sequence is not a label of the sequence before.
+            past_key_values: the cache by its name before transformers 5.24.
+            **kwargs: further arguments of `HGRN2Model.forward`, and shift_labels [B, T], labels that are shifted
+                already. They take precedence over labels: the Trainer gives both if it splits a sequence over devices.
 
-        A function that was assigned to `loss_function` is called as transformers calls it, with the logits of all
-        places, labels, vocab_size and the further arguments; the labels of packed sequences leave out first tokens.
+        A function assigned to `loss_function` is called as transformers calls it, with the logits of all places,
+        labels, vocab_size and the further arguments; in labels of packed sequences, the first tokens are ignored.
 
         Returns:
             The loss or None, logits [B, kept, vocab_size], and what `HGRN2Model.forward` returns.
@@ -216,7 +216,7 @@ class HGRN2ForCausalLM(HGRN2PreTrainedModel, GenerationMixin):
 
 
 def _without_first_tokens(labels: Tensor | None, bounds: Tensor | None) -> Tensor | None:
-    """Returns the labels without the first of each packed sequence, which nothing before it predicts."""
+    """Return the labels with the first of each packed sequence ignored, as no token of the sequence predicts it."""
     if labels is None or bounds is None:
         return labels
     labels = labels.clone()
@@ -226,7 +226,7 @@ def _without_first_tokens(labels: Tensor | None, bounds: Tensor | None) -> Tenso
 
 
 def _shifted(labels: Tensor) -> Tensor:
-    """Returns the token that follows each place."""
+    """Return the label of the next place, for each place."""
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 

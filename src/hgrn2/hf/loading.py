@@ -25,11 +25,11 @@ class CheckpointError(UserError, RuntimeError):
 
 
 def classes_named_by(name: Any, settings: Mapping[str, Any]) -> list[str] | None:
-    """Returns the classes named by the config.json of a folder or repository.
+    """Return the classes named by the config.json of a folder or repository.
 
     Args:
-        name: as in `from_pretrained`.
-        settings: further arguments of it, of which those about the Hub are read.
+        name: folder or repository, as in `from_pretrained`.
+        settings: further arguments of `from_pretrained`, of which those about the Hub are used.
     """
     if name is None:
         return None
@@ -45,22 +45,22 @@ def check_loaded(
     where: Any, found: Mapping[str, Iterable[Any]], *, opened_by: Sequence[str], written_by: Sequence[str] | None,
     body: str, any_missing: bool, any_size: bool,
 ) -> None:  # fmt: skip
-    """Refuses a checkpoint that would leave parameters at random values.
+    """Refuse a checkpoint that would leave parameters at random values.
 
-    A head is new, with the library's warning, where another class wrote the file: a classifier's on a language model, a
-    language model's on the model without a head.
+    A head is initialised at random, with a warning of the library, if another class wrote the file: that of a
+    classifier opened from a language model, or that of a language model opened from the model without a head.
 
     Args:
         where: the folder or name, for messages.
         found: the library's report: "missing_keys" by name, "mismatched_keys" with the file's shape and the model's.
-        opened_by: names of the class and of those it derives from.
-        written_by: names of classes in its config.json; None if it has none.
-        body: what the names of tensors below the head begin with; empty for the model without a head.
-        any_missing: whether anything may be drawn anew, for the caller sees the report or has no file.
+        opened_by: names of the class and its base classes.
+        written_by: names of classes in config.json; None if it has none.
+        body: prefix of the names of tensors below the head; empty for the model without a head.
+        any_missing: whether missing tensors may be initialised at random, as the caller gets the report or has no file.
         any_size: whether tensors of other shapes may be.
 
     Raises:
-        CheckpointError: tensors are missing, or of other shapes; they are listed, with what to do.
+        CheckpointError: tensors are missing or have other shapes; the message lists them and suggests a remedy.
     """
     # ignore class names of other projects
     ours = [name for name in written_by or () if name in _CLASSES] or [_LANGUAGE_MODEL]

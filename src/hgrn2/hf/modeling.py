@@ -39,13 +39,13 @@ class HGRN2Layer(GradientCheckpointingLayer, Block):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, lower_bound: Tensor | None, state: MixerState | None, context: Context
     ) -> LayerOutput:
-        """Runs the layer, see `Block.forward`.
+        """Run the layer as `Block.forward` does.
 
         Args:
             x: [B, T, D].
-            lower_bound: of the context; separate, because reentrant checkpointing only tracks tensor arguments.
-            state: of the mixer; None at a start.
-            context: without the lower bound.
+            lower_bound: that of the context; separate, because reentrant checkpointing only tracks tensor arguments.
+            state: state of the mixer; None at the start of a sequence.
+            context: the context, without its lower bound.
         """
         return super().forward(x, state, context.for_layer(lower_bound, context.earlier))
 
@@ -69,7 +69,7 @@ class HGRN2PreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; `loss_function` is a function or module, or None for the library's own."""
+        """Set an attribute; `loss_function` is a function or module, or None for the library's own."""
         if name != "loss_function":
             super().__setattr__(name, value)
             return
@@ -89,19 +89,20 @@ class HGRN2PreTrainedModel(PreTrainedModel):
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Opens a model from a folder or the Hub; refuses to leave parameters at random values.
+        """Open a model from a folder or the Hub; refuse to leave parameters at random values.
 
         Args:
-            pretrained_model_name_or_path: see `transformers.PreTrainedModel.from_pretrained`, likewise args and kwargs.
-            *args: see pretrained_model_name_or_path.
-            output_loading_info: whether to return (model, report of missing, unexpected and mismatched tensors);
-                missing tensors are then drawn instead of refused.
-            ignore_mismatched_sizes: whether tensors with other shapes than the model's are drawn instead of refused.
-            **kwargs: see pretrained_model_name_or_path.
+            pretrained_model_name_or_path: folder, or name of a repository on the Hub; None with a `state_dict`.
+            *args: passed to `transformers.PreTrainedModel.from_pretrained`.
+            output_loading_info: return (model, report of missing, unexpected and mismatched tensors), and initialise
+                missing tensors at random instead of refusing them.
+            ignore_mismatched_sizes: initialise tensors with other shapes than the model's at random instead of
+                refusing them.
+            **kwargs: passed to `transformers.PreTrainedModel.from_pretrained`.
 
         Raises:
-            CheckpointError: tensors are missing or misshapen, see `hgrn2.hf.loading.check_loaded`.
-            UserError: as for `HGRN2Config`.
+            CheckpointError: tensors are missing or have other shapes.
+            UserError: the settings in config.json are unknown or contradict each other.
         """
         name = pretrained_model_name_or_path
         # the library would raise about a shape without advice
@@ -122,15 +123,15 @@ class HGRN2PreTrainedModel(PreTrainedModel):
         return (model, found) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Writes the model into a folder; refuses a model that could not be read back.
+        """Write the model into a folder; refuse a model that could not be read back.
 
         Args:
-            save_directory: see `transformers.PreTrainedModel.save_pretrained`, likewise args and kwargs.
-            *args: see save_directory.
-            **kwargs: see save_directory.
+            save_directory: the folder to write.
+            *args: passed to `transformers.PreTrainedModel.save_pretrained`.
+            **kwargs: passed to `transformers.PreTrainedModel.save_pretrained`.
 
         Raises:
-            UserError: adapters of PEFT are still in the model, whose tensors have other names.
+            UserError: the model still contains adapters of PEFT, under which its tensors have other names.
         """
         # after add_adapter the library writes only the adapter
         if not getattr(self, "_hf_peft_config_loaded", False):
@@ -158,7 +159,7 @@ class HGRN2PreTrainedModel(PreTrainedModel):
 
 
 def _reset_block(block: Block, initial: InitialValues) -> None:
-    """Draws the parameters of a block that were not read from a file.
+    """Draw the parameters of a block that were not read from a file.
 
     The library initialises module by module; marking the parameters prevents a second draw.
     """
@@ -210,25 +211,25 @@ class HGRN2Model(HGRN2PreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Computes the hidden states of every place.
+        """Compute the hidden states of every place.
 
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], or [B, S + T] after S places that the cache has read; 0 where a place is padding.
-            cache: of the places before, as an earlier call returned it; updated in place.
-            inputs_embeds: [B, T, D], what the embeddings would give; instead of input_ids.
+            cache: cache of the places before, as an earlier call returned it; updated in place.
+            inputs_embeds: [B, T, D], outputs of the embeddings, instead of input_ids.
             use_cache: whether to return a cache; by default as the configuration says, and not in training or export.
             output_hidden_states: whether to return the input of every layer and the last layer's output, [B, T, D]
                 each, the last behind the final norm.
             cu_seq_lens_q: [N + 1] starts of sequences packed end to end and the total length, B = 1.
             past_key_values: the cache by its name before transformers 5.24.
-            **kwargs: transformers' further arguments; those that ask for something the model has not are refused.
+            **kwargs: further arguments of transformers; refused if they ask for something that the model does not have.
 
         Returns:
             last_hidden_state [B, T, D], the cache or None, and hidden_states or None.
 
         Raises:
-            UserError: arguments that do not go together, or that the model cannot follow.
+            UserError: the arguments contradict each other, or the model does not support them.
         """
         _check_further(kwargs, packed=cu_seq_lens_q is not None)
         cache = _only_one(cache, past_key_values, ("cache", "past_key_values"))
@@ -290,7 +291,7 @@ class HGRN2Model(HGRN2PreTrainedModel):
         )
 
     def state_layers(self, cache: Cache) -> list[StateLayer]:
-        """Returns the layers of a cache, see `hgrn2.hf.cache.state_layers`."""
+        """Return the layers of a cache; replace them by `StateLayer` at the first call."""
         return state_layers(cache, self._kinds, self._growing)
 
 

@@ -12,7 +12,7 @@ from hgrn2.hf.modeling import HGRN2Model
 
 
 def register() -> None:
-    """Registers the classes for the model type "hgrn2" with `AutoConfig`, `AutoModel` and the others.
+    """Register the classes for the model type "hgrn2" with `AutoConfig`, `AutoModel` and the others.
 
     Importing `hgrn2.hf` calls it. The last registration of a model type wins: if flash-linear-attention, which uses the
     same one, is imported later in the same process, call this again.

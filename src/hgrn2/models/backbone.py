@@ -20,7 +20,7 @@ LayerOutput = tuple[Tensor, MixerState, MixerState | None]
 
 
 def call_block(layer: nn.Module, x: Tensor, state: MixerState | None, context: Context) -> LayerOutput:
-    """Calls a layer; torch.compile compiles this function once for all layers of a kind."""
+    """Call a layer; torch.compile compiles this function once for all layers of a kind."""
     return layer(x, state, context)
 
 
@@ -34,14 +34,14 @@ def run_layers(
     call: Callable[..., LayerOutput] = call_block,
     on_hidden: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Runs the layers of a model one after the other.
+    """Run the layers of a model in order.
 
     Args:
         layers: blocks.
         x: [B, T, D], the input of the first.
-        states: state of each layer or None; each is replaced by the new state as soon as its layer has run.
-        context: of the pass.
-        bounds: lower bound [D] of each layer's gates, None for a layer that does not use it; None for no bounds.
+        states: the state of each layer, or None; replaced in place by the new state as soon as the layer has run.
+        context: further inputs of the pass.
+        bounds: the lower bound [D] of each layer's gates, None for a layer that does not use one; None for no bounds.
         call: calls a layer, as `call_block` does.
         on_hidden: called with the input of each layer.
 
@@ -61,11 +61,11 @@ def run_layers(
 
 
 def embed(x: Tensor, config: Any, training: bool) -> Tensor:
-    """Returns the input of the first layer.
+    """Return the input of the first layer.
 
     Args:
         x: [B, T, D] from the embeddings.
-        config: the model's; scale_embedding, hidden_size and dropout are read.
+        config: configuration of the model, of which scale_embedding, hidden_size and dropout are used.
         training: whether dropout applies.
     """
     if config.scale_embedding:
@@ -76,18 +76,18 @@ def embed(x: Tensor, config: Any, training: bool) -> Tensor:
 def hand_out_bounds(
     x: Tensor, gamma: Tensor | None, kind: str, layers: Sequence[int], num_layers: int, *, detach_first: bool = True
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Computes the lower bounds of the layers that use them.
+    """Compute the lower bounds of the layers that use them.
 
     Args:
         x: [B, T, D], the input of the first layer.
         gamma: [L, D], the learned parameters; None for a model without bounds.
-        kind: see `hgrn2.nn.gates.lower_bounds`.
+        kind: "inclusive" or "exclusive", as in `hgrn2.nn.gates.lower_bounds`.
         layers: indices of the layers that use their bound.
         num_layers: L.
-        detach_first: see `hgrn2.nn.gates.bounds_of_layers`.
+        detach_first: whether the bound of the first layer, which is always 0, gets no gradient.
 
     Returns:
-        x, through which gamma has a gradient even if no layer uses a bound, and the bound of each layer or None.
+        x, connected to gamma if no layer uses a bound, and the bound of each layer or None.
     """
     if gamma is None:
         return x, [None] * num_layers
@@ -97,13 +97,13 @@ def hand_out_bounds(
 
 
 def build_block(config: HGRN2Config, layer: int, backend: str = "auto", kind: type[Block] = Block) -> Block:
-    """Makes one layer of a model.
+    """Construct one layer of a model.
 
     Args:
-        config: the model's.
-        layer: its index from 0, by which the pattern of layers names its mixer.
-        backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
-        kind: the class to make, `Block` or one derived from it.
+        config: configuration of the model.
+        layer: index of the layer, from 0.
+        backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
+        kind: class of the layer, `Block` or a class derived from it.
     """
     mixer = config.build_mixer(layer, backend)
     assert config.intermediate_size is not None

@@ -1,4 +1,4 @@
-"""The model below its head, in reading order: embeddings, blocks under their lower bounds, norm."""
+"""The model without its head: embeddings, blocks with their lower bounds, and a norm."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class HGRN2Model(nn.Module):
     """Token ids to hidden states.
 
     Args:
-        config: what the model is made of.
-        backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
+        config: configuration of the model.
+        backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
 
     Attributes:
-        activation_checkpointing: compute the activations of every layer again in the backward pass instead of keeping
-            them: less memory for about a third more time, and the same numbers.
+        activation_checkpointing: recompute the activations of every layer in the backward pass instead of storing them:
+            less memory, about a third more time, the same numbers.
     """
 
     def __init__(self, config: HGRN2Config, backend: str = "auto"):
@@ -44,26 +44,26 @@ class HGRN2Model(nn.Module):
         self._compiled_call: Callable[..., Any] | None = None
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles a block with torch.compile, once for all layers of a kind. Only training uses it.
+        """Compile the blocks with torch.compile, once for all layers of a kind; only training uses the result.
 
         Args:
-            **options: of `torch.compile`.
+            **options: options of `torch.compile`.
         """
         self._compiled_call = torch.compile(call_block, **options)
 
     def bounds(self) -> list[Tensor] | list[None]:
-        """Returns the lower bound of each layer, [D] in [0, 1), or None for a model without bounds."""
+        """Return the lower bound of each layer, [D] in [0, 1), or None for a model without bounds."""
         if self.lower_bounds is None:
             return [None] * len(self.layers)
         return bounds_of_layers(self.lower_bounds, self.config.lower_bound, self._bounded_layers)
 
     def forward(self, input_ids: Tensor, state: ModelState | None, context: Context) -> tuple[Tensor, ModelState]:
-        """Runs the layers.
+        """Run the layers.
 
         Args:
             input_ids: [B, T] int64.
-            state: of the tokens before; None at a start.
-            context: of the pass.
+            state: state after the tokens before; None at the start of a sequence.
+            context: further inputs of the pass.
 
         Returns:
             Hidden states [B, T, D] after the last norm, and the new state.
@@ -89,7 +89,7 @@ class HGRN2Model(nn.Module):
         return checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=draws)
 
     def reset_parameters(self, std: float, generator: torch.Generator | None) -> None:
-        """Sets every parameter to its initial value, see `HGRN2LM.initialize`."""
+        """Set every parameter to its initial value, as `HGRN2LM.initialize` describes."""
         draw(self.embeddings, std, generator)
         if self.lower_bounds is not None:
             nn.init.zeros_(self.lower_bounds)
@@ -99,6 +99,6 @@ class HGRN2Model(nn.Module):
         draw(self.norm, std, generator)
 
     def parameter_roles(self) -> dict[str, str]:
-        """Says what each parameter is, see `HGRN2LM.parameter_roles`."""
+        """Return the role of each parameter by name, as `HGRN2LM.parameter_roles` describes."""
         roles = parameter_roles(self)
         return roles if self.lower_bounds is None else roles | {"lower_bounds": "lower_bounds"}

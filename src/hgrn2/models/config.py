@@ -1,4 +1,4 @@
-"""The configuration of a language model: every published variant, with contradictions refused."""
+"""The configuration of a language model; it covers every published variant and refuses contradictions."""
 
 from __future__ import annotations
 
@@ -48,36 +48,36 @@ class HGRN2Config:
         vocab_size: tokens of the vocabulary.
         hidden_size: D, the model width.
         num_hidden_layers: L.
-        expand_ratio: K = V, the width of a head; the state holds expand_ratio numbers a channel. None means
+        expand_ratio: K = V, the width of a head; the state holds expand_ratio numbers per channel. None means
             hidden_size / num_heads, or 128 when num_heads is not given either.
         num_heads: heads of the mixer, hidden_size / expand_ratio. Give one of the two; both must agree.
         hidden_ratio: sets intermediate_size when that is not given.
         intermediate_size: width of the channel mixer; None means 256 * ceil(int(D * hidden_ratio * 2 / 3) / 256).
-        glu_activation: of the channel mixer: "silu" (SwiGLU), "none" (bilinear), "sigmoid" or "gelu".
+        glu_activation: activation of the channel mixer: "silu" (SwiGLU), "none" (bilinear), "sigmoid" or "gelu".
         use_lower_bound: whether the forget gates have learned lower bounds.
         lower_bound: how the bounds follow from the learned parameters: "inclusive" or "exclusive".
-        q_activation: of the output gate: "silu", "sigmoid" or "none".
-        v_activation: of the input: "none" or "silu".
+        q_activation: activation of the output gate: "silu", "sigmoid" or "none".
+        v_activation: activation of the input: "none" or "silu".
         scale: factor of the mixer's outputs before its norm; None means expand_ratio^-0.5.
         mixer_norm: norm after the scan: "rmsnorm" or "layernorm".
-        mixer_norm_eps: its eps (fla uses 1e-5 for every norm_eps).
-        mixer_norm_affine: whether it has parameters.
+        mixer_norm_eps: eps of this norm (fla uses 1e-5 for every norm_eps).
+        mixer_norm_affine: whether this norm has parameters.
         block_norm: norm before the mixers and at the end: "rmsnorm" or "layernorm".
-        norm_eps: its eps.
-        elementwise_affine: whether it has parameters.
-        use_bias: biases in the projections of both mixers.
-        use_short_conv: a short convolution on q, f and i before the activations.
-        conv_size: its taps.
-        scale_embedding: multiply embeddings by sqrt(D).
+        norm_eps: eps of these norms.
+        elementwise_affine: whether these norms have parameters.
+        use_bias: whether the projections of both mixers have biases.
+        use_short_conv: whether q, f and i pass through a short convolution before their activations.
+        conv_size: taps of this convolution.
+        scale_embedding: whether embeddings are multiplied by sqrt(D).
         min_log_decay: smallest log decay while training, or None (the official models train with -3).
-        dropout: probability on embeddings and residual branches while training.
-        tie_word_embeddings: one matrix for embeddings and head.
+        dropout: dropout probability on embeddings and residual branches while training.
+        tie_word_embeddings: whether embeddings and head share one matrix.
         initializer_range: standard deviation of the initial weights.
         attn: attention at chosen layers, or None.
-        layers: names of mixers, repeated over the depth: ("mamba", "mamba", "attention"). None means HGRN2, but for the
-            layers of `attn`. HGRN2's options are the keys above. A pattern of HGRN2 and attention alone is turned into
-            `attn`.
-        mixers: options of the other mixers in `layers`, a table by name: {"attention": {"num_heads": 8}}.
+        layers: names of mixers, repeated over the depth: ("mamba", "mamba", "attention"). None means HGRN2, except in
+            the layers of `attn`. HGRN2's options are the keys above. A pattern of only HGRN2 and attention is stored
+            as `attn`.
+        mixers: options of the other mixers in `layers`, by name: {"attention": {"num_heads": 8}}.
     """
 
     vocab_size: int = 32000
@@ -238,7 +238,7 @@ class HGRN2Config:
         return f"{name} = {value}" + (" (the default)" if value == default else "")
 
     def __repr__(self) -> str:
-        """Returns the call that makes this config, without defaults except sizes."""
+        """Return the call that constructs this config, with sizes and settings other than the defaults."""
         shown = ("vocab_size", "hidden_size", "num_hidden_layers", "expand_ratio", "intermediate_size")
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.mixers is not None:
@@ -249,7 +249,7 @@ class HGRN2Config:
 
     @property
     def summary(self) -> str:
-        """Sizes and kinds of layers in a few words."""
+        """Sizes and kinds of layers, in one line."""
         if self.layers is not None:
             kinds = ", ".join(f"{len(found)} {name}" for name, found in group_layers(self.layer_mixers).items())
             layers = f"{plural(self.num_hidden_layers, 'layer')} ({kinds})"
@@ -276,12 +276,12 @@ class HGRN2Config:
 
     @property
     def described_layers(self) -> dict[str, str]:
-        """Layers of each mixer in words, such as {"hgrn2": "0-2, 4-6", "attention": "3, 7"}."""
+        """The layers of each mixer as text, such as {"hgrn2": "0-2, 4-6", "attention": "3, 7"}."""
         return describe_layers(self.layer_mixers)
 
     @property
     def layer_memories(self) -> tuple[Memory, ...]:
-        """Content of each layer's state, see `Mixer.memory`."""
+        """What each layer's state holds: "state", "tokens" or "window", as in `Mixer.memory`."""
         found: dict[str, Memory] = {
             name: find_mixer(name).mixer.memory(self.mixer_options(name)) for name in set(self.layer_mixers)
         }
@@ -300,10 +300,10 @@ class HGRN2Config:
         return self.use_lower_bound and (self.layers is None or bool(self.bounded_layers))
 
     def mixer_options(self, name: str) -> MixerOptions:
-        """Returns the options of a mixer in this model.
+        """Return the options of a mixer in this model.
 
         Args:
-            name: in `layer_mixers`.
+            name: name of the mixer, one of `layer_mixers`.
         """
         if name == DEFAULT_MIXER:
             return HGRN2Options(
@@ -324,17 +324,17 @@ class HGRN2Config:
         return self.mixers[name]
 
     def build_mixer(self, layer: int, backend: str = "auto") -> Mixer:
-        """Makes the mixer of one layer.
+        """Construct the mixer of one layer.
 
         Args:
-            layer: its index.
-            backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
+            layer: index of the layer, from 0.
+            backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
         """
         name = self.layer_mixers[layer]
         return find_mixer(name).build(self.hidden_size, self.mixer_options(name), backend)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON, with the model type; `layers` and `mixers` only if they are set."""
+        """Return plain values for JSON, with the model type; `layers` and `mixers` only if they are set."""
         values = dataclasses.asdict(self)
         if self.layers is None:
             del values["layers"], values["mixers"]
@@ -342,10 +342,10 @@ class HGRN2Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HGRN2Config:
-        """Makes a config of a table as `to_dict` returns it, or of a part of one.
+        """Return the config of a dictionary from `to_dict`; missing keys take the defaults.
 
         Raises:
-            UserError: an unknown key (near matches are named), or values that contradict each other.
+            UserError: a key is unknown (the message suggests similar ones), or values contradict each other.
         """
         _check(isinstance(values, dict), f"found {type(values).__name__}; wanted a table of settings")
         values = dict(values)
@@ -354,7 +354,7 @@ class HGRN2Config:
         return _build(cls, values, "model config")
 
     def replace(self, **changes: Any) -> HGRN2Config:
-        """Returns a copy with some fields changed; derived fields are derived again."""
+        """Return a copy with some fields changed; derived fields are computed again."""
         values = dataclasses.asdict(self)
         if changes.get("layers") is not None:
             values["attn"] = values["mixers"] = None

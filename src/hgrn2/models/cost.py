@@ -11,7 +11,7 @@ from hgrn2.models.config import HGRN2Config
 from hgrn2.models.language import HGRN2LM
 from hgrn2.nn.block import Block
 
-# AdamW keeps two float32 numbers a parameter
+# AdamW keeps two float32 numbers per parameter
 _OPTIMIZER_BYTES = 8
 
 
@@ -20,20 +20,20 @@ class Cost:
     """Costs of a model, counted from its configuration.
 
     Attributes:
-        parameters: all of them; a tied matrix counts once.
-        embedding_parameters: parameters that are only looked up and never multiplied.
-        flops_per_token_6n: the usual estimate of training, 6 N a token (6 N D for D tokens), with
-            N = parameters - embedding_parameters. It includes norms, biases and lower bounds, which are in no product.
+        parameters: number of parameters; a tied matrix counts once.
+        embedding_parameters: parameters that are only looked up, never multiplied.
+        flops_per_token_6n: the usual estimate for training, 6 N per token (6 N D for D tokens), with
+            N = parameters - embedding_parameters. It includes norms, biases and lower bounds, which no product uses.
         flops_per_token_forward: multiplications and additions of a forward pass: the matrix products, and the scan in
             whole chunks of 64 tokens. Element-wise operations are not counted.
-        flops_per_token_training: three times the forward pass, as the backward pass takes two.
-        activation_bytes_per_token: kept for the backward pass in float32, without the loss's working memory.
+        flops_per_token_training: three times the forward pass, as the backward pass takes two times.
+        activation_bytes_per_token: saved for the backward pass in float32, without the working memory of the loss.
         activation_bytes_per_token_bfloat16: the same under bfloat16 autocast (`precision = "bfloat16"`).
         activation_bytes_per_token_checkpointed: the same in float32 with activation checkpointing: the input of every
             layer, and all of one layer while its backward pass runs.
-        state_bytes: state of one sequence while decoding in float32; caches of attention layers come on top.
-        attention_bytes_per_token: growth of the caches of attention and the like with every token, up to their window.
-        attention_window: tokens after which they do not grow; None where there is no limit, or no cache.
+        state_bytes: state of one sequence while decoding in float32, without the caches of attention layers.
+        attention_bytes_per_token: growth of the caches (such as attention's) with every token, up to their window.
+        attention_window: number of tokens after which the caches stop growing; None without a limit or a cache.
         weight_bytes: the weights in float32.
         weight_bytes_bfloat16: the weights in bfloat16.
         checkpoint_bytes: weights and AdamW state in float32, as a checkpoint of a run holds them.
@@ -61,9 +61,9 @@ class CostLine:
 
     Attributes:
         label: the name of the quantity.
-        value: how much.
+        value: the quantity itself.
         unit: "bytes", or "" for a plain count.
-        note: parts that are included or left out.
+        note: what is included or left out.
     """
 
     label: str
@@ -73,18 +73,18 @@ class CostLine:
 
 
 def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
-    """Counts the costs of a model.
+    """Count the costs of a model.
 
     Args:
         config: the model.
-        seq_len: tokens of a training sequence; it matters for attention layers only.
+        seq_len: length of a training sequence; only attention layers depend on it.
     """
     with torch.device("meta"):
         model = HGRN2LM(config)
     parameters = model.num_parameters()
     roles = model.parameter_roles()
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    # one multiplication and one addition a weight; a tied embedding is also the head
+    # one multiplication and one addition per weight; a tied embedding is also the head
     linear = sum(
         2 * p.numel()
         for name, p in model.named_parameters()
@@ -112,11 +112,11 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
 
 
 def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
-    """Lists the costs of a model for people, without lines that do not apply.
+    """Return the costs of a model as a table to print, without lines that do not apply.
 
     Args:
         config: the model.
-        seq_len: as for `cost`.
+        seq_len: length of a training sequence.
     """
     c = cost(config, seq_len)
     tied = config.tie_word_embeddings
@@ -143,13 +143,13 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
 
 
 def _activation_bytes(model: HGRN2LM, seq_len: int, low: int, *, checkpointed: bool = False) -> int:
-    """Count the bytes of one token that eager torch saves for the backward pass; tests compare with torch.
+    """Count the bytes per token that eager torch saves for the backward pass; tests compare them with torch.
 
     Args:
-        model: on any device.
-        seq_len: tokens of a sequence.
-        low: bytes of a number that autocast would lower; residuals and the insides of norms are float32 always.
-        checkpointed: only the input of every layer is kept, and one whole layer.
+        model: a model on any device.
+        seq_len: length of a sequence.
+        low: bytes of a number whose precision autocast may lower; residuals and the insides of norms are float32.
+        checkpointed: whether only the inputs of the layers, and the activations of a single layer, are stored.
     """
     config = model.config
     layers = [layer.activation_bytes(seq_len, low) for layer in model.model.layers]  # pyright: ignore

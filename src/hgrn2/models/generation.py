@@ -1,4 +1,4 @@
-"""Generate token ids: the loop that reads a prompt and draws what follows."""
+"""Generate token ids: read prompts, then sample token by token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def generate(
     model: Any, input_ids: Tensor, max_tokens: int, sampling: Sampling | None, attention_mask: Tensor | None,
     stop_ids: Collection[int],
 ) -> Tensor:  # fmt: skip
-    """Continues prompts; arguments as in `HGRN2LM.generate`."""
+    """Continue prompts; arguments and result of `HGRN2LM.generate`."""
     input_ids = checked_ids("input_ids", input_ids, "[B, T]", model.model.embeddings)
     if not input_ids.shape[1]:
         raise UserError("input_ids has no tokens; give at least one, such as the token that ends a text")

@@ -16,18 +16,18 @@ _IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def checked_ids(name: str, ids: Tensor, shape: str, embeddings: nn.Embedding, ignored: int | None = None) -> Tensor:
-    """Returns token ids in int64.
+    """Return token ids in int64.
 
     Args:
         name: name of the argument.
         ids: the argument.
         shape: the wanted axes, e.g. "[B, T]".
-        embeddings: of the model.
-        ignored: an id that is allowed beside those of the vocabulary.
+        embeddings: embeddings of the model.
+        ignored: a further id that is allowed, besides those of the vocabulary.
 
     Raises:
-        UserError: no tensor of whole numbers, other axes, another device than the model's, or an id that the vocabulary
-            does not have; values are looked at on the CPU only, where that waits for nothing.
+        UserError: the argument is not a tensor of integers, or has other axes or another device than the model, or an
+            id outside the vocabulary. Values are checked only on the CPU, where no synchronisation is needed.
     """
     if not isinstance(ids, Tensor) or ids.dtype not in _IDS or ids.dim() != shape.count(",") + 1:
         raise UserError(f"{name} is {describe(ids)}; wanted a tensor {shape} of int64")
@@ -48,10 +48,10 @@ def checked_ids(name: str, ids: Tensor, shape: str, embeddings: nn.Embedding, ig
 
 
 def checked_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
-    """Returns an attention mask as bool, on the device of the ids.
+    """Return an attention mask as bool, on the device of the ids.
 
     Raises:
-        UserError: no tensor, or another shape.
+        UserError: the mask is not a tensor, or has another shape.
     """
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         raise UserError(
@@ -61,12 +61,12 @@ def checked_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
 
 
 def check_mixers(names: Iterable[str], cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
-    """Raises a UserError if a mixer cannot follow packed sequences, or padding.
+    """Raise a UserError if a mixer does not support the packed sequences or the padding given.
 
     Args:
-        names: of the mixers.
+        names: names of the mixers.
         cu_seqlens: bounds of packed sequences, or None.
-        mask: of the tokens, or None.
+        mask: attention mask, or None.
     """
     for name in names:
         mixer = find_mixer(name).mixer
@@ -80,13 +80,13 @@ def check_mixers(names: Iterable[str], cu_seqlens: Tensor | None, mask: Tensor |
 
 
 def check_state(state: ModelState, num_layers: int, num_sequences: int, embeddings: nn.Embedding) -> None:
-    """Raises a UserError unless a state fits the number of layers and sequences, and the device.
+    """Raise a UserError unless a state fits the number of layers and sequences, and the device.
 
     Args:
         state: the argument.
         num_layers: layers of the model.
         num_sequences: sequences of the input.
-        embeddings: of the model.
+        embeddings: embeddings of the model.
     """
     if not isinstance(state, ModelState):
         raise UserError(f"state is {describe(state)}; wanted the ModelState that an earlier call or init_state gave")

@@ -1,4 +1,4 @@
-"""The language model: logits, losses, steps, generation and files."""
+"""The language model: logits, losses, single steps, generation, loading and saving."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from hgrn2.shapes import describe
 class HGRN2LM(nn.Module):
     """A causal language model.
 
-    All ways to run it agree: a whole prompt, the prompt in pieces with the state handed on, token by token, packed with
-    other sequences, or left-padded beside longer ones.
+    All ways to run it give the same results: a whole prompt, the prompt in pieces with the state passed on, token by
+    token, packed with other sequences, or left-padded in a batch with longer ones.
 
     Args:
-        config: what the model is made of.
-        backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
+        config: configuration of the model.
+        backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
 
     Example:
         >>> import torch
@@ -61,10 +61,9 @@ class HGRN2LM(nn.Module):
 
     @property
     def activation_checkpointing(self) -> bool:
-        """Whether the backward pass computes the activations of every layer again instead of keeping them.
+        """Whether the backward pass recomputes the activations of every layer instead of storing them.
 
-        Set it to train with less memory, for about a third more time; losses and gradients stay the same to the last
-        bit.
+        Training then needs less memory and about a third more time; losses and gradients are bitwise the same.
         """
         return self.model.activation_checkpointing
 
@@ -73,13 +72,13 @@ class HGRN2LM(nn.Module):
         self.model.activation_checkpointing = on
 
     def tie_weights(self) -> None:
-        """Makes head and embeddings one parameter if the config ties them."""
+        """Share one parameter between head and embeddings if the config ties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draws initial weights.
+        """Draw initial weights.
 
         | parameters | distribution |
         | --- | --- |
@@ -88,7 +87,10 @@ class HGRN2LM(nn.Module):
         | norm weights | 1 |
         | biases, lower_bounds | 0 (so that layer l starts at a bound of l / L) |
 
-        Other mixers than HGRN2 and attention set their own, see `hgrn2.nn.mixers.Mixer.reset_parameters`.
+        Mixers other than HGRN2 and attention initialise their parameters in `hgrn2.nn.mixers.Mixer.reset_parameters`.
+
+        Args:
+            generator: source of the random numbers; None for torch's global one.
         """
         std = self.config.initializer_range
         self.model.reset_parameters(std, generator)
@@ -104,22 +106,22 @@ class HGRN2LM(nn.Module):
         targets: Tensor | None = None,
         keep_state: bool = True,
     ) -> Any:
-        """Computes logits of the next token at every place, or the loss of targets.
+        """Compute the logits of the next token at every place, or with `targets` the loss.
 
         Args:
             input_ids: [B, T] int64.
-            state: of the tokens before, from an earlier call or `init_state`; None at a start.
+            state: state after the tokens before, from an earlier call or `init_state`; None at the start of a sequence.
             cu_seqlens: [N + 1] int32 or int64: sequences packed end to end, B = 1; state then holds N sequences.
-            attention_mask: [B, T], 0 or False where a token is padding; on the left if the last logits are to be used.
-            targets: [B, T] int64, to get what `loss` returns: wrappers that hook the call of a model, such as
-                DistributedDataParallel, are used so.
-            keep_state: whether the new state is wanted.
+            attention_mask: [B, T], 0 or False where a token is padding; pad on the left to use the last logits.
+            targets: [B, T] int64, to get the result of `loss`. Wrappers that hook the call of a model, such as
+                DistributedDataParallel, need this form.
+            keep_state: whether to return the new state.
 
         Returns:
             logits [B, T, vocab_size] and the new state; with targets a `LossOutput`.
 
         Raises:
-            UserError: a mask together with packed sequences, or ids of the wrong shape.
+            UserError: a mask is given with packed sequences, or ids have the wrong shape.
         """
         if targets is not None:
             targets = self._check_targets(targets, input_ids)
@@ -147,14 +149,14 @@ class HGRN2LM(nn.Module):
         attention_mask: Tensor | None = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, ModelState]:
-        """Computes the hidden states that the head reads.
+        """Compute the hidden states, the inputs of the head.
 
         Args:
             input_ids: [B, T] int64.
-            state: of the tokens before, from an earlier call or `init_state`; None at a start.
+            state: state after the tokens before, from an earlier call or `init_state`; None at the start of a sequence.
             cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, B = 1.
             attention_mask: [B, T], 0 or False where a token is padding.
-            keep_state: whether the new state is wanted; without it, it has no tensors.
+            keep_state: whether to return the new state; otherwise the returned state has no tensors.
 
         Returns:
             Hidden states [B, T, D] after the last norm, and the new state.
@@ -187,14 +189,14 @@ class HGRN2LM(nn.Module):
         cu_seqlens: Tensor | None = None,
         keep_state: bool = True,
     ) -> LossOutput:
-        """Computes the cross entropy of the next tokens without ever holding all logits.
+        """Compute the cross entropy of the next tokens without storing all logits at once.
 
         Args:
             input_ids: [B, T] int64.
-            targets: [B, T] int64, the token that follows each place; -100 where none counts.
-            state: of the tokens before, as in `forward`; None at a start.
-            cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, as in `forward`.
-            keep_state: whether the new state is wanted; training on packed documents has no use for it.
+            targets: [B, T] int64, the token that follows each place; -100 to ignore a place.
+            state: state after the tokens before, from an earlier call or `init_state`; None at the start of a sequence.
+            cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, B = 1.
+            keep_state: whether to return the new state; training on packed documents does not need it.
 
         Returns:
             sum, num_targets, state, and `mean`, the loss to call `backward()` on.
@@ -216,11 +218,11 @@ class HGRN2LM(nn.Module):
         return self(input_ids, state, cu_seqlens, targets=targets, keep_state=keep_state)
 
     def step(self, token_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """Reads one token of each sequence.
+        """Run one token of each sequence.
 
         Args:
             token_ids: [B] int64.
-            state: of the tokens before, from an earlier call or `init_state`.
+            state: state after the tokens before, from an earlier call or `init_state`.
 
         Returns:
             logits [B, vocab_size] and the new state.
@@ -238,22 +240,22 @@ class HGRN2LM(nn.Module):
         attention_mask: Tensor | None = None,
         stop_ids: Collection[int] = (),
     ) -> Tensor:
-        """Continues prompts token by token; needs nothing but torch, and no tokenizer.
+        """Continue prompts token by token; needs nothing but torch, and no tokenizer.
 
-        `hgrn2.inference.writing.Writer` goes from text to text and keeps the state for more.
+        `hgrn2.inference.writing.Writer` continues text, and keeps the state to continue further.
 
         Args:
             input_ids: [B, T] int64, at least one token each.
-            max_tokens: most tokens to add.
-            sampling: how tokens are drawn; None for the defaults of `hgrn2.Sampling`.
+            max_tokens: maximum number of tokens to add.
+            sampling: settings of the sampling; None for the defaults of `hgrn2.Sampling`.
             attention_mask: [B, T], 0 or False where a shorter prompt is padded on the left.
-            stop_ids: ids that end a text. It keeps the id, and repeats it until every text has ended.
+            stop_ids: ids that end a text. The id is kept, and repeated until every text has ended.
 
         Returns:
-            [B, T + N] int64, the prompts and the N <= max_tokens tokens after them.
+            [B, T + N] int64: the prompts, followed by N <= max_tokens tokens.
 
         Raises:
-            UserError: arguments that do not fit, or a model whose outputs are not finite.
+            UserError: an argument is invalid, or the outputs of the model are not finite.
 
         Example:
             >>> import torch
@@ -266,18 +268,18 @@ class HGRN2LM(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, checkpoint: str = "latest", device: torch.device | str = "auto") -> HGRN2LM:
-        """Opens a trained model; `hgrn2.load` opens its tokenizer as well.
+        """Open a trained model; `hgrn2.load` opens its tokenizer as well.
 
         Args:
-            path: a run folder, one of its checkpoints, or a folder of any layout that `hgrn2 convert` knows.
-            checkpoint: "latest", or "best" for the one with the best validation; of a run folder.
+            path: a run folder, one of its checkpoints, or a folder in any layout that `hgrn2 convert` reads.
+            checkpoint: of a run folder, "latest", or "best" for the one with the best validation.
             device: "cpu", "cuda", ...; "auto" takes the first GPU if there is one.
 
         Returns:
             The model in float32 and evaluation mode.
 
         Raises:
-            UserError: no model there, damaged files, or no such device.
+            UserError: there is no model, a file is damaged, or the device does not exist.
             MissingPackage: a package of the extra "train" is not installed.
         """
         from hgrn2.loading import load_weights
@@ -285,11 +287,11 @@ class HGRN2LM(nn.Module):
         return load_weights(path, checkpoint, device)
 
     def save(self, folder: str | Path, tokenizer: Any = None) -> Path:
-        """Writes the model into a new folder, which `load`, `hgrn2.load` and every command open.
+        """Write the model into a new folder that `load`, `hgrn2.load` and every command can open.
 
         Args:
-            folder: a folder that does not exist yet; it appears whole or not at all.
-            tokenizer: from `hgrn2.load` or `hgrn2.data.load_tokenizer`, to write beside the model.
+            folder: a folder that does not exist yet; it appears complete, or not at all.
+            tokenizer: tokenizer from `hgrn2.load` or `hgrn2.data.load_tokenizer`, to write next to the model.
 
         Returns:
             The folder.
@@ -303,11 +305,11 @@ class HGRN2LM(nn.Module):
         return save_model(self, folder, tokenizer)
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> ModelState:
-        """Makes the state before the first token.
+        """Return the state before the first token.
 
         Args:
             batch_size: number of sequences.
-            device: where; None for that of the weights.
+            device: device of the state; None for that of the weights.
         """
         if not isinstance(batch_size, int) or batch_size < 0:
             raise UserError(f"batch_size is {describe(batch_size)}; wanted the number of sequences")
@@ -317,26 +319,26 @@ class HGRN2LM(nn.Module):
         )
 
     def state_spec(self) -> list[dict[str, StateSpec]]:
-        """Returns names, shapes and dtypes of each layer's state, for inputs in the dtype of the embeddings."""
+        """Return the shapes and dtypes of each layer's state by name, for inputs in the dtype of the embeddings."""
         dtype = self.model.embeddings.weight.dtype
         return [layer.attn.state_spec(dtype) for layer in self.model.layers]  # pyright: ignore
 
     def num_parameters(self) -> int:
-        """Counts the parameters, a tied matrix once."""
+        """Return the number of parameters; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def parameter_roles(self) -> dict[str, str]:
-        """Returns the role of each parameter, by name.
+        """Return the role of each parameter, by name.
 
         "matrix" (weights of projections), "embedding", "head", "vector" (norms, biases, convolutions and other
-        parameters of mixers) or "lower_bounds". Weight decay belongs on the first three only.
+        parameters of mixers) or "lower_bounds". Only the first three should have weight decay.
         """
         roles = parameter_roles(self) | {"lm_head.weight": "head"}
         # a tied head is not a separate parameter
         return {name: roles[name] for name, _ in self.named_parameters()}
 
     def gate_statistics(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> list[dict[str, Any]]:
-        """Measures the forget gates on some text, for looking at a model.
+        """Measure the forget gates on some text.
 
         Args:
             input_ids: [B, T] int64.
@@ -344,6 +346,6 @@ class HGRN2LM(nn.Module):
 
         Returns:
             For each recurrent layer {"layer": index from 0, "lower_bound": [D], "forget_gate": [B, T, D] float32,
-            "state_norm": Frobenius norm of the final state, the mean over sequences and heads}.
+            "state_norm": Frobenius norm of the final state, averaged over sequences and heads}.
         """
         return gate_statistics(self, input_ids, cu_seqlens)

@@ -14,7 +14,7 @@ class LossOutput(NamedTuple):
 
     Attributes:
         sum: cross entropy summed over the targets, in nats; a float32 scalar (float64 for float64 models).
-        num_targets: targets that counted, an int64 scalar.
+        num_targets: number of targets that were not ignored, an int64 scalar.
         state: the state after the last tokens.
     """
 
@@ -24,11 +24,11 @@ class LossOutput(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """Cross entropy a target, in nats: the loss to call `backward()` on. 0 when no target counts."""
+        """Cross entropy per target, in nats: the loss to call `backward()` on. 0 if all targets are ignored."""
         return self.sum / self.num_targets.clamp_min(1)
 
     def __repr__(self) -> str:
-        """Shows the numbers, and the state in short."""
+        """Return the loss, the number of targets and a summary of the state."""
         if self.sum.is_meta:
             return f"LossOutput(on the meta device, state={self.state!r})"
         return f"LossOutput(mean={self.mean.item():.4g}, num_targets={int(self.num_targets)}, state={self.state!r})"

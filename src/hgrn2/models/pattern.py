@@ -25,18 +25,18 @@ class OptionTable(dict[str, Any]):
 
 
 def read_pattern(layers: Any, mixers: Any) -> tuple[Pattern, OptionTable]:
-    """Reads a pattern of layers and the options of its mixers.
+    """Read a pattern of layers and the options of its mixers.
 
     Args:
-        layers: names of mixers, as a list or as one text with commas between them.
-        mixers: a table of options by mixer, or None.
+        layers: names of mixers, as a list or as one string separated by commas.
+        mixers: options by mixer, or None.
 
     Returns:
         The names, and the options of every mixer but HGRN2.
 
     Raises:
-        UserError: no names, a mixer or an option that does not exist (near matches are named), or options of a mixer
-            that no layer has.
+        UserError: there are no names, a mixer or an option does not exist (the message suggests similar names), or
+            options are given for a mixer that no layer has.
     """
     what = "model config: layers"
     if isinstance(layers, str):
@@ -66,16 +66,16 @@ def read_pattern(layers: Any, mixers: Any) -> tuple[Pattern, OptionTable]:
 
 
 def read_options(name: str, table: Any, place: str | None = None) -> Any:
-    """Reads the options of one mixer.
+    """Read the options of one mixer.
 
     Args:
-        name: of the mixer.
-        table: its options, as a table or read already.
-        place: where the table stands; by default "mixers.<name>".
+        name: name of the mixer.
+        table: options of the mixer, as a dictionary or already read.
+        place: where the options were found, for messages; by default "mixers.<name>".
 
     Raises:
-        UserError: an option that does not exist (near matches, and the mixers that have it, are named), one that is
-            missing, or a value that does not fit.
+        UserError: an option does not exist (the message suggests similar names, and mixers that have it) or is
+            missing, or a value is invalid.
     """
     place = place or f"mixers.{name}"
     cls = find_mixer(name).options
@@ -105,12 +105,12 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def complete(pattern: Pattern, num_layers: int) -> Pattern:
-    """Repeats a pattern over the layers of a model."""
+    """Return the pattern repeated over all layers of a model."""
     return pattern * (num_layers // len(pattern))
 
 
 def group_layers(names: Sequence[str]) -> dict[str, list[int]]:
-    """Returns the layers of each mixer, in the order of their first layers."""
+    """Return the layers of each mixer, in the order of their first layers."""
     found: dict[str, list[int]] = {}
     for layer, name in enumerate(names):
         found.setdefault(name, []).append(layer)
@@ -118,7 +118,7 @@ def group_layers(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def describe_layers(names: Sequence[str]) -> dict[str, str]:
-    """Describes the layers of each mixer in words.
+    """Return the layers of each mixer as text.
 
     Args:
         names: the mixer of each layer.
@@ -144,7 +144,7 @@ class AttentionConfig:
     """Attention at some layers of a hybrid model.
 
     Attributes:
-        layers: indices of the layers that attend instead of recurring.
+        layers: indices of the layers with attention instead of HGRN2.
         num_heads: query heads.
         num_kv_heads: key and value heads; None means num_heads.
         window_size: tokens a query sees, itself included; None means all.
@@ -169,6 +169,6 @@ class AttentionConfig:
 
     @property
     def options(self) -> AttentionOptions:
-        """The options of each of these layers' mixer."""
+        """Options of the mixer of these layers."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "layers"}
         return read_options("attention", values, "attn")

@@ -1,7 +1,7 @@
 """Named configurations: four published variants of the architecture, and sizes to train.
 
-A variant says how the parts are made, a size how large they are; `wikitext_44m` and `m385` are sizes that were
-published in one variant and keep it.
+A variant is a choice of architecture details, a size a choice of dimensions; `wikitext_44m` and `m385` are sizes
+published in one variant, which they keep.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def variant(name: str, /, **keys: Any) -> HGRN2Config:
-    """Returns a configuration of a published variant.
+    """Return a configuration of a published variant.
 
     Args:
         name: "fla", "paper", "official-lm" or "official-lra".
-        **keys: further keys of `HGRN2Config`; they win.
+        **keys: keys of `HGRN2Config`, which override those of the variant.
     """
     _check_name("variants", name)
     if name not in VARIANTS:
@@ -131,11 +131,11 @@ PRESETS: dict[str, Callable[..., HGRN2Config]] = {
 
 
 def preset(name: str, /, **keys: Any) -> HGRN2Config:
-    """Returns a size by its name on the command line.
+    """Return the configuration of a size by its name on the command line.
 
     Args:
         name: a key of `PRESETS`.
-        **keys: further keys of `HGRN2Config`; they win.
+        **keys: keys of `HGRN2Config`, which override those of the preset.
     """
     _check_name("presets", name)
     if name not in PRESETS:

@@ -1,4 +1,4 @@
-"""Draw the next token from logits."""
+"""Sample the next token from logits."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PREFILL_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of drawing the next token. The filters apply in the order of the fields.
+    """Settings of sampling. The filters apply in the order of the fields.
 
     Attributes:
-        repetition_penalty: above 1, makes tokens that were already there less likely (arXiv 1909.05858).
+        repetition_penalty: above 1, makes tokens that already occurred less likely (arXiv 1909.05858).
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: keep this many of the likeliest; 0 keeps all.
         top_p: keep the fewest tokens that together reach this probability (arXiv 1904.09751); 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest (arXiv 2407.01082); 0 keeps all.
-        seed: of the draws; None for a fresh one.
+        seed: seed of the random numbers; None for a random one.
     """
 
     repetition_penalty: Annotated[float, Ge(0.01), Le(100)] = 1.0
@@ -39,13 +39,13 @@ class Sampling:
 
 
 def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """Draw one token of each row.
+    """Sample one token per row.
 
     Args:
         logits: [B, vocab].
-        sampling: how.
-        seen: [B, vocab] bool, tokens the repetition penalty falls on, or None.
-        generator: of the draws.
+        sampling: settings.
+        seen: [B, vocab] bool, tokens to which the repetition penalty applies, or None.
+        generator: source of the random numbers; None for torch's global one.
 
     Returns:
         [B] int64.

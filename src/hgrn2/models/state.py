@@ -1,4 +1,4 @@
-"""The state of a model: a value of named tensors."""
+"""The state of a model, an immutable collection of named tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hgrn2.quantities import plural
 
 @dataclass(frozen=True)
 class ModelState:
-    """Memory of the tokens that a model has read; never changed in place.
+    """State of a model after the tokens it has read; never changed in place.
 
     Attributes:
-        layers: per layer, its mixer's tensors by name; the first axis of each is N, the sequences.
+        layers: for each layer, the tensors of its mixer by name; their first axis is N, the sequences.
     """
 
     layers: tuple[dict[str, Tensor], ...]
 
     def __repr__(self) -> str:
-        """Shows layers, sequences, bytes, dtypes and device in one line."""
+        """Return layers, sequences, bytes, dtypes and device in one line."""
         tensors = [x for layer in self.layers for x in layer.values()]
         parts = [plural(len(self.layers), "layer")]
         if tensors:
@@ -42,30 +42,30 @@ class ModelState:
         return next((x.shape[0] for layer in self.layers for x in layer.values()), 0)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ModelState:
-        """Applies a function to every tensor and returns the new state."""
+        """Apply a function to every tensor and return the new state."""
         return ModelState(tuple({name: function(x) for name, x in layer.items()} for layer in self.layers))
 
     def detach(self) -> ModelState:
-        """Detaches the state from the autograd graph."""
+        """Detach the state from the autograd graph."""
         return self.map(torch.Tensor.detach)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ModelState:
-        """Moves the state to a device; dtypes stay, as each tensor has the one its layer needs.
+        """Move the state to a device; dtypes are kept, as each layer determines its own.
 
         Args:
-            device: where to.
+            device: the device to move to.
             non_blocking: do not wait for the copy, as in `torch.Tensor.to`.
         """
         return self.map(lambda x: x.to(torch.device(device), non_blocking=non_blocking))
 
     def select(self, index: Tensor) -> ModelState:
-        """Picks the states of some sequences.
+        """Return the states of some sequences.
 
         Args:
-            index: [M] int64 on the state's device, sequences in the wanted order; -1 stands for a fresh start (zeros).
+            index: [M] int64 on the state's device, the sequences in the wanted order; -1 for an initial state (zeros).
 
         Raises:
-            UserError: index is no tensor of whole numbers of one axis.
+            UserError: index is not a 1-D tensor of integers.
         """
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             found = f"{list(index.shape)} of {index.dtype}" if isinstance(index, Tensor) else repr(index)
@@ -81,18 +81,18 @@ class ModelState:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the tensors."""
+        """Bytes of all tensors."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Names all tensors, such as "layers.3.recurrent", for saving; layers count from 0."""
+        """Return all tensors by name, such as "layers.3.recurrent", for saving; layers count from 0."""
         return {
             f"layers.{i}.{name}": x.contiguous() for i, layer in enumerate(self.layers) for name, x in layer.items()
         }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ModelState:
-        """Makes a state of the result of `tensors`."""
+        """Return the state of a dictionary from `tensors`."""
         layers: dict[int, dict[str, Tensor]] = {}
         for key, x in tensors.items():
             _, index, name = key.split(".")
@@ -100,14 +100,14 @@ class ModelState:
         return cls(tuple(layers[i] for i in range(len(layers))))
 
     def check(self, specs: Sequence[Mapping[str, StateSpec]], num_sequences: int) -> ModelState:
-        """Casts the tensors to a model's dtypes, if the state belongs to the model.
+        """Check that the state belongs to a model, and return it in the dtypes of that model.
 
         Args:
             specs: from the model's `state_spec`.
             num_sequences: sequences that the state should hold.
 
         Raises:
-            UserError: names or shapes that do not belong to this model.
+            UserError: names or shapes are not those of the model.
         """
         wanted = {f"layers.{i}.{name}": spec for i, layer in enumerate(specs) for name, spec in layer.items()}
         found = self.tensors()

@@ -15,12 +15,12 @@ from hgrn2.nn.mixers.hgrn2 import HGRN2
 
 @torch.no_grad()
 def gate_statistics(model: Any, input_ids: Tensor, cu_seqlens: Tensor | None) -> list[dict[str, Any]]:
-    """Measures the gates of the HGRN2 layers; arguments and result as in `HGRN2LM.gate_statistics`.
+    """Measure the forget gates of the HGRN2 layers; the result is that of `HGRN2LM.gate_statistics`.
 
     Args:
         model: an `HGRN2LM`.
         input_ids: [B, T] int64.
-        cu_seqlens: [N + 1] or None.
+        cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, B = 1; or None.
     """
     statistics: list[dict[str, Any]] = []
     with _watch(model.model.layers, statistics):

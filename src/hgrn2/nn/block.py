@@ -1,4 +1,4 @@
-"""One layer of the model: token mixer and channel mixer, each behind a norm and beside a residual."""
+"""One layer of the model: a token mixer and a channel mixer, each with a norm before it and a residual connection."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: MixerState | None, context: Context
     ) -> tuple[Tensor, MixerState, MixerState | None]:
-        """Runs the layer.
+        """Run the layer.
 
         Args:
             x: [B, T, D].
-            state: of the mixer; None at a start.
-            context: what the pass says about x.
+            state: state of the mixer; None at the start of a sequence.
+            context: further inputs of the pass.
 
         Returns:
             x [B, T, D], the mixer's new state, and its features for later layers or None.
@@ -48,14 +48,14 @@ class Block(nn.Module):
         return x, new_state, features[0] if features else None
 
     def reset_parameters(self, init: InitialValues) -> None:
-        """Sets every parameter to its initial value."""
+        """Set every parameter to its initial value."""
         init.draw(self.attn_norm)
         self.attn.reset_parameters(init)
         init.draw(self.mlp_norm)
         self.mlp.reset_parameters(init)
 
     def activation_bytes(self, seq_len: int, low: int) -> int:
-        """Returns the bytes that are kept of a token for the backward pass, see `Mixer.activation_bytes`."""
+        """Return the bytes per token that are saved for the backward pass; arguments of `Mixer.activation_bytes`."""
         norms = self.attn_norm.activation_bytes(low) + self.mlp_norm.activation_bytes(low)
         dropout = 2 * low * self.attn_norm.size if self.dropout else 0
         return norms + dropout + self.mlp.activation_bytes(low) + self.attn.activation_bytes(seq_len, low)

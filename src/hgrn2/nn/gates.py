@@ -15,14 +15,14 @@ _BELOW_ONE = 1 - 2**-24
 
 
 def lower_bounds(gamma: LD, kind: str) -> LD:
-    """Computes bounds that grow with depth, from free parameters (arXiv 2311.04823, section 3.2).
+    """Compute lower bounds that increase with depth from unconstrained parameters (arXiv 2311.04823, section 3.2).
 
     With P = softmax of gamma over the layers, layer l's bound is
 
     * "exclusive": P_0 + ... + P_{l-1}, as the papers write it;
     * "inclusive": P_1 + ... + P_l, as the published language models compute it.
 
-    Both are 0 in the first layer, and l / L while gamma is uniform.
+    Both are 0 in the first layer, and l / L if gamma is uniform.
 
     Args:
         gamma: [L, D].
@@ -32,13 +32,13 @@ def lower_bounds(gamma: LD, kind: str) -> LD:
         [L, D], float32 (float64 for float64), in [0, 1), non-decreasing over the layers.
     """
     p = torch.softmax(gamma.to(torch.promote_types(gamma.dtype, torch.float32)), dim=0)
-    # sum from the first layer that counts: a difference of sums could be negative
+    # sum only the terms of the bound: a difference of sums could be negative
     summed = torch.cumsum(p[1:] if kind == "inclusive" else p[:-1], dim=0)
     return torch.cat([torch.zeros_like(p[:1]), summed]).clamp(max=_BELOW_ONE)
 
 
 def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int], *, detach_first: bool = True) -> list[Tensor]:
-    """Returns the rows of `lower_bounds`, for the layers to use.
+    """Return the lower bound of each layer, the rows of `lower_bounds`.
 
     The first row is 0 for every gamma, so it is detached to save its gradient. If no later layer uses its bound, the
     first row stays attached: DistributedDataParallel needs a gradient of every parameter, and this one is zero.
@@ -47,8 +47,8 @@ def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int], *, deta
         gamma: [L, D].
         kind: "inclusive" or "exclusive".
         recurrent: indices of the layers that use their bound.
-        detach_first: False keeps the first row attached: a compiled block then fits every layer. The gradients are the
-            same to the last bit.
+        detach_first: False keeps the first row attached, so that one compiled block fits every layer. The gradients
+            are bitwise the same.
     """
     bounds = list(lower_bounds(gamma, kind).unbind(0))
     if detach_first and any(layer > 0 for layer in recurrent):
@@ -57,9 +57,9 @@ def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int], *, deta
 
 
 def touch_unused_bounds(x: Tensor, bounds: Sequence[Tensor | None], recurrent: Sequence[int]) -> Tensor:
-    """Returns x [B, T, D] unchanged, and gives the bounds a gradient of zeros if no layer uses them.
+    """Return x [B, T, D] unchanged; if no layer uses the bounds, connect them so that their gradient is zero.
 
-    DistributedDataParallel would stop at the second step without a gradient.
+    DistributedDataParallel fails at the second step if a parameter has no gradient.
 
     Args:
         x: input of the first layer.

@@ -30,7 +30,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mixes the channels of x [..., D]."""
+        """Mix the channels of x [..., D]."""
         missing = -self.gate_proj.out_features % ROW_ALIGNMENT
         # an adapter or a hook on a projection must be called, not only its weight read
         if missing and x.is_cuda and all(map(_is_plain, (self.gate_proj, self.up_proj, self.down_proj))):
@@ -38,15 +38,15 @@ class GatedMLP(nn.Module):
         return self.down_proj(self._activate(self.gate_proj(x)) * self.up_proj(x))
 
     def reset_parameters(self, init: InitialValues) -> None:
-        """Draws the projections."""
+        """Draw the projections."""
         init.draw(self.gate_proj, self.up_proj)
         init.draw_end(self.down_proj)
 
     def activation_bytes(self, low: int) -> int:
-        """Returns the bytes that are kept of a token: both branches, the activated gate and the product.
+        """Return the bytes per token saved for the backward pass: both branches, the activated gate and the product.
 
         Args:
-            low: bytes of a number that autocast may lower.
+            low: bytes of a number whose precision autocast may lower.
         """
         return low * (3 if self.activation == "none" else 4) * self.gate_proj.out_features
 

@@ -21,7 +21,7 @@ class Norm(nn.Module):
         kind: "rmsnorm" or "layernorm".
         size: width of the last axis.
         eps: added to the mean square, or the variance.
-        affine: learn a weight (and, for "layernorm", a bias).
+        affine: whether it has a weight (and, for "layernorm", a bias).
     """
 
     def __init__(self, kind: str, size: int, eps: float, affine: bool):
@@ -35,7 +35,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if affine and kind == "layernorm" else None
 
     def forward(self, x: Rows) -> Rows:
-        """Normalises x [..., size]; the result has autocast's dtype, or else the weight's, or that of x."""
+        """Normalise x [..., size]; the result has the dtype of autocast, else of the weight, else of x."""
         computed = x.dtype if self.weight is None else self.weight.dtype
         dtype = autocast_dtype(x) or computed
         if self.kind == "rmsnorm":
@@ -43,16 +43,16 @@ class Norm(nn.Module):
         return functional.layer_norm(x.to(computed), (self.size,), self.weight, self.bias, self.eps).to(dtype)
 
     def activation_bytes(self, low: int) -> int:
-        """Returns the bytes that are kept of a token: the input in float32 and the output.
+        """Return the bytes per token saved for the backward pass: the input in float32, and the output.
 
-        RMSNorm keeps the normalised values for its weight as well.
+        RMSNorm also saves the normalised values, for the gradient of its weight.
 
         Args:
-            low: bytes of a number that autocast may lower.
+            low: bytes of a number whose precision autocast may lower.
         """
         inside = 2 if self.kind == "rmsnorm" and self.weight is not None else 1
         return (4 * inside + low) * self.size
 
     def extra_repr(self) -> str:
-        """Returns the settings that print(model) shows."""
+        """Return the settings that print(model) shows."""
         return f"{self.kind}, {self.size}, eps={self.eps}, affine={self.weight is not None}"

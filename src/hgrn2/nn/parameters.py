@@ -30,23 +30,23 @@ class InitialValues:
 
     @property
     def end_std(self) -> float:
-        """Standard deviation at the ends of residual branches, of which a model has two a layer."""
+        """Standard deviation of the projections that end a residual branch; a model has two of them per layer."""
         return self.std / math.sqrt(2 * self.num_layers)
 
     def draw(self, *modules: nn.Module | None) -> None:
-        """Sets the parameters of projections, convolutions and norms, in this order; skips None."""
+        """Initialise the parameters of modules, in this order; skip None."""
         for module in modules:
             if module is not None:
                 draw(module, self.std, self.generator)
 
     def draw_end(self, module: nn.Module) -> None:
-        """Sets the parameters of the projection that ends a residual branch."""
+        """Initialise the projection that ends a residual branch."""
         draw(module, self.end_std, self.generator)
 
 
 @torch.no_grad()
 def draw(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
-    """Sets the parameters of one module to initial values.
+    """Initialise the parameters of one module.
 
     | module | weight | bias |
     | --- | --- | --- |
@@ -54,7 +54,7 @@ def draw(module: nn.Module, std: float, generator: torch.Generator | None = None
     | Norm | 1 | 0 |
 
     Args:
-        module: one of these.
+        module: a module of one of these classes.
         std: standard deviation.
         generator: source of the random numbers; None for torch's global one.
     """
@@ -69,7 +69,7 @@ def draw(module: nn.Module, std: float, generator: torch.Generator | None = None
 
 
 def parameter_roles(module: nn.Module) -> dict[str, str]:
-    """Returns the optimizer's role of each parameter of a module, by name.
+    """Return the optimizer's role of each parameter of a module, by name.
 
     The weight of an `nn.Linear` is a "matrix", that of an `nn.Embedding` an "embedding"; every other parameter is a
     "vector" of any shape. A submodule with a method `parameter_roles` overrides this for its parameters.

@@ -1,4 +1,4 @@
-"""A short causal convolution along time, one filter a channel."""
+"""A short causal convolution along time, with one filter per channel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from hgrn2.shapes import BT, BTD
 
-# the inputs before a sequence
+# the last inputs before x
 History = Annotated[Tensor, "N W D"]
 
 
@@ -35,11 +35,11 @@ class ShortConv(nn.Module):
     def forward(
         self, x: BTD, state: History | None, cu_seqlens: Tensor | None, mask: BT | None = None
     ) -> tuple[BTD, History]:
-        """Filters x.
+        """Convolve x.
 
         Args:
             x: [B, T, D].
-            state: [N, width - 1, D], the inputs before x (None: zeros).
+            state: [N, width - 1, D], the last inputs before x; None for zeros.
             cu_seqlens: [N + 1] starts of packed sequences and the total length, or None.
             mask: [B, T] bool, False where a token is padding (and x is zero), or None.
 

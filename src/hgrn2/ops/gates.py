@@ -185,14 +185,26 @@ class FreeGate:
         self.gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in self.inputs)
 
     def allocate(self, shape: tuple[int, ...], low: torch.dtype) -> Gated:
-        """Allocate the operands of a tile; arguments as for `TiedGate.allocate`."""
+        """Allocate the operands of a tile.
+
+        Args:
+            shape: chunks, B, H, C of the tile.
+            low: dtype of the large matrix products, and of v.
+        """
         dtypes = (self.dtype, self.dtype, low, self.dtype)
         parts = (x.new_empty((*shape, x.shape[-1]), dtype=t) for x, t in zip(self.inputs, dtypes, strict=True))
         q, k, v, f = parts
         return Gated(q, k, v, f, c=torch.empty_like(f))
 
     def load(self, gated: Gated, batch: slice, tile: Tile, keep: bool) -> None:
-        """Read a tile; arguments as for `TiedGate.load`."""
+        """Read a tile.
+
+        Args:
+            gated: operands from `allocate` for the tile's shape; filled.
+            batch: sequences to read.
+            tile: rows to read.
+            keep: ignored: `backward` needs nothing else.
+        """
         operands = (gated.q, gated.k, gated.v, gated.f)
         q, k, v, log_f = (load(x[batch], tile, out) for x, out in zip(self.inputs, operands, strict=True))
         torch.mul(q, self.scale, out=gated.q)

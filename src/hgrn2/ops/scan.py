@@ -102,7 +102,7 @@ def gated_scan(
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[BTHV, NHKV]:
-    """Runs the recurrence of `hgrn2_scan` with a key of its own and the decay given as its logarithm.
+    """Run the recurrence of `hgrn2_scan` with a key of its own and the decay given as its logarithm.
 
         S_t = Diag(exp(log_f_t)) S_{t-1} + k_t v_t^T        y_t = scale * S_t^T q_t
 
@@ -154,7 +154,7 @@ def hgrn2_step(
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[BHV, BHKV]:
-    """Runs one token of `hgrn2_scan`, for decoding with a state of constant size; a floor is for training, not here.
+    """Run one token of `hgrn2_scan`, for decoding with a state of constant size; a floor is for training, not here.
 
     Args:
         q: [B, H, K], pre-activation of the output gate.

@@ -54,7 +54,17 @@ def max_tiles(length: int, num_packed: int, chunks: int) -> int:
 def batch_per_tile(
     batch: int, length: int, heads: int, width: int, tile_chunks: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Return the number of sequences of a batch in a tile; further arguments as for `chunks_per_tile`."""
+    """Return the number of sequences of a batch in a tile.
+
+    Args:
+        batch: number of sequences.
+        length: T.
+        heads: H.
+        width: the larger of K and V.
+        tile_chunks: number of chunks in a tile.
+        dtype: dtype of the inputs.
+        device: device of the inputs.
+    """
     rows = min(length, tile_chunks * CHUNK_SIZE)
     return max(1, min(batch, _tile_elements(dtype, device) // max(1, rows * heads * width)))
 

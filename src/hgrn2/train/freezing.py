@@ -26,9 +26,10 @@ class Freezing:
     the first steps of an optimizer without history are large.
 
     Args:
-        model: its parameters' requires_grad is set.
-        names: of the parameters to freeze.
-        config: unfreeze_every, unfreeze_threshold, unfrozen_lr_fraction and warmup_steps are read.
+        model: the model, whose parameters' requires_grad is set.
+        names: names of the parameters to freeze.
+        config: training settings, of which unfreeze_every, unfreeze_threshold, unfrozen_lr_fraction and warmup_steps
+            are used.
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], config: TrainConfig) -> None:
@@ -49,10 +50,10 @@ class Freezing:
             parameter.requires_grad_(not frozen)
 
     def count(self, loss: float) -> bool:
-        """Count a step; returns whether it unfroze the parameters.
+        """Record the loss of a step; return True if it unfreezes the parameters.
 
         Args:
-            loss: of the step, nats per target.
+            loss: loss of the step, in nats per target.
         """
         if not self.frozen:
             self._num_free_steps += 1

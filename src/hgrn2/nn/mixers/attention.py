@@ -34,7 +34,7 @@ _flash_ragged: Any = None
 
 @functools.cache
 def load_compiled_parts() -> None:
-    """Import what only attention needs of torch, with the first layer: it imports the compiler, which takes seconds."""
+    """Import the parts of torch that only attention needs; they import the compiler, which takes seconds."""
     global _flash_ragged
     # a trace cannot loop over the values of bounds: break the graph here
     Attention._attend_packed = torch.compiler.disable(Attention._attend_packed)  # pyright: ignore
@@ -65,7 +65,7 @@ class AttentionOptions(MixerOptions):
     qkv_bias: bool = False
 
     def check(self) -> None:
-        """See `MixerOptions.check`."""
+        """Check the values against each other, and set num_kv_heads if it is None."""
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.num_heads < 1:
@@ -81,7 +81,7 @@ class AttentionOptions(MixerOptions):
             raise UserError(f"rope_theta is {self.rope_theta}; wanted above 0, or null for no positions")
 
     def check_width(self, hidden_size: int) -> None:
-        """Refuses heads of odd width, which cannot be rotated."""
+        """Refuse heads of odd width, which cannot be rotated."""
         if hidden_size % (2 * self.num_heads):
             raise UserError(
                 f"num_heads is {self.num_heads}, which gives hidden_size = {hidden_size} no heads of even width",
@@ -119,7 +119,7 @@ class Attention(Mixer):
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
-        """Attends, see `Mixer.forward`."""
+        """Mix tokens with causal attention; arguments and results of `Mixer.forward`."""
         cu_seqlens, mask, keep_state = context.cu_seqlens, context.mask, context.keep_state
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_size))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
@@ -137,11 +137,11 @@ class Attention(Mixer):
 
     @classmethod
     def memory(cls, options: AttentionOptions) -> Memory:
-        """Says whether all tokens are kept, or a window of them."""
+        """Return "tokens", or "window" if attention has one."""
         return "tokens" if options.window_size is None else "window"
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
-        """Returns the cache: keys and values of the places read, which of them are tokens, and how many tokens."""
+        """Describe the cache: keys and values of the places read, which of these are tokens, and how many tokens."""
         limit = None if self.window_size is None else self.window_size - 1
         head = (0, self.num_kv_heads, self.head_size)
         return {
@@ -152,18 +152,18 @@ class Attention(Mixer):
         }
 
     def reset_parameters(self, init: InitialValues) -> None:
-        """Draws the projections."""
+        """Draw the projections."""
         init.draw(self.q_proj, self.k_proj, self.v_proj)
         init.draw_end(self.o_proj)
 
     def flops(self, seq_len: int) -> int:
-        """Counts scores and their sum of values over the keys a query sees on average."""
+        """Count the scores and the weighted sum of values, for the average number of keys that a query sees."""
         window = min(self.window_size or seq_len, seq_len)
         seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
         return round(4 * seen * self.num_heads * self.head_size)
 
     def activation_bytes(self, seq_len: int, low: int) -> int:
-        """Counts q, k, v, the output, the sums of the scores, a row of a window's mask, and angles."""
+        """Count q, k, v, the output, the sums of the scores, a row of the window's mask, and the rotary angles."""
         kept = 2 * self.num_heads * self.head_size + 2 * self.num_kv_heads * self.head_size + self.num_heads
         window = self.window_size or seq_len
         kept += min(seq_len, max(window, WINDOW_BLOCK) + window - 1) if window < seq_len else 0

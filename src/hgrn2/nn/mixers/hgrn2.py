@@ -59,15 +59,15 @@ class HGRN2(Mixer):
         v_activation: "none" or "silu".
         scale: factor of the scan's outputs; None means expand_ratio^-0.5, as in `hgrn2.HGRN2Config`.
         norm: "rmsnorm" or "layernorm".
-        norm_eps: its eps.
-        norm_affine: whether it has parameters.
+        norm_eps: eps of this norm.
+        norm_affine: whether this norm has parameters.
         bias: whether the projections have biases.
         conv_size: taps of a short convolution on q, z and v; 0 for none.
         min_log_decay: smallest log decay while training (the key is not changed), or None.
-        backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
+        backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
 
     Raises:
-        UserError: sizes and settings that do not fit.
+        UserError: sizes or settings are invalid or contradict each other.
     """
 
     uses_lower_bound = True
@@ -116,14 +116,14 @@ class HGRN2(Mixer):
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
     def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
-        """Mixes tokens, see `Mixer.forward`."""
+        """Mix tokens with the gated recurrence; arguments and results of `Mixer.forward`."""
         q, z, v, new_state = self.project(x, state, context)
         before = None if state is None else state["recurrent"]
         y, new_state["recurrent"] = self.mix(q, z, v, before, context)
         return self.finish(y), new_state if context.keep_state else {}
 
     def project(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTHK, BTHK, BTHV, MixerState]:
-        """Computes the scan's pre-activations, each [B, T, H, K], and the new state of the short convolutions."""
+        """Compute the scan's pre-activations, each [B, T, H, K], and the new state of the short convolutions."""
         mask = context.mask
         projected = {"q": self.q_proj(x), "f": self.f_proj(x), "i": self.i_proj(x)}
         new_state: MixerState = {}
@@ -140,14 +140,14 @@ class HGRN2(Mixer):
     def mix(
         self, q: BTHK, z: BTHK, v: BTHV, state: NHKV | None, context: Context, *, reverse: bool = False
     ) -> tuple[BTHV, NHKV]:
-        """Runs the recurrence.
+        """Run the recurrence.
 
         Args:
-            q: [B, T, H, K] from `project`, like z and v.
-            z: see q.
-            v: see q.
-            state: [N, H, K, V] before the first token; None at a start.
-            context: as for `forward`.
+            q: [B, T, H, K], pre-activation of the query (the output gate).
+            z: [B, T, H, K], pre-activation of the forget gate.
+            v: [B, T, H, V], pre-activation of the value.
+            state: [N, H, K, V] before the first token; None at the start of a sequence.
+            context: further inputs of the pass.
             reverse: run from the last token of each sequence to its first.
 
         Returns:
@@ -177,16 +177,16 @@ class HGRN2(Mixer):
         )  # fmt: skip
 
     def finish(self, y: BTHV) -> BTD:
-        """Normalises the scan's outputs [B, T, H, V] over all heads, and projects them to [B, T, D]."""
+        """Normalise the scan's outputs [B, T, H, V] over all heads, and project them to [B, T, D]."""
         return self.o_proj(self.g_norm(y.flatten(2)))
 
     def forget_gate(self, x: BTD, state: MixerState | None, context: Context) -> BTD:
-        """Computes the part of each state channel that each token keeps, [B, T, D] in float32 or wider."""
+        """Compute the forget gates, [B, T, D] in float32 or wider: the fraction of the state that each token keeps."""
         z = self.project(x, state, context)[1]
         return forget_gate(z.flatten(2), context.lower_bound)
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
-        """Returns the tensors of the state: "recurrent" [H, K, V], and inputs of the convolutions [taps - 1, D]."""
+        """Describe the state: "recurrent" [H, K, V], and the last inputs of the convolutions, [taps - 1, D]."""
         head = self.expand_ratio
         specs = {"recurrent": StateSpec((self.num_heads, head, head), wide_dtype(dtype))}
         if self.conv_size:
@@ -195,7 +195,7 @@ class HGRN2(Mixer):
         return specs
 
     def reset_parameters(self, init: InitialValues) -> None:
-        """Draws the projections and convolutions."""
+        """Draw the projections and convolutions."""
         init.draw(self.q_proj, self.f_proj, self.i_proj)
         if self.conv_size:
             init.draw(self.q_conv1d, self.f_conv1d, self.i_conv1d)
@@ -203,7 +203,7 @@ class HGRN2(Mixer):
         init.draw_end(self.o_proj)
 
     def flops(self, seq_len: int) -> int:
-        """Counts the scan in whole chunks: scores, values, reading and writing the state."""
+        """Count the scan, computed in whole chunks: scores, values, reads and updates of the state."""
         del seq_len
         width, chunk = self.expand_ratio, CHUNK_SIZE
         per_head = (chunk + 1) * width + 2 * chunk * width + 4 * width * width
@@ -212,14 +212,14 @@ class HGRN2(Mixer):
         return self.num_heads * per_head + 6 * self.conv_size * self.num_heads * width
 
     def activation_bytes(self, seq_len: int, low: int) -> int:
-        """Counts q, z, v, the norm, and with a convolution its padded inputs."""
+        """Count q, z, v, what the norm saves and, with convolutions, their padded inputs."""
         del seq_len
         width = self.num_heads * self.expand_ratio
         kept = low * 3 * width + self.g_norm.activation_bytes(low)
         return kept + (low * 3 * width if self.conv_size else 0)
 
     def extra_repr(self) -> str:
-        """Returns the settings that print(model) shows."""
+        """Return the settings that print(model) shows."""
         return f"{self.num_heads} heads of {self.expand_ratio} x {self.expand_ratio}"
 
 
@@ -262,6 +262,6 @@ def _head_width(hidden_size: int, expand_ratio: int | None, num_heads: int | Non
 
 
 def forget_gate(z: Tensor, lower_bound: Tensor | None) -> Tensor:
-    """Computes beta + (1 - beta) sigmoid(z), the part of each state channel that a token keeps, in float32 or wider."""
+    """Compute the forget gate beta + (1 - beta) sigmoid(z) in float32 or wider."""
     gate = torch.sigmoid(z.to(torch.promote_types(z.dtype, torch.float32)))
     return gate if lower_bound is None else lower_bound + (1 - lower_bound) * gate

@@ -17,8 +17,7 @@ class HGRN2Mixer(HGRN2):
 
         q = x W_q    z = x W_f    v = x W_i    y = scan(q, z, v)    out = Norm(y) W_o
 
-    Made with the arguments of `hgrn2.nn.mixers.HGRN2`: hidden_size, and expand_ratio or num_heads; the others have
-    defaults.
+    Takes the arguments of `hgrn2.nn.mixers.HGRN2`: hidden_size, and expand_ratio or num_heads; the others are optional.
 
     Example:
         >>> import torch
@@ -39,22 +38,22 @@ class HGRN2Mixer(HGRN2):
         mask: Tensor | None = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, MixerState]:
-        """Mixes tokens; one token after a state takes the step form.
+        """Mix tokens; a single token after a state is computed in the step form.
 
         Args:
             x: [B, T, D], in the dtype of the weights unless autocast is on.
             lower_bound: [D], or [H, K] as the scan takes it; float32 in [0, 1). Channel d of [D] is channel d % K of
                 head d // K. None means 0.
-            state: of the tokens before x, as an earlier call or `init_state` gave it; None at a start.
+            state: state after the tokens before x, from an earlier call or `init_state`; None for the initial state.
             cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences (B = 1), or None.
-            mask: [B, T], False or 0 where a token is padding and must leave the state alone, or None.
-            keep_state: whether the new state is wanted.
+            mask: [B, T], False or 0 where a token is padding, which leaves the state unchanged; or None.
+            keep_state: whether to return the new state.
 
         Returns:
-            y [B, T, D] and the new state, {} if it is not wanted.
+            y [B, T, D] and the new state ({} unless `keep_state`).
 
         Raises:
-            UserError: an argument that does not fit x or the layer.
+            UserError: an argument does not fit x or the layer.
         """
         self._check(x, lower_bound, state, cu_seqlens, mask)
         # a dynamic length of an exported program is not a step

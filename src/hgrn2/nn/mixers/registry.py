@@ -22,8 +22,8 @@ class RegisteredMixer:
     """A mixer and its options.
 
     Attributes:
-        name: as configurations have it.
-        mixer: its class.
+        name: the name in configurations.
+        mixer: the class of the mixer.
         options: the class of its options.
     """
 
@@ -32,12 +32,12 @@ class RegisteredMixer:
     options: type[MixerOptions]
 
     def build(self, hidden_size: int, options: MixerOptions, backend: str = "auto") -> Mixer:
-        """Makes a mixer.
+        """Construct a mixer.
 
         Args:
             hidden_size: D.
-            options: of the class `self.options`.
-            backend: "auto", or the name of one as for `hgrn2.ops.hgrn2_scan`.
+            options: an instance of the class `self.options`.
+            backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
         """
         values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
         mixer = self.mixer(hidden_size, **values)  # pyright: ignore[reportCallIssue]
@@ -52,14 +52,14 @@ M = TypeVar("M", bound=type[Mixer])
 
 
 def register_mixer(name: str, options: type[MixerOptions]) -> Callable[[M], M]:
-    """Registers a mixer class under a name for configurations; a decorator.
+    """Return a decorator that registers a mixer class under a name for configurations.
 
     Args:
-        name: as `layers` of a configuration has it.
+        name: the name in `layers` of a configuration.
         options: a frozen dataclass derived from `MixerOptions`; its fields are arguments of the mixer's constructor.
 
     Raises:
-        UserError: a mixer of this name exists, or a part of the protocol is missing.
+        UserError: the name is taken, or the class lacks a part of the protocol.
 
     Example:
         >>> from dataclasses import dataclass
@@ -96,27 +96,27 @@ def _missing_parts(mixer: type, options: type) -> list[str]:
 
 
 def forget_mixer(name: str) -> None:
-    """Removes a mixer from the registry, for tests."""
+    """Remove a mixer from the registry, for tests."""
     del _mixers[name]
 
 
 def mixer_names() -> list[str]:
-    """Returns the names of all mixers, in the order of their registration."""
+    """Return the names of all mixers, in the order of their registration."""
     return list(_mixers)
 
 
 def find_mixer(name: str, what: str = "mixers") -> RegisteredMixer:
-    """Returns a mixer by its name.
+    """Return a mixer by its name.
 
-    An installed package brings mixers with the entry point group "hgrn2.mixers": the name of the
-    mixer, and the module that registers it. The module is imported when the name is first asked for.
+    An installed package provides mixers through the entry point group "hgrn2.mixers": the name of the mixer, and the
+    module that registers it. The module is imported when the name is first used.
 
     Args:
         name: the name.
-        what: the place the name stands in, for messages.
+        what: where the name was found, for messages.
 
     Raises:
-        UserError: no mixer has this name; near matches are named.
+        UserError: no mixer has this name; the message suggests similar ones.
     """
     if name not in _mixers:
         for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
@@ -127,7 +127,7 @@ def find_mixer(name: str, what: str = "mixers") -> RegisteredMixer:
 
 
 def mixers_with_option(key: str) -> list[str]:
-    """Returns the names of the mixers that have an option of this name."""
+    """Return the names of the mixers that have an option of this name."""
     return [
         name for name, found in _mixers.items() if key in (field.name for field in dataclasses.fields(found.options))
     ]

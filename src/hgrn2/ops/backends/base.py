@@ -100,7 +100,7 @@ class Backend(Protocol):
             kept: tensor that `forward` kept; unspecified if it kept none.
             dy: [B, T, H, V], gradient of the outputs.
             d_final_state: [N, H, K, V], gradient of the final state; None for zeros.
-            bound_wanted: whether the gradient of the lower bound is wanted.
+            bound_wanted: whether to compute the gradient of the lower bound.
         """
         raise AssertionError(f"autograd differentiates the forward pass of {self.name}")
 
@@ -151,10 +151,10 @@ def _has(backend: Any, part: str) -> bool:
 
 
 def unregister(name: str) -> None:
-    """Forget a backend, and take it out of the order of "auto".
+    """Remove a backend from the registry and from the order of "auto".
 
     Args:
-        name: of a registered backend.
+        name: name of a registered backend.
     """
     find(name)
     del _backends[name]
@@ -166,8 +166,8 @@ def registered(*backends: Backend, auto_order: tuple[str, ...] | None = None) ->
     """Register backends for a block; each replaces a backend with its name.
 
     Args:
-        *backends: as for `register`.
-        auto_order: as for `set_auto_order`; None leaves it as it is.
+        *backends: backends to register.
+        auto_order: names of backends in the order in which "auto" tries them; None to keep the order.
     """
     before, order = dict(_backends), _auto_order
     try:
@@ -192,7 +192,7 @@ def set_auto_order(*names: str) -> None:
     """Set the order in which "auto" tries backends: it takes the first that does not reject a call.
 
     Args:
-        *names: of registered backends.
+        *names: names of registered backends.
     """
     global _auto_order
     for name in names:
@@ -239,11 +239,11 @@ def choose(backend: str, traits: CallTraits) -> Backend:
 
     Args:
         backend: "auto" or a name.
-        traits: of the call.
+        traits: traits of the call.
 
     Raises:
-        UserError: an unknown name ("unknown-name"), or a backend that cannot run the call ("unsupported", or
-            "unavailable" where something could be installed).
+        UserError: the name is unknown ("unknown-name"), or the backend cannot run the call ("unsupported", or
+            "unavailable" if something could be installed).
     """
     check_backend(backend)
     if backend == AUTO:
@@ -286,15 +286,15 @@ def resolve_backend(
 
     Args:
         backend: "auto" or the name of a backend.
-        device: where the inputs are.
-        dtype: of the inputs.
+        device: device of the inputs.
+        dtype: dtype of the inputs.
         k_width: K.
         v_width: V.
         cuda_eligible: whether the call is a scan from pre-activations of fewer than 65,536 sequences, which the CUDA
             kernels can launch.
 
     Raises:
-        UserError: an unknown name, or kernels that cannot run, with the reason.
+        UserError: the name is unknown, or the backend cannot run such a call.
     """
     return choose(backend, CallTraits(device, dtype, k_width, v_width, is_tied=cuda_eligible)).name
 

@@ -135,7 +135,7 @@ def step_in_torch(call: ScanCall, in_place: bool) -> tuple[BHV, BHKV]:
     """Run one token in a few element-wise operations, which torch differentiates.
 
     Args:
-        call: as for `Backend.step`.
+        call: q, f [B, H, K], v [B, H, V], lower_bound and initial_state [B, H, K, V].
         in_place: write the new state over the initial one.
     """
     q, settings, old_state = call.q, call.settings, call.initial_state

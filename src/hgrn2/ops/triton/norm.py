@@ -52,7 +52,7 @@ def backward(
         x: [M, W], contiguous.
         weight: [W] or None.
         factor: [M], from `forward`.
-        weight_learns: whether the weight's gradient is wanted.
+        weight_learns: whether to compute the gradient of the weight.
     """
     rows, width = x.shape
     block_rows, block_width, warps = _block(width)

@@ -88,8 +88,8 @@ class Joins:
         scores: [M, C, C] in the low dtype, scores[t, s] of the tokens of one chunk, 0 where s comes after t.
         q: [M, C, K], the query times the decay since the chunk's start.
         k: [M, C, K], the key times the decay to the chunk's end.
-        keep: [M, K], 0 or 1; keep + change is the decay across the chunk, with more digits than one number has.
-        change: [M, K], see keep.
+        keep: [M, K], 0 or 1, the rounded decay across the chunk.
+        change: [M, K], the rest of this decay: the sum of both is more precise than a single number.
     """
 
     def __init__(self, gated: Gated, low: torch.dtype, reverse: bool, keep: bool):

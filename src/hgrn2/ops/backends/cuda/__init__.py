@@ -49,7 +49,7 @@ class CudaBackend(Backend):
         """Return why nothing can be compiled for a device, or None.
 
         Args:
-            index: of the device.
+            index: index of the device.
         """
         return _device_problem(index)
 

@@ -176,8 +176,8 @@ class _Builder:
             name: name of the kernel that computes what each segment adds, and how it decays.
             group: heads to work on.
             chunks: chunks to work on, all of a sequence.
-            v: as for `add_scan`.
-            initial: as for `add_scan`.
+            v: name of the values (v, or dy in the backward pass) and their strides.
+            initial: [N, H, K, V], the initial states or, in the backward pass, the gradients of the final ones.
             back: run from the last segment to the first.
         """
         rows, segments = self.batch * group.count * chunks.segments, chunks.segments
@@ -251,10 +251,10 @@ def backward_launches(key: LaunchKey, dy_strides: tuple[int, ...], has_d_final: 
     """Return the launches of a backward pass.
 
     Args:
-        key: of the builder.
+        key: key of the builder.
         dy_strides: strides of the gradient of the outputs.
         has_d_final: whether the final state has a gradient.
-        bound_wanted: whether the gradient of the lower bound is wanted.
+        bound_wanted: whether to compute the gradient of the lower bound.
     """
     builder, coarse = _Builder(key, "dq", "df", "dv"), key.coarse
     launches, parts, heads = builder.launches, builder.plan.parts, builder.plan.backward.heads

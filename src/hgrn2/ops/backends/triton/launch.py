@@ -260,7 +260,7 @@ def step(call: ScanCall, in_place: bool) -> tuple[BHV, BHKV]:
     """Run one token.
 
     Args:
-        call: as for `Backend.step`.
+        call: q, f [B, H, K], v [B, H, V], lower_bound and initial_state [B, H, K, V].
         in_place: write the new state over the initial one.
 
     Returns:
