@@ -1,8 +1,11 @@
 """A new command is one file: it has help, runs, and its mistakes are one line."""
 
+import dataclasses
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from hgrn2 import cli
 from hgrn2.cli import COMMANDS, Command, register_command
@@ -80,3 +83,53 @@ def test_a_command_without_help():
     with refuses("incomplete", "silent"):
         register_command(Command("silent", silent))
     assert "silent" not in COMMANDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Fields of every kind that flags have.
+
+    Attributes:
+        number: A number.
+        part: A part.
+        word: A word.
+        choice: A choice.
+        most: A bound.
+        switch: A switch.
+        given: Names of the fields that were named.
+    """
+
+    number: int = 3
+    part: float = 0.5
+    word: str = ""
+    choice: Literal["a", "b"] = "a"
+    most: int | None = None
+    switch: bool = False
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        ([], ()),
+        # defaults that are named, and values next to the default
+        (["--number", "3", "--switch"], ("number", "switch")),
+        (["--number", "4", "--part=1.5", "--word", "x"], ("number", "part", "word")),
+        (["--part", "nan", "--most", "None", "--no-switch"], ("part", "most", "switch")),
+        (["--choice", "b", "--most", "0"], ("choice", "most")),
+    ],
+)
+def test_a_command_knows_which_fields_were_named(words, given):
+    found = []
+
+    def keep(settings: Annotated[Settings, tyro.conf.OmitArgPrefixes] = Settings()) -> None:
+        """Keep the settings.
+
+        Args:
+            settings: Settings.
+        """
+        found.append(settings)
+
+    register_command(Command("keep", keep))
+    assert cli.main(["keep", *words]) == 0
+    assert found[0].given == given

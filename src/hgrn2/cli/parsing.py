@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def parse(argv: Sequence[str], commands: Mapping[str, Command]) -> functools.par
         if stop.code != 2:
             raise
     else:
-        return functools.partial(call.func, *call.args, **{k: _with_given(v, flags) for k, v in call.keywords.items()})
+        return functools.partial(call.func, *call.args, **_with_given(call, function, name, words))
     said = hints.explain(_first_message(printed.getvalue()), name, flags_of(function))
     raise UserError(f"{said}{' ' if said.endswith('?') else '; '}see hgrn2 {name} --help")
 
@@ -118,24 +119,61 @@ def _first_message(printed: str) -> str:
     return " ".join(" ".join(rows[first:last]).split())
 
 
-def _deferred(function: Function) -> Any:
-    """Return a function that only prepares the call, so that output of the parser can be captured separately."""
+def _deferred(function: Function, change_default: Callable[[Any], Any] = lambda default: default) -> Any:
+    """Return a function that only prepares the call, so that output of parsing is not mixed with the command's.
+
+    Args:
+        function: carries out a command.
+        change_default: maps each default of its signature to another.
+    """
 
     @functools.wraps(function)
     def prepare(*args: Any, **kwargs: Any) -> Any:
         return functools.partial(function, *args, **kwargs)
 
+    signature = inspect.signature(function)
+    parameters = [p.replace(default=change_default(p.default)) for p in signature.parameters.values()]
+    vars(prepare)["__signature__"] = signature.replace(parameters=parameters)
     return prepare
 
 
-def _with_given(value: Any, words: Sequence[str]) -> Any:
-    """Record which fields of a dataclass of flags were given, so that the others do not override files."""
-    if not hasattr(value, "given"):
-        return value
-    named = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
-    named |= {word.removeprefix("no_") for word in named}
-    given = tuple(field.name for field in dataclasses.fields(value) if field.name in named)
-    return dataclasses.replace(value, given=given)
+def _with_given(call: functools.partial[Any], function: Function, name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a call, with the named fields of every dataclass of flags filled into its `given`.
+
+    The words are parsed again with every default changed: a field that is the same both times was named.
+    """
+    found = dict(call.keywords)
+    grouped = [key for key, value in found.items() if hasattr(value, "given")]
+    if grouped:
+        again = tyro.cli(_deferred(function, _changed_defaults), prog=f"hgrn2 {name}", registry=_types, args=words)
+        for key in grouped:
+            one, other = found[key], again.keywords[key]
+            names = [field.name for field in dataclasses.fields(one) if field.name != "given"]
+            # as texts: NaN is not equal to itself
+            given = tuple(name for name in names if repr(getattr(one, name)) == repr(getattr(other, name)))
+            found[key] = dataclasses.replace(one, given=given)
+    return found
+
+
+def _changed_defaults(default: Any) -> Any:
+    """Return a dataclass of flags with another value of the right type in every field; other defaults as they are."""
+    if not hasattr(default, "given"):
+        return default
+    hints = typing.get_type_hints(type(default))
+    names = [field.name for field in dataclasses.fields(default) if field.name != "given"]
+    return dataclasses.replace(default, **{name: _other_value(hints[name], getattr(default, name)) for name in names})
+
+
+def _other_value(hint: Any, value: Any) -> Any:
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    kind = next(kind for kind in kinds if kind is not types.NoneType)
+    if typing.get_origin(kind) is typing.Literal:
+        return next(choice for choice in typing.get_args(kind) if choice != value)
+    if kind is bool:
+        return not value
+    if kind in (int, float):
+        return kind(0 if value is None else value + 1)
+    return kind("x" if value is None else f"{value}x")
 
 
 def _completion_script(words: Sequence[str], commands: Mapping[str, Command]) -> str:
