@@ -27,7 +27,7 @@ _FORMS = (
     (SAFETENSORS_NAME, f"{SAFETENSORS_NAME}.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+_DTYPES = {name: getattr(torch, dtype) for dtype, name in SAFETENSORS_DTYPES.items()}
 _COPY_AGAIN = "copy it again from where it came"
 # maximum number of names in a message
 _NAMES_SHOWN = 8

@@ -7,24 +7,25 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hgrn2.storage.staging import sync_path
 
-# names of the safetensors format, https://huggingface.co/docs/safetensors
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch's names of dtypes and those of the format, https://huggingface.co/docs/safetensors
 SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 
 
@@ -43,6 +44,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Callable[
     Raises:
         OSError: the file cannot be written.
     """
+    # here: processes that tokenise need the checksums below, but not torch, which takes seconds
+    import torch
+
     # widest dtypes first: every tensor is then aligned to its element size
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     # older versions of transformers refuse a file without this key
@@ -52,7 +56,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Callable[
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "dtype": SAFETENSORS_DTYPES[str(tensor.dtype).removeprefix("torch.")],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
