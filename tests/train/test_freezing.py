@@ -244,7 +244,7 @@ def test_resuming_from_any_checkpoint(frozen_run, tmp_path, capfd):
         again = models(copy)[24]
         assert all(torch.equal(again.model[name], x) for name, x in last.model.items())
         assert again.optimizer.keys() == last.optimizer.keys()
-    assert f"step {step}: the loss improves no more" in capfd.readouterr().err
+    assert f"step {step}: the loss has stopped improving" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("freeze", ["", "*.bias"])

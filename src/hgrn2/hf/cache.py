@@ -238,12 +238,15 @@ def state_layers(cache: Cache, kinds: Sequence[str], growing: Sequence[Sequence[
     if not layers:
         layers.extend(StateLayer(kind, None, names) for kind, names in zip(kinds, growing, strict=True))
     if len(layers) != len(kinds):
-        raise UserError(f"cache has {len(layers)} layers, the model {len(kinds)}; it is of another model", "mismatch")
+        raise UserError(
+            f"cache has {len(layers)} layers, the model {len(kinds)}; it belongs to another model", "mismatch"
+        )
     for i, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         if isinstance(layer, StateLayer):
             if layer.kind != kind:
                 raise UserError(
-                    f"cache: layer {i} is of kind {layer.kind}, the model's {kind}; it is of another model", "mismatch"
+                    f"cache: layer {i} is of kind {layer.kind}, the model's {kind}; it belongs to another model",
+                    "mismatch",
                 )
             continue
         if type(layer) not in _REPLACEABLE:

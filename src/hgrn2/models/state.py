@@ -113,14 +113,14 @@ class ModelState:
         found = self.tensors()
         if wanted.keys() != found.keys():
             raise UserError(
-                f"state: {len(found)} tensors whose names are not the model's {len(wanted)}; it is of another model",
+                f"state: its {len(found)} names are not the model's {len(wanted)}; it belongs to another model",
                 "mismatch",
             )
         for name, spec in wanted.items():
             if found[name].dim() == 0 or found[name].shape[0] != num_sequences or not spec.matches(found[name]):
                 shape = [num_sequences, *spec.shape]
                 raise UserError(
-                    f"state: {name} has shape {list(found[name].shape)}, wanted {shape}; it is of another model",
+                    f"state: {name} has shape {list(found[name].shape)}, wanted {shape}; it belongs to another model",
                     "mismatch",
                 )
         return ModelState.from_tensors({name: found[name].to(spec.dtype) for name, spec in wanted.items()})

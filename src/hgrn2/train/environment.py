@@ -1,4 +1,4 @@
-"""What a run computes with: recorded, and compared when it is resumed."""
+"""Describe the device and versions of a run, which are recorded and compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import hgrn2
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return the device, threads and versions that decide the last bits of a loss; JSON values."""
+    """Return the device, threads and versions on which the last bits of a loss depend, as JSON values."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "num_threads": torch.get_num_threads(),
@@ -21,7 +21,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the peak memory so far, of the GPU or of the process; 0 where the system does not tell."""
+    """Return the peak memory so far, of the GPU or of the process; 0 if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

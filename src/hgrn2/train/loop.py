@@ -43,7 +43,7 @@ class Trainer:
     The caller must hold `run_lock` from before it chooses `resume_from` until the run ends.
 
     Attributes:
-        model: on its device already.
+        model: the model, already on its device.
         task: batches, loss and metric.
         roles: role of every parameter, for `NamedOptimizer`.
         frozen: names of parameters that are frozen at first, for `Freezing`.
@@ -110,7 +110,7 @@ class Trainer:
                 self._open_metrics() as metrics,
                 self.display,
             ):
-                # not before: settings that the checkpoint does not go with would bar every later attempt
+                # only now: settings that do not fit the checkpoint would make every later attempt fail
                 self.parallel.on_main(lambda: ckpt.write_config(self.run_dir, self.run_config))
                 self._started_s = time.monotonic() - self._counters.elapsed_s
                 with self._optimizer.working_precision():
@@ -124,7 +124,7 @@ class Trainer:
                 "unwritable",
             ) from error
         except ValueError as error:
-            # operators refuse the values that such weights give before there is a loss to look at
+            # with such weights, operators reject their inputs before a loss exists
             is_of_values = not isinstance(error, UserError) or error.code == "invalid-value"
             if not is_of_values or all(bool(p.isfinite().all()) for p in self._optimizer.parameters):
                 raise
@@ -133,7 +133,7 @@ class Trainer:
                 f"{self._last_good()}; lower learning_rate or raise warmup_steps",
                 "not-finite",
             ) from error
-        # a signal that came after the last step has stopped nothing
+        # a signal after the last step has not stopped anything
         return self._result(finished, stop.signal_name)
 
     def _open_metrics(self) -> MetricsWriter | SilentMetrics:
@@ -149,7 +149,7 @@ class Trainer:
         return SilentMetrics() if writer is None else writer
 
     def _has_ended(self) -> bool:
-        """Whether the checkpoint to resume from is the end of the run: its budget used up, and validated."""
+        """Return whether the checkpoint to resume from is the end of the run: budget used up, and validated."""
         counters = self._counters
         progress = used_fraction(self.config, counters.step, counters.tokens, counters.elapsed_s)
         return self.resume_from is not None and progress >= 1.0 and counters.validated_step == counters.step
@@ -172,8 +172,8 @@ class Trainer:
         config, counters = self.config, self._counters
         if num_lost := max(0, (self._saved_records or 0) - metrics.num_records):
             self.display.note(
-                f"metrics.jsonl: {num_lost:,} of {self._saved_records:,} records up to step {counters.step} are gone; "
-                "training goes on, pictures will lack them"
+                f"metrics.jsonl: {num_lost:,} of {self._saved_records:,} records up to step {counters.step} are "
+                "missing; training continues, the plots will lack them"
             )
         metrics.write({"kind": "start", "step": counters.step, **describe_environment(self._device), **self.about})
         self.has_started = True
@@ -185,13 +185,13 @@ class Trainer:
             self._step(metrics)
             finished = self._progress() >= 1.0
             signal_name = self.parallel.first_of(stop.signal_name)
-            if finished or signal_name or self._is_looked_at(counters.step):
+            if finished or signal_name or self._is_evaluated_or_saved(counters.step):
                 self._finish_step(metrics)
             new_best = (finished or _due(counters.step, config.validation_every)) and self._validate(metrics)
-            # before the checkpoint: a run that goes on from there does not write again
+            # before the checkpoint, so that a run resumed from it does not sample again
             if finished or _due(counters.step, config.sample_every):
                 self._sample(metrics)
-            # after a skipped step the weights may be bad, so older checkpoints are worth more
+            # after a skipped step the weights may be bad, so keep the older checkpoints
             due = _due(counters.step, config.checkpoint_every) and not counters.skipped_in_a_row
             if finished or new_best or due:
                 self._save(metrics)
@@ -205,12 +205,12 @@ class Trainer:
             self._save(metrics)
         if not finished:
             self.display.note(
-                f"stopped by {signal_name} after step {counters.step}; go on with: hgrn2 train --resume {self.run_dir}"
+                f"stopped by {signal_name} after step {counters.step}; resume with: hgrn2 train --resume {self.run_dir}"
             )
         return finished
 
-    def _is_looked_at(self, step: int) -> bool:
-        """Whether something of the model is shown or saved after this step."""
+    def _is_evaluated_or_saved(self, step: int) -> bool:
+        """Return whether a validation, a sample or a checkpoint follows this step."""
         config = self.config
         return any(
             _due(step, every) for every in (config.validation_every, config.sample_every, config.checkpoint_every)
@@ -227,7 +227,7 @@ class Trainer:
             self._finish_step(metrics)
 
     def _finish_step(self, metrics: MetricsWriter | SilentMetrics) -> None:
-        """Record the step that was launched last, if it has not been; waits for the device where it must."""
+        """Record the last launched step unless it is recorded already; wait for the device if necessary."""
         launched, self._launched = self._launched, None
         if launched is None:
             return
@@ -237,7 +237,7 @@ class Trainer:
         is_finite = counters.count_outcome(loss, grad_norm)
         now_s = time.monotonic()
         counters.elapsed_s = now_s - self._started_s
-        # steps overlap where nothing waits: the time of one is that from the end of the last to its own
+        # steps may overlap: count the time from the end of the step before
         began_s = max(launched.started_s, self._last_end_s)
         self._last_end_s = now_s
         record = {
@@ -262,7 +262,9 @@ class Trainer:
             self._report_nonfinite(launched.step, loss)
         elif self._freezing.count(loss):
             metrics.write({"kind": "unfreeze", "step": counters.step, "tokens": counters.tokens})
-            self.display.note(f"step {counters.step}: the loss improves no more; all weights are trained from now on")
+            self.display.note(
+                f"step {counters.step}: the loss has stopped improving; training all weights from here on"
+            )
 
     def _report_nonfinite(self, step: int, loss: float) -> None:
         counters = self._counters

@@ -20,18 +20,18 @@ _STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_bu
 
 
 class NamedOptimizer:
-    """AdamW, or Muon beside AdamW, as one optimizer whose state is kept by parameter name.
+    """AdamW, or Muon together with AdamW, as one optimizer whose state is stored by parameter name.
 
     Args:
-        model: its parameters that require gradients are optimized.
+        model: the model, whose parameters that require gradients are optimized.
         roles: role of every parameter name: matrix, embedding, head, vector or lower_bounds. Weight decay
-            falls on the first three; Muon takes the matrices.
-        config: optimizer, learning rates, betas, eps and weight_decay are read.
-        waiting: names of parameters with a learning rate of their own, see set_lr_fraction.
+            applies to the first three; Muon updates the matrices.
+        config: training settings, of which optimizer, learning rates, betas, eps and weight_decay are used.
+        waiting: names of parameters that are frozen at first, whose learning rate `set_lr_fraction` sets separately.
         waits_for_step: whether each step's loss is read before the next begins.
 
     Raises:
-        UserError: Muon is asked for and this torch does not have it.
+        UserError: the optimizer is Muon, which this version of torch lacks.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class NamedOptimizer:
         """Put float32 weights in place of their bfloat16 copies.
 
         Args:
-            tensors: of the model, by name.
+            tensors: tensors of the model, by name.
         """
         found = dict(tensors)
         if self._device_adamw is not None:
@@ -174,7 +174,7 @@ class NamedOptimizer:
         """Put back what state_tensors gave; moves to the parameters' devices.
 
         Raises:
-            UserError: the names are not this model's, or the state is of another optimizer.
+            UserError: the state belongs to another model or another optimizer.
         """
         by_name: dict[str, dict[str, Tensor]] = {}
         for full_name, value in tensors.items():

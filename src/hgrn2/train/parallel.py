@@ -1,7 +1,7 @@
-"""The one place through which processes that train together would share counts, losses, norms and files.
+"""Protocol of training in several processes: the only place where they share counts, losses, norms and files.
 
-`Trainer` and `start_run` call it where several ranks must agree or only one may act. On one process every method is the
-identity, communicates nothing and never waits for the device.
+`Trainer` and `start_run` call it wherever several ranks must agree or only one may act. In a single process, every
+method is the identity, communicates nothing and never waits for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Parallel(Protocol):
-    """The ranks of a run. Every rank calls the same methods in the same order."""
+    """The ranks of a run; every rank calls the same methods in the same order."""
 
     is_main: bool
     """Whether this rank writes files and shows progress."""
@@ -34,7 +34,7 @@ class Parallel(Protocol):
 
         Args:
             loss: a scalar, already divided by the number of targets on all ranks.
-            is_last: whether it is the step's last batch; only then ranks need to communicate.
+            is_last: whether this is the last batch of the step; only then do ranks need to communicate.
         """
         ...
 
@@ -63,16 +63,21 @@ class Parallel(Protocol):
         ...
 
     def save(self, store: CheckpointStore, **parts: Any) -> None:
-        """Write a checkpoint of the whole model; arguments as for `CheckpointStore.save`, of this rank."""
+        """Write a checkpoint of the whole model.
+
+        Args:
+            store: the checkpoints of the run.
+            **parts: arguments of `CheckpointStore.save`, as this rank has them.
+        """
         ...
 
     def load(self, path: Path) -> Checkpoint:
-        """Read a checkpoint, whatever number of ranks wrote it."""
+        """Read a checkpoint written by any number of ranks."""
         ...
 
 
 class OneProcess:
-    """Training on one process, with nothing to share."""
+    """Training in a single process, with nothing to share."""
 
     is_main = True
 

@@ -19,8 +19,8 @@ class TrainResult:
         checkpoint: the newest checkpoint.
         counters: steps, tokens, seconds, skipped steps, best validation.
         last_validation: the last validation record of metrics.jsonl; None if there is none, or if it was not finite.
-        stopped_by: name of the signal that stopped the run, or None when its budget is used up.
-        had_ended: whether the budget was used up already, so that nothing was done.
+        stopped_by: name of the signal that stopped the run; None if its budget is used up.
+        had_ended: whether the budget was already used up, so that nothing was done.
         metric: key of the figure that decides which checkpoint is best.
     """
 

@@ -1,4 +1,4 @@
-"""State of a run as a checkpoint holds it: collected, and restored."""
+"""Collect the state of a run for a checkpoint, and restore it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from hgrn2.train.rng import rng_state, set_rng_state
 
 @dataclass(frozen=True)
 class Restored:
-    """A state that was restored.
+    """Result of restoring a checkpoint.
 
     Attributes:
-        counters: of the checkpoint.
-        num_records: records of metrics.jsonl up to the checkpoint; None for older ones.
-        notes: lines about settings and machines that changed since.
+        counters: counters of the checkpoint.
+        num_records: records of metrics.jsonl up to the checkpoint; None if an older version wrote it.
+        notes: notes about settings and machines that have changed since.
     """
 
     counters: Counters
@@ -43,11 +43,11 @@ class RunState:
     """The parts of a run that a checkpoint holds.
 
     Attributes:
-        model: on its device.
-        optimizer: of its parameters.
-        task: position in the data, carried tensors.
-        freezing: stage of freezing.
-        run_config: config.json.
+        model: the model, on its device.
+        optimizer: optimizer of its parameters.
+        task: the task, with its position in the data and carried tensors.
+        freezing: which parameters are frozen.
+        run_config: content of config.json.
     """
 
     model: nn.Module
@@ -64,7 +64,7 @@ class RunState:
         """Return the arguments of `CheckpointStore.save`.
 
         Args:
-            counters: of the run.
+            counters: counters of the run.
             num_records: records of metrics.jsonl so far.
         """
         return {
@@ -84,10 +84,10 @@ class RunState:
         }
 
     def restore(self, saved: Checkpoint) -> Restored:
-        """Restore the state of a checkpoint, and the generators.
+        """Restore the state of a checkpoint, including the random generators.
 
         Raises:
-            UserError: it does not fit the model, the optimizer, the data or the settings, or is damaged.
+            UserError: the checkpoint is damaged, or does not fit the model, the optimizer, the data or the settings.
         """
         with _corrupt_state_as_user_error(saved.path):
             return self._restore(saved)
@@ -109,13 +109,13 @@ class RunState:
         notes = describe_changes(saved.config, self.run_config, counters)
         before, now = state["environment"], describe_environment(self._device)
         if changed := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
-            notes.append(f"resuming elsewhere ({', '.join(changed)}): losses may differ in the last bits")
+            notes.append(f"resuming in another environment ({', '.join(changed)}): losses may differ in the last bits")
         return Restored(counters, state.get("num_records"), notes)
 
 
 @contextmanager
 def _corrupt_state_as_user_error(checkpoint: Path) -> Iterator[None]:
-    """Turn errors from a state.json with the right checksum and the wrong content into a UserError."""
+    """Turn errors from a state.json with a valid checksum but invalid content into a UserError."""
     try:
         yield
     except UserError:

@@ -25,14 +25,14 @@ from hgrn2.train.parallel import Parallel
 class Stepper:
     """Runs the steps of a training run.
 
-    On a GPU a step is launched without waiting for it where the update can be skipped on the device; otherwise the loss
-    and the norm of the gradient are read back before the update.
+    On a GPU, a step is launched without waiting for its end if the device itself can skip the update; otherwise the
+    loss and the norm of the gradient are read back before the update.
 
     Args:
-        model: on its device.
-        task: gives batches and losses.
-        optimizer: updates the model.
-        config: grad_accumulation, precision, clip_norm and cuda_graph are read.
+        model: the model, on its device.
+        task: provides batches and losses.
+        optimizer: optimizer of the model.
+        config: training settings, of which grad_accumulation, precision, clip_norm and cuda_graph are used.
         parallel: shares counts, losses and gradients with other ranks.
     """
 
@@ -45,10 +45,10 @@ class Stepper:
         self._captured: CapturedSteps | None = None
 
     def begin(self) -> None:
-        """Prepare for the steps to come, after the optimizer has taken its working precision.
+        """Prepare the first step, once the optimizer has entered its working precision.
 
         Raises:
-            UserError: cuda_graph is set, and steps here cannot be captured.
+            UserError: cuda_graph is set, but steps of this run cannot be captured.
         """
         on_device = self._optimizer.on_device
         if not self._config.cuda_graph:
@@ -65,7 +65,7 @@ class Stepper:
         self._captured = CapturedSteps(step, on_device, self._optimizer.zero_grad, self._device)
 
     def autocast(self) -> Any:
-        """Return the context in which the model computes."""
+        """Return the autocast context of the model."""
         if self._config.precision == "float32":
             return nullcontext()
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
@@ -74,11 +74,11 @@ class Stepper:
         """Run one step, or launch it.
 
         Args:
-            counters: the step and its tokens are counted.
-            learning_rate: which the optimizer has been given, for the record.
+            counters: counters of the run, to which the step and its tokens are added.
+            learning_rate: learning rate of the step, for the record.
 
         Returns:
-            The step; its `values` are None while the device may still work on it.
+            The step; its `values` are None while the device may still be computing it.
         """
         started_s = time.monotonic()
         batches = [self._task.next_batch() for _ in range(self._config.grad_accumulation)]
@@ -124,7 +124,7 @@ class Stepper:
     def _on_device(
         self, on_device: DeviceAdamW, batches: Sequence[Any], num_targets: int | Tensor
     ) -> dict[str, Tensor]:
-        """Launch a step, whose update the device skips by itself; return the values of `LaunchedStep`."""
+        """Launch a step whose update the device itself can skip; return the values of `LaunchedStep`."""
         sums = self._forward_backward(batches, num_targets)
         return {**sums, "grad_norm": on_device.step(sums["loss"], self._config.clip_norm)}
 
@@ -136,7 +136,7 @@ class Stepper:
             with self.autocast():
                 found = self._task.loss(self._model, batch)
             batch_loss, further = found if isinstance(found, StepLoss) else StepLoss(found)
-            # every target of the step weighs the same, however the targets fall into the batches
+            # every target of the step has the same weight, however targets are distributed over batches
             self._parallel.backward(batch_loss / num_targets, is_last=index == len(batches) - 1)
             loss_sum += batch_loss.detach()
             for name, value in further.items():
