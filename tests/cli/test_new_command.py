@@ -70,6 +70,23 @@ def test_mistakes_are_one_line(words, names, capsys):
     assert not [name for name in names if name not in error], error
 
 
+def test_an_installed_package_brings_its_command(tmp_path, monkeypatch, capsys):
+    about = tmp_path / "command_of_another-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: command-of-another\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[hgrn2.commands]\nbrought = command_of_another:COMMAND\n")
+    (tmp_path / "command_of_another.py").write_text(
+        "from hgrn2.cli import Command\n"
+        "from tests.cli.count_command import count\n"
+        "COMMAND = Command('brought', count)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "'brough'" in call(capsys, "brough", "text")[2]
+    assert call(capsys, "brought", "text") == (0, "4\n", "")
+    del COMMANDS["brought"]
+    assert "\n  brought " in call(capsys, "--help")[1]
+
+
 def test_a_name_is_taken_once():
     for command in (count_command.COMMAND, Command("train", count_command.count)):
         with refuses("already-exists", command.name):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,26 @@ def test_a_name_is_taken_once():
     with refuses("already-exists", "repeat", "Repeat"):
         register_task(Repeat)
     assert find_task("repeat") is Repeat
+
+
+def test_an_installed_package_brings_its_task(tmp_path, monkeypatch):
+    about = tmp_path / "task_of_another-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: task-of-another\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[hgrn2.tasks]\nbrought = task_of_another\n")
+    (tmp_path / "task_of_another.py").write_text(
+        "from hgrn2.tasks import register_task\n"
+        "from tests.tasks.repeat_task import Repeat\n"
+        "register_task(type('Brought', (Repeat,), {'name': 'brought'}))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "brought" not in TASKS
+    command(*TRAIN, "--task", "brought", "--max-steps", "1", "--batch-size", "2", "--out", "run")
+    # its report as well
+    del TASKS["brought"]
+    monkeypatch.delitem(sys.modules, "task_of_another")
+    command("plot", "run")
+    assert "accuracy" in Path("run/report.html").read_text()
 
 
 PARTS = ("Options", "metric", "build", "next_batch", "num_tokens", "num_targets", "loss", "evaluate", "state_dict")

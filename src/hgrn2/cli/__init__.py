@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from hgrn2.cli.command import COMMANDS, Command, register_command
+from hgrn2.cli.command import COMMANDS, Command, register_command, register_installed
 from hgrn2.cli.output import refuse, release_output, tell
 from hgrn2.cli.parsing import parse
 from hgrn2.errors import UserError
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     call = status = None
     try:
         try:
+            if not argv or argv[0] not in COMMANDS:
+                # the help and completion name all commands
+                register_installed(None if not argv or argv[0].startswith("-") else argv[0])
             call = parse(argv, COMMANDS)
             status = call() or 0
         except SystemExit:

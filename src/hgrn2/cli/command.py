@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Command:
     needs_output: bool = False
 
 
+# group of entry points of installed packages
+ENTRY_POINTS = "hgrn2.commands"
 COMMANDS: dict[str, Command] = {}
 
 
@@ -56,3 +59,15 @@ def register_command(command: Command) -> None:
     in_order = sorted(COMMANDS.items(), key=lambda item: item[1].order)
     COMMANDS.clear()
     COMMANDS.update(in_order)
+
+
+def register_installed(name: str | None = None) -> None:
+    """Add the commands of installed packages, from entry points of the group "hgrn2.commands", each a `Command`.
+
+    Args:
+        name: only the command of this name; None adds all.
+    """
+    found = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    for entry in found if name is None else found.select(name=name):
+        if entry.name not in COMMANDS:
+            register_command(entry.load())

@@ -24,7 +24,7 @@ LayoutName = Literal[_NAMES]  # pyright: ignore[reportInvalidTypeForm]
 def convert(
     source: tyro.conf.Positional[Path],
     out: tyro.conf.Positional[Path],
-    to: LayoutName | None = None,
+    to: LayoutName | None = None,  # pyright: ignore[reportInvalidTypeForm]
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same",
     max_shard_size: str = "5GB",
     checkpoint: Literal["latest", "best"] = "latest",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from typing import Any, TypeVar
 
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.tasks.base import Metric, Task, TaskOptions
 
+# group of entry points of installed packages
+ENTRY_POINTS = "hgrn2.tasks"
 TASKS: dict[str, type[Any]] = {}
 
 T = TypeVar("T", bound=type)
@@ -44,9 +47,15 @@ def register_task(task: T) -> T:
 def find_task(name: str) -> type[Any]:
     """Return the task with a name.
 
+    An installed package provides tasks through the entry point group "hgrn2.tasks": the name of the task, and the
+    module that registers it. The module is imported when the name is first used.
+
     Raises:
         UserError: no task has this name; the message names near matches.
     """
+    if name not in TASKS:
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+            entry.load()
     if name not in TASKS:
         raise UserError(unknown_key_message("task", name, TASKS).replace("unknown key", "unknown task"), "unknown-name")
     return TASKS[name]

@@ -10,7 +10,7 @@ from typing import Any
 
 from hgrn2.errors import UserError
 from hgrn2.formats.run_folder import read_config
-from hgrn2.tasks import TASKS, Metric, TaskReport
+from hgrn2.tasks import Metric, TaskReport, find_task
 from hgrn2.train.curves import Record
 from hgrn2.train.gates import GATES_NAME, GateSummary
 from hgrn2.train.metrics import read_metrics
@@ -145,22 +145,23 @@ class RunFacts:
 
     @cached_property
     def task(self) -> TaskReport:
-        """How the task speaks of itself; defaults for one that is not registered here, or not known."""
-        task = TASKS.get(self._task_name)
-        if task is None:
+        """How the task describes itself; defaults for a task that does not exist here."""
+        if self._task is None:
             return TaskReport()
-        return task.report if self.config else replace(task.report, model="A model")
+        return self._task.report if self.config else replace(self._task.report, model="A model")
 
     @property
     def metric(self) -> Metric:
-        """What decides which checkpoint is best; the loss for a task that is not registered here."""
-        task = TASKS.get(self._task_name)
-        return Metric("val_loss") if task is None else task.metric
+        """The figure that decides which checkpoint is best; the loss for a task that does not exist here."""
+        return Metric("val_loss") if self._task is None else self._task.metric
 
-    @property
-    def _task_name(self) -> str:
-        # older runs, and all on text alone, have no such table
-        return str(self.section("task").get("name", "language"))
+    @cached_property
+    def _task(self) -> Any:
+        try:
+            # older runs, and runs on text, have no such table
+            return find_task(str(self.section("task").get("name", "language")))
+        except UserError:
+            return None
 
     @property
     def reads_text(self) -> bool:
