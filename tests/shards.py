@@ -170,6 +170,9 @@ class _Runner:
         for entry in shard.read():
             if "report" in entry:
                 report = config.hook.pytest_report_from_serializable(config=config, data=entry["report"])
+                if isinstance(report.longrepr, list):
+                    # why it was skipped, which JSON has no tuple for
+                    report.longrepr = tuple(report.longrepr)
                 config.hook.pytest_runtest_logreport(report=report)
             elif "started" in entry:
                 shard.current = entry["started"]

@@ -41,7 +41,7 @@ def test_skipped():
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "conftest.py").write_text(CONFTEST.format(root=str(ROOT)))
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider\nmarkers = large\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -ra -p no:cacheprovider\nmarkers = large\n")
     (tmp_path / "test_some.py").write_text(TESTS)
     return tmp_path
 
@@ -60,6 +60,8 @@ def test_every_test_runs_once_and_is_reported(folder):
     assert "2 failed, 9 passed, 1 skipped" in done.stdout
     assert "one is not two" in done.stdout
     assert "ended with status 5" in done.stdout
+    # -ra
+    assert "left out" in done.stdout
 
 
 @pytest.mark.slow
