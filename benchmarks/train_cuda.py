@@ -4,6 +4,7 @@ Each model trains in a process of its own, on random tokens, until it has writte
 killed. Times are those of metrics.jsonl, the first step's is counted from the start of the process.
 
     python benchmarks/train_cuda.py --out benchmarks/results/train-h200.json
+    python benchmarks/train_cuda.py --profile 150m
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ CASES = {
 PEERS = ("llama", "fla")
 
 
-def train(case: Case, folder: Path) -> None:
-    """Train in this process, as `hgrn2 train` does."""
+def train(case: Case, folder: Path, display: Any = None) -> None:
+    """Train in this process, as `hgrn2 train` does; a display other than the usual one is told of every step."""
     from hgrn2.data.encode import EncodedPiece
     from hgrn2.data.prepared import PreparedData
     from hgrn2.data.tokenizer import ByteTokenizer
@@ -99,7 +100,44 @@ def train(case: Case, folder: Path) -> None:
         "compile": case.compiled, "cuda_graph": case.cuda_graph, "validation_every": 0, "checkpoint_every": 0,
         "learning_rate": 1e-4,
     }  # fmt: skip
-    start_language_run(folder / "run", config, settings, data, data_settings={})
+    start_language_run(folder / "run", config, settings, data, data_settings={}, display=display)
+
+
+def profile(case: Case, steps: int = 4, warmup_steps: int = 20) -> None:
+    """Print the kernels of a step by time, and how long the step takes without the profiler."""
+    from hgrn2.train.display import SilentDisplay
+
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    class ProfilingDisplay(SilentDisplay):
+        def train(self, record: dict[str, Any], progress: float, eta_s: float | None) -> None:
+            step = record["step"]
+            if step == warmup_steps // 2:
+                torch.cuda.synchronize()
+                self.started_s = time.perf_counter()
+            elif step == warmup_steps:
+                torch.cuda.synchronize()
+                self.step_ms = (time.perf_counter() - self.started_s) / (warmup_steps - warmup_steps // 2) * 1e3
+                profiler.start()
+            elif step == warmup_steps + steps:
+                torch.cuda.synchronize()
+                profiler.stop()
+                show(self.step_ms)
+                raise SystemExit
+
+    def show(step_ms: float) -> None:
+        times: dict[str, list[float]] = {}
+        for event in profiler.events() or ():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                times.setdefault(event.name, []).append(event.device_time)
+        total_ms = sum(map(sum, times.values())) / steps / 1e3
+        print(f"{case.name}: {step_ms:.2f} ms a step, of which {total_ms:.2f} in {len(times)} kernels")
+        for name, found in sorted(times.items(), key=lambda item: -sum(item[1]))[:40]:
+            share, count = sum(found) / steps / 1e3, len(found) / steps
+            print(f"{share:9.3f} ms  {count:7.1f} x {share / count * 1e3:8.1f} us  {name[:120]}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(case, Path(folder), ProfilingDisplay())
 
 
 def train_peer(name: str, folder: Path) -> None:
@@ -177,9 +215,13 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=names, default=default)
     parser.add_argument("--limit-s", type=float, default=150, help="of one case")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser.add_argument("--profile", choices=CASES, help="print the kernels of a step by time, and nothing else")
     parser.add_argument("--child", choices=[*CASES, *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.profile:
+        profile(CASES[options.profile])
+        return 0
     if options.child:
         if options.child in CASES:
             train(CASES[options.child], options.folder)
