@@ -1,4 +1,4 @@
-"""Scans and steps as values: operands and settings that the public functions check once and pass on unchanged."""
+"""Calls of scans and steps as values, which the public functions check once and pass on unchanged."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ScanCall(NamedTuple):
         return torch.zeros(self.state_shape(), dtype=state_dtype(self.q), device=self.q.device)
 
     def needs_gradient(self) -> bool:
-        """Whether autograd records the call."""
+        """Return whether autograd records the call."""
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self[:-1])
 
     def flat(self) -> tuple[Any, ...]:
@@ -83,7 +83,7 @@ class ScanCall(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of the tensors of a `ScanCall`, each None where the call has no such tensor or it is not wanted."""
+    """Gradients of the tensors of a `ScanCall`; None for tensors that are missing or need no gradient."""
 
     q: Tensor | None
     f: Tensor | None

@@ -1,4 +1,4 @@
-"""Checks of the public operators' arguments; all raise UserError, except those about derivatives."""
+"""Check the arguments of the public operators; all functions raise UserError, except those about derivatives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _can_read_values(x: Tensor, debug: bool) -> bool:
-    """Whether values can be read without breaking a trace and, unless `debug`, without waiting for an accelerator."""
+    """Return whether values can be read without breaking a trace and, unless `debug`, without synchronising."""
     # traced and fake tensors are of other types and have no values
     return (
         (debug or x.device.type == "cpu")
@@ -30,7 +30,7 @@ def _can_read_values(x: Tensor, debug: bool) -> bool:
 
 
 def check_tangents(backend: str, *inputs: Tensor | None) -> None:
-    """Raise where forward mode would differentiate an operator without such a derivative: torch would take it for 0."""
+    """Raise if forward mode would differentiate an operator without such a derivative, which torch would treat as 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):

@@ -1,4 +1,4 @@
-"""Devices: where kernels are launched, what they ask of memory, and autocast."""
+"""Helpers for devices: the current device, row alignment and autocast."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import contextlib
 import torch
 from torch import Tensor
 
-# elements of a row of which matrix kernels of a GPU want a multiple: 16 bytes in a 16-bit type. Rows of another width
-# fall back to kernels for unaligned memory, ten times slower
+# row widths that are no multiple of this (16 bytes in a 16-bit type) make GPUs fall back to matrix kernels for
+# unaligned memory, which are ten times slower
 ROW_ALIGNMENT = 8
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make a device the current one, where kernels are launched."""
-    # a CPU is the interpreter's or the tests' emulator's. The device is current in most calls; to set it again would
-    # cost the host as much as a launch
+    """Return a context in which a device is the current one, on which kernels are launched."""
+    # a CPU is that of Triton's interpreter or the tests' emulator. Usually the device is current already; setting it
+    # again would cost the host as much as a launch
     if device.type == "cpu" or torch.cuda.current_device() == device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(device)
@@ -23,7 +23,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Return a context without autocast for operations on x."""
-    # to enter one where autocast is off costs as much as a small operation; a meta tensor's device has none
+    # entering it needlessly costs as much as a small operation; the meta device has no autocast
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -1,10 +1,10 @@
-"""Scans in operations that every exporter knows: element-wise ones, a matrix product and a loop over tokens.
+"""Scans in operations that every exporter supports: element-wise ones, a matrix product and a loop over tokens.
 
-Other runtimes do not know the operators of this package, so a program for one of them is traced through the functions
-here. They are as exact as the backends for any gate. They loop over tokens because the joins of
-`hgrn2.ops.backends.chunked` are 200 operations a scan, which take the exporter ten seconds a layer.
+Other runtimes do not have the operators of this package, so programs for them are traced through these functions. They
+are as exact as the backends for any gate. They loop over tokens because the joins of `hgrn2.ops.backends.chunked` are
+200 operations per scan, for which the exporter takes ten seconds per layer.
 
-ONNX has an operator for this recurrence, LinearAttention, which `use_linear_attention` asks for.
+ONNX has an operator for this recurrence, LinearAttention, which `use_linear_attention` enables.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _linear_attention: ContextVar[str | None] = ContextVar("linear_attention", defau
 
 
 def is_exporting() -> bool:
-    """Whether the call is being traced by `torch.export` or `torch.onnx.export`."""
+    """Return whether the call is being traced by `torch.export` or `torch.onnx.export`."""
     # torch.compiler.is_exporting() is true under torch.compile as well, up to torch 2.11 at least
     return torch.compiler._is_exporting_flag
 
 
 def is_onnx_export() -> bool:
-    """Whether the call is being traced by `torch.onnx.export`."""
+    """Return whether the call is being traced by `torch.onnx.export`."""
     return is_exporting() and _is_in_onnx_export()
 
 
@@ -113,7 +113,7 @@ def _free_operands(call: ScanCall) -> _Operands:
 
 
 def _scan(operands: _Operands, call: ScanCall) -> tuple[Tensor, Tensor]:
-    """Scan token by token."""
+    """Run a scan token by token."""
     # private, though exporters know it. Its public wrapper `scan` compiles, which fails where a trace has proved two
     # lengths equal
     from torch._higher_order_ops.scan import scan_op
@@ -138,7 +138,7 @@ def _token(state: Tensor, q: Tensor, v: Tensor, k: Tensor, keep: Tensor, change:
 
 
 def _onnx_scan(operands: _Operands, call: ScanCall) -> tuple[Tensor, Tensor]:
-    """Scan with ONNX's LinearAttention, update rule "gated"."""
+    """Run a scan as ONNX's LinearAttention with the update rule "gated"."""
     q, k, v, f, c, log_f = operands
     if q.dtype != torch.float32:
         raise UserError(

@@ -1,4 +1,4 @@
-"""RMSNorm between dtypes: read in one, written in another, computed in float32."""
+"""RMSNorm that reads one dtype, computes in float32 and writes another dtype."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _in_torch(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) 
 
 
 def _kernel_is_faster(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether x is a plain tensor on a GPU for which the kernel is faster."""
+    """Return whether x is a plain tensor on a GPU for which the kernel is faster."""
     if x.device.type != "cuda" or type(x) not in (Tensor, nn.Parameter):
         return False
     if torch._C._are_functorch_transforms_active():

@@ -85,7 +85,7 @@ def run_step(call: ScanCall, backend: Backend, in_place: bool) -> tuple[BHV, BHK
 
 
 def _is_plain_eager(call: ScanCall) -> bool:
-    """Whether autograd alone observes the call."""
+    """Return whether nothing but autograd observes the call."""
     return (
         not torch.compiler.is_compiling()
         and all(x is None or type(x) in _PLAIN_TYPES for x in call[:-1])
@@ -103,13 +103,13 @@ class _EagerScan(torch.autograd.Function):
         call = ScanCall(*fields)
         y, final_state, kept = backend.forward(call, plan)
         _save(ctx, backend.name, plan, call, kept)
-        # the final state is seldom used: make no zeros for its gradient
+        # the final state is rarely used: do not allocate zeros for its gradient
         ctx.set_materialize_grads(False)
         return y, final_state
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_final_state: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # with create_graph=True through the operator, which refuses a second derivative
+        # with create_graph=True, use the operator, which refuses a second derivative
         compute = _traced_gradients if torch.is_grad_enabled() else _gradients
         return None, None, *_backward(ctx, compute, dy, d_final_state), None, None
 

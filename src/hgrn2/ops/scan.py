@@ -29,7 +29,7 @@ def hgrn2_scan(
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[BTHV, NHKV]:
-    """HGRN2's mixing of tokens, from pre-activations (arXiv 2404.07904, section 3).
+    """Run the recurrence of HGRN2 from pre-activations (arXiv 2404.07904, section 3).
 
     With beta the lower bound, F_t = beta + (1 - beta) sigmoid(f_t) and k_t = 1 - F_t:
 
@@ -44,28 +44,28 @@ def hgrn2_scan(
         lower_bound: [H, K], float32, in [0, 1); None means 0.
         initial_state: [N, H, K, V], float32 (float64 for float64 inputs); None means zeros. N is B, or the number of
             packed sequences.
-        cu_seqlens: [N + 1], int32 or int64: sequences packed end to end with B = 1, first row of each and, last, T.
+        cu_seqlens: [N + 1], int32 or int64, for sequences packed end to end with B = 1: the first row of each, and T.
         reverse: run from the last token to the first.
         scale: factor of the outputs.
         q_activation: "silu", "sigmoid" or "none", applied to q.
         v_activation: "none" or "silu", applied to v.
-        min_log_decay: a floor, in [-69, 0), under the decay's logarithm: S_{t-1} is multiplied by the larger of F_t and
+        min_log_decay: lower limit, in [-69, 0), of the log decay: S_{t-1} is multiplied by the larger of F_t and
             e^min_log_decay, and k_t stays 1 - F_t. The authors train with -3 (their code; the paper has none). GPU
             kernels are compiled for each value.
         backend: "auto", "cuda" (kernels for Hopper GPUs: bfloat16 or float16, K = V = 128), "triton" (kernels for any
             GPU of NVIDIA), "chunked" (plain torch on any device) or "reference" (step by step). All are exact for any
             gate.
-        debug: check values on an accelerator too, which waits for it; on a CPU they always are. Without it cu_seqlens
-            that do not rise from 0 to T give rows of zeros, or rows that belong to another sequence.
+        debug: check values on an accelerator too, which synchronises; on a CPU they are always checked. Without it,
+            cu_seqlens that do not increase from 0 to T give rows of zeros, or rows of another sequence.
 
     Returns:
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V] in the state's dtype.
 
     Raises:
-        UserError: shapes, dtypes, devices, settings, values of cu_seqlens or of the lower bound that do not fit;
-            values of tensors are checked where that needs no wait for an accelerator.
-        NotImplementedError: forward-mode differentiation of another backend than "reference".
-        RuntimeError: a second derivative of another backend than "reference"; raised when it is computed.
+        UserError: a shape, dtype, device, setting, or value of cu_seqlens or the lower bound is invalid. Values of
+            tensors are checked only where that does not synchronise with an accelerator.
+        NotImplementedError: forward-mode differentiation through a backend other than "reference".
+        RuntimeError: a second derivative through a backend other than "reference", when it is computed.
 
     Example:
         >>> import torch, hgrn2
@@ -102,7 +102,7 @@ def gated_scan(
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[BTHV, NHKV]:
-    """Run the recurrence of `hgrn2_scan` with a key of its own and the decay given as its logarithm.
+    """Run the recurrence of `hgrn2_scan` with a separate key and the logarithm of the decay.
 
         S_t = Diag(exp(log_f_t)) S_{t-1} + k_t v_t^T        y_t = scale * S_t^T q_t
 
@@ -115,8 +115,8 @@ def gated_scan(
         cu_seqlens: [N + 1], int32 or int64: bounds of packed sequences, B = 1.
         reverse: run from the last token to the first.
         scale: factor of the outputs.
-        backend: "auto", "triton", "chunked" or "reference", as for `hgrn2_scan`; "cuda" has no kernels for it.
-        debug: check values on an accelerator too, which waits for it.
+        backend: "auto", "triton", "chunked" or "reference", as in `hgrn2_scan`; "cuda" has no kernels for it.
+        debug: check values on an accelerator too, which synchronises.
 
     Returns:
         y [B, T, H, V] in q's dtype, and the final state [N, H, K, V].
@@ -154,7 +154,7 @@ def hgrn2_step(
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[BHV, BHKV]:
-    """Run one token of `hgrn2_scan`, for decoding with a state of constant size; a floor is for training, not here.
+    """Run one token of `hgrn2_scan`, for decoding with a state of constant size; min_log_decay is only for training.
 
     Args:
         q: [B, H, K], pre-activation of the output gate.
@@ -165,10 +165,10 @@ def hgrn2_step(
         scale: factor of the outputs.
         q_activation: "silu", "sigmoid" or "none", applied to q.
         v_activation: "none" or "silu", applied to v.
-        inplace: write the new state over `state`, which saves its memory and, in a captured graph, its address.
-        backend: "auto", "cuda", "triton", "chunked" or "reference". "cuda" and "triton" are one kernel, Triton's;
-            without Triton all run the same few element-wise operations.
-        debug: check values on an accelerator too, which waits for it.
+        inplace: write the new state over `state`, which saves memory and keeps the address, as captured graphs need.
+        backend: "auto", "cuda", "triton", "chunked" or "reference". "cuda" and "triton" run the same Triton kernel;
+            without Triton, all backends run the same few element-wise operations.
+        debug: check values on an accelerator too, which synchronises.
 
     Returns:
         y [B, H, V] in q's dtype, and the new state.

@@ -1,4 +1,4 @@
-"""Division of the rows of a batch into chunks, and of chunks into tiles that fit a cache."""
+"""Divide the rows of a batch into chunks, and chunks into tiles that fit a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mark for torch.compile that does not import it: that takes two seconds, and most processes compile nothing."""
+"""Mark functions for torch.compile without importing it, which takes two seconds that most processes do not need."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant_in_traces(function: Function) -> Function:
-    """Let a trace take the result of a function for a constant, as torch.compiler.assume_constant_result does."""
+    """Mark a function whose result a trace treats as a constant, like torch.compiler.assume_constant_result."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # pyright: ignore
     return function

@@ -36,5 +36,5 @@ __all__ = [
 
 for _backend in (ReferenceBackend(), ChunkedBackend(), TritonBackend(), CudaBackend()):
     register(_backend)
-# "auto" never takes the reference, nor kernels in an interpreter, which are for tests
+# "auto" never chooses the reference or kernels in an interpreter, which are for tests
 set_auto_order("cuda", *(() if IS_INTERPRETED else ("triton",)), "chunked")

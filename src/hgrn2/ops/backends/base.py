@@ -18,7 +18,7 @@ AUTO = "auto"
 
 
 class Unavailable(str):
-    """Reason for a rejection that an installation would lift; "auto" warns of it."""
+    """Reason for a rejection that installing something would resolve; "auto" warns about it."""
 
     __slots__ = ()
 
@@ -76,7 +76,7 @@ class Backend(Protocol):
         return (0,)
 
     def forward(self, call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor | None]:
-        """Scan.
+        """Run a scan.
 
         Args:
             call: the call.

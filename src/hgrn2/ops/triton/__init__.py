@@ -1,1 +1,1 @@
-"""Triton kernels beside the scans: norm and loss. Triton is imported only when a kernel is launched."""
+"""Triton kernels other than the scans: norm and loss. Triton is imported only when a kernel is launched."""

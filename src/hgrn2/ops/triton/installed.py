@@ -1,4 +1,4 @@
-"""The Triton that is installed, if any, found without importing it."""
+"""Find the installed Triton, if any, without importing it."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_runs(*dtypes: torch.dtype) -> bool:
-    """Whether a usable Triton is installed whose kernels take these dtypes."""
+    """Return whether a usable Triton is installed whose kernels support these dtypes."""
     return PROBLEM is None and all(dtype in DTYPES for dtype in dtypes)

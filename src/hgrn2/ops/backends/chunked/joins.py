@@ -10,14 +10,14 @@ the later block L,
 
 where prefix_L[t] is the product of f from the start of L through t, and suffix_E[s] the product of f after s to the end
 of E. Both are products of numbers in [0, 1], so every score keeps its relative precision for any gate down to f = 0.
-After a join q_L is multiplied by the whole decay of E, and k_E by that of L: right for the next, twice as large pair.
+After a join q_L is multiplied by the whole decay of E, and k_E by that of L, as the next pair, twice as large, needs.
 After the last join q carries the decay since the chunk's start and k the decay to the chunk's end, which is what the
 state between chunks needs.
 
 In a product of many gates just below 1 the rounding errors would add up. So the complement
-c = 1 - f is joined beside the decay (c = c_E + f_E c_L, a sum of non-negative numbers) and decides where it is small.
+c = 1 - f is joined along with the decay (c = c_E + f_E c_L, a sum of non-negative numbers) and used where it is small.
 
-The gradient runs the joins backwards; it too is right at f = 0. A scan in reverse time swaps the roles of E and L.
+The gradient runs the joins backwards; it is also correct at f = 0. A scan in reverse time swaps the roles of E and L.
 
 Letters: M = sequences * heads * chunks of a tile, C = chunk size, K and V as in `hgrn2.shapes`.
 """
@@ -81,7 +81,7 @@ class _Join:
 class Joins:
     """Joins the blocks of every chunk of a tile, from single tokens to the whole chunk.
 
-    One instance serves all tiles of a shape: memory and views made for every tile would cost a tenth of the pass.
+    One instance serves all tiles of a shape: allocating memory and views for every tile would cost a tenth of the pass.
 
     Attributes:
         gated: the operands.
@@ -136,7 +136,7 @@ class Joins:
             q_l, k_e, (decay_e, decay_l) = join.q_l, join.k_e, join.decays
             size = q_l.shape[1]
             if size == 1:
-                # a batch of 1 x 1 matrix products would cost a call for each
+                # a batch of 1 x 1 matrix products would cost a call each
                 torch.sum(q_l * k_e, -1, keepdim=True, out=join.products)
             else:
                 torch.bmm(q_l, join.k_e_t, out=join.products)

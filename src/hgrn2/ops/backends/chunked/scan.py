@@ -38,14 +38,14 @@ class ChunkedBackend(Backend):
         return kept_states_shape(call, plan) if plan > 0 else (0,)
 
     def forward(self, call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor | None]:
-        """Scan tile by tile."""
+        """Run a scan tile by tile."""
         return forward(call, abs(plan), keep_states=plan > 0)
 
     def backward(
         self, call: ScanCall, plan: int, kept: Tensor | None, dy: BTHV, d_final_state: NHKV | None,
         bound_wanted: bool,
     ) -> ScanGradients:  # fmt: skip
-        """Gradient of `forward`."""
+        """Compute the gradient of `forward`."""
         return backward(call, abs(plan), kept if plan > 0 else None, dy, d_final_state)
 
     def step(self, call: ScanCall, in_place: bool) -> tuple[BHV, BHKV]:
@@ -101,7 +101,7 @@ def _state_frame(states: Tensor, packed: bool) -> Tensor:
 
 
 def forward(call: ScanCall, tile_chunks: int, keep_states: bool) -> tuple[BTHV, NHKV, Tensor | None]:
-    """Scan.
+    """Run a scan.
 
     Args:
         call: the call.
@@ -178,7 +178,7 @@ def _at_or_after(bad: Tensor, reverse: bool) -> Tensor:
 def backward(
     call: ScanCall, tile_chunks: int, kept: Tensor | None, dy: BTHV, d_final_state: NHKV | None
 ) -> ScanGradients:
-    """Gradient of `forward`, run again if it kept no states.
+    """Compute the gradient of `forward`, which runs again if it kept no states.
 
     Args:
         call: the call.

@@ -23,7 +23,7 @@ _device_problems: dict[int, str | None] = {}
 
 
 class CudaBackend(Backend):
-    """The CUDA kernels. Steps, and the backward pass of float16, which lacks the range, are left to Triton."""
+    """The CUDA kernels. Triton runs the steps, and the backward pass of float16, whose range is too small for them."""
 
     name = "cuda"
     opaque = ("scan", "step")
@@ -71,21 +71,21 @@ class CudaBackend(Backend):
         return call, coarse_chunks(batch, length, heads, call.num_packed())
 
     def kept_shape(self, call: ScanCall, plan: int) -> tuple[int, ...]:
-        """Return the shape of the states on the way."""
+        """Return the shape of the states that the forward pass keeps."""
         return kept_shape(call, plan)
 
     # set on first use, which loads the compiler; from then on a call goes directly to launch.py
 
     @cached_property
     def forward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`launch.forward`."""
+        """Call `launch.forward`."""
         from hgrn2.ops.backends.cuda import launch
 
         return launch.forward
 
     @cached_property
     def backward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`launch.backward`."""
+        """Call `launch.backward`."""
         from hgrn2.ops.backends.cuda import launch
 
         return launch.backward

@@ -1,7 +1,7 @@
-"""Compile CUDA C++ and load its kernels, with the libraries of torch's CUDA builds alone.
+"""Compile CUDA C++ and load its kernels, using only the libraries of torch's CUDA builds.
 
-NVRTC (the compiler) and the driver are called through ctypes: their interfaces are stable C, and no toolkit is needed.
-Binaries are cached in a folder, from which the next process loads them in milliseconds.
+NVRTC (the compiler) and the driver are called through ctypes: their C interfaces are stable, and no toolkit is needed.
+Binaries are cached in a folder, from which later processes load them in milliseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 _MAX_DYNAMIC_SHARED_BYTES = 8
 _NVRTC_SUCCESS = 0
-# made once: making it takes the host a microsecond, of the few that a launch takes
+# created once: creating it takes the host a microsecond, of the few that a launch takes
 _ONE_POINTER = ctypes.c_void_p * 1
 
 
@@ -120,7 +120,7 @@ def _compiled(source: str, options: tuple[str, ...], anew: bool = False) -> byte
     major, minor = ctypes.c_int(), ctypes.c_int()
     _compiler().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     key = repr((source, options, major.value, minor.value)).encode()
-    # without a folder that can be read and written each process compiles anew
+    # without a readable and writable folder, each process compiles again
     no_folder = contextlib.suppress(OSError, RuntimeError)
     if not anew:
         with no_folder:

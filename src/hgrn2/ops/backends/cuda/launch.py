@@ -21,7 +21,7 @@ MOST_ROW_BYTES = 2**29
 
 
 def forward(call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor]:
-    """Scan.
+    """Run a scan.
 
     Args:
         call: the call.
@@ -44,7 +44,7 @@ def forward(call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor]:
 def backward(
     call: ScanCall, plan: int, kept: Tensor | None, dy: BTHV, d_final: NHKV | None, bound_wanted: bool
 ) -> ScanGradients:
-    """Gradient of `forward`; arguments as for `Backend.backward`."""
+    """Compute the gradient of `forward`; arguments of `Backend.backward`."""
     if not plan:
         # float16 lacks the range for the kernels of this pass
         return find("triton").backward(call, 0, None, dy, d_final, bound_wanted)

@@ -33,9 +33,9 @@ class LaunchKey(NamedTuple):
     """Cache key of a call's launches: all that decides which kernels run, and with which numbers.
 
     Attributes:
-        shape: of q.
-        strides: of q, f and v.
-        dtype: of q, f and v.
+        shape: shape of q.
+        strides: strides of q, f and v.
+        dtype: dtype of q, f and v.
         device: index of the device.
         has_bound: whether there is a lower bound.
         has_initial: whether there is an initial state.

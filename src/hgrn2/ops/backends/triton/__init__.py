@@ -49,21 +49,21 @@ class TritonBackend(Backend):
 
     @cached_property
     def forward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`launch.forward`."""
+        """Call `launch.forward`."""
         from hgrn2.ops.backends.triton import launch
 
         return launch.forward
 
     @cached_property
     def backward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`launch.backward`."""
+        """Call `launch.backward`."""
         from hgrn2.ops.backends.triton import launch
 
         return launch.backward
 
     @cached_property
     def step(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`launch.step`."""
+        """Call `launch.step`."""
         from hgrn2.ops.backends.triton import launch
 
         return launch.step

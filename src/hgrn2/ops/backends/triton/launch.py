@@ -104,7 +104,7 @@ class Launcher:
         }
 
     def is_empty(self) -> bool:
-        """Whether there is no token, so that nothing is launched."""
+        """Return whether there is no token, so that nothing is launched."""
         return self.batch == 0 or self.length == 0 or self.chunks.sequences == 0
 
     def groups(self) -> list[tuple[int, int]]:
@@ -190,7 +190,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def forward(call: ScanCall, plan: int) -> tuple[BTHV, NHKV, None]:
-    """Scan; nothing is kept for the backward pass.
+    """Run a scan; nothing is kept for the backward pass.
 
     Args:
         call: the call.
@@ -215,7 +215,7 @@ def forward(call: ScanCall, plan: int) -> tuple[BTHV, NHKV, None]:
 def backward(
     call: ScanCall, plan: int, kept: Tensor | None, dy: BTHV, d_final: NHKV | None, bound_wanted: bool
 ) -> ScanGradients:
-    """Gradient of `forward`; arguments as for `Backend.backward`."""
+    """Compute the gradient of `forward`; arguments of `Backend.backward`."""
     run = Launcher(call)
     inputs, bound = run.call, call.lower_bound
     dq, df, dv = (_new_rows(x, call) for x in (call.q, call.f, call.v))
