@@ -27,6 +27,10 @@ _FEW_TESTS = 16
 _POLL_S = 0.1
 _LOG_CHARACTERS = 3000
 _NAMES = "names.json"
+# memory that a process may keep for its next test; the others need some too
+_KEPT_BYTES = 2 << 30
+# exit status of a process whose GPU context is lost, as after an illegal access: every test after it would fail
+_LOST_CONTEXT = 70
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -72,17 +76,36 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _release_memory(kept_bytes: int) -> None:
+    """Give the GPU memory back that torch keeps for later, if it is more than so many bytes."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > kept_bytes:
+        torch.cuda.empty_cache()
+
+
+def _has_lost_context() -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 class _Shard:
     """One of the processes: claims tests, runs them and writes their reports, one JSON object a line."""
 
     def __init__(self, session: pytest.Session) -> None:
         options = session.config.option
         self._session, self._folder, self._index = session, options.shard_folder, options.shard
+        self._has_failed = False
         # by name: what was collected here may be in another order
         names = json.loads((self._folder / _NAMES).read_text(encoding="utf-8"))
         items = {item.nodeid: item for item in session.items}
         self._items = [items[name] for name in names]
-        first = self._index * len(names) // options.shard_count
+        first = self._index % options.shard_count * len(names) // options.shard_count
         self._order = [*range(first, len(names)), *range(first)]
         self._file = (self._folder / f"{self._index}.jsonl").open("a", encoding="utf-8")
         session.config.pluginmanager.register(self)
@@ -99,13 +122,19 @@ class _Shard:
             following = next(unclaimed, None)
             item, next_item = self._items[current], None if following is None else self._items[following]
             self._write(started=current)
+            self._has_failed = False
             with self._alone() if item.get_closest_marker("large") else contextlib.nullcontext():
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=next_item)
             self._write(finished=current)
+            if self._has_failed and _has_lost_context():
+                self._file.close()
+                os._exit(_LOST_CONTEXT)
+            _release_memory(_KEPT_BYTES)
             current = following
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         config = self._session.config
+        self._has_failed = self._has_failed or report.failed
         self._write(report=config.hook.pytest_report_to_serializable(config=config, report=report))
 
     def _write(self, **entry: Any) -> None:
@@ -130,8 +159,7 @@ class _Shard:
             try:
                 yield
             finally:
-                if _has_gpu():
-                    sys.modules["torch"].cuda.empty_cache()
+                _release_memory(0)
 
 
 class _Runner:
@@ -192,10 +220,11 @@ class _Runner:
     def _replace(self, shard: _Process) -> None:
         """Report the test that ended a process, and leave the test it had claimed next to another process."""
         reason = f"process {shard.index} ended with status {shard.process.returncode}; the end of its output:\n"
-        if shard.current is None:
+        if shard.current is not None:
+            self._fail(shard.current, reason + shard.output())
+        elif shard.process.returncode != _LOST_CONTEXT:
             # not the fault of a test: others would end so too
             raise self._session.Interrupted(reason + shard.output())
-        self._fail(shard.current, reason + shard.output())
         for claim in self._folder.glob("claim-*"):
             index = int(claim.name.removeprefix("claim-"))
             if index not in self._finished and claim.read_text() == str(shard.index):

@@ -74,6 +74,63 @@ def test_a_selection_and_the_first_failure(folder):
     assert "stopping after 1 failures" in done.stdout
 
 
+# in place of torch: a GPU whose context can be lost
+FAKE_TORCH = """
+class cuda:
+    lost = False
+    is_available = is_initialized = staticmethod(lambda: True)
+    memory_reserved = staticmethod(lambda: 1)
+    empty_cache = staticmethod(lambda: None)
+
+    @staticmethod
+    def synchronize():
+        if cuda.lost:
+            raise RuntimeError("an illegal memory access was encountered")
+"""
+GPU_TESTS = """
+import os
+import time
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+
+def note(line):
+    with open(os.environ["RAN"], "a") as file:
+        file.write(line + "\\n")
+
+@pytest.mark.large
+@pytest.mark.parametrize("i", range(2))
+def test_large(i):
+    note("begin")
+    time.sleep(0.3)
+    note("end")
+
+@pytest.mark.parametrize("i", range(20))
+def test_passes(i):
+    assert not torch.cuda.lost
+    time.sleep(0.02)
+
+def test_loses_the_context():
+    torch.cuda.lost = True
+    assert False, "as an illegal access shows"
+"""
+
+
+def test_gpu_tests_run_in_processes_by_themselves(folder):
+    (folder / "torch.py").write_text(FAKE_TORCH)
+    (folder / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider\nmarkers =\n  large\n  gpu\n")
+    # one of the large ones at the beginning of each of two processes
+    for i in range(2):
+        (folder / f"test_some_{i}.py").write_text(GPU_TESTS.replace("range(2)", f"[{i}]"))
+    (folder / "test_some.py").unlink()
+    done = run(folder, "-m", "gpu", "-v")
+    assert done.returncode == 1, done.stdout + done.stderr
+    # a process that lost its context ran no further test
+    assert "2 failed, 42 passed" in done.stdout
+    assert (folder / "ran").read_text().split() == ["begin", "end"] * 2
+
+
 BLOCKER = """
 import importlib.machinery
 import sys
