@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 # of the compiler and of the GPU's driver; each process holds a context of half a GiB on the GPU
-_MOST_SHARDS = 12
+_MOST_SHARDS = 16
 # below this, processes cost more than they bring
 _FEW_TESTS = 16
 _POLL_S = 0.1
