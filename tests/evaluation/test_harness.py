@@ -565,9 +565,9 @@ def test_functions_of_a_task_that_fail(one_run, tmp_path, capsys, monkeypatch):
     # that there is no memory is nothing that a task says
     lm = open_run(one_run)[2]
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")):
-        monkeypatch.setattr(harness, "_evaluate", Mock(side_effect=error))
+        monkeypatch.setattr(lm, "loglikelihood", Mock(side_effect=error))
         with pytest.raises(RuntimeError, match=str(error)):
-            harness.evaluate_tasks(lm, [])
+            harness.evaluate_tasks(lm, open_tasks(["choices"], folder))
 
 
 @pytest.mark.filterwarnings("ignore:.*values that are not finite:UserWarning")
