@@ -87,11 +87,6 @@ def check_fields(values: Any, what: str, prefix: str = "") -> None:
             raise UserError(f"{what}: {prefix}{name} {fault}")
 
 
-def choices_of(cls: type, field: str) -> tuple[str, ...]:
-    """Return the choices of a field whose type is a `Literal`."""
-    return typing.get_args(typing.get_type_hints(cls)[field])
-
-
 def _type_fault(value: Any, hint: Any) -> str | None:
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
