@@ -7,7 +7,7 @@ import signal
 import sys
 from types import FrameType
 
-# if any of these is set, the user has chosen
+# if any of these is set, the choice is the user's
 _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -15,7 +15,7 @@ def sleep_while_waiting() -> None:
     """Make OpenMP threads sleep while they wait for work; call it before torch is imported.
 
     By default they spin, which takes the cores away from other processes: two small training runs on two cores
-    then take fifty times as long as one. The environment is left alone if it holds a choice already.
+    then take fifty times as long as one. The environment stays unchanged if one of the variables is set.
     """
     if not any(name in os.environ for name in _WAIT_VARIABLES):
         # OpenMP reads it once, when its library is loaded
@@ -26,11 +26,11 @@ def main() -> int:
     """Import the command line and run it.
 
     Returns:
-        The exit status, see `hgrn2.cli.main`.
+        The exit status of `hgrn2.cli.main`; 130 after Ctrl-C.
     """
     sleep_while_waiting()
     waiting = signal.getsignal(signal.SIGINT)
-    # what is imported may print a traceback for Ctrl-C, or swallow it; there is nothing to tidy up yet
+    # during imports, Ctrl-C may print a traceback or be swallowed; there is nothing to clean up yet
     if waiting is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -38,7 +38,7 @@ def main() -> int:
     except ModuleNotFoundError as missing:
         return _refuse_without(missing)
 
-    # unless somebody has other plans for them, these too end a command so that it tidies up
+    # unless handled otherwise, these signals end a command with cleanup, too
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def _refuse_without(missing: ModuleNotFoundError) -> int:
-    """Say how to install a package that the command line needs; returns the exit status."""
+    """Print how to install a package that the command line needs, and return the exit status."""
     if missing.name is None or missing.name.partition(".")[0] == "hgrn2":
         raise missing
     from hgrn2.extras import install_command

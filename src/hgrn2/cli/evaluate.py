@@ -21,7 +21,7 @@ from hgrn2.storage.staging import check_writable_file, write_text_atomic
 if TYPE_CHECKING:
     from hgrn2.inference.scoring import Score
 
-# from here on, layers that attend to a whole text are worth a word
+# length from which a note about layers that attend to the whole text is shown
 _LONG_TEXT_BYTES = 100_000
 
 

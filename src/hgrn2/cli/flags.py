@@ -19,7 +19,7 @@ from hgrn2.tasks import TASKS
 _POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1]
 
 _PLACEHOLDERS_OF_TYPES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-# of flags and fields by name, where the type says too little
+# placeholders of flags and fields by name, where the type is not enough
 _PLACEHOLDERS = {
     "batch_size": "N",
     "data": "PATH",
@@ -87,7 +87,7 @@ def _flags_of_fields(values: Any) -> list[Flag]:
     hints, texts = typing.get_type_hints(type(values)), {}
     for kind in reversed(type(values).__mro__[:-1]):
         texts |= _texts(kind)
-    # `given` is no flag, see parsing.py
+    # `given` is not a flag; parsing.py fills it
     names = [field.name for field in dataclasses.fields(values) if field.name != "given"]
     return [_flag(name, hints[name], getattr(values, name), texts.get(name, "")) for name in names]
 

@@ -92,7 +92,7 @@ def train(
     task_options = parse_key_values(task_set, "--task-set", "an option of the task")
     # --out cannot be combined with --resume, even if it names the default
     named_out, out = out, _RUN if out is None else out
-    # flags for text, as other tasks refuse them
+    # flags that only tasks on text accept
     of_text = {"data": data, "validation": validation, "text-field": text_field, "tokenizer": tokenizer,
                "prepared": prepared, "rebuild": rebuild, "compressors": compressors}  # fmt: skip
     if resume is not None:
@@ -260,7 +260,7 @@ def _show_end(run: Any) -> None:
     from hgrn2.train.report.facts import RunFacts
 
     result = run.result
-    # a note has said already that the run had ended before
+    # if the run had already ended, a note was shown
     if result.stopped_by is None and (run.pictures or not result.had_ended):
         facts = RunFacts.read(result.run_dir)
         record = result.last_validation

@@ -21,8 +21,8 @@ def register() -> None:
     AutoModel.register(HGRN2Config, HGRN2Model, exist_ok=True)
     AutoModelForCausalLM.register(HGRN2Config, HGRN2ForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(HGRN2Config, HGRN2ForSequenceClassification, exist_ok=True)
-    # the Trainer looks in the library's own tables for what a class is: whose labels are to be shifted where it smooths
-    # them, for one. They are not among what `register` changes
+    # the Trainer also reads these tables, for example to know whether label smoothing must shift labels; `register`
+    # does not change them
     for names, cls in (
         (modeling_auto.MODEL_MAPPING_NAMES, HGRN2Model),
         (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, HGRN2ForCausalLM),

@@ -205,7 +205,7 @@ class HGRN2Config:
         object.__setattr__(self, "mixers", options)
 
     def _prefer_flat_keys(self) -> None:
-        # a model that older versions can open keeps their keys, and equals their configuration
+        # use the flat keys where they suffice, so that older versions can open the model
         if self.layers is None or not set(self.layers) <= {DEFAULT_MIXER, ATTENTION}:
             return
         attending = [i for i, name in enumerate(self.layer_mixers) if name == ATTENTION]
@@ -218,7 +218,7 @@ class HGRN2Config:
 
     def _derived_expand_ratio(self) -> int:
         heads, width = self.num_heads, self.hidden_size
-        # check_types reports values of other types
+        # check_fields reports values of other types
         if type(width) is int and heads is None and self.layers is not None and DEFAULT_MIXER not in self.layers:
             # without HGRN2 layers every width is valid
             return DEFAULT_EXPAND_RATIO if width % DEFAULT_EXPAND_RATIO == 0 else max(width, 1)

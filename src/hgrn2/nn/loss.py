@@ -15,18 +15,18 @@ from hgrn2.ops.device import ROW_ALIGNMENT
 from hgrn2.ops.export import is_onnx_export
 
 IGNORE = -100
-# rows of logits that exist at a time
+# rows of logits in memory at a time
 ROWS = 1024
-# on a GPU, where one kernel reads and writes a block of logits: bytes of a block
+# bytes of logits in memory at a time on a GPU, where one kernel overwrites them with their gradient
 _BLOCK_BYTES = 1 << 29
 
 
-# an operator of its own, not an autograd.Function: torch 2.11's compiler gives that silent zeros as gradients
+# not an autograd.Function, for which the compiler of torch 2.11 silently gives zeros as gradients
 @torch.library.custom_op("hgrn2::linear_cross_entropy", mutates_args=())
 def _loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and beside it the gradients of x and weight: the logits are at hand, and only once."""
+    """Compute the loss together with the gradients of x and weight, so that logits are computed only once."""
     loss, dx, d_weight = _empty_results(x, weight, needs_gradient)
     loss.zero_()
     d_weight.zero_()
@@ -50,7 +50,7 @@ def _loss_and_gradients(
 def _in_triton(
     x: Tensor, weight: Tensor, targets: Tensor, loss: Tensor, dx: Tensor, d_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill the results of `_loss_and_gradients`; dx and d_weight are empty if no gradient is wanted."""
+    """Fill the results of `_loss_and_gradients`; dx and d_weight are empty if no gradient is needed."""
     from hgrn2.ops.triton.cross_entropy import cross_entropy_
 
     needs_gradient, vocab_size = dx.numel() > 0, weight.shape[0]
@@ -87,7 +87,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 class _NoDerivative(torch.autograd.Function):
-    """Tensors as they are, whose derivative is an error."""
+    """The identity, which raises an error if it is differentiated."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -103,7 +103,7 @@ class _NoDerivative(torch.autograd.Function):
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
     dx, d_weight = ctx.saved_tensors
     if torch.is_grad_enabled():
-        # results of the operator, they would pass for constants
+        # otherwise these results of the operator would count as constants
         dx, d_weight = _NoDerivative.apply(dx, d_weight)  # pyright: ignore[reportGeneralTypeIssues]
     return dx * grad.to(dx.dtype), (d_weight * grad).to(ctx.weight_dtype), None, None
 
@@ -112,19 +112,19 @@ _loss_and_gradients.register_autograd(_backward, setup_context=_save)
 
 
 def _is_transformed() -> bool:
-    """Whether derivatives are taken that the operator does not have: by torch.func, or in forward mode."""
+    """Return whether torch.func or forward mode is active, for which the operator has no derivatives."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy of softmax(x weight^T).
+    """Compute the summed cross entropy of softmax(x weight^T).
 
     Args:
-        x: [M, D], the last hidden states; under autocast they are taken in its dtype.
+        x: [M, D], the last hidden states; under autocast they are cast to its dtype.
         weight: [vocab, D].
-        targets: [M] int64; -100 is not counted.
+        targets: [M] int64; -100 is ignored.
 
     Returns:
         A scalar in nats, float32 (float64 for float64).

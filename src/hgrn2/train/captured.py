@@ -12,9 +12,9 @@ from torch import Tensor
 from hgrn2.errors import UserError
 from hgrn2.train.device_adamw import DeviceAdamW
 
-# steps of each shape that run before it is captured: they compile kernels and allocate what stays
+# steps of a shape before it is captured, which compile kernels and allocate permanent memory
 _WARMUP_STEPS = 3
-# shapes that are captured; each keeps its own memory, and further ones run step by step
+# largest number of captured shapes, each with its own memory; steps of further shapes run uncaptured
 _MOST_SHAPES = 4
 
 
@@ -28,12 +28,12 @@ class _Captured:
 
 
 class CapturedSteps:
-    """Runs training steps, from a graph as soon as their shape is known.
+    """Runs training steps, as a CUDA graph once a shape has occurred often enough.
 
     Args:
-        step: computes a step, forward, backward and update, from a batch on the device and the number of its targets;
-            waits for nothing, and returns scalars by name.
-        optimizer: what `step` updates the weights with.
+        step: runs a step (forward, backward, update) for a batch on the device and its number of targets; must not
+            synchronise, and returns scalars by name.
+        optimizer: optimizer that `step` uses.
         forget: drops the gradients.
         device: a GPU.
     """
@@ -58,13 +58,13 @@ class CapturedSteps:
         Args:
             batch: a dataclass with tensors among its fields. If it has a method `pad_sequences`, this is called, so
                 that few shapes occur.
-            num_targets: targets of the batch.
+            num_targets: number of targets of the batch.
 
         Returns:
-            What `step` returns; the next call may overwrite it.
+            The results of `step`, which the next call may overwrite.
 
         Raises:
-            UserError: the step waits for the device, or does something else that cannot be captured.
+            UserError: the step synchronises, or does something else that cannot be captured.
         """
         self._num_targets.fill_(num_targets)
         if hasattr(batch, "pad_sequences"):
@@ -83,7 +83,7 @@ class CapturedSteps:
         return captured.results
 
     def _run(self, batch: Any) -> dict[str, Tensor]:
-        """Run a step on another stream than the default one, as it will be captured."""
+        """Run a step on a stream other than the default one, as in the capture."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             results = self._step(batch, self._num_targets)
@@ -95,7 +95,7 @@ class CapturedSteps:
         self._forget()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        # activations of the steps before, which the graph cannot use
+        # free the activations of earlier steps, which the graph cannot use
         torch.cuda.empty_cache()
         try:
             with self._optimizer.capture(), torch.cuda.graph(graph, pool=self._pool):
@@ -106,6 +106,6 @@ class CapturedSteps:
                 f"cuda_graph: the step cannot be captured ({reason}); train without it", "unsupported"
             ) from error
         self._pool = graph.pool()
-        # their memory is the graph's
+        # the graph owns the memory of the gradients
         self._forget()
         return _Captured(graph, inputs, results)

@@ -78,7 +78,7 @@ class CheckpointStore:
         """Remove partial files of a killed process; the caller must hold the run's lock."""
         for leftover in self._folder.glob(f"{_TEMPORARY}*"):
             final = self._folder / leftover.name.removeprefix(_TEMPORARY)
-            # killed just before the rename: complete, and perhaps the only one of its step
+            # complete if the process was killed just before the rename; perhaps the only one of its step
             is_free = is_checkpoint_name(final.name) and not os.path.lexists(final)
             if is_free and find_fault(leftover, final.name) is None:
                 leftover.rename(final)
@@ -145,10 +145,10 @@ class CheckpointStore:
 
     def _retain(self, newest: Path, best_step: int | None) -> None:
         for path in self._folder.glob(f"{_SET_ASIDE}step-*"):
-            # keep a folder whose state is of another step than its name says: a person renamed it
+            # keep a folder whose state belongs to another step than its name: somebody renamed it
             if is_of_step(path, path.name.removeprefix(_SET_ASIDE)) or _is_dangling_link(path):
                 self._remove(path)
-        # do not count or remove a renamed or truncated one: it must not displace a good one
+        # neither count nor remove renamed or truncated ones, which must not displace good ones
         found = checkpoints_of(self._folder.parent)
         whole = [path for path in found if looks_whole(path, path.name)]
         kept = {*whole[-self._keep_last :], newest}
@@ -167,7 +167,7 @@ class CheckpointStore:
 
 
 def _delete(path: Path) -> None:
-    # remove the link alone: its target may be the only copy
+    # remove only the link: its target may be the only copy
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

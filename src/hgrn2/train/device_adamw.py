@@ -17,11 +17,11 @@ SUM_BLOCK = 4096
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with gradients of one dtype, and where their blocks lie.
+    """Parameters whose gradients have one dtype, and their blocks.
 
     Attributes:
         params: the model's parameters, in bfloat16 if is_low.
-        weights: their float32 weights; the parameters themselves unless is_low.
+        weights: the float32 weights; the parameters themselves unless is_low.
         tables: [4, N] int64, addresses of weights, first and second moments and bfloat16 copies.
         decays: [N] float32, weight decay of each parameter.
         sizes: [N] int64, elements of each parameter.
@@ -41,13 +41,13 @@ class Group:
 class DeviceAdamW:
     """Updates all weights, and bfloat16 copies of some, without waiting for the device.
 
-    The update is that of torch.optim.AdamW, whose moments it takes over and leaves up to date. A weight that is rounded
-    to bfloat16 once a step is what autocast computes with as well, and its gradient is bfloat16 either way, so a step
-    has the same result up to the order of sums; what is saved are the conversions.
+    The update is that of torch.optim.AdamW, whose moments it takes over and keeps up to date. Autocast also computes
+    with weights rounded to bfloat16, and their gradients are bfloat16 in both cases, so a step has the same result up
+    to the order of sums, without the conversions.
 
     Args:
-        optimizer: torch's, on one GPU; every parameter float32, with one step count and one learning rate for all.
-        low: parameters that the model uses in products of bfloat16 alone; empty without autocast.
+        optimizer: optimizer on one GPU; all parameters are float32 and share one step count and one learning rate.
+        low: parameters that the model uses only in bfloat16 products; empty without autocast.
     """
 
     def __init__(self, optimizer: torch.optim.AdamW, low: Sequence[Tensor]) -> None:
@@ -55,15 +55,15 @@ class DeviceAdamW:
         self._low = {id(p) for p in low}
         self._groups: list[Group] = []
         self._weights: dict[int, Tensor] = {}
-        # of the gradients of each group: on the host, and on the device
+        # addresses of the gradients of each group, on the host and on the device
         self._addresses: dict[bool, tuple[list[int], Tensor]] = {}
-        # as above, of the step that is being captured; and the tables of steps captured before, which read them still
+        # the same for the step being captured, and the tables of captured steps, which still read them
         self._capturing: dict[bool, tuple[list[int], Tensor]] = {}
         self._captured: list[Tensor] = []
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Give the parameters `low` bfloat16 values inside, and their float32 weights again at the end."""
+        """Return a context in which the parameters `low` are bfloat16; at its end they are float32 again."""
         self._begin()
         try:
             yield
@@ -75,13 +75,13 @@ class DeviceAdamW:
         return self._weights.get(id(param), param)
 
     def prepare(self) -> None:
-        """Hand the learning rate to the device; before `step`, and before a captured one is replayed."""
+        """Copy the learning rate to the device; call it before `step`, and before replaying a captured one."""
         self._scalars[4:].fill_(self._optimizer.param_groups[0]["lr"])
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Capture a call of `step` inside, and hand it the addresses of its gradients afterwards."""
-        # what is allocated during a capture is overwritten in each replay before it is used
+        """Return a context for capturing a call of `step`, whose gradient addresses are filled in at its end."""
+        # allocate before the capture: a replay overwrites memory that was allocated during it
         self._capturing = {group.is_low: ([], torch.empty_like(group.sizes)) for group in self._groups}
         try:
             yield
@@ -96,7 +96,7 @@ class DeviceAdamW:
 
         Args:
             loss: a float32 scalar.
-            clip_norm: largest norm of the gradient; 0 does not clip.
+            clip_norm: largest norm of the gradient; 0 for no clipping.
 
         Returns:
             The norm of the gradient before it was clipped, a float32 scalar on the device.
@@ -138,7 +138,7 @@ class DeviceAdamW:
         for p in params:
             state[p].setdefault("exp_avg", torch.zeros_like(p))
             state[p].setdefault("exp_avg_sq", torch.zeros_like(p))
-            # one count for all, which the kernel raises
+            # one count for all, which the kernel increments
             state[p]["step"] = self._step
         self._scalars = torch.zeros(5, device=device)
         low, full = [p for p in params if id(p) in self._low], [p for p in params if id(p) not in self._low]
@@ -181,7 +181,7 @@ class DeviceAdamW:
             addresses, table = self._capturing[group.is_low]
             addresses[:] = found
             return table
-        # torch allocates in the same order every step, so the addresses seldom change
+        # torch allocates in the same order every step, so the addresses rarely change
         known, table = self._addresses.get(group.is_low, ([], None))
         if table is None or found != known:
             table = torch.tensor(found, dtype=torch.int64)
@@ -201,5 +201,5 @@ class DeviceAdamW:
 
 
 def _can_be_read(grad: Tensor) -> bool:
-    """Whether a gradient can be read in order, 16 bytes at a time."""
+    """Return whether a gradient can be read in order, 16 bytes at a time."""
     return grad.is_contiguous() and grad.data_ptr() % 16 == 0

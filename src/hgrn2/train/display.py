@@ -179,7 +179,7 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # draws the last state
+        # this draws the last state
         with suppress(OSError):
             self._live.stop()
 

@@ -1,4 +1,4 @@
-"""A training step between its launch and its record, so that the GPU works on the next one meanwhile."""
+"""A training step between its launch and its record, while the GPU may already run the next one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 @dataclass
 class LaunchedStep:
-    """A step whose work is on its way to the device, or done.
+    """A step that was launched, and may be running or complete.
 
     Attributes:
         step: number of the step.
         tokens: tokens of the run up to the end of the step.
-        num_tokens: tokens of the step.
-        num_targets: targets that the loss is a sum over.
-        learning_rate: of AdamW.
-        started_s: start of the step by the monotonic clock.
-        values: "loss", the summed loss, "grad_norm", and the further sums of the task, once they are known.
+        num_tokens: number of tokens of the step.
+        num_targets: number of targets summed in the loss.
+        learning_rate: learning rate of AdamW.
+        started_s: start of the step on the monotonic clock.
+        values: "loss" (summed), "grad_norm" and further sums of the task; None until they are known.
     """
 
     step: int
@@ -32,10 +32,10 @@ class LaunchedStep:
     values: dict[str, float] | None = None
 
     def read_back(self, values: Mapping[str, Tensor]) -> None:
-        """Start to copy values from a GPU, without waiting for it.
+        """Start copying values from a GPU, without waiting for them.
 
         Args:
-            values: scalars by name, the loss among them.
+            values: scalars by name, including the loss.
         """
         dtype = values["loss"].dtype
         self._names = tuple(values)
@@ -44,7 +44,7 @@ class LaunchedStep:
         self._copied.record()
 
     def wait(self) -> dict[str, float]:
-        """Return `values`; waits for the copy if there is one."""
+        """Return `values`, after waiting for the copy if there is one."""
         if self.values is None:
             self._copied.synchronize()
             self.values = dict(zip(self._names, self._copy.tolist(), strict=True))

@@ -142,7 +142,7 @@ class Trainer:
                 self.run_dir,
                 resume_step=self._counters.step,
                 tensorboard=self.config.tensorboard,
-                # an error before this leaves the later checkpoints in place
+                # only then, so that an earlier error leaves the later checkpoints in place
                 before_dropping=lambda: self._store.set_aside_after(self._saved_step),
             )
         )

@@ -16,10 +16,10 @@ from hgrn2.storage.json_files import parse_json
 from hgrn2.storage.staging import staged_file
 
 METRICS_NAME = "metrics.jsonl"
-# of the record without this key; lines of older runs, and lines appended by hand, have none
+# checksum of the record without this key; older runs, and lines appended by hand, lack it
 _CHECKSUM = "crc32"
 _COMMON = {"kind", "step", "tokens", "elapsed_s", _CHECKSUM}
-# keys of a line without a checksum: others are damaged names. Figures of tasks have other names
+# allowed keys of a line without a checksum, where any other key is a damaged name
 _KEYS = {
     "start": _COMMON | {"device", "num_threads", "torch", "hgrn2", "parameters", "data", "prompt"},
     "train": _COMMON

@@ -123,7 +123,7 @@ class NamedOptimizer:
         ]
 
     def _groups(self) -> list[dict[str, Any]]:
-        # asked for each time: loading a state makes new ones
+        # not stored: loading a state creates new ones
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     @property

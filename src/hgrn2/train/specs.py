@@ -132,7 +132,7 @@ def saved_model_config(run: SavedRun) -> HGRN2Config:
     if not isinstance(saved, dict):
         raise UserError(f"{run.checkpoint}/config.json: no 'model' settings; name an older checkpoint", "damaged")
     now, before = config.to_dict(), HGRN2Config.from_dict(saved).to_dict()
-    # some keys are only written where they are set
+    # some keys are written only if they are set
     keys = [key for key in now | before if now.get(key) != before.get(key)]
     if differing := [f"{key} is {now.get(key)!r}, there {before.get(key)!r}" for key in keys]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Compiles kernels and imports the compiler in the background, while the weights of a large model are drawn."""
+"""Compile kernels and import the compiler in the background, while the weights of a large model are initialised."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from hgrn2.models import HGRN2Config
 from hgrn2.nn.mixers.base import Context
 from hgrn2.train.config import TrainConfig
 
-# tokens of the two packed sequences that each kind of mixer reads
+# length of the two packed sequences that each kind of mixer runs on
 _LENGTH = 64
 
 
 @contextmanager
 def warming_up(model: HGRN2Config | None, train: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Prepare the first step in another thread inside; ends when it is prepared.
+    """Return a context during which another thread prepares the first step; it ends when that is done.
 
-    The CPU's random numbers stay as they are. A GPU's do not, so they must be seeded afterwards.
+    The random generator of the CPU is not used. That of a GPU is, so it must be seeded afterwards.
 
     Args:
-        model: the model that is being built; None prepares what no model is needed for.
-        train: precision and compile are read.
-        device: where the model will be.
+        model: configuration of the model being built; None to prepare only what does not depend on it.
+        train: training settings, of which precision and compile are used.
+        device: device of the model.
     """
 
     def prepare() -> None:
-        # a failure here comes again in the first step, where it is reported
+        # the first step fails in the same way, and reports it
         with suppress(Exception):
             if device.type == "cuda" and model is not None:
                 run_mixers(model, train, device)

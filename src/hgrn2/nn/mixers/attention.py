@@ -20,15 +20,15 @@ from hgrn2.ops.export import is_exporting
 from hgrn2.ops.tracing import constant_in_traces
 from hgrn2.shapes import BTD
 
-# heads of width E; S keys, of as many heads or of fewer
+# E: width of a head; S: keys; G: heads of keys, H or fewer
 Queries = Annotated[Tensor, "B T H E"]
 Keys = Annotated[Tensor, "B S G E"]
 
-# queries of windowed attention in one block; a larger window is its own block size
+# least number of queries per block of windowed attention; a block has at least one window
 WINDOW_BLOCK = 256
 
 
-# torch's kernel for packed sequences; None before `load_compiled_parts`, and in versions without it or without windows
+# torch's kernel for packed sequences; None before `load_compiled_parts`, and if this version lacks it or its windows
 _flash_ragged: Any = None
 
 

@@ -207,7 +207,7 @@ class HGRN2(Mixer):
         del seq_len
         width, chunk = self.expand_ratio, CHUNK_SIZE
         per_head = (chunk + 1) * width + 2 * chunk * width + 4 * width * width
-        # each merge of two blocks multiplies one query or key row by a decay, and their decays
+        # at each join of two blocks, a query or key row and a decay are multiplied by a decay
         per_head += round(width * math.log2(chunk))
         return self.num_heads * per_head + 6 * self.conv_size * self.num_heads * width
 
