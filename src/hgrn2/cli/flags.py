@@ -32,6 +32,8 @@ _PLACEHOLDERS = {
     "max_time_s": "SECONDS",
     "model": "MODEL",
     "set": "KEY=VALUE",
+    "task": "TASK",
+    "task_set": "KEY=VALUE",
     "tasks": "TASK",
     "teacher": "MODEL",
     "text_field": "FIELD",
