@@ -80,6 +80,7 @@ def test_the_same_tokens(folders, prompt):
         assert model.generate(max_new_tokens=24, do_sample=False)[0].tolist() == found
 
 
+@pytest.mark.slow
 def test_the_same_text_at_the_command_line(folders, capsys):
     _, converted = folders
     main(["generate", str(converted), "--prompt", PROMPT, "--temperature", "0", "--max-tokens", "24"])

@@ -151,8 +151,17 @@ def _without_gradients():
         yield
 
 
+# every mixer, and what has a state of its own; the others differ from these in what no way of running touches
+IN_THE_FAST_TIER = {
+    "fla", "short-conv", "short-conv-2-bias", "clamp", "full-attention", "window-attention",
+    "attention-without-positions", "average", "average-hybrid", "official-lra",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_THE_FAST_TIER else pytest.mark.slow) for name in NAMES]
+)
 def test_every_way_agrees_with_each_text_alone(name, way):
     model = make_model(config_of(name))
     run, lengths = WAYS[way]

@@ -106,6 +106,7 @@ def test_onnx_is_exact_for_any_gate(scans, kind):
     assert_close(scans(*inputs), exact(inputs))
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_slow_gates_lose_no_digits_in_onnx(scans):
     """Decays that float32 cannot hold: their rounding errors would all point the same way."""

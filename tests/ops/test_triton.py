@@ -501,6 +501,7 @@ def test_traced_whole_graph_equals_eager(op, packed):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_traced_gradient_of_a_step():
     inputs = step_inputs()
 
