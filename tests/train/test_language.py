@@ -21,7 +21,8 @@ from hgrn2.tasks.language import LanguageTask, carried_loss, text_figures
 from hgrn2.train import checkpoint
 from hgrn2.train.display import PlainDisplay
 from hgrn2.train.metrics import read_metrics
-from hgrn2.train.runs import resume_language_run, start_language_run
+from hgrn2.train.run import evaluate_run
+from hgrn2.train.runs import resume_language_run, saved_text_spec, start_language_run
 from hgrn2.train.settings import RunSettings
 from hgrn2.train.start import Start
 from tests.refusals import refuses
@@ -424,3 +425,14 @@ def test_a_folder_that_cannot_be_locked(data, tmp_path):
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     with refuses("unwritable", tmp_path / "run"):
         start_language_run(tmp_path / "run", model_config(), SETTINGS, data, data_settings={})
+
+
+def test_a_saved_run_is_evaluated_as_its_validation_was(data, tmp_path):
+    run_dir = tmp_path / "run"
+    done = start_language_run(run_dir, model_config(), SETTINGS, data, data_settings={})
+    figures = evaluate_run(run_dir, saved_text_spec(data))
+    assert figures == {key: value for key, value in done.result.last_validation.items() if key in figures}
+    assert figures["val_tokens"] > 0
+    # an earlier checkpoint has other weights
+    earlier = evaluate_run(run_folder.checkpoints_of(run_dir)[0], saved_text_spec(data))
+    assert earlier["val_loss"] > figures["val_loss"]
