@@ -128,7 +128,7 @@ def profile(case: Case, steps: int = 4, warmup_steps: int = 20) -> None:
     def show(step_ms: float) -> None:
         times: dict[str, list[float]] = {}
         for event in profiler.events() or ():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.device_type == torch.autograd.DeviceType.CUDA:  # pyright: ignore[reportPrivateImportUsage]
                 times.setdefault(event.name, []).append(event.device_time)
         total_ms = sum(map(sum, times.values())) / steps / 1e3
         print(f"{case.name}: {step_ms:.2f} ms a step, of which {total_ms:.2f} in {len(times)} kernels")
