@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,11 @@ class CapturedSteps:
         Raises:
             UserError: the step synchronises, or does something else that cannot be captured.
         """
+        if not is_dataclass(batch):
+            raise UserError(
+                f"cuda_graph: the task's batches are {type(batch).__name__}; wanted a dataclass with tensors",
+                "unsupported",
+            )
         self._num_targets.fill_(num_targets)
         if hasattr(batch, "pad_sequences"):
             batch = batch.pad_sequences()
