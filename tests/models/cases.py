@@ -9,6 +9,8 @@ SIZE = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 3, "expand_rat
 
 FULL = {"layers": [1], "num_heads": 4, "num_kv_heads": 2}
 WINDOW = {"layers": [0, 2], "num_heads": 2, "num_kv_heads": 1, "window_size": 5, "qkv_bias": True}
+# HGRN2 with a free key
+UNTIED = {"gate": "sigmoid", "key_ratio": 1.0, "output_gate": False, "q_activation": "silu", "norm_heads": False}
 
 CHANGES = {
     "fla": {},
@@ -38,6 +40,8 @@ CHANGES = {
     "full-attention": {"attn": FULL},
     "window-attention": {"attn": WINDOW, "use_short_conv": True},
     "attention-without-positions": {"attn": FULL | {"rope_theta": None, "num_kv_heads": None}},
+    "gla": {"layers": "gla", "mixers": {"gla": {"num_heads": 2, "gate_rank": 3}}},
+    "gla-untied": {"layers": "gla", "mixers": {"gla": {"num_heads": 4} | UNTIED}},
     "average": {"layers": "average"},
     "average-hybrid": {"layers": "average,hgrn2,attention", "mixers": {"attention": {"num_heads": 2}}},
 }
@@ -54,7 +58,7 @@ NAMES = [*CHANGES, "paper", "official-lm", "official-lra"]
 # one of each kind of state
 KINDS = [
     "fla", "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
-    "attention-without-positions", "average", "average-hybrid",
+    "attention-without-positions", "gla", "average", "average-hybrid",
 ]  # fmt: skip
 
 

@@ -292,7 +292,10 @@ class HGRN2Config:
         """Indices of the layers whose gates have lower bounds."""
         if not self.use_lower_bound:
             return ()
-        return tuple(i for i, name in enumerate(self.layer_mixers) if find_mixer(name).mixer.uses_lower_bound)
+        bounded = {
+            name for name in set(self.layer_mixers) if find_mixer(name).mixer.is_bounded(self.mixer_options(name))
+        }
+        return tuple(i for i, name in enumerate(self.layer_mixers) if name in bounded)
 
     @property
     def has_lower_bounds(self) -> bool:

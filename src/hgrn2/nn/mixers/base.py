@@ -194,6 +194,16 @@ class Mixer(nn.Module):
         return parameter_roles(self)
 
     @classmethod
+    def is_bounded(cls, options: Any) -> bool:
+        """Return whether a mixer with these options uses lower bounds; by default `uses_lower_bound`.
+
+        Args:
+            options: options of the mixer.
+        """
+        del options
+        return cls.uses_lower_bound
+
+    @classmethod
     def memory(cls, options: Any) -> Memory:
         """Return what the state holds: a "state" of fixed size, all "tokens" read, or a "window" of them.
 
