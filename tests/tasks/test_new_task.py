@@ -182,9 +182,10 @@ def test_a_task_without_a_part_of_the_protocol(part):
     [("metric", "val_loss"), ("Options", dict), ("Options", type("Bare", (), {})), ("name", 3), ("name", "two words")],
 )
 def test_a_part_of_another_kind(part, value):
+    before = dict(TASKS)
     with refuses("incomplete", part):
         register_task(type("Odd", (Repeat,), {"name": "odd", part: value}))
-    assert set(TASKS) == {"language", "distillation", "repeat"}
+    assert before == TASKS
 
 
 def test_a_validation_without_the_metric(capsys):

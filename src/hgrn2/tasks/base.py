@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from hgrn2.constraints import check_fields
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config
+from hgrn2.tasks.options import TaskOptions
 
 # generates text: maps a model and a prompt to the prompt with its continuation
 Sampler = Callable[[nn.Module, str], str]
@@ -47,27 +47,6 @@ class StepLoss(NamedTuple):
 
     loss_sum: Tensor
     sums: Mapping[str, Tensor] = {}
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """Base of task options: a frozen dataclass with a default for every field except paths.
-
-    `hgrn2.constraints.check_fields` checks the fields against their annotations.
-    """
-
-    what: ClassVar[str] = "task options"
-    """Name of the options in messages."""
-    paths: ClassVar[tuple[str, ...]] = ()
-    """Names of fields that hold a path."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, self.what)
-
-    @property
-    def tokens_per_example(self) -> int:
-        """Tokens of the budget that one example of a batch uses."""
-        return 1
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 from typing import Any, TypeVar
 
 from hgrn2.errors import UserError, unknown_key_message
-from hgrn2.tasks.base import Metric, Task, TaskOptions
+from hgrn2.tasks.base import Metric, Task
+from hgrn2.tasks.options import TaskOptions
 
 # group of entry points of installed packages
 ENTRY_POINTS = "hgrn2.tasks"
@@ -44,6 +46,12 @@ def register_task(task: T) -> T:
     return task
 
 
+def load_tasks() -> None:
+    """Register the tasks of the package; the order of their modules is that of the help."""
+    for module in ("language", "distillation", "synthetic"):
+        importlib.import_module(f"hgrn2.tasks.{module}")
+
+
 def find_task(name: str) -> type[Any]:
     """Return the task with a name.
 
@@ -53,6 +61,7 @@ def find_task(name: str) -> type[Any]:
     Raises:
         UserError: no task has this name; the message names near matches.
     """
+    load_tasks()
     if name not in TASKS:
         for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
             entry.load()

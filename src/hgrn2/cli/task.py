@@ -1,0 +1,83 @@
+"""`hgrn2 task`: show synthetic tasks and samples of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import docstring_parser
+import tyro
+from rich.markup import escape
+from rich.table import Table
+
+from hgrn2.cli.command import Command
+from hgrn2.cli.key_values import parse_key_values
+from hgrn2.cli.output import show_table
+from hgrn2.cli.parsing import Texts
+from hgrn2.errors import UserError
+from hgrn2.tasks import GENERATORS, SyntheticOptions, find_task, generate, show
+from hgrn2.tasks.generators import find_generator
+from hgrn2.tasks.registry import make_options
+
+
+def task(
+    name: tyro.conf.Positional[str | None] = None, samples: int = 3, seed: int = 0, start: int = 0, set: Texts = ()
+) -> None:
+    """Show a synthetic task: its distribution, its options, and samples.
+
+    In a sample, the line below the tokens holds the targets, with "." where none counts.
+
+    Args:
+        name: A synthetic task; without one, all are listed.
+        samples: Examples to show.
+        seed: Seed of the examples; a run with this seed trains on them in this order.
+        start: Index of the first example.
+        set: Options of the task as KEY=VALUE.
+    """
+    if samples < 0:
+        raise UserError(f"--samples is {samples}; wanted 0 or more")
+    if name is None:
+        if set:
+            raise UserError("--set changes a task; name one before it", "incomplete")
+        show_table(_tasks())
+        return
+    kind = find_generator(name)
+    options = make_options(find_task(name), parse_key_values(set, "--set", "an option of the task"))
+    examples = generate(options, samples, seed, start=start)
+    print(inspect.getdoc(kind) or "")
+    print()
+    show_table(_options(options))
+    if samples:
+        print()
+        print(show(options, examples))
+
+
+def _tasks() -> Table:
+    table = Table("task", "what a model learns", title="synthetic tasks: hgrn2 train --task NAME")
+    for name, kind in GENERATORS.items():
+        table.add_row(name, escape(_summary(kind)))
+    return table
+
+
+def _summary(kind: type[SyntheticOptions]) -> str:
+    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _options(options: SyntheticOptions) -> Table:
+    texts: dict[str, str] = {}
+    for kind in reversed(type(options).__mro__[:-1]):
+        documented = docstring_parser.parse_from_object(kind)
+        texts |= {p.arg_name: " ".join((p.description or "").split()) for p in documented.params}
+    table = Table("option", "value", "", title=f"{options.name}: --task-set OPTION=VALUE")
+    table.columns[1].justify = "right"
+    shared = {field.name for field in dataclasses.fields(SyntheticOptions)} - {"length"}
+    # those of this task first
+    for field in sorted(dataclasses.fields(options), key=lambda field: field.name in shared):
+        value = getattr(options, field.name)
+        shown = str(list(value)) if isinstance(value, tuple) else str(value)
+        table.add_row(field.name, escape(shown), escape(texts.get(field.name, "")))
+    table.add_row("", "", f"{options.vocab_size:,} tokens in the vocabulary")
+    return table
+
+
+COMMAND = Command("task", task, order=45, aliases=("tasks", "sample", "samples", "synthetic"))

@@ -1,0 +1,234 @@
+"""The task of every generator: batches from a seed and a position, the loss of the targets, and their accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hgrn2.errors import UserError
+from hgrn2.tasks.base import Metric, ReportFigure, StepLoss, TaskBase, TaskContext, TaskReport
+from hgrn2.tasks.generators import GENERATORS, SyntheticOptions, generate
+from hgrn2.tasks.generators.base import IGNORE, VALIDATION, Examples, block_size, draw_block
+from hgrn2.tasks.generators.draws import Draws, Ints
+from hgrn2.tasks.registry import TASKS, register_task
+
+# stream of a seed that shuffles a fixed training set
+_SHUFFLING = 2
+_ACCURACY = "share of targets that the model gives the highest logit"
+_EXACT = "share of examples without a wrong target"
+
+
+@dataclass(frozen=True)
+class SyntheticBatch:
+    """A batch of examples; its shapes depend on the options only.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        places: [M] int64, flat positions of the targets in [B, T].
+        targets: [M] int64.
+    """
+
+    input_ids: Tensor
+    places: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, examples: Examples) -> Self:
+        """Return the batch of some examples, on the CPU."""
+        places = np.flatnonzero(examples.targets != IGNORE)
+        found = examples.inputs, places, examples.targets.reshape(-1)[places]
+        return cls(*(torch.from_numpy(np.ascontiguousarray(x)) for x in found))
+
+    def to(self, device: torch.device) -> SyntheticBatch:
+        """Return the batch on a device; a copy from pinned memory is asynchronous."""
+        moved = (x.to(device, non_blocking=True) for x in (self.input_ids, self.places, self.targets))
+        return SyntheticBatch(*moved)
+
+    def pin_memory(self) -> SyntheticBatch:
+        """Return the batch in pinned memory."""
+        return SyntheticBatch(self.input_ids.pin_memory(), self.places.pin_memory(), self.targets.pin_memory())
+
+
+class SyntheticTask(TaskBase):
+    """Base of synthetic tasks; `register_synthetic_task` makes one of a generator.
+
+    Args:
+        options: options of the generator.
+        context: provides batch_size, seed, device and model_config.
+
+    Raises:
+        UserError: the model has too small a vocabulary.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[SyntheticOptions]]
+    metric = Metric("val_accuracy", higher_is_better=True)
+    report = TaskReport(
+        figures=(
+            ReportFigure("val_accuracy", "accuracy", ".1%", _ACCURACY, ".2%"),
+            ReportFigure("val_exact", "whole examples", ".1%", _EXACT, ".2%"),
+        )
+    )
+
+    def __init__(self, options: SyntheticOptions, context: TaskContext) -> None:
+        self._options, self._context = options, context
+        config = context.model_config
+        if config is not None and config.vocab_size < options.vocab_size:
+            raise UserError(
+                f"task {self.name!r} has a vocabulary of {options.vocab_size}, the model one of {config.vocab_size}; "
+                "leave out vocab_size of the model, or lower that of the task",
+                "mismatch",
+            )
+        self._train = _ExampleStream(options, context.seed)
+        self._position = 0
+        self._held_out: dict[str, list[SyntheticBatch]] = {}
+
+    @classmethod
+    def build(cls, options: SyntheticOptions, context: TaskContext) -> Self:
+        """Make the task."""
+        return cls(options, context)
+
+    @classmethod
+    def model_settings(cls, options: SyntheticOptions) -> dict[str, Any]:
+        """Return the size of the vocabulary."""
+        return {"vocab_size": options.vocab_size}
+
+    def next_batch(self) -> SyntheticBatch:
+        """Return the next batch on the CPU."""
+        batch = SyntheticBatch.of(self._train.take(self._position, self._context.batch_size))
+        self._position += self._context.batch_size
+        return batch.pin_memory() if self._context.device.type == "cuda" else batch
+
+    def num_tokens(self, batch: SyntheticBatch) -> int:
+        """Return the number of inputs of the batch."""
+        return batch.input_ids.numel()
+
+    def num_targets(self, batch: SyntheticBatch) -> int:
+        """Return the number of targets of the batch."""
+        return batch.targets.numel()
+
+    def loss(self, model: Any, batch: SyntheticBatch) -> StepLoss:
+        """Return the cross entropy summed over the targets, in nats, and the number of correct ones."""
+        batch = batch.to(self._context.device)
+        loss_sum, is_correct = _score(model, batch)
+        return StepLoss(loss_sum, {"accuracy": is_correct.sum()})
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """Return loss, accuracy and share of whole examples on held-out examples, at every length that is asked for.
+
+        Figures of other options end in their name, e.g. "val_accuracy_length_128".
+        """
+        found = self._evaluate(model, self._options, "")
+        for name, options in self._options.evaluations().items():
+            found |= self._evaluate(model, options, f"_{name}")
+        return found
+
+    def _evaluate(self, model: Any, options: SyntheticOptions, ending: str) -> dict[str, float]:
+        nats, correct, exact, targets, examples = 0.0, 0, 0, 0, 0
+        for cpu_batch in self._batches(options, ending):
+            batch = cpu_batch.to(self._context.device)
+            loss_sum, is_correct = _score(model, batch)
+            nats += loss_sum.item()
+            correct += int(is_correct.sum())
+            rows, row_of = len(batch.input_ids), batch.places // batch.input_ids.shape[1]
+            wrong = torch.zeros(rows, device=row_of.device).index_add_(0, row_of, (~is_correct).float())
+            exact += int((wrong == 0).sum())
+            targets, examples = targets + batch.targets.numel(), examples + rows
+        figures = {"val_loss": nats / targets, "val_accuracy": correct / targets, "val_exact": exact / examples}
+        return {f"{name}{ending}": value for name, value in figures.items()}
+
+    def _batches(self, options: SyntheticOptions, name: str) -> list[SyntheticBatch]:
+        """Return the held-out batches, generated once; longer examples come in smaller batches."""
+        if name not in self._held_out:
+            num = options.validation_examples
+            size = max(1, self._context.batch_size * self._options.length // options.length)
+            inputs, targets = generate(options, num, self._context.seed, stream=VALIDATION)
+            self._held_out[name] = [
+                SyntheticBatch.of(Examples(inputs[at : at + size], targets[at : at + size]))
+                for at in range(0, num, size)
+            ]
+        return self._held_out[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of examples taken so far."""
+        return {"examples": self._position}
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Restore the position."""
+        del tensors
+        position = state.get("examples")
+        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+            raise UserError(f"state of task {self.name!r}: examples is {position!r}; wanted 0 or more", "damaged")
+        self._position = position
+
+
+T = TypeVar("T", bound=type[SyntheticOptions])
+
+
+def register_synthetic_task(options: T) -> T:
+    """Add the task of a generator, under the generator's name; a decorator above `register_generator`.
+
+    Args:
+        options: the options class of a generator.
+    """
+    title = f"{options.name.title().replace('_', '')}Task"
+    register_task(type(title, (SyntheticTask,), {"name": options.name, "Options": options, "__doc__": options.__doc__}))
+    return options
+
+
+class _ExampleStream:
+    """Training examples by position: new ones, or epochs of a fixed set, each in an order of its own."""
+
+    def __init__(self, options: SyntheticOptions, seed: int) -> None:
+        self._options, self._seed = options, seed
+        self._block: tuple[int, Examples] | None = None
+        self._set: Examples | None = None
+        self._order: tuple[int, Ints] | None = None
+
+    def take(self, start: int, count: int) -> Examples:
+        """Return the examples at start to start + count - 1."""
+        parts, end = [], start + count
+        num = self._options.training_examples
+        size = num or block_size(self._options)
+        while start < end:
+            part, low = divmod(start, size)
+            high = min(size, low + end - start)
+            parts.append(self._epoch(part, low, high) if num else self._of_block(part, low, high))
+            start += high - low
+        return parts[0] if len(parts) == 1 else Examples(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _of_block(self, block: int, low: int, high: int) -> Examples:
+        # batches are often parts of a block
+        if self._block is None or self._block[0] != block:
+            self._block = block, draw_block(self._options, self._seed, block, 0)
+        return Examples(*(x[low:high] for x in self._block[1]))
+
+    def _epoch(self, epoch: int, low: int, high: int) -> Examples:
+        num = self._options.training_examples
+        if self._set is None:
+            self._set = generate(self._options, num, self._seed)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.argsort(Draws(self._seed, epoch, _SHUFFLING, 1).words(num), kind="stable")
+        rows = self._order[1][low:high]
+        return Examples(*(x[rows] for x in self._set))
+
+
+def _score(model: Any, batch: SyntheticBatch) -> tuple[Tensor, Tensor]:
+    """Return the summed loss, and for each target whether it has the highest logit."""
+    x, _ = model.hidden_states(batch.input_ids, keep_state=False)
+    # logits at the targets only: most positions of a recall task have none
+    x = x.flatten(0, 1).index_select(0, batch.places)
+    logits = functional.linear(x, model.lm_head.weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss_sum = functional.cross_entropy(logits, batch.targets, reduction="sum")
+    return loss_sum, logits.detach().argmax(-1) == batch.targets
+
+
+for _options in list(GENERATORS.values()):
+    if _options.name not in TASKS:
+        register_synthetic_task(_options)
