@@ -42,6 +42,8 @@ CHANGES = {
     "attention-without-positions": {"attn": FULL | {"rope_theta": None, "num_kv_heads": None}},
     "gla": {"layers": "gla", "mixers": {"gla": {"num_heads": 2, "gate_rank": 3}}},
     "gla-untied": {"layers": "gla", "mixers": {"gla": {"num_heads": 4} | UNTIED}},
+    "hgrn1": {"layers": "hgrn1"},
+    "hgrn1-real": {"layers": "hgrn1", "mixers": {"hgrn1": {"form": "real", "bias": True}}},
     "average": {"layers": "average"},
     "average-hybrid": {"layers": "average,hgrn2,attention", "mixers": {"attention": {"num_heads": 2}}},
 }
@@ -59,6 +61,7 @@ NAMES = [*CHANGES, "paper", "official-lm", "official-lra"]
 KINDS = [
     "fla", "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
     "attention-without-positions", "gla", "average", "average-hybrid",
+    "hgrn1", "hgrn1-real",
 ]  # fmt: skip
 
 

@@ -134,9 +134,7 @@ def test_bfloat16_rounds_only_what_goes_in_and_out(backend, reverse):
     found = run(ours, given, outputs=("y", "final_state"), backend=backend, reverse=reverse)
     assert (found["y"].dtype, found["final_state"].dtype) == (torch.bfloat16, torch.float32)
     assert (found["d_a"].dtype, found["d_b"].dtype) == (torch.float32, torch.bfloat16)
-    wanted = run(
-        ours, given, outputs=("y", "final_state"), dtype=torch.float64, backend="reference", reverse=reverse
-    )
+    wanted = run(ours, given, outputs=("y", "final_state"), dtype=torch.float64, backend="reference", reverse=reverse)
     assert_no_worse(found, run(honest, given, outputs=("y", "final_state"), reverse=reverse), wanted)
 
 
@@ -201,9 +199,8 @@ def test_registered_as_torch_wants_it(is_complex):
     given = inputs(2, 9, is_complex=is_complex)
     a, b, state = (torch.view_as_complex(x) if is_complex else x for x in list(given.values())[:3])
     for reverse in (False, True):
-        torch.library.opcheck(
-            torch.ops.hgrn2.linear_scan.default, tuple(x.requires_grad_() for x in (a, b, state)) + (reverse, "auto")
-        )
+        leaves = [x.requires_grad_() for x in (a, b, state)]
+        torch.library.opcheck(torch.ops.hgrn2.linear_scan.default, (*leaves, reverse, "auto"))
 
 
 def wrapped(a, b, initial_state, cu_seqlens, **settings):

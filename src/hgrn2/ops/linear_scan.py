@@ -1,9 +1,9 @@
-"""The element-wise recurrence h_t = a_t h_{t-1} + b_t, of real or complex numbers, forwards and backwards in plain torch.
+"""The element-wise recurrence h_t = a_t h_{t-1} + b_t, of real or complex numbers, and its gradients in plain torch.
 
-Two forms give the gradients. "steps" goes from token to token and reads every number once: best on a CPU with wide
-rows. "halving" joins neighbours in pairs (h_{t+1} = a_{t+1} a_t h_{t-1} + a_{t+1} b_t + b_{t+1}), solves the sequence of
-half the length, and fills the rest in: 2 log T operations, for devices where each costs a launch. Neither divides, so
-decays may be tiny or 0. The tensors kept for the backward pass are a, h and the initial state.
+There are two forms. "steps" goes from token to token and reads every number once: best on a CPU with wide rows.
+"halving" joins neighbours in pairs, h_{t+1} = (a_{t+1} a_t) h_{t-1} + (a_{t+1} b_t + b_{t+1}), solves the sequence of
+half the length and fills in the rest: 2 log T operations, for devices where each costs a launch. Neither divides, so
+decays may be tiny or 0. The backward pass keeps a, h and the initial state.
 """
 
 from __future__ import annotations
@@ -110,15 +110,11 @@ def _check(
     return dtype
 
 
-def _reference(
-    a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor]:
+def _reference(a: Tensor, b: Tensor, state: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
     """Run the recurrence as it is written, sequence by sequence and token by token."""
     if cu_seqlens is not None:
         bounds = list(itertools.pairwise(boundaries(cu_seqlens, a.shape[1])))
-        found = [
-            _reference(a[:, i:j], b[:, i:j], state[n : n + 1], None, reverse) for n, (i, j) in enumerate(bounds)
-        ]
+        found = [_reference(a[:, i:j], b[:, i:j], state[n : n + 1], None, reverse) for n, (i, j) in enumerate(bounds)]
         return (torch.cat([h for h, _ in found], 1), torch.cat([s for _, s in found])) if found else (b, state)
     outputs = []
     steps = range(a.shape[1])
@@ -151,7 +147,9 @@ def _scan(a: Tensor, b: Tensor, state: Tensor, reverse: bool, backend: str, out:
         wide = a.shape[1] and a.numel() // a.shape[1] >= _WIDE_ROW
         backend = "steps" if a.device.type == "cpu" and wide else "halving"
     if backend == "halving":
-        _halve(*((x.flip(1) for x in (a, b)) if reverse else (a, b)), state, out)
+        if reverse:
+            a, b = a.flip(1), b.flip(1)
+        _halve(a, b, state, out)
         if reverse:
             out.copy_(out.flip(1))
         return
@@ -206,9 +204,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(
-    a: Tensor, h: Tensor, state: Tensor, dh: Tensor, reverse: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(a: Tensor, h: Tensor, state: Tensor, dh: Tensor, reverse: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(h), torch.empty_like(h), torch.empty_like(state)
 
 

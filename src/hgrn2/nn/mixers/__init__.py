@@ -3,10 +3,11 @@
 from hgrn2.nn.mixers.attention import Attention
 from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
 from hgrn2.nn.mixers.gla import GLA
+from hgrn2.nn.mixers.hgrn1 import HGRN1
 from hgrn2.nn.mixers.hgrn2 import HGRN2
 from hgrn2.nn.mixers.registry import find_mixer, forget_mixer, mixer_names, register_mixer
 
 __all__ = [
-    "GLA", "HGRN2", "Attention", "Context", "Mixer", "MixerOptions", "MixerState", "StateSpec", "find_mixer",
+    "GLA", "HGRN1", "HGRN2", "Attention", "Context", "Mixer", "MixerOptions", "MixerState", "StateSpec", "find_mixer",
     "forget_mixer", "mixer_names", "register_mixer", "wide_dtype",
 ]  # fmt: skip

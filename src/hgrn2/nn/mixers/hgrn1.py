@@ -1,0 +1,143 @@
+"""The token mixer of HGRN1, with a complex or a real state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hgrn2.constraints import Ge
+from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
+from hgrn2.nn.mixers.registry import register_mixer
+from hgrn2.nn.norm import Norm
+from hgrn2.nn.parameters import InitialValues
+from hgrn2.ops import linear_scan
+from hgrn2.shapes import BTD
+
+
+@dataclass(frozen=True)
+class HGRN1Options(MixerOptions):
+    """Options of `HGRN1`.
+
+    Attributes:
+        form: "complex", as in the paper, or "real", as fla ships it.
+        norm_before_gate: whether the norm comes before the output gate; None means as the paper for "complex" (after),
+            and as fla for "real" (before). The authors' code has a complex state and the norm before the gate.
+        norm: "rmsnorm" or "layernorm" (the paper's).
+        norm_eps: eps of this norm.
+        norm_affine: whether this norm has parameters.
+        bias: whether the projections have biases (the paper's do).
+    """
+
+    form: Literal["complex", "real"] = "complex"
+    norm_before_gate: bool | None = None
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: Annotated[float, Ge(0)] = 1e-5
+    norm_affine: bool = True
+    bias: bool = False
+
+
+@register_mixer("hgrn1", HGRN1Options)
+class HGRN1(Mixer):
+    """Element-wise gated recurrence with lower bounds beta (arXiv 2311.04823, section 3).
+
+        f = beta + (1 - beta) sigmoid(x W_f)    c = SiLU(x W_i)    g = SiLU(x W_g)
+        complex: h_t = f_t e^(i theta) h_{t-1} + (1 - f_t) c_t     out = Norm(g * [Re h, Im h]) W_o
+        real:    h_t = f_t h_{t-1} + (1 - f_t) c_t                 out = (Norm(h) * g) W_o
+
+    A complex c has its real and imaginary parts side by side in the columns of W_i; theta [D] is learned, and does not
+    depend on x. The state is E = 2 D numbers for "complex", E = D for "real".
+
+    Args:
+        hidden_size: D.
+        form: "complex" or "real".
+        norm_before_gate: whether the norm comes before the output gate; None for the form's own order.
+        norm: "rmsnorm" or "layernorm".
+        norm_eps: eps of this norm.
+        norm_affine: whether this norm has parameters.
+        bias: whether the projections have biases.
+    """
+
+    uses_lower_bound = True
+    can_pack = True
+    can_pad = True
+
+    def __init__(
+        self, hidden_size: int, form: str, norm_before_gate: bool | None, norm: str, norm_eps: float, norm_affine: bool,
+        bias: bool,
+    ):  # fmt: skip
+        super().__init__()
+        self.is_complex = form == "complex"
+        self.norm_before_gate = (not self.is_complex) if norm_before_gate is None else norm_before_gate
+        self.hidden_size, self.state_size = hidden_size, hidden_size * (2 if self.is_complex else 1)
+        self.i_proj = nn.Linear(hidden_size, self.state_size, bias=bias)
+        self.f_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.g_proj = nn.Linear(hidden_size, self.state_size, bias=bias)
+        self.theta = nn.Parameter(_angles(hidden_size)) if self.is_complex else None
+        self.g_norm = Norm(norm, self.state_size, norm_eps, norm_affine)
+        self.o_proj = nn.Linear(self.state_size, hidden_size, bias=bias)
+
+    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
+        """Mix tokens with the gated recurrence; arguments and results of `Mixer.forward`."""
+        wide = wide_dtype(x.dtype)
+        z, c = self.f_proj(x).to(wide), functional.silu(self.i_proj(x)).to(wide)
+        bound = 0 if context.lower_bound is None else context.lower_bound
+        keep, write = bound + (1 - bound) * z.sigmoid(), (1 - bound) * (-z).sigmoid()
+        before = None if state is None else state["recurrent"]
+        if self.theta is not None:
+            theta = self.theta.to(wide)
+            keep = keep * torch.polar(torch.ones_like(theta), theta)
+            # a product of real numbers, whose gradients are real and not twice as wide
+            write = torch.view_as_complex(write.unsqueeze(-1) * c.unflatten(-1, (-1, 2)))
+            before = None if before is None else torch.view_as_complex(before.contiguous())
+        else:
+            write = write * c
+        if context.mask is not None:
+            padding = ~context.mask.unsqueeze(-1)
+            keep, write = keep.masked_fill(padding, 1), write.masked_fill(padding, 0)
+        h, after = linear_scan(keep, write, initial_state=before, cu_seqlens=context.cu_seqlens)
+        if self.theta is not None:
+            h, after = torch.cat([h.real, h.imag], -1), torch.view_as_real(after)
+        return self._finish(h.to(x.dtype), self.g_proj(x)), {"recurrent": after} if context.keep_state else {}
+
+    def _finish(self, h: Tensor, gate: Tensor) -> BTD:
+        """Normalise h [B, T, E], gate it by SiLU(gate [B, T, E]), and project it to [B, T, D]."""
+        gate = functional.silu(gate)
+        return self.o_proj(self.g_norm(h) * gate if self.norm_before_gate else self.g_norm(h * gate))
+
+    def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
+        """Describe the state: "recurrent" [D], or [D, 2] with real and imaginary parts."""
+        shape = (self.hidden_size, 2) if self.is_complex else (self.hidden_size,)
+        return {"recurrent": StateSpec(shape, wide_dtype(dtype))}
+
+    def reset_parameters(self, init: InitialValues) -> None:
+        """Draw the projections, and set theta_j to 10000^(-2 j / D) as the authors do."""
+        init.draw(self.i_proj, self.f_proj, self.g_proj, self.g_norm)
+        init.draw_end(self.o_proj)
+        if self.theta is not None:
+            with torch.no_grad():
+                self.theta.copy_(_angles(self.hidden_size))
+
+    def flops(self, seq_len: int) -> int:
+        """Count the recurrence: a product and a sum, 8 operations of real numbers if they are complex."""
+        del seq_len
+        return (8 if self.is_complex else 2) * self.hidden_size
+
+    def activation_bytes(self, seq_len: int, low: int) -> int:
+        """Count c, g and the gated values in both precisions, the gates, and what the scan and the norm keep."""
+        del seq_len
+        # two sigmoids, 1 - f, and f, which a complex a replaces in the scan
+        gates = 4 if self.is_complex else 3
+        wide = 4 * (gates * self.hidden_size + 3 * self.state_size)
+        return wide + 4 * low * self.state_size + self.g_norm.activation_bytes(low)
+
+    def extra_repr(self) -> str:
+        """Return the settings that print(model) shows."""
+        return f"{'complex' if self.is_complex else 'real'}, norm {'before' if self.norm_before_gate else 'after'} gate"
+
+
+def _angles(hidden_size: int) -> Tensor:
+    return 10000 ** (-2 * torch.arange(hidden_size) / hidden_size)
