@@ -44,6 +44,8 @@ CHANGES = {
     "gla-untied": {"layers": "gla", "mixers": {"gla": {"num_heads": 4} | UNTIED}},
     "hgrn1": {"layers": "hgrn1"},
     "hgrn1-real": {"layers": "hgrn1", "mixers": {"hgrn1": {"form": "real", "bias": True}}},
+    "rwkv5": {"layers": "rwkv5", "mixers": {"rwkv5": {"head_size": 8}}},
+    "rwkv6": {"layers": "rwkv6", "mixers": {"rwkv6": {"head_size": 4, "mix_rank": 3, "decay_rank": 5}}},
     "average": {"layers": "average"},
     "average-hybrid": {"layers": "average,hgrn2,attention", "mixers": {"attention": {"num_heads": 2}}},
 }
@@ -60,8 +62,9 @@ NAMES = [*CHANGES, "paper", "official-lm", "official-lra"]
 # one of each kind of state
 KINDS = [
     "fla", "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
-    "attention-without-positions", "gla", "average", "average-hybrid",
+    "attention-without-positions", "average", "average-hybrid",
     "hgrn1", "hgrn1-real",
+    "gla", "rwkv5", "rwkv6",
 ]  # fmt: skip
 
 

@@ -38,3 +38,42 @@ def gla(o, p, x, state, bound):
             y = y * F.silu(xt @ p["gate_proj.weight"].T)
         outputs.append(y @ p["o_proj.weight"].T)
     return torch.stack(outputs, 1), {"recurrent": S}
+
+
+def rwkv5(o, p, x, state, bound):
+    """arXiv 2404.05892, equations 3 to 8."""
+    shares = dict(zip("rkvg", p["mix"], strict=True))
+
+    def mixed(a, b):
+        return {name: a + (b - a) * share for name, share in shares.items()}, p["decay"]
+
+    return _rwkv(o, p, x, state, mixed)
+
+
+def rwkv6(o, p, x, state, bound):
+    """arXiv 2404.05892, equations 11 to 16."""
+    down = dict(zip("wkvrg", p["mix_down"].chunk(5, 1), strict=True))
+    up, shares = dict(zip("wkvrg", p["mix_up"], strict=True)), dict(zip("wkvrg", p["mix"], strict=True))
+
+    def mixed(a, b):
+        start = a + (b - a) * p["mix_x"]
+        inputs = {name: a + (b - a) * (shares[name] + (start @ down[name]).tanh() @ up[name]) for name in "wkvrg"}
+        return inputs, p["decay"] + (inputs["w"] @ p["decay_down"]).tanh() @ p["decay_up"]
+
+    return _rwkv(o, p, x, state, mixed)
+
+
+def _rwkv(o, p, x, state, mixed):
+    before, S, outputs = state["shift"], state["recurrent"], []
+    for t in range(x.shape[1]):
+        inputs, d = mixed(x[:, t], before)
+        r, k, v = (heads(inputs[name] @ p[f"{name}_proj.weight"].T, S.shape[1]) for name in "rkv")
+        g = inputs["g"] @ p["g_proj.weight"].T
+        kv = k[..., :, None] * v[..., None, :]
+        y = (r[..., :, None] * (heads(p["bonus"], S.shape[1])[..., None] * kv + S)).sum(-2)
+        S = heads((-d.exp()).exp().expand_as(g), S.shape[1])[..., None] * S + kv
+        # the authors divide by 8 before the norm
+        y = F.group_norm(y.flatten(1) / 8, S.shape[1], p["norm_weight"], p["norm_bias"], 1e-5)
+        outputs.append((y * g * g.sigmoid()) @ p["o_proj.weight"].T)
+        before = x[:, t]
+    return torch.stack(outputs, 1), {"shift": before, "recurrent": S}

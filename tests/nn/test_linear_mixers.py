@@ -10,8 +10,9 @@ from torch import nn
 from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.models.cost import cost
 from hgrn2.nn.mixers import Context, find_mixer
-from hgrn2.nn.mixers.outer_product import bounded_log_sigmoid, mix_outer_products
+from hgrn2.nn.mixers.outer_product import bounded_log_sigmoid, mix_outer_products, read_before_writing
 from hgrn2.nn.parameters import InitialValues
+from hgrn2.nn.token_shift import token_shift
 from hgrn2.train.metrics import read_metrics
 from tests.formats.command_line import run_cli
 from tests.models.cases import UNTIED
@@ -27,6 +28,8 @@ MIXERS = {
     "gla, one norm": ("gla", {"num_heads": 2, "gate_rank": 3, "norm_heads": False, "key_ratio": 1.5}),
     "gla, untied": ("gla", {"num_heads": 4} | UNTIED),
     "gla, untied without a bound": ("gla", {"num_heads": 4, "use_lower_bound": False} | UNTIED),
+    "rwkv5": ("rwkv5", {"head_size": 4}),
+    "rwkv6": ("rwkv6", {"head_size": 4, "mix_rank": 3, "decay_rank": 5}),
 }
 CASES = pytest.mark.parametrize("case", MIXERS)
 # one of each class
@@ -84,14 +87,21 @@ def test_outputs_states_and_gradients_are_those_of_the_equations(case, carried):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_recurrence_is_flash_linear_attentions():
-    naive = pytest.importorskip("fla.ops.gla.naive").naive_recurrent_gla
-    q, k, v = torch.randn(3, 2, 40, 3, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    log_f = torch.nn.functional.logsigmoid(2 * v)
-    wanted, end = naive(q, k, v, log_f, output_final_state=True)
-    found, state = mix_outer_products(q, k, v, log_f, None, Context(), scale=8**-0.5)
+def test_the_recurrences_are_flash_linear_attentions():
+    gla = pytest.importorskip("fla.ops.gla.naive").naive_recurrent_gla
+    rwkv = pytest.importorskip("fla.ops.rwkv6.recurrent_naive").naive_recurrent_rwkv6
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 40, 3, 8, generator=generator).unbind(0)
+    log_f, before = torch.nn.functional.logsigmoid(2 * v), torch.randn(2, 3, 8, 8, generator=generator)
+    wanted = gla(q, k, v, log_f, initial_state=before, output_final_state=True)
+    found = mix_outer_products(q, k, v, log_f, before, Context(), scale=8**-0.5)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state, end, rtol=1e-5, atol=1e-5)
+    bonus = torch.randn(3, 8, generator=generator)
+    parts = [x.transpose(1, 2) for x in (q, k, v, log_f)]
+    wanted = rwkv(*parts, bonus, 1.0, initial_state=before, output_final_state=True)
+    y, end = read_before_writing(q, k, v, log_f, before, Context())
+    y = y + (q * bonus * k).sum(-1, keepdim=True) * v
+    torch.testing.assert_close((y.transpose(1, 2), end), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_log_decays_with_a_bound_keep_their_digits():
@@ -135,6 +145,7 @@ def test_operations_by_hand():
         return heads * (65 * k + 2 * 64 * v + 4 * k * v + 6 * k)
 
     wanted = {"gla": scan(2, 4, 8), "gla, one norm": scan(2, 12, 8), "gla, untied": scan(4, 4, 4)}
+    wanted |= {"rwkv5": scan(4, 4, 4), "rwkv6": scan(4, 4, 4) + 2 * 2 * 16 * (5 * 3 + 5)}
     for case, flops in wanted.items():
         assert build(case)[0].flops(100) == flops, case
 
@@ -145,6 +156,8 @@ def test_a_block_compiles_whole(name):
     settings = {"vocab_size": 11, "hidden_size": WIDTH, "num_hidden_layers": 1, "intermediate_size": 24}
     model = HGRN2LM(HGRN2Config.from_dict(settings | {"layers": name, "mixers": {name: MIXERS[case][1]}}))
     block = model.model.layers[0]
+    # compiled versions of earlier tests count towards a limit
+    torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 21, WIDTH)
     for context in (
@@ -190,6 +203,7 @@ def test_it_trains_from_the_command_line_and_appears_in_info(name, tmp_path, cap
     [
         ("gla", {"num_heads": 3}, ["num_heads", 3, 16]),
         ("gla", {"num_heads": 4, "key_ratio": 0.3}, ["key_ratio", 0.3]),
+        ("rwkv5", {"head_size": 3}, ["head_size", 3, 16]),
         ("gla", {"num_heads": 4, "gate": "sigmoid"}, ["key_ratio", 0.5, "use_lower_bound"]),
     ],
     ids=str,
@@ -208,3 +222,47 @@ def test_a_lower_bound_belongs_to_the_options():
 
     assert bounded() == bounded(**UNTIED, use_lower_bound=False) == ()
     assert bounded(**UNTIED) == (0, 1)
+
+
+@pytest.mark.parametrize("name", ["rwkv5", "rwkv6"])
+def test_initial_values_are_those_of_the_authors(name):
+    """Numbers worked out by hand from the authors' formulas, for channel 1 of 4 and layer 1 of 3."""
+    found = find_mixer(name)
+    mixer = found.build(4, found.options(head_size=2))
+    mixer.reset_parameters(InitialValues(0.02, 1, 3, torch.Generator().manual_seed(0)))
+    places = {"w": 2 / 3, "k": 2 / 3, "v": 2 / 3, "r": 1 / 3, "g": 1 / 3}
+    letters = "rkvg" if name == "rwkv5" else "wkvrg"
+    wanted = torch.tensor([1 - 0.25 ** places[letter] - 0.15 * (letter == "v") for letter in letters])
+    torch.testing.assert_close(mixer.mix[:, 1].detach(), wanted)
+    torch.testing.assert_close(mixer.decay[1].item(), -6 + 5 * (1 / 3) ** 1.35, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mixer.bonus.detach(), torch.tensor([0.5, 1 / 3 + 0.1, 1 / 6 - 0.1, 0.0]))
+    assert torch.equal(mixer.norm_weight.detach(), torch.full((4,), (2 / 3) ** 0.7))
+    assert not mixer.o_proj.weight.any()
+    for module, gain in ((mixer.r_proj, 1), (mixer.v_proj, 1), (mixer.k_proj, 0.1), (mixer.g_proj, 0.1)):
+        torch.testing.assert_close(module.weight @ module.weight.T, gain**2 * torch.eye(4), rtol=0, atol=1e-6)
+    if name == "rwkv6":
+        torch.testing.assert_close(mixer.mix_x[1].item(), 1 - 0.25 ** (2 / 3))
+        assert not mixer.mix_down.any()
+        assert not mixer.decay_down.any()
+        assert 0.005 < mixer.mix_up.abs().max() <= 0.01
+        assert (found.options().mix_rank, found.options().decay_rank) == (32, 64)
+    # one layer alone has no depth
+    mixer.reset_parameters(InitialValues(0.02, 0, 1))
+    assert all(bool(p.isfinite().all()) for p in mixer.parameters())
+
+
+def test_a_token_sees_the_one_before_in_its_own_sequence():
+    x, state = torch.arange(1.0, 7).view(1, 6, 1), torch.tensor([[70.0], [80.0], [90.0]])
+    shifted, last = token_shift(x, state, torch.tensor([0, 2, 2, 6]))
+    assert shifted.flatten().tolist() == [70, 1, 90, 3, 4, 5]
+    assert last.flatten().tolist() == [2, 80, 6]
+    shifted, last = token_shift(x, state[:1], mask=torch.tensor([[False, True, False, True, True, False]]))
+    assert shifted[0, [1, 3, 4], 0].tolist() == [70, 2, 4]
+    assert last.tolist() == [[5]]
+    for length in (0, 1):
+        shifted, last = token_shift(x[:, :length], None)
+        assert shifted.flatten().tolist() == [0][:length]
+        assert last.tolist() == [[float(length)]]
+    shifted, last = token_shift(x[:, :0], state[:2], torch.tensor([0, 0, 0]))
+    assert shifted.shape == (1, 0, 1)
+    assert torch.equal(last, state[:2])

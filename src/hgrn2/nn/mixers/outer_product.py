@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.nn.mixers.base import Context
+from hgrn2.nn.token_shift import token_shift
 from hgrn2.ops import gated_scan
 from hgrn2.ops.tiles import CHUNK_SIZE
 from hgrn2.shapes import BTHK, BTHV, NHKV
@@ -54,6 +55,32 @@ def mix_outer_products(
     state = torch.addcmul(written, log_f.squeeze(1).exp().unsqueeze(-1), state)
     y = (scale * q.squeeze(1).to(state.dtype)).unsqueeze(-2) @ state
     return y.transpose(1, 2).to(q.dtype), state
+
+
+def read_before_writing(
+    r: BTHK, k: BTHK, v: BTHV, log_w: BTHK, state: NHKV | None, context: Context, backend: str = "auto"
+) -> tuple[BTHV, NHKV]:
+    """Return y_t = r_t S_{t-1} and the last state, with S_t = diag(exp(log_w_t)) S_{t-1} + k_t^T v_t.
+
+    A scan reads after it writes. Therefore token t reads with the query of token t + 1, and the outputs move on by one
+    token; the first output of a sequence is read from its initial state. Nothing is divided by a decay.
+
+    Args:
+        r: [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        log_w: [B, T, H, K] in the dtype of the state.
+        state: [N, H, K, V] before the first token; None at the start of a sequence.
+        context: further inputs of the pass.
+        backend: name of the operator's backend, or "auto".
+    """
+    y, end = mix_outer_products(r.roll(-1, 1), k, v, log_w, state, context, backend=backend)
+    first = None
+    if state is not None and r.shape[1]:
+        bounds = context.cu_seqlens
+        heads = r[:, 0] if bounds is None else r[0].index_select(0, bounds[:-1].long().clamp(max=r.shape[1] - 1))
+        first = (heads.to(state.dtype).unsqueeze(-2) @ state).flatten(1)
+    return token_shift(y.flatten(2), first, context.cu_seqlens)[0].unflatten(2, y.shape[2:]), end
 
 
 def outer_product_flops(num_heads: int, k_width: int, v_width: int) -> int:
