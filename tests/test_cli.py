@@ -291,7 +291,7 @@ def test_a_tokenizer_appears_whole_or_not_at_all(corpus, tmp_path, capsys, monke
         return made
 
     monkeypatch.setattr("hgrn2.data.train_bpe", train_bpe)
-    refused(capsys, args, "was made by another process meanwhile and stays")
+    refused(capsys, args, "another process has created it meanwhile")
     assert (tmp_path / "bpe" / "tokenizer.json").read_text() == "another's"
 
 
@@ -537,7 +537,7 @@ def test_where_nothing_can_be_written(run, corpus, tmp_path, capsys):
         ["train", "--data", corpus, "--out", tmp_path / "file" / "run", *TRAIN],
         "cannot|not a (directory|folder)",
     )
-    refused(capsys, ["generate", run, "--state-in", tmp_path / "file"], "no state can be read")
+    refused(capsys, ["generate", run, "--state-in", tmp_path / "file"], "contains no readable state")
 
 
 @pytest.mark.parametrize("place", ["none/file", "file/file", "folder", "x" * 254, os.devnull])

@@ -278,13 +278,13 @@ def test_damaged_transformers(llama, capsys):
     shards = write_shards(llama.parent / "cut", LLAMA, TENSORS)
     file = next(iter(sorted(shards.glob("*.safetensors"))))
     file.write_bytes(file.read_bytes()[:-10])
-    refused(capsys, ["convert", "--from-transformer", "cut", "out"], "truncated, or no safetensors file")
+    refused(capsys, ["convert", "--from-transformer", "cut", "out"], "truncated, or not a safetensors file")
     file.unlink()
     refused(capsys, ["convert", "--from-transformer", "cut", "out"], f"names {file.name}, which is not there")
     whole = {name: x.to(torch.int8) if "layers.2.mlp.up_proj" in name else x for name, x in TENSORS.items()}
     save_file(whole, llama / "model.safetensors", {"format": "pt"})
     refused(
-        capsys, ["convert", "--from-transformer", "llama", "out"], "no floating-point numbers: model.layers.2.mlp.up"
+        capsys, ["convert", "--from-transformer", "llama", "out"], "not floating-point numbers: model.layers.2.mlp.up"
     )
 
 

@@ -62,7 +62,9 @@ LAYOUTS = {
 
 
 def _cannot_write(config: HGRN2Config) -> dict[str, Any]:
-    raise UserError(f"a Transformer's layout is read, not written ({config.num_hidden_layers} layers)", "unsupported")
+    raise UserError(
+        f"the layout of Transformers can be read but not written ({config.num_hidden_layers} layers)", "unsupported"
+    )
 
 
 # recognised by the model type; read, never written
@@ -95,7 +97,5 @@ def recognise(values: Mapping[str, Any]) -> Layout:
         )
     if not told:
         some = ", ".join(f"{layout.signature[0]!r} ({layout.title})" for layout in LAYOUTS.values())
-        raise UserError(
-            f"no key that tells which layout it is of, such as {some}; use the config.json of the model", "unreadable"
-        )
+        raise UserError(f"no key identifies its layout, such as {some}; use the config.json of the model", "unreadable")
     return LAYOUTS[next(iter(told))]

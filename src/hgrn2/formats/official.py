@@ -75,7 +75,7 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
     values = check_keys(values, _WHAT, known, ("add_bos_token",))
     if values.get("causal", True) is not True:
         raise UserError(
-            f"{_WHAT}: causal is {values['causal']!r}; wanted true, for this is a language model", "unsupported"
+            f"{_WHAT}: causal is {values['causal']!r}; wanted true, as this is a language model", "unsupported"
         )
     norm = values.get("norm_type", "simplermsnorm")
     if not isinstance(norm, str) or norm not in _NORMS:

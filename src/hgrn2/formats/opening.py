@@ -169,7 +169,7 @@ def open_folder(path: Path, *, attends: bool = True) -> ModelFolder:
     others = [f"{name} ({spec.dtype!s})" for name, spec in found.items() if spec.dtype not in _FLOATS]
     if others:
         raise UserError(
-            f"{path}: tensors that are no floating-point numbers: {name_some(others)}; save them as floats",
+            f"{path}: tensors that are not floating-point numbers: {name_some(others)}; save them as floats",
             "unsupported",
         )
     _check_tied(table, weights)

@@ -176,7 +176,7 @@ class _Safetensors:
             self._file = safe_open(file, framework="pt")
         except SafetensorError as error:
             raise UserError(
-                f"{file}: truncated, or no safetensors file ({error}); {_COPY_AGAIN}", "unreadable"
+                f"{file}: truncated, or not a safetensors file ({error}); {_COPY_AGAIN}", "unreadable"
             ) from None
         self.specs = {}
         names: list[str] = self._file.keys()
@@ -205,13 +205,13 @@ class _Pickle:
             code = re.search(r"GLOBAL (\S+)", str(error))
             if code is None:
                 raise UserError(
-                    f"{file}: truncated, or no file of PyTorch with tensors alone in a pickle of protocol 2 (code is "
-                    f"not run); {_COPY_AGAIN}, or save it again, best as safetensors",
+                    f"{file}: truncated, or not a PyTorch file with only tensors in a pickle of protocol 2 (code is "
+                    f"not run); {_COPY_AGAIN}, or save it again, preferably as safetensors",
                     "unreadable",
                 ) from None
             raise UserError(
                 f"{file}: holds code ({_printable(code[1])}), which is not run; "
-                "save the tensors alone, best as safetensors",
+                "save only the tensors, preferably as safetensors",
                 "unreadable",
             ) from None
         except OSError as error:
@@ -219,19 +219,19 @@ class _Pickle:
             if error.errno != errno.EINVAL:
                 raise
             raise UserError(
-                f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}", "unreadable"
+                f"{file}: truncated, or not a PyTorch file with only tensors; {_COPY_AGAIN}", "unreadable"
             ) from None
         except Exception:
             # a damaged file may raise any exception
             raise UserError(
-                f"{file}: truncated, or no file of PyTorch with tensors alone; {_COPY_AGAIN}", "unreadable"
+                f"{file}: truncated, or not a PyTorch file with only tensors; {_COPY_AGAIN}", "unreadable"
             ) from None
         if not isinstance(found, dict):
             raise UserError(f"{file}: holds {type(found).__name__}; wanted a table of tensors", "unreadable")
         others = [str(name) for name, value in found.items() if not _is_plain(name, value)]
         if others:
             raise UserError(
-                f"{file}: {name_some(others)}: no plain tensors; save the model's state_dict alone", "unreadable"
+                f"{file}: {name_some(others)}: not plain tensors; save only the model's state_dict", "unreadable"
             )
         self._tensors: dict[str, Tensor] = found
         self.specs = {name: TensorSpec(tuple(x.shape), x.dtype) for name, x in found.items()}

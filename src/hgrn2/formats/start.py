@@ -174,7 +174,7 @@ def start_from_transformer(
         assert config.attn is not None
     if copy_qv and config.attn.qkv_bias and len(kept) < config.num_hidden_layers:
         warnings.warn(
-            f"{source.path}: the biases of q and v are left out where layers recur", UserWarning, stacklevel=2
+            f"{source.path}: the biases of q and v are left out of recurrent layers", UserWarning, stacklevel=2
         )
     started = config.replace(
         attn=dataclasses.asdict(config.attn) | {"layers": kept} if kept else None,

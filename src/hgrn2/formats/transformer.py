@@ -132,8 +132,8 @@ def _rope_theta(what: str, known: Mapping[str, Any]) -> float:
         for kind in (settings.get("rope_type"), settings.get("type")):
             if kind not in (None, "default"):
                 raise UserError(
-                    f"{what}: {name} of type {kind!r}; wanted none, for our attention scales no positions. A start by "
-                    "hgrn2 convert --from-transformer that keeps no attention does without them",
+                    f"{what}: {name} of type {kind!r}; wanted none, as our attention does not scale positions. hgrn2 "
+                    "convert --from-transformer needs none if it keeps no attention",
                     "unsupported",
                 )
         for key, value in settings.items():

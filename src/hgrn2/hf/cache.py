@@ -77,7 +77,7 @@ class StateLayer(CacheLayerMixin):
         if self.kind == "full_attention" and self.size is not None and not torch.compiler.is_compiling():
             count = self.get_seq_length() + num_tokens
             if count > self.size:
-                raise UserError(f"cache has {self.size} places, and {count} are to be read; make it larger")
+                raise UserError(f"cache has {self.size} places, but {count} are needed; make it larger")
 
     def before(self) -> dict[str, Tensor]:
         """Return the tensors in a new dictionary, for the mixer to read.
@@ -160,8 +160,8 @@ class StateLayer(CacheLayerMixin):
             UserError: always.
         """
         raise UserError(
-            f"cannot take {abs(tokens_to_remove)} tokens out of the cache: a recurrent state does not know what single "
-            "tokens added to it; go back to a copy of the cache (copy.deepcopy), and generate without an assistant",
+            f"cannot remove {abs(tokens_to_remove)} tokens from the cache: a recurrent state does not record what each "
+            "token added; go back to a copy of the cache (copy.deepcopy), and generate without an assistant",
             "unsupported",
         )
 

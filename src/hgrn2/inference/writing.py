@@ -243,7 +243,7 @@ def _read_state_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
-            f"{path}: no state can be read from it ({error}); name a file made with --state-out", "unreadable"
+            f"{path}: contains no readable state ({error}); name a file made with --state-out", "unreadable"
         ) from None
     if not isinstance(about, dict) or about.get("format") not in (_STATE_FORMAT, _OLD_STATE_FORMAT):
         raise UserError(f"{path}: not a state of this version; name a file made with --state-out", "version")

@@ -71,10 +71,10 @@ def check_mixers(names: Iterable[str], cu_seqlens: Tensor | None, mask: Tensor |
     for name in names:
         mixer = find_mixer(name).mixer
         if cu_seqlens is not None and not mixer.can_pack:
-            raise UserError(f"the mixer {name} cannot read packed sequences; leave cu_seqlens out", "unsupported")
+            raise UserError(f"the mixer {name} does not support packed sequences; leave cu_seqlens out", "unsupported")
         if mask is not None and not mixer.can_pad:
             raise UserError(
-                f"the mixer {name} cannot leave padding out; give sequences of one length, without a mask",
+                f"the mixer {name} does not support padding; give sequences of one length, without a mask",
                 "unsupported",
             )
 
@@ -89,9 +89,11 @@ def check_state(state: ModelState, num_layers: int, num_sequences: int, embeddin
         embeddings: embeddings of the model.
     """
     if not isinstance(state, ModelState):
-        raise UserError(f"state is {describe(state)}; wanted the ModelState that an earlier call or init_state gave")
+        raise UserError(f"state is {describe(state)}; wanted a ModelState from an earlier call or init_state")
     if len(state.layers) != num_layers:
-        raise UserError(f"state is of a model with {len(state.layers)} layers; this one has {num_layers}", "mismatch")
+        raise UserError(
+            f"state belongs to a model with {len(state.layers)} layers; this one has {num_layers}", "mismatch"
+        )
     for tensors in state.layers:
         for name, x in tensors.items():
             if x.shape[0] != num_sequences:

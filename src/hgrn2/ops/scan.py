@@ -188,7 +188,7 @@ def hgrn2_step(
     call = ScanCall(q, f, None, v, _to_state_dtype(lower_bound, q), _to_state_dtype(state, q), None, settings)
     chosen = choose("chunked" if is_onnx_export() else backend, traits_of(call, is_step=True))
     if inplace and state.dtype != state_dtype(q):
-        raise UserError(f"state has dtype {state.dtype}; to be changed in place it must be {state_dtype(q)}")
+        raise UserError(f"state has dtype {state.dtype}; wanted {state_dtype(q)} for inplace=True")
     if inplace and call.needs_gradient():
         raise UserError(
             "a state cannot be changed in place where gradients are recorded; use torch.no_grad()", "contradiction"

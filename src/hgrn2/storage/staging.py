@@ -222,7 +222,7 @@ def _move_unless_taken(stage: Path, target: Path) -> None:
         if error.errno not in {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}:
             raise
         raise UserError(
-            f"{target}: was made by another process meanwhile and stays; name a new folder", "already-exists"
+            f"{target}: another process has created it meanwhile; name a new folder", "already-exists"
         ) from None
     sync_path(target.parent)
 

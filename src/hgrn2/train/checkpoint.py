@@ -288,14 +288,14 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
     own = model_tensors(model)
     if missing := sorted(own.keys() ^ tensors.keys()):
         raise UserError(
-            f"{source}: tensor {missing[0]!r} is not in both model and file; use the config beside it", "mismatch"
+            f"{source}: tensor {missing[0]!r} is not in both model and file; use the config.json next to it", "mismatch"
         )
     for name, tensor in own.items():
         found = tensors[name]
         if found.shape != tensor.shape:
             raise UserError(
                 f"{source}: {name} has shape {list(found.shape)}, the model wants {list(tensor.shape)}; "
-                "use the config beside the file",
+                "use the config.json next to the file",
                 "mismatch",
             )
         tensor.copy_(found)

@@ -103,7 +103,9 @@ class NamedOptimizer:
     def _muon(self, names: list[str], config: TrainConfig) -> torch.optim.Optimizer:
         muon = getattr(torch.optim, "Muon", None)
         if muon is None:
-            raise UserError(f"optimizer muon: torch {torch.__version__} has none; install 2.9 or later, or use adamw")
+            raise UserError(
+                f"optimizer muon: torch {torch.__version__} does not have it; install 2.9 or later, or use adamw"
+            )
         # updates of the size of AdamW's, so that one learning rate and one weight decay serve both
         return muon(
             self._apart(names),
@@ -185,8 +187,8 @@ class NamedOptimizer:
         for name, state in by_name.items():
             if state.keys() != _STATE_KEYS["muon" if name in self._muon_names else "adamw"]:
                 raise UserError(
-                    f"optimizer state: {name!r} has {', '.join(sorted(state))}, which is not of optimizer "
-                    f"{self._setting}; resume with the optimizer the run began with, or start a new run"
+                    f"optimizer state: {name!r} has {', '.join(sorted(state))}, which optimizer "
+                    f"{self._setting} does not use; resume with the original optimizer, or start a new run"
                 )
         for optimizer in self._optimizers:
             packed = optimizer.state_dict()

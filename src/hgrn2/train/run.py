@@ -228,7 +228,8 @@ class _Parts:
         if config.activation_checkpointing:
             if not hasattr(model, "activation_checkpointing"):
                 raise UserError(
-                    f"activation_checkpointing: the model of task {task.name!r} has none; leave it out", "unsupported"
+                    f"activation_checkpointing: the model of task {task.name!r} does not support it; leave it out",
+                    "unsupported",
                 )
             model.activation_checkpointing = True
         if config.compile:

@@ -84,7 +84,7 @@ class AttentionOptions(MixerOptions):
         """Refuse heads of odd width, which cannot be rotated."""
         if hidden_size % (2 * self.num_heads):
             raise UserError(
-                f"num_heads is {self.num_heads}, which gives hidden_size = {hidden_size} no heads of even width",
+                f"num_heads is {self.num_heads}; wanted heads of even width, with hidden_size = {hidden_size}",
                 "contradiction",
             )
 

@@ -235,7 +235,7 @@ def _head_width(hidden_size: int, expand_ratio: int | None, num_heads: int | Non
         _check_whole("num_heads", num_heads, 1, "a whole number of at least 1")
         if hidden_size % num_heads:
             raise UserError(
-                f"hidden_size is {hidden_size} and num_heads {num_heads}; wanted a multiple of it", "contradiction"
+                f"hidden_size is {hidden_size}; wanted a multiple of num_heads = {num_heads}", "contradiction"
             )
         if expand_ratio is None:
             return hidden_size // num_heads
@@ -250,7 +250,7 @@ def _head_width(hidden_size: int, expand_ratio: int | None, num_heads: int | Non
     _check_whole("expand_ratio", expand_ratio, 1, "a whole number of at least 1")
     if hidden_size % expand_ratio:
         raise UserError(
-            f"hidden_size is {hidden_size} and expand_ratio {expand_ratio}; wanted a multiple of it", "contradiction"
+            f"hidden_size is {hidden_size}; wanted a multiple of expand_ratio = {expand_ratio}", "contradiction"
         )
     if num_heads not in (None, hidden_size // expand_ratio):
         raise UserError(
