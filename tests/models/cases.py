@@ -44,6 +44,7 @@ CHANGES = {
     "gla-untied": {"layers": "gla", "mixers": {"gla": {"num_heads": 4} | UNTIED}},
     "hgrn1": {"layers": "hgrn1"},
     "hgrn1-real": {"layers": "hgrn1", "mixers": {"hgrn1": {"form": "real", "bias": True}}},
+    "mamba": {"layers": "mamba", "mixers": {"mamba": {"state_size": 5, "conv_size": 3}}},
     "rwkv5": {"layers": "rwkv5", "mixers": {"rwkv5": {"head_size": 8}}},
     "rwkv6": {"layers": "rwkv6", "mixers": {"rwkv6": {"head_size": 4, "mix_rank": 3, "decay_rank": 5}}},
     "average": {"layers": "average"},
@@ -63,7 +64,7 @@ NAMES = [*CHANGES, "paper", "official-lm", "official-lra"]
 KINDS = [
     "fla", "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
     "attention-without-positions", "average", "average-hybrid",
-    "hgrn1", "hgrn1-real",
+    "hgrn1", "hgrn1-real", "mamba",
     "gla", "rwkv5", "rwkv6",
 ]  # fmt: skip
 

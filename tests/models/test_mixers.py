@@ -12,7 +12,7 @@ from hgrn2.train.metrics import read_metrics
 from tests.formats.command_line import run_cli
 from tests.models.cases import SIZE, config_of, make_model, tokens
 
-MIXERS = {"hgrn1": {}, "hgrn1-real": {"form": "real"}}
+MIXERS = {"hgrn1": {}, "hgrn1-real": {"form": "real"}, "mamba": {}}
 mixers = pytest.mark.parametrize("name", MIXERS)
 TRAIN = [
     "--tokenizer", "bytes", "--device", "cpu", "--num-threads", "1", "--batch-size", "4", "--seq-len", "32",
@@ -92,7 +92,7 @@ def test_low_precision_is_near_float32(name):
         found, low_state = low(ids)
     assert (found.dtype, mixed.dtype) == (torch.bfloat16, torch.bfloat16)
     for layer in (*state.layers, *low_state.layers):
-        assert layer["recurrent"].dtype == torch.float32
+        assert layer["ssm" if "ssm" in layer else "recurrent"].dtype == torch.float32
     scale = float(wanted.square().mean().sqrt())
     for y in (mixed, found):
         assert float((y.float() - wanted).square().mean().sqrt()) < 0.05 * scale

@@ -5,12 +5,13 @@ from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, State
 from hgrn2.nn.mixers.gla import GLA
 from hgrn2.nn.mixers.hgrn1 import HGRN1
 from hgrn2.nn.mixers.hgrn2 import HGRN2
+from hgrn2.nn.mixers.mamba import Mamba
 from hgrn2.nn.mixers.registry import find_mixer, forget_mixer, mixer_names, register_mixer
 from hgrn2.nn.mixers.rwkv5 import RWKV5
 from hgrn2.nn.mixers.rwkv6 import RWKV6
 
 __all__ = [
-    "GLA", "HGRN1", "HGRN2", "RWKV5", "RWKV6", "Attention",
+    "GLA", "HGRN1", "HGRN2", "RWKV5", "RWKV6", "Attention", "Mamba",
     "Context", "Mixer", "MixerOptions", "MixerState", "StateSpec", "find_mixer", "forget_mixer", "mixer_names",
     "register_mixer", "wide_dtype",
 ]  # fmt: skip

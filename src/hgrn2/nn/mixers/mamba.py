@@ -1,0 +1,139 @@
+"""The token mixer of Mamba."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hgrn2.constraints import Ge
+from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
+from hgrn2.nn.mixers.registry import register_mixer
+from hgrn2.nn.parameters import InitialValues
+from hgrn2.nn.short_conv import ShortConv
+from hgrn2.ops import linear_scan
+from hgrn2.ops.device import without_autocast
+from hgrn2.shapes import BTD
+
+# range of the initial steps, log-uniform
+SMALLEST_STEP, LARGEST_STEP = 1e-3, 1e-1
+
+
+@dataclass(frozen=True)
+class MambaOptions(MixerOptions):
+    """Options of `Mamba`, documented as its arguments."""
+
+    state_size: Annotated[int, Ge(1)] = 16
+    conv_size: Annotated[int, Ge(2)] = 4
+    expand: Annotated[int, Ge(1)] = 2
+    dt_rank: Annotated[int | None, Ge(1)] = None
+    bias: bool = False
+
+
+@register_mixer("mamba", MambaOptions)
+class Mamba(Mixer):
+    """Selective state space (arXiv 2312.00752, section 3), E = expand * D channels with a state of S numbers each.
+
+        u, z = x W_in    u = SiLU(conv(u) + bias)    dt, B, C = u W_x    dt = softplus(dt W_dt + bias)
+        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t     y_t = h_t C_t + D u_t     out = (y * SiLU(z)) W_out
+
+    A = -exp(A_log) is [E, S], D is [E]; B and C are [S], the same for all channels.
+
+    Args:
+        hidden_size: the width of the model.
+        state_size: S.
+        conv_size: taps of the convolution.
+        expand: E / hidden_size.
+        dt_rank: rank of the projection to dt; None means ceil(hidden_size / 16).
+        bias: whether W_in and W_out have biases.
+    """
+
+    can_pack = True
+    can_pad = True
+
+    def __init__(self, hidden_size: int, state_size: int, conv_size: int, expand: int, dt_rank: int | None, bias: bool):
+        super().__init__()
+        width, rank = expand * hidden_size, dt_rank or math.ceil(hidden_size / 16)
+        self.width, self.state_size, self.conv_size, self.dt_rank = width, state_size, conv_size, rank
+        self.in_proj = nn.Linear(hidden_size, 2 * width, bias=bias)
+        self.conv1d = ShortConv(width, conv_size)
+        self.conv_bias = nn.Parameter(torch.zeros(width))
+        self.x_proj = nn.Linear(width, rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(rank, width)
+        self.A_log = nn.Parameter(torch.arange(1, state_size + 1).float().log().repeat(width, 1))
+        self.D = nn.Parameter(torch.ones(width))
+        self.out_proj = nn.Linear(width, hidden_size, bias=bias)
+
+    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
+        """Mix tokens with the selective recurrence; arguments and results of `Mixer.forward`."""
+        u, z = self.in_proj(x).chunk(2, -1)
+        mask = context.mask
+        u = u if mask is None else u * mask.unsqueeze(-1)
+        u, conv = self.conv1d(u, None if state is None else state["conv"], context.cu_seqlens, mask)
+        u = functional.silu(u + self.conv_bias)
+        y, ssm = self._scan(u, None if state is None else state["ssm"], context)
+        y = self.out_proj(y.to(x.dtype) * functional.silu(z))
+        return y, {"conv": conv, "ssm": ssm} if context.keep_state else {}
+
+    def _scan(self, u: Tensor, state: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """Run the recurrence on u [B, T, E], in float32 or wider; return y [B, T, E] and the state [N, E, S]."""
+        wide = wide_dtype(u.dtype)
+        dt, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], -1)
+        # the bias decides how small a step is, which low precision would round
+        dt = functional.softplus(functional.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        if context.mask is not None:
+            # without a step the state stays as it is
+            dt = dt.masked_fill(~context.mask.unsqueeze(-1), 0)
+        u, b, c = u.to(wide), b.to(wide), c.to(wide)
+        decay = torch.exp(dt.unsqueeze(-1) * -self.A_log.to(wide).exp())
+        write = (dt * u).unsqueeze(-1) * b.unsqueeze(-2)
+        h, state = linear_scan(decay, write, initial_state=state, cu_seqlens=context.cu_seqlens)
+        with without_autocast(u):
+            y = torch.matmul(h, c.unsqueeze(-1)).squeeze(-1)
+        return y + self.D.to(wide) * u, state
+
+    def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
+        """Describe the state: "conv" [taps - 1, E], the last inputs of the convolution, and "ssm" [E, S]."""
+        return {
+            "conv": StateSpec((self.conv_size - 1, self.width), dtype),
+            "ssm": StateSpec((self.width, self.state_size), wide_dtype(dtype)),
+        }
+
+    @torch.no_grad()
+    def reset_parameters(self, init: InitialValues) -> None:
+        """Draw the projections as every mixer does, and the rest as the authors: steps, decays and the convolution."""
+        init.draw(self.in_proj, self.x_proj)
+        init.draw_end(self.out_proj)
+        for x, bound in (
+            (self.conv1d.weight, self.conv_size**-0.5), (self.conv_bias, self.conv_size**-0.5),
+            (self.dt_proj.weight, self.dt_rank**-0.5),
+        ):  # fmt: skip
+            nn.init.uniform_(x, -bound, bound, generator=init.generator)
+        nn.init.uniform_(self.dt_proj.bias, math.log(SMALLEST_STEP), math.log(LARGEST_STEP), generator=init.generator)
+        step = self.dt_proj.bias.exp()
+        # the inverse of softplus
+        self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+        self.A_log.copy_(torch.arange(1, self.state_size + 1).log())
+        nn.init.ones_(self.D)
+
+    def flops(self, seq_len: int) -> int:
+        """Count the convolution, the recurrence and its read-out."""
+        del seq_len
+        return self.width * (2 * self.conv_size + 4 * self.state_size)
+
+    def activation_bytes(self, seq_len: int, low: int) -> int:
+        """Count u and z at every stage, dt, and the decays and states, E x S numbers each."""
+        del seq_len
+        narrow = 8 * self.width + self.dt_rank + 2 * self.state_size
+        wide = (3 + 2 * self.state_size) * self.width
+        # copies of u, B and C
+        wide += self.width + 2 * self.state_size if low < 4 else 0
+        return low * narrow + 4 * wide
+
+    def extra_repr(self) -> str:
+        """Return the settings that print(model) shows."""
+        return f"{self.width} channels, state of {self.state_size}, rank {self.dt_rank}"
