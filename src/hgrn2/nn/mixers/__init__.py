@@ -11,7 +11,21 @@ from hgrn2.nn.mixers.rwkv5 import RWKV5
 from hgrn2.nn.mixers.rwkv6 import RWKV6
 
 __all__ = [
-    "GLA", "HGRN1", "HGRN2", "RWKV5", "RWKV6", "Attention", "Mamba",
-    "Context", "Mixer", "MixerOptions", "MixerState", "StateSpec", "find_mixer", "forget_mixer", "mixer_names",
-    "register_mixer", "wide_dtype",
-]  # fmt: skip
+    "GLA",
+    "HGRN1",
+    "HGRN2",
+    "RWKV5",
+    "RWKV6",
+    "Attention",
+    "Context",
+    "Mamba",
+    "Mixer",
+    "MixerOptions",
+    "MixerState",
+    "StateSpec",
+    "find_mixer",
+    "forget_mixer",
+    "mixer_names",
+    "register_mixer",
+    "wide_dtype",
+]
