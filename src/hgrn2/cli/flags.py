@@ -14,7 +14,6 @@ import tyro
 
 from hgrn2.cli.command import Function
 from hgrn2.models.presets import PRESETS
-from hgrn2.tasks import TASKS
 
 _POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1]
 
@@ -98,9 +97,7 @@ def _texts(thing: Any) -> dict[str, str]:
     """Return the descriptions of parameters or fields by name, with the names that exist filled in."""
     documented = docstring_parser.parse_from_object(thing)
     texts = {p.arg_name: " ".join((p.description or "").split()) for p in documented.params}
-    for word, names in (("{presets}", PRESETS), ("{tasks}", TASKS)):
-        texts = {name: text.replace(word, ", ".join(names)) for name, text in texts.items()}
-    return texts
+    return {name: text.replace("{presets}", ", ".join(PRESETS)) for name, text in texts.items()}
 
 
 def _flag(name: str, hint: Any, default: Any, text: str) -> Flag:

@@ -79,7 +79,7 @@ def train(
         model: A preset ({presets}) or a JSON file (default: tiny).
         from_: Start with the weights of a model: a run folder, a checkpoint, or a folder (see convert).
         set: Model settings as KEY=VALUE, e.g. --set dropout=0.1 use_short_conv=true.
-        task: What to learn: {tasks} (default: language, or distillation with a teacher).
+        task: language (default), distillation (default with --teacher), or a synthetic task (see hgrn2 task).
         task_set: Options of the task as KEY=VALUE.
         out: Folder of the run (default: runs/run).
         config: A TOML file with tables [model], [task], [train] and [data]; flags override it.

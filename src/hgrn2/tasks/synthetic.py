@@ -62,7 +62,7 @@ class SyntheticTask(TaskBase):
         context: provides batch_size, seed, device and model_config.
 
     Raises:
-        UserError: the model has too small a vocabulary.
+        UserError: the model has too small a vocabulary, or examples cannot be drawn.
     """
 
     name: ClassVar[str]
@@ -86,6 +86,10 @@ class SyntheticTask(TaskBase):
             )
         self._train = _ExampleStream(options, context.seed)
         self._position = 0
+        # refuses now what cannot be drawn
+        self._train.take(0, 1)
+        for changed in options.evaluations().values():
+            generate(changed, 1, context.seed, stream=VALIDATION)
         self._held_out: dict[str, list[SyntheticBatch]] = {}
 
     @classmethod

@@ -54,6 +54,11 @@ class Draws:
         """Return uniform integers in [0, high), [num_rows, num_columns]."""
         return self.integers((self.num_rows, num_columns), high)
 
+    def below(self, highs: Ints) -> Ints:
+        """Return one uniform integer in [0, highs[i]) for each row, [num_rows]; highs are 1 to 2^31."""
+        scaled = (self.words(self.num_rows) >> np.uint64(32)) * highs.astype(np.uint64)
+        return (scaled >> np.uint64(32)).view(np.int64)
+
     def shuffled(self, values: Ints) -> Ints:
         """Return the values in random order within each row.
 

@@ -1,0 +1,65 @@
+"""Copying after a delay (Hochreiter and Schmidhuber 1997, as in arXiv 1511.06464)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from hgrn2.constraints import Ge, Le
+from hgrn2.errors import UserError
+from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, Length, SyntheticOptions, register_generator
+from hgrn2.tasks.generators.draws import Draws
+
+_BLANK, _GO, _SYMBOLS = 0, 1, 2
+
+
+@register_generator("copying")
+@dataclass(frozen=True)
+class CopyingOptions(SyntheticOptions):
+    """Repeat the symbols of the beginning after a delay.
+
+    Distribution. An example is num_copied uniform symbols, length - 2 num_copied blanks, a marker, and
+    num_copied - 1 blanks. The targets are the symbols in order, at the marker and the blanks after it.
+    """
+
+    length: Length = 64
+    """Tokens of an example, at least 2 num_copied."""
+    num_copied: Annotated[int, Ge(1), Le(MOST_TOKENS // 2)] = 10
+    """Symbols to copy."""
+    num_symbols: Annotated[int, Ge(2), Le(2**16)] = 8
+    """Symbols of the alphabet."""
+
+    @property
+    def vocab_size(self) -> int:  # pyright: ignore
+        """Blank, marker and symbols."""
+        return _SYMBOLS + self.num_symbols
+
+    def check(self) -> None:
+        """Refuse more symbols than fit twice."""
+        check_copies_fit(self, self.num_copied)
+
+    def draw(self, draws: Draws) -> Examples:
+        """Return one block of examples."""
+        num = self.num_copied
+        symbols = draws.columns(num, self.num_symbols) + _SYMBOLS
+        inputs = np.full((draws.num_rows, self.length), _BLANK)
+        inputs[:, :num], inputs[:, -num] = symbols, _GO
+        targets = np.full_like(inputs, IGNORE)
+        targets[:, -num:] = symbols
+        return Examples(inputs, targets)
+
+    def word(self, token: int) -> str:
+        """Return a symbol as a number, a blank as _, the marker as =>."""
+        return str(token - _SYMBOLS) if token >= _SYMBOLS else "_" if token == _BLANK else "=>"
+
+
+def check_copies_fit(options: SyntheticOptions, num_copied: int) -> None:
+    """Raise a UserError if symbols and their copies take more tokens than an example has."""
+    if 2 * num_copied > options.length:
+        raise UserError(
+            f"{options.what}: num_copied {num_copied} take {2 * num_copied} tokens, once to read and once to say, and "
+            f"length is {options.length}; raise length or lower num_copied",
+            "contradiction",
+        )
