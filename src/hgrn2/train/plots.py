@@ -20,7 +20,7 @@ from hgrn2.train.metrics import read_metrics
 
 FOLDER_NAME = "plots"
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -76,7 +76,7 @@ def loss_figure(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -
     scale, unit = time_unit(max(r["elapsed_s"] for r in [*train, *validation]))
     low, high = loss_limits(train, validation)
     factor = bits_per_nat(validation)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, key, one in ((left, "tokens", 1.0), (right, "elapsed_s", scale)):
@@ -116,7 +116,7 @@ def memory_figure(gates: GateSummary) -> Figure:
     """Draw lower bounds, forget gates, half-lives and state norms of each layer."""
     num_layers = len(gates.state_norm)
     layers = np.arange(num_layers)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 8.4), layout="constrained")
         ((bounds, gate), (half_life, norm)) = figure.subplots(2, 2)
 

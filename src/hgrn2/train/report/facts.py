@@ -143,6 +143,22 @@ class RunFacts:
         last = self.last
         return 0.0 if last is None else min(1.0, max(last[_BUDGETS[name]] / budget for name, budget in budgets.items()))
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second over all steps, excluding validations and samples; None if not recorded."""
+        tokens, seconds, before = 0.0, 0.0, 0
+        for record in self.steps:
+            own, before = record["tokens"] - before, record["tokens"]
+            speed = figure(record, "tokens_per_s")
+            if speed and own > 0:
+                tokens, seconds = tokens + own, seconds + own / speed
+        return tokens / seconds if seconds > 0 else None
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Peak memory of the process, or of its GPU; None if not recorded."""
+        return max((figure(record, "memory_bytes") or 0 for record in self.steps), default=0) or None
+
     @cached_property
     def task(self) -> TaskReport:
         """How the task describes itself; defaults for a task that does not exist here."""

@@ -47,16 +47,32 @@ def write_report(run_dir: Path) -> Path:
 
 def render(facts: RunFacts) -> str:
     """Return the whole page."""
-    here = files("hgrn2.train.report")
+    body = "".join(section(facts) for section in _SECTIONS)
     name = facts.run_dir.resolve().name
-    # "<" in the data could close the script element
-    points = json.dumps(series(facts), allow_nan=False).replace("<", "\\u003c")
+    return assemble("HGRN2 training report", name, body, "the run's own records", series(facts))
+
+
+def assemble(kind: str, name: str, body: str, source: str, points: Any, style: str = "") -> str:
+    """Return a self-contained page.
+
+    Args:
+        kind: what kind of report it is, shown above the name.
+        name: heading and title.
+        body: the sections, as HTML.
+        source: where its numbers come from, for the last line.
+        points: JSON values for the interactive read-out.
+        style: further CSS.
+    """
+    here = files("hgrn2.train.report")
     return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
+        kind=plain(kind),
         title=plain(name),
-        style=(here / "page.css").read_text(encoding="utf-8"),
+        style=(here / "page.css").read_text(encoding="utf-8") + style,
         name=rich(name),
-        sections="".join(section(facts) for section in _SECTIONS),
-        points=points,
+        sections=body,
+        source=rich(source),
+        # "<" in the data could close the script element
+        points=json.dumps(points, allow_nan=False).replace("<", "\\u003c"),
         script=(here / "page.js").read_text(encoding="utf-8"),
         version=plain(hgrn2.__version__),
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),

@@ -35,7 +35,7 @@ def summary(facts: RunFacts) -> str:
     if last is not None:
         tiles.append(("read", compact(last["tokens"]), f"tokens, {plural(last['step'], 'step')}"))
         tiles.append(("time", duration(last["elapsed_s"]), _status(facts)))
-    if (speed := _speed(facts)) is not None:
+    if (speed := facts.tokens_per_s) is not None:
         tiles.append(("speed", compact(speed), "tokens per second"))
     cells = "".join(
         f"<div><dt>{rich(name)}</dt><dd><b>{rich(value)}</b> <span>{rich(note)}</span></dd></div>"
@@ -80,17 +80,6 @@ def _status(facts: RunFacts) -> str:
     if progress is None:
         return "so far"
     return "finished" if progress >= 1 else f"{progress:.0%} of the budget used"
-
-
-def _speed(facts: RunFacts) -> float | None:
-    """Return tokens per second over all steps, excluding validations and samples."""
-    tokens, seconds, before = 0.0, 0.0, 0
-    for record in facts.steps:
-        own, before = record["tokens"] - before, record["tokens"]
-        speed = figure(record, "tokens_per_s")
-        if speed and own > 0:
-            tokens, seconds = tokens + own, seconds + own / speed
-    return tokens / seconds if seconds > 0 else None
 
 
 def learning(facts: RunFacts) -> str:
@@ -195,9 +184,9 @@ def running(facts: RunFacts) -> str:
     if not facts.train:
         return ""
     found: list[tuple[str, str]] = []
-    if (speed := _speed(facts)) is not None:
+    if (speed := facts.tokens_per_s) is not None:
         found.append(("speed while training", f"{speed:,.0f} tokens per second"))
-    if peak := max((figure(r, "memory_bytes") or 0 for r in facts.steps), default=0):
+    if peak := facts.memory_bytes:
         found.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
     skipped = len(facts.steps) - len(facts.train)
     found.append(("skipped steps", f"{skipped:,}" + (" (loss or gradient not finite)" if skipped else "")))

@@ -1,0 +1,94 @@
+"""`hgrn2 compare`: train models side by side and compare them."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import tyro
+
+from hgrn2.cli.command import Command
+from hgrn2.errors import UserError
+
+_FOLDER = Path("comparisons")
+
+
+def compare(
+    file: tyro.conf.Positional[Path | None] = None,
+    out: Path | None = None,
+    jobs: int | None = None,
+    report_only: Path | None = None,
+) -> int:
+    """Compare models: train each on each task and write one report.
+
+    Without a file it compares all mixers on two tasks with tiny models, in about ten minutes on two cores. Run it again
+    to continue where it stopped; a file that only adds models, tasks, seeds or learning rates extends a comparison.
+
+    Args:
+        file: A TOML file with tables [models.NAME] and [tasks.NAME], seeds and learning_rates; see
+            docs/guide/comparing.md.
+        out: Folder of the comparison (default: comparisons/ and the name of the file).
+        jobs: Runs side by side (default: one a core, or four a GPU).
+        report_only: Only write the report of this folder again.
+    """
+    from hgrn2.cli.output import tell
+    from hgrn2.compare import comparison as comparing
+    from hgrn2.compare.config import Comparison
+    from hgrn2.compare.plan import PLAN_NAME
+
+    if report_only is not None:
+        if others := [
+            name for name, value in {"FILE": file, "--out": out, "--jobs": jobs}.items() if value is not None
+        ]:
+            raise UserError(f"--report-only trains nothing; drop {' and '.join(others)}", "contradiction")
+        _show(comparing.report(report_only))
+        return 0
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs is {jobs}; wanted 1 or more")
+    folder = _FOLDER / ("default" if file is None else file.stem) if out is None else out
+    if file is not None:
+        wanted = Comparison.read(file)
+    elif (folder / PLAN_NAME).exists():
+        # continue as it was begun, whatever is registered by now
+        wanted = None
+    else:
+        from hgrn2.compare.default import default_comparison
+
+        wanted, notes = default_comparison()
+        for note in notes:
+            tell(note)
+    ended = comparing.compare(wanted, folder, jobs)
+    _show(ended)
+    if ended.stopped_by is None:
+        return 0
+    again = f"hgrn2 compare {'' if file is None else f'{file} '}--out {folder}"
+    tell(f"stopped by {ended.stopped_by}; nothing is lost, continue with: {again}")
+    return 128 + int(signal.Signals[ended.stopped_by])
+
+
+def _show(ended: object) -> None:
+    """Print the ranking of each task, and where the report is; the last line is its path."""
+    from hgrn2.compare.comparison import Ended
+    from hgrn2.compare.report import tables
+
+    assert isinstance(ended, Ended)
+    results = ended.results
+    print(tables.summary(results))
+    for task in results.tasks:
+        print(f"{task.name}: {tables.direction(task)}")
+        width = max(len(cell.model) for cell in task.cells)
+        for cell in task.cells:
+            rate = "" if cell.best is None else f"  at learning rate {cell.best.learning_rate:g}"
+            print(f"  {cell.model:<{width}}  {tables.mean_and_spread(task, cell.best)}{rate}")
+    for run in results.in_state("diverged", "failed"):
+        print(f"{run.state}  {run.planned.folder}: {run.reason}")
+    print(f"report   {ended.files[0]}")
+
+
+COMMAND = Command(
+    "compare",
+    compare,
+    order=15,
+    aliases=("comparison", "benchmark", "arena", "sweep", "grid", "versus", "vs"),
+    needs_output=True,
+)

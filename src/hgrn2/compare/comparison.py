@@ -1,0 +1,94 @@
+"""Carry out a comparison in a folder: plan, train, report."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hgrn2.compare.config import Comparison
+from hgrn2.compare.files import write_repeat_files
+from hgrn2.compare.grid import Slots, train_grid
+from hgrn2.compare.plan import PLAN_NAME, Plan, check_extends, make_plan
+from hgrn2.compare.progress import GridDisplay, make_grid_display
+from hgrn2.compare.report import write_reports
+from hgrn2.compare.results import Results
+from hgrn2.errors import UserError
+from hgrn2.storage.lock import run_lock
+from hgrn2.storage.staging import check_writable_folder
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a comparison.
+
+    Attributes:
+        results: what the runs have reached.
+        files: paths of the report's files, the page first.
+        stopped_by: name of the signal that stopped it; None if every run has ended.
+    """
+
+    results: Results
+    files: list[Path]
+    stopped_by: str | None = None
+
+
+def compare(
+    comparison: Comparison | None, out: Path, jobs: int | None = None, display: GridDisplay | None = None
+) -> Ended:
+    """Train every run of a comparison that has not ended yet, side by side, and write the report.
+
+    Args:
+        comparison: the configuration; None continues the one in the folder.
+        out: folder of the comparison, new or with this comparison in it.
+        jobs: runs side by side; None chooses as many as the device allows.
+        display: shows progress; None means standard error.
+
+    Raises:
+        UserError: the folder holds another comparison, another process works in it, or a setting is invalid. What ends
+            a run is recorded in the run's folder and does not end the comparison.
+        KeyboardInterrupt: at the second signal.
+    """
+    check_writable_folder(out)
+    _check_free(out)
+    with run_lock(out):
+        saved = Plan.load(out) if comparison is None or (out / PLAN_NAME).exists() else None
+        plan = make_plan(comparison or _of(saved), out)
+        if saved is not None:
+            check_extends(saved, plan, out)
+        plan.save(out)
+        write_repeat_files(out, plan)
+        slots = Slots.of_machine(plan.runs, jobs)
+        stopped_by = train_grid(out, plan.runs, slots, display or make_grid_display())
+        results = Results.read(out)
+        return Ended(results, write_reports(results), stopped_by)
+
+
+def report(out: Path) -> Ended:
+    """Write the report again from the folders of the runs; the comparison may still be training.
+
+    Args:
+        out: folder of a comparison.
+
+    Raises:
+        UserError: there is no comparison, or its plan is damaged.
+    """
+    results = Results.read(out)
+    return Ended(results, write_reports(results))
+
+
+def _of(saved: Plan | None) -> Comparison:
+    assert saved is not None, "without a comparison, the folder's plan is loaded"
+    return saved.comparison
+
+
+def _check_free(out: Path) -> None:
+    """Raise UserError if the folder exists and holds something else."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    # runs/ may hold prepared text of a comparison that was stopped before its plan
+    if names and PLAN_NAME not in names and set(names) != {"runs"}:
+        raise UserError(
+            f"{out}: holds other files ({', '.join(sorted(names)[:3])}); name a new folder with --out", "already-exists"
+        )

@@ -1,0 +1,107 @@
+"""Curves of a comparison, shared by the page and the pictures."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from hgrn2.compare.results import CellSummary, TaskSummary
+from hgrn2.train.curves import smooth
+from hgrn2.train.report.facts import figure
+
+_MOST_POINTS = 160
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart.
+
+    Attributes:
+        model: name of the model.
+        x: positions, ascending.
+        y: values.
+    """
+
+    model: str
+    x: list[float]
+    y: list[float]
+
+
+def loss_curves(task: TaskSummary, key: str) -> list[Curve]:
+    """Return the smoothed training loss of each model at its best learning rate, averaged over seeds.
+
+    Args:
+        task: the task.
+        key: the horizontal axis, "tokens" or "elapsed_s".
+    """
+    curves = []
+    for cell in task.cells:
+        runs = [] if cell.best is None else [run.facts.train for run in cell.best.finished if run.facts is not None]
+        runs = [train for train in runs if len(train) > 1]
+        if not runs:
+            continue
+        x = [np.array([r[key] for r in train], dtype=float) for train in runs]
+        y = [smooth(np.array([r["loss"] for r in train], dtype=float)) for train in runs]
+        # seeds have the same tokens, but not the same seconds
+        at = np.linspace(max(each[0] for each in x), min(each[-1] for each in x), min(_MOST_POINTS, len(x[0])))
+        mean = np.mean([np.interp(at, one, other) for one, other in zip(x, y, strict=True)], axis=0)
+        curves.append(Curve(cell.model, at.tolist(), mean.tolist()))
+    return curves
+
+
+def rate_curves(task: TaskSummary) -> list[Curve]:
+    """Return the mean metric of each model against the learning rate."""
+    curves = []
+    for cell in task.cells:
+        found = [(rate.learning_rate, rate.mean) for rate in cell.rates if rate.mean is not None]
+        if found:
+            curves.append(Curve(cell.model, [rate for rate, _ in found], [float(mean) for _, mean in found]))
+    return curves
+
+
+def option_curves(task: TaskSummary) -> dict[str, list[Curve]]:
+    """Return the metric against an option that the task validates at, such as the length; by the option's name.
+
+    Such figures are called val_accuracy_length_128: metric, option, value.
+    """
+    pattern = re.compile(rf"{re.escape(task.metric.name)}_([A-Za-z][A-Za-z_]*)_(\d+)")
+    charts: dict[str, list[Curve]] = {}
+    for cell in task.cells:
+        points: dict[str, dict[float, float]] = {}
+        for key in _validation_keys(cell):
+            if (found := pattern.fullmatch(key)) and (mean := _mean(cell, key)) is not None:
+                points.setdefault(found[1], {})[float(found[2])] = mean
+        for option, values in points.items():
+            x = sorted(values)
+            charts.setdefault(option, []).append(Curve(cell.model, x, [values[at] for at in x]))
+    return {option: curves for option, curves in charts.items() if any(len(curve.x) > 1 for curve in curves)}
+
+
+def _validation_keys(cell: CellSummary) -> list[str]:
+    runs = () if cell.best is None else cell.best.finished
+    return list(dict.fromkeys(key for run in runs for key in run.validation))
+
+
+def _mean(cell: CellSummary, key: str) -> float | None:
+    runs = () if cell.best is None else cell.best.finished
+    values = [float(value) for run in runs if (value := figure(run.validation, key)) is not None]
+    return fmean(values) if values else None
+
+
+def limits(curves: list[Curve]) -> tuple[float, float]:
+    """Return limits for the loss axis that ignore the high losses of the first few steps."""
+    values = np.concatenate([curve.y for curve in curves])
+    starts = [curve.y[min(len(curve.y) - 1, max(1, len(curve.y) // 25))] for curve in curves]
+    low, high = float(values.min()), max(starts)
+    margin = 0.06 * max(high - low, 1e-3)
+    return low - margin, high + margin
+
+
+def spread_limits(curves: list[Curve]) -> tuple[float, float]:
+    """Return limits that hold all values."""
+    values = [value for curve in curves for value in curve.y]
+    margin = 0.08 * max(max(values) - min(values), 1e-3)
+    return min(values) - margin, max(values) + margin

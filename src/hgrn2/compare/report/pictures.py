@@ -1,0 +1,93 @@
+"""Pictures of a comparison as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from hgrn2.compare.report import tables
+from hgrn2.compare.report.curves import limits, loss_curves, rate_curves
+from hgrn2.compare.results import Results, TaskSummary
+from hgrn2.storage.staging import staged_file
+from hgrn2.train.curves import time_unit
+from hgrn2.train.plots import STYLE
+
+FOLDER_NAME = "plots"
+# those of compare.css
+_COLOURS = (
+    *("#1f6fb2", "#b8480a", "#2f855a", "#8a3ea8", "#a67c00", "#c2255c"),
+    *("#0b7285", "#5c4033", "#5f6b75", "#4c6ef5", "#74901a", "#e0699a"),
+)
+
+
+def draw(results: Results) -> list[Path]:
+    """Draw the losses and the metric of every task into OUT/plots; a task without finished runs has no pictures.
+
+    Args:
+        results: what the runs have reached.
+
+    Returns:
+        The paths.
+    """
+    paths = []
+    models = [model.name for model in results.plan.comparison.models]
+    styles = {
+        name: {"color": _COLOURS[i % len(_COLOURS)], "linestyle": "-" if i < len(_COLOURS) else "--"}
+        for i, name in enumerate(models)
+    }
+    for task in results.tasks:
+        figures = {"loss": _losses(task, styles), "metric": _metric(task, styles)}
+        for name, figure in figures.items():
+            if figure is None:
+                continue
+            folder = results.out / FOLDER_NAME
+            folder.mkdir(exist_ok=True)
+            paths.append(folder / f"{task.name}.{name}.png")
+            with staged_file(paths[-1]) as partial:
+                figure.savefig(partial, dpi=150, format="png")
+    return paths
+
+
+def _losses(task: TaskSummary, styles: dict[str, dict[str, str]]) -> Figure | None:
+    by_tokens, by_time = loss_curves(task, "tokens"), loss_curves(task, "elapsed_s")
+    if not by_tokens:
+        return None
+    scale, unit = time_unit(max(curve.x[-1] for curve in by_time))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, curves, one in ((left, by_tokens, 1.0), (right, by_time, scale)):
+            for curve in curves:
+                axes.plot([x / one for x in curve.x], curve.y, label=curve.model, linewidth=1.5, **styles[curve.model])
+        left.set_ylim(*limits(by_tokens))
+        left.set(title=f"{task.name}: loss against tokens", xlabel="training tokens", ylabel="training loss, smoothed")
+        left.xaxis.set_major_formatter(EngFormatter(sep=""))
+        right.set(title="Loss against time", xlabel=unit)
+        right.legend(loc="upper right", fontsize=8, ncols=2 if len(by_tokens) > 6 else 1)
+    return figure
+
+
+def _metric(task: TaskSummary, styles: dict[str, dict[str, str]]) -> Figure | None:
+    cells = [cell for cell in task.cells if cell.best is not None]
+    if not cells:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 1.8 + 0.34 * max(6, len(cells))), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for row, cell in enumerate(cells):
+            assert cell.best is not None
+            # the spread is the whole range, as standard deviations of two seeds mislead the eye
+            values, color = cell.best.values, styles[cell.model]["color"]
+            left.plot([min(values), max(values)], [row, row], color=color, linewidth=4, alpha=0.4)
+            left.plot([cell.best.mean], [row], color=color, marker="o")
+        left.set_yticks(range(len(cells)), [cell.model for cell in cells])
+        left.invert_yaxis()
+        left.set(title=f"{task.name}: {tables.direction(task)}", xlabel="mean and range over seeds")
+        for curve in rate_curves(task):
+            right.plot(curve.x, curve.y, marker="o", markersize=4, label=curve.model, **styles[curve.model])
+        right.set_xscale("log")
+        right.set(title="Against the learning rate", xlabel="peak learning rate", ylabel=tables.metric_label(task))
+    return figure
