@@ -7,7 +7,6 @@ import json
 import math
 import re
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -26,44 +25,10 @@ from hgrn2.train.report import write_report
 from hgrn2.train.report.words import compact, duration, plain, rich, size
 from hgrn2.train.runs import resume_language_run, start_language_run
 from hgrn2.train.settings import RunSettings
+from tests.pages import Page, check_headings, check_pictures, check_self_contained
 from tests.refusals import refuses
 
-VOID = {"meta", "link", "br", "img", "path", "hr", "input"}
 HOSTILE = "def f():</pre><script>alert(1)</script>\x1b[31m\u202e&amp;\x00\ud800</script>\n\tok"
-
-
-class Page(HTMLParser):
-    """Reads a page strictly: every element is closed in its turn, no attribute is given twice, no id is used twice."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.stack: list[str] = []
-        self.elements: list[tuple[str, dict]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(text)
-        self.close()
-        assert self.stack == []
-        ids = [attributes["id"] for _, attributes in self.elements if "id" in attributes]
-        assert len(ids) == len(set(ids))
-
-    def handle_starttag(self, tag, attrs):
-        assert len(attrs) == len(dict(attrs))
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.stack
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append((self.stack[-1] if self.stack else "", data))
-
-    def text(self) -> str:
-        return "".join(data for tag, data in self.texts if tag not in ("script", "style"))
 
 
 def make_run(run_dir, num_steps=900, num_layers=3, sample=HOSTILE):
@@ -117,30 +82,15 @@ def page(text):
 
 
 def test_the_page_is_well_formed_and_small(page, text):
-    assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
-    assert len(text.encode()) < 500_000
-    headings = [tag for tag, _ in page.elements if tag in ("h1", "h2")]
-    assert headings.count("h1") == 1
-    assert headings.count("h2") >= 7
-    labelled = {attributes["aria-labelledby"] for tag, attributes in page.elements if tag == "section"}
-    assert labelled <= {attributes.get("id") for _, attributes in page.elements}
+    check_headings(page, text, least=7)
 
 
 def test_every_picture_says_in_words_what_it_shows(page):
-    pictures = [attributes for _, attributes in page.elements if attributes.get("role") == "img"]
-    assert len(pictures) == 2 + 3 + 4
-    assert all(len(attributes["aria-label"]) > 20 for attributes in pictures)
+    check_pictures(page, 2 + 3 + 4)
 
 
 def test_nothing_is_fetched_and_only_our_script_runs(page, text):
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", text)
-    for tag, attributes in page.elements:
-        assert tag in {"link"} or not {"src", "href", "action", "data"} & attributes.keys()
-        assert not any(name.startswith("on") for name in attributes)
-    assert [a for tag, a in page.elements if tag == "link"] == [{"rel": "icon", "href": "data:,"}]
-    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none';")
-    assert [tag for tag, _ in page.elements].count("script") == 2
+    check_self_contained(page, text)
 
 
 def test_text_of_a_run_is_shown_and_not_obeyed(page, text):

@@ -9,6 +9,7 @@ import tyro
 
 from hgrn2.cli.command import Command
 from hgrn2.errors import UserError
+from hgrn2.storage.toml_files import read_toml_file
 
 _FOLDER = Path("comparisons")
 
@@ -33,7 +34,7 @@ def compare(
     """
     from hgrn2.cli.output import tell
     from hgrn2.compare import comparison as comparing
-    from hgrn2.compare.config import Comparison
+    from hgrn2.compare.config import GUIDE, Comparison
     from hgrn2.compare.plan import PLAN_NAME
 
     if report_only is not None:
@@ -47,7 +48,7 @@ def compare(
         raise UserError(f"--jobs is {jobs}; wanted 1 or more")
     folder = _FOLDER / ("default" if file is None else file.stem) if out is None else out
     if file is not None:
-        wanted = Comparison.read(file)
+        wanted = Comparison.from_tables(read_toml_file(file, GUIDE), str(file))
     elif (folder / PLAN_NAME).exists():
         # continue as it was begun, whatever is registered by now
         wanted = None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullLocator
 
 from hgrn2.compare.report import tables
 from hgrn2.compare.report.curves import limits, loss_curves, rate_curves
@@ -89,5 +89,8 @@ def _metric(task: TaskSummary, styles: dict[str, dict[str, str]]) -> Figure | No
         for curve in rate_curves(task):
             right.plot(curve.x, curve.y, marker="o", markersize=4, label=curve.model, **styles[curve.model])
         right.set_xscale("log")
+        rates = sorted({rate.learning_rate for cell in task.cells for rate in cell.rates})
+        right.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
+        right.xaxis.set_minor_locator(NullLocator())
         right.set(title="Against the learning rate", xlabel="peak learning rate", ylabel=tables.metric_label(task))
     return figure

@@ -167,7 +167,7 @@ def notes(results: Results) -> list[str]:
         "± is the sample standard deviation over n seeds; with one seed there is no spread, and small differences "
         "mean nothing.",
         "Tokens/s and memory are those of runs side by side on one machine; memory on a CPU is that of the whole "
-        "process.",
+        "process. Time includes validations and checkpoints.",
     ]
     if short := _stopped_by_time(results):
         found.append(
