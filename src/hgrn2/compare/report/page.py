@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 
+from hgrn2.compare.config import ModelEntry
 from hgrn2.compare.files import repeat_command
 from hgrn2.compare.report import tables
 from hgrn2.compare.report.curves import (
@@ -83,13 +84,13 @@ def _charts(results: Results, task: TaskSummary) -> list[str]:
     if curves := rate_curves(task):
         every = [x for curve in curves for x in curve.x]
         x = Axis(min(every) / 1.3, max(every) * 1.3, "learning rate", "{:g}".format, is_log=True)
-        y = Axis(*spread_limits(curves), tables.metric_label(task), _metric_tick(task))
+        y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
         charts.append(_chart(results, f"{_first_upper(tables.metric_label(task))} against learning rate", x, y, curves))
     for option, curves in option_curves(task).items():
         every = [x for curve in curves for x in curve.x]
         label = option.replace("_", " ")
         x = Axis(min(every) / 1.1, max(every) * 1.1, label, compact, is_log=True)
-        y = Axis(*spread_limits(curves), tables.metric_label(task), _metric_tick(task))
+        y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
         charts.append(_chart(results, f"{_first_upper(tables.metric_label(task))} against {label}", x, y, curves))
     return charts
 
@@ -160,7 +161,11 @@ def _settings(results: Results) -> str:
     for task in comparison.tasks:
         shown = {"task": task.task, **task.settings, **({"data": json.dumps(dict(task.data))} if task.data else {})}
         parts.append(f"<h3>Task {rich(task.name)}</h3>{pairs(shown.items())}")
-    for model in comparison.models:
-        shown = {**model.settings, **({"learning_rates": list(model.learning_rates)} if model.learning_rates else {})}
-        parts.append(f"<h3>Model {rich(model.name)}</h3>{pairs(shown.items())}")
+    models = [(model.name, _model_settings(model)) for model in comparison.models]
+    parts.append(f"<h3>Models, where they differ</h3>{pairs(models)}")
     return section("settings", "Settings", "\n".join(parts))
+
+
+def _model_settings(model: ModelEntry) -> str:
+    shown = {**model.settings, **({"learning_rates": list(model.learning_rates)} if model.learning_rates else {})}
+    return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in shown.items())

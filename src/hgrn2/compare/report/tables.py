@@ -28,9 +28,9 @@ class TextTable:
 
 
 def direction(task: TaskSummary) -> str:
-    """Return the metric of a task in words, with its direction."""
+    """Return the metric of a task in words, with its unit and direction."""
     better = "higher" if task.metric.higher_is_better else "lower"
-    return f"{metric_label(task)} ({better} is better)"
+    return f"{metric_with_unit(task)} ({better} is better)"
 
 
 def metric_label(task: TaskSummary) -> str:
@@ -38,9 +38,13 @@ def metric_label(task: TaskSummary) -> str:
     found = _figure(task)
     if found is not None:
         return found.label
-    return task.metric.name.removeprefix("val_").replace("_", " ") + (
-        f", {find_task(task.task).report.unit}" if task.metric.name == "val_loss" else ""
-    )
+    return f"held-out {task.metric.name.removeprefix('val_').replace('_', ' ')}"
+
+
+def metric_with_unit(task: TaskSummary) -> str:
+    """Return the name of a task's metric in words, for a loss with its unit."""
+    unit = f", {find_task(task.task).report.unit}" if task.metric.name == "val_loss" else ""
+    return metric_label(task) + unit
 
 
 def metric_text(task: TaskSummary, value: float | None) -> str:

@@ -1,0 +1,145 @@
+"""The reports of a comparison: their numbers are those of the runs, and the page is whole, small and needs nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from statistics import stdev
+
+import pytest
+
+from hgrn2.compare.comparison import report
+from hgrn2.compare.files import repeat_command
+from hgrn2.compare.report.curves import loss_curves, option_curves
+from hgrn2.compare.results import Results
+from tests.compare.tiny import comparison, invent
+from tests.pages import Page, check_headings, check_pictures, check_self_contained
+from tests.refusals import refuses
+
+# accuracies by run; None diverged
+VALUES = {
+    "mqar.hgrn2.lr0.001.seed0": 0.5,
+    "mqar.hgrn2.lr0.001.seed1": 0.6,
+    "mqar.hgrn2.lr0.01.seed0": 0.9,
+    "mqar.hgrn2.lr0.01.seed1": None,
+    "mqar.attention.lr0.001.seed0": 0.7,
+    "mqar.attention.lr0.001.seed1": 0.9,
+    "mqar.attention.lr0.01.seed0": 0.2,
+    "mqar.attention.lr0.01.seed1": 0.3,
+}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparisons") / "a <comparison>"
+    invent(out, comparison(seeds=[0, 1], learning_rates=[1e-2, 1e-3]), VALUES)
+    report(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(out):
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def test_the_page_is_well_formed_small_and_self_contained(page, text):
+    check_headings(page, text, least=5)
+    # losses, accuracy against learning rate, accuracy against length
+    check_pictures(page, 4)
+    check_self_contained(page, text)
+    assert "loss <b>not</b> finite" in page.text()
+    assert "a <comparison>" in page.text()
+
+
+def test_the_best_learning_rate_has_the_best_mean_of_the_most_seeds(out):
+    (task,) = Results.read(out).tasks
+    assert [cell.model for cell in task.cells] == ["attention", "hgrn2"]
+    attention, hgrn2 = task.cells
+    assert attention.best.learning_rate == 1e-3
+    assert attention.best.mean == pytest.approx(0.8)
+    assert attention.best.deviation == pytest.approx(stdev([0.7, 0.9]))
+    # 0.9 with one of two seeds diverged does not stand beside 0.55 of two
+    assert hgrn2.best.learning_rate == 1e-3
+    assert hgrn2.best.mean == pytest.approx(0.55)
+    assert hgrn2.is_at_edge
+
+
+def test_the_numbers_are_those_of_the_runs(page, out):
+    shown = page.text()
+    for wanted in ("80.00% ± 14.14% (n = 2)", "55.00% ± 7.07% (n = 2)", "70.00% to 90.00%", "3 of 4, 1 diverged",
+                   "higher is better", "640", "100 MB", "90.00% (n = 1), 1 diverged", "edge",
+                   "8 runs, 7 finished, 1 diverged", f"hgrn2 compare --report-only '{out}'"):  # fmt: skip
+        assert wanted in shown, wanted
+    rows = [re.sub(r"\s+", " ", data) for tag, data in page.texts if tag == "th"]
+    assert rows.index("attention") < rows.index("hgrn2")
+
+
+def test_markdown_and_csv_say_the_same(out):
+    written = (out / "report.md").read_text(encoding="utf-8")
+    assert "| attention | 80.00% ± 14.14% (n = 2) |" in written
+    assert "# a &lt;comparison>" in written
+    for name in re.findall(r"!\[.*\]\((.*)\)", written):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    lines = list(csv.DictReader(io.StringIO((out / "results.csv").read_text(encoding="utf-8"))))
+    assert {line["folder"].removeprefix("runs/") for line in lines} == set(VALUES)
+    for line in lines:
+        value = VALUES[line["folder"].removeprefix("runs/")]
+        assert line["state"] == ("diverged" if value is None else "finished")
+        assert line["metric_value"] == ("" if value is None else str(value))
+        assert line["val_exact"] == ("" if value is None else str(value / 2))
+        assert int(line["parameters"]) > 1000
+
+
+def test_curves_are_means_over_seeds(out):
+    (task,) = Results.read(out).tasks
+    by_tokens = {curve.model: curve for curve in loss_curves(task, "tokens")}
+    by_time = {curve.model: curve for curve in loss_curves(task, "elapsed_s")}
+    assert by_tokens["attention"].x[0] == 64
+    assert by_tokens["attention"].x[-1] == 64 * 40
+    assert by_time["attention"].x[-1] == pytest.approx(4.0)
+    # the invented losses differ by the accuracies
+    for one, other in zip(by_tokens["attention"].y, by_tokens["hgrn2"].y, strict=True):
+        assert one - other == pytest.approx(0.8 - 0.55)
+    (length,) = option_curves(task).values()
+    found = {curve.model: (curve.x, curve.y) for curve in length}
+    assert found["attention"] == ([32, 64], pytest.approx([0.4, 0.2]))
+
+
+def test_lower_is_better_for_a_loss(out, monkeypatch):
+    from hgrn2.tasks import Metric, find_task
+
+    monkeypatch.setattr(find_task("mqar"), "metric", Metric("val_loss"))
+    (task,) = Results.read(out).tasks
+    assert not task.metric.higher_is_better
+    assert all(cell.best.mean == 1.0 for cell in task.cells)
+
+
+def test_runs_that_have_not_ended_are_named_so(tmp_path):
+    values = {f"mqar.{m}.lr0.01.seed{s}": 0.5 for m in ("hgrn2", "attention") for s in (0, 1)}
+    plan = invent(tmp_path / "out", comparison(seeds=[0, 1]), values)
+    runs = tmp_path / "out" / "runs"
+    (runs / plan.runs[0].folder / "outcome.json").unlink()
+    (runs / plan.runs[1].folder / "metrics.jsonl").write_text("damaged\n")
+    for path in (runs / plan.runs[2].folder).iterdir():
+        path.unlink()
+    ended = report(tmp_path / "out")
+    states = [run.state for run in ended.results.runs]
+    assert states == ["unfinished", "failed", "waiting", "finished"]
+    assert "metrics.jsonl" in ended.results.runs[1].reason
+    shown = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text()
+    assert "1 finished, 1 failed, 1 unfinished, 1 not begun" in shown
+
+
+def test_a_report_of_nothing(tmp_path):
+    plan = invent(tmp_path / "out", comparison(), {f"mqar.{m}.lr0.01.seed0": None for m in ("hgrn2", "attention")})
+    report(tmp_path / "out")
+    Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert repeat_command(tmp_path / "out", plan.runs[0]).startswith("hgrn2 train --config ")
+    with refuses("not-found", tmp_path):
+        report(tmp_path)
