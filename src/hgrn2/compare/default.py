@@ -7,6 +7,7 @@ from typing import Any
 from hgrn2.compare.config import Comparison
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2Config
+from hgrn2.models.pattern import DEFAULT_MIXER
 from hgrn2.nn.mixers import find_mixer, mixer_names
 from hgrn2.tasks import TASKS, find_task
 
@@ -68,7 +69,8 @@ def default_models() -> tuple[dict[str, Any], list[str]]:
     """Return a model for every registered mixer that packs documents, and a line about each that is left out."""
     models: dict[str, Any] = {}
     notes = []
-    for name in mixer_names():
+    # the first model sets the size of all
+    for name in sorted(mixer_names(), key=lambda name: name != DEFAULT_MIXER):
         if not find_mixer(name).mixer.can_pack:
             notes.append(f"mixer {name!r} is left out: it cannot pack documents")
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from hgrn2.errors import UserError
 from hgrn2.storage.json_files import read_json_object
@@ -47,5 +47,6 @@ class Outcome:
             found = read_json_object(path, "remove it")
         except UserError:
             return None
-        state, reason = found.get("state"), found.get("reason", "")
-        return cls(state, str(reason)) if state in get_args(State) else None
+        states: dict[Any, State] = {state: state for state in get_args(State)}
+        state = states.get(str(found.get("state")))
+        return None if state is None else cls(state, str(found.get("reason", "")))
