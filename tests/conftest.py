@@ -85,6 +85,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def own_auto_classes():
+    """Transformers imports fla by itself where it is installed, which then answers for our model type."""
+    if "fla" in sys.modules and "hgrn2.hf" in sys.modules:
+        sys.modules["hgrn2.hf"].register()
+
+
 @pytest.fixture
 def nan_filled_memory():
     """Fresh memory holds NaN (integers: the largest value), so that reading it before writing shows."""
