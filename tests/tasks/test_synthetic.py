@@ -69,12 +69,17 @@ def test_mqar_by_command_with_other_lengths(capsys):
     words += ["eval_lengths=[32]", 'eval_at=[{"num_pairs": 4}]']
     settings = ["--batch-size", 4, "--max-steps", 3, "--validation-every", 1, "--checkpoint-every", 1]
     command("train", "--task", "mqar", "--task-set", *words, *settings, *MODEL, "--out", "run")
-    assert "val_accuracy" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "val_accuracy" in shown.out
     last = [r for r in read_metrics(Path("run")) if r["kind"] == "validation"][-1]
     for ending in ("", "_length_32", "_num_pairs_4"):
         assert 0 <= last[f"val_accuracy{ending}"] <= 1
         assert last[f"val_loss{ending}"] > 0
         assert 0 <= last[f"val_exact{ending}"] <= 1
+    assert f"accuracy {last['val_accuracy']:.1%}" in shown.err
+    page = Path("run/report.html").read_text()
+    for label, key in (("accuracy, length 32", "length_32"), ("accuracy, num pairs 4", "num_pairs_4")):
+        assert f"<dt>{label}</dt><dd><b>{last[f'val_accuracy_{key}']:.1%}</b>" in page
     wanted = curve("run")
     for path in run_folder.checkpoints_of(Path("run")):
         shutil.copytree("run", "again", dirs_exist_ok=True)

@@ -74,7 +74,8 @@ class ReportFigure(NamedTuple):
     """How a report shows a figure of a validation.
 
     Attributes:
-        key: of `Task.evaluate`.
+        key: of `Task.evaluate`. Keys that continue it, such as "val_accuracy_length_128" for "val_accuracy", are
+            shown in the same way.
         label: its name in words.
         style: format in the summary.
         note: explains it.

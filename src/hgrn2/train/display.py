@@ -232,6 +232,8 @@ def validation_text(record: dict[str, Any]) -> str:
         parts.append(f"perplexity {record['val_perplexity']:.2f} per token")
     if record.get("val_bits_per_byte") is not None:
         parts.append(f"{record['val_bits_per_byte']:.4f} bits per byte")
+    if "val_accuracy" in record:
+        parts.append(f"accuracy {record['val_accuracy']:.1%}")
     return ", ".join(parts)
 
 

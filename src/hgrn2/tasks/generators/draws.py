@@ -80,13 +80,12 @@ class Draws:
         if k * k > 16 * high:
             return self.shuffled(np.broadcast_to(np.arange(high), (self.num_rows, high)).copy())[:, :k]
         # Floyd's algorithm (Bentley and Floyd 1987): a hit takes the newest candidate, which cannot be taken yet
-        found = np.empty((self.num_rows, k), np.int64)
+        found = np.empty((k, self.num_rows), np.int64)
         for i in range(k):
             newest = high - k + i
             drawn = self.integers(self.num_rows, newest + 1)
-            is_taken = (found[:, :i] == drawn[:, None]).any(axis=1)
-            found[:, i] = np.where(is_taken, newest, drawn)
-        return found
+            found[i] = np.where((found[:i] == drawn).any(axis=0), newest, drawn)
+        return np.ascontiguousarray(found.T)
 
     def distinct(self, k: int, high: int) -> Ints:
         """Return k distinct uniform integers in [0, high), [num_rows, k], in random order; limits as for `subset`."""

@@ -164,7 +164,16 @@ class RunFacts:
         """How the task describes itself; defaults for a task that does not exist here."""
         if self._task is None:
             return TaskReport()
-        return self._task.report if self.config else replace(self._task.report, model="A model")
+        report = self._task.report
+        newest = self.measured[-1] if self.measured else {}
+        further = [
+            found._replace(key=key, label=f"{found.label}, {key[len(found.key) + 1 :].replace('_', ' ')}")
+            for found in report.figures
+            for key in newest
+            if key.startswith(f"{found.key}_")
+        ]
+        report = replace(report, figures=(*report.figures, *further))
+        return report if self.config else replace(report, model="A model")
 
     @property
     def metric(self) -> Metric:
