@@ -47,6 +47,14 @@ CHANGES = {
     "mamba": {"layers": "mamba", "mixers": {"mamba": {"state_size": 5, "conv_size": 3}}},
     "rwkv5": {"layers": "rwkv5", "mixers": {"rwkv5": {"head_size": 8}}},
     "rwkv6": {"layers": "rwkv6", "mixers": {"rwkv6": {"head_size": 4, "mix_rank": 3, "decay_rank": 5}}},
+    "griffin": {"layers": "griffin", "mixers": {"griffin": {"num_blocks": 4}}},
+    "griffin-hybrid": {
+        "layers": "griffin,griffin,attention",
+        "mixers": {
+            "griffin": {"num_blocks": 3, "width": 12, "conv_size": 2, "bias": True},
+            "attention": {"num_heads": 2, "num_kv_heads": 1, "window_size": 5},
+        },
+    },
     "average": {"layers": "average"},
     "average-hybrid": {"layers": "average,hgrn2,attention", "mixers": {"attention": {"num_heads": 2}}},
 }
@@ -64,7 +72,7 @@ NAMES = [*CHANGES, "paper", "official-lm", "official-lra"]
 KINDS = [
     "fla", "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
     "attention-without-positions", "average", "average-hybrid",
-    "hgrn1", "hgrn1-real", "mamba",
+    "hgrn1", "hgrn1-real", "mamba", "griffin", "griffin-hybrid",
     "gla", "rwkv5", "rwkv6",
 ]  # fmt: skip
 

@@ -99,6 +99,7 @@ def test_short_convolution_by_hand():
         {"layers": "hgrn1", "mixers": {"hgrn1": {"norm_before_gate": True, "norm": "layernorm"}}},
         {"layers": "hgrn1", "mixers": {"hgrn1": {"form": "real"}}},
         {"layers": "mamba"},
+        {"layers": "griffin"},
         {"attn": {"layers": [0, 1, 2], "num_heads": 4}},
         {"attn": {"layers": [0, 2], "num_heads": 4, "num_kv_heads": 1, "rope_theta": None}},
     ],

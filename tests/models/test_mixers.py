@@ -12,7 +12,7 @@ from hgrn2.train.metrics import read_metrics
 from tests.formats.command_line import run_cli
 from tests.models.cases import SIZE, config_of, make_model, tokens
 
-MIXERS = {"hgrn1": {}, "hgrn1-real": {"form": "real"}, "mamba": {}}
+MIXERS = {"hgrn1": {}, "hgrn1-real": {"form": "real"}, "mamba": {}, "griffin": {"num_blocks": 4}}
 mixers = pytest.mark.parametrize("name", MIXERS)
 TRAIN = [
     "--tokenizer", "bytes", "--device", "cpu", "--num-threads", "1", "--batch-size", "4", "--seq-len", "32",

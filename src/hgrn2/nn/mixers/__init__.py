@@ -3,6 +3,7 @@
 from hgrn2.nn.mixers.attention import Attention
 from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
 from hgrn2.nn.mixers.gla import GLA
+from hgrn2.nn.mixers.griffin import Griffin
 from hgrn2.nn.mixers.hgrn1 import HGRN1
 from hgrn2.nn.mixers.hgrn2 import HGRN2
 from hgrn2.nn.mixers.mamba import Mamba
@@ -18,6 +19,7 @@ __all__ = [
     "RWKV6",
     "Attention",
     "Context",
+    "Griffin",
     "Mamba",
     "Mixer",
     "MixerOptions",
