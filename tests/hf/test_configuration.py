@@ -187,3 +187,12 @@ def test_whoever_registers_last_has_the_model_type():
     finally:
         hgrn2.hf.register()
     assert type(AutoConfig.for_model("hgrn2")) is HGRN2Config
+
+
+def test_the_window_of_attention_in_a_pattern_is_the_librarys():
+    config = hf_config("griffin-hybrid")
+    assert config.layer_types == ["linear_attention"] * 2 + ["sliding_attention"]
+    assert config.sliding_window == 5
+    config.sliding_window = 7
+    assert config.model_config.mixers["attention"].window_size == 7
+    assert hf_config("griffin").sliding_window is None

@@ -15,7 +15,7 @@ from hgrn2.formats.keys import TRANSFORMERS_KEYS
 from hgrn2.formats.layout import LAYOUTS, recognise
 from hgrn2.hf.foreign import check_settable
 from hgrn2.models import config as own
-from hgrn2.models.pattern import complete, read_options
+from hgrn2.models.pattern import ATTENTION, complete, read_options
 from hgrn2.nn.mixers import find_mixer
 
 _FIELDS = [field.name for field in dataclasses.fields(own.HGRN2Config)]
@@ -132,13 +132,16 @@ class HGRN2Config(PreTrainedConfig):
     @property
     def sliding_window(self) -> int | None:
         """Number of tokens an attention query sees, itself included; None for all, or without attention."""
-        attn: Any = self.attn
+        mixers: Any = self.mixers or {}
+        attn: Any = self.attn or mixers.get(ATTENTION)
         return attn["window_size"] if attn else None
 
     @sliding_window.setter
     def sliding_window(self, value: int | None) -> None:
         if self.attn:
             self.attn = {**self.attn, "window_size": value}
+        elif self.mixers and ATTENTION in self.mixers:
+            self.mixers = {**self.mixers, ATTENTION: {**self.mixers[ATTENTION], "window_size": value}}
         elif value is not None:
             raise UserError(
                 f"sliding_window cannot be set to {value}: no layer attends (attn is null)", "contradiction"
