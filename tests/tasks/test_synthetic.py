@@ -133,6 +133,25 @@ def test_figures_count_targets_and_whole_examples():
     assert figures["val_loss"] == pytest.approx(model.loss(inputs, targets).mean.item())
 
 
+def test_figures_at_other_lengths_are_those_of_a_task_of_that_length():
+    context = TaskContext(batch_size=400)
+    model = model_for(ParityOptions())
+    # a fixed training set does not change what is held out
+    settings = {"validation_examples": 1100, "training_examples": 5}
+    figures = find_task("parity").build(ParityOptions(length=6, eval_lengths=[9], **settings), context).evaluate(model)
+    wanted = find_task("parity").build(ParityOptions(length=9, validation_examples=1100), context).evaluate(model)
+    for name, value in wanted.items():
+        assert figures[f"{name}_length_9"] == pytest.approx(value)
+
+
+def test_examples_that_cannot_be_drawn_are_refused_before_training(capsys):
+    lengths = "min_length=5", "length=7", "max_args=2"
+    for words in (lengths, ["max_args=2", 'eval_at=[{"min_length": 5, "length": 7}]']):
+        error = refused(capsys, "train", "--task", "listops", "--max-steps", 3, "--task-set", *words)
+        assert "5 (min_length)" in error
+        assert not Path("runs").exists()
+
+
 def test_batches_follow_from_seed_and_position():
     options = ParityOptions(length=300)
     task = find_task("parity").build(options, TaskContext(batch_size=500, seed=2))

@@ -13,7 +13,7 @@ from torch.nn import functional
 from hgrn2.errors import UserError
 from hgrn2.tasks.base import Metric, ReportFigure, StepLoss, TaskBase, TaskContext, TaskReport
 from hgrn2.tasks.generators import GENERATORS, SyntheticOptions, generate
-from hgrn2.tasks.generators.base import IGNORE, VALIDATION, Examples, block_size, draw_block
+from hgrn2.tasks.generators.base import IGNORE, TRAINING, VALIDATION, Examples, block_size, draw_block
 from hgrn2.tasks.generators.draws import Draws, Ints
 from hgrn2.tasks.registry import TASKS, register_task
 
@@ -86,11 +86,14 @@ class SyntheticTask(TaskBase):
             )
         self._train = _ExampleStream(options, context.seed)
         self._position = 0
-        # refuses now what cannot be drawn
-        self._train.take(0, 1)
-        for changed in options.evaluations().values():
-            generate(changed, 1, context.seed, stream=VALIDATION)
-        self._held_out: dict[str, list[SyntheticBatch]] = {}
+        # by the ending of their figures
+        held_out = {"": options} | {f"_{name}": changed for name, changed in options.evaluations().items()}
+        self._held_out = {
+            ending: _ExampleStream(changed, context.seed, VALIDATION) for ending, changed in held_out.items()
+        }
+        for examples in (self._train, *self._held_out.values()):
+            # refuses now what cannot be drawn
+            examples.take(0, 1)
 
     @classmethod
     def build(cls, options: SyntheticOptions, context: TaskContext) -> Self:
@@ -127,36 +130,27 @@ class SyntheticTask(TaskBase):
 
         Figures of other options end in their name, e.g. "val_accuracy_length_128".
         """
-        found = self._evaluate(model, self._options, "")
-        for name, options in self._options.evaluations().items():
-            found |= self._evaluate(model, options, f"_{name}")
+        found: dict[str, Any] = {}
+        for ending, examples in self._held_out.items():
+            figures = self._evaluate(model, examples)
+            found |= {f"{name}{ending}": value for name, value in figures.items()}
         return found
 
-    def _evaluate(self, model: Any, options: SyntheticOptions, ending: str) -> dict[str, float]:
+    def _evaluate(self, model: Any, stream: _ExampleStream) -> dict[str, float]:
+        num, length = self._options.validation_examples, stream.options.length
+        # longer examples come in smaller batches
+        size = max(1, self._context.batch_size * self._options.length // length)
         nats, correct, exact, targets, examples = 0.0, 0, 0, 0, 0
-        for cpu_batch in self._batches(options, ending):
-            batch = cpu_batch.to(self._context.device)
+        for at in range(0, num, size):
+            batch = SyntheticBatch.of(stream.take(at, min(size, num - at))).to(self._context.device)
             loss_sum, is_correct = _score(model, batch)
             nats += loss_sum.item()
             correct += int(is_correct.sum())
-            rows, row_of = len(batch.input_ids), batch.places // batch.input_ids.shape[1]
+            rows, row_of = len(batch.input_ids), batch.places // length
             wrong = torch.zeros(rows, device=row_of.device).index_add_(0, row_of, (~is_correct).float())
             exact += int((wrong == 0).sum())
             targets, examples = targets + batch.targets.numel(), examples + rows
-        figures = {"val_loss": nats / targets, "val_accuracy": correct / targets, "val_exact": exact / examples}
-        return {f"{name}{ending}": value for name, value in figures.items()}
-
-    def _batches(self, options: SyntheticOptions, name: str) -> list[SyntheticBatch]:
-        """Return the held-out batches, generated once; longer examples come in smaller batches."""
-        if name not in self._held_out:
-            num = options.validation_examples
-            size = max(1, self._context.batch_size * self._options.length // options.length)
-            inputs, targets = generate(options, num, self._context.seed, stream=VALIDATION)
-            self._held_out[name] = [
-                SyntheticBatch.of(Examples(inputs[at : at + size], targets[at : at + size]))
-                for at in range(0, num, size)
-            ]
-        return self._held_out[name]
+        return {"val_loss": nats / targets, "val_accuracy": correct / targets, "val_exact": exact / examples}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of examples taken so far."""
@@ -186,10 +180,12 @@ def register_synthetic_task(options: T) -> T:
 
 
 class _ExampleStream:
-    """Training examples by position: new ones, or epochs of a fixed set, each in an order of its own."""
+    """Examples by position: new ones, or in training epochs of a fixed set, each in an order of its own."""
 
-    def __init__(self, options: SyntheticOptions, seed: int) -> None:
-        self._options, self._seed = options, seed
+    def __init__(self, options: SyntheticOptions, seed: int, stream: int = TRAINING) -> None:
+        self.options, self._seed, self._stream = options, seed, stream
+        # 0 unless the set is fixed
+        self._num = options.training_examples if stream == TRAINING else 0
         self._block: tuple[int, Examples] | None = None
         self._set: Examples | None = None
         self._order: tuple[int, Ints] | None = None
@@ -197,27 +193,25 @@ class _ExampleStream:
     def take(self, start: int, count: int) -> Examples:
         """Return the examples at start to start + count - 1."""
         parts, end = [], start + count
-        num = self._options.training_examples
-        size = num or block_size(self._options)
+        size = self._num or block_size(self.options)
         while start < end:
             part, low = divmod(start, size)
             high = min(size, low + end - start)
-            parts.append(self._epoch(part, low, high) if num else self._of_block(part, low, high))
+            parts.append(self._of_epoch(part, low, high) if self._num else self._of_block(part, low, high))
             start += high - low
         return parts[0] if len(parts) == 1 else Examples(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _of_block(self, block: int, low: int, high: int) -> Examples:
         # batches are often parts of a block
         if self._block is None or self._block[0] != block:
-            self._block = block, draw_block(self._options, self._seed, block, 0)
+            self._block = block, draw_block(self.options, self._seed, block, self._stream)
         return Examples(*(x[low:high] for x in self._block[1]))
 
-    def _epoch(self, epoch: int, low: int, high: int) -> Examples:
-        num = self._options.training_examples
+    def _of_epoch(self, epoch: int, low: int, high: int) -> Examples:
         if self._set is None:
-            self._set = generate(self._options, num, self._seed)
+            self._set = generate(self.options, self._num, self._seed)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.argsort(Draws(self._seed, epoch, _SHUFFLING, 1).words(num), kind="stable")
+            self._order = epoch, np.argsort(Draws(self._seed, epoch, _SHUFFLING, 1).words(self._num), kind="stable")
         rows = self._order[1][low:high]
         return Examples(*(x[rows] for x in self._set))
 

@@ -95,7 +95,8 @@ class Draws:
         """Return k distinct indices of weights, [num_rows, k], drawn one after the other without replacement.
 
         Each is drawn with probability proportional to its weight among those left. Exponential variates divided by
-        the weights are in this order (Efraimidis and Spirakis 2006).
+        the weights are in this order (Efraimidis and Spirakis 2006). They are compared by 32 bits of their mantissa,
+        which the last bit of a platform's logarithm practically never changes.
 
         Args:
             k: at most the number of weights.
