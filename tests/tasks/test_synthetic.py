@@ -195,7 +195,8 @@ def test_samples_on_the_command_line(capsys):
     inputs = generate(MQAROptions(length=16, vocab_size=30), 2, seed=4).inputs
     for row in inputs:
         assert f" k{row[2]} v{row[3] - 15} " in out
-    assert "mqra" in refused(capsys, "task", "mqra")
+    assert "did you mean 'mqar'" in refused(capsys, "task", "mqra")
+    assert "'language'" in refused(capsys, "task", "language")
     assert "--samples is -1" in refused(capsys, "task", "mqar", "--samples", -1)
     assert "num_pairs 20" in refused(capsys, "task", "mqar", "--set", "num_pairs=20")
     assert "--set" in refused(capsys, "task", "--set", "num_pairs=20")

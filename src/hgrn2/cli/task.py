@@ -41,8 +41,10 @@ def task(
             raise UserError("--set changes a task; name one before it", "incomplete")
         show_table(_tasks())
         return
+    # also finds tasks of installed packages
+    found = find_task(name)
     kind = find_generator(name)
-    options = make_options(find_task(name), parse_key_values(set, "--set", "an option of the task"))
+    options = make_options(found, parse_key_values(set, "--set", "an option of the task"))
     examples = generate(options, samples, seed, start=start)
     print(inspect.getdoc(kind) or "")
     print()
