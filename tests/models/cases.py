@@ -55,6 +55,7 @@ CHANGES = {
             "attention": {"num_heads": 2, "num_kv_heads": 1, "window_size": 5},
         },
     },
+    "rebased": {"layers": "rebased", "mixers": {"rebased": {"num_heads": 2, "feature_dim": 4}}},
     "average": {"layers": "average"},
     "average-hybrid": {"layers": "average,hgrn2,attention", "mixers": {"attention": {"num_heads": 2}}},
 }
@@ -73,7 +74,7 @@ KINDS = [
     "fla", "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
     "attention-without-positions", "average", "average-hybrid",
     "hgrn1", "hgrn1-real", "mamba", "griffin", "griffin-hybrid",
-    "gla", "rwkv5", "rwkv6",
+    "gla", "rwkv5", "rwkv6", "rebased",
 ]  # fmt: skip
 
 

@@ -10,9 +10,21 @@ from hgrn2 import cli
 from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.train.metrics import read_metrics
 from tests.formats.command_line import run_cli
-from tests.models.cases import SIZE, config_of, make_model, tokens
+from tests.models.cases import SIZE, UNTIED, config_of, make_model, tokens
 
-MIXERS = {"hgrn1": {}, "hgrn1-real": {"form": "real"}, "mamba": {}, "griffin": {"num_blocks": 4}}
+MIXERS = {
+    "hgrn1": {},
+    "hgrn1-real": {"form": "real"},
+    "mamba": {},
+    "griffin": {"num_blocks": 4},
+    "gla": {"num_heads": 2},
+    "gla-untied": UNTIED | {"num_heads": 2},
+    "rwkv5": {"head_size": 8},
+    "rwkv6": {"head_size": 8},
+    "rebased": {"num_heads": 2},
+}
+# a norm over a head of four or eight channels enlarges the errors of its inputs
+ROUGH = {"gla": 0.2, "rwkv5": 0.2, "rwkv6": 0.2}
 mixers = pytest.mark.parametrize("name", MIXERS)
 TRAIN = [
     "--tokenizer", "bytes", "--device", "cpu", "--num-threads", "1", "--batch-size", "4", "--seq-len", "32",
@@ -95,7 +107,7 @@ def test_low_precision_is_near_float32(name):
         assert layer["ssm" if "ssm" in layer else "recurrent"].dtype == torch.float32
     scale = float(wanted.square().mean().sqrt())
     for y in (mixed, found):
-        assert float((y.float() - wanted).square().mean().sqrt()) < 0.05 * scale
+        assert float((y.float() - wanted).square().mean().sqrt()) < ROUGH.get(name, 0.05) * scale
 
 
 @mixers
@@ -110,7 +122,9 @@ def test_a_step_after_another_allocates_one_state(name):
 
 def test_mixers_stand_side_by_side():
     layers = list(dict.fromkeys(name.split("-")[0] for name in MIXERS))
-    config = HGRN2Config.from_dict(SIZE | {"num_hidden_layers": len(layers) + 1, "layers": ["hgrn2", *layers]})
+    options = {name: MIXERS[name] for name in layers}
+    pattern = {"num_hidden_layers": len(layers) + 1, "layers": ["hgrn2", *layers], "mixers": options}
+    config = HGRN2Config.from_dict(SIZE | pattern)
     assert config.bounded_layers[:2] == (0, 1)
     model, ids = make_model(config), tokens(2, 9)
     with torch.no_grad():

@@ -77,3 +77,31 @@ def _rwkv(o, p, x, state, mixed):
         outputs.append((y * g * g.sigmoid()) @ p["o_proj.weight"].T)
         before = x[:, t]
     return torch.stack(outputs, 1), {"shift": before, "recurrent": S}
+
+
+def rebased(o, p, x, state, bound):
+    """arXiv 2402.10644, section 4, as attention to all tokens before: no state inside; it is built at the end.
+
+    A carried state enters through phi(x), all K^2 products of two features, made from its pairs.
+    """
+    q, k = (
+        F.layer_norm(
+            x @ p[f"{n}_proj.weight"].T, p[f"{n}_norm.weight"].shape, p[f"{n}_norm.weight"], p[f"{n}_norm.bias"]
+        )
+        for n in "qk"
+    )
+    q, k, v = (heads(y, o.num_heads).transpose(1, 2) for y in (q, k, x @ p["v_proj.weight"].T))
+    weights = ((q @ k.mT) / o.feature_dim**0.5) ** 2 * torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril()
+    before = state["recurrent"]
+    d = o.feature_dim
+    pairs = [(i, j) for i in range(d) for j in range(i, d)]
+    numerator, total = weights @ v, weights.sum(-1, keepdim=True)
+    end = []
+    for n, (i, j) in enumerate(pairs):
+        factor = 1 if i == j else 2**0.5
+        read = factor * (q[..., i] * q[..., j])[..., None] / d * before[:, :, n, None]
+        numerator, total = numerator + read[..., :-1], total + read[..., -1:]
+        written = factor * (k[..., i] * k[..., j])[..., None] * F.pad(v, (0, 1), value=1.0)
+        end.append(before[:, :, n] + written.sum(2))
+    y = (numerator / (total + 1e-12)).transpose(1, 2).flatten(2)
+    return y @ p["o_proj.weight"].T, {"recurrent": torch.stack(end, 2)}

@@ -7,6 +7,7 @@ from hgrn2.nn.mixers.griffin import Griffin
 from hgrn2.nn.mixers.hgrn1 import HGRN1
 from hgrn2.nn.mixers.hgrn2 import HGRN2
 from hgrn2.nn.mixers.mamba import Mamba
+from hgrn2.nn.mixers.rebased import ReBased
 from hgrn2.nn.mixers.registry import find_mixer, forget_mixer, mixer_names, register_mixer
 from hgrn2.nn.mixers.rwkv5 import RWKV5
 from hgrn2.nn.mixers.rwkv6 import RWKV6
@@ -24,6 +25,7 @@ __all__ = [
     "Mixer",
     "MixerOptions",
     "MixerState",
+    "ReBased",
     "StateSpec",
     "find_mixer",
     "forget_mixer",
