@@ -81,9 +81,18 @@ def load(path: str | Path, checkpoint: str = "latest", device: str | torch.devic
         from hgrn2.data import load_tokenizer
 
     def read(place: Path, tokenizer_dir: Path, to: torch.device) -> LoadedModel:
+        from hgrn2.data.find_tokenizer import tokenizer_of
+        from hgrn2.formats.native import task_name
         from hgrn2.formats.opening import open_folder
 
         saved = open_folder(place)
+        task = task_name(saved.settings)
+        if task is not None and tokenizer_of(tokenizer_dir) is None:
+            raise UserError(
+                f"{path}: a model of task {task!r}, which reads no text, so there is no tokenizer; it cannot read or "
+                "write text. HGRN2LM.load opens it without one",
+                "unsupported",
+            )
         tokenizer = load_tokenizer(tokenizer_dir)
         tokenizer.check_fits(saved.config.vocab_size)
         return LoadedModel(saved.load(to), tokenizer)

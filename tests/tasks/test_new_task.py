@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from hgrn2 import cli
+import hgrn2
+from hgrn2 import HGRN2LM, cli
 from hgrn2.formats import run_folder
-from hgrn2.tasks import TASKS, Metric, TaskBase, TaskOptions, find_task, register_task
+from hgrn2.hf import HGRN2ForCausalLM
+from hgrn2.nn.parameters import parameter_roles
+from hgrn2.tasks import TASKS, Metric, StepLoss, TaskBase, TaskOptions, find_task, register_task
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.run import evaluate_run
 from hgrn2.train.runs import saved_task_spec
@@ -92,6 +96,61 @@ def test_the_best_checkpoint_is_that_of_the_highest_accuracy():
     figures = evaluate_run(Path("run"), saved_task_spec(), "best")
     assert figures["val_accuracy"] == best["val_accuracy"]
     assert figures["val_loss"] == pytest.approx(best["val_loss"], rel=1e-6)
+
+
+def test_its_runs_open_everywhere(capsys):
+    command(*TRAIN, "--max-steps", "2", "--batch-size", "2", "--out", "run")
+    command("info", "run")
+    assert "vocabulary 4" in capsys.readouterr().out
+    wanted = HGRN2LM.load("run", device="cpu")
+    assert wanted.config.vocab_size == 4
+    command("convert", "run", "native", "--to", "native")
+    command("convert", "native", "hf", "--to", "hf")
+    assert "repeat" in Path("native/config.json").read_text()
+    command("convert", "run", "of_run", "--to", "hf")
+    assert "repeat" in Path("of_run/README.md").read_text()
+    checkpoint = run_folder.checkpoints_of(Path("run"))[-1]
+    for i, folder in enumerate((checkpoint, "native", "hf", "of_run")):
+        found = HGRN2LM.load(folder, device="cpu")
+        assert all(map(torch.equal, found.parameters(), wanted.parameters()))
+        # a new run starts with these weights
+        command(*TRAIN[:5], "--from", folder, "--max-steps", "1", "--batch-size", "2", "--out", f"started{i}")
+    found = HGRN2ForCausalLM.from_pretrained(checkpoint)
+    assert torch.equal(found.get_input_embeddings().weight, wanted.model.embeddings.weight)
+
+
+@pytest.mark.parametrize("place", ["run", "native"])
+def test_it_writes_and_reads_no_text(place, capsys):
+    command(*TRAIN, "--max-steps", "1", "--batch-size", "2", "--out", "run")
+    command("convert", "run", "native", "--to", "native")
+    Path("a.txt").write_text("text")
+    for words in (["generate", place, "--prompt", "a"], ["eval", place, "a.txt"]):
+        error = refused(capsys, *words)
+        assert "'repeat'" in error
+        assert "tokenizer" in error
+    with refuses("unsupported", "repeat", "HGRN2LM.load"):
+        hgrn2.load(place, device="cpu")
+
+
+def test_a_run_whose_model_is_no_language_model(capsys):
+    class Small(torch.nn.Linear):
+        def parameter_roles(self):
+            return parameter_roles(self)
+
+    class Fit(Repeat):
+        name = "fit"
+        build_model = classmethod(lambda cls, options, config: Small(3, 1))
+
+        def loss(self, model, batch):
+            return StepLoss(model(batch[:, :3].float()).square().sum(), {"accuracy": torch.tensor(0)})
+
+    register_task(Fit)
+    command(*TRAIN[:1], "--task", "fit", *TRAIN[3:], "--max-steps", "1", "--batch-size", "2", "--out", "run")
+    with refuses("unsupported", "'fit'", "--resume"):
+        HGRN2LM.load("run", device="cpu")
+    assert "'fit'" in refused(capsys, "convert", "run", "out", "--to", "hf")
+    # the settings of its config.json are read all the same
+    command("info", "run")
 
 
 def test_settings_from_a_file():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hgrn2.formats.native import task_name
 from hgrn2.models import HGRN2Config
 from hgrn2.models.config import MODEL_TYPE
 from hgrn2.models.cost import cost
@@ -46,7 +47,8 @@ def write_card(
     """
     costs = cost(config)
     found = _license_of(source / CARD_NAME)
-    data = _data_of(settings)
+    task = task_name(settings)
+    data = _data_of(settings) if task is None else [f"examples of the synthetic task {task}"]
     attending = sum(memory != "state" for memory in config.layer_memories)
     kinds = "all recurrent" if not attending else f"{attending} of them attend, the others are recurrent"
     if config.layers is not None:

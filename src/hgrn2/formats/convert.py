@@ -117,6 +117,9 @@ def convert(
         if train.get("teacher") is not None:
             train["teacher"] = Path(train["teacher"]).name
         settings[native.TRAIN_TABLE] = train
+        if (task := native.task_name(source.settings)) is not None:
+            # its options may hold paths
+            settings[native.TASK_TABLE] = {"name": task}
     token_ids = _token_ids(source, tokenizer_dir)
     table = layout.tables(source.config, source.names)[0]
     specs = {name: stack([source.spec(part) for part in own]) for name, own in table.items()}

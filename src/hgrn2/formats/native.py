@@ -19,10 +19,11 @@ SIGNATURE = (
     "glu_activation", "lower_bound", "q_activation", "v_activation", "scale", "mixer_norm", "mixer_norm_eps",
     "mixer_norm_affine", "block_norm", "use_bias", "scale_embedding", "min_log_decay", "dropout",
 )  # fmt: skip
-# tables of a run's config.json: settings of the model, of training, and of the data
+# tables of a run's config.json, in their order: settings of the model, of training, of the task, and of the data
 TABLE = "model"
 TRAIN_TABLE = "train"
-_TABLES = (TABLE, TRAIN_TABLE, "data")
+TASK_TABLE = "task"
+RUN_TABLES = (TABLE, TRAIN_TABLE, TASK_TABLE, "data")
 
 
 def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
@@ -33,7 +34,7 @@ def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
     """
     if DIGEST_KEY in values:
         # transformers may have added keys of its own
-        covered = {key: values[key] for key in (*_TABLES, DIGEST_KEY) if key in values}
+        covered = {key: values[key] for key in (*RUN_TABLES, DIGEST_KEY) if key in values}
         check_digest(covered, "config of a run", "restore it from a copy; training settings are changed with flags")
         values = {key: value for key, value in values.items() if key != DIGEST_KEY}
     mixed = [key for key in _KEYS if key in values]
@@ -42,7 +43,7 @@ def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
             f"{', '.join(mixed)} beside the table {TABLE!r}; put all settings of the model into the table",
             "contradiction",
         )
-    return HGRN2Config.from_dict(check_keys(values, "config of a run", _TABLES)[TABLE])
+    return HGRN2Config.from_dict(check_keys(values, "config of a run", RUN_TABLES)[TABLE])
 
 
 def read_config(values: Mapping[str, Any]) -> HGRN2Config:
@@ -52,6 +53,13 @@ def read_config(values: Mapping[str, Any]) -> HGRN2Config:
         UserError: an unknown key, or contradicting values.
     """
     return HGRN2Config.from_dict(check_keys(values, "hgrn2 config", _KEYS))
+
+
+def task_name(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of a run's task from its config.json; None for tasks on text, which have no table there."""
+    table = settings.get(TASK_TABLE)
+    name = table.get("name") if isinstance(table, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def write_run_config(config: HGRN2Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.errors import UserError
-from hgrn2.formats import transformer
+from hgrn2.formats import native, transformer
 from hgrn2.formats.diagnose import describe_other_head
 from hgrn2.formats.layout import Layout, recognise
 from hgrn2.formats.reading import CONFIG_NAME, Weights, name_some, read_json
@@ -162,6 +162,12 @@ def open_folder(path: Path, *, attends: bool = True) -> ModelFolder:
         for table in tables:
             if other := describe_other_head(path, found, table):
                 raise UserError(f"{path}: {other}", "unsupported")
+        if (task := native.task_name(settings)) is not None:
+            raise UserError(
+                f"{path}: a run of task {task!r}, whose model is not a language model: {wrong}; "
+                "hgrn2.train.run.evaluate_run and hgrn2 train --resume open it",
+                "unsupported",
+            )
         raise UserError(
             f"{path}: not the tensors that its {CONFIG_NAME} (layout of {layout.title}) asks for: {wrong}; {_REPAIR}",
             "mismatch",

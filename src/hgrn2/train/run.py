@@ -13,6 +13,7 @@ from torch import nn
 
 from hgrn2.devices import choose_device
 from hgrn2.errors import UserError
+from hgrn2.formats.native import RUN_TABLES
 from hgrn2.formats.run_folder import locate_model, read_config, resume_point
 from hgrn2.formats.soundness import check_tokenizer
 from hgrn2.models import HGRN2Config
@@ -67,9 +68,7 @@ class RunSpec:
     def config(self, run_dir: Path) -> dict[str, Any]:
         """Return the content of the run's config.json."""
         tables = self.settings.to_saved(run_dir)
-        # keep the order of older runs
-        order = ("model", "train", "task", "data")
-        return {name: table for name in order if (table := {**tables, **self.saved}.get(name)) is not None}
+        return {name: table for name in RUN_TABLES if (table := {**tables, **self.saved}.get(name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class SavedRun:
                 raise UserError(
                     f"{run_dir}/config.json: no {key!r} settings; restore it from a checkpoint of the run", "damaged"
                 )
-        if further := config.keys() - {"model", "train", "data", "task"}:
+        if further := config.keys() - set(RUN_TABLES):
             raise UserError(f"{run_dir}/config.json: unknown keys {sorted(further)}; remove them", "unknown-name")
         return cls(run_dir, config, checkpoint, RunSettings.from_saved(config, run_dir, was_at(config)))
 
