@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from rich.console import Console
 
 import hgrn2
 from hgrn2 import cli
+from hgrn2.compare import grid as grid_module
 from hgrn2.compare.comparison import compare
 from hgrn2.compare.files import repeat_command
 from hgrn2.compare.grid import Slots
 from hgrn2.compare.outcome import Outcome
 from hgrn2.compare.plan import Plan, PlannedRun
-from hgrn2.compare.progress import GridProgress, PlainGrid
+from hgrn2.compare.progress import GridProgress, PlainGrid, make_grid_display
 from hgrn2.compare.worker import Progress
 from hgrn2.train.metrics import read_metrics
 from tests.compare.tiny import MODELS, MQAR, comparison
@@ -258,6 +265,73 @@ def test_slots_follow_from_the_device(monkeypatch):
     assert Slots.of_machine([planned("a")]) == Slots(8, 2)
     assert Slots.of_machine([planned("a", device="cuda:1")]) == Slots(4, 0)
     assert Slots.of_machine([planned("a", device="cpu", num_threads=1)]) == Slots(8, 0)
+
+
+def test_a_process_sees_one_gpu(monkeypatch, tmp_path):
+    class Process:
+        seen: ClassVar[list] = []
+
+        def __init__(self, **_):
+            pass
+
+        def start(self):
+            self.seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    class Context:
+        pass
+
+    Context.Process, Context.Pipe = Process, lambda self, duplex: Pipe(duplex=duplex)
+    for visible, wanted in ((None, ["0", "1", "0"]), ("5,GPU-7", ["5", "GPU-7", "5"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        Process.seen.clear()
+        active = []
+        for name in "abc":
+            active.append(grid_module._start(Context(), tmp_path, planned(name), Slots(4, 2), active))
+        assert Process.seen == wanted
+        assert [each.slot for each in active] == [0, 1, 2]
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+@pytest.mark.slow
+def test_processes_that_share_nothing_train_too(tmp_path, monkeypatch):
+    """As on a machine with a GPU, where no server forks them."""
+    monkeypatch.setattr(grid_module, "_context", lambda **_: multiprocessing.get_context("spawn"))
+    ended = compare(comparison(models={"hgrn2": {}}), tmp_path / "out", 1, Quiet())
+    assert [run.state for run in ended.results.runs] == ["finished"]
+
+
+def test_a_terminal_shows_the_grid_and_its_runs():
+    screen = io.StringIO()
+    display = make_grid_display(Console(file=screen, force_terminal=True, width=90))
+    runs = [planned("first.run"), planned("second.run")]
+    progress = GridProgress(runs, {"first.run", "second.run"}, 2)
+    with display:
+        for folder in ("first.run", "second.run"):
+            progress.start(folder)
+        progress.update("second.run", Progress(0.42, 5, 1.25))
+        display.show(progress)
+        progress.end("first.run", Outcome("diverged", "not finite"))
+        display.ended(runs[0], Outcome("diverged", "not finite"), progress)
+    shown = screen.getvalue()
+    assert "first.run diverged: not finite" in shown
+    assert "1 of 2 runs (1 diverged), left" in shown
+    assert re.search(r"second\.run +42% +loss 1\.2500", shown)
+
+
+def test_plain_lines_without_a_terminal(capsys):
+    display = make_grid_display(Console(file=io.StringIO()))
+    runs = [planned("a"), planned("b")]
+    progress = GridProgress(runs, {"a", "b"}, 1)
+    with display:
+        progress.start("a")
+        progress.end("a", Outcome("finished"))
+        display.ended(runs[0], Outcome("finished"), progress)
+        display.ended(runs[1], None, progress)
+    assert re.fullmatch(
+        r"1 of 2 runs, left \S+: a finished\n1 of 2 runs, left \S+: b stopped\n", capsys.readouterr().err
+    )
 
 
 def test_flags_that_contradict_each_other(tmp_path, capsys):

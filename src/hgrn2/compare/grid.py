@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,6 +24,7 @@ from hgrn2.train.interrupt import StopRequest
 # small models leave most of a GPU idle; each process takes about half a GiB of its memory for itself
 _RUNS_PER_GPU = 4
 _TICK_S = 0.5
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def train_grid(out: Path, runs: Sequence[PlannedRun], slots: Slots, display: Gri
     waiting = [run for run in runs if not is_ended(out, run)]
     progress = GridProgress(runs, {run.folder for run in waiting}, slots.jobs)
     active: list[_Active] = []
-    context = _context()
+    context = _context(uses_gpu=slots.num_gpus > 0 or torch.cuda.is_available())
     with StopRequest() as stop, display:
         try:
             while active or (waiting and stop.signal_name is None):
@@ -117,12 +119,16 @@ def train_grid(out: Path, runs: Sequence[PlannedRun], slots: Slots, display: Gri
     return stop.signal_name
 
 
-def _context() -> Any:
-    """Return the context of processes; where it exists, a server imports torch once and forks the workers."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(["hgrn2.compare.worker"])
+def _context(*, uses_gpu: bool) -> Any:
+    """Return the context of processes.
+
+    On the CPU, a server imports torch once and forks the workers, where the system can. CUDA does not survive a fork,
+    so with a GPU each process imports torch itself.
+    """
+    if uses_gpu or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hgrn2.compare.worker"])
     return context
 
 
@@ -132,11 +138,29 @@ def _start(context: Any, out: Path, run: PlannedRun, slots: Slots, active: Seque
     # of an earlier attempt
     (out / RUNS_NAME / run.folder / OUTCOME_NAME).unlink(missing_ok=True)
     receiver, sender = context.Pipe(duplex=False)
-    gpu = slot % slots.num_gpus if slots.num_gpus else None
-    process = context.Process(target=work, args=(out, run, gpu, sender))
-    process.start()
+    process = context.Process(target=work, args=(out, run, sender))
+    with _one_gpu(slot % slots.num_gpus if slots.num_gpus else None):
+        process.start()
     sender.close()
     return _Active(run, process, receiver, slot)
+
+
+@contextmanager
+def _one_gpu(index: int | None) -> Iterator[None]:
+    """Let processes that start here see one GPU, of those that are visible; None changes nothing."""
+    if index is None:
+        yield
+        return
+    before = os.environ.get(_VISIBLE)
+    # the variable may name the GPUs of this process already
+    os.environ[_VISIBLE] = before.split(",")[index] if before else str(index)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_VISIBLE]
+        else:
+            os.environ[_VISIBLE] = before
 
 
 def _listen(active: Sequence[_Active], progress: GridProgress) -> None:

@@ -86,7 +86,7 @@ class SendingDisplay:
         print(text, file=sys.stderr, flush=True)
 
 
-def work(out: Path, planned: PlannedRun, gpu: int | None, connection: Connection) -> None:
+def work(out: Path, planned: PlannedRun, connection: Connection) -> None:
     """Train one run to its end and write its outcome; the target of a process.
 
     SIGTERM stops it after the current step, with a checkpoint, as does the end of the process that started it.
@@ -94,14 +94,11 @@ def work(out: Path, planned: PlannedRun, gpu: int | None, connection: Connection
     Args:
         out: folder of the comparison.
         planned: the run.
-        gpu: index of the GPU it may use; None leaves the choice to the settings.
         connection: takes the progress.
     """
     # Ctrl-C is for the comparison, which tells its workers
     if hasattr(os, "setsid"):
         os.setsid()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     signal.signal(signal.SIGTERM, _interrupt)
     _stop_with_parent()
     run_dir = out / RUNS_NAME / planned.folder
