@@ -12,6 +12,7 @@ import pytest
 from hgrn2.compare.comparison import report
 from hgrn2.compare.files import repeat_command
 from hgrn2.compare.report.curves import loss_curves, option_curves
+from hgrn2.compare.report.tables import ranking
 from hgrn2.compare.results import Results
 from tests.compare.tiny import comparison, invent
 from tests.pages import Page, check_headings, check_pictures, check_self_contained
@@ -67,13 +68,27 @@ def test_the_best_learning_rate_has_the_best_mean_of_the_most_seeds(out):
     # 0.9 with one of two seeds diverged does not stand beside 0.55 of two
     assert hgrn2.best.learning_rate == 1e-3
     assert hgrn2.best.mean == pytest.approx(0.55)
-    assert hgrn2.is_at_edge
+    # of two rates, each is at an edge
+    assert not hgrn2.is_at_edge
+
+
+def test_the_best_of_three_rates_at_their_edge_is_marked(tmp_path):
+    accuracies = {1e-3: 0.5, 1e-2: 0.7, 1e-1: 0.9}
+    values = {f"mqar.hgrn2.lr{rate:g}.seed0": value for rate, value in accuracies.items()}
+    values |= {f"mqar.attention.lr{rate:g}.seed0": 1 - abs(0.7 - value) for rate, value in accuracies.items()}
+    invent(tmp_path / "out", comparison(learning_rates=list(accuracies)), values)
+    (task,) = Results.read(tmp_path / "out").tasks
+    assert {cell.model: (cell.best.learning_rate, cell.is_at_edge) for cell in task.cells} == {
+        "hgrn2": (1e-1, True),
+        "attention": (1e-2, False),
+    }
+    assert "0.1 (edge)" in str(ranking(task).rows)
 
 
 def test_the_numbers_are_those_of_the_runs(page, out):
     shown = page.text()
     for wanted in ("80.00% ± 14.14% (n = 2)", "55.00% ± 7.07% (n = 2)", "70.00% to 90.00%", "3 of 4, 1 diverged",
-                   "higher is better", "640", "100 MB", "90.00% (n = 1), 1 diverged", "edge",
+                   "higher is better", "640", "100 MB", "90.00% (n = 1), 1 diverged",
                    "8 runs, 7 finished, 1 diverged", f"hgrn2 compare --report-only '{out}'"):  # fmt: skip
         assert wanted in shown, wanted
     rows = [re.sub(r"\s+", " ", data) for tag, data in page.texts if tag == "th"]

@@ -26,13 +26,13 @@ _TRAIN = {"schedule": "cosine", "weight_decay": 0.1, "checkpoint_every": 0, "dev
 _OPTIONS = {"num_heads": 2}
 # settings of the first task among these that is registered, after the text
 _SYNTHETIC: dict[str, dict[str, Any]] = {
-    "mqar": {"length": 32, "num_pairs": 4, "vocab_size": 64, "batch_size": 64, "max_tokens": 1_000_000},
+    "mqar": {"length": 16, "num_pairs": 2, "vocab_size": 32, "batch_size": 32, "max_tokens": 300_000},
 }
 _TEXT = {
     "task": "language",
     "seq_len": 256,
     "batch_size": 8,
-    "max_tokens": 400_000,
+    "max_tokens": 200_000,
     "validation_tokens": 16_384,
     "validation_every": 50,
     "data": {"data": ["stdlib"], "validation": ["stdlib-validation"], "tokenizer": "bytes"},
@@ -93,6 +93,6 @@ def default_synthetic() -> dict[str, Any]:
     """Return the table of MQAR, or of another task that generates its data; empty if there is none."""
     for name, settings in _SYNTHETIC.items():
         if name in TASKS:
-            return {name: {"task": name, "validation_every": 100, **settings}}
+            return {name: {"task": name, "validation_every": 200, "validation_examples": 500, **settings}}
     others = [name for name in TASKS if not find_task(name).reads_text]
     return {others[0]: {"task": others[0], "max_tokens": 500_000, "batch_size": 32}} if others else {}

@@ -152,8 +152,8 @@ class CellSummary:
 
     @property
     def is_at_edge(self) -> bool:
-        """Whether the best learning rate is the smallest or largest of several, so that a better one may lie beyond."""
-        if self.best is None or len(self.rates) < 2:
+        """Whether the best learning rate is the smallest or largest of three or more: a better one may lie beyond."""
+        if self.best is None or len(self.rates) < 3:
             return False
         return self.best.learning_rate in (self.rates[0].learning_rate, self.rates[-1].learning_rate)
 

@@ -166,8 +166,8 @@ def notes(results: Results) -> list[str]:
         _matching(results.plan.comparison),
         "All models see the same batches of a seed in the same order.",
         "A row shows the learning rate with the best mean of the metric over seeds, at the last validation; "
-        '"edge" marks the smallest or largest rate tried, beyond which a better one may lie. The same held-out data '
-        "chooses the rate and gives the figure.",
+        '"edge" marks the smallest or largest of three or more rates, beyond which a better one may lie; with fewer, '
+        "any may. The same held-out data chooses the rate and gives the figure.",
         "± is the sample standard deviation over n seeds; with one seed there is no spread, and small differences "
         "mean nothing.",
         "Tokens/s and memory are those of runs side by side on one machine; memory on a CPU is that of the whole "
