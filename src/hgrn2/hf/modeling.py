@@ -26,6 +26,7 @@ from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues, draw
 from hgrn2.ops.export import is_exporting
 from hgrn2.ops.tiles import boundaries
+from hgrn2.ops.transforms import is_batched
 
 _GIVE_BOUNDS = (
     "the places of tokens follow from attention_mask, one after the other; for packed sequences give cu_seq_lens_q, as "
@@ -322,7 +323,8 @@ def _padding(attention_mask: Tensor | None, x: Tensor, cache: Cache | None) -> T
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(x.device).bool()
     # generation passes a mask of ones at every step; checking it is cheaper than applying it
-    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+    can_read = not torch.compiler.is_compiling() and not is_batched(mask)
+    return None if can_read and bool(mask.all()) else mask
 
 
 def places_read(cache: Cache | None) -> int:
@@ -349,8 +351,9 @@ def _check_further(values: dict[str, Any], packed: bool) -> None:
 def _check_places(position_ids: Tensor, mask: Tensor | None, x: Tensor) -> None:
     """Refuse positions that are not consecutive: packed sequences without bounds, or gaps."""
     batch, length = x.shape[:2]
-    # values are unknown in a trace
-    good = not torch.compiler.is_compiling() and position_ids.dim() == 2 and position_ids.shape[1] >= length
+    # values are unknown in a trace and under vmap
+    hidden = torch.compiler.is_compiling() or is_batched(position_ids) or (mask is not None and is_batched(mask))
+    good = not hidden and position_ids.dim() == 2 and position_ids.shape[1] >= length
     if good:
         step = position_ids[:, position_ids.shape[1] - length :].to(x.device).diff(dim=1).expand(batch, -1)
         both = True if mask is None else mask[:, 1:] & mask[:, :-1]

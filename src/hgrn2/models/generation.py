@@ -11,6 +11,7 @@ from torch import Tensor
 from hgrn2.errors import UserError
 from hgrn2.models.inputs import checked_ids, checked_mask
 from hgrn2.models.sampling import PREFILL_TOKENS, Sampling, sample
+from hgrn2.ops.transforms import is_batched
 
 
 @torch.no_grad()
@@ -20,6 +21,10 @@ def generate(
 ) -> Tensor:  # fmt: skip
     """Continue prompts; arguments and result of `HGRN2LM.generate`."""
     input_ids = checked_ids("input_ids", input_ids, "[B, T]", model.model.embeddings)
+    if is_batched(input_ids):
+        raise UserError(
+            "generate reads values, which vmap hides; give all prompts as one batch, or use a loop", "unsupported"
+        )
     if not input_ids.shape[1]:
         raise UserError("input_ids has no tokens; give at least one, such as the token that ends a text")
     if not isinstance(max_tokens, int) or max_tokens < 0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hgrn2.errors import UserError
 from hgrn2.models.state import ModelState
 from hgrn2.nn.mixers.registry import find_mixer
+from hgrn2.ops.checks import can_read_values
 from hgrn2.shapes import describe
 
 _IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -27,7 +28,8 @@ def checked_ids(name: str, ids: Tensor, shape: str, embeddings: nn.Embedding, ig
 
     Raises:
         UserError: the argument is not a tensor of integers, or has other axes or another device than the model, or an
-            id outside the vocabulary. Values are checked only on the CPU, where no synchronisation is needed.
+            id outside the vocabulary. Values are checked only on the CPU, where no synchronisation is needed, and
+            not where vmap runs over them.
     """
     if not isinstance(ids, Tensor) or ids.dtype not in _IDS or ids.dim() != shape.count(",") + 1:
         raise UserError(f"{name} is {describe(ids)}; wanted a tensor {shape} of int64")
@@ -35,7 +37,7 @@ def checked_ids(name: str, ids: Tensor, shape: str, embeddings: nn.Embedding, ig
         raise UserError(
             f"{name} is on {ids.device} and the model on {embeddings.weight.device}; move one of them with .to()"
         )
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_read_values(ids):
         known = ids if ignored is None else ids[ids != ignored]
         vocab_size = embeddings.num_embeddings
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < vocab_size:

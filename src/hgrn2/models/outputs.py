@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hgrn2.models.state import ModelState
+from hgrn2.ops.transforms import is_batched
 
 
 class LossOutput(NamedTuple):
@@ -31,4 +32,6 @@ class LossOutput(NamedTuple):
         """Return the loss, the number of targets and a summary of the state."""
         if self.sum.is_meta:
             return f"LossOutput(on the meta device, state={self.state!r})"
+        if is_batched(self.sum):
+            return f"LossOutput(under vmap, state={self.state!r})"
         return f"LossOutput(mean={self.mean.item():.4g}, num_targets={int(self.num_targets)}, state={self.state!r})"

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hgrn2.ops.transforms import records_gradient
+
 
 class ScanSettings(NamedTuple):
     """Settings of a scan or step.
@@ -70,7 +72,7 @@ class ScanCall(NamedTuple):
 
     def needs_gradient(self) -> bool:
         """Return whether autograd records the call."""
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self[:-1])
+        return torch.is_grad_enabled() and any(x is not None and records_gradient(x) for x in self[:-1])
 
     def flat(self) -> tuple[Any, ...]:
         """Return the arguments of `SCHEMA`, in order."""

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from hgrn2.errors import UserError
 from hgrn2.ops.call import state_dtype
 from hgrn2.ops.tiles import boundaries
+from hgrn2.ops.transforms import is_batched
 from hgrn2.shapes import describe, require_shape
 
 Q_ACTIVATIONS = ("silu", "sigmoid", "none")
@@ -19,13 +20,19 @@ SMALLEST_FLOOR = -69
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _can_read_values(x: Tensor, debug: bool) -> bool:
-    """Return whether values can be read without breaking a trace and, unless `debug`, without synchronising."""
+def can_read_values(x: Tensor, debug: bool = False) -> bool:
+    """Return whether values can be read: not in a trace, nor under vmap, nor where that synchronises.
+
+    Args:
+        x: the tensor.
+        debug: read values on an accelerator too, which synchronises.
+    """
     # traced and fake tensors are of other types and have no values
     return (
         (debug or x.device.type == "cpu")
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+        and not is_batched(x)
     )
 
 
@@ -160,7 +167,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, debug: bool, beside: str = "
             f"cu_seqlens packs sequences into one row, but the batch is {q.shape[0]}; reshape to B = 1", "contradiction"
         )
     check_device("cu_seqlens", cu_seqlens, beside, q)
-    if _can_read_values(cu_seqlens, debug):
+    if can_read_values(cu_seqlens, debug):
         boundaries(cu_seqlens, q.shape[1])
 
 
@@ -170,7 +177,7 @@ def check_lower_bound(lower_bound: Tensor | None, q: Tensor, debug: bool) -> Non
         return
     require_shape("lower_bound", lower_bound, "H K", q.shape[-2:])
     check_bound_like("lower_bound", lower_bound, q)
-    if _can_read_values(lower_bound, debug) and lower_bound.numel():
+    if can_read_values(lower_bound, debug) and lower_bound.numel():
         low, high = (float(x) for x in lower_bound.detach().aminmax())
         # a NaN fails both comparisons
         if not (low >= 0 and high < 1):
@@ -186,7 +193,7 @@ def check_log_decay(log_f: Tensor, q: Tensor, debug: bool) -> None:
     """Check log decays beside q: shape, dtype, device and values."""
     require_shape("log_f", log_f, "B T H K", q.shape)
     _check_like("log_f", log_f, q, state_dtype(q))
-    if _can_read_values(log_f, debug) and log_f.numel() and not bool((log_f <= 0).all()):
+    if can_read_values(log_f, debug) and log_f.numel() and not bool((log_f <= 0).all()):
         raise UserError(f"log_f has values up to {float(log_f.detach().max()):g}; a log decay is at most 0")
 
 

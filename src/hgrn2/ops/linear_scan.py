@@ -17,6 +17,7 @@ from torch import Tensor
 from hgrn2.errors import UserError
 from hgrn2.ops.checks import check_cu_seqlens, check_device
 from hgrn2.ops.tiles import boundaries
+from hgrn2.ops.transforms import differentiable_by_transforms, map_by_loop
 from hgrn2.shapes import describe, require_shape
 
 BACKENDS = ("auto", "steps", "halving", "reference")
@@ -74,7 +75,7 @@ def linear_scan(
         h = a * state.unsqueeze(1) + b
         state = h[:, 0] if length else state
     elif cu_seqlens is None:
-        h = _scan_op(a, b, state, reverse, backend)
+        h = _traced_scan(a, b, state, reverse, backend)
         # a view would keep all of h in memory
         state = h[:, 0 if reverse else -1].clone()
     elif length:
@@ -137,7 +138,7 @@ def _packed(
     count = torch.zeros(a.shape[1], device=a.device, dtype=torch.long)
     is_first = count.index_add(0, first, (stops > starts).long()) > 0
     a = a.masked_fill(is_first.view(1, -1, *[1] * (a.dim() - 2)), 0)
-    h = _scan_op(a, b, torch.zeros_like(a[:, 0]), reverse, backend)
+    h = _traced_scan(a, b, torch.zeros_like(a[:, 0]), reverse, backend)
     return h, torch.where(filled, h[0].index_select(0, last), state)
 
 
@@ -215,7 +216,26 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     a, h, state = ctx.saved_tensors
-    return *_backward_op(a, h, state, dh, ctx.reverse, ctx.backend), None, None
+    return *_traced_backward(a, h, state, dh, ctx.reverse, ctx.backend), None, None
 
 
 _scan_op.register_autograd(_differentiate, setup_context=_set_up)
+
+
+def _set_up_refusal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    del ctx, inputs, output
+
+
+def _refuse(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("linear_scan has no second derivative; use backend='reference'")
+
+
+def _refuse_forward_mode(*inputs: Any) -> str:
+    return "linear_scan has no derivative in forward mode; use backend='reference'"
+
+
+_backward_op.register_autograd(_refuse, setup_context=_set_up_refusal)
+_traced_scan = differentiable_by_transforms(_scan_op, _set_up, _differentiate, _refuse_forward_mode)
+_traced_backward = differentiable_by_transforms(_backward_op, _set_up_refusal, _refuse, _refuse_forward_mode)
+for _operator in (_scan_op, _backward_op):
+    map_by_loop(_operator)

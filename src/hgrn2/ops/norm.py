@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hgrn2.errors import UserError
+from hgrn2.ops.transforms import are_transforms_active
 from hgrn2.ops.triton.installed import triton_runs
 from hgrn2.shapes import Rows, require_shape
 
@@ -68,7 +69,7 @@ def _kernel_is_faster(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Return whether x is a plain tensor on a GPU for which the kernel is faster."""
     if x.device.type != "cuda" or type(x) not in (Tensor, nn.Parameter):
         return False
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         return False
     # torch's kernels for one dtype launch faster, but their backward pass is slower
     return len(set(dtypes)) > 1 or (x.numel() >= LARGE and x.requires_grad and torch.is_grad_enabled())

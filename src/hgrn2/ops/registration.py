@@ -20,6 +20,7 @@ from hgrn2.ops.backends.base import Backend, find
 from hgrn2.ops.call import SCHEMA, ScanCall, ScanGradients, ScanSettings, state_dtype
 from hgrn2.ops.checks import check_tangents
 from hgrn2.ops.export import is_exporting
+from hgrn2.ops.transforms import are_transforms_active, differentiable_by_transforms, map_by_loop
 from hgrn2.shapes import BHKV, BHV, BTHV, NHKV
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -90,7 +91,7 @@ def _is_plain_eager(call: ScanCall) -> bool:
         not torch.compiler.is_compiling()
         and all(x is None or type(x) in _PLAIN_TYPES for x in call[:-1])
         and not call.q.is_meta
-        and not torch._C._are_functorch_transforms_active()
+        and not are_transforms_active()
         and _get_current_dispatch_mode() is None
     )
 
@@ -220,44 +221,12 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
 _scan_backward_op.register_autograd(_refuse, setup_context=_set_up_refusal)
 
 
-def _with_transforms(
-    operator: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Let torch.func differentiate an operator, which torch.library's own registration does not."""
-
-    class Transformed(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return operator(*inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            setup(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
-
-    def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-            return operator(*inputs)
-        try:
-            return Transformed.apply(*inputs)
-        except NotImplementedError as error:
-            if "jvp" not in str(error):
-                raise
-            # forward mode inside another transform, which `check_tangents` cannot detect
-            raise NotImplementedError(
-                f"backend {inputs[0]!r} has no derivative in forward mode; use backend='reference'"
-            ) from error
-
-    return call
+def _refuse_forward_mode(backend: str, *inputs: Any) -> str:
+    return f"backend {backend!r} has no derivative in forward mode; use backend='reference'"
 
 
-_traced_scan = _with_transforms(_scan_op, _set_up_scan, _scan_op_backward)
-_traced_scan_backward = _with_transforms(_scan_backward_op, _set_up_refusal, _refuse)
+_traced_scan = differentiable_by_transforms(_scan_op, _set_up_scan, _scan_op_backward, _refuse_forward_mode)
+_traced_scan_backward = differentiable_by_transforms(_scan_backward_op, _set_up_refusal, _refuse, _refuse_forward_mode)
 
 
 @torch.library.custom_op("hgrn2::step", mutates_args=(), schema=f"(str backend, {SCHEMA}) -> (Tensor, Tensor)")
@@ -285,3 +254,7 @@ def _step_in_place_op(backend: str, *flat: Any) -> Tensor:
 def _(backend: str, *flat: Any) -> Tensor:
     call = ScanCall.from_flat(flat)
     return call.q.new_empty(call.v.shape)
+
+
+for _operator in (_scan_op, _scan_backward_op, _step_op, _step_in_place_op):
+    map_by_loop(_operator)

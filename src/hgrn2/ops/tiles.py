@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.errors import UserError
+from hgrn2.ops.transforms import is_batched
 
 CHUNK_SIZE = 64
 # bytes of one input in a tile: on a CPU small enough for the caches of a few cores and large enough to hide the cost of
@@ -82,10 +83,16 @@ def boundaries(cu_seqlens: Tensor | None, length: int) -> list[int]:
         length: T.
 
     Raises:
-        UserError: cu_seqlens does not start at 0, end at T, or falls.
+        UserError: cu_seqlens does not start at 0, end at T, or falls; or vmap runs over it.
     """
     if cu_seqlens is None:
         return [0, length]
+    if is_batched(cu_seqlens):
+        raise UserError(
+            "cu_seqlens is mapped over by vmap, but its values decide shapes here; use a loop, or in an operator "
+            "another backend than 'reference'",
+            "unsupported",
+        )
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
         shown = f"{bounds[:4]} ... {bounds[-2:]}" if len(bounds) > 8 else f"{bounds}"

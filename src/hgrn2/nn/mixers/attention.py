@@ -18,6 +18,7 @@ from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.ops.export import is_exporting
 from hgrn2.ops.tracing import constant_in_traces
+from hgrn2.ops.transforms import is_batched
 from hgrn2.shapes import BTD
 
 # E: width of a head; S: keys; G: heads of keys, H or fewer
@@ -121,6 +122,12 @@ class Attention(Mixer):
     def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
         """Mix tokens with causal attention; arguments and results of `Mixer.forward`."""
         cu_seqlens, mask, keep_state = context.cu_seqlens, context.mask, context.keep_state
+        if cu_seqlens is not None and (is_batched(cu_seqlens) or (state is not None and is_batched(state["valid"]))):
+            raise UserError(
+                "attention to packed sequences reads the values of cu_seqlens and of its state, which vmap maps over; "
+                "use a loop",
+                "unsupported",
+            )
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_size))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
@@ -350,7 +357,7 @@ def _stack(rows: list[Tensor], like: Tensor, longest: int) -> Tensor:
 def _close_gaps(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Move padding before the tokens, and drop columns of padding alone."""
     order = valid.long().argsort(dim=1, stable=True)
-    if valid.numel() and not torch.compiler.is_compiling():
+    if valid.numel() and not torch.compiler.is_compiling() and not is_batched(valid):
         order = order[:, order.shape[1] - int(valid.sum(1).max()) :]
     where = order.unsqueeze(-1).unsqueeze(-1)
     return k.take_along_dim(where, 1), v.take_along_dim(where, 1), valid.take_along_dim(order, 1)
