@@ -11,7 +11,7 @@ from hgrn2.nn.mixers.outer_product import bounded_log_sigmoid, mix_outer_product
 from hgrn2.nn.mixers.squared_attention import squared_attention
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.nn.token_shift import token_shift
-from tests.models.cases import UNTIED
+from tests.models.cases import UNTIED, config_of, make_model, tokens
 from tests.models.test_cost import config, saved_bytes
 from tests.nn import mixer_transcriptions
 from tests.numerics import FLOAT64_RMS, relative_error
@@ -233,3 +233,18 @@ def test_squared_weights_are_not_negative(dtype, packed):
     ratio = (y[..., 0] / y[..., 1]).double()
     assert ratio.min() > -0.01
     assert ratio.max() < 1.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gla", "gla-untied", "rwkv5", "rwkv6", "rebased"])
+def test_one_exported_program_for_every_length(name):
+    model = make_model(config_of(name))
+    length = torch.export.Dim("T", min=2, max=4096)
+    program = torch.export.export(model, (tokens(2, 12),), dynamic_shapes=({0: torch.export.Dim("B"), 1: length},))
+    with torch.no_grad():
+        for batch, count in ((1, 2), (3, 64), (2, 150)):
+            ids = tokens(batch, count)
+            found, wanted = program.module()(ids), model(ids)
+            torch.testing.assert_close(found[0], wanted[0], rtol=1e-9, atol=1e-10)
+            for one, two in zip(found[1].tensors().values(), wanted[1].tensors().values(), strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hgrn2.nn.mixers.base import wide_dtype
+from hgrn2.ops.export import is_exporting
 from hgrn2.ops.tiles import CHUNK_SIZE
 from hgrn2.shapes import BTHK, BTHV
 
@@ -41,7 +42,8 @@ def squared_attention(q: BTHK, k: BTHK, v: BTHV, state: State | None, cu_seqlens
         state = torch.zeros((count, *shape), dtype=wide, device=q.device)
     if not length:
         return v.to(wide), state
-    size = min(CHUNK_SIZE, length)
+    # an exported program has one chunk, because its length is dynamic
+    size = length if is_exporting() else min(CHUNK_SIZE, length)
     layout = None if cu_seqlens is None else _Layout.of(length, cu_seqlens, size)
     q, k, v = (_cut(x, size, layout) for x in (q, k, v))
     inside = (q @ k.transpose(-1, -2)).square().tril() @ v
@@ -69,6 +71,8 @@ def pair_products(x: Tensor) -> Tensor:
 def _cut(x: BTHK, size: int, layout: _Layout | None) -> Tensor:
     """Cut x [B, T, H, width] into chunks, [B, chunks, H, size, width], with zeros in the gaps."""
     if layout is None:
+        if size == x.shape[1]:
+            return x.unsqueeze(1).transpose(2, 3)
         x = functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size))
         return x.unflatten(1, (-1, size)).transpose(2, 3)
     rows = x.index_select(1, layout.row.flatten()).unflatten(1, (-1, size))
