@@ -142,7 +142,7 @@ def _packed(
     return h, torch.where(filled, h[0].index_select(0, last), state)
 
 
-def _scan(a: Tensor, b: Tensor, state: Tensor, reverse: bool, backend: str, out: Tensor) -> None:
+def scan_into(a: Tensor, b: Tensor, state: Tensor, reverse: bool, backend: str, out: Tensor) -> None:
     """Write h [B, T, ...] into out."""
     if backend == "auto":
         wide = a.shape[1] and a.numel() // a.shape[1] >= _WIDE_ROW
@@ -176,7 +176,7 @@ def _halve(a: Tensor, b: Tensor, state: Tensor, out: Tensor) -> None:
 @torch.library.custom_op("hgrn2::linear_scan", mutates_args=())
 def _scan_op(a: Tensor, b: Tensor, state: Tensor, reverse: bool, backend: str) -> Tensor:
     h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
-    _scan(a, b, state, reverse, backend, h)
+    scan_into(a, b, state, reverse, backend, h)
     return h
 
 
@@ -198,7 +198,7 @@ def _backward_op(
     else:
         now, after, first, last = slice(0, length - 1), slice(1, length), 0, length - 1
     db[:, last] = dh[:, last]
-    _scan(a[:, after].conj(), dh[:, now], dh[:, last], not reverse, backend, db[:, now])
+    scan_into(a[:, after].conj(), dh[:, now], dh[:, last], not reverse, backend, db[:, now])
     torch.mul(db[:, after], h[:, now].conj(), out=da[:, after])
     da[:, first] = db[:, first] * state.conj()
     return da, db, db[:, first] * a[:, first].conj()

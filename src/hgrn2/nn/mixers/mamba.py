@@ -15,8 +15,8 @@ from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, State
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.nn.short_conv import ShortConv
-from hgrn2.ops import linear_scan
-from hgrn2.ops.device import without_autocast
+from hgrn2.ops import selective_scan
+from hgrn2.ops.selective_scan import tile_length
 from hgrn2.shapes import BTD
 
 # range of the initial steps, log-uniform
@@ -88,12 +88,8 @@ class Mamba(Mixer):
         if context.mask is not None:
             # without a step the state stays as it is
             dt = dt.masked_fill(~context.mask.unsqueeze(-1), 0)
-        u, b, c = u.to(wide), b.to(wide), c.to(wide)
-        decay = torch.exp(dt.unsqueeze(-1) * -self.A_log.to(wide).exp())
-        write = (dt * u).unsqueeze(-1) * b.unsqueeze(-2)
-        h, state = linear_scan(decay, write, initial_state=state, cu_seqlens=context.cu_seqlens)
-        with without_autocast(u):
-            y = torch.matmul(h, c.unsqueeze(-1)).squeeze(-1)
+        a = -self.A_log.to(wide).exp()
+        y, state = selective_scan(u, dt, a, b, c, initial_state=state, cu_seqlens=context.cu_seqlens)
         return y + self.D.to(wide) * u, state
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
@@ -126,13 +122,12 @@ class Mamba(Mixer):
         return self.width * (2 * self.conv_size + 4 * self.state_size)
 
     def activation_bytes(self, seq_len: int, low: int) -> int:
-        """Count u and z at every stage, dt, and the decays and states, E x S numbers each."""
+        """Count u and z at every stage, dt, B, C, and a state for every tile of the scan."""
         del seq_len
         narrow = 8 * self.width + self.dt_rank + 2 * self.state_size
-        wide = (3 + 2 * self.state_size) * self.width
-        # copies of u, B and C
-        wide += self.width + 2 * self.state_size if low < 4 else 0
-        return low * narrow + 4 * wide
+        states = self.width * self.state_size // tile_length(self.width, self.state_size, "cpu")
+        copies = self.width if low < 4 else 0
+        return low * narrow + 4 * (2 * self.width + states + copies)
 
     def extra_repr(self) -> str:
         """Return the settings that print(model) shows."""
