@@ -166,14 +166,14 @@ def _scan_op(
     y, kept = _outputs(u, a, state)
     final, before = state.clone(), state
     packing = None if cu_seqlens is None or not u.shape[1] else _Packing.of(cu_seqlens, u.shape[1])
-    for tile, row, at in _tiles(u, tile_length(*a.shape, u.device.type)):
+    for tile, row, at in _tiles(u, tile_length(a.shape[0], a.shape[1], u.device.type)):
         if not tile:
             before = state[row] if packing is None else torch.zeros_like(state[:1])
         kept[tile, row] = before
-        parts = (x[row, at].to(a.dtype) for x in (u, dt))
-        _, _, h = _states(*parts, a, b[row, at].to(a.dtype), before, state, packing, at)
+        now, step, key, query = (x[row, at].to(a.dtype) for x in (u, dt, b, c))
+        _, _, h = _states(now, step, a, key, before, state, packing, at)
         with without_autocast(h):
-            y[row, at] = torch.matmul(h, c[row, at].to(a.dtype).unsqueeze(-1)).squeeze(-1)
+            y[row, at] = torch.matmul(h, query.unsqueeze(-1)).squeeze(-1)
         before = h[:, -1]
         if packing is None:
             final[row] = before
@@ -184,7 +184,7 @@ def _scan_op(
 
 
 def _outputs(u: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    num_tiles = -(-u.shape[1] // tile_length(*a.shape, u.device.type))
+    num_tiles = -(-u.shape[1] // tile_length(a.shape[0], a.shape[1], u.device.type))
     y = torch.empty(u.shape, dtype=a.dtype, device=u.device)
     return y, state.new_empty((num_tiles, u.shape[0], *state.shape[1:]))
 
@@ -209,7 +209,7 @@ def _backward_op(
     if packing is not None:
         d_state.masked_fill_(packing.filled.view(-1, 1, 1), 0)
     num_tiles = kept.shape[0]
-    for tile, row, at in reversed(list(_tiles(u, tile_length(*a.shape, u.device.type)))):
+    for tile, row, at in reversed(list(_tiles(u, tile_length(a.shape[0], a.shape[1], u.device.type)))):
         now, step, key, query, dout = (x[row, at].to(a.dtype) for x in (u, dt, b, c, dy))
         before = kept[tile, row]
         decay, cut, h = _states(now, step, a, key, before, state, packing, at)
