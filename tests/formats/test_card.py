@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-from hgrn2 import cli
-from hgrn2.formats.card import _license_of
+from hgrn2 import HGRN2Config, cli
+from hgrn2.formats.card import _license_of, write_card
 from tests.formats.command_line import run_cli
 from tests.formats.published import FLA_CONFIG, HYBRID, draw, fla_shapes, write
 from tests.guides import make_run, python_blocks
@@ -78,3 +78,16 @@ def test_the_licence_of_a_card(card, license, tmp_path):
     if card is not None:
         path.write_bytes(card if isinstance(card, bytes) else card.encode())
     assert _license_of(path) == license
+
+
+def test_a_card_gives_the_size_of_the_state(tmp_path):
+    def line(**changes):
+        config = HGRN2Config(vocab_size=8, hidden_size=16, num_hidden_layers=2, expand_ratio=8, **changes)
+        card = write_card("m", config, source=tmp_path, settings={}, has_tokenizer=False, dtype="float32")
+        return next(row for row in card.splitlines() if "state of a sequence" in row)
+
+    assert "1,024 bytes, whatever its length" in line()
+    mixers = {"attention": {"num_heads": 2, "window_size": 4}}
+    assert "520 bytes, and 129 a token for the attention cache (up to 3 tokens)" in line(
+        layers=["hgrn2", "attention"], mixers=mixers
+    )

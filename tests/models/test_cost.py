@@ -3,8 +3,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
-from hgrn2.models.cost import cost, cost_table
+from hgrn2.models.cost import CacheCost, cache_costs, cost, cost_table
+from hgrn2.nn.mixers import StateSpec, register_mixer
+from hgrn2.nn.mixers.registry import forget_mixer
 from tests.models.cases import NAMES, config_of
+from tests.models.toy_mixer import Average, AverageOptions
 
 BASE = {
     "vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 3, "expand_ratio": 32, "intermediate_size": 352
@@ -40,6 +43,49 @@ def test_attention_caches_grow_as_said():
     with torch.no_grad():
         sizes = [model(ids[:, :n])[1].num_bytes for n in (1, 9)]
     assert sizes[1] - sizes[0] == 8 * cost(config(attn=ATTENTION)).attention_bytes_per_token
+
+
+@pytest.mark.parametrize("window", [1, 2, 9])
+def test_a_cache_keeps_as_many_tokens_as_said(window):
+    changed = config(attn=ATTENTION | {"window_size": window})
+    with torch.no_grad():
+        _, state = HGRN2LM(changed).eval()(torch.zeros(1, 20, dtype=torch.long))
+    kept = state.layers[0]["key"].shape[1]
+    found = cost(changed)
+    assert state.num_bytes == found.state_bytes + sum(cache.bytes_after(20) for cache in cache_costs(changed))
+    if window == 1:
+        # a query sees itself alone
+        assert cache_costs(changed) == []
+        assert (kept, found.attention_bytes_per_token, found.attention_window) == (0, 0, None)
+        assert not any("cache" in line.label for line in cost_table(changed))
+    else:
+        assert kept == found.attention_window == cache_costs(changed)[0].limit == window - 1
+
+
+class Hoard(Average):
+    """Keeps every token."""
+
+    def state_spec(self, dtype):
+        return {"all": StateSpec((0, 8), dtype, grows=True), "few": StateSpec((0, 4), dtype, grows=True, limit=3)}
+
+
+def test_caches_are_named_after_their_mixers_and_one_without_a_limit_hides_none():
+    window = {"num_heads": 4, "window_size": 6}
+    register_mixer("hoard", AverageOptions)(Hoard)
+    try:
+        both = config(layers=["attention", "hoard", "attention"], mixers={"attention": window})
+        attention = 2 * (2 * 128 * 4 + 1)
+        assert cache_costs(both) == [
+            CacheCost("attention", attention, 5), CacheCost("hoard", 8 * 4, None), CacheCost("hoard", 4 * 4, 3)
+        ]  # fmt: skip
+        assert cost(both).attention_window is None
+        assert cost(both).attention_bytes_per_token == attention + 12 * 4
+        assert [(line.label, line.value) for line in cost_table(both) if "cache" in line.label] == [
+            ("attention cache a token", attention), ("hoard cache a token", 32), ("hoard cache a token", 16)
+        ]  # fmt: skip
+        assert sum(cache.bytes_after(100) for cache in cache_costs(both)) == 5 * attention + 100 * 32 + 3 * 16
+    finally:
+        forget_mixer("hoard")
 
 
 def test_the_usual_estimate():
@@ -143,7 +189,7 @@ def test_a_table_for_people():
     assert not any("tied" in note for _, note in untied)
     assert tied["parameters (N)", "tied embedding counted once"] == cost(config(tie_word_embeddings=True)).parameters
     assert untied["weights", "bfloat16"] * 2 == untied["weights", "float32"] == 4 * untied["parameters (N)", ""]
-    assert ("attention cache a token", "float32, up to 1,024 tokens") in hybrid
+    assert ("attention cache a token", "float32, up to 1,023 tokens") in hybrid
     assert not any("attention" in label for label, _ in untied)
 
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from hgrn2.errors import UserError
 from hgrn2.hf.cache import StateLayer
 from hgrn2.hf.language import HGRN2ForCausalLM
-from hgrn2.models.cost import cost
+from hgrn2.models.cost import cache_costs, cost
 
 # tokens per forward pass over all rows; bounds the memory, not the length of texts
 PIECE_TOKENS = 4096
@@ -78,13 +78,12 @@ def affordable_rows(model: HGRN2ForCausalLM, longest: int) -> int:
 
     Args:
         model: the model, on its device.
-        longest: tokens of the longest text; matters for attention layers, which keep keys and values.
+        longest: tokens of the longest text; matters for layers with caches, such as attention.
     """
-    costs = cost(model.config.model_config)
-    window = model.config.sliding_window
-    kept = longest if window is None else min(longest, window)
+    config = model.config.model_config
     # selecting rows copies the states, so two exist for a moment
-    bytes_per_row = 2 * (costs.state_bytes + kept * costs.attention_bytes_per_token)
+    caches = sum(cache.bytes_after(longest) for cache in cache_costs(config))
+    bytes_per_row = 2 * (cost(config).state_bytes + caches)
     free = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else STATE_BYTES
     return max(1, min(MOST_ROWS, free // bytes_per_row))
 

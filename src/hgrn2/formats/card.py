@@ -10,7 +10,8 @@ from typing import Any
 from hgrn2.formats.native import task_name
 from hgrn2.models import HGRN2Config
 from hgrn2.models.config import MODEL_TYPE
-from hgrn2.models.cost import cost
+from hgrn2.models.cost import cache_costs, cost
+from hgrn2.quantities import plural
 
 CARD_NAME = "README.md"
 # metadata of the Hub: lines between two rows of dashes at the top of a card
@@ -30,6 +31,18 @@ def opening_lines(folder: str) -> str:
         model = HGRN2ForCausalLM.from_pretrained('notes-model')
     """
     return f"from hgrn2.hf import HGRN2ForCausalLM\nmodel = HGRN2ForCausalLM.from_pretrained({folder!r})"
+
+
+def _size_of_state(config: HGRN2Config, num_bytes: int) -> str:
+    caches = cache_costs(config)
+    if not caches:
+        return f"{num_bytes:,} bytes, whatever its length"
+    grown = (
+        f"{cache.bytes_per_token:,} a token for the {cache.mixer} cache"
+        + ("" if cache.limit is None else f" (up to {plural(cache.limit, 'token')})")
+        for cache in caches
+    )
+    return f"{num_bytes:,} bytes, and {' and '.join(grown)}"
 
 
 def write_card(
@@ -81,9 +94,7 @@ def write_card(
             f"| layers | {config.num_hidden_layers}: {kinds} |",
             f"| width | {config.hidden_size}, heads of {config.expand_ratio} |",
             f"| vocabulary | {config.vocab_size:,} tokens |",
-            f"| state of a sequence | {costs.state_bytes:,} bytes, whatever its length |" if not attending else
-            f"| state of a sequence | {costs.state_bytes:,} bytes, and {costs.attention_bytes_per_token:,} a token "
-            "that attention layers see |",
+            f"| state of a sequence | {_size_of_state(config, costs.state_bytes)} |",
             f"| training data | {', '.join(data) if data else missing} |",
             f"| licence | {found or missing} |", "",
             "## Use", "",

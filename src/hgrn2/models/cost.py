@@ -10,6 +10,7 @@ import torch
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.language import HGRN2LM
 from hgrn2.nn.block import Block
+from hgrn2.quantities import plural
 
 # AdamW keeps two float32 numbers per parameter
 _OPTIMIZER_BYTES = 8
@@ -31,9 +32,10 @@ class Cost:
         activation_bytes_per_token_bfloat16: the same under bfloat16 autocast (`precision = "bfloat16"`).
         activation_bytes_per_token_checkpointed: the same in float32 with activation checkpointing: the input of every
             layer, and all of one layer while its backward pass runs.
-        state_bytes: state of one sequence while decoding in float32, without the caches of attention layers.
-        attention_bytes_per_token: growth of the caches (such as attention's) with every token, up to their window.
-        attention_window: number of tokens after which the caches stop growing; None without a limit or a cache.
+        state_bytes: state of one sequence while decoding in float32, without caches that grow with the tokens read.
+        attention_bytes_per_token: growth of all caches, attention's and other mixers', with every token, up to their
+            limits; `cache_costs` returns them one by one.
+        attention_window: number of tokens after which all caches stop growing; None without a limit or a cache.
         weight_bytes: the weights in float32.
         weight_bytes_bfloat16: the weights in bfloat16.
         checkpoint_bytes: weights and AdamW state in float32, as a checkpoint of a run holds them.
@@ -53,6 +55,25 @@ class Cost:
     weight_bytes: int
     weight_bytes_bfloat16: int
     checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """Cost of the caches of a mixer, which grow with the tokens read.
+
+    Attributes:
+        mixer: name of the mixer.
+        bytes_per_token: growth of all its layers with every token of a sequence, in float32.
+        limit: number of tokens kept; None for all.
+    """
+
+    mixer: str
+    bytes_per_token: int
+    limit: int | None
+
+    def bytes_after(self, num_tokens: int) -> int:
+        """Return the bytes per sequence after some tokens."""
+        return self.bytes_per_token * (num_tokens if self.limit is None else min(num_tokens, self.limit))
 
 
 @dataclass(frozen=True)
@@ -79,8 +100,7 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
         config: the model.
         seq_len: length of a training sequence; only attention layers depend on it.
     """
-    with torch.device("meta"):
-        model = HGRN2LM(config)
+    model = _shapes_of(config)
     parameters = model.num_parameters()
     roles = model.parameter_roles()
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
@@ -92,7 +112,8 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
     )
     blocks: list[Block] = list(model.model.layers)  # pyright: ignore[reportAssignmentType]
     forward = linear + sum(block.attn.flops(seq_len) for block in blocks)
-    specs = [spec for layer in model.state_spec() for spec in layer.values()]
+    caches = _caches_of(model)
+    limits = [cache.limit for cache in caches if cache.limit is not None]
     return Cost(
         parameters=parameters,
         embedding_parameters=embedding,
@@ -102,13 +123,36 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
         activation_bytes_per_token=_activation_bytes(model, seq_len, 4),
         activation_bytes_per_token_bfloat16=_activation_bytes(model, seq_len, 2),
         activation_bytes_per_token_checkpointed=_activation_bytes(model, seq_len, 4, checkpointed=True),
-        state_bytes=sum(spec.num_bytes for spec in specs),
-        attention_bytes_per_token=sum(spec.bytes_per_token for spec in specs),
-        attention_window=max((spec.limit + 1 for spec in specs if spec.limit is not None), default=None),
+        state_bytes=sum(spec.num_bytes for layer in model.state_spec() for spec in layer.values()),
+        attention_bytes_per_token=sum(cache.bytes_per_token for cache in caches),
+        attention_window=max(limits) if limits and len(limits) == len(caches) else None,
         weight_bytes=4 * parameters,
         weight_bytes_bfloat16=2 * parameters,
         checkpoint_bytes=(4 + _OPTIMIZER_BYTES) * parameters,
     )
+
+
+def cache_costs(config: HGRN2Config) -> list[CacheCost]:
+    """Return the costs of the caches of a model, by mixer and limit; none for a mixer with a state of fixed size.
+
+    Args:
+        config: the model.
+    """
+    return _caches_of(_shapes_of(config))
+
+
+def _shapes_of(config: HGRN2Config) -> HGRN2LM:
+    with torch.device("meta"):
+        return HGRN2LM(config)
+
+
+def _caches_of(model: HGRN2LM) -> list[CacheCost]:
+    growth: dict[tuple[str, int | None], int] = {}
+    for mixer, specs in zip(model.config.layer_mixers, model.state_spec(), strict=True):
+        for spec in specs.values():
+            if spec.bytes_per_token:
+                growth[mixer, spec.limit] = growth.get((mixer, spec.limit), 0) + spec.bytes_per_token
+    return [CacheCost(mixer, grown, limit) for (mixer, limit), grown in growth.items()]
 
 
 def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
@@ -131,9 +175,9 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
         CostLine("activations a token", c.activation_bytes_per_token_checkpointed, "bytes", "float32, checkpointed"),
         CostLine("state of a sequence", c.state_bytes, "bytes", "float32, of any length"),
     ]
-    if c.attention_bytes_per_token:
-        upto = f"up to {c.attention_window:,} tokens" if c.attention_window else "without a limit"
-        lines.append(CostLine("attention cache a token", c.attention_bytes_per_token, "bytes", f"float32, {upto}"))
+    for cache in cache_costs(config):
+        limit = "without a limit" if cache.limit is None else f"up to {plural(cache.limit, 'token')}"
+        lines.append(CostLine(f"{cache.mixer} cache a token", cache.bytes_per_token, "bytes", f"float32, {limit}"))
     return [
         *lines,
         CostLine("weights", c.weight_bytes, "bytes", "float32"),

@@ -91,8 +91,8 @@ class StateSpec:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes added per sequence and token, up to the limit."""
-        return self.dtype.itemsize * torch.Size(self.shape[1:]).numel() if self.grows else 0
+        """Bytes added per sequence and token, up to the limit; 0 if the limit is 0."""
+        return self.dtype.itemsize * torch.Size(self.shape[1:]).numel() if self.grows and self.limit != 0 else 0
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
