@@ -11,10 +11,10 @@ import pytest
 
 from hgrn2.compare.comparison import report
 from hgrn2.compare.files import repeat_command
-from hgrn2.compare.report.curves import loss_curves, option_curves
-from hgrn2.compare.report.tables import ranking
+from hgrn2.compare.report.curves import across_tasks, loss_curves, option_curves
+from hgrn2.compare.report.tables import overview, ranking
 from hgrn2.compare.results import Results
-from tests.compare.tiny import comparison, invent
+from tests.compare.tiny import MQAR, comparison, invent
 from tests.pages import Page, check_headings, check_pictures, check_self_contained
 from tests.refusals import refuses
 
@@ -124,6 +124,42 @@ def test_curves_are_means_over_seeds(out):
     (length,) = option_curves(task).values()
     found = {curve.model: (curve.x, curve.y) for curve in length}
     assert found["attention"] == ([32, 64], pytest.approx([0.4, 0.2]))
+
+
+def test_tasks_of_one_kind_are_drawn_against_the_option_in_which_they_differ(tmp_path):
+    sizes = {"short": (16, 2), "long": (64, 4), "middle": (32, 3)}
+    tasks = {n: {**MQAR, "task": "mqar", "length": length, "num_pairs": pairs} for n, (length, pairs) in sizes.items()}
+    tasks["other"] = {"task": "copying", "max_steps": 3}
+    wanted = comparison(tasks=tasks)
+    values = {
+        f"{task}.{model}.lr0.01.seed0": 1 / (sizes.get(task, (8, 1))[0] * (1 + (model == "attention")))
+        for task in tasks
+        for model in ("hgrn2", "attention")
+    }
+    invent(tmp_path / "out", wanted, values)
+    ended = report(tmp_path / "out")
+    (series,) = across_tasks(ended.results)
+    assert (series.option, series.further) == ("length", ("num_pairs",))
+    assert [task.name for task in series.tasks] == ["short", "middle", "long"]
+    assert {curve.model: (curve.x, curve.y) for curve in series.curves} == {
+        "hgrn2": ([16, 32, 64], [1 / 16, 1 / 32, 1 / 64]),
+        "attention": ([16, 32, 64], [1 / 32, 1 / 64, 1 / 128]),
+    }
+    assert [row[0] for row in overview(ended.results).rows] == ["hgrn2", "attention"]
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert ("h3", "Accuracy against length") in page.texts
+    assert "length (with it num pairs)" in page.text()
+    assert "All tasks" in page.text()
+
+
+def test_a_model_that_read_fewer_tokens_is_marked(tmp_path):
+    plan = invent(tmp_path / "out", comparison(), {"mqar.hgrn2.lr0.01.seed0": 0.5, "mqar.attention.lr0.01.seed0": 0.4})
+    path = tmp_path / "out" / "runs" / plan.runs[1].folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"tokens": 2560', '"tokens": 2500'))
+    (task,) = Results.read(tmp_path / "out").tasks
+    table = ranking(task)
+    at = table.head.index("tokens")
+    assert [row[at] for row in table.rows] == ["2.56k", "2.5k (fewer)"]
 
 
 def test_lower_is_better_for_a_loss(out, monkeypatch):

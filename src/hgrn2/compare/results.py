@@ -161,10 +161,13 @@ class CellSummary:
         """Return the mean of a number over the runs of the best learning rate.
 
         Args:
-            of_run: "tokens_per_s", "memory_bytes", or a key of the last validation.
+            of_run: "num_tokens", "tokens_per_s", "memory_bytes", or a key of the last validation.
         """
         found = []
         for run in self.best.finished if self.best is not None else ():
+            if of_run == "num_tokens":
+                found.append(float(run.num_tokens))
+                continue
             is_fact = of_run in ("tokens_per_s", "memory_bytes")
             value = getattr(run.facts, of_run) if is_fact else figure(run.validation, of_run)
             if value is not None:

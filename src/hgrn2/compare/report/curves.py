@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
-from hgrn2.compare.results import CellSummary, TaskSummary
+from hgrn2.compare.results import CellSummary, Results, TaskSummary
+from hgrn2.tasks import find_task
+from hgrn2.tasks.registry import option_names
 from hgrn2.train.curves import smooth
 from hgrn2.train.report.facts import figure
 
@@ -80,6 +84,63 @@ def option_curves(task: TaskSummary) -> dict[str, list[Curve]]:
     return {option: curves for option, curves in charts.items() if any(len(curve.x) > 1 for curve in curves)}
 
 
+@dataclass(frozen=True)
+class TaskSeries:
+    """The same task at several values of an option, as tasks of a comparison.
+
+    Attributes:
+        tasks: the tasks, in ascending order of the option.
+        option: the option on the horizontal axis.
+        further: other options that change with it.
+        curves: the metric of each model.
+    """
+
+    tasks: tuple[TaskSummary, ...]
+    option: str
+    further: tuple[str, ...]
+    curves: tuple[Curve, ...]
+
+
+def across_tasks(results: Results) -> list[TaskSeries]:
+    """Return the metric of each model against the option in which tasks of one kind differ, such as the length.
+
+    Args:
+        results: what the runs have reached.
+    """
+    entries = {entry.name: entry for entry in results.plan.comparison.tasks}
+    kinds: dict[str, list[TaskSummary]] = {}
+    for task in results.tasks:
+        kinds.setdefault(task.task, []).append(task)
+    found = []
+    for kind, tasks in kinds.items():
+        if len(tasks) < 2:
+            continue
+        options: dict[str, dict[str, Any]] = {
+            task.name: {k: entries[task.name].settings.get(k) for k in option_names(find_task(kind))} for task in tasks
+        }
+        values = {key: [options[task.name][key] for task in tasks] for key in options[tasks[0].name]}
+        differing = {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+        for key, at in differing.items():
+            numbers = [float(value) for value in at if type(value) in (int, float) and value > 0]
+            if len(set(numbers)) < len(tasks):
+                continue
+            place = dict(zip([task.name for task in tasks], numbers, strict=True))
+            ordered = tuple(sorted(tasks, key=lambda task: place[task.name]))
+            further = tuple(other for other in differing if other != key)
+            found.append(TaskSeries(ordered, key, further, tuple(_across(ordered, place))))
+            break
+    return [series for series in found if series.curves]
+
+
+def _across(tasks: Sequence[TaskSummary], place: dict[str, float]) -> list[Curve]:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for task in tasks:
+        for cell in task.cells:
+            if cell.best is not None and cell.best.mean is not None:
+                points.setdefault(cell.model, []).append((float(place[task.name]), cell.best.mean))
+    return [Curve(model, [x for x, _ in found], [y for _, y in found]) for model, found in points.items()]
+
+
 def _validation_keys(cell: CellSummary) -> list[str]:
     runs = () if cell.best is None else cell.best.finished
     return list(dict.fromkeys(key for run in runs for key in run.validation))
@@ -100,7 +161,7 @@ def limits(curves: list[Curve]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def spread_limits(curves: list[Curve]) -> tuple[float, float]:
+def spread_limits(curves: Sequence[Curve]) -> tuple[float, float]:
     """Return limits that hold all values."""
     values = [value for curve in curves for value in curve.y]
     margin = 0.08 * max(max(values) - min(values), 1e-3)

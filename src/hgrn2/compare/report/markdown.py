@@ -20,6 +20,8 @@ def markdown(results: Results, pictures: Sequence[Path] = ()) -> str:
         pictures: paths of pictures in the folder of the comparison; their names begin with the task's.
     """
     parts = [f"# {_escaped(results.out.resolve().name)}", tables.summary(results)]
+    if len(results.tasks) > 1:
+        parts += ["## All tasks", _table(tables.overview(results))]
     for task in results.tasks:
         parts += [f"## {task.name}", _table(tables.ranking(task))]
         parts += [

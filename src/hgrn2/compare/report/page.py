@@ -12,6 +12,7 @@ from hgrn2.compare.files import repeat_command
 from hgrn2.compare.report import tables
 from hgrn2.compare.report.curves import (
     Curve,
+    across_tasks,
     limits,
     loss_curves,
     option_curves,
@@ -34,7 +35,7 @@ NUM_COLOURS = 12
 def page(results: Results) -> str:
     """Return the whole page."""
     lead = f'<p class="lead">{rich(tables.summary(results))}</p>\n'
-    body = lead + "".join(_task_section(results, task) for task in results.tasks)
+    body = lead + _overview(results) + "".join(_task_section(results, task) for task in results.tasks)
     body += _reading(results) + _bad_runs(results) + _commands(results) + _settings(results)
     style = (files("hgrn2.compare.report") / "compare.css").read_text(encoding="utf-8")
     name = results.out.resolve().name
@@ -48,6 +49,31 @@ def _role(results: Results, model: str) -> str:
 
 def _html(found: TextTable) -> str:
     return table(found.head, found.rows)
+
+
+def _overview(results: Results) -> str:
+    """Return all tasks in one table, and tasks that differ in an option as charts; empty for a single task."""
+    if len(results.tasks) < 2:
+        return ""
+    charts = []
+    for series in across_tasks(results):
+        task = series.tasks[0]
+        title = f"{_first_upper(tables.metric_label(task))} against {series.option.replace('_', ' ')}"
+        label = series.option.replace("_", " ")
+        if series.further:
+            label += f" (with it {', '.join(series.further).replace('_', ' ')})"
+        charts.append(_option_chart(results, task, title, label, series.curves))
+    parts = [f'<div class="overview">{_html(tables.overview(results))}</div>']
+    if charts:
+        parts += [_legend(results, results.tasks[0]), f'<div class="pair">{"".join(charts)}</div>']
+    return section("overview", "All tasks", "\n".join(parts))
+
+
+def _option_chart(results: Results, task: TaskSummary, title: str, label: str, curves: Sequence[Curve]) -> str:
+    every = [x for curve in curves for x in curve.x]
+    x = Axis(min(every) / 1.1, max(every) * 1.1, label, compact, is_log=True)
+    y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
+    return _chart(results, title, x, y, curves)
 
 
 def _task_section(results: Results, task: TaskSummary) -> str:
@@ -87,11 +113,9 @@ def _charts(results: Results, task: TaskSummary) -> list[str]:
         y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
         charts.append(_chart(results, f"{_first_upper(tables.metric_label(task))} against learning rate", x, y, curves))
     for option, curves in option_curves(task).items():
-        every = [x for curve in curves for x in curve.x]
         label = option.replace("_", " ")
-        x = Axis(min(every) / 1.1, max(every) * 1.1, label, compact, is_log=True)
-        y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
-        charts.append(_chart(results, f"{_first_upper(tables.metric_label(task))} against {label}", x, y, curves))
+        title = f"{_first_upper(tables.metric_label(task))} against {label}"
+        charts.append(_option_chart(results, task, title, label, curves))
     return charts
 
 

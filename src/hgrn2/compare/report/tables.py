@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 
 from hgrn2.compare.config import Comparison
 from hgrn2.compare.matching import TOLERANCE
@@ -12,6 +13,8 @@ from hgrn2.tasks import ReportFigure, find_task
 from hgrn2.train.report.words import compact, duration, size
 
 NO_VALUE = "–"
+# a run that read this fraction of the tokens of others has read as many
+_FULL = 0.98
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,19 @@ def mean_and_spread(task: TaskSummary, rate: RateSummary | None) -> str:
     return f"{metric_text(task, rate.mean)}{spread} (n = {len(rate.values)})"
 
 
+def overview(results: Results) -> TextTable:
+    """Return the metric of each model on each task; the model with the best mean rank first."""
+    ranks: dict[str, list[int]] = {model.name: [] for model in results.plan.comparison.models}
+    cells: dict[tuple[str, str], str] = {}
+    for task in results.tasks:
+        for rank, cell in enumerate(task.cells):
+            ranks[cell.model].append(rank)
+            cells[task.name, cell.model] = mean_and_spread(task, cell.best)
+    order = sorted(ranks, key=lambda model: fmean(ranks[model]))
+    head = ["model", *(f"{task.name}: {direction(task)}" for task in results.tasks)]
+    return TextTable(head, [[model, *(cells[task.name, model] for task in results.tasks)] for model in order])
+
+
 def ranking(task: TaskSummary) -> TextTable:
     """Return the models of a task, the best first, each at its best learning rate."""
     further = [
@@ -74,9 +90,10 @@ def ranking(task: TaskSummary) -> TextTable:
         for found in find_task(task.task).report.figures
         if found.key != task.metric.name and any(cell.mean_of(found.key) is not None for cell in task.cells)
     ]
-    head = ["model", direction(task), "range", "learning rate", *(f.label for f in further), "tokens/s", "memory",
-            "finished"]  # fmt: skip
+    head = ["model", direction(task), "range", "learning rate", *(f.label for f in further), "tokens", "tokens/s",
+            "memory", "finished"]  # fmt: skip
     rows = []
+    most = max((cell.mean_of("num_tokens") or 0 for cell in task.cells), default=0)
     for cell in task.cells:
         best = cell.best
         values = [] if best is None else best.values
@@ -85,9 +102,11 @@ def ranking(task: TaskSummary) -> TextTable:
         )
         rate = NO_VALUE if best is None else f"{best.learning_rate:g}{' (edge)' if cell.is_at_edge else ''}"
         memory, speed = cell.mean_of("memory_bytes"), cell.mean_of("tokens_per_s")
+        tokens = cell.mean_of("num_tokens") or 0
         rows.append([
             cell.model, mean_and_spread(task, best), spread, rate,
             *(NO_VALUE if (v := cell.mean_of(f.key)) is None else format(v, f.table_style) for f in further),
+            NO_VALUE if not tokens else compact(tokens) + (" (fewer)" if tokens < _FULL * most else ""),
             NO_VALUE if speed is None else f"{speed:,.0f}", NO_VALUE if memory is None else size(memory),
             _finished(cell),
         ])  # fmt: skip
@@ -201,5 +220,5 @@ def _stopped_by_time(results: Results) -> list[RunResult]:
     return [
         run
         for run in finished
-        if run.planned.settings.get("max_time_s") and run.num_tokens < 0.98 * most[run.planned.task_entry]
+        if run.planned.settings.get("max_time_s") and run.num_tokens < _FULL * most[run.planned.task_entry]
     ]
