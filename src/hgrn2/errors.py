@@ -52,18 +52,19 @@ class MissingPackage(UserError, ImportError):
         super().__init__(message, "unavailable")
 
 
-def unknown_key_message(what: str, key: str, known: Iterable[str]) -> str:
+def unknown_key_message(what: str, key: object, known: Iterable[str], kind: str = "key") -> str:
     """Return a one-line message about an unknown key, with near matches.
 
     Args:
         what: owner of the key, e.g. "model config".
-        key: the unknown key.
+        key: the unknown key; may be of any type.
         known: the valid keys.
+        kind: what a key is the name of, e.g. "task".
     """
     known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known keys: {', '.join(known)}"
-    return f"{what}: unknown key {key!r}; {hint}"
+    near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known {kind}s: {', '.join(known)}"
+    return f"{what}: unknown {kind} {key!r}; {hint}"
 
 
 # direction marks, and separators that end a line on some terminals

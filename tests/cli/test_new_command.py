@@ -10,6 +10,7 @@ import tyro
 from hgrn2 import cli
 from hgrn2.cli import COMMANDS, Command, register_command
 from tests.cli import count_command
+from tests.plug_ins import install
 from tests.refusals import refuses
 
 
@@ -47,7 +48,7 @@ def test_its_help(capsys):
     assert list(COMMANDS)[-1] == "count"
     short, whole = (call(capsys, "count", flag)[1] for flag in ("--help", "--help-all"))
     assert "--unit words|lines" in short
-    assert "1 further options: hgrn2 count --help-all" in short
+    assert "1 further option: hgrn2 count --help-all" in short
     assert "--most N" in whole
     assert "count" in call(capsys, "--print-completion", "bash")[1]
 
@@ -71,16 +72,12 @@ def test_mistakes_are_one_line(words, names, capsys):
 
 
 def test_an_installed_package_brings_its_command(tmp_path, monkeypatch, capsys):
-    about = tmp_path / "command_of_another-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: command-of-another\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[hgrn2.commands]\nbrought = command_of_another:COMMAND\n")
-    (tmp_path / "command_of_another.py").write_text(
+    source = (
         "from hgrn2.cli import Command\n"
         "from tests.cli.count_command import count\n"
         "COMMAND = Command('brought', count)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, monkeypatch, "commands", "brought = command_of_another:COMMAND", source)
     assert "'brough'" in call(capsys, "brough", "text")[2]
     assert call(capsys, "brought", "text") == (0, "4\n", "")
     del COMMANDS["brought"]

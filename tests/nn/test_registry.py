@@ -9,6 +9,7 @@ from torch import nn
 from hgrn2.models import HGRN2LM, HGRN2Config
 from hgrn2.nn.mixers import Mixer, MixerOptions, StateSpec, find_mixer, forget_mixer, mixer_names, register_mixer
 from tests.models.cases import SIZE, tokens
+from tests.plug_ins import install
 from tests.refusals import refuses
 
 
@@ -112,18 +113,15 @@ def test_what_a_spec_says_of_a_tensor():
 
 
 def test_an_installed_package_brings_its_mixer(tmp_path, monkeypatch):
-    about = tmp_path / "mixer_of_another-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mixer-of-another\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[hgrn2.mixers]\nbrought = mixer_of_another\n")
-    (tmp_path / "mixer_of_another.py").write_text(
+    source = (
         "from hgrn2.nn.mixers import register_mixer\n"
         "from tests.nn.test_registry import Options, Whole\n"
         "register_mixer('brought', Options)(Whole)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, monkeypatch, "mixers", "brought = mixer_of_another", source)
     assert "brought" not in mixer_names()
-    with refuses("unknown-name", "brough"):
+    # names that are not imported yet are near, too
+    with refuses("unknown-name", "'brough'", "'brought'"):
         find_mixer("brough")
     try:
         assert HGRN2Config.from_dict(SIZE | {"layers": "brought"}).layer_mixers == ("brought",) * 3

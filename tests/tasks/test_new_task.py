@@ -17,6 +17,7 @@ from hgrn2.tasks import TASKS, Metric, StepLoss, TaskBase, TaskOptions, find_tas
 from hgrn2.train.metrics import read_metrics
 from hgrn2.train.run import evaluate_run
 from hgrn2.train.runs import saved_task_spec
+from tests.plug_ins import install
 from tests.refusals import refuses
 from tests.tasks import repeat_task
 from tests.tasks.repeat_task import Repeat, RepeatOptions
@@ -199,23 +200,21 @@ def test_a_saved_task_that_is_not_registered(capsys):
 
 
 def test_a_name_is_taken_once():
-    with refuses("already-exists", "repeat", "Repeat"):
+    with refuses("already-exists", "repeat", "Repeat", "name"):
         register_task(Repeat)
     assert find_task("repeat") is Repeat
 
 
 def test_an_installed_package_brings_its_task(tmp_path, monkeypatch):
-    about = tmp_path / "task_of_another-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: task-of-another\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[hgrn2.tasks]\nbrought = task_of_another\n")
-    (tmp_path / "task_of_another.py").write_text(
+    source = (
         "from hgrn2.tasks import register_task\n"
         "from tests.tasks.repeat_task import Repeat\n"
         "register_task(type('Brought', (Repeat,), {'name': 'brought'}))\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, monkeypatch, "tasks", "brought = task_of_another", source)
     assert "brought" not in TASKS
+    with refuses("unknown-name", "'brough'", "'brought'"):
+        find_task("brough")
     command(*TRAIN, "--task", "brought", "--max-steps", "1", "--batch-size", "2", "--out", "run")
     # its report as well
     del TASKS["brought"]
@@ -236,13 +235,20 @@ def test_a_task_without_a_part_of_the_protocol(part):
     assert "lacking" not in TASKS
 
 
+class Undecorated(RepeatOptions):
+    further: int = 3
+
+
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("metric", "val_loss"), ("Options", dict), ("Options", type("Bare", (), {})), ("name", 3), ("name", "two words")],
-)
+    [
+        ("metric", "val_loss"), ("Options", dict), ("Options", type("Bare", (), {})), ("Options", Undecorated),
+        ("Options", 3), ("loss", 3), ("load_state", None), ("report", 3), ("reads_text", "no"),
+    ],
+)  # fmt: skip
 def test_a_part_of_another_kind(part, value):
     before = dict(TASKS)
-    with refuses("incomplete", part):
+    with refuses("incomplete", "'odd'", part, repr(value)):
         register_task(type("Odd", (Repeat,), {"name": "odd", part: value}))
     assert before == TASKS
 

@@ -13,6 +13,7 @@ import docstring_parser
 import tyro
 
 from hgrn2.cli.command import Function
+from hgrn2.errors import UserError
 from hgrn2.models.presets import PRESETS
 
 _POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1]
@@ -72,16 +73,37 @@ class Flag:
 
 
 def flags_of(function: Function) -> list[Flag]:
-    """Return the flags of a command in the order of its signature; a dataclass stands for its fields."""
+    """Return the flags of a command in the order of its signature; a dataclass stands for its fields.
+
+    Raises:
+        UserError: a parameter has no type, or one that flags cannot have.
+    """
     found = []
-    hints = typing.get_type_hints(function, include_extras=True)
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    # a name that does not exist; any error, since annotations are code
+    except Exception as error:
+        raise UserError(
+            f"{_called(function)}: its types cannot be read ({error}); correct them", "incomplete"
+        ) from None
     texts = _texts(function)
     for name, parameter in inspect.signature(function).parameters.items():
         if dataclasses.is_dataclass(parameter.default):
             found += _flags_of_fields(parameter.default)
+        elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            raise UserError(f"{_called(function)}: takes {parameter}; wanted parameters with names", "incomplete")
+        elif name not in hints:
+            raise UserError(f"{_called(function)}: {name} has no type; annotate it", "incomplete")
         else:
-            found.append(_flag(name, hints[name], parameter.default, texts.get(name, "")))
+            try:
+                found.append(_flag(name, hints[name], parameter.default, texts.get(name, "")))
+            except UserError as error:
+                raise UserError(f"{_called(function)}: {error}", error.code) from None
     return found
+
+
+def _called(function: Function) -> str:
+    return f"function {function.__qualname__}"
 
 
 def _flags_of_fields(values: Any) -> list[Flag]:
@@ -106,7 +128,7 @@ def _flag(name: str, hint: Any, default: Any, text: str) -> Flag:
     is_switch = kind is bool
     is_positional = _POSITIONAL in marks
     if default not in (None, inspect.Parameter.empty, False, (), "") and "(default" not in text:
-        shown = " ".join(default) if isinstance(default, tuple) else default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{text.removesuffix('.')} (default: {shown})."
     placeholder = "" if is_switch else _placeholder(name, kind, is_positional)
     if is_positional and default is None:
@@ -115,13 +137,22 @@ def _flag(name: str, hint: Any, default: Any, text: str) -> Flag:
 
 
 def _placeholder(name: str, kind: Any, is_positional: bool) -> str:
+    whole = kind
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
-    if typing.get_origin(kind) is typing.Literal:
+        kinds = [each for each in typing.get_args(kind) if each is not types.NoneType]
+        kind = kinds[0] if len(kinds) == 1 else None
+    if typing.get_origin(kind) is typing.Literal and all(isinstance(word, str) for word in typing.get_args(kind)):
         return "|".join(typing.get_args(kind))
-    several = typing.get_origin(kind) is tuple
+    several = typing.get_origin(kind) is tuple and typing.get_args(kind)[1:] == (...,)
     if several:
         kind = typing.get_args(kind)[0]
+    # any hashable type may be an annotation
+    if kind not in _PLACEHOLDERS_OF_TYPES:
+        raise UserError(
+            f"{name} is annotated {whole}; wanted bool, int, float, str, Path, Literal of words, one of them | "
+            "None, or a tuple[..., ...] of one",
+            "incomplete",
+        )
     word = _PLACEHOLDERS.get(name) or (name.upper() if is_positional else _PLACEHOLDERS_OF_TYPES[kind])
     if several and is_positional:
         # the parser also accepts none

@@ -10,6 +10,7 @@ import docstring_parser
 
 from hgrn2.cli.command import Command, Function
 from hgrn2.cli.flags import Flag, flags_of
+from hgrn2.quantities import plural
 
 # column of the descriptions
 _INDENT = 28
@@ -57,7 +58,7 @@ def command_help(command: Command, *, all_flags: bool) -> str:
     if further and all_flags:
         lines += ["", "further options:", *_rows(further)]
     elif further:
-        lines += ["", f"{len(further)} further options: hgrn2 {name} --help-all"]
+        lines += ["", f"{plural(len(further), 'further option')}: hgrn2 {name} --help-all"]
     return "\n".join(lines).rstrip()
 
 

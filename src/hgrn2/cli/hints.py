@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-from hgrn2.cli.command import Command
+from hgrn2.cli.command import Command, known_commands
 from hgrn2.cli.flags import Flag
 from hgrn2.models import HGRN2Config
 
@@ -58,7 +58,7 @@ def unknown_command(word: str, commands: Mapping[str, Command]) -> str:
     if word.startswith("-"):
         return f"{word.split('=')[0]} comes before the command; name that first: {', '.join(commands)}; "
     near = [name for name, command in commands.items() if word.lower() in command.aliases]
-    near = near or difflib.get_close_matches(word.lower(), commands, n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(word.lower(), known_commands(), n=1, cutoff=0.6)
     return f"unknown command {word!r}; {f'did you mean {near[0]}? ' if near else ''}"
 
 

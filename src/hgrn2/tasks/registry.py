@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 from typing import Any, TypeVar
 
 from hgrn2.errors import UserError, unknown_key_message
-from hgrn2.tasks.base import Metric, Task
+from hgrn2.registries import check_name, has_own_fields, load_entries, unknown_entry
+from hgrn2.tasks.base import Metric, Task, TaskReport
 from hgrn2.tasks.options import TaskOptions
 
 # group of entry points of installed packages
@@ -17,7 +17,8 @@ TASKS: dict[str, type[Any]] = {}
 
 T = TypeVar("T", bound=type)
 
-_PARTS = [name for name in (*Task.__annotations__, *vars(Task)) if not name.startswith("_")]
+_METHODS = [name for name, part in vars(Task).items() if not name.startswith("_") and not isinstance(part, property)]
+_PARTS = [*Task.__annotations__, *_METHODS, "carries_state"]
 
 
 def register_task(task: T) -> T:
@@ -27,21 +28,30 @@ def register_task(task: T) -> T:
         The class.
 
     Raises:
-        UserError: the name is taken, or a part is missing or of another type.
+        UserError: the name is taken or not a word, or a part is missing or of another type.
     """
+    if not isinstance(task, type):
+        raise UserError(f"task {task!r}: wanted a class; see hgrn2.tasks.base.Task")
     name = getattr(task, "name", None)
     what = f"task {name!r}" if isinstance(name, str) else f"task {task.__name__}"
     if missing := [part for part in _PARTS if not hasattr(task, part)]:
         raise UserError(f"{what}: lacks {', '.join(missing)}; see hgrn2.tasks.base.Task", "incomplete")
-    options = task.Options
-    if not (isinstance(options, type) and issubclass(options, TaskOptions) and dataclasses.is_dataclass(options)):
-        raise UserError(f"{what}: Options is {options!r}; wanted a dataclass derived from TaskOptions", "incomplete")
-    if not isinstance(task.metric, Metric):
-        raise UserError(f"{what}: metric is {task.metric!r}; wanted a Metric", "incomplete")
-    if not isinstance(name, str) or not name.isidentifier():
-        raise UserError(f"{what}: name is {name!r}; wanted a word", "incomplete")
+    name = check_name("task", name)
+    if not has_own_fields(task.Options, TaskOptions):
+        raise UserError(
+            f"{what}: Options is {task.Options!r}; wanted a class with @dataclass(frozen=True) and base TaskOptions",
+            "incomplete",
+        )
+    for part, kind in (("metric", Metric), ("report", TaskReport), ("reads_text", bool)):
+        if not isinstance(getattr(task, part), kind):
+            raise UserError(f"{what}: {part} is {getattr(task, part)!r}; wanted a {kind.__name__}", "incomplete")
+    for part in _METHODS:
+        if not callable(getattr(task, part)):
+            raise UserError(f"{what}: {part} is {getattr(task, part)!r}; wanted a method", "incomplete")
     if name in TASKS:
-        raise UserError(f"{what}: registered already, by {TASKS[name].__qualname__}; choose another", "already-exists")
+        raise UserError(
+            f"{what}: registered already, by {TASKS[name].__qualname__}; choose another name", "already-exists"
+        )
     TASKS[name] = task
     return task
 
@@ -59,14 +69,15 @@ def find_task(name: str) -> type[Any]:
     module that registers it. The module is imported when the name is first used.
 
     Raises:
-        UserError: no task has this name; the message names near matches.
+        UserError: no task has this name (the message names near matches), or the package that brings it cannot be
+            imported.
     """
     load_tasks()
-    if name not in TASKS:
-        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
-            entry.load()
-    if name not in TASKS:
-        raise UserError(unknown_key_message("task", name, TASKS).replace("unknown key", "unknown task"), "unknown-name")
+    if isinstance(name, str) and name not in TASKS:
+        load_entries(ENTRY_POINTS, name, "task", TASKS)
+    # a name of another type may have no hash
+    if not isinstance(name, str) or name not in TASKS:
+        raise unknown_entry("task", name, "task", TASKS, ENTRY_POINTS)
     return TASKS[name]
 
 

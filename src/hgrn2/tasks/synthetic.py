@@ -173,7 +173,14 @@ def register_synthetic_task(options: T) -> T:
 
     Args:
         options: the options class of a generator.
+
+    Raises:
+        UserError: the class is not that of a generator, or a task has its name.
     """
+    if options not in GENERATORS.values():
+        raise UserError(
+            f"{options!r}: not registered; put @register_generator(name) below this decorator", "incomplete"
+        )
     title = f"{options.name.title().replace('_', '')}Task"
     register_task(type(title, (SyntheticTask,), {"name": options.name, "Options": options, "__doc__": options.__doc__}))
     return options

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.errors import UserError
 from hgrn2.nn.mixers.base import Mixer, MixerOptions
+from hgrn2.registries import check_name, has_own_fields, load_entries, unknown_entry
 
 # group of entry points of installed packages
 ENTRY_POINTS = "hgrn2.mixers"
@@ -55,11 +56,12 @@ def register_mixer(name: str, options: type[MixerOptions]) -> Callable[[M], M]:
     """Return a decorator that registers a mixer class under a name for configurations.
 
     Args:
-        name: the name in `layers` of a configuration.
+        name: the name in `layers` of a configuration, a word of letters, digits, "-" and "_".
         options: a frozen dataclass derived from `MixerOptions`; its fields are arguments of the mixer's constructor.
 
     Raises:
-        UserError: the name is taken, or the class lacks a part of the protocol.
+        UserError: the name is taken or not a word, the class lacks a part of the protocol, or its constructor does not
+            take these options.
 
     Example:
         >>> from dataclasses import dataclass
@@ -69,6 +71,7 @@ def register_mixer(name: str, options: type[MixerOptions]) -> Callable[[M], M]:
         ...     decay: float = 0.9
         >>> decorate = register_mixer("decay", DecayOptions)
     """
+    check_name("mixer", name)
 
     def register(mixer: M) -> M:
         if name in _mixers:
@@ -79,25 +82,56 @@ def register_mixer(name: str, options: type[MixerOptions]) -> Callable[[M], M]:
         missing = _missing_parts(mixer, options)
         if missing:
             raise UserError(f"mixer {name!r} lacks {', '.join(missing)}; see hgrn2.nn.mixers.Mixer", "incomplete")
+        _check_constructor(name, mixer, options)
         _mixers[name] = RegisteredMixer(name, mixer, options)
         return mixer
 
     return register
 
 
-def _missing_parts(mixer: type, options: type) -> list[str]:
-    if not issubclass(mixer, Mixer):
+def _missing_parts(mixer: Any, options: Any) -> list[str]:
+    if not (isinstance(mixer, type) and issubclass(mixer, Mixer)):
         return ["the base class Mixer"]
     missing = [part for part in _PARTS if getattr(mixer, part) is getattr(Mixer, part)]
-    is_frozen = dataclasses.is_dataclass(options) and options.__dataclass_params__.frozen  # pyright: ignore
-    if not (issubclass(options, MixerOptions) and is_frozen):
-        missing.append("options (a frozen dataclass derived from MixerOptions)")
+    if not has_own_fields(options, MixerOptions):
+        missing.append(
+            f"options (found {options!r}, wanted a class with @dataclass(frozen=True) and base MixerOptions)"
+        )
     return missing
 
 
+def _check_constructor(name: str, mixer: type[Mixer], options: type[MixerOptions]) -> None:
+    """Refuse options that are not the arguments of the constructor after the first, the width."""
+    found = {field.name for field in dataclasses.fields(options)}
+    arguments = list(inspect.signature(mixer).parameters.values())[1:]
+    named = [
+        x for x in arguments if x.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    ]
+    takes_any = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in arguments)
+    faults = [f"takes no {key}" for key in sorted(found - {x.name for x in named}) if not takes_any]
+    faults += [f"needs {x.name}" for x in named if x.default is inspect.Parameter.empty and x.name not in found]
+    if faults:
+        raise UserError(
+            f"mixer {name!r}: {mixer.__qualname__}(hidden_size, ...) {' and '.join(faults)}; wanted the fields of "
+            f"{options.__qualname__} as its arguments ({', '.join(sorted(found)) or 'none'})",
+            "contradiction",
+        )
+
+
 def forget_mixer(name: str) -> None:
-    """Remove a mixer from the registry, for tests."""
+    """Remove a mixer from the registry, for tests.
+
+    Raises:
+        UserError: no mixer has this name.
+    """
+    if not _is_registered(name):
+        raise unknown_entry("mixers", name, "mixer", _mixers, ENTRY_POINTS)
     del _mixers[name]
+
+
+def _is_registered(name: Any) -> bool:
+    # a name of another type may have no hash
+    return isinstance(name, str) and name in _mixers
 
 
 def mixer_names() -> list[str]:
@@ -116,13 +150,13 @@ def find_mixer(name: str, what: str = "mixers") -> RegisteredMixer:
         what: where the name was found, for messages.
 
     Raises:
-        UserError: no mixer has this name; the message suggests similar ones.
+        UserError: no mixer has this name (the message suggests similar ones), or the package that brings it cannot be
+            imported.
     """
-    if name not in _mixers:
-        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
-            entry.load()
-    if name not in _mixers:
-        raise UserError(unknown_key_message(what, name, _mixers), "unknown-name")
+    if isinstance(name, str) and name not in _mixers:
+        load_entries(ENTRY_POINTS, name, "mixer", _mixers)
+    if not _is_registered(name):
+        raise unknown_entry(what, name, "mixer", _mixers, ENTRY_POINTS)
     return _mixers[name]
 
 

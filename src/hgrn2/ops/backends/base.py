@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hgrn2.errors import UserError
 from hgrn2.ops.call import CallTraits, ScanCall, ScanGradients
+from hgrn2.registries import check_name
 from hgrn2.shapes import BHKV, BHV, BTHV, NHKV
 
 AUTO = "auto"
@@ -117,6 +118,7 @@ class Backend(Protocol):
         ...
 
 
+_OPERATORS = ("scan", "step")
 _PARTS = ("name", "opaque", "rejects", "step_backend", "plan", "kept_shape", "forward", "backward", "step")
 _backends: dict[str, Backend] = {}
 _auto_order: tuple[str, ...] = ()
@@ -130,22 +132,34 @@ def register(backend: Backend) -> None:
         backend: an instance of a class that derives from `Backend` or has all its parts.
 
     Raises:
-        UserError: the name is taken ("already-exists"), or a part is missing ("incomplete").
+        UserError: the name is taken ("already-exists") or not a word, or a part is missing or of another type
+            ("incomplete").
     """
+    if isinstance(backend, type):
+        raise UserError(f"backend {backend.__name__}: is a class; pass an object of it, {backend.__name__}()")
     missing = [part for part in _PARTS if not _has(backend, part)]
     label = repr(getattr(backend, "name", type(backend).__name__))
     if missing:
         raise UserError(f"backend {label} lacks {', '.join(missing)}; define what `Backend` asks for", "incomplete")
-    if backend.name == AUTO or backend.name in _backends:
+    check_name("backend", backend.name)
+    opaque = backend.opaque
+    if not isinstance(opaque, tuple | frozenset | set) or any(x not in _OPERATORS for x in opaque):
+        raise UserError(f"backend {label}: opaque is {opaque!r}; wanted a tuple of {_OPERATORS}", "incomplete")
+    if backend.name == AUTO:
+        raise UserError(f"backend {label}: the name is reserved; choose another name", "already-exists")
+    if backend.name in _backends:
         raise UserError(f"backend {label} is registered already; choose another name", "already-exists")
     _backends[backend.name] = backend
 
 
 def _has(backend: Any, part: str) -> bool:
-    if part == "backward" and "scan" not in getattr(backend, "opaque", ("scan",)):
+    if part == "name":
+        return hasattr(backend, part)
+    opaque = getattr(backend, "opaque", None)
+    if part == "backward" and isinstance(opaque, tuple | frozenset | set) and "scan" not in opaque:
         return True
     # looked up in the class: an attribute that is computed on first use may import a compiler
-    found = vars(backend).get(part, getattr(type(backend), part, None))
+    found = getattr(backend, "__dict__", {}).get(part, getattr(type(backend), part, None))
     is_required = part in ("rejects", "forward", "backward", "step")
     return found is not None and not (is_required and found is getattr(Backend, part))
 
@@ -172,7 +186,8 @@ def registered(*backends: Backend, auto_order: tuple[str, ...] | None = None) ->
     before, order = dict(_backends), _auto_order
     try:
         for backend in backends:
-            _backends.pop(getattr(backend, "name", ""), None)
+            if isinstance(name := getattr(backend, "name", None), str):
+                _backends.pop(name, None)
             register(backend)
         if auto_order is not None:
             set_auto_order(*auto_order)
@@ -271,7 +286,8 @@ def _first_that_runs(traits: CallTraits) -> Backend:
             return found
         if isinstance(reason, Unavailable):
             missing = reason
-    raise UserError(f"backend is 'auto', and none of {', '.join(_auto_order)} can run such a call", "unsupported")
+    tried = f"none of {', '.join(_auto_order)} can run such a call" if _auto_order else "its order is empty"
+    raise UserError(f"backend is 'auto', and {tried}; name a backend, or set_auto_order(...)", "unsupported")
 
 
 def resolve_backend(

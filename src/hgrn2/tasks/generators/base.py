@@ -12,6 +12,7 @@ import numpy as np
 
 from hgrn2.constraints import Ge, Le
 from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.registries import check_name, has_own_fields
 from hgrn2.tasks.generators.draws import Draws, Ints
 from hgrn2.tasks.options import TaskOptions
 
@@ -136,13 +137,21 @@ def register_generator(name: str) -> Callable[[T], T]:
         name: the task's name, a word.
 
     Raises:
-        UserError: the name is taken.
+        UserError: the name is taken or not a word, or the class is not a frozen dataclass derived from
+            `SyntheticOptions`.
     """
+    check_name("generator", name)
 
     def register(options: T) -> T:
+        if not has_own_fields(options, SyntheticOptions):
+            raise UserError(
+                f"generator {name!r}: found {options!r}; wanted a class with @dataclass(frozen=True) and base "
+                "SyntheticOptions",
+                "incomplete",
+            )
         if name in GENERATORS:
             raise UserError(
-                f"generator {name!r}: registered already, by {GENERATORS[name].__qualname__}; choose another",
+                f"generator {name!r}: registered already, by {GENERATORS[name].__qualname__}; choose another name",
                 "already-exists",
             )
         options.name, options.what = name, f"task {name!r}"
@@ -158,9 +167,8 @@ def find_generator(name: str) -> type[SyntheticOptions]:
     Raises:
         UserError: no generator has this name; the message names near matches.
     """
-    if name not in GENERATORS:
-        message = unknown_key_message("task", name, GENERATORS).replace("unknown key", "no generator of examples named")
-        raise UserError(message.replace("known keys", "there are"), "unknown-name")
+    if not isinstance(name, str) or name not in GENERATORS:
+        raise UserError(unknown_key_message("task", name, GENERATORS, "generator of examples"), "unknown-name")
     return GENERATORS[name]
 
 
