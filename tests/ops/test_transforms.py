@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, linear_scan
+from hgrn2.ops import gated_scan, hgrn2_scan, hgrn2_step, linear_scan, selective_scan
 from hgrn2.ops.backends import registered
 from tests.ops.double_backend import DoubleBackend
 from tests.refusals import refuses
@@ -40,7 +40,12 @@ def elements(backend, a, b, initial_state):
     return linear_scan(a, b, initial_state=initial_state, backend="steps" if backend == "chunked" else backend)
 
 
-FUNCTIONS = {function.__name__: function for function in (tied, packed, free, step, elements)}
+def selective(backend, u, dt, a, b, c, initial_state):
+    del backend
+    return selective_scan(u, dt, a, b, c, initial_state=initial_state)
+
+
+FUNCTIONS = {function.__name__: function for function in (tied, packed, free, step, elements, selective)}
 
 
 def operands(name):
@@ -52,6 +57,9 @@ def operands(name):
 
     if name == "elements":
         return [normal(2, 5, 4).sigmoid(), normal(2, 5, 4), normal(2, 4)]
+    if name == "selective":
+        rows = [normal(2, 5, 3) for _ in range(2)]
+        return [rows[0], rows[1].abs(), -normal(3, 4).abs(), normal(2, 5, 4), normal(2, 5, 4), normal(2, 3, 4)]
     q, f, v = normal(2, 5, 2, 4), normal(2, 5, 2, 4), normal(2, 5, 2, 3)
     gate = -normal(2, 5, 2, 4).abs() if name == "free" else normal(2, 4).sigmoid()
     return [q, f, v, gate, normal(2, 2, 4, 3)]
@@ -190,8 +198,9 @@ def test_linear_scan_says_which_derivatives_it_lacks(transform):
     transform(lambda x: linear_scan(x, b, initial_state=state, backend="reference")[0].square().sum())(a)
 
 
-def test_linear_scan_has_no_second_derivative_and_says_so():
-    a, b, _ = (x[0].requires_grad_() for x in operands("elements"))
-    (gradient,) = torch.autograd.grad(linear_scan(a, b)[0].square().sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match="backend='reference'"):
+@pytest.mark.parametrize(("name", "message"), [("elements", "backend='reference'"), ("selective", "selective_scan")])
+def test_operators_without_a_second_derivative_say_so(name, message):
+    inputs = [x[0].requires_grad_() for x in operands(name)]
+    (gradient,) = torch.autograd.grad(loss(FUNCTIONS[name], "chunked", *inputs), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=message):
         gradient.sum().backward()

@@ -17,7 +17,7 @@ from torch import Tensor
 from hgrn2.errors import UserError
 from hgrn2.ops.checks import check_cu_seqlens, check_device
 from hgrn2.ops.tiles import boundaries
-from hgrn2.ops.transforms import differentiable_by_transforms, map_by_loop
+from hgrn2.ops.transforms import differentiable_by_transforms, map_by_loop, refuse_derivatives
 from hgrn2.shapes import describe, require_shape
 
 BACKENDS = ("auto", "steps", "halving", "reference")
@@ -221,21 +221,8 @@ def _differentiate(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
 
 _scan_op.register_autograd(_differentiate, setup_context=_set_up)
 
-
-def _set_up_refusal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    del ctx, inputs, output
-
-
-def _refuse(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("linear_scan has no second derivative; use backend='reference'")
-
-
-def _refuse_forward_mode(*inputs: Any) -> str:
-    return "linear_scan has no derivative in forward mode; use backend='reference'"
-
-
-_backward_op.register_autograd(_refuse, setup_context=_set_up_refusal)
-_traced_scan = differentiable_by_transforms(_scan_op, _set_up, _differentiate, _refuse_forward_mode)
-_traced_backward = differentiable_by_transforms(_backward_op, _set_up_refusal, _refuse, _refuse_forward_mode)
+_FURTHER = "linear_scan has no second derivative, and none in forward mode; use backend='reference'"
+_traced_scan = differentiable_by_transforms(_scan_op, _set_up, _differentiate, lambda *_: _FURTHER)
+_traced_backward = refuse_derivatives(_backward_op, _FURTHER)
 for _operator in (_scan_op, _backward_op):
     map_by_loop(_operator)

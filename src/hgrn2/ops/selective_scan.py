@@ -17,6 +17,7 @@ from hgrn2.ops.call import state_dtype
 from hgrn2.ops.checks import check_cu_seqlens
 from hgrn2.ops.device import without_autocast
 from hgrn2.ops.linear_scan import scan_into
+from hgrn2.ops.transforms import differentiable_by_transforms, map_by_loop, refuse_derivatives
 from hgrn2.shapes import require_shape
 
 # numbers of the states of a tile in a row of the batch, L x E x S, and limits of its length L, which does not depend on
@@ -66,7 +67,7 @@ def selective_scan(
         entering = (now * u[:, 0]).unsqueeze(-1) * b[:, 0].unsqueeze(-2)
         state = torch.exp(now.unsqueeze(-1) * a.to(wide)) * state + entering
         return (state * c).sum(-1).unsqueeze(1), state
-    y, state, _ = _scan_op(u, dt, a.to(wide), b, c, state, cu_seqlens)
+    y, state, _ = _traced_scan(u, dt, a.to(wide), b, c, state, cu_seqlens)
     return y, state
 
 
@@ -261,8 +262,14 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Ten
 
 def _differentiate(ctx: Any, dy: Tensor, d_final: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     *inputs, kept = ctx.saved_tensors
-    *gradients, d_state = _backward_op(*inputs, kept, dy, d_final)
+    *gradients, d_state = _traced_backward(*inputs, kept, dy, d_final)
     return *gradients, d_state, None
 
 
 _scan_op.register_autograd(_differentiate, setup_context=_set_up)
+
+_FURTHER = "selective_scan has no second derivative, and none in forward mode"
+_traced_scan = differentiable_by_transforms(_scan_op, _set_up, _differentiate, lambda *_: _FURTHER)
+_traced_backward = refuse_derivatives(_backward_op, _FURTHER)
+for _operator in (_scan_op, _backward_op):
+    map_by_loop(_operator)

@@ -106,3 +106,24 @@ def differentiable_by_transforms(
             raise NotImplementedError(refusal(*inputs)) from error
 
     return call
+
+
+def refuse_derivatives(operator: Any, message: str) -> Callable[..., Any]:
+    """Make an operator raise a RuntimeError where it is differentiated, and a NotImplementedError in forward mode.
+
+    Args:
+        operator: an operator from `torch.library.custom_op`.
+        message: the message of both.
+
+    Returns:
+        A function that calls the operator.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        del ctx, inputs, output
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(message)
+
+    operator.register_autograd(refuse, setup_context=setup)
+    return differentiable_by_transforms(operator, setup, refuse, lambda *_: message)
