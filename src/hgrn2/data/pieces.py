@@ -16,15 +16,15 @@ from hgrn2.data.text import PIECE_CHARS
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 
-# without a place to cut, a document is encoded whole up to this length: about 350 MB of memory
+# a document that cannot be cut is encoded whole, up to this length: about 350 MB of memory
 WHOLE_CHARS = 1 << 22
 # text encoded on each side of a cut to check it, and a shorter left side that must give the same tokens
 _TRIAL_CHARS = 256
 _SHORT_TRIAL_CHARS = 97
 # context given to a piece, so that its first word is not encoded as the start of a text
 _CONTEXT_CHARS = 16
-# candidate cuts checked, of each kind
-_MOST_TRIALS = 24
+# most candidate cuts tried of each kind
+_MAX_TRIALS = 24
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Piece:
 
 
 def piece_tokens(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[np.ndarray]:
-    """Return the token ids of each piece, one 1-D integer array a piece."""
+    """Return the token ids of each piece, one 1-D integer array per piece."""
     encoded = tokenizer.encode_batch([piece.context + piece.text for piece in pieces])
     contexts = sorted({piece.context for piece in pieces if piece.context})
     sizes = dict(zip(contexts, map(len, tokenizer.encode_batch(contexts)), strict=True)) if contexts else {}
@@ -63,10 +63,10 @@ def keeps_text(tokenizer: Tokenizer, piece: Piece, ids: np.ndarray) -> bool:
 def cut_document(tokenizer: Tokenizer, blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[Piece]:
     """Cut a document into non-empty pieces of about piece_chars characters, independent of the input blocks.
 
-    Memory is bounded: if no place to cut is found, a piece grows to at most `WHOLE_CHARS` characters.
+    Memory is bounded: if there is nowhere to cut, a piece grows to at most `WHOLE_CHARS` characters.
 
     Raises:
-        UserError: no place to cut in that many characters.
+        UserError: there is nowhere to cut in that many characters.
     """
     if tokenizer.splits_anywhere:
         yield from (Piece(block) for block in blocks if block)
@@ -84,8 +84,8 @@ def cut_document(tokenizer: Tokenizer, blocks: Iterable[str], piece_chars: int =
                 searched = stop
                 if searched >= max(WHOLE_CHARS, piece_chars):
                     raise UserError(
-                        f"tokenizer {tokenizer.name!r}: no place to cut in {searched:,} characters of a text; break "
-                        "its lines, or use the tokenizer 'bytes'",
+                        f"tokenizer {tokenizer.name!r}: found nowhere to cut in {searched:,} characters; add line "
+                        "breaks to the text, or use the tokenizer 'bytes'",
                         "unsupported",
                     )
                 continue
@@ -97,9 +97,9 @@ def cut_document(tokenizer: Tokenizer, blocks: Iterable[str], piece_chars: int =
 
 
 def _find_cut(tokenizer: Tokenizer, text: str, start: int, stop: int) -> tuple[int, str] | None:
-    """Return the last valid cut in [start, stop) and the context of the piece after it; None without one."""
+    """Return the last valid cut in [start, stop) and the context of the piece after it; None if there is none."""
     for places in (_line_ends(text, start, stop), _spaces(text, start, stop)):
-        for place in itertools.islice(places, _MOST_TRIALS):
+        for place in itertools.islice(places, _MAX_TRIALS):
             if tokenizer.splits_at_spaces:
                 return place, ""
             context = _try_cut(tokenizer, text, place)
@@ -109,7 +109,7 @@ def _find_cut(tokenizer: Tokenizer, text: str, start: int, stop: int) -> tuple[i
 
 
 def _line_ends(text: str, start: int, stop: int) -> Iterator[int]:
-    """Yield the positions after line ends between two non-space characters, last first."""
+    """Yield the positions after line ends between two non-space characters, from the end backwards."""
     end = text.rfind("\n", start, stop)
     while end > start:
         if not text[end - 1].isspace() and not text[end + 1].isspace():
@@ -118,7 +118,7 @@ def _line_ends(text: str, start: int, stop: int) -> Iterator[int]:
 
 
 def _spaces(text: str, start: int, stop: int) -> Iterator[int]:
-    """Yield the positions before white space where no long word is near, last first."""
+    """Yield the positions before white space away from long words, from the end backwards."""
     for place in range(stop - 1, start, -1):
         if not text[place].isspace() or text[place - 1].isspace():
             continue
@@ -131,17 +131,17 @@ def _spaces(text: str, start: int, stop: int) -> Iterator[int]:
 def _try_cut(tokenizer: Tokenizer, text: str, place: int) -> str | None:
     """Return the context that the text after a cut needs to keep its tokens; None if the cut changes tokens."""
     after = text[place : place + _TRIAL_CHARS]
-    befores = [text[max(place - size, 0) : place] for size in (_TRIAL_CHARS, _SHORT_TRIAL_CHARS)]
+    contexts_before = [text[max(place - size, 0) : place] for size in (_TRIAL_CHARS, _SHORT_TRIAL_CHARS)]
     contexts = ["", text[max(place - _CONTEXT_CHARS, 0) : place]]
-    heads = [*befores, *contexts]
-    encoded = [ids.tolist() for ids in tokenizer.encode_batch([*heads, *(head + after for head in heads)])]
+    prefixes = [*contexts_before, *contexts]
+    encoded = [ids.tolist() for ids in tokenizer.encode_batch([*prefixes, *(prefix + after for prefix in prefixes)])]
     tails = []
-    for head, whole in zip(encoded[: len(heads)], encoded[len(heads) :], strict=True):
+    for prefix, whole in zip(encoded[: len(prefixes)], encoded[len(prefixes) :], strict=True):
         # None if the cut is inside a token, or the tokens before it depend on the text after it
-        tails.append(whole[len(head) :] if whole[: len(head)] == head else None)
-    wanted, *others, plain, with_context = tails
-    if wanted is None or any(tail != wanted for tail in others):
+        tails.append(whole[len(prefix) :] if whole[: len(prefix)] == prefix else None)
+    expected, with_short_context, without_context, with_context = tails
+    if expected is None or with_short_context != expected:
         return None
-    if plain == wanted:
+    if without_context == expected:
         return ""
-    return contexts[1] if with_context == wanted else None
+    return contexts[1] if with_context == expected else None

@@ -36,7 +36,7 @@ def read_pattern(layers: Any, mixers: Any) -> tuple[Pattern, OptionTable]:
 
     Raises:
         UserError: there are no names, a mixer or an option does not exist (the message suggests similar names), or
-            options are given for a mixer that no layer has.
+            options are given for a mixer that no layer uses.
     """
     what = "model config: layers"
     if isinstance(layers, str):

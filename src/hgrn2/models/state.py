@@ -50,10 +50,10 @@ class ModelState:
         return self.map(torch.Tensor.detach)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ModelState:
-        """Move the state to a device; dtypes are kept, as each layer determines its own.
+        """Move the state to a device; dtypes are unchanged: each tensor already has the one its layer needs.
 
         Args:
-            device: the device to move to.
+            device: the target device.
             non_blocking: do not wait for the copy, as in `torch.Tensor.to`.
         """
         return self.map(lambda x: x.to(torch.device(device), non_blocking=non_blocking))
@@ -62,10 +62,10 @@ class ModelState:
         """Return the states of some sequences.
 
         Args:
-            index: [M] int64 on the state's device, the sequences in the wanted order; -1 for an initial state (zeros).
+            index: [M] int64 on the state's device, the sequences in the wanted order; -1 means a fresh state (zeros).
 
         Raises:
-            UserError: index is not a 1-D tensor of integers.
+            UserError: index is not a 1-D integer tensor.
         """
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             found = f"{list(index.shape)} of {index.dtype}" if isinstance(index, Tensor) else repr(index)
@@ -92,7 +92,7 @@ class ModelState:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ModelState:
-        """Return the state of a dictionary from `tensors`."""
+        """Rebuild a state from the output of `tensors`."""
         layers: dict[int, dict[str, Tensor]] = {}
         for key, x in tensors.items():
             _, index, name = key.split(".")
@@ -107,13 +107,14 @@ class ModelState:
             num_sequences: sequences that the state should hold.
 
         Raises:
-            UserError: names or shapes are not those of the model.
+            UserError: names or shapes differ from the model's.
         """
         wanted = {f"layers.{i}.{name}": spec for i, layer in enumerate(specs) for name, spec in layer.items()}
         found = self.tensors()
         if wanted.keys() != found.keys():
             raise UserError(
-                f"state: its {len(found)} names are not the model's {len(wanted)}; it belongs to another model",
+                f"state has {plural(len(found), 'tensor')}, but this model's state has {len(wanted)}, with other "
+                "names; it belongs to another model",
                 "mismatch",
             )
         for name, spec in wanted.items():

@@ -53,7 +53,7 @@ def hgrn2_scan(
             e^min_log_decay, and k_t stays 1 - F_t. The authors train with -3 (their code; the paper has none). GPU
             kernels are compiled for each value.
         backend: "auto", "cuda" (kernels for Hopper GPUs: bfloat16 or float16, K = V = 128), "triton" (kernels for any
-            GPU of NVIDIA), "chunked" (plain torch on any device) or "reference" (step by step). All are exact for any
+            NVIDIA GPU), "chunked" (plain torch on any device) or "reference" (step by step). All are exact for any
             gate.
         debug: check values on an accelerator too, which synchronises; on a CPU they are always checked. Without it,
             cu_seqlens that do not increase from 0 to T give rows of zeros, or rows of another sequence.

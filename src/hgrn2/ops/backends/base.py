@@ -281,7 +281,7 @@ def _first_that_runs(traits: CallTraits) -> Backend:
         if reason is None:
             if missing is not None:
                 _warn_once(
-                    f"{missing}: what has no other kernel runs as plain torch, which is several times slower on a GPU"
+                    f"{missing}: operations without a kernel run as plain torch, which is several times slower on a GPU"
                 )
             return found
         if isinstance(reason, Unavailable):

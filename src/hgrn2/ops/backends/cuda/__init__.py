@@ -18,7 +18,7 @@ from hgrn2.ops.tracing import constant_in_traces
 DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITY = (9, 0)
 # limit of the third dimension of a grid
-MOST_SEQUENCES = (1 << 16) - 1
+MAX_SEQUENCES = (1 << 16) - 1
 _device_problems: dict[int, str | None] = {}
 
 
@@ -32,14 +32,14 @@ class CudaBackend(Backend):
         """Return why the kernels cannot take such a call, or None."""
         device = traits.device
         if device.type != "cuda" or torch.version.cuda is None:
-            return f"the inputs are on {device.type}, and its kernels need a GPU of NVIDIA"
+            return f"the inputs are on {device.type}, and its kernels need an NVIDIA GPU"
         dtype, k_width, v_width = traits.dtype, traits.k_width, traits.v_width
         if dtype not in DTYPES:
             return f"its kernels do not take {dtype}"
         if (k_width, v_width) != (WIDTH, WIDTH):
             return f"K is {k_width} and V {v_width}, and its kernels are for {WIDTH}"
-        if not traits.is_tied or traits.is_step or traits.batch > MOST_SEQUENCES:
-            return f"its kernels take no key of its own, no step, and fewer than {MOST_SEQUENCES + 1:,} sequences"
+        if not traits.is_tied or traits.is_step or traits.batch > MAX_SEQUENCES:
+            return f"its kernels take no key of its own, no step, and fewer than {MAX_SEQUENCES + 1:,} sequences"
         problem = self.device_problem(device.index or 0)
         if problem is None and dtype == torch.float16:
             problem = find("triton").rejects(traits)
@@ -59,7 +59,7 @@ class CudaBackend(Backend):
         return "chunked" if traits.device.type == "cuda" and triton.problem else "triton"
 
     def plan(self, call: ScanCall, needs_grad: bool) -> tuple[ScanCall, int]:
-        """Return the call with its values activated, and the chunks between two states that the forward pass keeps."""
+        """Return the call with its values activated, and the number of chunks between saved states."""
         settings = call.settings
         if settings.v_activation != "none":
             # rounded as every product of the kernels would round it

@@ -16,8 +16,8 @@ from hgrn2.ops.call import ScanCall, ScanGradients
 from hgrn2.ops.device import on_device
 from hgrn2.shapes import BTHV, NHKV
 
-# stride between tokens: backward.cu counts the bytes across four of them in 32 bits
-MOST_ROW_BYTES = 2**29
+# largest stride between tokens: backward.cu keeps the byte offset of four tokens in 32 bits
+MAX_ROW_BYTES = 2**29
 
 
 def forward(call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor]:
@@ -25,10 +25,10 @@ def forward(call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor]:
 
     Args:
         call: the call.
-        plan: chunks between the states `backward` needs; 0 to keep none.
+        plan: number of chunks between saved states, which `backward` needs; 0 to save none.
 
     Returns:
-        y [B, T, H, V], the final state [N, H, K, V], float32, and states on the way [B, pieces, H, K, V], float32.
+        y [B, T, H, V], the final state [N, H, K, V], float32, and intermediate states [B, pieces, H, K, V], float32.
     """
     call = _aligned_call(call)
     y, final = _new_like(call.v), _new_states(call, call.initial_state)
@@ -46,7 +46,7 @@ def backward(
 ) -> ScanGradients:
     """Compute the gradient of `forward`; arguments of `Backend.backward`."""
     if not plan:
-        # float16 lacks the range for the kernels of this pass
+        # float16's range is too small for the backward kernels
         return find("triton").backward(call, 0, None, dy, d_final, bound_wanted)
     call, dy = _aligned_call(call), _aligned(dy)
     d_final = None if d_final is None else d_final.contiguous()
@@ -75,8 +75,8 @@ def run_launches(launches: LaunchList, device: torch.device, **tensors: Tensor |
     """
     with on_device(device):
         stream = current_stream(device)
-        # held until the last launch; the allocator reuses the memory later in the stream only. Integers: where torch
-        # fills uninitialised memory for tests, their bits are NaN in every type
+        # kept alive until the last launch; the allocator reuses this memory only for later work on the stream.
+        # allocated as int32 because torch's debug fill for integers is NaN when read as any float type
         workspaces = {
             name: (torch.zeros if name == "zeros" else torch.empty)(size // 4, dtype=torch.int32, device=device)
             for name, size in launches.sizes.items()
@@ -107,11 +107,11 @@ def _key_of(call: ScanCall, coarse: int) -> LaunchKey:
     return LaunchKey(q.shape, strides, q.dtype, q.device.index, has_bound, has_initial, packed, call.settings, coarse)
 
 
-def _new_states(call: ScanCall, known: Tensor | None) -> Tensor:
-    """Return memory for the states of all sequences; an empty packed sequence has the known state, or zeros."""
+def _new_states(call: ScanCall, given: Tensor | None) -> Tensor:
+    """Return memory for the states of all sequences; an empty packed sequence takes the given state, or zeros."""
     make = torch.empty if call.cu_seqlens is None and call.q.numel() else torch.zeros
     states = make(call.state_shape(), dtype=torch.float32, device=call.q.device)
-    return states if make is torch.empty or known is None else states.copy_(known)
+    return states if make is torch.empty or given is None else states.copy_(given)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ def _aligned(x: Tensor) -> Tensor:
 def _can_be_read(strides: tuple[int, ...], element_size: int) -> bool:
     steps = [s * element_size for s in strides[:-1]]
     # [B, T, H, K]
-    near = len(steps) != 3 or steps[1] < MOST_ROW_BYTES
-    return strides[-1] == 1 and near and not any(step % 16 for step in steps)
+    in_range = len(steps) != 3 or steps[1] < MAX_ROW_BYTES
+    return strides[-1] == 1 and in_range and not any(step % 16 for step in steps)
 
 
 def _new_like(x: Tensor) -> Tensor:

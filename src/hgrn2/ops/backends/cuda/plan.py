@@ -80,7 +80,7 @@ def cut_backward(batch: int, chunks: int, heads: int) -> BackwardCut:
 
 
 def coarse_chunks(batch: int, length: int, heads: int, num_packed: int = 0) -> int:
-    """Return the chunks between two of the states that the forward pass keeps for the backward pass."""
+    """Return the number of chunks between the states that the forward pass saves for the backward pass."""
     return cut_backward(batch, num_chunks(length, num_packed), heads).coarse
 
 
@@ -127,7 +127,7 @@ class Plan:
         batch: B.
         length: T.
         heads: H.
-        coarse: chunks between the states that the forward pass keeps; 0 where it keeps none.
+        coarse: number of chunks between the states that the forward pass saves; 0 if it saves none.
         num_packed: N of packed sequences, else 0.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Scans and steps as Triton kernels, for GPUs of NVIDIA."""
+"""Scans and steps as Triton kernels, for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TritonBackend(Backend):
             return f"the inputs are on {device.type}, and its kernels need a GPU"
         dtype, k_width, v_width = traits.dtype, traits.k_width, traits.v_width
         if torch.version.hip:
-            return "its kernels are for GPUs of NVIDIA"
+            return "its kernels are for NVIDIA GPUs"
         if dtype not in DTYPES:
             return f"its kernels do not take {dtype}"
         if min(k_width, v_width) < NARROWEST or max(k_width, v_width) > WIDEST:
