@@ -132,3 +132,24 @@ def test_mixers_stand_side_by_side():
         first, state = model(ids[:, :4])
         rest, _ = model(ids[:, 4:], state)
     torch.testing.assert_close(torch.cat([first, rest], 1), wanted, rtol=1e-9, atol=1e-10)
+
+
+# inductor does not write code for complex numbers, and says so
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hgrn1", "mamba"])
+def test_compiled_code_gives_the_same_losses_and_gradients(name):
+    torch._dynamo.reset()
+    model, ids = make_model(config_of(name), torch.float32).train(), tokens(2, 24)
+    found = []
+    for is_compiled in (False, True):
+        if is_compiled:
+            model.model.compile_blocks(fullgraph=True)
+        model.zero_grad()
+        loss = model.loss(ids, ids)
+        loss.mean.backward()
+        found.append([loss.sum.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

@@ -92,8 +92,8 @@ def test_states_of_all_tokens_are_not_kept():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         selective_scan(**leaves)
-    # u, dt, b, c, a, the first state, and states before two tiles
-    assert sum(kept) == 512 * (2 * 64 + 2 * 16) + 4 * 64 * 16
+    # u, dt, b, c, a, the first state, and room for the states before the tiles and two more
+    assert sum(kept) == 512 * (2 * 64 + 2 * 16) + (2 + 512 // 256 + 2) * 64 * 16
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 3, 3, 20]], ids=["batch", "packed"])
@@ -125,3 +125,15 @@ def test_traced_whole_graph_equals_eager(bounds):
 def test_mistakes_are_named(changes, names):
     with refuses("invalid-value", *names):
         selective_scan(**inputs() | changes)
+
+
+def test_one_program_serves_every_length():
+    class Scan(torch.nn.Module):
+        def forward(self, u, dt, a, b, c):
+            return selective_scan(u, dt, a, b, c)
+
+    length = torch.export.Dim("T", min=2, max=4096)
+    axes = tuple({} if name == "a" else {1: length} for name in ("u", "dt", "a", "b", "c"))
+    given = [list(inputs(length=length).values())[:5] for length in (9, 300)]
+    program = torch.export.export(Scan(), tuple(given[0]), dynamic_shapes=axes).module()
+    assert torch.equal(program(*given[1])[0], selective_scan(*given[1])[0])

@@ -67,7 +67,7 @@ def selective_scan(
         entering = (now * u[:, 0]).unsqueeze(-1) * b[:, 0].unsqueeze(-2)
         state = torch.exp(now.unsqueeze(-1) * a.to(wide)) * state + entering
         return (state * c).sum(-1).unsqueeze(1), state
-    y, state, _ = _traced_scan(u, dt, a.to(wide), b, c, state, cu_seqlens)
+    y, state, _ = _traced_scan(u, dt, a.to(wide), b, c, state.contiguous(), cu_seqlens)
     return y, state
 
 
@@ -165,6 +165,7 @@ def _scan_op(
     u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, kept = _outputs(u, a, state)
+    kept[-2:] = 0
     final, before = state.clone(), state
     packing = None if cu_seqlens is None or not u.shape[1] else _Packing.of(cu_seqlens, u.shape[1])
     for tile, row, at in _tiles(u, tile_length(a.shape[0], a.shape[1], u.device.type)):
@@ -185,7 +186,8 @@ def _scan_op(
 
 
 def _outputs(u: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    num_tiles = -(-u.shape[1] // tile_length(a.shape[0], a.shape[1], u.device.type))
+    # at least two, used or not: the size of a trace is 0, 1 or open
+    num_tiles = u.shape[1] // tile_length(a.shape[0], a.shape[1], u.device.type) + 2
     y = torch.empty(u.shape, dtype=a.dtype, device=u.device)
     return y, state.new_empty((num_tiles, u.shape[0], *state.shape[1:]))
 
@@ -209,16 +211,17 @@ def _backward_op(
     packing = None if cu_seqlens is None or not u.shape[1] else _Packing.of(cu_seqlens, u.shape[1])
     if packing is not None:
         d_state.masked_fill_(packing.filled.view(-1, 1, 1), 0)
-    num_tiles = kept.shape[0]
-    for tile, row, at in reversed(list(_tiles(u, tile_length(a.shape[0], a.shape[1], u.device.type)))):
+    tiles = list(_tiles(u, tile_length(a.shape[0], a.shape[1], u.device.type)))
+    last_tile = tiles[-1][0] if tiles else 0
+    for tile, row, at in reversed(tiles):
         now, step, key, query, dout = (x[row, at].to(a.dtype) for x in (u, dt, b, c, dy))
         before = kept[tile, row]
         decay, cut, h = _states(now, step, a, key, before, state, packing, at)
         dh = dout.unsqueeze(-1) * query.unsqueeze(-2)
         if packing is None:
-            dh[:, -1] += d_final[row] if tile == num_tiles - 1 else d_after
+            dh[:, -1] += d_final[row] if tile == last_tile else d_after
         else:
-            if tile < num_tiles - 1:
+            if tile < last_tile:
                 dh[:, -1] += d_after
             found, place = packing.inside(packing.last, at.start, at.stop)
             dh[0].index_add_(0, place, d_final.masked_fill(~found, 0))
