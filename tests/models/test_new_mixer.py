@@ -15,8 +15,8 @@ from hgrn2 import cli
 from hgrn2.formats.opening import open_folder
 from hgrn2.models import HGRN2LM, HGRN2Config, presets
 from hgrn2.models.cost import cost, cost_table
+from hgrn2.nn.parameters import ROLES
 from hgrn2.train.metrics import read_metrics
-from hgrn2.train.optim import ROLES
 from hgrn2.train.specs import saved_model_config
 from tests.formats.command_line import run_cli
 from tests.models import toy_mixer

@@ -127,3 +127,19 @@ def test_an_installed_package_brings_its_mixer(tmp_path, monkeypatch):
         assert HGRN2Config.from_dict(SIZE | {"layers": "brought"}).layer_mixers == ("brought",) * 3
     finally:
         forget_mixer("brought")
+
+
+@pytest.mark.parametrize(
+    ("roles", "code", "names"),
+    [
+        ({}, "incomplete", ["weight"]),
+        (None, "incomplete", ["None"]),
+        ({"weight": "vecotr"}, "unknown-name", ["weight", "'vecotr'", "vector"]),
+        ({"weight": ["vector"]}, "unknown-name", ["weight", "['vector']"]),
+    ],
+)
+def test_roles_that_a_mixer_must_give(whole, monkeypatch, roles, code, names):
+    monkeypatch.setattr(Whole, "parameter_roles", lambda self: roles, raising=False)
+    model = HGRN2LM(HGRN2Config.from_dict(SIZE | {"layers": "whole"}))
+    with refuses(code, "Whole.parameter_roles", *names):
+        model.parameter_roles()

@@ -263,6 +263,54 @@ def test_a_validation_without_the_metric(capsys):
     assert "'val_recall'" in error
 
 
+def faulty(**parts):
+    """Register a task with a mistake, and return the words that train it."""
+    register_task(type("Faulty", (Repeat,), {"name": "faulty", **parts}))
+    return ["train", "--task", "faulty", *TRAIN[3:], "--max-steps", "3", "--batch-size", "2", "--out", "run"]
+
+
+def without_gradient(task, model, batch):
+    return Repeat.loss(task, model, batch).loss_sum.detach()
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        ({"evaluate": lambda task, model: None}, ["evaluate", "None"]),
+        ({"evaluate": lambda task, model: {"val_loss": 1.0, "val_accuracy": None}}, ["val_accuracy", "None"]),
+        ({"evaluate": lambda task, model: {"val_loss": torch.ones(()), "val_accuracy": 1}}, ["val_loss", "item()"]),
+        (
+            {"evaluate": lambda task, model: {"val_loss": 1.0, "val_accuracy": 1, "of_each": torch.ones(2)}},
+            ["of_each", "tensor"],
+        ),
+        ({"evaluate": lambda task, model: {"val_loss": 1.0, "val_accuracy": 1, "step": 3}}, ["'step'"]),
+        ({"loss": without_gradient}, ["loss", "gradient"]),
+        ({"loss": lambda task, model, batch: 1.5}, ["loss", "1.5"]),
+        ({"loss": lambda task, model, batch: model(batch)[0]}, ["loss", "scalar"]),
+        ({"loss": lambda task, model, batch: StepLoss(model(batch)[0].sum(), {"right": 3})}, ["right", "3"]),
+        ({"loss": lambda task, model, batch: StepLoss(model(batch)[0].sum(), None)}, ["None"]),
+        ({"num_targets": lambda task, batch: None}, ["num_targets", "None"]),
+        ({"num_tokens": lambda task, batch: torch.tensor(3)}, ["num_tokens", "tensor(3)"]),
+        (
+            {"build_model": classmethod(lambda cls, options, config: torch.nn.Linear(3, 1))},
+            ["parameter_roles", "Linear"],
+        ),
+    ],
+)
+def test_mistakes_of_a_task_are_one_line(parts, names, capsys):
+    error = refused(capsys, *faulty(**parts)).splitlines()[-1]
+    assert error.startswith("error: ")
+    assert not [name for name in [*names, "'faulty'"] if name not in error], error
+
+
+def test_steps_before_a_faulty_validation_are_kept(capsys):
+    refused(capsys, *faulty(evaluate=lambda task, model: {"val_loss": 1.0}), "--validation-every", "2")
+    assert [path.name for path in run_folder.checkpoints_of(Path("run"))] == ["step-00000002"]
+    TASKS["faulty"].evaluate = Repeat.evaluate
+    command("train", "--resume", "run")
+    assert [r["step"] for r in read_metrics(Path("run")) if r["kind"] == "train"] == [1, 2, 3]
+
+
 def test_options_are_checked_when_they_are_made():
     assert issubclass(RepeatOptions, TaskOptions)
     with refuses("invalid-value", "num_symbols is 0"):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from hgrn2.errors import UserError
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.short_conv import ShortConv
+
+ROLES = frozenset({"matrix", "embedding", "head", "vector", "lower_bounds"})
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ def parameter_roles(module: nn.Module) -> dict[str, str]:
 
     Args:
         module: the module; its own method `parameter_roles` is not called.
+
+    Raises:
+        UserError: a submodule's own method leaves out a parameter, or returns an unknown role.
     """
     roles = {}
     for name, parameter in module.named_parameters(recurse=False):
@@ -83,6 +90,32 @@ def parameter_roles(module: nn.Module) -> dict[str, str]:
         roles[name] = "matrix" if is_matrix else "embedding" if isinstance(module, nn.Embedding) else "vector"
     for name, child in module.named_children():
         own = getattr(child, "parameter_roles", None)
-        found = parameter_roles(child) if own is None else own()
+        found = parameter_roles(child) if own is None else check_roles(child, own())
         roles |= {f"{name}.{inner}": role for inner, role in found.items()}
+    return roles
+
+
+def check_roles(module: nn.Module, roles: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the result of a module's method `parameter_roles`.
+
+    Args:
+        module: the module.
+        roles: role of each parameter, by name.
+
+    Raises:
+        UserError: a parameter has no role ("incomplete"), or a role does not exist ("unknown-name").
+    """
+    what = f"{type(module).__name__}.parameter_roles"
+    if not isinstance(roles, Mapping):
+        raise UserError(f"{what} returns {roles!r}; wanted roles by name", "incomplete")
+    if missing := [name for name, _ in module.named_parameters() if name not in roles]:
+        raise UserError(
+            f"{what} leaves out {', '.join(missing)}; add them to those of hgrn2.nn.parameters.parameter_roles(self)",
+            "incomplete",
+        )
+    for name, role in roles.items():
+        if not isinstance(role, str) or role not in ROLES:
+            raise UserError(
+                f"{what}: {name} has the role {role!r}; wanted one of {', '.join(sorted(ROLES))}", "unknown-name"
+            )
     return roles

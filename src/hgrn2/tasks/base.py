@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config
+from hgrn2.shapes import describe
 from hgrn2.tasks.options import TaskOptions
 
 # generates text: maps a model and a prompt to the prompt with its continuation
@@ -223,11 +224,69 @@ class TaskBase:
         return {}
 
 
-def check_figures(task: Task, figures: Mapping[str, Any]) -> None:
-    """Raise a UserError if a validation lacks a required figure."""
+# keys of every record of a validation
+_RECORD_KEYS = ("kind", "step", "tokens", "elapsed_s")
+
+
+def check_figures(task: Task, figures: Any) -> None:
+    """Check the result of `Task.evaluate`.
+
+    Raises:
+        UserError: it is not a table of numbers and texts by name, or lacks a required figure.
+    """
+    what = f"task {task.name!r}: evaluate"
+    if not isinstance(figures, Mapping):
+        raise UserError(f"{what} returns {figures!r}; wanted figures by name", "incomplete")
     for name in ("val_loss", task.metric.name):
         if name not in figures:
             raise UserError(
-                f"task {task.name!r}: evaluate returns no {name!r} (found {', '.join(figures) or 'nothing'}); add it",
-                "incomplete",
+                f"{what} returns no {name!r} (found {', '.join(figures) or 'nothing'}); add it", "incomplete"
             )
+        if not isinstance(figures[name], int | float) or isinstance(figures[name], bool):
+            raise UserError(f"{what}: {name} is {figures[name]!r}; wanted a number, such as x.item()")
+    for name, value in figures.items():
+        if not isinstance(name, str) or name in _RECORD_KEYS:
+            raise UserError(f"{what}: a figure has the name {name!r}; wanted another")
+        if not (value is None or isinstance(value, bool | int | float | str)):
+            raise UserError(f"{what}: {name} is {value!r}; wanted a number (such as x.item()), a text or None")
+
+
+def check_loss(task: Task, found: Any) -> StepLoss:
+    """Return the result of `Task.loss` as a StepLoss.
+
+    Raises:
+        UserError: the loss is not a scalar tensor with a gradient, or a further sum is not a scalar tensor.
+    """
+    what = f"task {task.name!r}: loss"
+    step_loss = found if isinstance(found, StepLoss) else StepLoss(found)
+    loss_sum, sums = step_loss
+    if not isinstance(loss_sum, Tensor) or loss_sum.dim():
+        raise UserError(f"{what} is {_described(loss_sum)}; wanted a scalar tensor, the sum over the targets")
+    if not loss_sum.requires_grad:
+        raise UserError(f"{what} has no gradient; compute it from the model's outputs, without detach() or item()")
+    if not isinstance(sums, Mapping):
+        raise UserError(f"{what}: its further sums are {_described(sums)}; wanted tensors by name")
+    for name, value in sums.items():
+        if not isinstance(value, Tensor) or value.dim():
+            raise UserError(f"{what}: its sum {name} is {_described(value)}; wanted a scalar tensor")
+    return step_loss
+
+
+def check_count(task: Task, method: str, count: Any) -> int:
+    """Return the result of `Task.num_tokens` or `Task.num_targets`.
+
+    Args:
+        task: the task.
+        method: name of the method, for the message.
+        count: its result.
+
+    Raises:
+        UserError: it is not a whole number of at least 0.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise UserError(f"task {task.name!r}: {method} returns {count!r}; wanted a whole number, 0 or more")
+    return count
+
+
+def _described(value: Any) -> str:
+    return describe(value) if isinstance(value, Tensor) else repr(value)

@@ -284,7 +284,12 @@ class Trainer:
         counters = self._counters
         with self._evaluation_mode():
             figures = self.task.evaluate(self.model)
-        check_figures(self.task, figures)
+        try:
+            check_figures(self.task, figures)
+        except UserError:
+            # the steps are not lost: the run can be resumed once the task is corrected
+            self._save(metrics)
+            raise
         counters.validated_step = counters.step
         counters.elapsed_s = time.monotonic() - self._started_s
         record = {

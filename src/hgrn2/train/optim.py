@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2.errors import UserError
+from hgrn2.nn.parameters import ROLES
 from hgrn2.ops.backends import triton_runs
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.device_adamw import DeviceAdamW
 
 DECAYED_ROLES = frozenset({"matrix", "embedding", "head"})
-ROLES = frozenset({"matrix", "embedding", "head", "vector", "lower_bounds"})
 _STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
 
 

@@ -17,6 +17,7 @@ from hgrn2.formats.native import RUN_TABLES
 from hgrn2.formats.run_folder import locate_model, read_config, resume_point
 from hgrn2.formats.soundness import check_tokenizer
 from hgrn2.models import HGRN2Config
+from hgrn2.nn.parameters import check_roles
 from hgrn2.storage.lock import run_lock
 from hgrn2.tasks.base import Task, check_figures
 from hgrn2.train.checkpoint import CheckpointStore, create_run, load_checkpoint, load_model_tensors
@@ -224,6 +225,13 @@ class _Parts:
         saved = spec.saved.get("model")
         with warming_up(None if saved is None else HGRN2Config.from_dict(dict(saved)), config, device):
             model: Any = spec.build_model(device)
+        if not hasattr(model, "parameter_roles"):
+            raise UserError(
+                f"task {task.name!r}: its model {type(model).__name__} has no parameter_roles; return "
+                "hgrn2.nn.parameters.parameter_roles(self) there",
+                "incomplete",
+            )
+        check_roles(model, model.parameter_roles())
         if config.activation_checkpointing:
             if not hasattr(model, "activation_checkpointing"):
                 raise UserError(

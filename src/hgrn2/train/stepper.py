@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2.errors import UserError
-from hgrn2.tasks.base import StepLoss, Task
+from hgrn2.tasks.base import Task, check_count, check_loss
 from hgrn2.train.captured import CapturedSteps
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import Counters
@@ -83,8 +83,8 @@ class Stepper:
         started_s = time.monotonic()
         batches = [self._task.next_batch() for _ in range(self._config.grad_accumulation)]
         num_targets, num_tokens = self._parallel.sum_counts(
-            sum(self._task.num_targets(batch) for batch in batches),
-            sum(self._task.num_tokens(batch) for batch in batches),
+            self._count("num_targets", batches),
+            self._count("num_tokens", batches),
         )
         num_targets = max(1, num_targets)
         on_device = self._optimizer.on_device
@@ -107,6 +107,11 @@ class Stepper:
         if values is None:
             launched.read_back(copied)
         return launched
+
+    def _count(self, method: str, batches: Sequence[Any]) -> int:
+        """Return the sum of `Task.num_tokens` or `Task.num_targets` over the batches of a step."""
+        count = getattr(self._task, method)
+        return sum(check_count(self._task, method, count(batch)) for batch in batches)
 
     def _waiting(self, batches: Sequence[Any], num_targets: int) -> dict[str, float]:
         """Compute a step, and update unless the loss or the gradient is not finite."""
@@ -134,8 +139,7 @@ class Stepper:
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             with self.autocast():
-                found = self._task.loss(self._model, batch)
-            batch_loss, further = found if isinstance(found, StepLoss) else StepLoss(found)
+                batch_loss, further = check_loss(self._task, self._task.loss(self._model, batch))
             # every target of the step has the same weight, however targets are distributed over batches
             self._parallel.backward(batch_loss / num_targets, is_last=index == len(batches) - 1)
             loss_sum += batch_loss.detach()
