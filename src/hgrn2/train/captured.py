@@ -72,8 +72,8 @@ class CapturedSteps:
                 "unsupported",
             )
         self._num_targets.fill_(num_targets)
-        if hasattr(batch, "pad_sequences"):
-            batch = batch.pad_sequences()
+        if (pad_sequences := getattr(batch, "pad_sequences", None)) is not None:
+            batch = pad_sequences()
         tensors = {name: x for name, x in vars(batch).items() if isinstance(x, Tensor)}
         key = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
         captured = self._graphs.get(key)
