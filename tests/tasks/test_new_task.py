@@ -179,7 +179,11 @@ def test_settings_from_a_file():
         (["--task-set", "num_symbols=3"], ["'num_symbols'", "'repeat'", "seq_len"]),
         (["--task", "repeat", "--data", "x", "--compressors"], ["'repeat'", "--data and --compressors"]),
         (["--task", "repeat", "--task-set", "max_steps=3"], ["'max_steps'", "setting of training"]),
-        (["--task", "distillation"], ["teacher is None"]),
+        (["--task", "distillation"], ["teacher is None", "--teacher"]),
+        (["--task-set", "seqlen=8"], ["task 'language'", "'seqlen'", "'seq_len'"]),
+        (["--task", "repeat", "--task-set"], ["--task-set", "missing"]),
+        (["--task-set", "--max-steps", "3"], ["--task-set", "missing"]),
+        (["--set", "--", "x"], ["--set", "missing"]),
     ],
 )
 def test_mistakes_are_named(words, names, capsys):
@@ -187,6 +191,26 @@ def test_mistakes_are_named(words, names, capsys):
     assert error.count("\n") == 1
     assert not [name for name in names if name not in error], error
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "names"),
+    [
+        ("[task]\nfoo = 1", [], ["task 'language'", "'foo'"]),
+        ("[task]\nname = 3", [], ["task.name is 3"]),
+        ("[task]\nname = 3", ["--task", "repeat"], ["task.name is 3"]),
+        ("[model.mixers]\naverage = 3", [], ["mixers", "layers"]),
+        ("[model]\nhiden_size = 3", ["--task", "repeat"], ["hiden_size"]),
+        ("", ["--set", "hiden_size=3"], ["hiden_size"]),
+        ("", ["--teacher", "nowhere"], ["teacher nowhere"]),
+    ],
+)
+def test_settings_are_checked_before_the_folder(text, words, names, capsys):
+    command(*TRAIN, "--max-steps", "1", "--batch-size", "2", "--out", "taken")
+    Path("t.toml").write_text(text)
+    error = refused(capsys, "train", "--config", "t.toml", *words, "--out", "taken").splitlines()[-1]
+    assert not [name for name in names if name not in error], error
+    assert "taken" not in error
 
 
 def test_a_saved_task_that_is_not_registered(capsys):

@@ -67,6 +67,11 @@ class Flag:
         return self.placeholder if self.is_positional else f"--{self.field.removesuffix('_').replace('_', '-')}"
 
     @property
+    def takes_several(self) -> bool:
+        """Whether several words may follow it."""
+        return " [" in self.placeholder and not self.is_positional
+
+    @property
     def label(self) -> str:
         """The name with the placeholder."""
         return f"{self.name} {self.placeholder}" if self.placeholder and not self.is_positional else self.name

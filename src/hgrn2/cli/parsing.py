@@ -96,6 +96,8 @@ def parse(argv: Sequence[str], commands: Mapping[str, Command]) -> functools.par
     if asked := {"-h", "--help", "--help-all"}.intersection(flags):
         text = help.command_help(commands[name], all_flags="--help-all" in asked)
         return functools.partial(print, text)
+    if empty := _without_words(flags, function):
+        raise UserError(f"{empty}: its value is missing; see hgrn2 {name} --help")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -108,6 +110,15 @@ def parse(argv: Sequence[str], commands: Mapping[str, Command]) -> functools.par
         return functools.partial(call.func, *call.args, **_with_given(call, function, name, words))
     said = hints.explain(_first_message(printed.getvalue()), name, flags_of(function))
     raise UserError(f"{said}{' ' if said.endswith('?') else '; '}see hgrn2 {name} --help")
+
+
+def _without_words(words: Sequence[str], function: Function) -> str | None:
+    """Return the first flag of several words that no word follows, which the parser would take as none given."""
+    several = {flag.name for flag in flags_of(function) if flag.takes_several}
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        if word.replace("_", "-") in several and following.startswith("--"):
+            return word
+    return None
 
 
 def _first_message(printed: str) -> str:

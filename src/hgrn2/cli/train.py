@@ -21,7 +21,7 @@ from hgrn2.data.settings import data_settings, prepare_data
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.storage.staging import check_writable_folder
-from hgrn2.tasks.distillation import DistillationOptions
+from hgrn2.tasks.distillation import DistillationOptions, check_teacher
 from hgrn2.train.config import BUDGETS, TrainConfig
 from hgrn2.train.freezing import COPIED
 from hgrn2.train.run_data import open_prepared
@@ -130,10 +130,12 @@ def _settings(
     """Return the settings of file and flags, checked once, and whether they name a budget."""
     options = dict(file["task"])
     named = options.pop("name", None)
+    if named is not None and not isinstance(named, str):
+        raise UserError(f"configuration file: task.name is {named!r}; wanted the name of a task")
     if task is not None and task != named:
         # options in the file belong to the task in the file
         options = {}
-    elif task is None and isinstance(named, str):
+    elif task is None:
         task = named
     flat = file["train"] | given
     has_budget = not flat.keys().isdisjoint(BUDGETS)
@@ -180,9 +182,11 @@ def _start_text(
         defaults | dict(file), data=list(flags["data"]), validation=list(flags["validation"]),
         text_field=flags["text-field"], tokenizer=flags["tokenizer"], prepared=prepared,
     )  # fmt: skip
-    # report mistakes before preparing the data
-    _check_place(out, settings)
+    # report mistakes before preparing the data, those of settings first
     configure(None)
+    if isinstance(settings.options, DistillationOptions):
+        check_teacher(settings.options)
+    _check_place(out, settings)
 
     def check_tokenizer(found: Tokenizer) -> None:
         found.check_fits(configure(found.vocab_size).vocab_size)
@@ -217,9 +221,9 @@ def _start_task(
     _refuse_text_flags(settings.task.name, flags)
     if file:
         raise UserError(f"task {settings.task.name!r} reads no text; drop [data] from the file", "contradiction")
-    _check_place(out, settings)
     of_task = settings.task.model_settings(settings.options)
     model = configure(of_task.get("vocab_size"))
+    _check_place(out, settings)
     _announce_budget(has_budget)
     return start_task_run(out, model, settings, start=None if start is None else start.model)
 

@@ -56,7 +56,7 @@ def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
     Raises:
         UserError: there is no model there, the best checkpoint is gone, or a checksum does not match.
     """
-    folder = _model_folder(path, which)
+    folder = model_folder(path, which)
     is_checkpoint = folder.parent.name == FOLDER_NAME
     # a model from elsewhere may come without checksums
     if is_checkpoint or (folder / SUMS_NAME).exists():
@@ -69,7 +69,16 @@ def locate_model(path: Path, which: str = "latest") -> tuple[Path, Path]:
     return folder, tokenizer_dir
 
 
-def _model_folder(path: Path, which: str) -> Path:
+def model_folder(path: Path, which: str = "latest") -> Path:
+    """Return the folder of a model's weights, without a check of their checksums.
+
+    Args:
+        path: a run folder, one checkpoint in it, or a folder with weights of any layout.
+        which: "latest" or "best", for a run folder.
+
+    Raises:
+        UserError: there is no model there, or the best checkpoint is gone.
+    """
     check_is_model(path)
     # the checks of a damaged checkpoint report what it lacks
     if find_weights(path) is not None or _is_checkpoint(path):

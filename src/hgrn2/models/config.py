@@ -177,10 +177,14 @@ class HGRN2Config:
             )
             self._check_width("attn", self.attn.options)
         if self.layers is not None:
+            num = len(self.layers)
+            remedy = (
+                f"name {layers} mixers, or set num_hidden_layers to {num}" if num > layers
+                else f"wanted a multiple of {num}, or a name for each layer"
+            )  # fmt: skip
             _check(
-                layers % len(self.layers) == 0,
-                f"layers has a pattern of {len(self.layers)} mixers, which does not fit num_hidden_layers = {layers}; "
-                f"wanted a multiple of {len(self.layers)}, or a name for each layer",
+                layers % num == 0,
+                f"layers has a pattern of {num} mixers, which does not fit num_hidden_layers = {layers}; {remedy}",
                 "contradiction",
             )
             for name, options in (self.mixers or {}).items():

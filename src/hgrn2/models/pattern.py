@@ -39,15 +39,21 @@ def read_pattern(layers: Any, mixers: Any) -> tuple[Pattern, OptionTable]:
             options are given for a mixer that no layer uses.
     """
     what = "model config: layers"
+    mixers = {} if mixers is None else mixers
+    if not isinstance(mixers, Mapping):
+        raise UserError(f"model config: mixers is {mixers!r}; wanted a table of options by mixer")
+    if layers is None:
+        raise UserError(
+            f"model config: mixers is {dict(mixers)}, but layers is not set; set layers to the names of the mixers, or "
+            "leave out mixers",
+            "contradiction",
+        )
     if isinstance(layers, str):
         layers = [name.strip() for name in layers.split(",")]
     if not isinstance(layers, list | tuple) or not layers or not all(isinstance(name, str) for name in layers):
         raise UserError(f"{what} is {layers!r}; wanted names of mixers, such as {mixer_names()}")
     for name in layers:
         find_mixer(name, what)
-    mixers = {} if mixers is None else mixers
-    if not isinstance(mixers, Mapping):
-        raise UserError(f"model config: mixers is {mixers!r}; wanted a table of options by mixer")
     for name in mixers:
         if name == DEFAULT_MIXER:
             raise UserError(
@@ -87,12 +93,14 @@ def read_options(name: str, table: Any, place: str | None = None) -> Any:
     for key in table:
         if key not in fields:
             owners = [owner for owner in mixers_with_option(key) if owner != name]
-            hint = f"; {' and '.join(owners)} have an option {key}" if owners else ""
+            hint = f"; {' and '.join(owners)} {'has' if len(owners) == 1 else 'have'} an option {key}" if owners else ""
             raise UserError(unknown_key_message(f"model config: {place}", key, fields) + hint, "unknown-name")
     required = [key for key, field in fields.items() if _is_required(field)]
     if missing := [key for key in required if key not in table]:
+        shown = ", ".join(f'"{key}": ...' for key in missing)
         raise UserError(
-            f"model config: {place}: no {' and no '.join(missing)}; wanted {' and '.join(required)}", "incomplete"
+            f'model config: {place}: no {" and no ".join(missing)}; set it, such as mixers={{"{name}": {{{shown}}}}}',
+            "incomplete",
         )
     try:
         return cls(**table)

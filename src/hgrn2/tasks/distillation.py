@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +17,8 @@ from hgrn2.constraints import Ge, Le
 from hgrn2.data.batches import Batch
 from hgrn2.data.find_tokenizer import check_same_tokens, tokenizer_of
 from hgrn2.errors import UserError
-from hgrn2.formats.opening import open_folder
-from hgrn2.formats.run_folder import locate_model
+from hgrn2.formats.opening import open_folder, read_folder_config
+from hgrn2.formats.run_folder import locate_model, model_folder
 from hgrn2.models import HGRN2LM
 from hgrn2.nn.loss import IGNORE, ROWS
 from hgrn2.tasks.base import TaskContext
@@ -42,7 +44,9 @@ class DistillationOptions(LanguageOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.teacher or "\0" in self.teacher:
-            raise UserError(f"train config: teacher is {self.teacher!r}; wanted a run, or a folder with a model")
+            raise UserError(
+                f"train config: teacher is {self.teacher!r}; wanted a run, or a folder with a model: --teacher"
+            )
         if self.stream:
             raise UserError(
                 "train config: a teacher reads packed documents; leave out stream, or the teacher", "contradiction"
@@ -82,6 +86,27 @@ class DistillationTask(LanguageTask):
         )  # fmt: skip
 
 
+def check_teacher(options: DistillationOptions) -> None:
+    """Check, without reading weights, that there is a teacher.
+
+    Raises:
+        UserError: there is no such teacher.
+    """
+    assert options.teacher is not None, "the options refuse None"
+    with _naming_the_teacher():
+        read_folder_config(model_folder(Path(options.teacher)))
+
+
+@contextmanager
+def _naming_the_teacher() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        # a resumed run uses the saved path of its teacher
+        hint = "if the teacher has moved, name its new path: --teacher NEW"
+        raise UserError(f"teacher {error}; {hint}", error.code) from None
+
+
 def open_teacher(options: DistillationOptions, context: TaskContext) -> HGRN2LM:
     """Open the teacher on the device, in evaluation mode, without gradients.
 
@@ -89,13 +114,9 @@ def open_teacher(options: DistillationOptions, context: TaskContext) -> HGRN2LM:
         UserError: there is no such teacher, or its tokens are not those of the data.
     """
     assert options.teacher is not None, "the options refuse None"
-    try:
+    with _naming_the_teacher():
         folder, tokenizer_dir = locate_model(Path(options.teacher))
         opened = open_folder(folder)
-    except UserError as error:
-        # a resumed run uses the saved path of its teacher
-        hint = "if the teacher has moved, name its new path: --teacher NEW"
-        raise UserError(f"teacher {error}; {hint}", error.code) from None
     vocab_size = context.model_config.vocab_size
     if opened.config.vocab_size != vocab_size:
         raise UserError(

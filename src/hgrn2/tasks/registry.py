@@ -115,4 +115,5 @@ def unknown_option(task: type[Any], key: str, further: tuple[str, ...] = ()) -> 
     if owners:
         own = ", ".join(option_names(task)) or "none"
         return f"task {task.name!r}: {key!r} is an option of task {' and '.join(map(repr, owners))}; its own are {own}"
-    return unknown_key_message(task.Options.what, key, [*option_names(task), *further])
+    what = task.Options.what if further else f"task {task.name!r}"
+    return unknown_key_message(what, key, [*option_names(task), *further], "key" if further else "option")
