@@ -1,5 +1,7 @@
 """Mistakes in what is registered, and in packages that bring it, are refused in words."""
 
+import re
+import tomllib
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -298,3 +300,44 @@ def test_a_saved_name_may_be_that_of_a_missing_package():
             find_entry("gated")
     with refuses("unknown-name", "layers", "mixer 'gated'", "package"):
         HGRN2Config.from_dict(SIZE | {"layers": "gated"})
+
+
+def test_the_entry_points_of_the_guide(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "docs/architecture.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "entry-points" in block]
+    groups = tomllib.loads(block)["project"]["entry-points"]
+    sources = {
+        "hgrn2.mixers": ("mixer", "from tests.test_registries import add_mixer\nadd_mixer({!r})\n"),
+        "hgrn2.tasks": ("task", "from tests.test_registries import add_task\nadd_task({!r})\n"),
+        "hgrn2.commands": (
+            "command",
+            "from hgrn2.cli import Command\n"
+            "from tests.cli.count_command import count\n"
+            "COMMAND = Command({!r}, count)\n",
+        ),
+    }
+    assert groups.keys() == sources.keys()
+    about, package = tmp_path / "my_package-0.1.dist-info", tmp_path / "my_package"
+    about.mkdir()
+    package.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 0.1\n")
+    lines = []
+    for group, entries in groups.items():
+        ((name, place),) = entries.items()
+        module, source = sources[group]
+        assert place.partition(":")[0] == f"my_package.{module}"
+        (package / f"{module}.py").write_text(source.format(name))
+        lines += [f"[{group}]", f"{name} = {place}"]
+    (about / "entry_points.txt").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(COMMANDS)
+    try:
+        assert cli.main(["info", "tiny", "--set", "layers=my_mixer"]) == 0
+        assert "my_mixer" in capsys.readouterr().out
+        assert find_task("my_task").name == "my_task"
+        assert cli.main(["my-command", "--help"]) == 0
+    finally:
+        forget_mixer("my_mixer")
+        TASKS.pop("my_task", None)
+        COMMANDS.clear()
+        COMMANDS.update(before)
