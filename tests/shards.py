@@ -104,6 +104,8 @@ class _Shard:
         # by name: what was collected here may be in another order
         names = json.loads((self._folder / _NAMES).read_text(encoding="utf-8"))
         items = {item.nodeid: item for item in session.items}
+        if changed := [name for name in names if name not in items]:
+            raise pytest.UsageError(f"{changed[0]}: this id differs between processes; give the parameters ids")
         self._items = [items[name] for name in names]
         first = self._index % options.shard_count * len(names) // options.shard_count
         self._order = [*range(first, len(names)), *range(first)]

@@ -125,7 +125,7 @@ def test_options_of_a_mixer_have_names():
         HGRN2Config.from_dict(SIZE | {"layers": "attention", "mixers": {"attention": {3: 3}}})
 
 
-@pytest.mark.parametrize("odd", [3, "repeat", Repeat.__init__], ids=repr)
+@pytest.mark.parametrize("odd", [3, "repeat", Repeat.__init__], ids=["number", "name", "function"])
 def test_a_task_is_a_class(odd):
     with refuses("invalid-value", repr(odd)):
         register_task(odd)
