@@ -222,3 +222,15 @@ def test_a_new_generator_is_one_short_file(capsys):
         for registry, entries in zip((GENERATORS, TASKS), before, strict=True):
             registry.clear()
             registry.update(entries)
+
+
+def test_a_resumed_run_keeps_its_examples(capsys):
+    options = ["length=16", "num_pairs=2", "vocab_size=16"]
+    first = ["train", "--task", "mqar", "--task-set", *options, "--set", "hidden_size=16", "num_hidden_layers=1"]
+    command(*first, "expand_ratio=16", "--batch-size", "2", "--max-steps", "2", "--out", "run")
+    capsys.readouterr()
+    error = refused(capsys, "train", "--resume", "run", "--task-set", "vocab_size=8", "--max-steps", "3")
+    assert "vocab_size is 8, was 16" in error
+    # what only validations depend on may change
+    command("train", "--resume", "run", "--task-set", "eval_lengths=[32]", "--max-steps", "3")
+    assert "eval_at" not in capsys.readouterr().err

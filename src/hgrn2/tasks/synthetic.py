@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -19,6 +20,8 @@ from hgrn2.tasks.registry import TASKS, register_task
 
 # stream of a seed that shuffles a fixed training set
 _SHUFFLING = 2
+# options that may change when a run is resumed
+_ABOUT_EVALUATION = frozenset({"eval_lengths", "eval_at", "validation_examples"})
 _ACCURACY = "share of targets that the model gives the highest logit"
 _EXACT = "share of examples without a wrong target"
 
@@ -153,8 +156,13 @@ class SyntheticTask(TaskBase):
         return {"val_loss": nats / targets, "val_accuracy": correct / targets, "val_exact": exact / examples}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of examples taken so far."""
-        return {"examples": self._position}
+        """Return the number of examples taken so far, and the options they follow from."""
+        return {"examples": self._position, "options": self._training_options()}
+
+    def _training_options(self) -> dict[str, Any]:
+        """Return the options that training examples depend on, as JSON has them."""
+        options = dataclasses.asdict(self._options)
+        return {name: _as_json(value) for name, value in options.items() if name not in _ABOUT_EVALUATION}
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore the position."""
@@ -162,7 +170,19 @@ class SyntheticTask(TaskBase):
         position = state.get("examples")
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:
             raise UserError(f"state of task {self.name!r}: examples is {position!r}; wanted 0 or more", "damaged")
+        now, before = self._training_options(), state.get("options", {})
+        if changed := [name for name in now if before.get(name, now[name]) != now[name]]:
+            pairs = ", ".join(f"{name} is {now[name]!r}, was {before[name]!r}" for name in changed)
+            raise UserError(
+                f"task {self.name!r}: {pairs}; a run keeps the examples it began with, so leave the option out or "
+                "start another run",
+                "mismatch",
+            )
         self._position = position
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 T = TypeVar("T", bound=type[SyntheticOptions])

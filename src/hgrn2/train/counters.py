@@ -106,7 +106,9 @@ def _next_rate(settings: dict[str, Any], counters: Counters) -> float:
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of training and of the task in a config.json as one table."""
     task = config.get("task", {})
-    return dict(config.get("train", {})) | dict(task.get("options", {}))
+    settings = dict(config.get("train", {})) | dict(task.get("options", {}))
+    # a file has lists where options have tuples
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 def _shown(value: Any) -> str:
