@@ -234,3 +234,12 @@ def test_a_resumed_run_keeps_its_examples(capsys):
     # what only validations depend on may change
     command("train", "--resume", "run", "--task-set", "eval_lengths=[32]", "--max-steps", "3")
     assert "eval_at" not in capsys.readouterr().err
+
+
+def test_the_report_of_a_task_names_commands_that_work(capsys):
+    command("train", "--task", "parity", "--batch-size", 2, "--max-steps", 2, *MODEL, "--out", "run")
+    page = Path("run/report.html").read_text()
+    assert "hgrn2 generate" not in page
+    assert "hgrn2 eval" not in page
+    assert "hgrn2 info run" in page
+    command("info", "run")

@@ -302,20 +302,22 @@ def next_steps(facts: RunFacts) -> str:
     """Return commands for the next steps, for copying."""
     run, prompt, is_finished = facts.run_dir, facts.prompt, facts.progress == 1.0
     word, place = program(), shlex.quote(str(run))
+    going_on = "Continue training" if is_finished else "Finish the run"
     commands = [
-        ("Generate text", generate_command(run, prompt)),
-        (
-            "Continue training" if is_finished else "Finish the run",
-            resume_command(run, facts.section("train"), is_finished),
-        ),
-        ("Evaluate on another text", f"{word} eval {place} book.txt"),
+        (going_on, resume_command(run, facts.section("train"), is_finished)),
         ("Convert it for transformers", f"{word} convert {place} converted --to hf"),
         ("Regenerate this page", f"{word} plot {place}"),
     ]
-    python = (
-        "import hgrn2\n\n"
-        f"loaded = hgrn2.load({str(run)!r})\n"
-        f"print(loaded.write({prompt!r}, 100, hgrn2.Sampling(temperature=0.7, seed=1)))"
-    )
+    if facts.reads_text:
+        commands.insert(0, ("Generate text", generate_command(run, prompt)))
+        commands.insert(2, ("Evaluate on another text", f"{word} eval {place} book.txt"))
+        python = (
+            "import hgrn2\n\n"
+            f"loaded = hgrn2.load({str(run)!r})\n"
+            f"print(loaded.write({prompt!r}, 100, hgrn2.Sampling(temperature=0.7, seed=1)))"
+        )
+    else:
+        commands.insert(0, ("Show the model's sizes", f"{word} info {place}"))
+        python = f"from hgrn2 import HGRN2LM\n\nmodel = HGRN2LM.load({str(run)!r})"
     items = "".join(f"<dt>{title}</dt><dd>{code(text)}</dd>" for title, text in [*commands, ("From Python", python)])
     return section("next", "Next steps", f'<dl class="commands">{items}</dl>')
