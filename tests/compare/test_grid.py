@@ -255,14 +255,14 @@ def test_time_left_follows_from_runs_that_have_ended(monkeypatch):
 def test_slots_follow_from_the_device(monkeypatch):
     monkeypatch.setattr("hgrn2.compare.grid.os.sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert Slots.of_machine([planned("a")]) == Slots(8, 0)
-    assert Slots.of_machine([planned("a", num_threads=4)]) == Slots(2, 0)
-    assert Slots.of_machine([planned("a")], jobs=3) == Slots(3, 0)
+    assert Slots.for_machine([planned("a")]) == Slots(8, 0)
+    assert Slots.for_machine([planned("a", num_threads=4)]) == Slots(2, 0)
+    assert Slots.for_machine([planned("a")], jobs=3) == Slots(3, 0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert Slots.of_machine([planned("a")]) == Slots(8, 2)
-    assert Slots.of_machine([planned("a", device="cuda:1")]) == Slots(4, 0)
-    assert Slots.of_machine([planned("a", device="cpu", num_threads=1)]) == Slots(8, 0)
+    assert Slots.for_machine([planned("a")]) == Slots(8, 2)
+    assert Slots.for_machine([planned("a", device="cuda:1")]) == Slots(4, 0)
+    assert Slots.for_machine([planned("a", device="cpu", num_threads=1)]) == Slots(8, 0)
 
 
 def test_a_process_sees_one_gpu(monkeypatch, tmp_path):

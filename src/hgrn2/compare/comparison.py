@@ -58,7 +58,7 @@ def compare(
             check_extends(saved, plan, out)
         plan.save(out)
         write_repeat_files(out, plan)
-        slots = Slots.of_machine(plan.runs, jobs)
+        slots = Slots.for_machine(plan.runs, jobs)
         stopped_by = train_grid(out, plan.runs, slots, display or make_grid_display())
         results = Results.read(out)
         return Ended(results, write_reports(results), stopped_by)

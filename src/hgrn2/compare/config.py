@@ -60,7 +60,7 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: every model on every task, with every seed and learning rate.
+    """A grid of runs: every model on every task, with every seed and learning rate.
 
     Attributes:
         models: the models, the first of which sets the size of all.

@@ -40,7 +40,7 @@ class Slots:
     num_gpus: int
 
     @classmethod
-    def of_machine(cls, runs: Sequence[PlannedRun], jobs: int | None = None) -> Slots:
+    def for_machine(cls, runs: Sequence[PlannedRun], jobs: int | None = None) -> Slots:
         """Return as many slots as the device of the runs allows.
 
         On the CPU: cores, divided by the threads of a run (num_threads of [train], by default one). On GPUs: four runs

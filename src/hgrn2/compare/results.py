@@ -27,7 +27,7 @@ _SEQ_LEN = 2048
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run has reached.
+    """The state and the figures of one run.
 
     Attributes:
         planned: the run.

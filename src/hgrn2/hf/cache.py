@@ -103,7 +103,7 @@ class StateLayer(CacheLayerMixin):
         tracing = torch.compiler.is_compiling()
         for name, new in state.items():
             if self.size is not None and name in self.growing:
-                new = _of_size(new, self.size)
+                new = _resized(new, self.size)
             old = self.state.get(name)
             in_place = old is not None and old.shape == new.shape and not (new.requires_grad or old.requires_grad)
             if in_place and self.is_compileable:
@@ -183,7 +183,7 @@ class StateLayer(CacheLayerMixin):
         self.state = {name: function(x) for name, x in self.state.items()}
 
 
-def _of_size(x: Tensor, size: int) -> Tensor:
+def _resized(x: Tensor, size: int) -> Tensor:
     """Return the last `size` places of x [N, places, ...], padded in front."""
     x = x[:, max(0, x.shape[1] - size) :]
     missing = size - x.shape[1]

@@ -285,11 +285,8 @@ class HGRN2Config:
 
     @property
     def layer_memories(self) -> tuple[Memory, ...]:
-        """What each layer's state holds: "state", "tokens" or "window", as in `Mixer.memory`."""
-        found: dict[str, Memory] = {
-            name: find_mixer(name).mixer.memory(self.mixer_options(name)) for name in set(self.layer_mixers)
-        }
-        return tuple(found[name] for name in self.layer_mixers)
+        """Contents of each layer's state: "state", "tokens" or "window", as in `Mixer.memory`."""
+        return tuple(find_mixer(name).mixer.memory(self.mixer_options(name)) for name in self.layer_mixers)
 
     @property
     def bounded_layers(self) -> tuple[int, ...]:
@@ -363,12 +360,12 @@ class HGRN2Config:
     def replace(self, **changes: Any) -> HGRN2Config:
         """Return a copy with some fields changed; derived fields are computed again."""
         values = dataclasses.asdict(self)
+        if "layers" in changes:
+            values["mixers"] = None
         if changes.get("layers") is not None:
-            values["attn"] = values["mixers"] = None
+            values["attn"] = None
         if changes.get("attn") is not None:
             values["layers"] = values["mixers"] = None
-        if "layers" in changes and changes["layers"] is None:
-            values["mixers"] = None
         if {"hidden_size", "expand_ratio"} & changes.keys():
             values["num_heads"] = None
         if changes.get("num_heads") is not None and "expand_ratio" not in changes:

@@ -224,17 +224,17 @@ class _ExampleStream:
         while start < end:
             part, low = divmod(start, size)
             high = min(size, low + end - start)
-            parts.append(self._of_epoch(part, low, high) if self._num else self._of_block(part, low, high))
+            parts.append(self._take_epoch(part, low, high) if self._num else self._take_block(part, low, high))
             start += high - low
         return parts[0] if len(parts) == 1 else Examples(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _of_block(self, block: int, low: int, high: int) -> Examples:
+    def _take_block(self, block: int, low: int, high: int) -> Examples:
         # batches are often parts of a block
         if self._block is None or self._block[0] != block:
             self._block = block, draw_block(self.options, self._seed, block, self._stream)
         return Examples(*(x[low:high] for x in self._block[1]))
 
-    def _of_epoch(self, epoch: int, low: int, high: int) -> Examples:
+    def _take_epoch(self, epoch: int, low: int, high: int) -> Examples:
         if self._set is None:
             self._set = generate(self.options, self._num, self._seed)
         if self._order is None or self._order[0] != epoch:

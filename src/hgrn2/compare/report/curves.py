@@ -86,7 +86,7 @@ def option_curves(task: TaskSummary) -> dict[str, list[Curve]]:
 
 @dataclass(frozen=True)
 class TaskSeries:
-    """The same task at several values of an option, as tasks of a comparison.
+    """Tasks of a comparison that differ in the value of one option.
 
     Attributes:
         tasks: the tasks, in ascending order of the option.

@@ -64,7 +64,7 @@ class RunFacts:
     @cached_property
     def steps(self) -> list[Record]:
         """Training steps, including skipped ones."""
-        return self._of_kind("train")
+        return self._records("train")
 
     @cached_property
     def train(self) -> list[Record]:
@@ -74,7 +74,7 @@ class RunFacts:
     @cached_property
     def validation(self) -> list[Record]:
         """Validations, including those that were not finite."""
-        return self._of_kind("validation")
+        return self._records("validation")
 
     @cached_property
     def measured(self) -> list[Record]:
@@ -84,24 +84,24 @@ class RunFacts:
     @cached_property
     def samples(self) -> list[Record]:
         """Text samples of the model."""
-        return [r for r in self._of_kind("sample") if isinstance(r.get("text"), str)]
+        return [r for r in self._records("sample") if isinstance(r.get("text"), str)]
 
     @cached_property
     def starts(self) -> list[Record]:
         """Starts and resumptions."""
-        return self._of_kind("start")
+        return self._records("start")
 
     @cached_property
     def compressors(self) -> dict[str, float]:
         """Bits per byte of compressors on the held-out text; empty if they were not measured."""
-        found = self._of_kind("compressors")
+        found = self._records("compressors")
         bits = found[-1].get("bits_per_byte") if found else None
         return {name: rate for name in bits if (rate := figure(bits, name))} if isinstance(bits, dict) else {}
 
     @property
     def compressed_bytes(self) -> int:
         """Bytes of the text that the compressors compressed; 0 if they were not measured."""
-        found = self._of_kind("compressors")
+        found = self._records("compressors")
         return int(figure(found[-1], "text_bytes") or 0) if found else 0
 
     @cached_property
@@ -198,7 +198,7 @@ class RunFacts:
         found = self.config.get(name)
         return found if isinstance(found, dict) else {}
 
-    def _of_kind(self, kind: str) -> list[Record]:
+    def _records(self, kind: str) -> list[Record]:
         return [r for r in self.records if r["kind"] == kind]
 
     def _newest(self, key: str) -> Any:
