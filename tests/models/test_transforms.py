@@ -27,7 +27,10 @@ backends = pytest.mark.parametrize("backend", ["chunked", "reference"])
 
 
 # torch has no rule for its own attention
-pytestmark = pytest.mark.filterwarnings("ignore:.*_scaled_dot_product_flash_attention_for_cpu:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*_scaled_dot_product_flash_attention_for_cpu:UserWarning"),
+]
 
 
 def build(kind, backend="auto", count=1):

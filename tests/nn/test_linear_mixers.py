@@ -221,6 +221,7 @@ def test_a_token_sees_the_one_before_in_its_own_sequence():
     assert torch.equal(last, state[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("packed", [False, True])
 def test_squared_weights_are_not_negative(dtype, packed):

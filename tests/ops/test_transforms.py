@@ -16,7 +16,7 @@ from tests.refusals import refuses
 BACKENDS = ["chunked", "reference"]
 SAMPLES = 3
 # torch warns where it has no rule for vmap
-pytestmark = pytest.mark.filterwarnings("error:There is a performance drop:UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error:There is a performance drop:UserWarning")]
 
 
 def tied(backend, q, f, v, lower_bound, initial_state):
