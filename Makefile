@@ -1,4 +1,4 @@
-# make demo: train, look, write.   make test: everything CI runs.   make fast: the tests that take less than two minutes.
+# make demo: train, look, write.   make test: everything CI runs.   make fast: two thirds of the tests, in about two minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
