@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -263,6 +264,14 @@ def test_slots_follow_from_the_device(monkeypatch):
     assert Slots.for_machine([planned("a")]) == Slots(8, 2)
     assert Slots.for_machine([planned("a", device="cuda:1")]) == Slots(4, 0)
     assert Slots.for_machine([planned("a", device="cpu", num_threads=1)]) == Slots(8, 0)
+    captured = {"cuda_graph": True, "max_steps": 1, "batch_size": 64, "length": 64}
+    tiny = dataclasses.replace(planned("a", **captured), model_config={"hidden_size": 64})
+    assert Slots.for_machine([tiny]) == Slots(48, 2, 8)
+    assert Slots.for_machine([tiny], jobs=4) == Slots(4, 2, 4)
+    wide = dataclasses.replace(tiny, model_config={"hidden_size": 512})
+    assert Slots.for_machine([tiny, wide]) == Slots(8, 2)
+    assert Slots.for_machine([wide], jobs=4, runs_per_process=2) == Slots(4, 2, 2)
+    assert Slots(5, 1, 2).num_processes == 3
 
 
 def test_a_process_sees_one_gpu(monkeypatch, tmp_path):
@@ -278,17 +287,18 @@ def test_a_process_sees_one_gpu(monkeypatch, tmp_path):
     class Context:
         pass
 
-    Context.Process, Context.Pipe = Process, lambda self, duplex: Pipe(duplex=duplex)
+    Context.Process, Context.Pipe = Process, lambda self: Pipe()
+    monkeypatch.setattr(grid_module, "_context", lambda **_: Context())
     for visible, wanted in ((None, ["0", "1", "0"]), ("5,GPU-7", ["5", "GPU-7", "5"])):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         Process.seen.clear()
-        active = []
-        for name in "abc":
-            active.append(grid_module._start(Context(), tmp_path, planned(name), Slots(4, 2), active))
+        runs = [planned(name) for name in "abc"]
+        grid = grid_module._Grid(tmp_path, runs, Slots(4, 2), Quiet(), True)
+        grid.start_runs()
         assert Process.seen == wanted
-        assert [each.slot for each in active] == [0, 1, 2]
+        assert [each.slot for each in grid.workers] == [0, 1, 2]
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 

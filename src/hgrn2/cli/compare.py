@@ -18,6 +18,7 @@ def compare(
     file: tyro.conf.Positional[Path | None] = None,
     out: Path | None = None,
     jobs: int | None = None,
+    runs_per_process: int | None = None,
     report_only: Path | None = None,
 ) -> int:
     """Compare models: train each on each task and write one report.
@@ -29,23 +30,31 @@ def compare(
         file: A TOML file with tables [models.NAME] and [tasks.NAME], seeds and learning_rates; see
             docs/guide/comparing.md.
         out: Folder of the comparison (default: comparisons/ and the name of the file).
-        jobs: Runs side by side (default: one a core, or four a GPU).
+        jobs: Runs side by side (default: one a core, or four a GPU; 24 a GPU of tiny models with cuda_graph).
+        runs_per_process: Runs that share a process, each in a thread (default: one; eight of tiny models on a GPU).
         report_only: Only write the report of this folder again.
     """
     from hgrn2.cli.output import tell
     from hgrn2.compare import comparison as comparing
     from hgrn2.compare.config import GUIDE, Comparison
+    from hgrn2.compare.grid import MOST_RUNS_PER_PROCESS
     from hgrn2.compare.plan import PLAN_NAME
 
     if report_only is not None:
         if others := [
-            name for name, value in {"FILE": file, "--out": out, "--jobs": jobs}.items() if value is not None
-        ]:
+            name
+            for name, value in {
+                "FILE": file, "--out": out, "--jobs": jobs, "--runs-per-process": runs_per_process,
+            }.items()
+            if value is not None
+        ]:  # fmt: skip
             raise UserError(f"--report-only trains nothing; drop {' and '.join(others)}", "contradiction")
         _show(comparing.report(report_only))
         return 0
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; wanted 1 or more")
+    if runs_per_process is not None and not 1 <= runs_per_process <= MOST_RUNS_PER_PROCESS:
+        raise UserError(f"--runs-per-process is {runs_per_process}; wanted 1 to {MOST_RUNS_PER_PROCESS}")
     folder = _FOLDER / ("default" if file is None else file.stem) if out is None else out
     if file is not None:
         wanted = Comparison.from_tables(read_toml_file(file, GUIDE), str(file))
@@ -58,7 +67,7 @@ def compare(
         wanted, notes = default_comparison()
         for note in notes:
             tell(note)
-    ended = comparing.compare(wanted, folder, jobs)
+    ended = comparing.compare(wanted, folder, jobs, runs_per_process=runs_per_process)
     _show(ended)
     if ended.stopped_by is None:
         return 0

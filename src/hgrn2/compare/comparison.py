@@ -34,7 +34,11 @@ class Ended:
 
 
 def compare(
-    comparison: Comparison | None, out: Path, jobs: int | None = None, display: GridDisplay | None = None
+    comparison: Comparison | None,
+    out: Path,
+    jobs: int | None = None,
+    display: GridDisplay | None = None,
+    runs_per_process: int | None = None,
 ) -> Ended:
     """Train every run of a comparison that has not ended yet, side by side, and write the report.
 
@@ -43,6 +47,7 @@ def compare(
         out: folder of the comparison, new or with this comparison in it.
         jobs: runs side by side; None chooses as many as the device allows.
         display: shows progress; None means standard error.
+        runs_per_process: runs that share a process, each in a thread; None chooses.
 
     Raises:
         UserError: the folder holds another comparison, another process works in it, or a setting is invalid. What ends
@@ -58,8 +63,10 @@ def compare(
             check_extends(saved, plan, out)
         plan.save(out)
         write_repeat_files(out, plan)
-        slots = Slots.for_machine(plan.runs, jobs)
-        stopped_by = train_grid(out, plan.runs, slots, display or make_grid_display())
+        slots = Slots.for_machine(plan.runs, jobs, runs_per_process)
+        stopped_by = train_grid(
+            out, plan.runs, slots, display or make_grid_display(), keep_checkpoints=plan.comparison.keep_checkpoints
+        )
         results = Results.read(out)
         return Ended(results, write_reports(results), stopped_by)
 

@@ -71,6 +71,7 @@ class Comparison:
             the wanted number of parameters.
         model: settings that all models share.
         train: settings of training that all runs share.
+        keep_checkpoints: whether runs that have ended keep their weights.
 
     Example:
         >>> found = Comparison.from_tables({
@@ -89,6 +90,7 @@ class Comparison:
     match: str | int = "first"
     model: Mapping[str, Any] | None = None
     train: Mapping[str, Any] | None = None
+    keep_checkpoints: bool = True
 
     @classmethod
     def read(cls, path: Path) -> Comparison:
@@ -126,6 +128,7 @@ class Comparison:
             match=_match(tables.get("match", "first"), where),
             model=model,
             train=train,
+            keep_checkpoints=_boolean(tables.get("keep_checkpoints", True), where, "keep_checkpoints"),
         )
 
     def to_tables(self) -> dict[str, Any]:
@@ -134,6 +137,8 @@ class Comparison:
             "seeds": list(self.seeds),
             "learning_rates": list(self.learning_rates),
             "match": self.match,
+            # plans of earlier versions do not have it
+            **({} if self.keep_checkpoints else {"keep_checkpoints": False}),
             "model": dict(self.model or {}),
             "train": dict(self.train or {}),
             "models": {m.name: {**m.settings, **_own_rates(m)} for m in self.models},
@@ -190,6 +195,12 @@ def _table(value: Any, where: str, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {key} is {value!r}; wanted a table, [{key}]")
     return dict(value)
+
+
+def _boolean(value: Any, where: str, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key} is {value!r}; wanted true or false")
+    return value
 
 
 def _entries(tables: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dict[str, Any]]]:

@@ -1,14 +1,15 @@
-"""Train the runs of a comparison side by side, each in a process of its own."""
+"""Train the runs of a comparison side by side, in processes of one run or of several."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ import torch
 from hgrn2.compare.outcome import OUTCOME_NAME, Outcome
 from hgrn2.compare.plan import RUNS_NAME, PlannedRun
 from hgrn2.compare.progress import GridDisplay, GridProgress
-from hgrn2.compare.worker import Progress, work
+from hgrn2.compare.worker import Progress, work, work_side_by_side
+from hgrn2.formats.run_folder import FOLDER_NAME as CHECKPOINTS_NAME
 from hgrn2.train.interrupt import StopRequest
 
 # small models leave most of a GPU idle; each process takes about half a GiB of its memory for itself
 _RUNS_PER_GPU = 4
+# of tiny models with captured steps: threads of a process run side by side on the GPU, processes take turns
+_RUNS_PER_PROCESS, _PROCESSES_PER_GPU = 8, 3
+MOST_RUNS_PER_PROCESS = 16
+_TINY_WIDTH, _TINY_TOKENS = 256, 2**17
 _TICK_S = 0.5
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -33,22 +39,33 @@ class Slots:
 
     Attributes:
         jobs: runs side by side.
-        num_gpus: GPUs over which they are distributed; 0 means the CPU.
+        num_gpus: GPUs over which processes are distributed; 0 means the CPU.
+        runs_per_process: runs that share a process, each in a thread.
     """
 
     jobs: int
     num_gpus: int
+    runs_per_process: int = 1
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes for runs that share one."""
+        return -(-self.jobs // self.runs_per_process)
 
     @classmethod
-    def for_machine(cls, runs: Sequence[PlannedRun], jobs: int | None = None) -> Slots:
+    def for_machine(
+        cls, runs: Sequence[PlannedRun], jobs: int | None = None, runs_per_process: int | None = None
+    ) -> Slots:
         """Return as many slots as the device of the runs allows.
 
         On the CPU: cores, divided by the threads of a run (num_threads of [train], by default one). On GPUs: four runs
-        a GPU, at most one a core.
+        a GPU, at most one a core; if all models are tiny and their steps are captured (cuda_graph), three processes
+        of eight runs a GPU.
 
         Args:
             runs: the runs.
             jobs: the number that the user has set; None chooses it.
+            runs_per_process: the number that the user has set; None chooses it.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = {str(run.settings.get("device", "auto")) for run in runs}
@@ -56,19 +73,50 @@ class Slots:
         # a device with an index is the user's choice
         num_gpus = torch.cuda.device_count() if uses_gpu and devices <= {"auto", "cuda"} else 0
         threads = max((run.settings.get("num_threads") or 1 for run in runs), default=1)
-        chosen = min(cores, _RUNS_PER_GPU * max(num_gpus, 1)) if uses_gpu else cores // threads
-        return cls(max(1, chosen if jobs is None else jobs), num_gpus)
+        if runs_per_process is None:
+            is_tiny = uses_gpu and all(can_share(run, uses_gpu=True) and _is_tiny(run) for run in runs)
+            runs_per_process = min(_RUNS_PER_PROCESS, jobs or _RUNS_PER_PROCESS) if is_tiny else 1
+        if runs_per_process > 1 and uses_gpu:
+            chosen = runs_per_process * min(cores, _PROCESSES_PER_GPU * max(num_gpus, 1))
+        else:
+            chosen = min(cores, _RUNS_PER_GPU * max(num_gpus, 1)) if uses_gpu else cores // threads
+        return cls(max(1, chosen if jobs is None else jobs), num_gpus, runs_per_process)
+
+
+def _is_tiny(run: PlannedRun) -> bool:
+    """Return whether a step leaves most of a GPU idle."""
+    return run.model_config["hidden_size"] <= _TINY_WIDTH and run.run_settings.tokens_per_step <= _TINY_TOKENS
+
+
+def can_share(run: PlannedRun, uses_gpu: bool) -> bool:
+    """Return whether a run can train in a process with others, and gains from it.
+
+    A run that draws random numbers, or compiles its layers, depends on its neighbours. Without a CUDA graph the
+    interpreter, which threads share, is what a step on a GPU takes its time for.
+    """
+    is_alone = bool(run.settings.get("compile")) or bool(run.model_config.get("dropout"))
+    return not is_alone and (not uses_gpu or bool(run.settings.get("cuda_graph")))
 
 
 @dataclass
-class _Active:
-    """A run whose process is alive."""
+class _Worker:
+    """A living process and its runs.
 
-    run: PlannedRun
+    Attributes:
+        process: the process.
+        connection: its messages, and its runs if it takes several.
+        slot: index of the process, which decides its GPU.
+        runs: its runs, by folder.
+        is_shared: whether it takes runs until it is told to end.
+        is_asked: whether it was asked to stop.
+    """
+
     process: Any
     connection: Connection
     slot: int
-    started_s: float = field(default_factory=time.monotonic)
+    runs: dict[str, PlannedRun] = field(default_factory=dict)
+    is_shared: bool = False
+    is_asked: bool = False
 
 
 def is_ended(out: Path, run: PlannedRun) -> bool:
@@ -77,7 +125,9 @@ def is_ended(out: Path, run: PlannedRun) -> bool:
     return outcome is not None and outcome.is_final
 
 
-def train_grid(out: Path, runs: Sequence[PlannedRun], slots: Slots, display: GridDisplay) -> str | None:
+def train_grid(
+    out: Path, runs: Sequence[PlannedRun], slots: Slots, display: GridDisplay, *, keep_checkpoints: bool = True
+) -> str | None:
     """Train all runs that have not ended, side by side.
 
     Args:
@@ -85,6 +135,7 @@ def train_grid(out: Path, runs: Sequence[PlannedRun], slots: Slots, display: Gri
         runs: the runs, in the order to start them.
         slots: how many at a time.
         display: shows the progress.
+        keep_checkpoints: whether the runs that have ended keep their weights.
 
     Returns:
         The name of the signal that stopped it, or None.
@@ -92,31 +143,173 @@ def train_grid(out: Path, runs: Sequence[PlannedRun], slots: Slots, display: Gri
     Raises:
         KeyboardInterrupt: at the second signal; all processes are killed.
     """
-    waiting = [run for run in runs if not is_ended(out, run)]
-    progress = GridProgress(runs, {run.folder for run in waiting}, slots.jobs)
-    active: list[_Active] = []
-    context = _context(uses_gpu=slots.num_gpus > 0 or torch.cuda.is_available())
+    grid = _Grid(out, runs, slots, display, keep_checkpoints)
     with StopRequest() as stop, display:
         try:
-            while active or (waiting and stop.signal_name is None):
-                while waiting and len(active) < slots.jobs and stop.signal_name is None:
-                    active.append(_start(context, out, waiting.pop(0), slots, active))
-                    progress.start(active[-1].run.folder)
-                display.show(progress)
-                _listen(active, progress)
+            while grid.workers or (grid.num_waiting and stop.signal_name is None):
+                if stop.signal_name is None:
+                    grid.start_runs()
+                display.show(grid.progress)
+                grid.listen()
                 if stop.signal_name is not None:
-                    _stop(active)
-                for ended in [each for each in active if not each.process.is_alive()]:
-                    active.remove(ended)
-                    outcome = _settle(out, ended, stop.signal_name is not None)
-                    progress.end(ended.run.folder, outcome)
-                    display.ended(ended.run, outcome, progress)
-            display.show(progress)
+                    grid.stop()
+                grid.settle(is_stopping=stop.signal_name is not None)
+            display.show(grid.progress)
         except BaseException:
-            for each in active:
-                each.process.kill()
+            for worker in grid.workers:
+                worker.process.kill()
             raise
     return stop.signal_name
+
+
+class _Grid:
+    """The runs of a comparison, waiting or in a process."""
+
+    def __init__(
+        self, out: Path, runs: Sequence[PlannedRun], slots: Slots, display: GridDisplay, keep_checkpoints: bool
+    ) -> None:
+        self._out, self._slots, self._display = out, slots, display
+        self._keep_checkpoints = keep_checkpoints
+        uses_gpu = slots.num_gpus > 0 or torch.cuda.is_available()
+        self._context = _context(uses_gpu=uses_gpu)
+        pending = [run for run in runs if not is_ended(out, run)]
+        self.progress = GridProgress(runs, {run.folder for run in pending}, slots.jobs)
+        shares = slots.runs_per_process > 1
+        self._together = [run for run in pending if shares and can_share(run, uses_gpu)]
+        self._alone = [run for run in pending if not (shares and can_share(run, uses_gpu))]
+        self.workers: list[_Worker] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of runs that no process has."""
+        return len(self._together) + len(self._alone)
+
+    def start_runs(self) -> None:
+        """Give waiting runs to processes, as many as there is room for."""
+        while self._together and self._num_active < self._slots.jobs:
+            self._give(self._together.pop(0))
+        while self._alone and self._num_active < self._slots.jobs:
+            run = self._alone.pop(0)
+            self._forget_outcome(run)
+            self._begin(self._start(work, (self._out, run)), run)
+        if not self._together:
+            for worker in self.workers:
+                if worker.is_shared and not worker.runs:
+                    _tell_to_end(worker)
+
+    @property
+    def _num_active(self) -> int:
+        return sum(len(worker.runs) for worker in self.workers)
+
+    def _give(self, run: PlannedRun) -> None:
+        """Give a run to the process with the fewest, or to a new one."""
+        shared = [worker for worker in self.workers if worker.is_shared and not worker.is_asked]
+        if len(shared) < self._slots.num_processes:
+            arguments = self._out, f"process{len(shared)}", self._slots.runs_per_process
+            shared.append(self._start(work_side_by_side, arguments))
+            shared[-1].is_shared = True
+        self._forget_outcome(run)
+        worker = min(shared, key=lambda worker: len(worker.runs))
+        self._begin(worker, run)
+        # a process that has just died gives its runs back later
+        with suppress(OSError):
+            worker.connection.send(run)
+
+    def _forget_outcome(self, run: PlannedRun) -> None:
+        """Remove the outcome of an earlier attempt."""
+        (self._out / RUNS_NAME / run.folder / OUTCOME_NAME).unlink(missing_ok=True)
+
+    def _begin(self, worker: _Worker, run: PlannedRun) -> None:
+        worker.runs[run.folder] = run
+        self.progress.start(run.folder)
+
+    def _start(self, target: Any, arguments: tuple[Any, ...]) -> _Worker:
+        taken = {worker.slot for worker in self.workers}
+        slot = next(index for index in count() if index not in taken)
+        own, other = self._context.Pipe()
+        process = self._context.Process(target=target, args=(*arguments, other))
+        with _one_gpu(slot % self._slots.num_gpus if self._slots.num_gpus else None):
+            process.start()
+        other.close()
+        self.workers.append(_Worker(process, own, slot))
+        return self.workers[-1]
+
+    def listen(self) -> None:
+        """Wait for messages or the end of a process, for a moment."""
+        by_handle: dict[Any, _Worker] = {each.process.sentinel: each for each in self.workers}
+        by_handle |= {each.connection: each for each in self.workers if not each.connection.closed}
+        for ready in wait(list(by_handle), _TICK_S):
+            if ready is by_handle[ready].connection:
+                self._receive(by_handle[ready])
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            while worker.connection.poll():
+                folder, message = worker.connection.recv()
+                if isinstance(message, Progress):
+                    self.progress.update(folder, message)
+                else:
+                    self._end(worker, worker.runs.pop(folder))
+        except (EOFError, OSError):
+            worker.connection.close()
+
+    def _end(self, worker: _Worker, run: PlannedRun) -> None:
+        """Take note of the end of a run in a process with others."""
+        outcome = Outcome.load(self._out / RUNS_NAME / run.folder)
+        if outcome is None and not worker.is_asked:
+            self._alone.append(run)
+        self._show_end(run, outcome)
+
+    def _show_end(self, run: PlannedRun, outcome: Outcome | None) -> None:
+        run_dir = self._out / RUNS_NAME / run.folder
+        if outcome is not None and outcome.is_final and not self._keep_checkpoints:
+            shutil.rmtree(run_dir / CHECKPOINTS_NAME, ignore_errors=True)
+        self.progress.end(run.folder, outcome)
+        self._display.ended(run, outcome, self.progress)
+
+    def stop(self) -> None:
+        """Ask every process once to stop after its step."""
+        for worker in self.workers:
+            if worker.process.is_alive() and not worker.is_asked:
+                worker.is_asked = True
+                worker.process.terminate()
+                if worker.is_shared:
+                    _tell_to_end(worker)
+
+    def settle(self, *, is_stopping: bool) -> None:
+        """Take note of processes that have ended."""
+        for worker in [each for each in self.workers if not each.process.is_alive()]:
+            worker.process.join()
+            # its last messages
+            if not worker.connection.closed:
+                self._receive(worker)
+                worker.connection.close()
+            self.workers.remove(worker)
+            for run in worker.runs.values():
+                self._settle_run(worker, run, is_stopping)
+
+    def _settle_run(self, worker: _Worker, run: PlannedRun, is_stopping: bool) -> None:
+        """Take note of a run whose process has ended: it is complete, stopped, to be tried alone, or failed."""
+        run_dir = self._out / RUNS_NAME / run.folder
+        outcome = Outcome.load(run_dir)
+        if outcome is None and not is_stopping:
+            if worker.is_shared:
+                self._alone.append(run)
+            else:
+                outcome = Outcome("failed", f"its process {_how_it_ended(worker.process)} before the run was complete")
+                outcome.save(run_dir)
+        self._show_end(run, outcome)
+
+
+def _tell_to_end(worker: _Worker) -> None:
+    """Tell a process that takes several runs that no more will come."""
+    with suppress(OSError):
+        worker.connection.send(None)
+
+
+def _how_it_ended(process: Any) -> str:
+    code = process.exitcode
+    return f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
 
 
 def _context(*, uses_gpu: bool) -> Any:
@@ -130,19 +323,6 @@ def _context(*, uses_gpu: bool) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hgrn2.compare.worker"])
     return context
-
-
-def _start(context: Any, out: Path, run: PlannedRun, slots: Slots, active: Sequence[_Active]) -> _Active:
-    taken = {each.slot for each in active}
-    slot = next(index for index in range(slots.jobs) if index not in taken)
-    # of an earlier attempt
-    (out / RUNS_NAME / run.folder / OUTCOME_NAME).unlink(missing_ok=True)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(out, run, sender))
-    with _one_gpu(slot % slots.num_gpus if slots.num_gpus else None):
-        process.start()
-    sender.close()
-    return _Active(run, process, receiver, slot)
 
 
 @contextmanager
@@ -161,41 +341,3 @@ def _one_gpu(index: int | None) -> Iterator[None]:
             del os.environ[_VISIBLE]
         else:
             os.environ[_VISIBLE] = before
-
-
-def _listen(active: Sequence[_Active], progress: GridProgress) -> None:
-    """Wait for progress or the end of a process, for a moment."""
-    by_handle: dict[Any, _Active] = {each.process.sentinel: each for each in active}
-    by_handle |= {each.connection: each for each in active if not each.connection.closed}
-    for ready in wait(list(by_handle), _TICK_S):
-        each = by_handle[ready]
-        if ready is not each.connection:
-            continue
-        try:
-            while each.connection.poll():
-                message: Progress = each.connection.recv()
-                progress.update(each.run.folder, message)
-        except (EOFError, OSError):
-            each.connection.close()
-
-
-def _stop(active: Sequence[_Active]) -> None:
-    """Ask every process once to stop after its step."""
-    for each in active:
-        if each.process.is_alive() and not getattr(each.process, "is_asked", False):
-            each.process.is_asked = True
-            each.process.terminate()
-
-
-def _settle(out: Path, ended: _Active, is_stopping: bool) -> Outcome | None:
-    """Return the outcome of a process that has ended; record one that was killed."""
-    ended.process.join()
-    ended.connection.close()
-    run_dir = out / RUNS_NAME / ended.run.folder
-    outcome = Outcome.load(run_dir)
-    if outcome is None and not is_stopping:
-        code = ended.process.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
-        outcome = Outcome("failed", f"its process {how} before the run was complete")
-        outcome.save(run_dir)
-    return outcome

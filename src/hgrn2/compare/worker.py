@@ -1,20 +1,23 @@
-"""Train one run of a comparison in a process of its own."""
+"""Train runs of a comparison in a process: one run, or several side by side in threads."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import torch
 
 from hgrn2.compare.outcome import Outcome
 from hgrn2.compare.plan import RUNS_NAME, PlannedRun
@@ -22,6 +25,8 @@ from hgrn2.data.prepared import PreparedData
 from hgrn2.errors import UserError
 from hgrn2.formats.run_folder import checkpoints_of, read_config
 from hgrn2.models import HGRN2Config
+from hgrn2.train.exclusive import side_by_side
+from hgrn2.train.interrupt import request_stop
 from hgrn2.train.runs import resume_language_run, resume_task_run, start_language_run, start_task_run
 
 with contextlib.suppress(ImportError):
@@ -50,15 +55,24 @@ class Progress:
     loss: float | None
 
 
+@dataclass(frozen=True)
+class RunEnded:
+    """A run of several in a process has ended; without an outcome it was stopped, or should be tried again alone."""
+
+
+Message = tuple[str, Progress | RunEnded]
+
+
 class SendingDisplay:
-    """Send progress through a connection; other lines go to standard error, which is the log of the run.
+    """Send progress to the comparison; other lines go to a log.
 
     Args:
-        connection: takes a `Progress` now and then.
+        send: takes a `Progress` now and then.
+        log: takes the lines; None means standard error.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, send: Callable[[Progress], None], log: IO[str] | None = None) -> None:
+        self._send, self._log = send, log
         self._last_s = 0.0
 
     def __enter__(self) -> SendingDisplay:
@@ -71,9 +85,7 @@ class SendingDisplay:
         """Send the progress, unless the last message is recent."""
         if time.monotonic() - self._last_s >= _EVERY_S:
             self._last_s = time.monotonic()
-            # the comparison may be gone
-            with contextlib.suppress(OSError):
-                self._connection.send(Progress(progress, record["step"], record["smoothed_loss"]))
+            self._send(Progress(progress, record["step"], record["smoothed_loss"]))
 
     def validation(self, record: dict[str, Any]) -> None:
         """Show nothing; the record is in metrics.jsonl."""
@@ -83,7 +95,7 @@ class SendingDisplay:
 
     def note(self, text: str) -> None:
         """Write the line into the log."""
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=self._log or sys.stderr, flush=True)
 
 
 def work(out: Path, planned: PlannedRun, connection: Connection) -> None:
@@ -94,17 +106,16 @@ def work(out: Path, planned: PlannedRun, connection: Connection) -> None:
     Args:
         out: folder of the comparison.
         planned: the run.
-        connection: takes the progress.
+        connection: takes the progress, as a `Message`.
     """
-    # Ctrl-C is for the comparison, which tells its workers
-    if hasattr(os, "setsid"):
-        os.setsid()
+    _leave_terminal()
     signal.signal(signal.SIGTERM, _interrupt)
     _stop_with_parent()
     run_dir = out / RUNS_NAME / planned.folder
-    with _log(out / LOGS_NAME / f"{planned.folder}.log"):
+    display = SendingDisplay(lambda progress: _send(connection, (planned.folder, progress)))
+    with _redirect_output(out / LOGS_NAME / f"{planned.folder}.log"):
         try:
-            outcome = _outcome_of(out, planned, SendingDisplay(connection))
+            outcome = _outcome_of(out, planned, display)
             if outcome is not None:
                 outcome.save(run_dir)
         except KeyboardInterrupt:
@@ -112,7 +123,88 @@ def work(out: Path, planned: PlannedRun, connection: Connection) -> None:
             return
 
 
-def _outcome_of(out: Path, planned: PlannedRun, display: Any) -> Outcome | None:
+def work_side_by_side(out: Path, name: str, num_threads: int, connection: Connection) -> None:
+    """Train runs as they come, each in a thread; the target of a process.
+
+    Each thread has a CUDA stream of its own. An error that may come from another run of the process, as when the memory
+    is full, leaves a run without an outcome: the comparison trains it again alone. SIGTERM stops every run after its
+    current step, with a checkpoint.
+
+    Args:
+        out: folder of the comparison.
+        name: name of the process's log.
+        num_threads: runs side by side, at most 16.
+        connection: gives runs, and None at the end; takes a `Message` of each.
+    """
+    _leave_terminal()
+    signal.signal(signal.SIGTERM, lambda number, frame: request_stop("SIGTERM"))
+    _stop_with_parent()
+    lock, waiting = threading.Lock(), queue.SimpleQueue[PlannedRun | None]()
+
+    def send(message: Message) -> None:
+        with lock:
+            _send(connection, message)
+
+    def train(stream: Any) -> None:
+        while (planned := waiting.get()) is not None:
+            with side_by_side(stream):
+                _train_beside_others(out, planned, send)
+            send((planned.folder, RunEnded()))
+
+    with _redirect_output(out / LOGS_NAME / f"{name}.log"):
+        has_gpu = torch.cuda.is_available()
+        threads = [
+            threading.Thread(target=train, args=(torch.cuda.Stream() if has_gpu else None,)) for _ in range(num_threads)
+        ]
+        for thread in threads:
+            thread.start()
+        # the end of the comparison closes the connection
+        with contextlib.suppress(EOFError, OSError):
+            while (planned := connection.recv()) is not None:
+                waiting.put(planned)
+        for _ in threads:
+            waiting.put(None)
+        for thread in threads:
+            thread.join()
+
+
+def _train_beside_others(out: Path, planned: PlannedRun, send: Callable[[Message], None]) -> None:
+    """Train one run and write its outcome, unless it was stopped or its error may come from another run."""
+    path = out / LOGS_NAME / f"{planned.folder}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as log:
+        display = SendingDisplay(lambda progress: send((planned.folder, progress)), log)
+        outcome = _outcome_of(out, planned, display, log)
+    if outcome is None:
+        return
+    if outcome.state == "failed":
+        _end_process_without_device()
+    else:
+        outcome.save(out / RUNS_NAME / planned.folder)
+
+
+def _end_process_without_device() -> None:
+    """End the process at once if its GPU no longer answers: after some errors every call of the process fails."""
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.current_stream().synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
+def _leave_terminal() -> None:
+    # Ctrl-C is for the comparison, which tells its workers
+    if hasattr(os, "setsid"):
+        os.setsid()
+
+
+def _send(connection: Connection, message: Message) -> None:
+    # the comparison may be gone
+    with contextlib.suppress(OSError):
+        connection.send(message)
+
+
+def _outcome_of(out: Path, planned: PlannedRun, display: Any, log: IO[str] | None = None) -> Outcome | None:
     """Train; None if a signal stopped the run."""
     try:
         run = _when_free(lambda: train_planned(out, planned, display))
@@ -121,7 +213,7 @@ def _outcome_of(out: Path, planned: PlannedRun, display: Any) -> Outcome | None:
         return Outcome("diverged" if error.code == "not-finite" else "failed", _one_line(str(error)))
     # any error of one run must not end the others
     except Exception as error:
-        traceback.print_exc()
+        traceback.print_exc(file=log)
         return Outcome("failed", _one_line(f"{type(error).__name__}: {error}"))
     if run.result.stopped_by:
         return None
@@ -190,7 +282,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 @contextlib.contextmanager
-def _log(path: Path) -> Iterator[None]:
+def _redirect_output(path: Path) -> Iterator[None]:
     """Redirect standard output and error, also those of libraries, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from hgrn2.errors import UserError
 from hgrn2.tasks.base import Metric, ReportFigure, StepLoss, TaskBase, TaskContext, TaskReport
+from hgrn2.tasks.device_examples import RowsBatch, shared_examples
 from hgrn2.tasks.generators import GENERATORS, SyntheticOptions, generate
 from hgrn2.tasks.generators.base import IGNORE, TRAINING, VALIDATION, Examples, block_size, draw_block
 from hgrn2.tasks.generators.draws import Draws, Ints
@@ -46,6 +47,16 @@ class SyntheticBatch:
         places = np.flatnonzero(examples.targets != IGNORE)
         found = examples.inputs, places, examples.targets.reshape(-1)[places]
         return cls(*(torch.from_numpy(np.ascontiguousarray(x)) for x in found))
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of inputs."""
+        return self.input_ids.numel()
+
+    @property
+    def num_targets(self) -> int:
+        """Number of targets."""
+        return self.targets.numel()
 
     def to(self, device: torch.device) -> SyntheticBatch:
         """Return the batch on a device; a copy from pinned memory is asynchronous."""
@@ -108,23 +119,28 @@ class SyntheticTask(TaskBase):
         """Return the size of the vocabulary."""
         return {"vocab_size": options.vocab_size}
 
-    def next_batch(self) -> SyntheticBatch:
-        """Return the next batch on the CPU."""
-        batch = SyntheticBatch.of(self._train.take(self._position, self._context.batch_size))
-        self._position += self._context.batch_size
-        return batch.pin_memory() if self._context.device.type == "cuda" else batch
+    def next_batch(self) -> SyntheticBatch | RowsBatch:
+        """Return the next batch: rows of a fixed set on a GPU, otherwise examples on the CPU."""
+        start, size = self._position, self._context.batch_size
+        self._position += size
+        is_on_gpu = self._context.device.type == "cuda"
+        if is_on_gpu and self._options.training_examples:
+            return self._train.rows(start, size, self._context.device)
+        batch = SyntheticBatch.of(self._train.take(start, size))
+        return batch.pin_memory() if is_on_gpu else batch
 
-    def num_tokens(self, batch: SyntheticBatch) -> int:
+    def num_tokens(self, batch: SyntheticBatch | RowsBatch) -> int:
         """Return the number of inputs of the batch."""
-        return batch.input_ids.numel()
+        return batch.num_tokens
 
-    def num_targets(self, batch: SyntheticBatch) -> int:
+    def num_targets(self, batch: SyntheticBatch | RowsBatch) -> int:
         """Return the number of targets of the batch."""
-        return batch.targets.numel()
+        return batch.num_targets
 
-    def loss(self, model: Any, batch: SyntheticBatch) -> StepLoss:
+    def loss(self, model: Any, batch: SyntheticBatch | RowsBatch) -> StepLoss:
         """Return the cross entropy summed over the targets, in nats, and the number of correct ones."""
-        batch = batch.to(self._context.device)
+        is_on_device = isinstance(batch, RowsBatch)
+        batch = SyntheticBatch(*batch.gather()) if is_on_device else batch.to(self._context.device)
         loss_sum, is_correct = _score(model, batch)
         return StepLoss(loss_sum, {"accuracy": is_correct.sum()})
 
@@ -140,20 +156,23 @@ class SyntheticTask(TaskBase):
         return found
 
     def _evaluate(self, model: Any, stream: _ExampleStream) -> dict[str, float]:
-        num, length = self._options.validation_examples, stream.options.length
+        num, device = self._options.validation_examples, self._context.device
         # longer examples come in smaller batches
-        size = max(1, self._context.batch_size * self._options.length // length)
-        nats, correct, exact, targets, examples = 0.0, 0, 0, 0, 0
+        size = max(1, self._context.batch_size * self._options.length // stream.options.length)
+        sums: list[tuple[Tensor, Tensor, Tensor]] = []
+        targets = 0
         for at in range(0, num, size):
-            batch = SyntheticBatch.of(stream.take(at, min(size, num - at))).to(self._context.device)
+            count = min(size, num - at)
+            batch = stream.rows(at, count, device, num) if device.type == "cuda" else None
+            batch = SyntheticBatch.of(stream.take(at, count)) if batch is None else SyntheticBatch(*batch.gather())
             loss_sum, is_correct = _score(model, batch)
-            nats += loss_sum.item()
-            correct += int(is_correct.sum())
-            rows, row_of = len(batch.input_ids), batch.places // length
-            wrong = torch.zeros(rows, device=row_of.device).index_add_(0, row_of, (~is_correct).float())
-            exact += int((wrong == 0).sum())
-            targets, examples = targets + batch.targets.numel(), examples + rows
-        return {"val_loss": nats / targets, "val_accuracy": correct / targets, "val_exact": exact / examples}
+            row_of = batch.places // stream.options.length
+            wrong = torch.zeros(count, device=device).index_add_(0, row_of, (~is_correct).float())
+            sums.append((loss_sum.double(), is_correct.sum().double(), (wrong == 0).sum().double()))
+            targets += batch.targets.numel()
+        # wait for a GPU once, at the end
+        nats, correct, exact = (sum(torch.stack(found).tolist()) for found in zip(*sums, strict=True))
+        return {"val_loss": nats / targets, "val_accuracy": correct / targets, "val_exact": exact / num}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of examples taken so far, and the options they follow from."""
@@ -216,6 +235,7 @@ class _ExampleStream:
         self._block: tuple[int, Examples] | None = None
         self._set: Examples | None = None
         self._order: tuple[int, Ints] | None = None
+        self._device_order: tuple[int, Tensor] | None = None
 
     def take(self, start: int, count: int) -> Examples:
         """Return the examples at start to start + count - 1."""
@@ -228,6 +248,29 @@ class _ExampleStream:
             start += high - low
         return parts[0] if len(parts) == 1 else Examples(*map(np.concatenate, zip(*parts, strict=True)))
 
+    def rows(self, start: int, count: int, device: torch.device, num: int = 0) -> RowsBatch:
+        """Return the examples at start to start + count - 1 as rows of a set on a device.
+
+        Args:
+            start: position of the first.
+            count: number of examples.
+            device: device of the set.
+            num: size of the set for a stream that has no fixed one.
+        """
+        size = self._num or num
+        examples = shared_examples(self.options, size, self._seed, device, self._stream)
+        if not self._num:
+            return RowsBatch(torch.arange(start, start + count, device=device), examples)
+        parts, end = [], start + count
+        while start < end:
+            epoch, low = divmod(start, size)
+            high = min(size, low + end - start)
+            if self._device_order is None or self._device_order[0] != epoch:
+                self._device_order = epoch, torch.from_numpy(self._shuffled(epoch)).to(device)
+            parts.append(self._device_order[1][low:high])
+            start += high - low
+        return RowsBatch(parts[0] if len(parts) == 1 else torch.cat(parts), examples)
+
     def _take_block(self, block: int, low: int, high: int) -> Examples:
         # batches are often parts of a block
         if self._block is None or self._block[0] != block:
@@ -238,9 +281,13 @@ class _ExampleStream:
         if self._set is None:
             self._set = generate(self.options, self._num, self._seed)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.argsort(Draws(self._seed, epoch, _SHUFFLING, 1).words(self._num), kind="stable")
+            self._order = epoch, self._shuffled(epoch)
         rows = self._order[1][low:high]
         return Examples(*(x[rows] for x in self._set))
+
+    def _shuffled(self, epoch: int) -> Ints:
+        """Return the order of an epoch."""
+        return np.argsort(Draws(self._seed, epoch, _SHUFFLING, 1).words(self._num), kind="stable")
 
 
 def _score(model: Any, batch: SyntheticBatch) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from hgrn2.errors import UserError
 from hgrn2.train.device_adamw import DeviceAdamW
+from hgrn2.train.exclusive import exclusive, is_side_by_side
 
 # steps of a shape before it is captured, which compile kernels and allocate permanent memory
 _WARMUP_STEPS = 3
@@ -50,7 +53,8 @@ class CapturedSteps:
         self._graphs: dict[Any, _Captured] = {}
         self._pool: Any = None
         self._num_targets = torch.ones((), device=device)
-        self._stream = torch.cuda.Stream(device)
+        # torch has 32 streams, so a new one may be that of another run of the process
+        self._stream = torch.cuda.current_stream(device) if is_side_by_side() else torch.cuda.Stream(device)
 
     def __call__(self, batch: Any, num_targets: int) -> dict[str, Tensor]:
         """Run a step.
@@ -79,16 +83,21 @@ class CapturedSteps:
         captured = self._graphs.get(key)
         if captured is None:
             self._counts[key] = self._counts.get(key, 0) + 1
-            if self._counts[key] <= _WARMUP_STEPS or len(self._graphs) >= _MOST_SHAPES:
+            # the first steps compile kernels
+            if self._counts[key] <= _WARMUP_STEPS:
+                with exclusive():
+                    return self._run(batch)
+            if len(self._graphs) >= _MOST_SHAPES:
                 return self._run(batch)
-            captured = self._graphs[key] = self._capture(batch, tensors)
+            with exclusive():
+                captured = self._graphs[key] = self._capture(batch, tensors)
         for name, x in captured.inputs.items():
             x.copy_(tensors[name], non_blocking=True)
         captured.graph.replay()
         return captured.results
 
     def _run(self, batch: Any) -> dict[str, Tensor]:
-        """Run a step on a stream other than the default one, as in the capture."""
+        """Run a step on the stream of the capture, which is not the default one."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             results = self._step(batch, self._num_targets)
@@ -99,11 +108,13 @@ class CapturedSteps:
         inputs = {name: x.to(self._device) for name, x in tensors.items()}
         self._forget()
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self._device)
-        # free the activations of earlier steps, which the graph cannot use
-        torch.cuda.empty_cache()
+        torch.cuda.current_stream(self._device).synchronize()
+        if not is_side_by_side():
+            # free the activations of earlier steps, which the graph cannot use
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
-            with self._optimizer.capture(), torch.cuda.graph(graph, pool=self._pool):
+            with self._optimizer.capture(), self._capturing(graph):
                 results = self._step(replace(batch, **inputs), self._num_targets)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
@@ -114,3 +125,15 @@ class CapturedSteps:
         # the graph owns the memory of the gradients
         self._forget()
         return _Captured(graph, inputs, results)
+
+    @contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Capture what the thread launches; other threads of the process may use the device meanwhile."""
+        with torch.cuda.stream(self._stream):
+            pool = () if self._pool is None else (self._pool,)
+            graph.capture_begin(*pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                # ends a failed capture as well
+                graph.capture_end()

@@ -101,6 +101,14 @@ class TrainConfig:
     """Number of newest checkpoints to keep, besides the best one."""
     sample_every: Annotated[int, Ge(0)] = 0
     """Steps between text samples; 0: only at the end."""
+    record_every: Annotated[int, Gt(0)] = 1
+    """Steps between records of training; a GPU is waited for that often, which is most of the time of a tiny model."""
+    stop_at: float | None = None
+    """End the run at a validation whose metric reaches this value, such as 0.999 (default: only the budget ends it)."""
+    save_best: bool = True
+    """Write a checkpoint at every new best validation."""
+    report: bool = True
+    """Write report.html and plots at the end; hgrn2 plot writes them later."""
     max_nonfinite: Annotated[int, Gt(0)] = 10
     """Number of consecutive steps with a non-finite loss or gradient (each is skipped) after which the run stops."""
     tensorboard: bool = False

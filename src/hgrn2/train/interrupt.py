@@ -11,19 +11,39 @@ from typing import Any
 _SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 
 
+_requested: list[str] = []
+
+
+def request_stop(signal_name: str) -> None:
+    """Ask every run of this process that trains outside the main thread to stop after its step.
+
+    Args:
+        signal_name: name of the signal that the main thread has received.
+    """
+    _requested.append(signal_name)
+
+
 class StopRequest:
     """While entered, the first SIGINT, SIGTERM or SIGHUP sets `signal_name`; a further SIGINT or SIGTERM interrupts.
 
-    An ignored SIGHUP, as under nohup, stays ignored. Outside the main thread, where Python handles no signals, it does
-    nothing.
+    An ignored SIGHUP, as under nohup, stays ignored. Outside the main thread, where Python handles no signals,
+    `signal_name` is that of the first `request_stop`.
     """
 
     def __init__(self) -> None:
-        self.signal_name: str | None = None
+        self._own_name: str | None = None
+        self._is_main = threading.current_thread() is threading.main_thread()
         self._previous: dict[int, Any] = {}
 
+    @property
+    def signal_name(self) -> str | None:
+        """Name of the signal that asks to stop; None before it."""
+        if self._is_main:
+            return self._own_name
+        return _requested[0] if _requested else None
+
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        if self._is_main:
             numbers = [signal.SIGINT, signal.SIGTERM]
             if _SIGHUP is not None and signal.getsignal(_SIGHUP) is not signal.SIG_IGN:
                 numbers.append(_SIGHUP)
@@ -36,8 +56,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is None:
-            self.signal_name = signal.Signals(number).name
+        if self._own_name is None:
+            self._own_name = signal.Signals(number).name
         # a closing terminal sends SIGHUP more than once: only the first counts
         elif number != _SIGHUP:
             raise KeyboardInterrupt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +43,25 @@ class LaunchedStep:
         self._copied = torch.cuda.Event()
         self._copied.record()
 
+    def hold(self, values: Mapping[str, Tensor]) -> None:
+        """Keep values on the device for `read_back_together`; arguments as for `read_back`."""
+        dtype = values["loss"].dtype
+        self._names = tuple(values)
+        self._held = torch.stack([x.to(dtype) for x in values.values()])
+
     def wait(self) -> dict[str, float]:
         """Return `values`, after waiting for the copy if there is one."""
         if self.values is None:
             self._copied.synchronize()
             self.values = dict(zip(self._names, self._copy.tolist(), strict=True))
         return self.values
+
+
+def read_back_together(steps: Sequence[LaunchedStep]) -> None:
+    """Start copying the held values of several steps with the same names from a GPU, without waiting for them."""
+    copies = torch.stack([step._held for step in steps]).to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    for step, copy in zip(steps, copies, strict=True):
+        step._copy, step._copied = copy, copied
+        del step._held

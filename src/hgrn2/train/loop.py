@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import Counters
 from hgrn2.train.display import Display, SilentDisplay, make_display
 from hgrn2.train.environment import describe_environment, memory_bytes
+from hgrn2.train.exclusive import exclusive, is_side_by_side
 from hgrn2.train.freezing import Freezing
 from hgrn2.train.interrupt import StopRequest
-from hgrn2.train.launched import LaunchedStep
+from hgrn2.train.launched import LaunchedStep, read_back_together
 from hgrn2.train.metrics import MetricsWriter, SilentMetrics
 from hgrn2.train.optim import NamedOptimizer
 from hgrn2.train.parallel import ONE_PROCESS, Parallel
@@ -89,7 +90,11 @@ class Trainer:
         self._store = ckpt.CheckpointStore(self.run_dir, self.config.keep_last)
         self._saved_step = -1
         self._saved_records: int | None = None
-        self._launched: LaunchedStep | None = None
+        # steps without a record, and those whose values are on the way from the device
+        self._launched: list[LaunchedStep] = []
+        self._returning: list[LaunchedStep] = []
+        # since the last record
+        self._untimed: list[LaunchedStep] = []
         self._last_end_s = 0.0
 
     def run(self) -> TrainResult:
@@ -114,7 +119,10 @@ class Trainer:
                 self.parallel.on_main(lambda: ckpt.write_config(self.run_dir, self.run_config))
                 self._started_s = time.monotonic() - self._counters.elapsed_s
                 with self._optimizer.working_precision():
-                    finished = self._train(stop, metrics)
+                    try:
+                        finished = self._train(stop, metrics)
+                    finally:
+                        self._stepper.end()
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
@@ -152,7 +160,16 @@ class Trainer:
         """Return whether the checkpoint to resume from is the end of the run: budget used up, and validated."""
         counters = self._counters
         progress = used_fraction(self.config, counters.step, counters.tokens, counters.elapsed_s)
-        return self.resume_from is not None and progress >= 1.0 and counters.validated_step == counters.step
+        is_at_end = progress >= 1.0 or self._has_reached_metric()
+        return self.resume_from is not None and is_at_end and counters.validated_step == counters.step
+
+    def _has_reached_metric(self) -> bool:
+        """Return whether the validation after the last step has the metric at which the run ends."""
+        best, metric, wanted = self._counters.best, self.task.metric, self.config.stop_at
+        if wanted is None or best is None or best["step"] != self._counters.step:
+            return False
+        # the first value that is reached is the best so far
+        return best[metric.name] == wanted or metric.is_better(best[metric.name], wanted)
 
     def _result(self, finished: bool, signal_name: str | None = None, had_ended: bool = False) -> TrainResult:
         newest = self._store.latest()
@@ -186,20 +203,21 @@ class Trainer:
             finished = self._progress() >= 1.0
             signal_name = self.parallel.first_of(stop.signal_name)
             if finished or signal_name or self._is_evaluated_or_saved(counters.step):
-                self._finish_step(metrics)
+                self._finish_steps(metrics)
             new_best = (finished or _due(counters.step, config.validation_every)) and self._validate(metrics)
+            finished = finished or self._has_reached_metric()
             # before the checkpoint, so that a run resumed from it does not sample again
             if finished or _due(counters.step, config.sample_every):
                 self._sample(metrics)
             # after a skipped step the weights may be bad, so keep the older checkpoints
             due = _due(counters.step, config.checkpoint_every) and not counters.skipped_in_a_row
-            if finished or new_best or due:
+            if finished or (new_best and config.save_best) or due:
                 self._save(metrics)
         # a run that was resumed with nothing left to do
         if finished and counters.validated_step != counters.step:
             self._validate(metrics)
             self._save(metrics)
-        self._finish_step(metrics)
+        self._finish_steps(metrics)
         # a run that a signal has stopped
         if self._saved_step != counters.step:
             self._save(metrics)
@@ -220,26 +238,61 @@ class Trainer:
         fraction = lr_fraction(self.config, self._counters.step, self._progress())
         learning_rate = self._optimizer.set_lr_fraction(fraction, self._freezing.lr_fraction())
         launched = self._stepper.run(self._counters, learning_rate)
-        # the step before, which the device has finished or is about to
-        self._finish_step(metrics)
-        self._launched = launched
+        self._launched.append(launched)
         if launched.values is not None:
-            self._finish_step(metrics)
+            self._finish_steps(metrics)
+        elif _due(launched.step, self.config.record_every):
+            self._read_back(metrics)
 
-    def _finish_step(self, metrics: MetricsWriter | SilentMetrics) -> None:
-        """Record the last launched step unless it is recorded already; wait for the device if necessary."""
-        launched, self._launched = self._launched, None
-        if launched is None:
-            return
+    def _read_back(self, metrics: MetricsWriter | SilentMetrics) -> None:
+        """Record the steps whose values the device has sent or is about to, and let it send those of later ones."""
+        self._record(self._returning, metrics)
+        self._returning, self._launched = self._launched, []
+        if self._returning and self.config.record_every > 1:
+            read_back_together(self._returning)
+
+    def _finish_steps(self, metrics: MetricsWriter | SilentMetrics) -> None:
+        """Record every launched step; wait for the device if necessary."""
+        if self._launched and self._launched[0].values is None:
+            self._read_back(metrics)
+        steps, self._returning, self._launched = self._returning + self._launched, [], []
+        self._record(steps, metrics, with_last=True)
+
+    def _record(
+        self, steps: Sequence[LaunchedStep], metrics: MetricsWriter | SilentMetrics, with_last: bool = False
+    ) -> None:
+        """Count the outcomes of steps; write a record of every record_every-th, and of the last if it is wanted."""
+        for launched in steps:
+            values = dict(launched.wait())
+            loss, grad_norm = values.pop("loss") / launched.num_targets, values.pop("grad_norm")
+            is_finite = self._counters.count_outcome(loss, grad_norm)
+            self._untimed.append(launched)
+            is_wanted = _due(launched.step, self.config.record_every) or (with_last and launched is steps[-1])
+            if is_wanted or not is_finite:
+                self._write_record(launched, loss, grad_norm, values, metrics)
+            if not is_finite:
+                self._report_nonfinite(launched.step, loss)
+            elif self._freezing.count(loss):
+                metrics.write({"kind": "unfreeze", "step": self._counters.step, "tokens": self._counters.tokens})
+                self.display.note(
+                    f"step {self._counters.step}: the loss has stopped improving; training all weights from here on"
+                )
+
+    def _write_record(
+        self,
+        launched: LaunchedStep,
+        loss: float,
+        grad_norm: float,
+        sums: Mapping[str, float],
+        metrics: MetricsWriter | SilentMetrics,
+    ) -> None:
         counters = self._counters
-        values = dict(launched.wait())
-        loss, grad_norm = values.pop("loss") / launched.num_targets, values.pop("grad_norm")
-        is_finite = counters.count_outcome(loss, grad_norm)
         now_s = time.monotonic()
         counters.elapsed_s = now_s - self._started_s
         # steps may overlap: count the time from the end of the step before
-        began_s = max(launched.started_s, self._last_end_s)
-        self._last_end_s = now_s
+        began_s = max(self._untimed[0].started_s, self._last_end_s)
+        num_tokens = sum(step.num_tokens for step in self._untimed)
+        self._untimed, self._last_end_s = [], now_s
         record = {
             "kind": "train",
             "step": launched.step,
@@ -249,22 +302,15 @@ class Trainer:
             "smoothed_loss": counters.smoothed_loss,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "learning_rate": launched.learning_rate,
-            "tokens_per_s": round(launched.num_tokens / max(now_s - began_s, 1e-9), 1),
-            "memory_bytes": memory_bytes(self._device),
+            "tokens_per_s": round(num_tokens / max(now_s - began_s, 1e-9), 1),
+            "memory_bytes": None if is_side_by_side() else memory_bytes(self._device),
             "skipped_steps": counters.skipped_steps,
         }
-        if values:
-            means = {name: value / launched.num_targets for name, value in values.items()}
+        if sums:
+            means = {name: value / launched.num_targets for name, value in sums.items()}
             record["figures"] = {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
         metrics.write(record)
         self.display.train(record, self._progress(), self._eta_s())
-        if not is_finite:
-            self._report_nonfinite(launched.step, loss)
-        elif self._freezing.count(loss):
-            metrics.write({"kind": "unfreeze", "step": counters.step, "tokens": counters.tokens})
-            self.display.note(
-                f"step {counters.step}: the loss has stopped improving; training all weights from here on"
-            )
 
     def _report_nonfinite(self, step: int, loss: float) -> None:
         counters = self._counters
@@ -282,7 +328,8 @@ class Trainer:
     def _validate(self, metrics: MetricsWriter | SilentMetrics) -> bool:
         """Write a validation record; True if it is the best so far."""
         counters = self._counters
-        with self._evaluation_mode():
+        # the first compiles kernels
+        with exclusive() if self._counters.validated_step < 0 else nullcontext(), self._evaluation_mode():
             figures = self.task.evaluate(self.model)
         try:
             check_figures(self.task, figures)

@@ -24,6 +24,7 @@ from hgrn2.train.checkpoint import CheckpointStore, create_run, load_checkpoint,
 from hgrn2.train.counters import describe_end
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.ending import Ending, EndStep
+from hgrn2.train.exclusive import exclusive
 from hgrn2.train.freezing import frozen_names
 from hgrn2.train.gates import GATES_NAME
 from hgrn2.train.loop import Trainer
@@ -116,7 +117,7 @@ class Run:
         model: the model after the last step.
         result: how the run ended.
         pictures: paths of the plots; empty if a signal stopped the run.
-        report: path of report.html; None if it could not be written.
+        report: path of report.html; None if it could not be written, or is not wanted.
     """
 
     model: Any
@@ -221,10 +222,11 @@ class _Parts:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         task = spec.build_task(device)
-        seed_everything(config.seed)
         saved = spec.saved.get("model")
-        with warming_up(None if saved is None else HGRN2Config.from_dict(dict(saved)), config, device):
-            model: Any = spec.build_model(device)
+        with exclusive():
+            seed_everything(config.seed)
+            with warming_up(None if saved is None else HGRN2Config.from_dict(dict(saved)), config, device):
+                model: Any = spec.build_model(device)
         if not hasattr(model, "parameter_roles"):
             raise UserError(
                 f"task {task.name!r}: its model {type(model).__name__} has no parameter_roles; return "
@@ -280,12 +282,14 @@ class _Parts:
             result = trainer.run()
         except UserError:
             # the report may show why the run stopped
-            if trainer.has_started and self.parallel.is_main:
+            if trainer.has_started and self.parallel.is_main and config.report:
                 with suppress(UserError, OSError):
                     check_lock()
                     write_report(run_dir)
             raise
         if not self.parallel.is_main:
+            return Run(self.model, result, [], None)
+        if not config.report:
             return Run(self.model, result, [], None)
         ending = Ending(run_dir, self.model, self.device, self.spec.at_end, display.note)
         if result.stopped_by:

@@ -17,6 +17,7 @@ from hgrn2.train.captured import CapturedSteps
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import Counters
 from hgrn2.train.device_adamw import DeviceAdamW
+from hgrn2.train.exclusive import exclusive
 from hgrn2.train.launched import LaunchedStep
 from hgrn2.train.optim import NamedOptimizer
 from hgrn2.train.parallel import Parallel
@@ -64,6 +65,13 @@ class Stepper:
 
         self._captured = CapturedSteps(step, on_device, self._optimizer.zero_grad, self._device)
 
+    def end(self) -> None:
+        """Free the captured steps, after the device has run them."""
+        if self._captured is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+            with exclusive():
+                self._captured = None
+
     def autocast(self) -> Any:
         """Return the autocast context of the model."""
         if self._config.precision == "float32":
@@ -104,8 +112,10 @@ class Stepper:
         launched = LaunchedStep(
             counters.step, counters.tokens, num_tokens, num_targets, learning_rate, started_s, values
         )
-        if values is None:
+        if values is None and self._config.record_every == 1:
             launched.read_back(copied)
+        elif values is None:
+            launched.hold(copied)
         return launched
 
     def _count(self, method: str, batches: Sequence[Any]) -> int:

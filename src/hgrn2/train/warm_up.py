@@ -12,6 +12,7 @@ import torch
 from hgrn2.models import HGRN2Config
 from hgrn2.nn.mixers.base import Context
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.exclusive import is_side_by_side
 
 # length of the two packed sequences that each kind of mixer runs on
 _LENGTH = 64
@@ -37,7 +38,8 @@ def warming_up(model: HGRN2Config | None, train: TrainConfig, device: torch.devi
             if train.compile:
                 importlib.import_module("torch._inductor.compile_fx")
 
-    if device.type != "cuda" and not train.compile:
+    # runs side by side compile one after the other, and have mostly the same kernels
+    if is_side_by_side() or (device.type != "cuda" and not train.compile):
         yield
         return
     thread = threading.Thread(target=prepare, daemon=True)
