@@ -54,7 +54,7 @@ def grid(**changes):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
-    compare(grid(), out, 1, Quiet())
+    compare(grid(), out, 2, Quiet())
     return out
 
 

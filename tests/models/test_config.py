@@ -116,7 +116,7 @@ def test_scale_of_the_heads():
         ({"expand_ratio": True}, "invalid-value", ["expand_ratio", "True"]),
         ({"expand_ratio": 5}, "contradiction", ["expand_ratio", "5", "hidden_size"]),
         ({"num_heads": 3}, "contradiction", ["expand_ratio", "4", "num_heads", "hidden_size"]),
-        ({"intermediate_size": 0}, "invalid-value", ["intermediate_size", "0"]),
+        ({"intermediate_size": -1}, "invalid-value", ["intermediate_size", "-1"]),
         ({"intermediate_size": "7"}, "invalid-value", ["intermediate_size", "'7'"]),
         ({"hidden_ratio": -1}, "invalid-value", ["hidden_ratio", "-1"]),
         ({"hidden_ratio": 0, "intermediate_size": 24}, "invalid-value", ["hidden_ratio", "0"]),

@@ -433,3 +433,32 @@ def test_a_state_or_ids_that_do_not_fit_are_refused():
         model(ids, cu_seqlens=torch.tensor([0, 2]))
     with refuses("unknown-name", "backend", "'foo'"):
         HGRN2LM(model.config, backend="foo")
+
+
+# layers without channel mixers
+
+
+def test_a_layer_without_a_channel_mixer_adds_its_mixer_only():
+    model = make_model(config_of("fla").replace(intermediate_size=0))
+    assert not any("mlp" in name for name, _ in model.named_parameters())
+    ids = tokens(2, 9)
+    x = model.model.embeddings(ids)
+    bounds = [None] * len(model.model.layers)
+    if model.model.lower_bounds is not None:
+        p = model.model.lower_bounds.softmax(0)
+        bounds = list((p.cumsum(0) - p[0]).unflatten(-1, (model.config.num_heads, -1)))
+    from hgrn2.nn.mixers.base import Context
+
+    for layer, bound in zip(model.model.layers, bounds, strict=True):
+        x = x + layer.attn(layer.attn_norm(x), None, Context(lower_bound=bound))[0]
+    torch.testing.assert_close(model(ids)[0], model.lm_head(model.model.norm(x)), rtol=1e-10, atol=1e-12)
+
+
+def test_a_model_without_channel_mixers_is_counted():
+    from hgrn2.models.cost import cost
+
+    config = config_of("fla")
+    with_mixer, without = cost(config, 64), cost(config.replace(intermediate_size=0), 64)
+    per_layer = 3 * config.hidden_size * config.intermediate_size + config.hidden_size
+    assert with_mixer.parameters - without.parameters == config.num_hidden_layers * per_layer
+    assert with_mixer.activation_bytes_per_token > without.activation_bytes_per_token

@@ -109,6 +109,12 @@ def convert(
             padding ids are invalid.
     """
     layout = LAYOUTS[to]
+    if to != "native" and not source.config.intermediate_size:
+        raise UserError(
+            f"layout {to!r} has a channel mixer in every layer, and this model has none (intermediate_size = 0); "
+            "keep it as native",
+            "unsupported",
+        )
     _check_new(out)
     settings = {"architectures": [layout.architecture], **layout.write_config(source.config)}
     if to == "native" and native.TRAIN_TABLE in source.settings:

@@ -107,6 +107,10 @@ def build_block(config: HGRN2Config, layer: int, backend: str = "auto", kind: ty
     """
     mixer = config.build_mixer(layer, backend)
     assert config.intermediate_size is not None
-    mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.glu_activation, config.use_bias)
-    norms = [Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine) for _ in range(2)]
-    return kind(mixer, mlp, norms[0], norms[1], config.dropout)
+    width = config.intermediate_size
+    mlp = GatedMLP(config.hidden_size, width, config.glu_activation, config.use_bias) if width else None
+    norms = [
+        Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
+        for _ in range(1 if mlp is None else 2)
+    ]
+    return kind(mixer, mlp, norms[0], None if mlp is None else norms[1], config.dropout)

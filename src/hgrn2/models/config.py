@@ -52,7 +52,8 @@ class HGRN2Config:
             hidden_size / num_heads, or 128 when num_heads is not given either.
         num_heads: heads of the mixer, hidden_size / expand_ratio. Give one of the two; both must agree.
         hidden_ratio: sets intermediate_size when that is not given.
-        intermediate_size: width of the channel mixer; None means 256 * ceil(int(D * hidden_ratio * 2 / 3) / 256).
+        intermediate_size: width of the channel mixer; None means 256 * ceil(int(D * hidden_ratio * 2 / 3) / 256), and
+            0 no channel mixer.
         glu_activation: activation of the channel mixer: "silu" (SwiGLU), "none" (bilinear), "sigmoid" or "gelu".
         use_lower_bound: whether the forget gates have learned lower bounds.
         lower_bound: how the bounds follow from the learned parameters: "inclusive" or "exclusive".
@@ -145,8 +146,8 @@ class HGRN2Config:
             object.__setattr__(self, "intermediate_size", 256 * -(-wanted // 256))
         object.__setattr__(self, "num_heads", heads)
         _check(
-            (self.intermediate_size or 0) > 0,
-            f"intermediate_size is {self.intermediate_size}; wanted at least 1",
+            (self.intermediate_size or 0) >= 0,
+            f"intermediate_size is {self.intermediate_size}; wanted at least 1, or 0 for layers without channel mixers",
         )
         for name, known in _CHOICES.items():
             value = getattr(self, name)

@@ -16,13 +16,13 @@ class Block(nn.Module):
 
     Args:
         attn: the token mixer.
-        mlp: the channel mixer.
+        mlp: the channel mixer, or None.
         attn_norm: norm before the token mixer.
-        mlp_norm: norm before the channel mixer.
+        mlp_norm: norm before the channel mixer; None without one.
         dropout: probability, applied to both branches while training.
     """
 
-    def __init__(self, attn: Mixer, mlp: GatedMLP, attn_norm: Norm, mlp_norm: Norm, dropout: float):
+    def __init__(self, attn: Mixer, mlp: GatedMLP | None, attn_norm: Norm, mlp_norm: Norm | None, dropout: float):
         super().__init__()
         self.attn_norm, self.attn = attn_norm, attn
         self.mlp_norm, self.mlp = mlp_norm, mlp
@@ -43,19 +43,23 @@ class Block(nn.Module):
         """
         y, new_state, *features = self.attn(self.attn_norm(x), state, context)
         x = x + functional.dropout(y, self.dropout, self.training)
-        y = self.mlp(self.mlp_norm(x))
-        x = x + functional.dropout(y, self.dropout, self.training)
+        if self.mlp is not None and self.mlp_norm is not None:
+            y = self.mlp(self.mlp_norm(x))
+            x = x + functional.dropout(y, self.dropout, self.training)
         return x, new_state, features[0] if features else None
 
     def reset_parameters(self, init: InitialValues) -> None:
         """Set every parameter to its initial value."""
         init.draw(self.attn_norm)
         self.attn.reset_parameters(init)
-        init.draw(self.mlp_norm)
-        self.mlp.reset_parameters(init)
+        if self.mlp is not None and self.mlp_norm is not None:
+            init.draw(self.mlp_norm)
+            self.mlp.reset_parameters(init)
 
     def activation_bytes(self, seq_len: int, low: int) -> int:
         """Return the bytes per token that are saved for the backward pass; arguments of `Mixer.activation_bytes`."""
-        norms = self.attn_norm.activation_bytes(low) + self.mlp_norm.activation_bytes(low)
-        dropout = 2 * low * self.attn_norm.size if self.dropout else 0
-        return norms + dropout + self.mlp.activation_bytes(low) + self.attn.activation_bytes(seq_len, low)
+        branches = [(self.attn_norm, self.attn.activation_bytes(seq_len, low))]
+        if self.mlp is not None and self.mlp_norm is not None:
+            branches.append((self.mlp_norm, self.mlp.activation_bytes(low)))
+        dropout = low * self.attn_norm.size if self.dropout else 0
+        return sum(norm.activation_bytes(low) + dropout + branch for norm, branch in branches)
