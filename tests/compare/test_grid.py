@@ -295,7 +295,7 @@ def test_a_process_sees_one_gpu(monkeypatch, tmp_path):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         Process.seen.clear()
         runs = [planned(name) for name in "abc"]
-        grid = grid_module._Grid(tmp_path, runs, Slots(4, 2), Quiet(), True)
+        grid = grid_module._Grid(tmp_path, runs, Slots(4, 2), Quiet(), True, print)
         grid.start_runs()
         assert Process.seen == wanted
         assert [each.slot for each in grid.workers] == [0, 1, 2]

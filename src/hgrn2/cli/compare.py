@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from hgrn2.cli.command import Command
+from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError
 from hgrn2.storage.toml_files import read_toml_file
 
@@ -19,6 +20,8 @@ def compare(
     out: Path | None = None,
     jobs: int | None = None,
     runs_per_process: int | None = None,
+    only: Texts = (),
+    merge: tuple[Path, ...] = (),
     report_only: Path | None = None,
 ) -> int:
     """Compare models: train each on each task and write one report.
@@ -32,6 +35,9 @@ def compare(
         out: Folder of the comparison (default: comparisons/ and the name of the file).
         jobs: Runs side by side (default: one a core, or four a GPU; 24 a GPU of tiny models with cuda_graph).
         runs_per_process: Runs that share a process, each in a thread (default: one; eight of tiny models on a GPU).
+        only: Train only runs whose names match these patterns, such as "text.hgrn2.*"; the others wait.
+        merge: Take over the runs that have ended in these files (runs.jsonl of the same comparison, also gzipped).
+            Without FILE nothing is trained: the files are united in the folder --out.
         report_only: Only write the report of this folder again.
     """
     from hgrn2.cli.output import tell
@@ -45,11 +51,17 @@ def compare(
             name
             for name, value in {
                 "FILE": file, "--out": out, "--jobs": jobs, "--runs-per-process": runs_per_process,
+                "--only": only or None, "--merge": merge or None,
             }.items()
             if value is not None
         ]:  # fmt: skip
             raise UserError(f"--report-only trains nothing; drop {' and '.join(others)}", "contradiction")
         _show(comparing.report(report_only))
+        return 0
+    if merge and file is None:
+        if out is None:
+            raise UserError("--merge without a file needs --out, the folder for the united results", "incomplete")
+        _show(comparing.merge(merge, out))
         return 0
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; wanted 1 or more")
@@ -67,7 +79,7 @@ def compare(
         wanted, notes = default_comparison()
         for note in notes:
             tell(note)
-    ended = comparing.compare(wanted, folder, jobs, runs_per_process=runs_per_process)
+    ended = comparing.compare(wanted, folder, jobs, runs_per_process=runs_per_process, results=merge, only=only)
     _show(ended)
     if ended.stopped_by is None:
         return 0

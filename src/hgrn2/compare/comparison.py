@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hgrn2.compare.config import Comparison
 from hgrn2.compare.files import write_repeat_files
 from hgrn2.compare.grid import Slots, train_grid
-from hgrn2.compare.plan import PLAN_NAME, Plan, check_extends, make_plan
+from hgrn2.compare.packed import PackedResults, read_plan, unpack
+from hgrn2.compare.plan import PLAN_NAME, Plan, PlannedRun, check_extends, make_plan
 from hgrn2.compare.progress import GridDisplay, make_grid_display
 from hgrn2.compare.report import write_reports
 from hgrn2.compare.results import Results
@@ -38,7 +41,10 @@ def compare(
     out: Path,
     jobs: int | None = None,
     display: GridDisplay | None = None,
+    *,
     runs_per_process: int | None = None,
+    results: Sequence[Path] = (),
+    only: Sequence[str] = (),
 ) -> Ended:
     """Train every run of a comparison that has not ended yet, side by side, and write the report.
 
@@ -48,6 +54,8 @@ def compare(
         jobs: runs side by side; None chooses as many as the device allows.
         display: shows progress; None means standard error.
         runs_per_process: runs that share a process, each in a thread; None chooses.
+        results: files of results (`runs.jsonl`) of the same comparison; runs that have ended there are taken over.
+        only: patterns of run folders, such as "text.hgrn2.*"; other runs are left for later. Empty means all.
 
     Raises:
         UserError: the folder holds another comparison, another process works in it, or a setting is invalid. What ends
@@ -61,14 +69,59 @@ def compare(
         plan = make_plan(comparison or _of(saved), out)
         if saved is not None:
             check_extends(saved, plan, out)
+        chosen = _chosen(plan.runs, only)
         plan.save(out)
+        unpack(results, out, plan)
         write_repeat_files(out, plan)
-        slots = Slots.for_machine(plan.runs, jobs, runs_per_process)
         stopped_by = train_grid(
-            out, plan.runs, slots, display or make_grid_display(), keep_checkpoints=plan.comparison.keep_checkpoints
+            out,
+            chosen,
+            Slots.for_machine(chosen, jobs, runs_per_process),
+            display or make_grid_display(),
+            keep_checkpoints=plan.comparison.keep_checkpoints,
+            on_end=PackedResults(out, plan).add,
         )
-        results = Results.read(out)
-        return Ended(results, write_reports(results), stopped_by)
+        found = Results.read(out)
+        return Ended(found, write_reports(found), stopped_by)
+
+
+def merge(results: Sequence[Path], out: Path) -> Ended:
+    """Unite files of results of one comparison in a folder, and write the report; no data and no training is needed.
+
+    Args:
+        results: files of results (`runs.jsonl`).
+        out: folder of the comparison, new or with this comparison in it.
+
+    Raises:
+        UserError: a file cannot be read, the files differ in a run, or the folder holds another comparison.
+    """
+    plan = read_plan(results)
+    check_writable_folder(out)
+    _check_free(out)
+    with run_lock(out):
+        if (out / PLAN_NAME).exists():
+            saved = Plan.load(out)
+            check_extends(plan, saved, out, ignores_place_of_data=True)
+            plan = saved
+        plan.save(out)
+        unpack(results, out, plan)
+        write_repeat_files(out, plan)
+        PackedResults(out, plan)
+        found = Results.read(out)
+        return Ended(found, write_reports(found))
+
+
+def _chosen(runs: Sequence[PlannedRun], only: Sequence[str]) -> list[PlannedRun]:
+    """Return the runs whose folder matches a pattern; all without patterns."""
+    if not only:
+        return list(runs)
+    for pattern in only:
+        if not any(fnmatchcase(run.folder, pattern) for run in runs):
+            raise UserError(
+                f"--only {pattern}: no run matches; a run is named TASK.MODEL.lrRATE.seedSEED, such as {runs[0].folder}",
+                "unknown-name",
+            )
+    return [run for run in runs if any(fnmatchcase(run.folder, pattern) for pattern in only)]
 
 
 def report(out: Path) -> Ended:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -126,7 +126,13 @@ def is_ended(out: Path, run: PlannedRun) -> bool:
 
 
 def train_grid(
-    out: Path, runs: Sequence[PlannedRun], slots: Slots, display: GridDisplay, *, keep_checkpoints: bool = True
+    out: Path,
+    runs: Sequence[PlannedRun],
+    slots: Slots,
+    display: GridDisplay,
+    *,
+    keep_checkpoints: bool = True,
+    on_end: Callable[[PlannedRun], None] = lambda run: None,
 ) -> str | None:
     """Train all runs that have not ended, side by side.
 
@@ -136,6 +142,7 @@ def train_grid(
         slots: how many at a time.
         display: shows the progress.
         keep_checkpoints: whether the runs that have ended keep their weights.
+        on_end: called with each run whose outcome is known.
 
     Returns:
         The name of the signal that stopped it, or None.
@@ -143,7 +150,7 @@ def train_grid(
     Raises:
         KeyboardInterrupt: at the second signal; all processes are killed.
     """
-    grid = _Grid(out, runs, slots, display, keep_checkpoints)
+    grid = _Grid(out, runs, slots, display, keep_checkpoints, on_end)
     with StopRequest() as stop, display:
         try:
             while grid.workers or (grid.num_waiting and stop.signal_name is None):
@@ -166,10 +173,16 @@ class _Grid:
     """The runs of a comparison, waiting or in a process."""
 
     def __init__(
-        self, out: Path, runs: Sequence[PlannedRun], slots: Slots, display: GridDisplay, keep_checkpoints: bool
+        self,
+        out: Path,
+        runs: Sequence[PlannedRun],
+        slots: Slots,
+        display: GridDisplay,
+        keep_checkpoints: bool,
+        on_end: Callable[[PlannedRun], None],
     ) -> None:
         self._out, self._slots, self._display = out, slots, display
-        self._keep_checkpoints = keep_checkpoints
+        self._keep_checkpoints, self._on_end = keep_checkpoints, on_end
         uses_gpu = slots.num_gpus > 0 or torch.cuda.is_available()
         self._context = _context(uses_gpu=uses_gpu)
         pending = [run for run in runs if not is_ended(out, run)]
@@ -264,6 +277,8 @@ class _Grid:
         run_dir = self._out / RUNS_NAME / run.folder
         if outcome is not None and outcome.is_final and not self._keep_checkpoints:
             shutil.rmtree(run_dir / CHECKPOINTS_NAME, ignore_errors=True)
+        if outcome is not None:
+            self._on_end(run)
         self.progress.end(run.folder, outcome)
         self._display.ended(run, outcome, self.progress)
 

@@ -101,6 +101,20 @@ class Plan:
         values = check_digest(read_json_object(path, remedy), path, remedy)
         if values.get("format") != _FORMAT:
             raise UserError(f"{path}: format is {values.get('format')!r}; wanted {_FORMAT}", "version")
+        return cls.from_json(values, path, remedy)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], path: Path, remedy: str = "restore it") -> Plan:
+        """Return the plan of JSON values, as `save` writes them.
+
+        Args:
+            values: with "comparison" and "runs".
+            path: the file they are from, for messages.
+            remedy: what to do if they are damaged.
+
+        Raises:
+            UserError: they are damaged.
+        """
         try:
             runs = tuple(PlannedRun(**run) for run in values["runs"])
             tables = values["comparison"]
@@ -136,8 +150,14 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
     return Plan(comparison, tuple(runs))
 
 
-def check_extends(saved: Plan, new: Plan, out: Path) -> None:
+def check_extends(saved: Plan, new: Plan, out: Path, *, ignores_place_of_data: bool = False) -> None:
     """Check that a new plan changes nothing of the one in the folder: it may only add to it.
+
+    Args:
+        saved: the plan in the folder.
+        new: the new plan.
+        out: the folder, for messages.
+        ignores_place_of_data: whether prepared tokens may be in another folder, as on another machine.
 
     Raises:
         UserError: a run is missing or differs; the message names the first difference.
@@ -151,6 +171,8 @@ def check_extends(saved: Plan, new: Plan, out: Path) -> None:
         before, now = run.to_json(), found[run.folder].to_json()
         for part in ("task", "model_config", "settings", "data"):
             old, fresh = before[part], now[part]
+            if part == "data" and ignores_place_of_data:
+                old, fresh = _without_place(old), _without_place(fresh)
             if old == fresh:
                 continue
             keys = _differing(old, fresh) if isinstance(old, dict) and isinstance(fresh, dict) else [part]
@@ -158,6 +180,10 @@ def check_extends(saved: Plan, new: Plan, out: Path) -> None:
             raise UserError(
                 f"{out}: run {run.folder} has other settings in the file ({shown}); {way_out}", "contradiction"
             )
+
+
+def _without_place(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if data is None else {key: value for key, value in data.items() if key not in ("prepared", "data")}
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

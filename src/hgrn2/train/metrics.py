@@ -6,7 +6,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,17 @@ def append_record(run_dir: Path, record: dict[str, Any]) -> None:
     """
     with (run_dir / METRICS_NAME).open("a", encoding="utf-8") as file:
         file.write(_line(record))
+
+
+def write_records(run_dir: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write the metrics of a run that was trained elsewhere, replacing those in the folder.
+
+    Args:
+        run_dir: the run folder.
+        records: as from `read_metrics`.
+    """
+    with staged_file(run_dir / METRICS_NAME) as partial:
+        partial.write_text("".join(_line(dict(record)) for record in records), encoding="utf-8")
 
 
 class MetricsWriter:
