@@ -118,7 +118,7 @@ def _chosen(runs: Sequence[PlannedRun], only: Sequence[str]) -> list[PlannedRun]
     for pattern in only:
         if not any(fnmatchcase(run.folder, pattern) for run in runs):
             raise UserError(
-                f"--only {pattern}: no run matches; a run is named TASK.MODEL.lrRATE.seedSEED, such as {runs[0].folder}",
+                f"--only {pattern}: no run matches; runs are named TASK.MODEL.lrRATE.seedSEED, as {runs[0].folder}",
                 "unknown-name",
             )
     return [run for run in runs if any(fnmatchcase(run.folder, pattern) for pattern in only)]
