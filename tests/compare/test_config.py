@@ -8,6 +8,7 @@ import pytest
 
 from hgrn2.compare.config import Comparison
 from hgrn2.compare.default import default_comparison
+from hgrn2.compare.plan import make_plan
 from hgrn2.nn.mixers import find_mixer, mixer_names
 from tests.compare.tiny import MODEL, MODELS, comparison
 from tests.guides import FENCE, ROOT
@@ -20,6 +21,14 @@ def test_tables_come_back_as_they_were():
     assert found.rates_of(found.models[0]) == (1e-2,)
     assert found.rates_of(found.models[2]) == (1e-3, 2e-3)
     assert found.num_runs == 4
+
+
+def test_a_model_may_have_seeds_of_its_own(tmp_path):
+    found = comparison(models={"hgrn2": {"seeds": [0, 3]}, "attention": MODELS["attention"]})
+    assert Comparison.from_tables(found.to_tables()) == found
+    plan = make_plan(found, tmp_path)
+    assert [(run.model, run.seed) for run in plan.runs] == [("hgrn2", 0), ("attention", 0), ("hgrn2", 3)]
+    assert found.num_runs == 3
 
 
 def test_a_model_named_like_a_mixer_has_it_in_every_layer():
@@ -57,6 +66,7 @@ def test_shared_options_of_a_mixer_reach_the_models_that_have_it():
         ({"tasks": {"mqar": {"learning_rate": 3}}}, "contradiction", ["learning_rate", "learning_rates"]),
         ({"seeds": [1, 1]}, "invalid-value", ["[1, 1]"]),
         ({"seeds": [True]}, "invalid-value", ["seeds"]),
+        ({"models": {"hgrn2": {"seeds": [-1]}}}, "invalid-value", ["models.hgrn2", "[-1]"]),
         ({"learning_rates": []}, "invalid-value", ["learning_rates"]),
         ({"learning_rates": [0.0]}, "invalid-value", ["learning_rates"]),
         ({"models": {"hgrn2": {"learning_rates": ["fast"]}}}, "invalid-value", ["models.hgrn2", "fast"]),

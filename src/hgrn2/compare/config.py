@@ -34,11 +34,18 @@ class ModelEntry:
         name: its name in the report.
         settings: keys of `HGRN2Config`, and `preset`; they override the shared ones.
         learning_rates: learning rates of this model only; empty means those of the comparison.
+        seeds: seeds of this model only; empty means those of the comparison.
     """
 
     name: str
     settings: Mapping[str, Any]
     learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    def own_axes(self) -> dict[str, Any]:
+        """Return the learning rates and seeds that only this model has, as in a file."""
+        axes = {"learning_rates": self.learning_rates, "seeds": self.seeds}
+        return {name: list(values) for name, values in axes.items() if values}
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class Comparison:
             **({} if self.keep_checkpoints else {"keep_checkpoints": False}),
             "model": dict(self.model or {}),
             "train": dict(self.train or {}),
-            "models": {m.name: {**m.settings, **_own_rates(m)} for m in self.models},
+            "models": {m.name: {**m.settings, **m.own_axes()} for m in self.models},
             "tasks": {
                 t.name: {"task": t.task, **t.settings, **({"data": t.data} if t.data else {})} for t in self.tasks
             },
@@ -151,10 +158,14 @@ class Comparison:
         """Return the learning rates of a model."""
         return model.learning_rates or self.learning_rates
 
+    def seeds_of(self, model: ModelEntry) -> tuple[int, ...]:
+        """Return the seeds of a model."""
+        return model.seeds or self.seeds
+
     @property
     def num_runs(self) -> int:
         """Number of runs of the whole grid."""
-        return len(self.tasks) * len(self.seeds) * sum(len(self.rates_of(model)) for model in self.models)
+        return len(self.tasks) * sum(len(self.seeds_of(model)) * len(self.rates_of(model)) for model in self.models)
 
     def model_config(self, model: ModelEntry, of_task: Mapping[str, Any]) -> HGRN2Config:
         """Return the configuration of a model before its size is matched.
@@ -185,10 +196,6 @@ class Comparison:
             return HGRN2Config.from_dict(keys) if preset is None else presets.preset(preset, **keys)
         except UserError as error:
             raise UserError(f"models.{model.name}: {error}", error.code) from None
-
-
-def _own_rates(model: ModelEntry) -> dict[str, Any]:
-    return {"learning_rates": list(model.learning_rates)} if model.learning_rates else {}
 
 
 def _table(value: Any, where: str, key: str) -> dict[str, Any]:
@@ -231,12 +238,17 @@ def _check_train(values: Mapping[str, Any], what: str) -> None:
 
 def _read_model(name: str, table: dict[str, Any], where: str) -> ModelEntry:
     what = f"{where}: models.{name}"
-    rates = table.pop("learning_rates", None)
-    _check_keys(table, [*_MODEL_KEYS, "preset", "learning_rates"], what)
+    rates, seeds = table.pop("learning_rates", None), table.pop("seeds", None)
+    _check_keys(table, [*_MODEL_KEYS, "preset", "learning_rates", "seeds"], what)
     if not table:
         find_mixer(name, f"{what} has no settings, so its name is that of a mixer")
     _table(table.get("mixers", {}), where, f"models.{name}.mixers")
-    return ModelEntry(name, table, () if rates is None else _rates(rates, f"{what}: learning_rates"))
+    return ModelEntry(
+        name,
+        table,
+        () if rates is None else _rates(rates, f"{what}: learning_rates"),
+        () if seeds is None else _seeds(seeds, what),
+    )
 
 
 def _read_task(name: str, table: dict[str, Any], where: str) -> TaskEntry:

@@ -139,9 +139,10 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
     for task, settings in checked:
         data, of_task = _data_and_model_settings(comparison, task, settings, out)
         configs = _model_configs(comparison, task, settings, of_task)
-        for seed in comparison.seeds:
+        seeds = dict.fromkeys(seed for model in comparison.models for seed in comparison.seeds_of(model))
+        for seed in seeds:
             for model in comparison.models:
-                for rate in comparison.rates_of(model):
+                for rate in comparison.rates_of(model) if seed in comparison.seeds_of(model) else ():
                     flat = {**_flat(comparison, task), "seed": seed, "learning_rate": rate}
                     folder = f"{task.name}.{model.name}.lr{rate:g}.seed{seed}"
                     # as JSON has it, with lists instead of tuples

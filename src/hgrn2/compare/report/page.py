@@ -191,5 +191,5 @@ def _settings(results: Results) -> str:
 
 
 def _model_settings(model: ModelEntry) -> str:
-    shown = {**model.settings, **({"learning_rates": list(model.learning_rates)} if model.learning_rates else {})}
+    shown = {**model.settings, **model.own_axes()}
     return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in shown.items())
