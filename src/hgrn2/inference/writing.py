@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hgrn2.data.text_stream import TextStream
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, ModelState
+from hgrn2.models.fingerprint import fingerprint
 from hgrn2.models.sampling import PREFILL_TOKENS, Sampling, sample
-from hgrn2.storage.json_files import parse_json
-from hgrn2.storage.staging import check_writable_file, staged_file
+from hgrn2.storage.tensor_files import read_tensors, write_tensors
 
 _STATE_FORMAT = "hgrn2-state-3"
 # has no checksum and no recent tokens
@@ -28,8 +24,7 @@ _OLD_STATE_FORMAT = "hgrn2-state-2"
 # enough context to encode the text that follows
 _RECENT_TOKENS = 32
 EndedBy = Literal["length", "stop", "end-of-text"]
-# values of each tensor that go into the fingerprint of a model
-_SAMPLED = 64
+_REMEDY = "name a file made with --state-out"
 
 
 def _first(texts: Sequence[str], where: str) -> int | None:
@@ -48,16 +43,6 @@ def space_warning(tokenizer: Tokenizer, prompt: str) -> str | None:
     if tokenizer.decode(last).strip() or tokenizer.encode(prompt) == tokenizer.encode(prompt.rstrip(" ")):
         return None
     return "the prompt ends in a space, which this tokenizer writes as part of the next word; leave the space out"
-
-
-def _fingerprint(model: HGRN2LM) -> str:
-    """Return a hash of the model's settings and the first values of each parameter, which training changes."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, x in model.named_parameters():
-        # in one dtype: a state may be continued by the same model in another dtype
-        some = x.detach().flatten()[:_SAMPLED].to("cpu", torch.bfloat16)
-        digest.update(name.encode() + bytes(some.view(torch.uint8).tolist()))
-    return digest.hexdigest()
 
 
 class Writer:
@@ -171,18 +156,10 @@ class Writer:
         """
         about = {
             "format": _STATE_FORMAT, "pending": self.pending, "recent": self.recent,
-            "tokenizer": self.tokenizer.fingerprint(), "model": _fingerprint(self.model),
+            "tokenizer": self.tokenizer.fingerprint(), "model": fingerprint(self.model),
         }  # fmt: skip
         tensors = self.state.tensors() | {"seen": self.seen, "generator": self.generator.get_state()}
-        tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
-        check_writable_file(path)
-        try:
-            with staged_file(path) as partial:
-                save_file(tensors, partial, {"hgrn2": json.dumps(about), "sha256": _digest(about, tensors)})
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path}: the state cannot be written ({error}); name another file or free some space", "unwritable"
-            ) from None
+        write_tensors(path, about, {name: x.cpu().contiguous() for name, x in tensors.items()})
 
     def load_state(self, path: Path) -> None:
         """Continue from a saved state.
@@ -190,10 +167,10 @@ class Writer:
         Raises:
             UserError: the file is missing, damaged, or belongs to another model or tokenizer.
         """
-        about, tensors = _read_state_file(path)
+        about, tensors = read_tensors(path, (_STATE_FORMAT, _OLD_STATE_FORMAT), _REMEDY, (_OLD_STATE_FORMAT,))
         if about.get("tokenizer") != self.tokenizer.fingerprint():
             raise UserError(f"{path}: made with another tokenizer; name the model it was made with", "mismatch")
-        if about.get("model") != _fingerprint(self.model):
+        if about.get("model") != fingerprint(self.model):
             raise UserError(f"{path}: made with another model; name the model it was made with", "mismatch")
         bad = UserError(f"{path}: incomplete or damaged; name a file made with --state-out", "damaged")
         try:
@@ -232,36 +209,3 @@ class Writer:
     def _is_text(self, ids: Any) -> bool:
         known = range(self.tokenizer.vocab_size)
         return isinstance(ids, list) and all(type(token) is int and token in known for token in ids)
-
-
-def _read_state_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the metadata and tensors of a state file and verify its checksum."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            about = parse_json(metadata.get("hgrn2", "{}"))
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path}: contains no readable state ({error}); name a file made with --state-out", "unreadable"
-        ) from None
-    if not isinstance(about, dict) or about.get("format") not in (_STATE_FORMAT, _OLD_STATE_FORMAT):
-        raise UserError(f"{path}: not a state of this version; name a file made with --state-out", "version")
-    digest = metadata.get("sha256")
-    if digest is None and about["format"] == _OLD_STATE_FORMAT:
-        return about, tensors
-    if digest != _digest(about, tensors):
-        raise UserError(
-            f"{path}: damaged or edited (its content does not match its checksum); name another made with --state-out",
-            "damaged",
-        )
-    return about, tensors
-
-
-def _digest(about: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return a hex digest of the metadata and tensors of a state file."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
-        digest.update(x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

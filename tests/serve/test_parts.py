@@ -1,0 +1,74 @@
+"""Parts of the engine on their own."""
+
+import torch
+
+from hgrn2.serve.lookup import Lookup
+from hgrn2.serve.mixer_steps import join_projections
+from hgrn2.serve.pool import StatePool
+from hgrn2.serve.prefix_cache import PrefixCache
+from hgrn2.serve.scheduler import fair_shares
+from tests.models.cases import config_of, make_model, tokens
+
+
+def test_shares_are_equal_and_use_the_budget():
+    assert fair_shares([3, 100, 100], 50) == [3, 24, 23]
+    assert fair_shares([5, 5], 100) == [5, 5]
+    assert fair_shares([10] * 4, 3) == [1, 1, 1, 0]
+    assert fair_shares([], 3) == []
+
+
+def test_rows_are_copied_cleared_and_written_without_an_allocation():
+    for name in ("fla", "full-attention", "window-attention"):
+        model = make_model(config_of(name))
+        pool = StatePool(model.state_spec(), 4, 16, "cpu")
+        places = [x.data_ptr() for layer in pool.layers for x in layer.values()]
+        _, state = model(tokens(2, 9))
+        pool.write([2, 0], state)
+        pool.copy(2, 1)
+        pool.clear(2)
+        more = tokens(3, 5, seed=4)
+        found, _ = model(more, pool.read([1, 0, 2], 9))
+        wanted, _ = model(more, state.select(torch.tensor([0, 1, -1])))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+        assert places == [x.data_ptr() for layer in pool.layers for x in layer.values()]
+        assert pool.bytes_of(9) == pool.read([0], 9).num_bytes
+
+
+def test_joined_projections_share_their_memory():
+    one, two = torch.nn.Linear(3, 4), torch.nn.Linear(3, 5)
+    x = torch.randn(2, 3)
+    wanted = torch.cat([one(x), two(x)], 1)
+    weight, bias = join_projections([one, two])
+    torch.testing.assert_close(torch.nn.functional.linear(x, weight, bias), wanted)
+    again, _ = join_projections([one, two])
+    assert again.data_ptr() == weight.data_ptr() == one.weight.data_ptr()
+    with torch.no_grad():
+        two.weight.fill_(2.0)
+    assert weight[4:].eq(2).all()
+    # a projection that is joined with others is joined anew
+    other, _ = join_projections([two, one])
+    assert torch.equal(other, torch.cat([two.weight, one.weight]))
+
+
+def test_the_longest_prefix_is_found_and_never_another_text():
+    state = make_model(config_of("fla")).init_state(1)
+    cache = PrefixCache(10**6, 1.0)
+    for length in (3, 8):
+        cache.add(range(length), state)
+    assert cache.find(range(20)).num_tokens == 8
+    # a prompt of 8 tokens has no use for their state without the logits
+    assert cache.find(range(8)).num_tokens == 3
+    assert cache.find([0, 1, 2, 9]).num_tokens == 3
+    assert cache.find([1, 2, 3]) is None
+    cache.add([7, 7], state, torch.ones(5))
+    assert cache.find([7, 7]).logits.sum() == 5
+    assert cache.branch([0, 1, 2, 3, 9]) == 4
+    cache.clear()
+    assert cache.find(range(20)) is None
+
+
+def test_drafts_follow_the_longest_match():
+    assert Lookup([1, 2, 3]).draft(3) == []
+    assert Lookup([5, 6, 7, 8, 5, 6]).draft(3) == [7, 8, 5]
+    # after 1 2 3, not after the later 2 3
+    assert Lookup([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]).draft(1) == [4]
