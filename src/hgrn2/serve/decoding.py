@@ -47,7 +47,7 @@ class LayerStep:
     def __init__(self, block: Block, growing: frozenset[str], bound: Tensor | None):
         self.block = block
         self.mix: MixerStep = step_of(block.attn, growing)
-        self.mlp: Any = MLPStep(block.mlp) if _has_plain_branches(block.mlp) else block.mlp
+        self.mlp: Any = MLPStep(block.mlp) if _has_plain_branches(block.mlp) else block.mlp  # pyright: ignore
         self.bound = bound
         self.num_earlier = block.attn.num_earlier
 
@@ -57,8 +57,12 @@ class LayerStep:
         """Run the layer; arguments and results of `MixerStep`, for x [B, D] before the norm."""
         context = Context(is_step=True, lower_bound=self.bound, earlier=earlier)
         y, features = self.mix(self.block.attn_norm(x), state, context)
-        x = x + y
-        return x + self.mlp(self.block.mlp_norm(x)), features
+        return self.mix_channels(x + y), features
+
+    def mix_channels(self, x: Tensor) -> Tensor:
+        """Run the second half of the layer on rows x [B, D]; x itself if the layer has none."""
+        norm = self.block.mlp_norm
+        return x if self.mlp is None or norm is None else x + self.mlp(norm(x))
 
 
 class DecodeStep:
@@ -107,7 +111,7 @@ def _detached(bound: Tensor | None) -> Tensor | None:
     return None if bound is None else bound.detach().contiguous()
 
 
-def _has_plain_branches(mlp: nn.Module) -> bool:
+def _has_plain_branches(mlp: nn.Module | None) -> bool:
     if type(mlp) is not GatedMLP or not can_join([mlp.gate_proj, mlp.up_proj]):
         return False
     # the module pads widths that a GPU is slow at

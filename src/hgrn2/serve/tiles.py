@@ -130,8 +130,7 @@ class TiledReader:
                 y[at] = mix.recur(q[at], f[at], v[at], state["recurrent"], bound)
                 ring.append((f[at], v[at]))
             rings.append(ring)
-            x = x + mix.finish(y)
-            x = x + layer.mlp(layer.block.mlp_norm(x))
+            x = layer.mix_channels(x + mix.finish(y))
         return x, rings
 
     def _read_together(self, parts: Sequence[tuple[int, int, Sequence[int]]]) -> Tensor:
