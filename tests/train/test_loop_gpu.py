@@ -8,6 +8,7 @@ import torch
 from hgrn2.formats import run_folder
 from hgrn2.storage.lock import run_lock
 from hgrn2.train import checkpoint, optim
+from hgrn2.train import run as run_module
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.display import PlainDisplay
 from hgrn2.train.loop import Trainer
@@ -146,3 +147,23 @@ def test_a_captured_run_is_resumed(prepared, tmp_path, capsys):
     train_language(tmp_path / "parts", prepared, max_steps=30)
     whole, parts = records(tmp_path / "whole"), records(tmp_path / "parts")
     assert parts[-1] == pytest.approx(whole[-1], rel=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_first_step_compiles_nothing(prepared, tmp_path, monkeypatch, capsys):
+    # what the shallow model compiled is used by every layer of the model
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    graphs = []
+
+    class Watched(run_module.Trainer):
+        def run(self):
+            graphs.append(counters["unique_graphs"])
+            return super().run()
+
+    monkeypatch.setattr(run_module, "Trainer", Watched)
+    counters.clear()
+    train_language(tmp_path / "run", prepared, compile=True, max_steps=1)
+    assert graphs[0] > 0
+    assert counters["unique_graphs"] == graphs[0]
+    torch.compiler.reset()

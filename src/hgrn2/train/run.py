@@ -16,11 +16,11 @@ from hgrn2.errors import UserError
 from hgrn2.formats.native import RUN_TABLES
 from hgrn2.formats.run_folder import locate_model, read_config, resume_point
 from hgrn2.formats.soundness import check_tokenizer
-from hgrn2.models import HGRN2Config
 from hgrn2.nn.parameters import check_roles
 from hgrn2.storage.lock import run_lock
 from hgrn2.tasks.base import Task, check_figures
 from hgrn2.train.checkpoint import CheckpointStore, create_run, load_checkpoint, load_model_tensors
+from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import describe_end
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.ending import Ending, EndStep
@@ -54,6 +54,8 @@ class RunSpec:
         build_model: makes the model on a device with its initial weights; called after seeding.
         build_task: makes the task for a device.
         saved: further tables of config.json: "model", and "data" for tasks that read text.
+        build_shallow: makes a model with one layer of each kind, whose first step compiles what the model needs; None
+            to compile nothing ahead.
         tokenizer: saved into the run folder; None for tasks without a tokenizer.
         describe: returns facts about the model and the data for the start record, as JSON values.
         at_end: measurements at the end of the run.
@@ -63,6 +65,7 @@ class RunSpec:
     build_model: Callable[[torch.device], nn.Module]
     build_task: Callable[[torch.device], Task]
     saved: Mapping[str, Any]
+    build_shallow: Callable[[], nn.Module] | None = None
     tokenizer: SavesFiles | None = None
     describe: Callable[[nn.Module], Mapping[str, Any]] = lambda _: {}
     at_end: Sequence[EndStep] = ()
@@ -222,32 +225,18 @@ class _Parts:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         task = spec.build_task(device)
-        saved = spec.saved.get("model")
+
+        def shallow() -> nn.Module:
+            assert spec.build_shallow is not None
+            # on the device, so that the generator of the CPU is left to the model
+            with device:
+                return _with_settings(spec.build_shallow(), task, config)
+
         with exclusive():
             seed_everything(config.seed)
-            with warming_up(None if saved is None else HGRN2Config.from_dict(dict(saved)), config, device):
+            with warming_up(None if spec.build_shallow is None else shallow, task, config, device):
                 model: Any = spec.build_model(device)
-        if not hasattr(model, "parameter_roles"):
-            raise UserError(
-                f"task {task.name!r}: its model {type(model).__name__} has no parameter_roles; return "
-                "hgrn2.nn.parameters.parameter_roles(self) there",
-                "incomplete",
-            )
-        check_roles(model, model.parameter_roles())
-        if config.activation_checkpointing:
-            if not hasattr(model, "activation_checkpointing"):
-                raise UserError(
-                    f"activation_checkpointing: the model of task {task.name!r} does not support it; leave it out",
-                    "unsupported",
-                )
-            model.activation_checkpointing = True
-        if config.compile:
-            backbone = getattr(model, "model", model)
-            if not hasattr(backbone, "compile_blocks"):
-                raise UserError(
-                    f"compile: the model of task {task.name!r} cannot be compiled; leave it out", "unsupported"
-                )
-            backbone.compile_blocks()
+        model = _with_settings(model, task, config)
         model = parallel.prepare(model)
         return cls(spec, model, task, frozen_names(model, config.freeze), device, parallel)
 
@@ -300,6 +289,34 @@ class _Parts:
             return Run(self.model, result, [], run_dir / REPORT_NAME)
         report = ending.report()
         return Run(self.model, result, ending.pictures(), report)
+
+
+def _with_settings(model: Any, task: Task, config: TrainConfig) -> Any:
+    """Check a new model, and apply those training settings that change how it computes.
+
+    Raises:
+        UserError: the model has no roles, or does not support a setting.
+    """
+    if not hasattr(model, "parameter_roles"):
+        raise UserError(
+            f"task {task.name!r}: its model {type(model).__name__} has no parameter_roles; return "
+            "hgrn2.nn.parameters.parameter_roles(self) there",
+            "incomplete",
+        )
+    check_roles(model, model.parameter_roles())
+    if config.activation_checkpointing:
+        if not hasattr(model, "activation_checkpointing"):
+            raise UserError(
+                f"activation_checkpointing: the model of task {task.name!r} does not support it; leave it out",
+                "unsupported",
+            )
+        model.activation_checkpointing = True
+    if config.compile:
+        backbone = getattr(model, "model", model)
+        if not hasattr(backbone, "compile_blocks"):
+            raise UserError(f"compile: the model of task {task.name!r} cannot be compiled; leave it out", "unsupported")
+        backbone.compile_blocks()
+    return model
 
 
 def _is_drawn(run_dir: Path) -> bool:

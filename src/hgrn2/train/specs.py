@@ -23,6 +23,7 @@ from hgrn2.train.hints import first_words
 from hgrn2.train.places import to_saved_path
 from hgrn2.train.run import RunSpec, SavedRun
 from hgrn2.train.settings import RunSettings
+from hgrn2.train.warm_up import one_layer_of_each
 
 
 def task_spec(
@@ -54,7 +55,10 @@ def task_spec(
             start.load_into(model)
         return model
 
-    return RunSpec(settings, build_model, build_task, {"model": model_config.to_dict()})
+    def build_shallow() -> nn.Module:
+        return task.build_model(options, one_layer_of_each(model_config))
+
+    return RunSpec(settings, build_model, build_task, {"model": model_config.to_dict()}, build_shallow)
 
 
 def text_spec(

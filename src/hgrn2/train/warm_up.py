@@ -1,42 +1,51 @@
-"""Compile kernels and import the compiler in the background, while the weights of a large model are initialised."""
+"""Compile what the first step needs, in the background, while the weights of a large model are initialised."""
 
 from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 
 import torch
+from torch import nn
 
 from hgrn2.models import HGRN2Config
-from hgrn2.nn.mixers.base import Context
+from hgrn2.models.pattern import DEFAULT_MIXER
+from hgrn2.tasks.base import Task
 from hgrn2.train.config import TrainConfig
+from hgrn2.train.counters import Counters
 from hgrn2.train.exclusive import is_side_by_side
-
-# length of the two packed sequences that each kind of mixer runs on
-_LENGTH = 64
+from hgrn2.train.optim import NamedOptimizer
+from hgrn2.train.parallel import ONE_PROCESS
+from hgrn2.train.stepper import Stepper
 
 
 @contextmanager
-def warming_up(model: HGRN2Config | None, train: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Return a context during which another thread prepares the first step; it ends when that is done.
+def warming_up(
+    build_shallow: Callable[[], nn.Module] | None, task: Task, train: TrainConfig, device: torch.device
+) -> Iterator[None]:
+    """Return a context during which another thread trains a shallow model for one step; it ends when that is done.
 
-    The random generator of the CPU is not used. That of a GPU is, so it must be seeded afterwards.
+    What this compiles is used again by all layers of the model. The random generator of the CPU is not used. That of a
+    GPU is, so it must be seeded afterwards.
 
     Args:
-        model: configuration of the model being built; None to prepare only what does not depend on it.
-        train: training settings, of which precision and compile are used.
+        build_shallow: returns a model with one layer of each kind, on the device and ready to train; None to prepare
+            only what does not depend on the model.
+        task: the task of the run, whose position in the data does not change.
+        train: training settings.
         device: device of the model.
     """
 
     def prepare() -> None:
         # the first step fails in the same way, and reports it
         with suppress(Exception):
-            if device.type == "cuda" and model is not None:
-                run_mixers(model, train, device)
             if train.compile:
                 importlib.import_module("torch._inductor.compile_fx")
+            if build_shallow is not None and device.type == "cuda":
+                run_step(build_shallow(), task, train)
 
     # runs side by side compile one after the other, and have mostly the same kernels
     if is_side_by_side() or (device.type != "cuda" and not train.compile):
@@ -50,15 +59,23 @@ def warming_up(model: HGRN2Config | None, train: TrainConfig, device: torch.devi
         thread.join()
 
 
-def run_mixers(model: HGRN2Config, train: TrainConfig, device: torch.device) -> None:
-    """Run each kind of mixer forward and backward, which compiles the kernels it needs."""
-    cu_seqlens = torch.tensor([0, _LENGTH, 2 * _LENGTH], dtype=torch.int32, device=device)
-    low = torch.bfloat16 if train.precision == "bfloat16" else None
-    for name in sorted(set(model.layer_mixers)):
-        with torch.device(device):
-            mixer = model.build_mixer(model.layer_mixers.index(name))
-            x = torch.zeros(1, 2 * _LENGTH, model.hidden_size, requires_grad=True)
-        context = Context(cu_seqlens=cu_seqlens if mixer.can_pack else None, keep_state=False)
-        with torch.autocast(device.type, dtype=low, enabled=low is not None):
-            y = mixer(x, None, context)[0]
-        y.sum().backward()
+def run_step(model: nn.Module, task: Task, train: TrainConfig) -> None:
+    """Train a model for one step; the position of the task in its data does not change."""
+    roles = model.parameter_roles()  # pyright: ignore[reportCallIssue]
+    train = replace(train, cuda_graph=False, grad_accumulation=1)
+    optimizer = NamedOptimizer(model, roles, train, waits_for_step=task.carries_state)
+    stepper = Stepper(model, task, optimizer, train, ONE_PROCESS)
+    position = task.state_dict(), task.state_tensors()
+    model.train()
+    try:
+        with optimizer.working_precision():
+            stepper.run(Counters(), train.learning_rate)
+    finally:
+        task.load_state(*position)
+
+
+def one_layer_of_each(config: HGRN2Config) -> HGRN2Config:
+    """Return a configuration with one layer of each mixer of a model."""
+    names = tuple(dict.fromkeys(config.layer_mixers))
+    options = {name: asdict(config.mixer_options(name)) for name in names if name != DEFAULT_MIXER}
+    return config.replace(num_hidden_layers=len(names), layers=names, mixers=options)
