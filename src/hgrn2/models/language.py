@@ -20,7 +20,7 @@ from hgrn2.models.state import ModelState
 from hgrn2.models.statistics import gate_statistics
 from hgrn2.nn.loss import IGNORE, linear_cross_entropy
 from hgrn2.nn.mixers.base import Context, StateSpec
-from hgrn2.nn.parameters import draw, parameter_roles
+from hgrn2.nn.parameters import SkippedDraws, draw, parameter_roles
 from hgrn2.ops import check_backend
 from hgrn2.ops.checks import check_cu_seqlens
 from hgrn2.shapes import describe
@@ -53,8 +53,9 @@ class HGRN2LM(nn.Module):
                 "HGRN2Config.from_dict(...)"
             )
         self.config = config
-        self.model = HGRN2Model(config, backend)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        with SkippedDraws():
+            self.model = HGRN2Model(config, backend)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         if not self.lm_head.weight.is_meta:
             self.initialize()

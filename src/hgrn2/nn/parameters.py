@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hgrn2.errors import UserError
 from hgrn2.nn.norm import Norm
@@ -70,6 +72,31 @@ def draw(module: nn.Module, std: float, generator: torch.Generator | None = None
         nn.init.normal_(module.weight, 0.0, std, generator=generator)
     if isinstance(module, nn.Linear | Norm) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+class SkippedDraws(TorchFunctionMode):
+    """Context in which constructors of torch's modules leave their weights uninitialised.
+
+    For modules whose initial values are drawn afterwards. The CPU's generator advances as if the weights were drawn, so
+    a seed gives the same model with and without this context, but memory is not written.
+    """
+
+    _UNIFORM = frozenset({nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.uniform_})
+    _CHUNK = 1 << 20
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function, but only advance the generator in place of uniform draws."""
+        kwargs = kwargs or {}
+        if func not in self._UNIFORM:
+            return func(*args, **kwargs)
+        x = kwargs.get("tensor", args[0] if args else None)
+        if kwargs.get("generator") is not None or x.device.type != "cpu" or x.dtype != torch.float32:
+            return func(*args, **kwargs)
+        # a byte takes as many bits from the generator as a float32, and is faster
+        drawn = torch.empty(min(x.numel(), self._CHUNK), dtype=torch.uint8)
+        for start in range(0, x.numel(), self._CHUNK):
+            drawn[: x.numel() - start].random_()
+        return x
 
 
 def parameter_roles(module: nn.Module) -> dict[str, str]:
