@@ -71,6 +71,9 @@ class HGRN2Model(nn.Module):
         x = embed(self.embeddings(input_ids), self.config, self.training)
         # evaluation has too many shapes to be worth compiling
         is_compiled = self.training and self._compiled_call is not None
+        if is_compiled and context.cu_seqlens is not None:
+            # every batch packs another number of sequences; without the mark, the second one compiles again
+            torch._dynamo.maybe_mark_dynamic(context.cu_seqlens, 0)
         x, bounds = hand_out_bounds(
             x, self.lower_bounds, self.config.lower_bound, self._bounded_layers, len(self.layers),
             detach_first=not is_compiled,

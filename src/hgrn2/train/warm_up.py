@@ -38,11 +38,8 @@ def warming_up(
         train: training settings.
         device: device of the model.
     """
-    num_threads = torch.get_num_threads()
 
     def prepare() -> None:
-        # compiled code is used again only with as many threads, which torch counts for each thread
-        torch.set_num_threads(num_threads)
         # the first step fails in the same way, and reports it
         with suppress(Exception):
             if train.compile:
