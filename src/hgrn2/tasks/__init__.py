@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hgrn2.tasks.base import Metric, ReportFigure, StepLoss, Task, TaskBase, TaskContext, TaskReport
+    from hgrn2.tasks.classification import ClassificationOptions, ClassificationTask, classification_loss
     from hgrn2.tasks.distillation import DistillationTask
     from hgrn2.tasks.generators import GENERATORS, Examples, SyntheticOptions, generate, register_generator, show
     from hgrn2.tasks.language import LanguageTask
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = [
     "GENERATORS",
     "TASKS",
+    "ClassificationOptions",
+    "ClassificationTask",
     "DistillationTask",
     "Examples",
     "LanguageTask",
@@ -31,6 +34,7 @@ __all__ = [
     "TaskContext",
     "TaskOptions",
     "TaskReport",
+    "classification_loss",
     "find_task",
     "generate",
     "register_generator",
@@ -41,11 +45,14 @@ __all__ = [
 
 # modules of public names; all others are in hgrn2.tasks.base
 _HOMES = {
+    "ClassificationOptions": "classification",
+    "ClassificationTask": "classification",
     "DistillationTask": "distillation",
     "LanguageTask": "language",
     "SyntheticTask": "synthetic",
     "TASKS": "registry",
     "TaskOptions": "options",
+    "classification_loss": "classification",
     "find_task": "registry",
     "register_synthetic_task": "synthetic",
     "register_task": "registry",

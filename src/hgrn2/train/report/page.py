@@ -16,14 +16,15 @@ from hgrn2.storage.staging import write_text_atomic
 from hgrn2.train.curves import Record, smooth, thin
 from hgrn2.train.report import sections
 from hgrn2.train.report.charts import MOST_POINTS
+from hgrn2.train.report.confusion import classes
 from hgrn2.train.report.facts import RunFacts, figure
 from hgrn2.train.report.words import plain, rich
 
 REPORT_NAME = "report.html"
 
 _SECTIONS = (
-    sections.summary, sections.learning, sections.samples, sections.memory, sections.running, sections.next_steps,
-    sections.data, sections.settings, sections.events,
+    sections.summary, sections.learning, classes, sections.samples, sections.memory, sections.running,
+    sections.next_steps, sections.data, sections.settings, sections.events,
 )  # fmt: skip
 
 
