@@ -191,14 +191,14 @@ def test_a_compiled_mixer_equals_an_eager_one():
 def test_its_three_acts_are_the_mixer(conv_size):
     torch.manual_seed(0)
     mixer, x, context = HGRN2Mixer(32, 16, conv_size=conv_size), torch.randn(2, 9, 32), Context()
-    q, z, v, _ = mixer.project(x, None, context)
-    y, state = mixer.mix(q, z, v, None, context)
+    q, z, v = mixer.project(x, None, context).inputs
+    y, state = mixer.mix((q, z, v), None, context)
     wanted, new = mixer(x)
     assert torch.equal(mixer.finish(y), wanted)
-    assert torch.equal(state, new["recurrent"])
+    assert torch.equal(state["recurrent"], new["recurrent"])
     # from the last token to the first: the mixed tokens of the sequence turned round
-    backward, _ = mixer.mix(q, z, v, None, context, reverse=True)
-    turned, _ = mixer.mix(q.flip(1), z.flip(1), v.flip(1), None, context)
+    backward, _ = mixer.mix((q, z, v), None, context, reverse=True)
+    turned, _ = mixer.mix((q.flip(1), z.flip(1), v.flip(1)), None, context)
     torch.testing.assert_close(backward, turned.flip(1))
     assert not torch.allclose(backward, y)
 

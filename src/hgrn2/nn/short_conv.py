@@ -1,4 +1,4 @@
-"""A short causal convolution along time, with one filter per channel."""
+"""A short convolution along time, with one filter per channel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ History = Annotated[Tensor, "N W D"]
 class ShortConv(nn.Module):
     """y_t = sum_j w[:, j] x_{t - width + 1 + j}: each channel looks back width - 1 tokens.
 
-    The weight is [D, 1, width] as in the published checkpoints, the last tap on the current token.
+    The weight is [D, 1, width] as in the published checkpoints, the last tap on the current token. There are two more
+    orders: "reverse" is the mirror image, y_t = sum_j w[:, j] x_{t + width - 1 - j}, and "bidirectional" is centred,
+    y_t = sum_j w[:, j] x_{t - width // 2 + j}, which looks one token further back than ahead if the width is even.
 
     Args:
         hidden_size: D.
@@ -33,7 +35,12 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(
-        self, x: BTD, state: History | None, cu_seqlens: Tensor | None, mask: BT | None = None
+        self,
+        x: BTD,
+        state: History | None,
+        cu_seqlens: Tensor | None,
+        mask: BT | None = None,
+        order: str = "causal",
     ) -> tuple[BTD, History]:
         """Convolve x.
 
@@ -42,14 +49,20 @@ class ShortConv(nn.Module):
             state: [N, width - 1, D], the last inputs before x; None for zeros.
             cu_seqlens: [N + 1] starts of packed sequences and the total length, or None.
             mask: [B, T] bool, False where a token is padding (and x is zero), or None.
+            order: "causal", "reverse" or "bidirectional"; the latter two take no state.
 
         Returns:
-            y like x, and the new state.
+            y like x, and the new state, which has a meaning in the causal order only.
         """
         weight = self.weight.squeeze(1).to(x.dtype)
         back = self.width - 1
+        if order == "reverse":
+            weight = weight.flip(1)
+        ahead = {"causal": 0, "reverse": back, "bidirectional": back // 2}[order]
         if cu_seqlens is not None:
-            return self._packed(x, state, cu_seqlens, weight)
+            return self._packed(x, state, cu_seqlens, weight, ahead)
+        if ahead:
+            return self._look_ahead(x, mask, weight, ahead), x.new_zeros((x.shape[0], back, x.shape[2]))
         if state is None:
             state = x.new_zeros((x.shape[0], back, x.shape[2]))
         padded = torch.cat([state.to(x.dtype), x], 1)
@@ -67,7 +80,22 @@ class ShortConv(nn.Module):
             y = y.take_along_dim(places.unsqueeze(-1), 1)
         return y, padded[:, padded.shape[1] - back :]
 
-    def _packed(self, x: BTD, state: History | None, cu_seqlens: Tensor, weight: Tensor) -> tuple[BTD, History]:
+    def _look_ahead(self, x: BTD, mask: BT | None, weight: Tensor, ahead: int) -> BTD:
+        """Convolve whole sequences with the last `ahead` taps on tokens after the current one."""
+        if not x.shape[1]:
+            return x
+        order = None
+        if mask is not None:
+            # move padding before the tokens, so that no token sees it
+            order = mask.long().argsort(dim=1, stable=True)
+            x = x.take_along_dim(order.unsqueeze(-1), 1)
+        padded = functional.pad(x.transpose(1, 2), (self.width - 1 - ahead, ahead))
+        y = functional.conv1d(padded, weight.unsqueeze(1), groups=x.shape[2]).transpose(1, 2)
+        return y if order is None else y.take_along_dim(order.argsort(dim=1).unsqueeze(-1), 1)
+
+    def _packed(
+        self, x: BTD, state: History | None, cu_seqlens: Tensor, weight: Tensor, ahead: int
+    ) -> tuple[BTD, History]:
         back = self.width - 1
         starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         if state is None:
@@ -78,11 +106,11 @@ class ShortConv(nn.Module):
         history = starts.unsqueeze(1) + torch.arange(back, device=x.device)
         history = (history + back * torch.arange(starts.shape[0], device=x.device).unsqueeze(1)).flatten()
         place = rows + back * (sequence + 1)
-        laid = x.new_zeros((x.shape[1] + back * starts.shape[0], x.shape[2]))
+        laid = x.new_zeros((x.shape[1] + back * starts.shape[0] + ahead, x.shape[2]))
         laid = laid.index_copy(0, history, state.to(x.dtype).flatten(0, 1)).index_copy(0, place, x[0])
         y = torch.zeros_like(x[0])
         for tap in range(self.width):
-            y = y + laid.index_select(0, place - back + tap) * weight[:, tap]
+            y = y + laid.index_select(0, place - back + ahead + tap) * weight[:, tap]
         ends = stops + back * torch.arange(1, starts.shape[0] + 1, device=x.device)
         last = ends.unsqueeze(1) - back + torch.arange(back, device=x.device)
         return y.unsqueeze(0), laid.index_select(0, last.flatten()).unflatten(0, last.shape)

@@ -1,4 +1,4 @@
-"""Causal softmax attention, full or in a sliding window, for hybrid models."""
+"""Softmax attention, full or in a sliding window, for hybrid models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hgrn2.errors import UserError
-from hgrn2.nn.mixers.base import Context, Memory, Mixer, MixerOptions, MixerState, StateSpec
+from hgrn2.nn.mixers.base import DirectedMixer, Memory, MixerOptions, Projected, StateSpec
+from hgrn2.nn.mixers.context import Context, MixerState
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.ops.export import is_exporting
@@ -91,7 +92,7 @@ class AttentionOptions(MixerOptions):
 
 
 @register_mixer("attention", AttentionOptions)
-class Attention(Mixer):
+class Attention(DirectedMixer):
     """Multi-head or grouped-query attention with rotary positions (arXiv 2104.09864).
 
     Args:
@@ -105,6 +106,7 @@ class Attention(Mixer):
 
     can_pack = True
     can_pad = True
+    sees_all = True
 
     def __init__(
         self, hidden_size: int, num_heads: int, num_kv_heads: int, window_size: int | None, rope_theta: float | None,
@@ -119,9 +121,9 @@ class Attention(Mixer):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_size, bias=qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
-        """Mix tokens with causal attention; arguments and results of `Mixer.forward`."""
-        cu_seqlens, mask, keep_state = context.cu_seqlens, context.mask, context.keep_state
+    def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
+        """Compute q [B, T, heads, size], and k and v [B, T, key heads, size], with their positions applied."""
+        cu_seqlens = context.cu_seqlens
         if cu_seqlens is not None and (is_batched(cu_seqlens) or (state is not None and is_batched(state["valid"]))):
             raise UserError(
                 "attention to packed sequences reads the values of cu_seqlens and of its state, which vmap maps over; "
@@ -132,15 +134,62 @@ class Attention(Mixer):
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
         if self.rope_theta is not None:
-            position = _positions(x, state, cu_seqlens, mask)
+            position = _positions(x, state, cu_seqlens, context.mask)
+            if context.order == "reverse":
+                # rotary angles have a sign: the mirror image of causal attention
+                position = -position
             q, k = self._rotate(q, position), self._rotate(k, position)
+        return Projected((q, k, v), (), {})
+
+    def mix(
+        self, inputs: tuple[Tensor, ...], state: MixerState | None, context: Context, *, reverse: bool = False
+    ) -> tuple[BTD, MixerState]:
+        """Attend causally, or from the last token to the first; arguments and results of `DirectedMixer.mix`."""
+        cu_seqlens, keep_state, (q, k, v) = context.cu_seqlens, context.keep_state, inputs
+        if reverse:
+            return self._attend_both(q, k, v, context), {}
         if cu_seqlens is None:
-            y, new_state = self._attend(q, k, v, state, mask, keep_state)
-        elif state is None and not keep_state and _flash_takes(q):
-            y, new_state = self._attend_ragged(q, k, v, cu_seqlens), {}
-        else:
-            y, new_state = self._attend_packed(q, k, v, state, cu_seqlens, keep_state)  # pyright: ignore[reportCallIssue]
-        return self.o_proj(y), new_state
+            return self._attend(q, k, v, state, context.mask, keep_state)
+        if state is None and not keep_state and _flash_takes(q):
+            return self._attend_ragged(q, k, v, cu_seqlens), {}
+        return self._attend_packed(q, k, v, state, cu_seqlens, keep_state)  # pyright: ignore[reportCallIssue]
+
+    def mix_in_order(self, inputs: tuple[Tensor, ...], context: Context) -> BTD:
+        """Attend in the order of a context: "bidirectional" is one softmax over tokens of both sides."""
+        if context.order == "bidirectional":
+            return self._attend_both(*inputs, context)
+        return super().mix_in_order(inputs, context)
+
+    def finish(self, y: BTD, others: tuple[Tensor, ...] = ()) -> BTD:
+        """Project the heads' outputs."""
+        del others
+        return self.o_proj(y)
+
+    def _attend_both(self, q: Queries, k: Keys, v: Keys, context: Context) -> BTD:
+        """Attend to tokens of both sides, or of the right side in reverse order, within the window; [B, T, D]."""
+        is_full = context.order == "bidirectional"
+        if not q.shape[1]:
+            return q.flatten(2)
+        cu_seqlens, valid = context.cu_seqlens, context.mask
+        if cu_seqlens is not None and is_full and _flash_takes(q):
+            return self._attend_ragged(q, k, v, cu_seqlens, is_full)
+        if is_full and cu_seqlens is None and valid is None and self.window_size is None:
+            return self._dot_product(q, k, v, None, is_causal=False)
+        row = torch.arange(q.shape[1], device=q.device)
+        place = row.unsqueeze(0) if valid is None else valid.long().cumsum(1)
+        seen = torch.ones((1, 1, 1), dtype=torch.bool, device=q.device)
+        if not is_full or self.window_size is not None:
+            # distances in tokens, so that padding does not count
+            distance = place.unsqueeze(1) - place.unsqueeze(2)
+            seen = distance.abs() < (self.window_size or q.shape[1] + 1)
+            seen = seen if is_full else seen & (distance >= 0)
+        if cu_seqlens is not None:
+            sequence = torch.searchsorted(cu_seqlens[1:].long(), row, right=True)
+            seen = seen & (sequence.unsqueeze(0) == sequence.unsqueeze(1))
+        if valid is not None:
+            # a padded query sees itself: a row without a key would be NaN
+            seen = (seen & valid.unsqueeze(1)) | (row.unsqueeze(0) == row.unsqueeze(1))
+        return self._dot_product(q, k, v, seen.unsqueeze(1))
 
     @classmethod
     def memory(cls, options: AttentionOptions) -> Memory:
@@ -206,7 +255,7 @@ class Attention(Mixer):
         first = self._first_kept(k.shape[1])
         return y, {"key": k[:, first:], "value": v[:, first:], "valid": valid[:, first:], "position": count}
 
-    def _attend_ragged(self, q: Queries, k: Keys, v: Keys, cu_seqlens: Tensor) -> BTD:
+    def _attend_ragged(self, q: Queries, k: Keys, v: Keys, cu_seqlens: Tensor, is_full: bool = False) -> BTD:
         """Attend within packed sequences in one kernel, which reads the bounds on the device; [1, T, D].
 
         Rows after the last bound belong to no sequence and are not written.
@@ -218,7 +267,9 @@ class Attention(Mixer):
         # an upper bound of the longest sequence: blocks beyond the end of a sequence return at once
         bounds, longest = cu_seqlens.int(), q.shape[1]
         window = -1 if self.window_size is None else self.window_size - 1
-        y = _flash_ragged(q[0], k[0], v[0], bounds, bounds, longest, longest, window_size=(window, 0))
+        y = _flash_ragged(
+            q[0], k[0], v[0], bounds, bounds, longest, longest, window_size=(window, window if is_full else 0)
+        )
         return y.flatten(1).unsqueeze(0)
 
     def _attend_packed(
@@ -274,14 +325,14 @@ class Attention(Mixer):
             outputs.append(self._dot_product(q[:, start:stop], k[:, first:last], v[:, first:last], seen))
         return torch.cat(outputs, 1) if outputs else q.flatten(2)
 
-    def _dot_product(self, q: Queries, k: Keys, v: Keys, seen: Tensor | None) -> BTD:
-        """Attend with q [B, T, heads, size] where seen [..., T, keys] is true, None for causal; [B, T, D]."""
+    def _dot_product(self, q: Queries, k: Keys, v: Keys, seen: Tensor | None, is_causal: bool = True) -> BTD:
+        """Attend with q [B, T, heads, size] where seen [..., T, keys] is true; None for all, or causal; [B, T, D]."""
         y = functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=seen,
-            is_causal=seen is None,
+            is_causal=is_causal and seen is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return y.transpose(1, 2).flatten(2)

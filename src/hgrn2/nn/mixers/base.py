@@ -1,57 +1,20 @@
-"""The protocol of token mixers, and the context of a forward pass."""
+"""The protocol of token mixers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hgrn2.constraints import check_fields
+from hgrn2.errors import UserError
+from hgrn2.nn.mixers.context import Context, MixerState
+from hgrn2.nn.mixers.directions import check_direction, refuse_state, run_direction
 from hgrn2.nn.parameters import InitialValues, parameter_roles
 
-MixerState = dict[str, Tensor]
 Memory = Literal["state", "window", "tokens"]
-
-
-@dataclass(frozen=True)
-class Context:
-    """Inputs of a forward pass besides the hidden states; made once per pass, then adapted to each layer.
-
-    Attributes:
-        cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences (B = 1), or None.
-        mask: [B, T] bool, False where a token is padding, or None.
-        keep_state: whether to return the new state.
-        is_step: whether x is a single token after a state, for which a mixer may use a faster form.
-        lower_bound: [D] float32 in [0, 1), the bound of this layer's gates; None for 0, and for mixers that do not use
-            lower bounds.
-        earlier: features returned by earlier layers, the nearest last; at most `Mixer.num_earlier`.
-    """
-
-    cu_seqlens: Tensor | None = None
-    mask: Tensor | None = None
-    keep_state: bool = True
-    is_step: bool = False
-    lower_bound: Tensor | None = None
-    earlier: tuple[MixerState, ...] = ()
-
-    def for_layer(self, lower_bound: Tensor | None, earlier: tuple[MixerState, ...]) -> Context:
-        """Return the context of one layer."""
-        if lower_bound is None and not earlier:
-            return self
-        return Context(self.cu_seqlens, self.mask, self.keep_state, self.is_step, lower_bound, earlier)
-
-    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Context:
-        """Move the tensors to a device; Accelerate calls this on the arguments of a layer."""
-
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=non_blocking)
-
-        return Context(
-            move(self.cu_seqlens), move(self.mask), self.keep_state, self.is_step, move(self.lower_bound),
-            tuple({k: x.to(device, non_blocking=non_blocking) for k, x in some.items()} for some in self.earlier),
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,6 +98,8 @@ class Mixer(nn.Module):
         can_pad: whether it supports padding (`Context.mask`).
         num_earlier: number of earlier layers whose features it needs in `Context.earlier`.
         backend: name of the operators' backend, or "auto"; set after construction.
+        direction: one of `hgrn2.nn.mixers.DIRECTIONS`, set by `set_direction`; "causal" unless it is a
+            `DirectedMixer`.
     """
 
     uses_lower_bound: ClassVar[bool] = False
@@ -142,6 +107,7 @@ class Mixer(nn.Module):
     can_pad: ClassVar[bool] = False
     num_earlier: int = 0
     backend: str = "auto"
+    direction: str = "causal"
 
     def forward(self, x: Tensor, state: MixerState | None, context: Context) -> Any:
         """Mix tokens.
@@ -155,6 +121,23 @@ class Mixer(nn.Module):
             y [B, T, D], the new state ({} unless `context.keep_state`) and, optionally, features for later layers.
         """
         raise NotImplementedError
+
+    def set_direction(self, direction: str) -> None:
+        """Set the direction in which the mixer reads tokens; parameters do not depend on it.
+
+        Args:
+            direction: one of `hgrn2.nn.mixers.directions.DIRECTIONS`.
+
+        Raises:
+            UserError: the direction does not exist, or the mixer can only be causal.
+        """
+        check_direction(direction)
+        if direction != "causal" and not isinstance(self, DirectedMixer):
+            raise UserError(
+                f"direction is {direction!r}, and {type(self).__name__} can only be causal; choose another mixer",
+                "unsupported",
+            )
+        self.direction = direction
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Return the shape and dtype of each tensor of the state, by name.
@@ -228,3 +211,86 @@ class Mixer(nn.Module):
         device = weight.device if device is None else device
         specs = self.state_spec(weight.dtype if dtype is None else dtype)
         return {name: spec.zeros(batch_size, device) for name, spec in specs.items()}
+
+
+class Projected(NamedTuple):
+    """Result of `Mixer.project`.
+
+    Attributes:
+        inputs: tensors [B, T, ...] that the recurrence reads.
+        others: tensors [B, T, ...] that only `Mixer.finish` reads, such as an output gate.
+        state: new state of short convolutions, {} without any.
+    """
+
+    inputs: tuple[Tensor, ...]
+    others: tuple[Tensor, ...]
+    state: MixerState
+
+
+class DirectedMixer(Mixer):
+    """Mixer in three acts, `project`, `mix` and `finish`, from which `forward` follows in every direction.
+
+    Attributes:
+        sees_all: whether the bidirectional form reads all tokens alike, so that a grid makes no difference.
+        folds_columns: whether `mix` treats the entries of the inputs' first axis after T independently (heads, or
+            channels), so that the columns of a grid can be folded into it; `mix` then may not read `Context.mask`.
+    """
+
+    sees_all: ClassVar[bool] = False
+    folds_columns: ClassVar[bool] = False
+
+    def forward(self, x: Tensor, state: MixerState | None, context: Context) -> tuple[Tensor, MixerState]:
+        """Mix tokens in the mixer's direction; arguments and results of `Mixer.forward`.
+
+        Raises:
+            UserError: a state is given to a mixer that is not causal, or the direction's grid is missing or does not
+                fit x.
+        """
+        if self.direction != "causal":
+            refuse_state(self.direction, state)
+            return run_direction(self, x, context), {}
+        inputs, others, new_state = self.project(x, state, context)
+        y, mixed = self.mix(inputs, state, context)
+        return self.finish(y, others), {**new_state, **mixed} if context.keep_state else {}
+
+    def project(self, x: Tensor, state: MixerState | None, context: Context) -> Projected:
+        """Compute the inputs of the recurrence, in which padding writes nothing and keeps the state as it is.
+
+        Args:
+            x: [B, T, D].
+            state: as in `forward`.
+            context: further inputs of the pass; short convolutions follow its `order` and `axis`, see
+                `hgrn2.nn.mixers.directions.convolve`.
+        """
+        raise NotImplementedError
+
+    def mix(
+        self, inputs: tuple[Tensor, ...], state: MixerState | None, context: Context, *, reverse: bool = False
+    ) -> tuple[Tensor, MixerState]:
+        """Run the recurrence, along T.
+
+        Args:
+            inputs: tensors [B, T, ...] from `project`; rows or columns of a grid may have become sequences.
+            state: as in `forward`.
+            context: further inputs of the pass.
+            reverse: run from the last token of each sequence to its first.
+
+        Returns:
+            y [B, T, ...], and the new state of the recurrence.
+        """
+        raise NotImplementedError
+
+    def finish(self, y: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+        """Compute the result [B, T, D] from outputs of `mix`, or a sum of them, and `Projected.others`."""
+        raise NotImplementedError
+
+    def mix_in_order(self, inputs: tuple[Tensor, ...], context: Context) -> Tensor:
+        """Run `mix` in the order of a context; "bidirectional" adds the outputs of both scans.
+
+        Args:
+            inputs: as in `mix`.
+            context: further inputs of the pass.
+        """
+        if context.order != "bidirectional":
+            return self.mix(inputs, None, context, reverse=context.order == "reverse")[0]
+        return self.mix(inputs, None, context)[0] + self.mix(inputs, None, context, reverse=True)[0]

@@ -11,8 +11,14 @@ from torch.nn import functional
 
 from hgrn2.constraints import Ge, Gt
 from hgrn2.errors import UserError
-from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
-from hgrn2.nn.mixers.outer_product import bounded_log_sigmoid, mix_outer_products, outer_product_flops
+from hgrn2.nn.mixers.base import DirectedMixer, MixerOptions, Projected, StateSpec, wide_dtype
+from hgrn2.nn.mixers.context import Context, MixerState
+from hgrn2.nn.mixers.outer_product import (
+    bounded_log_sigmoid,
+    mix_outer_products,
+    outer_product_flops,
+    pass_over_padding,
+)
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues
@@ -64,7 +70,7 @@ class GLAOptions(MixerOptions):
 
 
 @register_mixer("gla", GLAOptions)
-class GLA(Mixer):
+class GLA(DirectedMixer):
     """Gated linear attention (arXiv 2312.06635, section 4).
 
         q = x W_q    k = x W_k    v = x W_v    log f = logsigmoid(x W_1 W_2 + b) / 16
@@ -81,7 +87,7 @@ class GLA(Mixer):
         **options: the fields of `GLAOptions`.
     """
 
-    can_pack = can_pad = True
+    can_pack = can_pad = folds_columns = True
 
     def __init__(self, hidden_size: int, **options: float | str):
         super().__init__()
@@ -105,18 +111,34 @@ class GLA(Mixer):
         """Return whether gates have the lower bound of their layer."""
         return options.gate == "sigmoid" and options.use_lower_bound
 
-    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
-        """Mix tokens; arguments and results of `Mixer.forward`."""
+    def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
+        """Compute q, k, v and the log decays, each [B, T, H, K or V], and the output gate [B, T, D] if there is one."""
+        del state
         q, k, v, log_f = self.q_proj(x), self.k_proj(x), self.v_proj(x), self._log_decay(x, context.lower_bound)
         if self.options.q_activation == "silu":
             q = functional.silu(q)
         q, k, v, log_f = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v, log_f))
+        k, log_f = pass_over_padding(k, log_f, context.mask)
+        gate = () if self.gate_proj is None else (self.gate_proj(x),)
+        return Projected((q, k, v, log_f), gate, {})
+
+    def mix(
+        self, inputs: tuple[Tensor, ...], state: MixerState | None, context: Context, *, reverse: bool = False
+    ) -> tuple[Tensor, MixerState]:
+        """Run the recurrence; arguments and results of `DirectedMixer.mix`."""
+        q, k, v, log_f = inputs
         before = None if state is None else state["recurrent"]
-        y, end = mix_outer_products(q, k, v, log_f, before, context, scale=self.k_width**-0.5, backend=self.backend)
+        y, end = mix_outer_products(
+            q, k, v, log_f, before, context, scale=self.k_width**-0.5, reverse=reverse, backend=self.backend
+        )
+        return y, {"recurrent": end}
+
+    def finish(self, y: Tensor, others: tuple[Tensor, ...]) -> BTD:
+        """Normalise the outputs [B, T, H, V], gate them if there is a gate, and project them to [B, T, D]."""
         y = self.g_norm(y).flatten(2) if self.options.norm_heads else self.g_norm(y.flatten(2))
-        if self.gate_proj is not None:
-            y = y * functional.silu(self.gate_proj(x))
-        return self.o_proj(y), {"recurrent": end} if context.keep_state else {}
+        for gate in others:
+            y = y * functional.silu(gate)
+        return self.o_proj(y)
 
     def _log_decay(self, x: Tensor, bound: Tensor | None) -> Tensor:
         """Return the logarithm of the forget gate [B, T, H K], in float32 or wider."""

@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from hgrn2.constraints import Ge
 from hgrn2.errors import UserError
-from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
+from hgrn2.nn.mixers.base import DirectedMixer, MixerOptions, Projected, StateSpec, wide_dtype
+from hgrn2.nn.mixers.context import Context, MixerState
+from hgrn2.nn.mixers.directions import convolve
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.nn.short_conv import ShortConv
@@ -41,7 +43,7 @@ class GriffinOptions(MixerOptions):
 
 
 @register_mixer("griffin", GriffinOptions)
-class Griffin(Mixer):
+class Griffin(DirectedMixer):
     """Recurrent block with the RG-LRU (arXiv 2402.19427, section 2), with W channels.
 
         y = gelu(x W_y)    u = conv(x W_x) + bias    r, i = sigmoid(u W_r + b_r), sigmoid(u W_i + b_i)
@@ -74,28 +76,39 @@ class Griffin(Mixer):
         self.decay = nn.Parameter(torch.zeros(self.width))
         self.o_proj = nn.Linear(self.width, hidden_size, bias=bias)
 
-    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
-        """Mix tokens with the gated recurrence; arguments and results of `Mixer.forward`."""
+    def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
+        """Compute the decays and the gated inputs of the recurrence, and the output gate, each [B, T, W]."""
         y, u = functional.gelu(self.y_proj(x), approximate="tanh"), self.x_proj(x)
         mask, wide = context.mask, wide_dtype(x.dtype)
         u = u if mask is None else u * mask.unsqueeze(-1)
-        u, conv = self.conv1d(u, None if state is None else state["conv"], context.cu_seqlens, mask)
+        u, conv = convolve(self.conv1d, u, None if state is None else state["conv"], context)
         u = u + self.conv_bias
         gates = torch.einsum("btgi,gij->btgj", u.unflatten(-1, (self.num_blocks, -1)), self.gate_weight)
         r, i = (gate.flatten(2) for gate in (gates.to(wide) + self.gate_bias).sigmoid().chunk(2, -1))
         log_a = -SHARPNESS * r * functional.softplus(self.decay.to(wide))
+        return Projected((log_a, i, u), (y,), {"conv": conv})
+
+    def mix(
+        self, inputs: tuple[Tensor, ...], state: MixerState | None, context: Context, *, reverse: bool = False
+    ) -> tuple[Tensor, MixerState]:
+        """Run the recurrence; arguments and results of `DirectedMixer.mix`."""
+        log_a, i, u = inputs
         # the derivative of the root is finite above 0
-        factor = (-torch.expm1(2 * log_a)).clamp_min(torch.finfo(wide).tiny).sqrt()
-        first, started = _first_tokens(x, None if state is None else state["started"], context)
+        factor = (-torch.expm1(2 * log_a)).clamp_min(torch.finfo(log_a.dtype).tiny).sqrt()
+        first, started = _first_tokens(u, None if state is None else state["started"], context, reverse)
         factor = factor.masked_fill(first.unsqueeze(-1), 1)
-        a, b = log_a.exp(), factor * i * u.to(wide)
-        if mask is not None:
-            padding = ~mask.unsqueeze(-1)
+        a, b = log_a.exp(), factor * i * u.to(log_a.dtype)
+        if context.mask is not None:
+            padding = ~context.mask.unsqueeze(-1)
             a, b = a.masked_fill(padding, 1), b.masked_fill(padding, 0)
         before = None if state is None else state["recurrent"]
-        h, recurrent = linear_scan(a, b, initial_state=before, cu_seqlens=context.cu_seqlens)
-        new_state = {"conv": conv, "recurrent": recurrent, "started": started}
-        return self.o_proj(h.to(x.dtype) * y), new_state if context.keep_state else {}
+        h, after = linear_scan(a, b, initial_state=before, cu_seqlens=context.cu_seqlens, reverse=reverse)
+        return h, {"recurrent": after, "started": started}
+
+    def finish(self, y: Tensor, others: tuple[Tensor, ...]) -> BTD:
+        """Gate the recurrence's outputs [B, T, W], and project them to [B, T, D]."""
+        (gate,) = others
+        return self.o_proj(y.to(gate.dtype) * gate)
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Describe the state: "conv" [taps - 1, W], "recurrent" [W], and whether a token was "started" with."""
@@ -134,17 +147,20 @@ class Griffin(Mixer):
         return f"{self.width} channels, {self.num_blocks} blocks"
 
 
-def _first_tokens(x: BTD, started: Tensor | None, context: Context) -> tuple[BT, Tensor]:
-    """Return which tokens [B, T] are the first of a sequence, and which sequences [N] have begun after the call."""
+def _first_tokens(x: BTD, started: Tensor | None, context: Context, reverse: bool) -> tuple[BT, Tensor]:
+    """Return which tokens [B, T] a scan reads first, and which sequences [N] have begun after the call."""
     cu_seqlens, (batch, length) = context.cu_seqlens, x.shape[:2]
     num = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     started = torch.zeros(num, dtype=torch.bool, device=x.device) if started is None else started
     if cu_seqlens is not None:
         begins = (cu_seqlens.diff() > 0) & ~started
-        # one more place for the starts of empty sequences at the end
+        # one more place for the bounds of empty sequences
         count = torch.zeros(length + 1, dtype=torch.long, device=x.device)
-        first = count.index_add(0, cu_seqlens[:-1].long(), begins.long())[:length].unsqueeze(0) > 0
+        place = cu_seqlens[1:].long() if reverse else cu_seqlens[:-1].long()
+        count = count.index_add(0, place, begins.long())
+        first = (count[1:] if reverse else count[:length]).unsqueeze(0) > 0
         return first, started | begins
     valid = torch.ones((batch, length), dtype=torch.bool, device=x.device) if context.mask is None else context.mask
-    first = valid & (valid.long().cumsum(1) == 1) & ~started.unsqueeze(1)
+    seen = valid.long().cumsum(1)
+    first = valid & (seen == (seen[:, -1:] if reverse else 1)) & ~started.unsqueeze(1)
     return first, started | valid.any(1)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hgrn2.constraints import Ge
-from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
+from hgrn2.nn.mixers.base import DirectedMixer, MixerOptions, Projected, StateSpec, wide_dtype
+from hgrn2.nn.mixers.context import Context, MixerState
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues
@@ -41,7 +42,7 @@ class HGRN1Options(MixerOptions):
 
 
 @register_mixer("hgrn1", HGRN1Options)
-class HGRN1(Mixer):
+class HGRN1(DirectedMixer):
     """Element-wise gated recurrence with lower bounds beta (arXiv 2311.04823, section 3).
 
         f = beta + (1 - beta) sigmoid(x W_f)    c = SiLU(x W_i)    g = SiLU(x W_g)
@@ -64,6 +65,7 @@ class HGRN1(Mixer):
     uses_lower_bound = True
     can_pack = True
     can_pad = True
+    folds_columns = True
 
     def __init__(
         self, hidden_size: int, form: str, norm_before_gate: bool | None, norm: str, norm_eps: float, norm_affine: bool,
@@ -80,32 +82,44 @@ class HGRN1(Mixer):
         self.g_norm = Norm(norm, self.state_size, norm_eps, norm_affine)
         self.o_proj = nn.Linear(self.state_size, hidden_size, bias=bias)
 
-    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
-        """Mix tokens with the gated recurrence; arguments and results of `Mixer.forward`."""
+    def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
+        """Compute decays and writes of the recurrence, [B, T, D], complex or real, and the output gate [B, T, E]."""
+        del state
         wide = wide_dtype(x.dtype)
         z, c = self.f_proj(x).to(wide), functional.silu(self.i_proj(x)).to(wide)
         bound = 0 if context.lower_bound is None else context.lower_bound
         keep, write = bound + (1 - bound) * z.sigmoid(), (1 - bound) * (-z).sigmoid()
-        before = None if state is None else state["recurrent"]
         if self.theta is not None:
             theta = self.theta.to(wide)
             keep = keep * torch.polar(torch.ones_like(theta), theta)
             # a product of real numbers, whose gradients are real and not twice as wide
             write = torch.view_as_complex(write.unsqueeze(-1) * c.unflatten(-1, (-1, 2)))
-            before = None if before is None else torch.view_as_complex(before.contiguous())
         else:
             write = write * c
         if context.mask is not None:
             padding = ~context.mask.unsqueeze(-1)
             keep, write = keep.masked_fill(padding, 1), write.masked_fill(padding, 0)
-        h, after = linear_scan(keep, write, initial_state=before, cu_seqlens=context.cu_seqlens)
-        if self.theta is not None:
-            h, after = torch.cat([h.real, h.imag], -1), torch.view_as_real(after)
-        return self._finish(h.to(x.dtype), self.g_proj(x)), {"recurrent": after} if context.keep_state else {}
+        return Projected((keep, write), (self.g_proj(x),), {})
 
-    def _finish(self, h: Tensor, gate: Tensor) -> BTD:
-        """Normalise h [B, T, E], gate it by SiLU(gate [B, T, E]), and project it to [B, T, D]."""
-        gate = functional.silu(gate)
+    def mix(
+        self, inputs: tuple[Tensor, ...], state: MixerState | None, context: Context, *, reverse: bool = False
+    ) -> tuple[Tensor, MixerState]:
+        """Run the recurrence; arguments and results of `DirectedMixer.mix`."""
+        keep, write = inputs
+        before = None if state is None else state["recurrent"]
+        if self.theta is not None and before is not None:
+            before = torch.view_as_complex(before.contiguous())
+        h, after = linear_scan(
+            keep, write, initial_state=before, cu_seqlens=context.cu_seqlens, reverse=reverse
+        )  # fmt: skip
+        return h, {"recurrent": after if self.theta is None else torch.view_as_real(after)}
+
+    def finish(self, y: Tensor, others: tuple[Tensor, ...]) -> BTD:
+        """Gate and normalise the recurrence's outputs [B, T, D], and project them to [B, T, D]."""
+        (gate,) = others
+        if self.theta is not None:
+            y = torch.cat([y.real, y.imag], -1)
+        h, gate = y.to(gate.dtype), functional.silu(gate)
         return self.o_proj(self.g_norm(h) * gate if self.norm_before_gate else self.g_norm(h * gate))
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2.errors import UserError
-from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
+from hgrn2.nn.mixers.base import DirectedMixer, MixerOptions, Projected, StateSpec, wide_dtype
+from hgrn2.nn.mixers.context import Context, MixerState
+from hgrn2.nn.mixers.directions import convolve
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues
@@ -17,7 +19,7 @@ from hgrn2.nn.short_conv import ShortConv
 from hgrn2.ops import check_backend, hgrn2_scan, hgrn2_step
 from hgrn2.ops.checks import check_fixed_settings
 from hgrn2.ops.tiles import CHUNK_SIZE
-from hgrn2.shapes import BTD, BTHK, BTHV, NHKV, describe
+from hgrn2.shapes import BTD, BTHV, describe
 
 # a pre-activation that makes the forget gate exactly 1 and the key exactly 0 in every dtype
 _KEEP_STATE = 1e4
@@ -43,7 +45,7 @@ class HGRN2Options(MixerOptions):
 
 
 @register_mixer("hgrn2", HGRN2Options)
-class HGRN2(Mixer):
+class HGRN2(DirectedMixer):
     """Gated linear recurrence with an outer-product state (arXiv 2404.07904, section 3).
 
         q = x W_q    z = x W_f    v = x W_i    y = scan(q, z, v)    out = Norm(y) W_o
@@ -65,6 +67,8 @@ class HGRN2(Mixer):
         conv_size: taps of a short convolution on q, z and v; 0 for none.
         min_log_decay: smallest log decay while training (the key is not changed), or None.
         backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
+        direction: "causal", "reverse", "bidirectional", "columns", "columns-reverse", "2d" or "2d-series", see
+            `hgrn2.nn.mixers.directions`.
 
     Raises:
         UserError: sizes or settings are invalid or contradict each other.
@@ -73,6 +77,7 @@ class HGRN2(Mixer):
     uses_lower_bound = True
     can_pack = True
     can_pad = True
+    folds_columns = True
 
     def __init__(
         self,
@@ -90,10 +95,12 @@ class HGRN2(Mixer):
         conv_size: int = 0,
         min_log_decay: float | None = None,
         backend: str = "auto",
+        direction: str = "causal",
     ):
         super().__init__()
         check_fixed_settings(min_log_decay, q_activation, v_activation)
         check_backend(backend)
+        self.set_direction(direction)
         expand_ratio = _head_width(hidden_size, expand_ratio, num_heads)
         _check_whole("conv_size", conv_size, 0, "the taps of a convolution, or 0 for none")
         # NaN fails the comparison
@@ -115,15 +122,8 @@ class HGRN2(Mixer):
         self.g_norm = Norm(norm, hidden_size, norm_eps, norm_affine)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
-    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
-        """Mix tokens with the gated recurrence; arguments and results of `Mixer.forward`."""
-        q, z, v, new_state = self.project(x, state, context)
-        before = None if state is None else state["recurrent"]
-        y, new_state["recurrent"] = self.mix(q, z, v, before, context)
-        return self.finish(y), new_state if context.keep_state else {}
-
-    def project(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTHK, BTHK, BTHV, MixerState]:
-        """Compute the scan's pre-activations, each [B, T, H, K], and the new state of the short convolutions."""
+    def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
+        """Compute the scan's pre-activations q, z and v, each [B, T, H, K], and the state of the short convolutions."""
         mask = context.mask
         projected = {"q": self.q_proj(x), "f": self.f_proj(x), "i": self.i_proj(x)}
         new_state: MixerState = {}
@@ -131,58 +131,50 @@ class HGRN2(Mixer):
             for name, conv in (("q", self.q_conv1d), ("f", self.f_conv1d), ("i", self.i_conv1d)):
                 before = None if state is None else state[f"{name}_conv"]
                 inputs = projected[name] if mask is None else projected[name] * mask.unsqueeze(-1)
-                projected[name], new_state[f"{name}_conv"] = conv(inputs, before, context.cu_seqlens, mask)
+                projected[name], new_state[f"{name}_conv"] = convolve(conv, inputs, before, context)
         if mask is not None:
             projected["f"] = projected["f"].masked_fill(~mask.unsqueeze(-1), _KEEP_STATE)
         q, z, v = (p.unflatten(-1, (self.num_heads, self.expand_ratio)) for p in projected.values())
-        return q, z, v, new_state
+        return Projected((q, z, v), (), new_state)
 
     def mix(
-        self, q: BTHK, z: BTHK, v: BTHV, state: NHKV | None, context: Context, *, reverse: bool = False
-    ) -> tuple[BTHV, NHKV]:
-        """Run the recurrence.
-
-        Args:
-            q: [B, T, H, K], pre-activation of the query (the output gate).
-            z: [B, T, H, K], pre-activation of the forget gate.
-            v: [B, T, H, V], pre-activation of the value.
-            state: [N, H, K, V] before the first token; None at the start of a sequence.
-            context: further inputs of the pass.
-            reverse: run from the last token of each sequence to its first.
-
-        Returns:
-            y [B, T, H, V] and the state after the last token.
-        """
+        self, inputs: tuple[Tensor, ...], state: MixerState | None, context: Context, *, reverse: bool = False
+    ) -> tuple[BTHV, MixerState]:
+        """Run the recurrence on q, z and v; arguments and results of `DirectedMixer.mix`."""
+        q, z, v = inputs
+        before = None if state is None else state["recurrent"]
         bound = context.lower_bound
         if bound is not None:
-            bound = bound.reshape(self.num_heads, self.expand_ratio)
+            bound = bound.reshape(q.shape[2], self.expand_ratio)
         min_log_decay = self.min_log_decay if self.training else None
-        if context.is_step and state is not None and min_log_decay is None:
-            y, state = hgrn2_step(
+        if context.is_step and before is not None and min_log_decay is None:
+            y, after = hgrn2_step(
                 q[:, 0],
                 z[:, 0],
                 v[:, 0],
-                state,
+                before,
                 bound,
                 scale=self.scale,
                 backend=self.backend,
                 q_activation=self.q_activation,
                 v_activation=self.v_activation,
             )
-            return y.unsqueeze(1), state
-        return hgrn2_scan(
-            q, z, v, bound, initial_state=state, cu_seqlens=context.cu_seqlens, reverse=reverse, scale=self.scale,
+            return y.unsqueeze(1), {"recurrent": after}
+        y, after = hgrn2_scan(
+            q, z, v, bound, initial_state=before, cu_seqlens=context.cu_seqlens, reverse=reverse, scale=self.scale,
             q_activation=self.q_activation, v_activation=self.v_activation, min_log_decay=min_log_decay,
             backend=self.backend,
         )  # fmt: skip
+        return y, {"recurrent": after}
 
-    def finish(self, y: BTHV) -> BTD:
+    def finish(self, y: BTHV, others: tuple[Tensor, ...] = ()) -> BTD:
         """Normalise the scan's outputs [B, T, H, V] over all heads, and project them to [B, T, D]."""
+        del others
         return self.o_proj(self.g_norm(y.flatten(2)))
 
     def forget_gate(self, x: BTD, state: MixerState | None, context: Context) -> BTD:
         """Compute the forget gates, [B, T, D] in float32 or wider: the fraction of the state that each token keeps."""
-        z = self.project(x, state, context)[1]
+        z = self.project(x, state, context).inputs[1]
         return forget_gate(z.flatten(2), context.lower_bound)
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2.errors import UserError
-from hgrn2.nn.mixers.base import Context, MixerState
+from hgrn2.nn.mixers.context import Context, MixerState
+from hgrn2.nn.mixers.directions import refuse_state
 from hgrn2.nn.mixers.hgrn2 import HGRN2
 from hgrn2.ops.checks import check_bound_like, check_cu_seqlens, check_device
 from hgrn2.shapes import describe
@@ -37,6 +38,7 @@ class HGRN2Mixer(HGRN2):
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
         keep_state: bool = True,
+        grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, MixerState]:
         """Mix tokens; a single token after a state is computed in the step form.
 
@@ -48,18 +50,22 @@ class HGRN2Mixer(HGRN2):
             cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences (B = 1), or None.
             mask: [B, T], False or 0 where a token is padding, which leaves the state unchanged; or None.
             keep_state: whether to return the new state.
+            grid: rows and columns of images, T = rows * columns, row by row; needed by the directions of a grid.
 
         Returns:
-            y [B, T, D] and the new state ({} unless `keep_state`).
+            y [B, T, D] and the new state ({} unless `keep_state`, and if the direction is not "causal").
 
         Raises:
             UserError: an argument does not fit x or the layer.
         """
+        if self.direction != "causal":
+            refuse_state(self.direction, state)
         self._check(x, lower_bound, state, cu_seqlens, mask)
         # a dynamic length of an exported program is not a step
         is_single = isinstance(x.shape[1], int) and x.shape[1] == 1
         is_step = state is not None and is_single and cu_seqlens is None
-        context = Context(cu_seqlens, None if mask is None else mask.bool(), keep_state, is_step, lower_bound)
+        mask = None if mask is None else mask.bool()
+        context = Context(cu_seqlens, mask, keep_state, is_step, lower_bound, grid=grid)
         return super().forward(x, state, context)
 
     def _check(

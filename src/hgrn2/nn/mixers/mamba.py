@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hgrn2.constraints import Ge
-from hgrn2.nn.mixers.base import Context, Mixer, MixerOptions, MixerState, StateSpec, wide_dtype
+from hgrn2.nn.mixers.base import DirectedMixer, MixerOptions, Projected, StateSpec, wide_dtype
+from hgrn2.nn.mixers.context import Context, MixerState
+from hgrn2.nn.mixers.directions import convolve
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.nn.short_conv import ShortConv
@@ -35,7 +37,7 @@ class MambaOptions(MixerOptions):
 
 
 @register_mixer("mamba", MambaOptions)
-class Mamba(Mixer):
+class Mamba(DirectedMixer):
     """Selective state space (arXiv 2312.00752, section 3), E = expand * D channels with a state of S numbers each.
 
         u, z = x W_in    u = SiLU(conv(u) + bias)    dt, B, C = u W_x    dt = softplus(dt W_dt + bias)
@@ -68,29 +70,42 @@ class Mamba(Mixer):
         self.D = nn.Parameter(torch.ones(width))
         self.out_proj = nn.Linear(width, hidden_size, bias=bias)
 
-    def forward(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState]:
-        """Mix tokens with the selective recurrence; arguments and results of `Mixer.forward`."""
+    def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
+        """Compute u and dt [B, T, E], B and C [B, T, S] of the recurrence, and u and the output gate z [B, T, E]."""
         u, z = self.in_proj(x).chunk(2, -1)
-        mask = context.mask
+        mask, wide = context.mask, wide_dtype(x.dtype)
         u = u if mask is None else u * mask.unsqueeze(-1)
-        u, conv = self.conv1d(u, None if state is None else state["conv"], context.cu_seqlens, mask)
+        u, conv = convolve(self.conv1d, u, None if state is None else state["conv"], context)
         u = functional.silu(u + self.conv_bias)
-        y, ssm = self._scan(u, None if state is None else state["ssm"], context)
-        y = self.out_proj(y.to(x.dtype) * functional.silu(z))
-        return y, {"conv": conv, "ssm": ssm} if context.keep_state else {}
-
-    def _scan(self, u: Tensor, state: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        """Run the recurrence on u [B, T, E], in float32 or wider; return y [B, T, E] and the state [N, E, S]."""
-        wide = wide_dtype(u.dtype)
         dt, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], -1)
         # the bias decides how small a step is, which low precision would round
         dt = functional.softplus(functional.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
-        if context.mask is not None:
+        if mask is not None:
             # without a step the state stays as it is
-            dt = dt.masked_fill(~context.mask.unsqueeze(-1), 0)
-        a = -self.A_log.to(wide).exp()
-        y, state = selective_scan(u, dt, a, b, c, initial_state=state, cu_seqlens=context.cu_seqlens)
-        return y + self.D.to(wide) * u, state
+            dt = dt.masked_fill(~mask.unsqueeze(-1), 0)
+        return Projected((u, dt, b, c), (u, z), {"conv": conv})
+
+    def mix(
+        self, inputs: tuple[Tensor, ...], state: MixerState | None, context: Context, *, reverse: bool = False
+    ) -> tuple[Tensor, MixerState]:
+        """Run the recurrence; arguments and results of `DirectedMixer.mix`."""
+        u, dt, b, c = inputs
+        if reverse:
+            bounds = context.cu_seqlens
+            bounds = None if bounds is None else u.shape[1] - bounds.flip(0)
+            turned = Context(bounds, keep_state=False)
+            y, _ = self.mix(tuple(part.flip(1) for part in inputs), None, turned)
+            return y.flip(1), {}
+        before = None if state is None else state["ssm"]
+        a = -self.A_log.to(dt.dtype).exp()
+        y, after = selective_scan(u, dt, a, b, c, initial_state=before, cu_seqlens=context.cu_seqlens)
+        return y, {"ssm": after}
+
+    def finish(self, y: Tensor, others: tuple[Tensor, ...]) -> BTD:
+        """Add the skip to the recurrence's outputs [B, T, E], gate them and project them to [B, T, D]."""
+        u, z = others
+        y = y + self.D.to(y.dtype) * u
+        return self.out_proj(y.to(z.dtype) * functional.silu(z))
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Describe the state: "conv" [taps - 1, E], the last inputs of the convolution, and "ssm" [E, S]."""

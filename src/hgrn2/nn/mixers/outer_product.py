@@ -11,7 +11,7 @@ from hgrn2.nn.mixers.base import Context
 from hgrn2.nn.token_shift import token_shift
 from hgrn2.ops import gated_scan
 from hgrn2.ops.tiles import CHUNK_SIZE
-from hgrn2.shapes import BTHK, BTHV, NHKV
+from hgrn2.shapes import BT, BTHK, BTHV, NHKV
 
 
 def mix_outer_products(
@@ -23,13 +23,14 @@ def mix_outer_products(
     context: Context,
     *,
     scale: float = 1.0,
+    reverse: bool = False,
     backend: str = "auto",
 ) -> tuple[BTHV, NHKV]:
     """Run `hgrn2.ops.gated_scan`, or for one token after a state its step in element-wise operations.
 
         S_t = Diag(exp(log_f_t)) S_{t-1} + k_t v_t^T        y_t = scale * S_t^T q_t
 
-    A padded token leaves the state as it is: its key and its log decay are taken as 0.
+    A padded token leaves the state as it is if its key and its log decay are 0, see `pass_over_padding`.
 
     Args:
         q: [B, T, H, K].
@@ -39,22 +40,35 @@ def mix_outer_products(
         state: [N, H, K, V] before the first token, float32 or wider; None at the start of a sequence.
         context: further inputs of the pass.
         scale: factor of the outputs.
+        reverse: run from the last token of each sequence to its first.
         backend: name of the operator's backend, or "auto".
 
     Returns:
         y [B, T, H, V] in q's dtype, and the state after the last token.
     """
-    if context.mask is not None:
-        padding = ~context.mask[..., None, None]
-        k, log_f = k.masked_fill(padding, 0), log_f.masked_fill(padding, 0)
     if not context.is_step or state is None:
         return gated_scan(
-            q, k, v, log_f, initial_state=state, cu_seqlens=context.cu_seqlens, scale=scale, backend=backend
-        )
+            q, k, v, log_f, initial_state=state, cu_seqlens=context.cu_seqlens, reverse=reverse, scale=scale,
+            backend=backend,
+        )  # fmt: skip
     written = k.squeeze(1).unsqueeze(-1).to(state.dtype) * v.squeeze(1).unsqueeze(-2)
     state = torch.addcmul(written, log_f.squeeze(1).exp().unsqueeze(-1), state)
     y = (scale * q.squeeze(1).to(state.dtype)).unsqueeze(-2) @ state
     return y.transpose(1, 2).to(q.dtype), state
+
+
+def pass_over_padding(k: BTHK, log_f: BTHK, mask: BT | None) -> tuple[BTHK, BTHK]:
+    """Return keys and log decays that are 0 at padding, so that it leaves the state as it is.
+
+    Args:
+        k: [B, T, H, K].
+        log_f: [B, T, H, K].
+        mask: [B, T] bool, False at padding, or None.
+    """
+    if mask is None:
+        return k, log_f
+    padding = ~mask[..., None, None]
+    return k.masked_fill(padding, 0), log_f.masked_fill(padding, 0)
 
 
 def read_before_writing(
@@ -74,6 +88,7 @@ def read_before_writing(
         context: further inputs of the pass.
         backend: name of the operator's backend, or "auto".
     """
+    k, log_w = pass_over_padding(k, log_w, context.mask)
     y, end = mix_outer_products(r.roll(-1, 1), k, v, log_w, state, context, backend=backend)
     first = None
     if state is not None and r.shape[1]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hgrn2.errors import UserError
-from hgrn2.nn.mixers.base import Mixer, MixerOptions
+from hgrn2.nn.mixers.base import DirectedMixer, Mixer, MixerOptions
 from hgrn2.registries import check_name, has_own_fields, load_entries, unknown_entry
 
 # group of entry points of installed packages
@@ -32,17 +32,19 @@ class RegisteredMixer:
     mixer: type[Mixer]
     options: type[MixerOptions]
 
-    def build(self, hidden_size: int, options: MixerOptions, backend: str = "auto") -> Mixer:
+    def build(self, hidden_size: int, options: MixerOptions, backend: str = "auto", direction: str = "causal") -> Mixer:
         """Construct a mixer.
 
         Args:
             hidden_size: D.
             options: an instance of the class `self.options`.
             backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
+            direction: one of `hgrn2.nn.mixers.directions.DIRECTIONS`.
         """
         values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
         mixer = self.mixer(hidden_size, **values)  # pyright: ignore[reportCallIssue]
         mixer.backend = backend
+        mixer.set_direction(direction)
         return mixer
 
 
@@ -93,6 +95,10 @@ def _missing_parts(mixer: Any, options: Any) -> list[str]:
     if not (isinstance(mixer, type) and issubclass(mixer, Mixer)):
         return ["the base class Mixer"]
     missing = [part for part in _PARTS if getattr(mixer, part) is getattr(Mixer, part)]
+    if issubclass(mixer, DirectedMixer):
+        missing += [
+            part for part in ("project", "mix", "finish") if getattr(mixer, part) is getattr(DirectedMixer, part)
+        ]
     if not has_own_fields(options, MixerOptions):
         missing.append(
             f"options (found {options!r}, wanted a class with @dataclass(frozen=True) and base MixerOptions)"
@@ -158,6 +164,23 @@ def find_mixer(name: str, what: str = "mixers") -> RegisteredMixer:
     if not _is_registered(name):
         raise unknown_entry(what, name, "mixer", _mixers, ENTRY_POINTS)
     return _mixers[name]
+
+
+def check_directions(directions: Sequence[str], names: Sequence[str], what: str = "directions") -> None:
+    """Raise a UserError if a layer's mixer cannot read in its direction.
+
+    Args:
+        directions: the direction of each layer.
+        names: the mixer of each layer.
+        what: name of the setting, for messages.
+    """
+    for direction, name in zip(directions, names, strict=True):
+        if direction != "causal" and not issubclass(find_mixer(name).mixer, DirectedMixer):
+            able = ", ".join(other for other, found in _mixers.items() if issubclass(found.mixer, DirectedMixer))
+            raise UserError(
+                f"{what} has {direction!r} for the mixer {name}, which can only be causal; mixers that can: {able}",
+                "unsupported",
+            )
 
 
 def mixers_with_option(key: str) -> list[str]:
