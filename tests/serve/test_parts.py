@@ -1,13 +1,17 @@
 """Parts of the engine on their own."""
 
+import pytest
 import torch
 
+from hgrn2.serve.decoding import DecodeStep
+from hgrn2.serve.fused import FusedLayer
 from hgrn2.serve.lookup import Lookup
 from hgrn2.serve.mixer_steps import join_projections
 from hgrn2.serve.pool import StatePool
 from hgrn2.serve.prefix_cache import PrefixCache
 from hgrn2.serve.scheduler import fair_shares
 from tests.models.cases import config_of, make_model, tokens
+from tests.ops.test_triton import PROBLEM
 
 
 def test_shares_are_equal_and_use_the_budget():
@@ -72,3 +76,24 @@ def test_drafts_follow_the_longest_match():
     assert Lookup([5, 6, 7, 8, 5, 6]).draft(3) == [7, 8, 5]
     # after 1 2 3, not after the later 2 3
     assert Lookup([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]).draft(1) == [4]
+
+
+@pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("name", ["fla", "bias", "block-rmsnorm-plain", "q-none"])
+def test_fused_layers_compute_what_the_model_computes(name, rows):
+    """In Triton's interpreter, with the recurrence in torch."""
+    model = make_model(config_of(name), torch.float32)
+    ids = tokens(rows, 8)
+    _, state = model(ids)
+    pool = StatePool(model.state_spec(), rows, 1, "cpu")
+    pool.write(range(rows), state)
+    step = DecodeStep(model, pool.grows)
+    assert step.fused is None
+    step.fused = [FusedLayer(layer) for layer in step.layers]
+    more = tokens(rows, 3, seed=9)
+    wanted, state = model(more, state)
+    for t in range(3):
+        found = step(more[:, t], pool.view(0, rows))
+        torch.testing.assert_close(found, wanted[:, t], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pool.layers[-1]["recurrent"], state.layers[-1]["recurrent"], rtol=1e-4, atol=1e-4)

@@ -6,33 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from hgrn2.models import HGRN2LM
 from hgrn2.models.backbone import embed
 from hgrn2.nn.block import Block
 from hgrn2.nn.mixers.base import Context, MixerState
-from hgrn2.nn.mlp import GatedMLP
-from hgrn2.ops.device import ROW_ALIGNMENT
-from hgrn2.serve.mixer_steps import MixerStep, can_join, join_projections, step_of
-
-
-class MLPStep:
-    """The channel mixer with one product for both branches.
-
-    Args:
-        mlp: a `GatedMLP` of plain projections.
-    """
-
-    def __init__(self, mlp: GatedMLP):
-        self.mlp = mlp
-        self.weight, self.bias = join_projections([mlp.gate_proj, mlp.up_proj])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Mix the channels of rows x [B, D]."""
-        gate, up = functional.linear(x, self.weight, self.bias).chunk(2, -1)
-        return self.mlp.down_proj(self.mlp._activate(gate) * up)
+from hgrn2.serve.fused import MOST_ROWS, FusedLayer, can_fuse, is_rms_norm, norm_values
+from hgrn2.serve.mixer_steps import MixerStep, step_of
+from hgrn2.serve.mlp_step import MLPStep, has_plain_branches
 
 
 class LayerStep:
@@ -47,7 +29,7 @@ class LayerStep:
     def __init__(self, block: Block, growing: frozenset[str], bound: Tensor | None):
         self.block = block
         self.mix: MixerStep = step_of(block.attn, growing)
-        self.mlp: Any = MLPStep(block.mlp) if _has_plain_branches(block.mlp) else block.mlp  # pyright: ignore
+        self.mlp: Any = MLPStep(block.mlp) if has_plain_branches(block.mlp) else block.mlp  # pyright: ignore
         self.bound = bound
         self.num_earlier = block.attn.num_earlier
 
@@ -84,6 +66,9 @@ class DecodeStep:
             LayerStep(block, names, _detached(bounds[i]) if i in bounded else None)  # pyright: ignore
             for i, (block, names) in enumerate(zip(body.layers, growing, strict=True))
         ]
+        self.fused = None
+        if all(can_fuse(layer) for layer in self.layers) and is_rms_norm(body.norm):
+            self.fused = [FusedLayer(layer) for layer in self.layers]
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, states: Sequence[MixerState]) -> Tensor:
@@ -98,6 +83,8 @@ class DecodeStep:
         """
         body = self.model.model
         x = embed(body.embeddings(tokens), self.config, False)
+        if self.fused is not None:
+            return self._run_fused(x, states, self.fused)
         earlier: tuple[MixerState, ...] = ()
         for layer, state in zip(self.layers, states, strict=True):
             wanted = layer.num_earlier
@@ -106,13 +93,18 @@ class DecodeStep:
                 earlier = (*earlier, features)
         return self.model.lm_head(body.norm(x))
 
+    def _run_fused(self, x: Tensor, states: Sequence[MixerState], layers: Sequence[FusedLayer]) -> Tensor:
+        norm, head = self.model.model.norm, self.model.lm_head
+        if x.shape[0] <= MOST_ROWS:
+            for layer, state in zip(layers, states, strict=True):
+                x = layer.run_few(x, state)
+            return head(norm(x))
+        normed = self.layers[0].block.attn_norm(x)
+        following = [layer.norm for layer in layers[1:]] + [norm_values(norm)]
+        for layer, state, next_norm in zip(layers, states, following, strict=True):
+            x, normed = layer.run_many(x, normed, state, next_norm)
+        return head(normed)
+
 
 def _detached(bound: Tensor | None) -> Tensor | None:
     return None if bound is None else bound.detach().contiguous()
-
-
-def _has_plain_branches(mlp: nn.Module | None) -> bool:
-    if type(mlp) is not GatedMLP or not can_join([mlp.gate_proj, mlp.up_proj]):
-        return False
-    # the module pads widths that a GPU is slow at
-    return not (mlp.gate_proj.weight.is_cuda and mlp.gate_proj.out_features % ROW_ALIGNMENT)

@@ -80,8 +80,11 @@ class HGRN2Step:
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the pre-activations of rows x [B, D], each [B, H, K]."""
-        projected = functional.linear(x, self.weight, self.bias)
-        q, f, v = projected.view(x.shape[0], 3, self.mixer.num_heads, self.mixer.expand_ratio).unbind(1)
+        return self.split(functional.linear(x, self.weight, self.bias))
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, f and v [B, H, K] as views of their product [B, 3 D]."""
+        q, f, v = projected.view(projected.shape[0], 3, self.mixer.num_heads, self.mixer.expand_ratio).unbind(1)
         return q, f, v
 
     def bound(self, context: Context) -> Tensor | None:
