@@ -35,6 +35,11 @@ CHANGES = {
     "scale-embedding": {"scale_embedding": True},
     "tied": {"tie_word_embeddings": True},
     "clamp": {"min_log_decay": -0.5},
+    "signed": {"gate_range": "signed"},
+    "signed-no-bound": {"gate_range": "signed", "use_lower_bound": False, "v_activation": "silu"},
+    "dense": {"dense_state": 2},
+    "dense-signed": {"dense_state": 1, "gate_range": "signed", "use_short_conv": True},
+    "dense-clamp": {"dense_state": 1, "min_log_decay": -0.5, "use_bias": True},
     "one-head": {"expand_ratio": 16},
     "width-one": {"expand_ratio": 1},
     "full-attention": {"attn": FULL},
@@ -71,7 +76,8 @@ def config_of(name: str) -> HGRN2Config:
 NAMES = [*CHANGES, "paper", "official-lm", "official-lra"]
 # one of each kind of state
 KINDS = [
-    "fla", "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
+    "fla", "signed", "signed-no-bound", "dense", "dense-signed",
+    "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
     "attention-without-positions", "average", "average-hybrid",
     "hgrn1", "hgrn1-real", "mamba", "griffin", "griffin-hybrid",
     "gla", "rwkv5", "rwkv6", "rebased",

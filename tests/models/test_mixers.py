@@ -25,7 +25,9 @@ MIXERS = {
 }
 # a norm over a head of four or eight channels enlarges the errors of its inputs
 ROUGH = {"gla": 0.2, "rwkv5": 0.2, "rwkv6": 0.2}
-mixers = pytest.mark.parametrize("name", MIXERS)
+# options of HGRN2, which are keys of the model
+VARIANTS = {"signed": {"gate_range": "signed"}, "dense": {"dense_state": 2}}
+mixers = pytest.mark.parametrize("name", [*MIXERS, *VARIANTS])
 TRAIN = [
     "--tokenizer", "bytes", "--device", "cpu", "--num-threads", "1", "--batch-size", "4", "--seq-len", "32",
     "--validation-tokens", "300", "--max-steps", "20", "--learning-rate", "1e-2", "--warmup-steps", "2",
@@ -34,8 +36,8 @@ TRAIN = [
 
 def settings(name):
     mixer = name.split("-")[0]
-    values = {"hidden_size": 16, "num_hidden_layers": 2, "expand_ratio": 8, "intermediate_size": 24, "layers": [mixer],
-              "mixers": {mixer: MIXERS[name]}}  # fmt: skip
+    values = {"hidden_size": 16, "num_hidden_layers": 2, "expand_ratio": 8, "intermediate_size": 24}
+    values |= VARIANTS[name] if name in VARIANTS else {"layers": [mixer], "mixers": {mixer: MIXERS[name]}}
     return ["--set", *(f"{key}={json.dumps(value)}" for key, value in values.items())]
 
 

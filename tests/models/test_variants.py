@@ -7,7 +7,19 @@ from tests.models import transcription
 from tests.models.cases import NAMES, config_of, make_model, tokens
 
 # gradients of everything, for the variants whose parts differ most
-WITH_GRADIENTS = ["fla", "paper", "official-lm", "official-lra", "short-conv-2-bias", "tied", "window-attention"]
+WITH_GRADIENTS = [
+    "signed",
+    "dense",
+    "dense-signed",
+    "dense-clamp",
+    "fla",
+    "paper",
+    "official-lm",
+    "official-lra",
+    "short-conv-2-bias",
+    "tied",
+    "window-attention",
+]
 
 
 def parameters(model):

@@ -11,25 +11,34 @@ def logits(c, p: dict[str, Tensor], ids: Tensor, training: bool = False) -> Tens
     """[B, T, vocab] of a config's model with parameters p, for token ids [B, T]."""
     x = p["model.embeddings.weight"][ids] * (c.hidden_size**0.5 if c.scale_embedding else 1)
     beta = bounds(p.get("model.lower_bounds"), c.lower_bound if c.use_lower_bound else "none", x)
+    features = []
     for layer in range(c.num_hidden_layers):
         at = f"model.layers.{layer}."
         attends = c.attn is not None and layer in c.attn.layers
         h = norm(x, p, f"{at}attn_norm", c.block_norm, c.norm_eps)
-        x = x + (attention(c, p, f"{at}attn.", h) if attends else mixer(c, p, f"{at}attn.", h, beta[layer], training))
+        x = x + (
+            attention(c, p, f"{at}attn.", h)
+            if attends
+            else mixer(c, p, f"{at}attn.", h, beta[layer], training, features)
+        )
         h = norm(x, p, f"{at}mlp_norm", c.block_norm, c.norm_eps)
         gate = ACTIVATIONS[c.glu_activation](linear(h, p, f"{at}mlp.gate_proj"))
         x = x + linear(gate * linear(h, p, f"{at}mlp.up_proj"), p, f"{at}mlp.down_proj")
     return norm(x, p, "model.norm", c.block_norm, c.norm_eps) @ p["lm_head.weight"].T
 
 
-def mixer(c, p, at, x, beta, training):
+def mixer(c, p, at, x, beta, training, features):
     q, z, v = (linear(x, p, f"{at}{name}_proj") for name in "qfi")
     if c.use_short_conv:
         q, z, v = (short_conv(y, p[f"{at}{name}_conv1d.weight"]) for y, name in ((q, "q"), (z, "f"), (v, "i")))
     q, v = ACTIVATIONS[c.q_activation](q), ACTIVATIONS[c.v_activation](v)
     f, k = beta + (1 - beta) * torch.sigmoid(z), (1 - beta) * torch.sigmoid(-z)
+    if c.gate_range == "signed":
+        f, k = 2 * f - 1, 2 * k
     if training and c.min_log_decay is not None:
         f = f.log().clamp(min=c.min_log_decay).exp()
+    if c.dense_state:
+        k, v = fuse(p, f"{at}dense.", x, k, v, features, c)
     q, k, v, f = (y.unflatten(-1, (-1, c.expand_ratio)) for y in (q, k, v, f))
     state, outputs = torch.zeros(1, dtype=x.dtype), []
     for t in range(x.shape[1]):
@@ -37,6 +46,19 @@ def mixer(c, p, at, x, beta, training):
         outputs.append((q[:, t, :, :, None] * state).sum(2).flatten(1))
     y = torch.stack(outputs, 1) * (c.expand_ratio**-0.5 if c.scale is None else c.scale)
     return linear(norm(y, p, f"{at}g_norm", c.mixer_norm, c.mixer_norm_eps), p, f"{at}o_proj")
+
+
+def fuse(p, at, x, k, v, features, c):
+    """DenseSSM: the keys and values of earlier layers through gates computed from x."""
+    earlier = features[-c.dense_state :]
+    features.append((k, v))
+    if not earlier:
+        return k, v
+    gates = (F.silu(linear(F.silu(linear(x, p, f"{at}{name}_down")), p, f"{at}{name}_up")) for name in "kv")
+    k, v = (
+        own + sum(gate * past[i] for past in earlier) for i, (own, gate) in enumerate(zip((k, v), gates, strict=True))
+    )
+    return k, norm(v, p, f"{at}v_norm", "rmsnorm", c.mixer_norm_eps)
 
 
 def bounds(gamma, kind, x):

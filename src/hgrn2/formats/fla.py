@@ -161,7 +161,7 @@ def write_config(config: HGRN2Config) -> dict[str, Any]:
         UserError: a setting that fla's layout cannot express.
     """
     wanted: dict[str, Any] = {
-        "layers": None,
+        "layers": None, "gate_range": "positive", "dense_state": 0,
         "q_activation": "silu", "v_activation": "none", "mixer_norm": "rmsnorm", "mixer_norm_eps": MIXER_NORM_EPS,
         "block_norm": "rmsnorm", "elementwise_affine": True, "glu_activation": "silu", "use_bias": False,
         "scale_embedding": False, "head_scale": config.expand_ratio**-0.5,

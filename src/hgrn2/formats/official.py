@@ -99,6 +99,8 @@ def write_config(config: HGRN2Config) -> dict[str, Any]:
         {
             "layers": None,
             "attn": None,
+            "gate_range": "positive",
+            "dense_state": 0,
             "use_short_conv": False,
             "use_lower_bound": True,
             "lower_bound": "inclusive",

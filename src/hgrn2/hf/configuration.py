@@ -51,8 +51,9 @@ class HGRN2Config(PreTrainedConfig):
     # names of the state before and since transformers 5.24
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_heads"}
-    # set only in models with a pattern of layers
+    # set only in models that have them
     layers = mixers = None
+    gate_range, dense_state = "positive", 0
     # TRL reads it for classes outside of transformers; read-only, because all configurations share it
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hgrn2.constraints import check_fields
-from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.errors import UserError
+from hgrn2.models.config_io import build, summarise
 from hgrn2.models.pattern import (
     ATTENTION,
     DEFAULT_MIXER,
@@ -16,17 +17,15 @@ from hgrn2.models.pattern import (
     Pattern,
     complete,
     describe_layers,
-    group_layers,
     read_pattern,
 )  # fmt: skip
 from hgrn2.nn.gates import LOWER_BOUNDS
 from hgrn2.nn.mixers.base import Memory, Mixer, MixerOptions
-from hgrn2.nn.mixers.hgrn2 import DEFAULT_EXPAND_RATIO, HGRN2Options
-from hgrn2.nn.mixers.registry import find_mixer, mixers_with_option
+from hgrn2.nn.mixers.hgrn2 import DEFAULT_EXPAND_RATIO, GATE_RANGES, HGRN2Options
+from hgrn2.nn.mixers.registry import find_mixer
 from hgrn2.nn.mlp import GLU_ACTIVATIONS
 from hgrn2.nn.norm import NORMS
 from hgrn2.ops.checks import SMALLEST_FLOOR
-from hgrn2.quantities import plural
 
 MODEL_TYPE = "hgrn2"
 # limit of sizes: the bytes of a matrix of two such sizes fit into 64 bits
@@ -74,6 +73,8 @@ class HGRN2Config:
         dropout: dropout probability on embeddings and residual branches while training.
         tie_word_embeddings: whether embeddings and head share one matrix.
         initializer_range: standard deviation of the initial weights.
+        gate_range: range of the forget gates: "positive", or "signed" for gates in (-1, 1), which can track parity.
+        dense_state: HGRN2 layers before a layer whose keys and values are added to its own (DenseSSM); 0 for none.
         attn: attention at chosen layers, or None.
         layers: names of mixers, repeated over the depth: ("mamba", "mamba", "attention"). None means HGRN2, except in
             the layers of `attn`. HGRN2's options are the keys above. A pattern of only HGRN2 and attention is stored
@@ -109,6 +110,8 @@ class HGRN2Config:
     dropout: float = 0.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    gate_range: str = "positive"
+    dense_state: int = 0
     attn: AttentionConfig | None = None
     layers: Pattern | None = None
     mixers: OptionTable | None = None
@@ -158,7 +161,13 @@ class HGRN2Config:
         _check(self.initializer_range > 0, f"initializer_range is {self.initializer_range}; wanted above 0")
         _check(self.scale is None or self.scale > 0, f"scale is {self.scale}; wanted above 0, or null for the default")
         _check(self.conv_size > 1, f"conv_size is {self.conv_size}; wanted at least 2")
+        _check(0 <= self.dense_state <= _MOST_LAYERS, f"dense_state is {self.dense_state}; wanted at least 0")
         floor = self.min_log_decay
+        _check(
+            floor is None or self.gate_range == "positive",
+            f"min_log_decay is {floor}, and gate_range {self.gate_range!r}; leave one of them out",
+            "contradiction",
+        )
         _check(
             floor is None or SMALLEST_FLOOR <= floor < 0,
             f"min_log_decay is {floor}; wanted in [{SMALLEST_FLOOR}, 0), or null for none",
@@ -168,7 +177,7 @@ class HGRN2Config:
             f"attn is {self.attn!r}; wanted a table with layers and num_heads, or null",
         )
         if isinstance(self.attn, dict):
-            object.__setattr__(self, "attn", _build(AttentionConfig, self.attn, "model config, attn"))
+            object.__setattr__(self, "attn", build(AttentionConfig, self.attn, "model config, attn"))
         if self.attn is not None:
             wrong = [i for i in self.attn.layers if not 0 <= i < self.num_hidden_layers]
             _check(
@@ -255,16 +264,7 @@ class HGRN2Config:
     @property
     def summary(self) -> str:
         """Sizes and kinds of layers, in one line."""
-        if self.layers is not None:
-            kinds = ", ".join(f"{len(found)} {name}" for name, found in group_layers(self.layer_mixers).items())
-            layers = f"{plural(self.num_hidden_layers, 'layer')} ({kinds})"
-            return f"{layers}, width {self.hidden_size:,}, vocabulary {self.vocab_size:,}"
-        attending = len(self.attn.layers) if self.attn else 0
-        layers = plural(self.num_hidden_layers, "layer") + (f" ({attending} with attention)" if attending else "")
-        heads = f"{plural(self.num_heads or 0, 'head')} of {self.expand_ratio} x {self.expand_ratio}"
-        if self.attn and attending == self.num_hidden_layers:
-            heads = plural(self.attn.num_heads, "head")
-        return f"{layers}, width {self.hidden_size:,}, {heads}, vocabulary {self.vocab_size:,}"
+        return summarise(self)
 
     @property
     def head_scale(self) -> float:
@@ -322,6 +322,8 @@ class HGRN2Config:
                 bias=self.use_bias,
                 conv_size=self.conv_size if self.use_short_conv else 0,
                 min_log_decay=self.min_log_decay,
+                gate_range=self.gate_range,
+                dense_state=self.dense_state,
             )
         if self.attn is not None:
             return self.attn.options
@@ -336,14 +338,17 @@ class HGRN2Config:
             backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
         """
         name = self.layer_mixers[layer]
-        return find_mixer(name).build(self.hidden_size, self.mixer_options(name), backend)
+        options = self.mixer_options(name)
+        if isinstance(options, HGRN2Options) and options.dense_state:
+            options = dataclasses.replace(options, num_earlier=self.layer_mixers[:layer].count(DEFAULT_MIXER))
+        return find_mixer(name).build(self.hidden_size, options, backend)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, with the model type; `layers` and `mixers` only if they are set."""
+        """Return plain values for JSON, with the model type; keys that older versions lack only if they are set."""
         values = dataclasses.asdict(self)
-        if self.layers is None:
-            del values["layers"], values["mixers"]
-        return {"model_type": MODEL_TYPE, **values}
+        added = {"layers": None, "mixers": None, "gate_range": "positive", "dense_state": 0}
+        kept = {key: value for key, value in values.items() if key not in added or value != added[key]}
+        return {"model_type": MODEL_TYPE, **kept}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HGRN2Config:
@@ -356,7 +361,7 @@ class HGRN2Config:
         values = dict(values)
         found = values.pop("model_type", MODEL_TYPE)
         _check(found == MODEL_TYPE, f"model_type is {found!r}; wanted {MODEL_TYPE!r}", "unsupported")
-        return _build(cls, values, "model config")
+        return build(cls, values, "model config")
 
     def replace(self, **changes: Any) -> HGRN2Config:
         """Return a copy with some fields changed; derived fields are computed again."""
@@ -381,20 +386,7 @@ _CHOICES = {
     "lower_bound": LOWER_BOUNDS,
     "q_activation": ("silu", "sigmoid", "none"),
     "v_activation": ("none", "silu"),
+    "gate_range": GATE_RANGES,
     "mixer_norm": NORMS,
     "block_norm": NORMS,
 }
-
-
-def _build(cls: Any, values: dict[str, Any], what: str) -> Any:
-    known = [field.name for field in fields(cls)]
-    for key in values:
-        if key not in known:
-            owners = mixers_with_option(key) if cls is HGRN2Config else []
-            hint = f", or the option {key} in the table mixers.{owners[0]}" if owners else ""
-            raise UserError(unknown_key_message(what, key, known) + hint, "unknown-name")
-    required = [field.name for field in fields(cls) if field.default is dataclasses.MISSING]
-    for key in required:
-        if key not in values:
-            raise UserError(f"{what}: no {key}; wanted {' and '.join(required)}", "incomplete")
-    return cls(**values)

@@ -121,7 +121,12 @@ def step_of(mixer: Mixer, growing: frozenset[str]) -> MixerStep:
         mixer: the mixer.
         growing: names of the tensors of its state that grow.
     """
-    if type(mixer) is HGRN2 and not mixer.conv_size and can_join([mixer.q_proj, mixer.f_proj, mixer.i_proj]):
+    if (
+        type(mixer) is HGRN2
+        and mixer.has_tied_scan
+        and not mixer.conv_size
+        and can_join([mixer.q_proj, mixer.f_proj, mixer.i_proj])
+    ):
         return HGRN2Step(mixer)
     return GenericStep(mixer, growing)
 

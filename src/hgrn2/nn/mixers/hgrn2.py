@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from hgrn2.errors import UserError
 from hgrn2.nn.mixers.base import DirectedMixer, MixerOptions, Projected, StateSpec, wide_dtype
 from hgrn2.nn.mixers.context import Context, MixerState
+from hgrn2.nn.mixers.dense_state import DenseState
 from hgrn2.nn.mixers.directions import convolve
 from hgrn2.nn.mixers.registry import register_mixer
+from hgrn2.nn.mixers.signed_gates import positive_gate, scan_with_signs, signed_gate
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.nn.short_conv import ShortConv
 from hgrn2.ops import check_backend, hgrn2_scan, hgrn2_step
 from hgrn2.ops.checks import check_fixed_settings
+from hgrn2.ops.gates import activate
 from hgrn2.ops.tiles import CHUNK_SIZE
 from hgrn2.shapes import BTD, BTHV, describe
 
@@ -26,6 +30,9 @@ _KEEP_STATE = 1e4
 
 # the default width of a head
 DEFAULT_EXPAND_RATIO = 128
+
+# ranges of the forget gates
+GATE_RANGES = ("positive", "signed")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class HGRN2Options(MixerOptions):
     bias: bool = False
     conv_size: int = 0
     min_log_decay: float | None = None
+    gate_range: str = "positive"
+    dense_state: int = 0
+    num_earlier: int | None = None
 
 
 @register_mixer("hgrn2", HGRN2Options)
@@ -66,6 +76,11 @@ class HGRN2(DirectedMixer):
         bias: whether the projections have biases.
         conv_size: taps of a short convolution on q, z and v; 0 for none.
         min_log_decay: smallest log decay while training (the key is not changed), or None.
+        gate_range: "positive" for forget gates in [beta, 1), or "signed" for [2 beta - 1, 1), see
+            `hgrn2.nn.mixers.signed_gates`.
+        dense_state: earlier layers whose keys and values are added to those of this layer, see
+            `hgrn2.nn.mixers.dense_state`; 0 for none.
+        num_earlier: layers that are there before this one, if fewer than dense_state.
         backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
         direction: "causal", "reverse", "bidirectional", "columns", "columns-reverse", "2d" or "2d-series", see
             `hgrn2.nn.mixers.directions`.
@@ -94,15 +109,26 @@ class HGRN2(DirectedMixer):
         bias: bool = False,
         conv_size: int = 0,
         min_log_decay: float | None = None,
+        gate_range: str = "positive",
+        dense_state: int = 0,
+        num_earlier: int | None = None,
         backend: str = "auto",
         direction: str = "causal",
     ):
         super().__init__()
         check_fixed_settings(min_log_decay, q_activation, v_activation)
         check_backend(backend)
-        self.set_direction(direction)
         expand_ratio = _head_width(hidden_size, expand_ratio, num_heads)
         _check_whole("conv_size", conv_size, 0, "the taps of a convolution, or 0 for none")
+        _check_whole("dense_state", dense_state, 0, "a number of earlier layers, or 0 for none")
+        if gate_range not in GATE_RANGES:
+            raise UserError(f"gate_range is {gate_range!r}; wanted one of {', '.join(map(repr, GATE_RANGES))}")
+        if gate_range == "signed" and min_log_decay is not None:
+            raise UserError(
+                f"min_log_decay is {min_log_decay}, and gate_range 'signed'; a floor would part negative from positive "
+                "gates, leave one of them out",
+                "contradiction",
+            )
         # NaN fails the comparison
         if scale is not None and not (isinstance(scale, int | float) and abs(scale) < float("inf")):
             raise UserError(f"scale is {describe(scale)}; wanted a finite number, or None for expand_ratio^-0.5")
@@ -121,6 +147,58 @@ class HGRN2(DirectedMixer):
         self.conv_size = conv_size
         self.g_norm = Norm(norm, hidden_size, norm_eps, norm_affine)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.gate_range, self.dense_state = gate_range, dense_state
+        self.set_direction(direction)
+        self.num_earlier = dense_state if num_earlier is None else min(dense_state, num_earlier)
+        if self.num_earlier:
+            self.dense = DenseState(hidden_size, norm_eps)
+
+    @property
+    def has_tied_scan(self) -> bool:
+        """Whether `hgrn2_scan` and `hgrn2_step` compute the recurrence: positive gates, and no fused keys."""
+        return self.gate_range == "positive" and not self.dense_state
+
+    def set_direction(self, direction: str) -> None:
+        """Set the direction; features of earlier layers are for the causal one only, see `Mixer.set_direction`."""
+        super().set_direction(direction)
+        if self.dense_state and direction != "causal":
+            raise UserError(
+                f"dense_state is {self.dense_state}, and direction {direction!r}; wanted 'causal' beside dense_state",
+                "unsupported",
+            )
+
+    def forward(self, x: BTD, state: MixerState | None, context: Context) -> Any:
+        """Mix tokens with the gated recurrence; arguments and results of `Mixer.forward`."""
+        if self.dense_state:
+            return self._forward_dense(x, state, context)
+        return super().forward(x, state, context)
+
+    def _forward_dense(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState, MixerState]:
+        """Mix tokens with features of earlier layers; return those of this layer, before their fusion, as well."""
+        (q, z, v), _, new_state = self.project(x, state, context)
+        q, k, v, log_size, negative = self._activate(q, z, v, context)
+        features = {"k": k.flatten(2), "v": v.flatten(2)}
+        if self.num_earlier:
+            fused = self.dense(x, features["k"], features["v"], context.earlier)
+            k, v = (part.unflatten(-1, (self.num_heads, self.expand_ratio)) for part in fused)
+            if context.mask is not None:
+                k = k.masked_fill(~context.mask[..., None, None], 0)
+        before = None if state is None else state["recurrent"]
+        y, new_state["recurrent"] = scan_with_signs(
+            q, k, v, log_size, negative, before, context, scale=self.scale, backend=self.backend
+        )
+        return self.finish(y), new_state if context.keep_state else {}, features
+
+    def _activate(
+        self, q: Tensor, z: Tensor, v: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the operands of `scan_with_signs`, in its order, from pre-activations."""
+        bound = context.lower_bound
+        gate = signed_gate if self.gate_range == "signed" else positive_gate
+        k, log_size, negative = gate(z, None if bound is None else bound.reshape(z.shape[2], -1))
+        if self.training and self.min_log_decay is not None:
+            log_size = log_size.clamp_min(self.min_log_decay)
+        return activate(q, self.q_activation), k.to(q.dtype), activate(v, self.v_activation), log_size, negative
 
     def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
         """Compute the scan's pre-activations q, z and v, each [B, T, H, K], and the state of the short convolutions."""
@@ -143,6 +221,12 @@ class HGRN2(DirectedMixer):
         """Run the recurrence on q, z and v; arguments and results of `DirectedMixer.mix`."""
         q, z, v = inputs
         before = None if state is None else state["recurrent"]
+        if self.gate_range == "signed":
+            y, after = scan_with_signs(
+                *self._activate(q, z, v, context), before, context, scale=self.scale, backend=self.backend,
+                reverse=reverse,
+            )  # fmt: skip
+            return y, {"recurrent": after}
         bound = context.lower_bound
         if bound is not None:
             bound = bound.reshape(q.shape[2], self.expand_ratio)
@@ -173,9 +257,10 @@ class HGRN2(DirectedMixer):
         return self.o_proj(self.g_norm(y.flatten(2)))
 
     def forget_gate(self, x: BTD, state: MixerState | None, context: Context) -> BTD:
-        """Compute the forget gates, [B, T, D] in float32 or wider: the fraction of the state that each token keeps."""
+        """Compute the sizes of the forget gates, [B, T, D] in float32 or wider: how much of the state a token keeps."""
         z = self.project(x, state, context).inputs[1]
-        return forget_gate(z.flatten(2), context.lower_bound)
+        gate = forget_gate(z.flatten(2), context.lower_bound)
+        return gate if self.gate_range == "positive" else (2 * gate - 1).abs()
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Describe the state: "recurrent" [H, K, V], and the last inputs of the convolutions, [taps - 1, D]."""
@@ -191,6 +276,8 @@ class HGRN2(DirectedMixer):
         init.draw(self.q_proj, self.f_proj, self.i_proj)
         if self.conv_size:
             init.draw(self.q_conv1d, self.f_conv1d, self.i_conv1d)
+        if self.num_earlier:
+            self.dense.reset_parameters(init)
         init.draw(self.g_norm)
         init.draw_end(self.o_proj)
 
@@ -204,15 +291,27 @@ class HGRN2(DirectedMixer):
         return self.num_heads * per_head + 6 * self.conv_size * self.num_heads * width
 
     def activation_bytes(self, seq_len: int, low: int) -> int:
-        """Count q, z, v, what the norm saves and, with convolutions, their padded inputs."""
+        """Count q, z, v, what the norm saves, inputs of convolutions, and the operands of a free or signed scan."""
         del seq_len
         width = self.num_heads * self.expand_ratio
-        kept = low * 3 * width + self.g_norm.activation_bytes(low)
+        kept = low * 3 * width
+        if self.gate_range == "signed":
+            # in float32 the gate, its logarithm and the values between, and three conditions
+            kept = (5 * low + 29) * width
+        elif self.dense_state:
+            kept = (4 * low + 31) * width
+        if self.dense_state and self.min_log_decay is not None:
+            kept += 5 * width
+        if self.num_earlier:
+            kept += self.dense.activation_bytes(low) + (2 * low * width if self.num_earlier > 1 else 0)
+        kept += self.g_norm.activation_bytes(low)
         return kept + (low * 3 * width if self.conv_size else 0)
 
     def extra_repr(self) -> str:
         """Return the settings that print(model) shows."""
-        return f"{self.num_heads} heads of {self.expand_ratio} x {self.expand_ratio}"
+        shown = f"{self.num_heads} heads of {self.expand_ratio} x {self.expand_ratio}"
+        shown += ", signed gates" if self.gate_range == "signed" else ""
+        return shown + (f", features of {self.num_earlier} earlier layers" if self.dense_state else "")
 
 
 def _check_whole(name: str, value: int, least: int, wanted: str) -> None:

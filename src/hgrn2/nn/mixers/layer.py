@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,14 @@ class HGRN2Mixer(HGRN2):
         >>> y.shape, state["recurrent"].shape
         (torch.Size([2, 1, 64]), torch.Size([2, 4, 16, 16]))
     """
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        if self.dense_state:
+            raise UserError(
+                f"dense_state is {self.dense_state}; a layer on its own has no earlier layers, use hgrn2.HGRN2LM",
+                "unsupported",
+            )
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
