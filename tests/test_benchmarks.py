@@ -14,7 +14,7 @@ import torch
 from hgrn2.data import train_bpe
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-NAMES = ("exact", "report", "rivals", "scan", "scan_cuda", "tables", "roofline", "prepare", "beside")
+NAMES = ("exact", "report", "rivals", "scan", "scan_cuda", "tables", "roofline", "prepare", "beside", "decode")
 
 
 @pytest.fixture
@@ -323,3 +323,18 @@ def test_both_ways_of_preparing_give_as_many_tokens(modules, tmp_path):
         for kind, candidate in (("jsonl", prepare.OURS), ("txt", prepare.OURS), ("txt", prepare.RIVAL))
     }
     assert len(counts) == 1
+
+
+def test_decoding_at_a_size_that_takes_no_time(modules, tmp_path, monkeypatch, capsys):
+    decode = modules["decode"]
+    out = tmp_path / "decode.json"
+    words = ["decode.py", "--size", "nano", "--batches", "2", "--rounds", "1", "--seconds", "0.001", "--no-peers"]
+    monkeypatch.setattr(
+        sys, "argv", [*words, "--prefill", "64", "--deterministic", "--threads", "1", "--out", str(out)]
+    )
+    decode.main()
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert all(row["value"] > 0 for row in rows.values())
+    assert rows["batch 2: engine, prompt 128"]["peer"] == "batch 2: HGRN2LM.step"
+    assert "prefill of 64 tokens" in rows
+    assert capsys.readouterr().out
