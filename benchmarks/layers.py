@@ -83,7 +83,7 @@ def read_by_layers(model: HGRN2LM, ids: Tensor) -> tuple[list[Read], float]:
 
     def watch(mixer: HGRN2, inputs: tuple[Any, ...]) -> None:
         x, state, context = inputs
-        q, f, v, _ = mixer.project(x, state, context)
+        q, f, v = mixer.project(x, state, context).inputs
         bound = context.lower_bound
         bound = None if bound is None else bound.unflatten(-1, (mixer.num_heads, mixer.expand_ratio)).contiguous()
         names = ("scale", "q_activation", "v_activation", "min_log_decay")
