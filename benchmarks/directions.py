@@ -3,8 +3,8 @@
     python benchmarks/directions.py --out benchmarks/results/directions.json
 
 Every mixer has the same weights and reads the same bfloat16 inputs under autocast; gradients are those of the input,
-the lower bound and every parameter. "by flipped copies" is the bidirectional mixer as one writes it without a reverse scan:
-the projected inputs are flipped, scanned forward, and the outputs flipped back. "alternating" is half of the time of a
+the lower bound and every parameter. "by flipped copies" is the bidirectional mixer without a reverse scan: the
+projected inputs are flipped, scanned forward, and the outputs flipped back. "alternating" is half of the time of a
 causal and a reverse mixer, one after the other.
 """
 

@@ -65,7 +65,7 @@ def test_in_bfloat16_it_is_as_exact_as_the_causal_mixer(head, direction):
         mixer = HGRN2Mixer(256, head, direction=kind).bfloat16()
 
         def call(mixer, device, dtype):
-            leaf = x.to(device, dtype).requires_grad_()
+            leaf = x.to(device, dtype, copy=True).requires_grad_()
             y, _ = mixer(
                 leaf, bound.to(device, torch.promote_types(dtype, torch.float32)), mask=mask.to(device), grid=grid
             )
