@@ -11,7 +11,8 @@ import pytest
 
 from hgrn2.compare.comparison import report
 from hgrn2.compare.files import repeat_command
-from hgrn2.compare.report.curves import across_tasks, loss_curves, option_curves
+from hgrn2.compare.report.curves import across_tasks, loss_curves, metric_curves, option_curves, width_curves
+from hgrn2.compare.report.recommendation import in_the_lead, recommendation
 from hgrn2.compare.report.tables import overview, ranking
 from hgrn2.compare.results import Results
 from tests.compare.tiny import MQAR, comparison, invent
@@ -98,7 +99,7 @@ def test_the_numbers_are_those_of_the_runs(page, out):
 def test_markdown_and_csv_say_the_same(out):
     written = (out / "report.md").read_text(encoding="utf-8")
     assert "| attention | 80.00% ± 14.14% (n = 2) |" in written
-    assert "# a &lt;comparison>" in written
+    assert written.startswith("# hgrn2 and attention on mqar\n")
     for name in re.findall(r"!\[.*\]\((.*)\)", written):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     lines = list(csv.DictReader(io.StringIO((out / "results.csv").read_text(encoding="utf-8"))))
@@ -150,6 +151,80 @@ def test_tasks_of_one_kind_are_drawn_against_the_option_in_which_they_differ(tmp
     assert ("h3", "Accuracy against length") in page.texts
     assert "length (with it num pairs)" in page.text()
     assert "All tasks" in page.text()
+
+
+def of_widths(tmp_path, seeds=(0,), values=None):
+    """A comparison of two mixers at two widths; the accuracy follows from the width."""
+    models = {
+        f"{name}-{width}": {"layers": name, "hidden_size": width, **more}
+        for width in (8, 16)
+        for name, more in (("hgrn2", {}), ("attention", {"mixers": {"attention": {"num_heads": 1}}}))
+    }
+    wanted = comparison(models=models, match="none", seeds=list(seeds))
+    found = {
+        f"mqar.{name}-{width}.lr0.01.seed{seed}": (values or (lambda n, w, s: w / (20 if n == "hgrn2" else 40)))(
+            name, width, seed
+        )
+        for name in ("hgrn2", "attention")
+        for width in (8, 16)
+        for seed in seeds
+    }
+    invent(tmp_path / "out", wanted, found)
+    return report(tmp_path / "out")
+
+
+def test_models_named_by_their_width_are_drawn_against_it(tmp_path):
+    ended = of_widths(tmp_path)
+    (task,) = ended.results.tasks
+    assert {curve.model: (curve.x, curve.y) for curve in width_curves(task)} == {
+        "hgrn2": ([8, 16], [0.4, 0.8]),
+        "attention": ([8, 16], [0.2, 0.4]),
+    }
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert ("h1", "hgrn2 and attention on mqar") in Page(text).texts
+    assert ("h2", "Against width") in Page(text).texts
+    # one colour a mixer, one pattern a width; the widest is drawn through
+    assert all(text.count(f'<i class="own {role}">') for role in ("m0", "m0 dashed", "m1", "m1 dashed"))
+    assert (tmp_path / "out" / "plots" / "width.png").read_bytes().startswith(b"\x89PNG")
+    assert "(plots/width.png)" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_accuracy_against_tokens_is_a_mean_over_seeds(out):
+    (task,) = Results.read(out).tasks
+    # the invented runs have one validation each
+    assert metric_curves(task) == []
+    for cell in task.cells:
+        for run in cell.best.finished:
+            last = run.facts.validation[-1]
+            run.facts.validation.insert(0, {**last, "tokens": 64, "val_accuracy": last["val_accuracy"] / 2})
+    found = {curve.model: (curve.x, curve.y) for curve in metric_curves(task)}
+    assert found["attention"] == ([64, 2560], pytest.approx([0.4, 0.8]))
+
+
+def test_nothing_is_recommended_from_one_seed(tmp_path):
+    found = " ".join(recommendation(of_widths(tmp_path).results))
+    assert "hgrn2-16 on mqar (80.00% (n = 1))" in found
+    assert "recommend none" in found
+
+
+def test_a_model_is_recommended_where_the_spread_allows_it(tmp_path):
+    clear = of_widths(tmp_path / "clear", (0, 1), lambda n, w, s: (0.9 if n == "hgrn2" else 0.5) - 0.01 * s - 1 / w)
+    assert [cell.model for cell in in_the_lead(clear.results.tasks[0])] == ["hgrn2-16"]
+    assert "We recommend hgrn2-16 with a learning rate of 0.01" in " ".join(recommendation(clear.results))
+    close = of_widths(tmp_path / "close", (0, 1), lambda n, w, s: 0.9 - 0.1 * s - (0.01 if n == "hgrn2" else 0) - 4 / w)
+    assert [cell.model for cell in in_the_lead(close.results.tasks[0])] == ["attention-16", "hgrn2-16"]
+    found = " ".join(recommendation(close.results))
+    # attention's cache grows
+    assert "does not decide between attention-16 and hgrn2-16" in found
+    assert "we would take hgrn2-16" in found
+
+
+def test_runs_to_come_are_said_in_the_recommendation(tmp_path):
+    of_widths(tmp_path, (0, 1))
+    (tmp_path / "out" / "runs" / "mqar.hgrn2-16.lr0.01.seed0" / "outcome.json").unlink()
+    found = recommendation(report(tmp_path / "out").results)
+    assert "1 run of 4" not in found[0]
+    assert found[0].startswith("1 run of 8")
 
 
 def test_a_model_that_read_fewer_tokens_is_marked(tmp_path):

@@ -33,7 +33,7 @@ def comparison(**changes) -> Comparison:
 
 def invent(out: Path, planned_of: Comparison, values: dict[str, float | None]) -> Plan:
     """Writes the folder of a comparison whose runs reached these accuracies; None for one that diverged."""
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     plan = make_plan(planned_of, out)
     plan.save(out)
     for run in plan.runs:

@@ -38,6 +38,8 @@ LOGS_NAME = "logs"
 _EVERY_S = 0.3
 # a worker whose comparison was killed writes a checkpoint first, and may hold its run for that long
 _WAIT_FOR_LOCK_S = 60.0
+# of the interpreter between threads
+_SWITCH_S = 1e-4
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def work_side_by_side(out: Path, name: str, num_threads: int, connection: Connec
     _leave_terminal()
     signal.signal(signal.SIGTERM, lambda number, frame: request_stop("SIGTERM"))
     _stop_with_parent()
+    # a thread that launches work must not wait long for one that prepares a run
+    sys.setswitchinterval(_SWITCH_S)
     lock, waiting = threading.Lock(), queue.SimpleQueue[PlannedRun | None]()
 
     def send(message: Message) -> None:

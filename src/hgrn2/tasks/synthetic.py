@@ -23,6 +23,8 @@ from hgrn2.tasks.registry import TASKS, register_task
 _SHUFFLING = 2
 # options that may change when a run is resumed
 _ABOUT_EVALUATION = frozenset({"eval_lengths", "eval_at", "validation_examples"})
+# of a batch of a validation on a GPU, where small ones take the time of their launches
+_GPU_TOKENS = 2**17
 _ACCURACY = "share of targets that the model gives the highest logit"
 _EXACT = "share of examples without a wrong target"
 
@@ -159,6 +161,8 @@ class SyntheticTask(TaskBase):
         num, device = self._options.validation_examples, self._context.device
         # longer examples come in smaller batches
         size = max(1, self._context.batch_size * self._options.length // stream.options.length)
+        if device.type == "cuda":
+            size = max(size, _GPU_TOKENS // stream.options.length)
         sums: list[tuple[Tensor, Tensor, Tensor]] = []
         targets = 0
         for at in range(0, num, size):

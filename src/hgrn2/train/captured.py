@@ -52,7 +52,7 @@ class CapturedSteps:
         self._counts: dict[Any, int] = {}
         self._graphs: dict[Any, _Captured] = {}
         self._pool: Any = None
-        self._num_targets = torch.ones((), device=device)
+        self._num_targets, self._last_num_targets = torch.ones((), device=device), 1
         # torch has 32 streams, so a new one may be that of another run of the process
         self._stream = torch.cuda.current_stream(device) if is_side_by_side() else torch.cuda.Stream(device)
 
@@ -75,7 +75,9 @@ class CapturedSteps:
                 f"cuda_graph: the task's batches are {type(batch).__name__}; wanted a dataclass with tensors",
                 "unsupported",
             )
-        self._num_targets.fill_(num_targets)
+        if num_targets != self._last_num_targets:
+            self._num_targets.fill_(num_targets)
+            self._last_num_targets = num_targets
         if (pad_sequences := getattr(batch, "pad_sequences", None)) is not None:
             batch = pad_sequences()
         tensors = {name: x for name, x in vars(batch).items() if isinstance(x, Tensor)}

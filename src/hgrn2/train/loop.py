@@ -95,6 +95,8 @@ class Trainer:
         self._returning: list[LaunchedStep] = []
         # since the last record
         self._untimed: list[LaunchedStep] = []
+        # the last step, if it has no record: with its loss, norm of the gradient and further sums
+        self._unwritten: tuple[LaunchedStep, float, float, dict[str, float]] | None = None
         self._last_end_s = 0.0
 
     def run(self) -> TrainResult:
@@ -240,7 +242,8 @@ class Trainer:
         launched = self._stepper.run(self._counters, learning_rate)
         self._launched.append(launched)
         if launched.values is not None:
-            self._finish_steps(metrics)
+            steps, self._launched = self._launched, []
+            self._record(steps, metrics)
         elif _due(launched.step, self.config.record_every):
             self._read_back(metrics)
 
@@ -256,20 +259,20 @@ class Trainer:
         if self._launched and self._launched[0].values is None:
             self._read_back(metrics)
         steps, self._returning, self._launched = self._returning + self._launched, [], []
-        self._record(steps, metrics, with_last=True)
+        self._record(steps, metrics)
+        if self._unwritten is not None:
+            self._write_record(*self._unwritten, metrics)
 
-    def _record(
-        self, steps: Sequence[LaunchedStep], metrics: MetricsWriter | SilentMetrics, with_last: bool = False
-    ) -> None:
-        """Count the outcomes of steps; write a record of every record_every-th, and of the last if it is wanted."""
+    def _record(self, steps: Sequence[LaunchedStep], metrics: MetricsWriter | SilentMetrics) -> None:
+        """Count the outcomes of steps; write a record of every record_every-th."""
         for launched in steps:
             values = dict(launched.wait())
             loss, grad_norm = values.pop("loss") / launched.num_targets, values.pop("grad_norm")
             is_finite = self._counters.count_outcome(loss, grad_norm)
             self._untimed.append(launched)
-            is_wanted = _due(launched.step, self.config.record_every) or (with_last and launched is steps[-1])
-            if is_wanted or not is_finite:
-                self._write_record(launched, loss, grad_norm, values, metrics)
+            self._unwritten = launched, loss, grad_norm, values
+            if _due(launched.step, self.config.record_every) or not is_finite:
+                self._write_record(*self._unwritten, metrics)
             if not is_finite:
                 self._report_nonfinite(launched.step, loss)
             elif self._freezing.count(loss):
@@ -292,7 +295,7 @@ class Trainer:
         # steps may overlap: count the time from the end of the step before
         began_s = max(self._untimed[0].started_s, self._last_end_s)
         num_tokens = sum(step.num_tokens for step in self._untimed)
-        self._untimed, self._last_end_s = [], now_s
+        self._untimed, self._unwritten, self._last_end_s = [], None, now_s
         record = {
             "kind": "train",
             "step": launched.step,

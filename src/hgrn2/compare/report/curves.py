@@ -66,6 +66,42 @@ def rate_curves(task: TaskSummary) -> list[Curve]:
     return curves
 
 
+def metric_curves(task: TaskSummary) -> list[Curve]:
+    """Return the metric of each model at its best learning rate against tokens, averaged over seeds.
+
+    Nothing for a task whose metric is a loss, which has a curve of its own.
+    """
+    if task.metric.name == "val_loss":
+        return []
+    curves = []
+    for cell in task.cells:
+        by_tokens: dict[float, list[float]] = {}
+        runs = () if cell.best is None else cell.best.finished
+        for record in (r for run in runs if run.facts is not None for r in run.facts.validation):
+            if (value := figure(record, task.metric.name)) is not None:
+                by_tokens.setdefault(float(record["tokens"]), []).append(value)
+        if len(by_tokens) > 1:
+            x = sorted(by_tokens)
+            curves.append(Curve(cell.model, x, [fmean(by_tokens[at]) for at in x]))
+    return curves
+
+
+def family(cell: CellSummary) -> str:
+    """Return the name of a model without its width: "mamba" for "mamba-128" with hidden_size 128."""
+    return cell.model.removesuffix(f"-{cell.config.hidden_size}")
+
+
+def width_curves(task: TaskSummary) -> list[Curve]:
+    """Return the best mean metric of models that are named NAME-WIDTH against their width; a curve for each name."""
+    points: dict[str, dict[float, float]] = {}
+    for cell in task.cells:
+        if family(cell) != cell.model and cell.best is not None and cell.best.mean is not None:
+            points.setdefault(family(cell), {})[float(cell.config.hidden_size)] = cell.best.mean
+    if not any(len(found) > 1 for found in points.values()):
+        return []
+    return [Curve(name, sorted(found), [found[x] for x in sorted(found)]) for name, found in points.items()]
+
+
 def option_curves(task: TaskSummary) -> dict[str, list[Curve]]:
     """Return the metric against an option that the task validates at, such as the length; by the option's name.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hgrn2.compare.files import repeat_command
 from hgrn2.compare.report import tables
+from hgrn2.compare.report.recommendation import recommendation
 from hgrn2.compare.report.tables import TextTable
 from hgrn2.compare.results import Results
 from hgrn2.errors import visible
@@ -19,17 +20,15 @@ def markdown(results: Results, pictures: Sequence[Path] = ()) -> str:
         results: what the runs have reached.
         pictures: paths of pictures in the folder of the comparison; their names begin with the task's.
     """
-    parts = [f"# {_escaped(results.out.resolve().name)}", tables.summary(results)]
+    parts = [f"# {_escaped(tables.headline(results))}", tables.summary(results)]
     if len(results.tasks) > 1:
         parts += ["## All tasks", _table(tables.overview(results))]
+    parts += [_picture(results, path) for path in pictures if path.stem == "width"]
     for task in results.tasks:
         parts += [f"## {task.name}", _table(tables.ranking(task))]
-        parts += [
-            f"![{path.stem}]({path.relative_to(results.out).as_posix()})"
-            for path in pictures
-            if path.stem.rpartition(".")[0] == task.name
-        ]
+        parts += [_picture(results, path) for path in pictures if path.stem.rpartition(".")[0] == task.name]
         parts += [_table(tables.rates(task)), _table(tables.sizes(results, task))]
+    parts += ["## What we would take today", *recommendation(results)]
     parts += ["## How to read this", *tables.notes(results)]
     if bad := results.in_state("diverged", "failed"):
         rows = [[run.planned.folder, run.state, run.reason] for run in bad]
@@ -42,6 +41,10 @@ def markdown(results: Results, pictures: Sequence[Path] = ()) -> str:
     if commands:
         parts += ["## Repeat the best run of each task", "\n".join(["```sh", *commands, "```"])]
     return "\n\n".join(parts) + "\n"
+
+
+def _picture(results: Results, path: Path) -> str:
+    return f"![{path.stem}]({path.relative_to(results.out).as_posix()})"
 
 
 def _table(found: TextTable) -> str:

@@ -13,12 +13,16 @@ from hgrn2.compare.report import tables
 from hgrn2.compare.report.curves import (
     Curve,
     across_tasks,
+    family,
     limits,
     loss_curves,
+    metric_curves,
     option_curves,
     rate_curves,
     spread_limits,
+    width_curves,
 )
+from hgrn2.compare.report.recommendation import recommendation
 from hgrn2.compare.report.tables import TextTable
 from hgrn2.compare.results import Results, TaskSummary
 from hgrn2.train.curves import time_unit
@@ -30,21 +34,34 @@ from hgrn2.train.report.words import compact, rich
 
 # further models take the same colours, dashed
 NUM_COLOURS = 12
+_MOST_TICKS = 7
 
 
 def page(results: Results) -> str:
     """Return the whole page."""
     lead = f'<p class="lead">{rich(tables.summary(results))}</p>\n'
-    body = lead + _overview(results) + "".join(_task_section(results, task) for task in results.tasks)
-    body += _reading(results) + _bad_runs(results) + _commands(results) + _settings(results)
+    body = (
+        lead
+        + _overview(results)
+        + _width_section(results)
+        + "".join(_task_section(results, task) for task in results.tasks)
+    )
+    body += _recommendation(results) + _reading(results) + _bad_runs(results) + _commands(results) + _settings(results)
     style = (files("hgrn2.compare.report") / "compare.css").read_text(encoding="utf-8")
-    name = results.out.resolve().name
-    return assemble("HGRN2 comparison", name, body, "the runs' own records", {}, style)
+    kind = f"HGRN2 comparison: {results.out.resolve().name}"
+    return assemble(kind, tables.headline(results), body, "the runs' own records", {}, style)
 
 
 def _role(results: Results, model: str) -> str:
-    index = [entry.name for entry in results.plan.comparison.models].index(model)
-    return f"own m{index % NUM_COLOURS}{' dashed' if index >= NUM_COLOURS else ''}"
+    """Return the style of a model's line: a colour for each name without its width, and a pattern for each width."""
+    cells = {cell.model: cell for task in results.tasks for cell in task.cells}
+    names = [family(cells[m.name]) if m.name in cells else m.name for m in results.plan.comparison.models]
+    own = family(cells[model]) if model in cells else model
+    index = list(dict.fromkeys(names)).index(own)
+    widths = sorted({cells[m].config.hidden_size for m in cells if family(cells[m]) == own}, reverse=True)
+    pattern = widths.index(cells[model].config.hidden_size) if model in cells else 0
+    pattern += index // NUM_COLOURS
+    return f"own m{index % NUM_COLOURS}{('', ' dashed', ' dotted')[min(pattern, 2)]}"
 
 
 def _html(found: TextTable) -> str:
@@ -63,23 +80,38 @@ def _overview(results: Results) -> str:
         if series.further:
             label += f" (with it {', '.join(series.further).replace('_', ' ')})"
         charts.append(_option_chart(results, task, title, label, series.curves))
-    parts = [f'<div class="overview">{_html(tables.overview(results))}</div>']
+    metrics = {tables.direction(task) for task in results.tasks}
+    said = (
+        f'<p class="note">{_first_upper(rich(metrics.pop()))}, at the best learning rate.</p>'
+        if len(metrics) == 1
+        else ""
+    )
+    parts = [f'{said}<div class="overview">{_html(tables.overview(results))}</div>']
     if charts:
-        parts += [_legend(results, results.tasks[0]), f'<div class="pair">{"".join(charts)}</div>']
+        parts += [
+            _legend(results, [cell.model for cell in results.tasks[0].cells]),
+            f'<div class="pair">{"".join(charts)}</div>',
+        ]
     return section("overview", "All tasks", "\n".join(parts))
 
 
 def _option_chart(results: Results, task: TaskSummary, title: str, label: str, curves: Sequence[Curve]) -> str:
     every = [x for curve in curves for x in curve.x]
-    x = Axis(min(every) / 1.1, max(every) * 1.1, label, compact, is_log=True)
+    x = Axis(min(every) / 1.1, max(every) * 1.1, label, compact, is_log=True, at=_few(every))
     y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
     return _chart(results, title, x, y, curves)
+
+
+def _few(values: Sequence[float]) -> list[float]:
+    """Return the different values in ascending order; of many, every second or third, for the ticks of an axis."""
+    found = sorted(set(values))
+    return found[:: -(-len(found) // _MOST_TICKS)]
 
 
 def _task_section(results: Results, task: TaskSummary) -> str:
     parts = [f'<div class="ranking">{_html(tables.ranking(task))}</div>']
     if charts := _charts(results, task):
-        parts.append(_legend(results, task))
+        parts.append(_legend(results, [cell.model for cell in task.cells]))
         parts.append(f'<div class="pair">{"".join(charts)}</div>')
     parts.append(details("Every learning rate as numbers", _html(tables.rates(task))))
     parts.append(f'<h3 class="after">Sizes</h3>{_html(tables.sizes(results, task))}')
@@ -87,14 +119,22 @@ def _task_section(results: Results, task: TaskSummary) -> str:
     return section(f"task-{task.name}", heading, "\n".join(parts))
 
 
-def _legend(results: Results, task: TaskSummary) -> str:
-    items = "".join(f'<li><i class="{_role(results, c.model)}"></i>{rich(c.model)}</li>' for c in task.cells)
+def _legend(results: Results, models: Sequence[str]) -> str:
+    order = [entry.name for entry in results.plan.comparison.models]
+    ordered = sorted(models, key=lambda model: order.index(model) if model in order else -1)
+    items = "".join(f'<li><i class="{_role(results, model)}"></i>{rich(model)}</li>' for model in ordered)
     return f'<ul class="legend">{items}</ul>'
 
 
 def _charts(results: Results, task: TaskSummary) -> list[str]:
     unit = f"training loss, {tables.find_task(task.task).report.unit}"
     charts = []
+    label = _first_upper(tables.metric_label(task))
+    if curves := metric_curves(task):
+        end = max(curve.x[-1] for curve in curves)
+        x = Axis(0.0, end * 1.02, "training tokens", compact)
+        y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
+        charts.append(_chart(results, f"{label} against tokens", x, y, curves))
     for key, title in (("tokens", "Loss against tokens"), ("elapsed_s", "Loss against time")):
         if not (curves := loss_curves(task, key)):
             continue
@@ -109,14 +149,31 @@ def _charts(results: Results, task: TaskSummary) -> list[str]:
         charts.append(_chart(results, title, x, y, curves, has_dots=False))
     if curves := rate_curves(task):
         every = [x for curve in curves for x in curve.x]
-        x = Axis(min(every) / 1.3, max(every) * 1.3, "learning rate", "{:g}".format, is_log=True)
+        x = Axis(min(every) / 1.3, max(every) * 1.3, "learning rate", "{:g}".format, is_log=True, at=_few(every))
         y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
-        charts.append(_chart(results, f"{_first_upper(tables.metric_label(task))} against learning rate", x, y, curves))
+        charts.append(_chart(results, f"{label} against learning rate", x, y, curves))
     for option, curves in option_curves(task).items():
-        label = option.replace("_", " ")
-        title = f"{_first_upper(tables.metric_label(task))} against {label}"
-        charts.append(_option_chart(results, task, title, label, curves))
+        name = option.replace("_", " ")
+        charts.append(_option_chart(results, task, f"{label} against {name}", name, curves))
     return charts
+
+
+def _width_section(results: Results) -> str:
+    """Return the metric against the width on each task, for models that are named by their width."""
+    found = [(task, curves) for task in results.tasks if (curves := width_curves(task))]
+    if not found:
+        return ""
+    models = list(dict.fromkeys(curve.model for _, curves in found for curve in curves))
+    charts = [
+        _option_chart(results, task, f"{task.name}: {tables.metric_label(task)}", "width", curves)
+        for task, curves in found
+    ]
+    return section("width", "Against width", f'{_legend(results, models)}<div class="pair">{"".join(charts)}</div>')
+
+
+def _recommendation(results: Results) -> str:
+    sentences = "".join(f"<p>{rich(sentence)}</p>" for sentence in recommendation(results))
+    return section("recommendation", "What we would take today", f'<div class="verdict">{sentences}</div>')
 
 
 def _metric_tick(task: TaskSummary) -> Callable[[float], str]:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator
 
 from hgrn2.compare.report import tables
-from hgrn2.compare.report.curves import limits, loss_curves, rate_curves
+from hgrn2.compare.report.curves import limits, loss_curves, rate_curves, width_curves
 from hgrn2.compare.results import Results, TaskSummary
 from hgrn2.storage.staging import staged_file
 from hgrn2.train.curves import time_unit
@@ -38,17 +38,44 @@ def draw(results: Results) -> list[Path]:
         name: {"color": _COLOURS[i % len(_COLOURS)], "linestyle": "-" if i < len(_COLOURS) else "--"}
         for i, name in enumerate(models)
     }
+    if (widths := _widths(results)) is not None:
+        paths.append(_save(widths, results.out / FOLDER_NAME / "width.png"))
     for task in results.tasks:
         figures = {"loss": _losses(task, styles), "metric": _metric(task, styles)}
         for name, figure in figures.items():
-            if figure is None:
-                continue
-            folder = results.out / FOLDER_NAME
-            folder.mkdir(exist_ok=True)
-            paths.append(folder / f"{task.name}.{name}.png")
-            with staged_file(paths[-1]) as partial:
-                figure.savefig(partial, dpi=150, format="png")
+            if figure is not None:
+                paths.append(_save(figure, results.out / FOLDER_NAME / f"{task.name}.{name}.png"))
     return paths
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with staged_file(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+    return path
+
+
+def _widths(results: Results) -> Figure | None:
+    """Return the metric against the width, a panel for each task; None if models are not named by their width."""
+    found = [(task, curves) for task in results.tasks if (curves := width_curves(task))]
+    if not found:
+        return None
+    colours = list(dict.fromkeys(curve.model for _, curves in found for curve in curves))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.2 * len(found) + 1.2, 3.6), layout="constrained")
+        panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        for axes, (task, curves) in zip(panels, found, strict=True):
+            for curve in curves:
+                colour = _COLOURS[colours.index(curve.model) % len(_COLOURS)]
+                axes.plot(curve.x, curve.y, marker="o", markersize=4, label=curve.model, color=colour)
+            ticks = sorted({x for curve in curves for x in curve.x})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set(title=task.name, xlabel="width")
+        panels[0].set_ylabel(tables.metric_label(found[0][0]))
+        panels[-1].legend(loc="best", fontsize=8)
+    return figure
 
 
 def _losses(task: TaskSummary, styles: dict[str, dict[str, str]]) -> Figure | None:

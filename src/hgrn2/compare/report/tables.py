@@ -7,12 +7,15 @@ from statistics import fmean
 
 from hgrn2.compare.config import Comparison
 from hgrn2.compare.matching import TOLERANCE
+from hgrn2.compare.report.curves import family
 from hgrn2.compare.results import CellSummary, RateSummary, Results, RunResult, TaskSummary
 from hgrn2.quantities import plural
 from hgrn2.tasks import ReportFigure, find_task
 from hgrn2.train.report.words import compact, duration, size
 
 NO_VALUE = "–"
+# models or tasks in the headline
+_MOST_NAMED = 6
 # a run that read this fraction of the tokens of others has read as many
 _FULL = 0.98
 
@@ -62,12 +65,12 @@ def _figure(task: TaskSummary) -> ReportFigure | None:
     return next((f for f in find_task(task.task).report.figures if f.key == task.metric.name), None)
 
 
-def mean_and_spread(task: TaskSummary, rate: RateSummary | None) -> str:
-    """Return mean ± sample standard deviation, and the number of seeds."""
+def mean_and_spread(task: TaskSummary, rate: RateSummary | None, *, has_count: bool = True) -> str:
+    """Return mean ± sample standard deviation, and the number of seeds if it is wanted."""
     if rate is None:
         return NO_VALUE
     spread = "" if rate.deviation is None else f" ± {metric_text(task, rate.deviation)}"
-    return f"{metric_text(task, rate.mean)}{spread} (n = {len(rate.values)})"
+    return f"{metric_text(task, rate.mean)}{spread}{f' (n = {len(rate.values)})' if has_count else ''}"
 
 
 def overview(results: Results) -> TextTable:
@@ -77,9 +80,11 @@ def overview(results: Results) -> TextTable:
     for task in results.tasks:
         for rank, cell in enumerate(task.cells):
             ranks[cell.model].append(rank)
-            cells[task.name, cell.model] = mean_and_spread(task, cell.best)
+            cells[task.name, cell.model] = mean_and_spread(task, cell.best, has_count=False)
     order = sorted(ranks, key=lambda model: fmean(ranks[model]))
-    head = ["model", *(f"{task.name}: {direction(task)}" for task in results.tasks)]
+    metrics = {direction(task) for task in results.tasks}
+    # one metric for all is said once
+    head = ["model", *(task.name if len(metrics) == 1 else f"{task.name}: {direction(task)}" for task in results.tasks)]
     return TextTable(head, [[model, *(cells[task.name, model] for task in results.tasks)] for model in order])
 
 
@@ -110,7 +115,13 @@ def ranking(task: TaskSummary) -> TextTable:
             NO_VALUE if speed is None else f"{speed:,.0f}", NO_VALUE if memory is None else size(memory),
             _finished(cell),
         ])  # fmt: skip
-    return TextTable(head, rows)
+    return _without_empty_columns(TextTable(head, rows))
+
+
+def _without_empty_columns(found: TextTable) -> TextTable:
+    """Return the table without columns that have no value in any row, such as the range with one seed."""
+    kept = [i for i in range(len(found.head)) if i == 0 or any(row[i] != NO_VALUE for row in found.rows)]
+    return TextTable([found.head[i] for i in kept], [[row[i] for i in kept] for row in found.rows])
 
 
 def _finished(cell: CellSummary) -> str:
@@ -177,6 +188,24 @@ def summary(results: Results) -> str:
     }  # fmt: skip
     counts = [f"{count} {words}" for state, words in states.items() if (count := len(results.in_state(state)))]
     return f"{grid}, {', '.join(counts)}."
+
+
+def headline(results: Results) -> str:
+    """Return the models and the tasks by name, such as "hgrn2 and mamba on mqar"; further ones as a number."""
+    comparison = results.plan.comparison
+    families = {cell.model: family(cell) for task in results.tasks for cell in task.cells}
+    models = list(dict.fromkeys(families.get(model.name, model.name) for model in comparison.models))
+    tasks, kinds = [task.name for task in comparison.tasks], {task.task for task in comparison.tasks}
+    if len(tasks) > 1 and len(kinds) == 1:
+        tasks = [f"{kinds.pop()} ({len(tasks)} settings)"]
+    return f"{_listed(models, 'other')} on {_listed(tasks, 'other')}"
+
+
+def _listed(names: list[str], more: str) -> str:
+    shown = (
+        names if len(names) <= _MOST_NAMED else [*names[: _MOST_NAMED - 1], plural(len(names) - _MOST_NAMED + 1, more)]
+    )
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
 def notes(results: Results) -> list[str]:

@@ -28,6 +28,7 @@ class Axis:
         is_log: whether the scale is logarithmic.
         most_ticks: approximate maximum number of ticks.
         unit: unit of the ticks in units of the values, e.g. 60 for ticks in minutes of values in seconds.
+        at: values of the ticks; empty chooses round ones.
     """
 
     low: float
@@ -37,6 +38,7 @@ class Axis:
     is_log: bool = False
     most_ticks: int = 5
     unit: float = 1.0
+    at: Sequence[float] = ()
 
     def percent(self, value: float) -> float:
         """Return the position of a value, clipped to 0 and 100."""
@@ -48,6 +50,8 @@ class Axis:
 
     def ticks(self) -> list[tuple[float, str]]:
         """Return the position in percent and the text of each tick."""
+        if self.at:
+            return [(self.percent(value), self.form(value / self.unit)) for value in self.at]
         if not self.is_log:
             values = nice_ticks(self.low / self.unit, self.high / self.unit, self.most_ticks)
         else:
@@ -140,7 +144,10 @@ class LineChart:
             text.append(f'<span class="axis right">{rich(right.label)}</span>')
         text.append(f'<span class="axis y">{rich(y.label)}</span><span class="axis x">{rich(x.label)}</span>')
         for m in self.moments:
-            text.append(f'<span class="moment" style="left:{_css(x.percent(m.x))}">{rich(m.text)}</span>')
+            at = x.percent(m.x)
+            # on a phone, text to the right of a late line would leave the page
+            side = " before" if at > 50 else ""
+            text.append(f'<span class="moment{side}" style="left:{_css(at)}">{rich(m.text)}</span>')
         for series in self.dots:
             for at, value in zip(series.x, series.y, strict=True):
                 if value is not None:

@@ -53,6 +53,40 @@ def loss_figures(facts: RunFacts) -> list[str]:
     return figures
 
 
+def metric_figure(facts: RunFacts) -> list[str]:
+    """Return the figure of the task's first figure of a validation, such as the accuracy, against tokens.
+
+    Figures at other lengths or options have a line of their own, without a label. Nothing for tasks whose figures
+    follow from the loss, such as perplexity, or with fewer than two validations.
+    """
+    shown = next(iter(facts.task.figures), None)
+    if shown is None or not shown.style.endswith("%"):
+        return []
+    keys = [shown.key, *sorted({k for r in facts.validation for k in r if k.startswith(f"{shown.key}_")})]
+    lines = []
+    for index, key in enumerate(keys):
+        found = [(r["tokens"], value) for r in facts.validation if isinstance(value := r.get(key), int | float)]
+        if len(found) > 1:
+            role = "train" if index == 0 else "held-out"
+            lines.append(Line([x for x, _ in found], [y for _, y in found], role))
+    if not lines:
+        return []
+    x, y = _tokens_axis(facts), Axis(-0.02, 1.02, shown.label, "{:.0%}".format)
+    title = f"{shown.label[:1].upper()}{shown.label[1:]} against tokens"
+    ends = [float(line.y[-1] or 0.0) for line in lines]
+    labels = [
+        Label(
+            lines[0].x[-1],
+            ends[0],
+            f"{shown.label} {ends[0]:.1%}",
+            "train",
+            "above end" if ends[0] < 0.8 else "below end",
+        )
+    ]
+    summary = f"{title}: from {lines[0].y[0]:.1%} to {ends[0]:.1%} on held-out examples."
+    return [LineChart(title, x, y, lines=lines, dots=lines, labels=labels, summary=summary).html()]
+
+
 def _curve_labels(
     at: np.ndarray, smoothed: np.ndarray, measured: list[Record], key: str, y: Axis, levels: list[float]
 ) -> list[Label]:

@@ -12,7 +12,7 @@ from hgrn2.quantities import plural
 from hgrn2.train.curves import Record, thin
 from hgrn2.train.hints import compressor_caveat, generate_command, program, resume_command
 from hgrn2.train.report.facts import RunFacts, figure
-from hgrn2.train.report.figures import gate_figures, loss_figures, small_figures
+from hgrn2.train.report.figures import gate_figures, loss_figures, metric_figure, small_figures
 from hgrn2.train.report.parts import code, details, pairs, section, table
 from hgrn2.train.report.words import compact, duration, number, rich, size
 from hgrn2.train.settings import FLAT_DEFAULTS
@@ -100,7 +100,7 @@ def learning(facts: RunFacts) -> str:
         )
     if facts.compressors:
         notes.append(_caveat(facts))
-    figures = f'<div class="pair">{"".join(loss_figures(facts))}</div>'
+    figures = f'<div class="pair">{"".join([*metric_figure(facts), *loss_figures(facts)])}</div>'
     text = "".join(f"<p>{note}</p>" for note in notes)
     return section("loss", "Loss", f'{figures}\n<div class="note">{text}</div>\n{_validation_table(facts)}')
 
