@@ -8,7 +8,11 @@ from hgrn2.serve import Engine, EngineOptions, Request, RequestSampling
 from hgrn2.serve.graphs import graph_sizes
 from tests.models.cases import config_of, make_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
+]
 GREEDY = RequestSampling(0)
 
 

@@ -13,8 +13,9 @@ from hgrn2.models.backbone import embed
 from hgrn2.nn.block import Block
 from hgrn2.nn.mixers.base import Context, MixerState
 from hgrn2.serve.fused import MOST_ROWS, FusedLayer, can_fuse, is_rms_norm, norm_values
-from hgrn2.serve.mixer_steps import MixerStep, step_of
+from hgrn2.serve.mixer_steps import HGRN2Step, MixerStep, step_of
 from hgrn2.serve.mlp_step import MLPStep, has_plain_branches
+from hgrn2.serve.replay import ReplayStep, flush_rings
 
 
 class LayerStep:
@@ -24,11 +25,14 @@ class LayerStep:
         block: the layer.
         growing: names of the tensors of its state that grow.
         bound: the lower bound [D] of its gates, or None.
+        ring: the largest batch, and after how many tokens the state is written; None for every token.
     """
 
-    def __init__(self, block: Block, growing: frozenset[str], bound: Tensor | None):
+    def __init__(self, block: Block, growing: frozenset[str], bound: Tensor | None, ring: tuple[int, int] | None):
         self.block = block
         self.mix: MixerStep = step_of(block.attn, growing)
+        if ring is not None and type(self.mix) is HGRN2Step:
+            self.mix = ReplayStep(self.mix.mixer, *ring)
         self.mlp: Any = MLPStep(block.mlp) if has_plain_branches(block.mlp) else block.mlp  # pyright: ignore
         self.bound = bound
         self.num_earlier = block.attn.num_earlier
@@ -53,17 +57,18 @@ class DecodeStep:
     Args:
         model: the model, in evaluation mode. The weights of joined projections become views of one tensor.
         growing: for each layer, names of the tensors of its state that grow.
+        ring: the largest batch, and after how many tokens HGRN2 layers write their state; None for every token.
     """
 
     @torch.no_grad()
-    def __init__(self, model: HGRN2LM, growing: Sequence[frozenset[str]]):
+    def __init__(self, model: HGRN2LM, growing: Sequence[frozenset[str]], ring: tuple[int, int] | None = None):
         self.model = model
         self.config = model.config
         body = model.model
         bounded = set(model.config.bounded_layers)
         bounds = body.bounds()
         self.layers = [
-            LayerStep(block, names, _detached(bounds[i]) if i in bounded else None)  # pyright: ignore
+            LayerStep(block, names, _detached(bounds[i]) if i in bounded else None, ring)  # pyright: ignore
             for i, (block, names) in enumerate(zip(body.layers, growing, strict=True))
         ]
         self.fused = None
@@ -92,6 +97,10 @@ class DecodeStep:
             if features is not None:
                 earlier = (*earlier, features)
         return self.model.lm_head(body.norm(x))
+
+    def flush(self, states: Sequence[MixerState]) -> None:
+        """Write the states of the rows of the last batch, before they are copied or the batch changes."""
+        flush_rings([layer.mix for layer in self.layers], states)
 
     def _run_fused(self, x: Tensor, states: Sequence[MixerState], layers: Sequence[FusedLayer]) -> Tensor:
         norm, head = self.model.model.norm, self.model.lm_head

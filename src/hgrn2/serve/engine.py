@@ -84,14 +84,16 @@ class Engine:
         capacity = own.context_limit
         self.pool = StatePool(specs, self._max_batch + own.max_readers, capacity, self.device)
         self.rows = SamplingRows(self._max_batch, self.vocab_size, self.device)
-        self._step = DecodeStep(model, self.pool.grows)
+        self._writes_late = own.write_every > 1
+        ring = (self._max_batch, own.write_every) if self._writes_late else None
+        self._step = DecodeStep(model, self.pool.grows, ring)
         self._tiles = TiledReader(self._step, self.pool) if own.deterministic else None
         if own.speculate and self._tiles is not None and not self._tiles.reads_sequences:
             raise UserError("engine: speculate needs a model of HGRN2 layers without convolutions", "unsupported")
         self._read = self._tiles or PackedPrefill(model, self.pool)
         is_cuda = self.device.type == "cuda"
         self._graphs = None
-        if is_cuda and own.cuda_graphs:
+        if is_cuda and own.cuda_graphs and not self._writes_late:
             self._graphs = DecodeGraphs(self._step, self.pool, self.rows, self._max_batch)
         self.prefixes = None
         if own.prefix_bytes:
@@ -316,6 +318,8 @@ class Engine:
     def _place(self) -> list[TokenEvent]:
         """Give rows to continuations of prompts that are read, and draw their first tokens."""
         first, logits = len(self._running), []
+        if self._read_prompts:
+            self._flush()
         while self._read_prompts and len(self._running) < self._max_batch:
             prompt = self._read_prompts[0]
             assert prompt.row is not None
@@ -403,6 +407,7 @@ class Engine:
 
     def _end(self, running: Running, reason: FinishReason) -> None:
         """Free the row of a continuation; the last one moves there."""
+        self._flush()
         running.finish_reason = reason
         row, last = self._running.index(running), len(self._running) - 1
         if reason in ("length", "stop"):
@@ -417,7 +422,13 @@ class Engine:
             self._running[row] = moved
         self._lookups.pop(running.key, None)
 
+    def _flush(self) -> None:
+        """Write states that decoding writes late, before rows are read or the batch changes."""
+        if self._writes_late:
+            self._step.flush(self.pool.view(0, len(self._running)))
+
     def _session_of(self, running: Running) -> Session:
+        self._flush()
         row = self._running.index(running)
         state = self.pool.read([row], running.num_read)
         return Session(

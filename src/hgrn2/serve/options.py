@@ -24,6 +24,8 @@ class EngineOptions:
             the model itself.
         cuda_graphs: replay decode steps as CUDA graphs, on a GPU.
         run_ahead: start a decode step before the tokens of the one before have reached the host, on a GPU.
+        write_every: after how many tokens HGRN2 layers write their state while decoding (`hgrn2.serve.replay`); without
+            CUDA graphs, and in plain torch so far.
         deterministic: logits and tokens equal to the last bit, whatever the batch, the chunks of the prompt and the
             prefix cache; on the CPU.
         speculate: most tokens drafted by look-up in the text, for greedy requests while few are running; needs
@@ -38,6 +40,7 @@ class EngineOptions:
     weights: str = "as-is"
     cuda_graphs: bool = True
     run_ahead: bool = True
+    write_every: Annotated[int, Ge(1), Le(64)] = 1
     deterministic: bool = False
     speculate: Annotated[int, Ge(0), Le(7)] = 0
 
@@ -45,6 +48,12 @@ class EngineOptions:
         check_fields(self, "engine")
         if self.weights not in ("as-is", "bfloat16"):
             raise UserError(f"engine: weights is {self.weights!r}; wanted 'as-is' or 'bfloat16'", "unknown-name")
+        if self.write_every > 1 and self.deterministic:
+            raise UserError(
+                f"engine: write_every is {self.write_every}; wanted 1 beside deterministic=True: sums in another order "
+                "round differently",
+                "contradiction",
+            )
         if self.speculate and not self.deterministic:
             raise UserError(
                 f"engine: speculate is {self.speculate}; give deterministic=True, without which a draft could change "
