@@ -308,3 +308,53 @@ def test_a_compiled_mixer_equals_an_eager_one(name, direction):
     torch.testing.assert_close(outputs[0], outputs[1])
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def saved_bytes(mixer, x, context):
+    """Bytes that torch keeps for the backward pass, without the weights and x."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *mixer.parameters())}
+    saved = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            # the tensor is kept so that no other gets its place
+            saved[storage.data_ptr()] = (storage.nbytes(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        mixer(x, None, context)
+    return sum(nbytes for nbytes, _ in saved.values())
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("hgrn2", {"expand_ratio": 32}), ("hgrn1", {"form": "real"}), ("hgrn1", {"form": "complex"}),
+        ("gla", {"num_heads": 2}), ("griffin", {"num_blocks": 4}), ("mamba", {}), ("attention", {"num_heads": 4}),
+    ],
+)  # fmt: skip
+def test_activations_are_about_what_torch_saves(name, options, direction):
+    if (name == "attention" and "reverse" in direction) or (name == "mamba" and direction.startswith("2d")):
+        pytest.skip("masks, and copies of columns, are not counted")
+    found = find_mixer(name)
+    mixer = found.build(128, found.options(**options), direction=direction)
+    x, bound = torch.randn(1, 256, 128, requires_grad=True), torch.rand(128) / 2
+    context = Context(keep_state=False, lower_bound=bound_for(mixer, bound), grid=(16, 16))
+    measured = saved_bytes(mixer, x, context) / 256
+    assert mixer.activation_bytes_in_direction(256, 4) == pytest.approx(measured, rel=0.15)
+
+
+def test_operations_count_every_scan():
+    def flops(direction, name="hgrn2", **options):
+        found = find_mixer(name)
+        return found.build(32, found.options(**options), direction=direction).flops_in_direction(100)
+
+    one = flops("causal", expand_ratio=8)
+    assert flops("reverse", expand_ratio=8) == flops("columns", expand_ratio=8) == one
+    assert flops("bidirectional", expand_ratio=8) == 2 * one
+    assert flops("2d", expand_ratio=8) == 4 * one
+    assert flops("2d-series", expand_ratio=8) == 4 * one + 4 * 2 * 32 * 32
+    assert flops("2d", "attention", num_heads=4) == 4 * 100 * 32
+    assert flops("bidirectional", "attention", num_heads=4, window_size=3) == 4 * 5 * 32

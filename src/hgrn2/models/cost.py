@@ -111,7 +111,7 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
         if roles[name] in ("matrix", "head") or (roles[name] == "embedding" and config.tie_word_embeddings)
     )
     blocks: list[Block] = list(model.model.layers)  # pyright: ignore[reportAssignmentType]
-    forward = linear + sum(block.attn.flops(seq_len) for block in blocks)
+    forward = linear + sum(block.attn.flops_in_direction(seq_len) for block in blocks)
     caches = _caches_of(model)
     limits = [cache.limit for cache in caches if cache.limit is not None]
     return Cost(

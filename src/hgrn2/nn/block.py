@@ -58,7 +58,7 @@ class Block(nn.Module):
 
     def activation_bytes(self, seq_len: int, low: int) -> int:
         """Return the bytes per token that are saved for the backward pass; arguments of `Mixer.activation_bytes`."""
-        branches = [(self.attn_norm, self.attn.activation_bytes(seq_len, low))]
+        branches = [(self.attn_norm, self.attn.activation_bytes_in_direction(seq_len, low))]
         if self.mlp is not None and self.mlp_norm is not None:
             branches.append((self.mlp_norm, self.mlp.activation_bytes(low)))
         dropout = low * self.attn_norm.size if self.dropout else 0

@@ -218,6 +218,18 @@ class Attention(DirectedMixer):
         seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
         return round(4 * seen * self.num_heads * self.head_size)
 
+    def flops_in_direction(self, seq_len: int) -> int:
+        """Count one softmax over the tokens of both sides; arguments of `Mixer.flops_in_direction`."""
+        if self.direction not in ("bidirectional", "2d", "2d-series"):
+            return self.flops(seq_len)
+        seen = min(seq_len, 2 * (self.window_size or seq_len) - 1)
+        return 4 * seen * self.num_heads * self.head_size
+
+    def activation_bytes_in_direction(self, seq_len: int, low: int) -> int:
+        """Count the same as for causal attention, and the input in another order; a mask is not counted."""
+        copied = low * self.q_proj.in_features if self.direction in ("columns", "columns-reverse") else 0
+        return self.activation_bytes(seq_len, low) + copied
+
     def activation_bytes(self, seq_len: int, low: int) -> int:
         """Count q, k, v, the output, the sums of the scores, a row of the window's mask, and the rotary angles."""
         kept = 2 * self.num_heads * self.head_size + 2 * self.num_kv_heads * self.head_size + self.num_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from hgrn2.constraints import check_fields
 from hgrn2.errors import UserError
 from hgrn2.nn.mixers.context import Context, MixerState
-from hgrn2.nn.mixers.directions import check_direction, refuse_state, run_direction
+from hgrn2.nn.mixers.directions import NUM_SCANS, check_direction, refuse_state, run_direction
 from hgrn2.nn.parameters import InitialValues, parameter_roles
 
 Memory = Literal["state", "window", "tokens"]
@@ -172,6 +173,23 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def flops_in_direction(self, seq_len: int) -> int:
+        """Return the multiplications and additions per token beyond one pass of the projections.
+
+        Args:
+            seq_len: tokens of a sequence.
+        """
+        return self.flops(seq_len)
+
+    def activation_bytes_in_direction(self, seq_len: int, low: int) -> int:
+        """Return the bytes per token that are saved for the backward pass in the mixer's direction.
+
+        Args:
+            seq_len: tokens of a sequence.
+            low: bytes of a number whose precision autocast may lower.
+        """
+        return self.activation_bytes(seq_len, low)
+
     def parameter_roles(self) -> dict[str, str]:
         """Return the optimizer's role of each parameter, by name; by default from `hgrn2.nn.parameters`."""
         return parameter_roles(self)
@@ -294,3 +312,39 @@ class DirectedMixer(Mixer):
         if context.order != "bidirectional":
             return self.mix(inputs, None, context, reverse=context.order == "reverse")[0]
         return self.mix(inputs, None, context)[0] + self.mix(inputs, None, context, reverse=True)[0]
+
+    def scan_activation_bytes(self, low: int) -> int:
+        """Return the bytes per token that each scan beyond the first saves, without the states at sequence starts.
+
+        Args:
+            low: bytes of a number whose precision autocast may lower.
+        """
+        del low
+        return 0
+
+    def flops_in_direction(self, seq_len: int) -> int:
+        """Count every scan, and the projections of the second pass of "2d-series".
+
+        Short convolutions are counted with every scan. Arguments of `Mixer.flops_in_direction`.
+        """
+        flops = NUM_SCANS[self.direction] * self.flops(seq_len)
+        if self.direction == "2d-series":
+            flops += sum(2 * part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
+        return flops
+
+    def activation_bytes_in_direction(self, seq_len: int, low: int) -> int:
+        """Count what every scan saves; rows and columns of a grid are taken as sqrt(seq_len) tokens long.
+
+        Arguments of `Mixer.activation_bytes_in_direction`.
+        """
+        direction, num_scans = self.direction, NUM_SCANS[self.direction]
+        kept = self.activation_bytes(seq_len, low) + (num_scans - 1) * self.scan_activation_bytes(low)
+        width = next(part.in_features for part in self.modules() if isinstance(part, nn.Linear))
+        if direction == "2d-series":
+            # two passes of two scans, and the input of the second
+            kept += self.activation_bytes(seq_len, low) - self.scan_activation_bytes(low) + low * width
+        if direction in ("2d", "2d-series"):
+            # the first states of short sequences
+            states = sum(spec.num_bytes for spec in self.state_spec(torch.float32).values())
+            kept += round(num_scans * states / max(math.sqrt(seq_len), 1))
+        return kept + (low * width if direction in ("columns", "columns-reverse") else 0)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from hgrn2.nn.mixers.base import DirectedMixer
 
 DIRECTIONS = ("causal", "reverse", "bidirectional", "columns", "columns-reverse", "2d", "2d-series")
+# scans of each direction
+NUM_SCANS = dict.fromkeys(DIRECTIONS, 1) | {"bidirectional": 2, "2d": 4, "2d-series": 4}
 # directions that need a grid
 GRID_DIRECTIONS = ("columns", "columns-reverse", "2d", "2d-series")
 # names of patterns: one scan per layer, in an order that changes with the layer

@@ -142,6 +142,10 @@ class Griffin(DirectedMixer):
         copies = low + 4 if low < 4 else 0
         return (5 * low + 11 * 4 + copies) * self.width
 
+    def scan_activation_bytes(self, low: int) -> int:
+        """Count the stages of the factor, the decays and what the scan keeps."""
+        return (7 * 4 + low) * self.width
+
     def extra_repr(self) -> str:
         """Return the settings that print(model) shows."""
         return f"{self.width} channels, {self.num_blocks} blocks"

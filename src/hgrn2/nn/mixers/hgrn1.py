@@ -148,6 +148,11 @@ class HGRN1(DirectedMixer):
         wide = 4 * (gates * self.hidden_size + 3 * self.state_size)
         return wide + 4 * low * self.state_size + self.g_norm.activation_bytes(low)
 
+    def scan_activation_bytes(self, low: int) -> int:
+        """Count the outputs of a scan."""
+        del low
+        return 4 * self.state_size
+
     def extra_repr(self) -> str:
         """Return the settings that print(model) shows."""
         return f"{'complex' if self.is_complex else 'real'}, norm {'before' if self.norm_before_gate else 'after'} gate"

@@ -144,6 +144,11 @@ class Mamba(DirectedMixer):
         copies = self.width if low < 4 else 0
         return low * narrow + 4 * (2 * self.width + states + copies)
 
+    def scan_activation_bytes(self, low: int) -> int:
+        """Count the flipped u, dt, B and C, and a state for every tile of the scan."""
+        states = self.width * self.state_size // tile_length(self.width, self.state_size, "cpu")
+        return low * (self.width + 2 * self.state_size) + 4 * (self.width + states)
+
     def extra_repr(self) -> str:
         """Return the settings that print(model) shows."""
         return f"{self.width} channels, state of {self.state_size}, rank {self.dt_rank}"
