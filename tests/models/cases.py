@@ -49,6 +49,20 @@ CHANGES = {
     "gla-untied": {"layers": "gla", "mixers": {"gla": {"num_heads": 4} | UNTIED}},
     "hgrn1": {"layers": "hgrn1"},
     "hgrn1-real": {"layers": "hgrn1", "mixers": {"hgrn1": {"form": "real", "bias": True}}},
+    **{
+        f"hgrn1-{kind}": {
+            "layers": "hgrn1",
+            "mixers": {"hgrn1": {"form": "real", "expand_ratio": 2, "expansion": kind}},
+        }
+        for kind in (
+            "dense",
+            "low-rank",
+            "group-linear",
+            "group-linear-interaction",
+            "khatri-rao",
+            "kronecker",
+        )
+    },
     "mamba": {"layers": "mamba", "mixers": {"mamba": {"state_size": 5, "conv_size": 3}}},
     "rwkv5": {"layers": "rwkv5", "mixers": {"rwkv5": {"head_size": 8}}},
     "rwkv6": {"layers": "rwkv6", "mixers": {"rwkv6": {"head_size": 4, "mix_rank": 3, "decay_rank": 5}}},
@@ -79,7 +93,7 @@ KINDS = [
     "fla", "signed", "signed-no-bound", "dense", "dense-signed",
     "official-lra", "short-conv", "short-conv-2-bias", "full-attention", "window-attention",
     "attention-without-positions", "average", "average-hybrid",
-    "hgrn1", "hgrn1-real", "mamba", "griffin", "griffin-hybrid",
+    "hgrn1", "hgrn1-real", "hgrn1-kronecker", "mamba", "griffin", "griffin-hybrid",
     "gla", "rwkv5", "rwkv6", "rebased",
 ]  # fmt: skip
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hgrn2.constraints import Ge
+from hgrn2.errors import UserError
+from hgrn2.nn.expansion import Expansion, ExpansionKind
 from hgrn2.nn.mixers.base import DirectedMixer, MixerOptions, Projected, StateSpec, wide_dtype
 from hgrn2.nn.mixers.context import Context, MixerState
 from hgrn2.nn.mixers.registry import register_mixer
@@ -31,6 +33,8 @@ class HGRN1Options(MixerOptions):
         norm_eps: eps of this norm.
         norm_affine: whether this norm has parameters.
         bias: whether the projections have biases (the paper's do).
+        expand_ratio: n, by how much the state of the real form is larger than D.
+        expansion: structure of the projections to n D channels, see `hgrn2.nn.expansion.Expansion`.
     """
 
     form: Literal["complex", "real"] = "complex"
@@ -39,6 +43,31 @@ class HGRN1Options(MixerOptions):
     norm_eps: Annotated[float, Ge(0)] = 1e-5
     norm_affine: bool = True
     bias: bool = False
+    expand_ratio: Annotated[int, Ge(1)] = 1
+    expansion: ExpansionKind = "dense"
+
+    def check(self) -> None:
+        """Refuse what an expanded state does not have: complex numbers, and a norm before its gate."""
+        if self.expand_ratio > 1 and self.form != "real":
+            raise UserError(
+                f"expand_ratio is {self.expand_ratio}, and form {self.form!r}; wanted form 'real' beside an expansion",
+                "contradiction",
+            )
+        if self.expand_ratio > 1 and self.norm_before_gate:
+            raise UserError(
+                f"norm_before_gate is true, and expand_ratio {self.expand_ratio}; the gate of an expanded state comes "
+                "first, leave norm_before_gate out",
+                "contradiction",
+            )
+
+    def check_width(self, hidden_size: int) -> None:
+        """Refuse groups of different sizes."""
+        if self.expand_ratio > 1 and self.expansion.startswith("group-linear") and hidden_size % self.expand_ratio:
+            raise UserError(
+                f"expand_ratio is {self.expand_ratio}, and expansion {self.expansion!r}; wanted a number that divides "
+                f"hidden_size = {hidden_size}",
+                "contradiction",
+            )
 
 
 @register_mixer("hgrn1", HGRN1Options)
@@ -52,6 +81,14 @@ class HGRN1(DirectedMixer):
     A complex c has its real and imaginary parts side by side in the columns of W_i; theta [D] is learned, and does not
     depend on x. The state is E = 2 D numbers for "complex", E = D for "real".
 
+    With an expand_ratio n > 1, the real form has n rows of D channels, each with gates, inputs and output gates of its
+    own, and the output gate reads them as the query of HGRN2 reads its state:
+
+        h_t = f_t h_{t-1} + (1 - f_t) c_t  [n, D]           out = Norm(sum_i g_i * h_i) W_o
+
+    W_f, W_i and W_g are then `hgrn2.nn.expansion.Expansion`s: the state expansions that arXiv 2404.07904, section 3,
+    compares with the outer product. A row has the lower bound of its channel.
+
     Args:
         hidden_size: D.
         form: "complex" or "real".
@@ -60,6 +97,8 @@ class HGRN1(DirectedMixer):
         norm_eps: eps of this norm.
         norm_affine: whether this norm has parameters.
         bias: whether the projections have biases.
+        expand_ratio: n; for the real form only.
+        expansion: structure of the projections to n D channels.
     """
 
     uses_lower_bound = True
@@ -69,18 +108,28 @@ class HGRN1(DirectedMixer):
 
     def __init__(
         self, hidden_size: int, form: str, norm_before_gate: bool | None, norm: str, norm_eps: float, norm_affine: bool,
-        bias: bool,
+        bias: bool, expand_ratio: int = 1, expansion: str = "dense",
     ):  # fmt: skip
         super().__init__()
         self.is_complex = form == "complex"
-        self.norm_before_gate = (not self.is_complex) if norm_before_gate is None else norm_before_gate
-        self.hidden_size, self.state_size = hidden_size, hidden_size * (2 if self.is_complex else 1)
-        self.i_proj = nn.Linear(hidden_size, self.state_size, bias=bias)
-        self.f_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.g_proj = nn.Linear(hidden_size, self.state_size, bias=bias)
+        self.expand_ratio, self.expansion = expand_ratio, expansion
+        follows = not self.is_complex and expand_ratio == 1
+        self.norm_before_gate = follows if norm_before_gate is None else norm_before_gate
+        self.hidden_size, self.state_size = hidden_size, hidden_size * (2 if self.is_complex else expand_ratio)
+        read_size = 2 * hidden_size if self.is_complex else hidden_size
+        sizes = (self.state_size, hidden_size, self.state_size)
+        if expand_ratio > 1:
+            projections = [Expansion(expansion, hidden_size, expand_ratio, bias) for _ in sizes]
+        else:
+            projections = [nn.Linear(hidden_size, size, bias=bias) for size in sizes]
+        self.i_proj, self.f_proj, self.g_proj = projections
         self.theta = nn.Parameter(_angles(hidden_size)) if self.is_complex else None
-        self.g_norm = Norm(norm, self.state_size, norm_eps, norm_affine)
-        self.o_proj = nn.Linear(self.state_size, hidden_size, bias=bias)
+        self.g_norm = Norm(norm, read_size, norm_eps, norm_affine)
+        self.o_proj = nn.Linear(read_size, hidden_size, bias=bias)
+
+    @property
+    def _expansions(self) -> list[Expansion]:
+        return [part for part in (self.i_proj, self.f_proj, self.g_proj) if isinstance(part, Expansion)]
 
     def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
         """Compute decays and writes of the recurrence, [B, T, D], complex or real, and the output gate [B, T, E]."""
@@ -96,6 +145,8 @@ class HGRN1(DirectedMixer):
             write = torch.view_as_complex(write.unsqueeze(-1) * c.unflatten(-1, (-1, 2)))
         else:
             write = write * c
+        # rows of an expansion become channels
+        keep, write = keep.flatten(2), write.flatten(2)
         if context.mask is not None:
             padding = ~context.mask.unsqueeze(-1)
             keep, write = keep.masked_fill(padding, 1), write.masked_fill(padding, 0)
@@ -120,29 +171,44 @@ class HGRN1(DirectedMixer):
         if self.theta is not None:
             y = torch.cat([y.real, y.imag], -1)
         h, gate = y.to(gate.dtype), functional.silu(gate)
+        if self.expand_ratio > 1:
+            return self.o_proj(self.g_norm((h.unflatten(2, gate.shape[2:]) * gate).sum(2)))
         return self.o_proj(self.g_norm(h) * gate if self.norm_before_gate else self.g_norm(h * gate))
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, StateSpec]:
-        """Describe the state: "recurrent" [D], or [D, 2] with real and imaginary parts."""
-        shape = (self.hidden_size, 2) if self.is_complex else (self.hidden_size,)
+        """Describe the state: "recurrent" [E], or [D, 2] with real and imaginary parts."""
+        shape = (self.hidden_size, 2) if self.is_complex else (self.state_size,)
         return {"recurrent": StateSpec(shape, wide_dtype(dtype))}
 
     def reset_parameters(self, init: InitialValues) -> None:
         """Draw the projections, and set theta_j to 10000^(-2 j / D) as the authors do."""
-        init.draw(self.i_proj, self.f_proj, self.g_proj, self.g_norm)
+        for expansion in self._expansions:
+            expansion.reset_parameters(init)
+        if self.expand_ratio == 1:
+            init.draw(self.i_proj, self.f_proj, self.g_proj)
+        init.draw(self.g_norm)
         init.draw_end(self.o_proj)
         if self.theta is not None:
             with torch.no_grad():
                 self.theta.copy_(_angles(self.hidden_size))
 
     def flops(self, seq_len: int) -> int:
-        """Count the recurrence: a product and a sum, 8 operations of real numbers if they are complex."""
+        """Count the recurrence: a product and a sum, 8 operations of real numbers if they are complex.
+
+        Of expansions, count what one product per weight leaves out; and the reading of their rows.
+        """
         del seq_len
-        return (8 if self.is_complex else 2) * self.hidden_size
+        if self.expand_ratio == 1:
+            return (8 if self.is_complex else 2) * self.hidden_size
+        return 4 * self.state_size + sum(part.flops() for part in self._expansions)
 
     def activation_bytes(self, seq_len: int, low: int) -> int:
         """Count c, g and the gated values in both precisions, the gates, and what the scan and the norm keep."""
         del seq_len
+        if self.expand_ratio > 1:
+            # of every row the gates, what is read and written, and the products with the output gates
+            kept = sum(part.activation_bytes(low) for part in self._expansions)
+            return kept + (28 + 2 * low) * self.state_size + self.g_norm.activation_bytes(low)
         # two sigmoids, 1 - f, and f, which a complex a replaces in the scan
         gates = 4 if self.is_complex else 3
         wide = 4 * (gates * self.hidden_size + 3 * self.state_size)
@@ -155,7 +221,9 @@ class HGRN1(DirectedMixer):
 
     def extra_repr(self) -> str:
         """Return the settings that print(model) shows."""
-        return f"{'complex' if self.is_complex else 'real'}, norm {'before' if self.norm_before_gate else 'after'} gate"
+        expanded = f", {self.expand_ratio} rows by {self.expansion} projections" if self.expand_ratio > 1 else ""
+        order = "before" if self.norm_before_gate else "after"
+        return f"{'complex' if self.is_complex else 'real'}, norm {order} gate{expanded}"
 
 
 def _angles(hidden_size: int) -> Tensor:
