@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hgrn2.errors import UserError
+from hgrn2.nn.mixers.attention_cache import close_gaps, stack_caches, token_positions
 from hgrn2.nn.mixers.base import DirectedMixer, Memory, MixerOptions, Projected, StateSpec
 from hgrn2.nn.mixers.context import Context, MixerState
 from hgrn2.nn.mixers.registry import register_mixer
@@ -104,9 +105,7 @@ class Attention(DirectedMixer):
         qkv_bias: whether the input projections have biases.
     """
 
-    can_pack = True
-    can_pad = True
-    sees_all = True
+    can_pack = can_pad = sees_all = True
 
     def __init__(
         self, hidden_size: int, num_heads: int, num_kv_heads: int, window_size: int | None, rope_theta: float | None,
@@ -134,7 +133,7 @@ class Attention(DirectedMixer):
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
         if self.rope_theta is not None:
-            position = _positions(x, state, cu_seqlens, context.mask)
+            position = token_positions(x, state, cu_seqlens, context.mask)
             if context.order == "reverse":
                 # rotary angles have a sign: the mirror image of causal attention
                 position = -position
@@ -173,8 +172,10 @@ class Attention(DirectedMixer):
         cu_seqlens, valid = context.cu_seqlens, context.mask
         if cu_seqlens is not None and is_full and _flash_takes(q):
             return self._attend_ragged(q, k, v, cu_seqlens, is_full)
-        if is_full and cu_seqlens is None and valid is None and self.window_size is None:
-            return self._dot_product(q, k, v, None, is_causal=False)
+        if is_full and cu_seqlens is None and self.window_size is None:
+            # a sequence of padding alone sees all of it: a row without a key would be NaN
+            keys = None if valid is None else (valid | ~valid.any(1, keepdim=True))[:, None, None]
+            return self._dot_product(q, k, v, keys, is_causal=False)
         row = torch.arange(q.shape[1], device=q.device)
         place = row.unsqueeze(0) if valid is None else valid.long().cumsum(1)
         seen = torch.ones((1, 1, 1), dtype=torch.bool, device=q.device)
@@ -260,7 +261,7 @@ class Attention(DirectedMixer):
         if state is not None:
             count = count + state["position"]
         if mask is not None:
-            k, v, valid = _close_gaps(k, v, valid)
+            k, v, valid = close_gaps(k, v, valid)
         if self.window_size is not None and is_exporting():
             # a fixed number of places, because the length of an exported program is dynamic
             k, v, valid = (self._fill_window(x) for x in (k, v, valid))
@@ -312,7 +313,7 @@ class Attention(DirectedMixer):
         lengths = torch.tensor([key.shape[0] for key in keys], device=q.device, dtype=torch.long)
         longest = max((key.shape[0] for key in keys), default=0)
         valid = torch.arange(longest, device=q.device) >= longest - lengths.unsqueeze(1)
-        cache = {"key": _stack(keys, k, longest), "value": _stack(values, v, longest)}
+        cache = {"key": stack_caches(keys, k, longest), "value": stack_caches(values, v, longest)}
         return y, {**cache, "valid": valid, "position": count}
 
     def _causal(self, q: Queries, k: Keys, v: Keys) -> BTD:
@@ -396,31 +397,3 @@ def _flash_takes(q: Tensor) -> bool:
 def _has_flash(device: torch.device) -> bool:
     # FlashAttention needs Ampere or later
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _positions(x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the position of each token in its sequence, [B, T]."""
-    row = torch.arange(x.shape[1], device=x.device)
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.long()
-        sequence = torch.searchsorted(bounds[1:], row, right=True)
-        place = row - bounds[sequence]
-        return (place if state is None else place + state["position"][sequence]).unsqueeze(0)
-    place = row.unsqueeze(0) if mask is None else (mask.long().cumsum(1) - 1).clamp_min(0)
-    return place if state is None else place + state["position"].unsqueeze(1)
-
-
-def _stack(rows: list[Tensor], like: Tensor, longest: int) -> Tensor:
-    """Stack the caches [length, heads, size] of several sequences, padding first."""
-    if not rows:
-        return like.new_zeros((0, 0, *like.shape[2:]))
-    return torch.stack([functional.pad(row, (0, 0, 0, 0, longest - row.shape[0], 0)) for row in rows])
-
-
-def _close_gaps(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move padding before the tokens, and drop columns of padding alone."""
-    order = valid.long().argsort(dim=1, stable=True)
-    if valid.numel() and not torch.compiler.is_compiling() and not is_batched(valid):
-        order = order[:, order.shape[1] - int(valid.sum(1).max()) :]
-    where = order.unsqueeze(-1).unsqueeze(-1)
-    return k.take_along_dim(where, 1), v.take_along_dim(where, 1), valid.take_along_dim(order, 1)
