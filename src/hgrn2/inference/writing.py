@@ -6,30 +6,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hgrn2.data.text_stream import TextStream
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, ModelState
 from hgrn2.models.fingerprint import fingerprint
 from hgrn2.models.sampling import PREFILL_TOKENS, Sampling, sample
+from hgrn2.serve.text import CONTEXT_TOKENS, StoppableText
 from hgrn2.storage.tensor_files import read_tensors, write_tensors
 
 _STATE_FORMAT = "hgrn2-state-3"
 # has no checksum and no recent tokens
 _OLD_STATE_FORMAT = "hgrn2-state-2"
-# enough context to encode the text that follows
-_RECENT_TOKENS = 32
 EndedBy = Literal["length", "stop", "end-of-text"]
 _REMEDY = "name a file made with --state-out"
-
-
-def _first(texts: Sequence[str], where: str) -> int | None:
-    """Return the position of the first occurrence of any text, or None."""
-    return min((at for text in texts if (at := where.find(text)) >= 0), default=None)
 
 
 def space_warning(tokenizer: Tokenizer, prompt: str) -> str | None:
@@ -90,18 +82,12 @@ class Writer:
         Raises:
             UserError: a stop text is empty.
         """
-        if "" in stop:
-            raise UserError("generate: a stop text is empty; leave it out")
         ids = self.tokenizer.continue_text(prompt, self.tokenizer.decode(self.recent))
+        after = [*self.recent, *ids][-CONTEXT_TOKENS:]
+        text = StoppableText(self.tokenizer, after, stop, after_text=bool(prompt.strip()))
         self.pending += ids
         self._remember(ids)
-        # unknown tokens are text too, although they decode to nothing
-        after_text = bool(prompt.strip()) or self.tokenizer.count_unknown(np.array(self.recent, np.int64)) > 0
-        decoder = TextStream(self.tokenizer, self.recent, after_text=after_text)
         self.num_written, self.ended_by = 0, "length"
-        held = ""
-        # hold back enough characters that no part of a stop text is yielded
-        longest = max((len(text) for text in stop), default=0)
         for _ in range(max_tokens):
             token = int(sample(self._read(), self.sampling, self.seen, self.generator))
             self.pending = [token]
@@ -110,27 +96,19 @@ class Writer:
                 self.recent, self.ended_by = [], "end-of-text"
                 break
             self._remember([token])
-            held += decoder.push(token)
-            shown = held + decoder.peek() if stop else held
-            cut = _first(stop, shown)
-            if cut is not None:
+            if piece := text.push(token):
+                yield piece
+            if text.is_stopped:
                 self.ended_by = "stop"
-                yield shown[:cut]
                 return
-            free = len(held) - max(longest - 1, 0)
-            if free > 0:
-                yield held[:free]
-                held = held[free:]
-        held += decoder.flush()
-        cut = _first(stop, held)
-        if cut is not None:
+        piece = text.flush()
+        if text.is_stopped:
             self.ended_by = "stop"
-            held = held[:cut]
-        if held:
-            yield held
+        if piece:
+            yield piece
 
     def _remember(self, ids: Sequence[int]) -> None:
-        self.recent = [*self.recent, *ids][-_RECENT_TOKENS:]
+        self.recent = [*self.recent, *ids][-CONTEXT_TOKENS:]
 
     @torch.no_grad()
     def _read(self) -> Tensor:

@@ -7,5 +7,6 @@ from hgrn2.serve.requests import Continuation, Request, RequestSampling, TokenEv
 from hgrn2.serve.sessions import Session
 
 __all__ = [
-    "Continuation", "Engine", "EngineOptions", "Request", "RequestSampling", "Session", "StatePool", "TokenEvent",
+    "Continuation", "Engine", "EngineOptions", "Request", "RequestSampling", "Session", "StatePool", "TextEngine",
+    "TokenEvent",
 ]  # fmt: skip

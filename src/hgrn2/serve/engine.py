@@ -76,7 +76,12 @@ class Engine:
         if own.weights == "bfloat16":
             model = copy.deepcopy(model).to(torch.bfloat16)
         self.model = model.eval()
-        self.vocab_size = model.config.vocab_size
+        self.vocab_size = model.config.vocab_size if own.vocab_size is None else own.vocab_size
+        if self.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"engine: vocab_size is {self.vocab_size}, the model's {model.config.vocab_size}; wanted at most that",
+                "mismatch",
+            )
         tile = TILE if own.deterministic else 1
         self._max_batch = -(-own.max_batch // tile) * tile
         specs = model.state_spec()
@@ -212,15 +217,20 @@ class Engine:
         """Rows of the pool that hold no state of a request."""
         return self._max_batch - len(self._running) + len(self._free_readers)
 
-    def cancel(self, request_id: int) -> None:
-        """End a request; its rows are free at once. Requests that have ended are left alone."""
+    def cancel(self, request_id: int, index: int | None = None) -> None:
+        """End a request; its rows are free at once. Requests that have ended are left alone.
+
+        Args:
+            request_id: from `submit`.
+            index: a continuation that runs; None for all of the request.
+        """
         for prompt in [*self._scheduler.waiting, *self._scheduler.reading, *self._read_prompts]:
-            if prompt.request_id == request_id:
+            if prompt.request_id == request_id and index is None:
                 self._forget(prompt)
                 rest = range(prompt.num_placed, prompt.request.n)
                 self._ended += [TokenEvent(request_id, i, None, "cancelled") for i in rest]
         for running in list(self._running):
-            if running.prompt.request_id == request_id:
+            if running.prompt.request_id == request_id and index in (None, running.index):
                 self._end(running, "cancelled")
                 self._ended.append(TokenEvent(*running.key, None, "cancelled"))
 

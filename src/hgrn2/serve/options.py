@@ -20,6 +20,7 @@ class EngineOptions:
         context_limit: tokens of a text in a model with full attention, whose keys and values have this many places in
             each row; other models have no limit.
         prefix_bytes: bytes of the prefix cache on the device; 0 for none.
+        vocab_size: number of ids that are drawn, for a tokenizer with fewer than the model; None for the model's.
         weights: "bfloat16" decodes and reads with a copy of the model in bfloat16 (states stay float32); "as-is" uses
             the model itself.
         cuda_graphs: replay decode steps as CUDA graphs, on a GPU.
@@ -37,6 +38,7 @@ class EngineOptions:
     prefill_tokens: Annotated[int, Ge(1)] = 2048
     context_limit: Annotated[int, Ge(1)] = 4096
     prefix_bytes: Annotated[int, Ge(0)] = 0
+    vocab_size: Annotated[int | None, Ge(1)] = None
     weights: str = "as-is"
     cuda_graphs: bool = True
     run_ahead: bool = True

@@ -74,7 +74,9 @@ class Results:
                 top = tuple(
                     zip(drawn.top_tokens[i, :most].tolist(), drawn.top_logprobs[i, :most].tolist(), strict=True)
                 )
-            own = logits[i] if logits is not None and one.request.return_logits else None
+            own = None
+            if logits is not None and one.request.return_logits:
+                own = logits[i] if logits.dtype == torch.float64 else logits[i].float()
             token = tokens[i] if tokens[i] >= 0 else None
             events.append((one, TokenEvent(*one.key, token, None, chosen, top, own)))
         return events

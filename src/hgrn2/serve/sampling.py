@@ -133,11 +133,12 @@ class SamplingRows:
         """Draw a token for adjacent rows, and keep it as their last one.
 
         Args:
-            logits: [B, vocab] of the rows start to start + B.
+            logits: [B, vocab] of the rows start to start + B; further columns are ignored.
             start: the first row.
             features: what the rows need.
         """
         rows = slice(start, start + logits.shape[0])
+        logits = logits[:, : self.vocab_size]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         model = logits
         if features.penalties:
