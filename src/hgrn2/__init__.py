@@ -16,7 +16,7 @@ __all__ = [
     "models", "nn", "ops", "presets",
 ]  # fmt: skip
 
-_SUBPACKAGES = {"models", "nn", "onnx", "ops"}
+_SUBPACKAGES = {"models", "nn", "onnx", "ops", "serve"}
 # modules of public names; all others are in hgrn2.models
 _HOMES = {"HGRN2Mixer": "hgrn2.nn", "load": "hgrn2.loading"}
 

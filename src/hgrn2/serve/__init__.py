@@ -7,6 +7,5 @@ from hgrn2.serve.requests import Continuation, Request, RequestSampling, TokenEv
 from hgrn2.serve.sessions import Session
 
 __all__ = [
-    "Continuation", "Engine", "EngineOptions", "Request", "RequestSampling", "Session", "StatePool", "TextEngine",
-    "TokenEvent",
+    "Continuation", "Engine", "EngineOptions", "Request", "RequestSampling", "Session", "StatePool", "TokenEvent",
 ]  # fmt: skip
