@@ -193,9 +193,8 @@ def main() -> int:
         path = arguments.results.parent / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    print(
-        f"{arguments.page}: {sum(text != NOT_RUN for text in drawn.blocks.values())} of {len(drawn.blocks)} blocks have results"
-    )
+    num = sum(text != NOT_RUN for text in drawn.blocks.values())
+    print(f"{arguments.page}: {num} of {len(drawn.blocks)} blocks have results")
     return 0
 
 
