@@ -22,7 +22,9 @@ from tests.refusals import refuses
 D = 8
 OPTIONS = {
     "hgrn2": {"expand_ratio": 4, "v_activation": "silu"},
+    "hgrn2-signed": {"expand_ratio": 4, "gate_range": "signed"},
     "hgrn2-conv": {"expand_ratio": 4, "conv_size": 4},
+    "hgrn1-expanded": {"form": "real", "expand_ratio": 2},
     "hgrn1-real": {"form": "real"},
     "hgrn1-complex": {"form": "complex"},
     "gla": {"num_heads": 2},
@@ -95,7 +97,7 @@ def scan(mixer, inputs, bound):
 
 def mix_by_loops(mixer, name, x, bound, mask, paths):
     """Scan each path of cells for itself, without its padding, and add what a cell reads."""
-    scans = {"hgrn2": scan_hgrn2, "hgrn1-real": scan_hgrn1, "hgrn1-complex": scan_hgrn1}
+    scans = {"hgrn2": scan_hgrn2, "hgrn1-real": scan_hgrn1, "hgrn1-expanded": scan_hgrn1, "hgrn1-complex": scan_hgrn1}
     outputs = []
     for row, valid in zip(x, mask, strict=True):
         context = Context(keep_state=False, lower_bound=bound)
@@ -137,7 +139,7 @@ def bound_for(mixer, bound):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("direction", [d for d in DIRECTIONS if d != "2d-series"])
-@pytest.mark.parametrize("name", ["hgrn2", "hgrn1-real", "hgrn1-complex", "gla"])
+@pytest.mark.parametrize("name", ["hgrn2", "hgrn2-signed", "hgrn1-real", "hgrn1-expanded", "hgrn1-complex", "gla"])
 def test_outputs_and_gradients_are_those_of_loops_over_cells(name, direction, grid, masked):
     mixer = make(name, direction)
     x, bound = example(math.prod(grid))
@@ -175,7 +177,7 @@ def test_reverse_is_causal_on_the_flipped_sequence(name, masked):
     assert not torch.allclose(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["hgrn2", "hgrn2-conv", "hgrn1-real", "hgrn1-complex", "gla", "griffin", "mamba"])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if not name.startswith("attention")])
 def test_bidirectional_is_a_forward_scan_and_a_flipped_one(name):
     mixer = make(name, "bidirectional")
     x, bound = example(9)
@@ -292,8 +294,17 @@ def test_a_direction_that_does_not_exist_is_refused(direction):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", ["hgrn2", "hgrn1-complex", "mamba", "attention"])
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        *(("hgrn2", direction) for direction in DIRECTIONS),
+        *(
+            (name, direction)
+            for name in ("hgrn1-complex", "mamba", "attention")
+            for direction in ("bidirectional", "2d")
+        ),
+    ],
+)
 def test_a_compiled_mixer_equals_an_eager_one(name, direction):
     mixer = make(name, direction, torch.float32)
     x, bound = (t.detach().float() for t in example(12))
@@ -358,3 +369,74 @@ def test_operations_count_every_scan():
     assert flops("2d-series", expand_ratio=8) == 4 * one + 4 * 2 * 32 * 32
     assert flops("2d", "attention", num_heads=4) == 4 * 100 * 32
     assert flops("bidirectional", "attention", num_heads=4, window_size=3) == 4 * 5 * 32
+
+
+@pytest.mark.parametrize("direction", ["2d", "2d-series"])
+@pytest.mark.parametrize("name", ["hgrn2-conv", "griffin", "mamba"])
+def test_convolutions_stay_within_rows_and_columns(name, direction):
+    mixer, (rows, columns) = make(name, direction), (3, 5)
+    x, bound = example(rows * columns)
+    own = bound_for(mixer, bound)
+    found, _ = mixer(x, None, Context(lower_bound=own, grid=(rows, columns)))
+
+    def mix_along(x, axis):
+        """The bidirectional mixer with every row or column as a sequence of its own."""
+        cells = x.unflatten(1, (rows, columns))
+        cells = cells if axis == "rows" else cells.transpose(1, 2)
+        sequences = cells.flatten(0, 1)
+        mixer.set_direction("bidirectional")
+        y = mixer(sequences, None, Context(lower_bound=own))[0].unflatten(0, cells.shape[:2])
+        return (y if axis == "rows" else y.transpose(1, 2)).flatten(1, 2)
+
+    if direction == "2d-series":
+        wanted = mix_along(mix_along(x, "columns"), "rows")
+    else:
+        # the separable convolution by hand: along rows, then along columns
+        def convolve(conv, x):
+            for axis in (2, 1):
+                padded = functional.pad(x, (0, 0, 2, 1) if axis == 2 else (0, 0, 0, 0, 2, 1))
+                taps = conv.weight[:, 0].unbind(1)
+                x = sum(padded.narrow(axis, j, x.shape[axis]) * tap for j, tap in enumerate(taps))
+            return x
+
+        context = Context(lower_bound=own, grid=(rows, columns), order="bidirectional", axis="both")
+        if name == "hgrn2-conv":
+            parts = {"q": mixer.q_proj(x), "f": mixer.f_proj(x), "i": mixer.i_proj(x)}
+            for part, z in zip(("q", "f", "i"), mixer.project(x, None, context).inputs, strict=True):
+                y = convolve(getattr(mixer, f"{part}_conv1d"), parts[part].unflatten(1, (rows, columns)))
+                torch.testing.assert_close(z.flatten(2), y.flatten(1, 2))
+        inputs, others, _ = mixer.project(x, None, context)
+        outputs = []
+        for turned in (False, True):
+            cells = [part.unflatten(1, (rows, columns)) for part in inputs]
+            cells = [part.transpose(1, 2).flatten(0, 1) if turned else part.flatten(0, 1) for part in cells]
+            y = mixer.mix_in_order(tuple(cells), Context(lower_bound=own, order="bidirectional"))
+            y = y.unflatten(0, (len(x), -1))
+            outputs.append((y.transpose(1, 2) if turned else y).flatten(1, 2))
+        wanted = mixer.finish(sum(outputs), others)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    check_equal(mixer, x, bound, mask, found, wanted)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shape", [(0, 6, D), (2, 0, D)], ids=str)
+@pytest.mark.parametrize("name", ["hgrn2-conv", "hgrn1-complex", "griffin", "mamba", "attention"])
+def test_without_sequences_or_tokens(name, shape, direction):
+    grid = (2, 3) if shape[1] else (0, 3)
+    y, state = make(name, direction)(torch.zeros(shape, dtype=torch.float64), None, Context(grid=grid))
+    assert y.shape == shape
+    assert direction == "causal" or state == {}
+
+
+@pytest.mark.parametrize("direction", ["2d", "2d-series"])
+@pytest.mark.parametrize("grid", [(16, 16), pytest.param((64, 64), marks=pytest.mark.slow)], ids=str)
+def test_larger_grids(grid, direction):
+    mixer = make("hgrn2", direction)
+    x, bound = example(math.prod(grid), batch=2)
+    mask = make_mask(*x.shape[:2])
+    with torch.no_grad():
+        found, _ = mixer(x, None, Context(mask=mask, lower_bound=bound, grid=grid))
+        paths, y = paths_of(*grid), x
+        for key in ("2d",) if direction == "2d" else ("columns-both", "rows-both"):
+            y = mix_by_loops(mixer, "hgrn2-signed", y, bound, mask, paths[key])
+    torch.testing.assert_close(found[mask], y[mask], rtol=1e-9, atol=1e-11)

@@ -133,7 +133,7 @@ def _mix_along(mixer: DirectedMixer, inputs: tuple[Tensor, ...], context: Contex
         cut = tuple(part.unflatten(1, (rows, columns)).flatten(2, 3) for part in inputs)
         bound = None if bound is None else bound.flatten().repeat(columns)
         y = mixer.mix_in_order(cut, context.for_sequences(None, bound))
-        return y.unflatten(2, (columns, -1)).flatten(1, 2)
+        return y.unflatten(2, (columns, inputs[0].shape[2])).flatten(1, 2)
     cut = tuple(_split_columns(part, rows, columns) for part in inputs)
     mask = None if mask is None else _split_columns(mask, rows, columns)
     y = mixer.mix_in_order(cut, context.for_sequences(mask, bound))
@@ -163,7 +163,7 @@ def convolve(conv: ShortConv, x: BTD, state: Tensor | None, context: Context) ->
     batch = x.shape[0]
     if context.axis != "columns":
         within = None if mask is None else mask.reshape(batch * rows, columns)
-        x = conv(x.reshape(batch * rows, columns, -1), None, None, within, context.order)[0].reshape(x.shape)
+        x = conv(x.reshape(batch * rows, columns, x.shape[2]), None, None, within, context.order)[0].reshape(x.shape)
     if context.axis != "rows":
         within = None if mask is None else _split_columns(mask, rows, columns)
         if mask is not None:
