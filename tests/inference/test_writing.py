@@ -171,7 +171,7 @@ def test_seeds(model):
 
 @pytest.mark.parametrize("prefill", [1, 3, 2048])
 def test_long_prompts_are_read_in_parts(model, prefill, monkeypatch):
-    monkeypatch.setattr("hgrn2.inference.writing.PREFILL_TOKENS", prefill)
+    monkeypatch.setattr("hgrn2.serve.reading.PREFILL_TOKENS", prefill)
     prompt = "a longer prompt " * 3
     found = writer(model, temperature=0)
     list(found.write(prompt, 1))

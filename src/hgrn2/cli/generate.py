@@ -56,6 +56,7 @@ def generate(
         device: cpu, cuda or auto.
     """
     from hgrn2.inference.writing import Sampling, Writer, space_warning
+    from hgrn2.serve.reading import fast_reader
 
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}; wanted at least 1")
@@ -69,7 +70,7 @@ def generate(
     if state_out is not None:
         check_writable_file(state_out)
     lm, tokenizer = load(run, checkpoint, device)
-    writer = Writer(lm, tokenizer, sampling)
+    writer = Writer(lm, tokenizer, sampling, fast_reader(lm))
     if state_in is not None:
         writer.load_state(state_in)
     if note := space_warning(tokenizer, prompt):

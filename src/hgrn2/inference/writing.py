@@ -13,7 +13,8 @@ from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, ModelState
 from hgrn2.models.fingerprint import fingerprint
-from hgrn2.models.sampling import PREFILL_TOKENS, Sampling, sample
+from hgrn2.models.sampling import Sampling, sample
+from hgrn2.serve.reading import PlainReader, Reader
 from hgrn2.serve.text import CONTEXT_TOKENS, StoppableText
 from hgrn2.storage.tensor_files import read_tensors, write_tensors
 
@@ -44,13 +45,14 @@ class Writer:
         model: the model, in evaluation mode.
         tokenizer: the model's tokenizer.
         sampling: how tokens are sampled.
+        reader: reads the tokens, such as `hgrn2.serve.reading.fast_reader(model)`; None for the model's forward pass.
 
     Attributes:
         num_written: number of tokens sampled by the last `write`, including the one that ended the text.
         ended_by: why the last `write` stopped: "length" (max_tokens), "stop" (a stop text) or "end-of-text".
     """
 
-    def __init__(self, model: HGRN2LM, tokenizer: Tokenizer, sampling: Sampling):
+    def __init__(self, model: HGRN2LM, tokenizer: Tokenizer, sampling: Sampling, reader: Reader | None = None):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.device = model.lm_head.weight.device
         self.generator = torch.Generator(self.device)
@@ -58,7 +60,7 @@ class Writer:
             self.generator.seed()
         else:
             self.generator.manual_seed(sampling.seed)
-        self.state = model.init_state(1)
+        self.reader = PlainReader(model) if reader is None else reader
         # tokens of the text that the model has not read yet
         self.pending = list(tokenizer.start_ids)
         # the last tokens of the text, as context for decoding the next ones
@@ -66,6 +68,11 @@ class Writer:
         self.seen = torch.zeros((1, tokenizer.vocab_size), dtype=torch.bool, device=self.device)
         self.num_written = 0
         self.ended_by: EndedBy = "length"
+
+    @property
+    def state(self) -> ModelState:
+        """The state after the tokens read."""
+        return self.reader.state
 
     def write(self, prompt: str, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[str]:
         """Continue a prompt and yield the text as it is generated.
@@ -110,15 +117,11 @@ class Writer:
     def _remember(self, ids: Sequence[int]) -> None:
         self.recent = [*self.recent, *ids][-CONTEXT_TOKENS:]
 
-    @torch.no_grad()
     def _read(self) -> Tensor:
         """Feed the pending tokens to the model; return logits [1, vocab_size of the tokenizer]."""
-        tokens = torch.tensor([self.pending], device=self.device)
-        self.seen[0, tokens[0]] = True
-        for part in tokens.split(PREFILL_TOKENS, 1):
-            x, self.state = self.model.hidden_states(part, self.state)
+        self.seen[0, torch.tensor(self.pending, device=self.device)] = True
+        logits = self.reader.read(self.pending)[:, : self.tokenizer.vocab_size]
         self.pending = []
-        logits = self.model.lm_head(x[:, -1])[:, : self.tokenizer.vocab_size]
         if not bool(logits.isfinite().all()):
             raise UserError("generate: the model's outputs are not finite; use another checkpoint", "not-finite")
         return logits
@@ -136,7 +139,7 @@ class Writer:
             "format": _STATE_FORMAT, "pending": self.pending, "recent": self.recent,
             "tokenizer": self.tokenizer.fingerprint(), "model": fingerprint(self.model),
         }  # fmt: skip
-        tensors = self.state.tensors() | {"seen": self.seen, "generator": self.generator.get_state()}
+        tensors = self.reader.state.tensors() | {"seen": self.seen, "generator": self.generator.get_state()}
         write_tensors(path, about, {name: x.cpu().contiguous() for name, x in tensors.items()})
 
     def load_state(self, path: Path) -> None:
@@ -182,7 +185,7 @@ class Writer:
         if not recent and "recent" not in about:
             # files of earlier versions have only the pending tokens
             recent = [token for token in pending if token not in self.tokenizer.end_ids]
-        self.state, self.seen, self.pending, self.recent = state, seen.to(self.device), pending, recent
+        self.reader.state, self.seen, self.pending, self.recent = state, seen.to(self.device), pending, recent
 
     def _is_text(self, ids: Any) -> bool:
         known = range(self.tokenizer.vocab_size)
