@@ -11,6 +11,7 @@ from hgrn2.nn.mixers.outer_product import bounded_log_sigmoid, mix_outer_product
 from hgrn2.nn.mixers.squared_attention import squared_attention
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.nn.token_shift import token_shift
+from hgrn2.ops import linear_scan
 from tests.models.cases import UNTIED, config_of, make_model, tokens
 from tests.models.test_cost import config, saved_bytes
 from tests.nn import mixer_transcriptions
@@ -101,6 +102,46 @@ def test_the_recurrences_are_flash_linear_attentions():
     wanted = rebased(*(x.transpose(1, 2) for x in (q, k, v)), use_norm=False)
     found, _ = squared_attention(q * 8**-0.5, k, v, None, None)
     torch.testing.assert_close(found.transpose(1, 2), wanted, rtol=1e-4, atol=1e-4)
+
+
+class _TiedKey(nn.Module):
+    """The key 1 - f in place of a projection, for HGRN2 with a key that happens to be tied."""
+
+    def __init__(self, f_proj, bound):
+        super().__init__()
+        self.f_proj, self.bound = f_proj, bound
+
+    def forward(self, x):
+        return (1 - self.bound) * torch.sigmoid(-self.f_proj(x))
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_without_the_tie_gla_is_hgrn2_in_all_else(bounded):
+    """Given the tied key, the ablation computes HGRN2, with the same weights, to the last digits."""
+    torch.manual_seed(0)
+    tied = find_mixer("hgrn2").build(WIDTH, find_mixer("hgrn2").options(expand_ratio=4)).double()
+    options = find_mixer("gla").options(num_heads=4, use_lower_bound=bounded, **UNTIED)
+    free = find_mixer("gla").build(WIDTH, options).double()
+    bound = torch.rand(WIDTH, dtype=torch.float64) if bounded else None
+    weights = tied.state_dict()
+    names = {"q_proj": "q_proj", "f_proj.0": "f_proj", "v_proj": "i_proj", "g_norm": "g_norm", "o_proj": "o_proj"}
+    own = {f"{name}.weight": weights[f"{theirs}.weight"] for name, theirs in names.items()}
+    assert own.keys() | {"k_proj.weight"} == free.state_dict().keys()
+    free.load_state_dict(own, strict=False)
+    free.k_proj = _TiedKey(free.f_proj, torch.zeros(()).double() if bound is None else bound)
+    x, context = torch.randn(2, 70, WIDTH, dtype=torch.float64), Context(lower_bound=bound)
+    torch.testing.assert_close(free(x, None, context)[0], tied(x, None, context)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_recurrence_of_hgrn1_is_flash_linear_attentions():
+    naive = pytest.importorskip("fla.ops.hgrn.naive").naive_recurrent_hgrn
+    generator = torch.Generator().manual_seed(0)
+    z, c, before = (torch.randn(2, *shape, generator=generator) for shape in ((40, WIDTH), (40, WIDTH), (WIDTH,)))
+    write = torch.sigmoid(-z) * torch.nn.functional.silu(c)
+    wanted = naive(write, torch.nn.functional.logsigmoid(z), before, True)
+    torch.testing.assert_close(linear_scan(z.sigmoid(), write, initial_state=before), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_log_decays_with_a_bound_keep_their_digits():

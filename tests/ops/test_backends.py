@@ -76,6 +76,7 @@ def test_other_devices_get_plain_torch(device):
         (CUDA, torch.bfloat16, 257, 64, (257, 64)),
         (CUDA, torch.bfloat16, 64, 512, (16, 256)),
         (CUDA, torch.bfloat16, 15, 64, (16, 256)),
+        *((CUDA, torch.bfloat16, k, k, (k, 16, 256)) for k in (1, 2, 4, 8)),
     ],
     ids=lambda value: str(value),
 )

@@ -51,7 +51,17 @@ def test_every_length(op, length, reverse):
 @both_operators
 @pytest.mark.parametrize(
     ("batch", "heads", "k_width", "v_width"),
-    [(1, 1, 1, 1), (1, 1, 1, 9), (3, 2, 9, 1), (2, 3, 33, 7), (1, 2, 24, 64), (0, 2, 3, 4)],
+    [
+        (1, 1, 1, 1),
+        (1, 1, 1, 9),
+        (3, 2, 9, 1),
+        (2, 3, 33, 7),
+        (1, 2, 24, 64),
+        (0, 2, 3, 4),
+        (1, 8, 2, 2),
+        (1, 4, 4, 4),
+        (2, 2, 8, 8),
+    ],
 )
 def test_every_width(op, batch, heads, k_width, v_width):
     inputs = INPUTS[op](batch, 70, heads, k_width, v_width)
