@@ -47,9 +47,11 @@ class DistillationOptions(LanguageOptions):
             raise UserError(
                 f"train config: teacher is {self.teacher!r}; wanted a run, or a folder with a model: --teacher"
             )
-        if self.stream:
+        if self.stream or self.initial_state != "zero":
+            found = "stream" if self.stream else "initial_state"
             raise UserError(
-                "train config: a teacher reads packed documents; leave out stream, or the teacher", "contradiction"
+                f"train config: a teacher reads packed documents from zero states; leave out {found}, or the teacher",
+                "contradiction",
             )
 
 

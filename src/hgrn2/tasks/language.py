@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 from torch import Tensor, nn
 
-from hgrn2.constraints import Gt, check_fields
+from hgrn2.constraints import Ge, Gt, Le, check_fields
 from hgrn2.data.batches import Batch, PackedBatches, StreamBatches
 from hgrn2.data.sequential import sequential_windows
 from hgrn2.errors import UserError
@@ -17,6 +17,7 @@ from hgrn2.models import ModelState
 from hgrn2.nn.loss import IGNORE
 from hgrn2.quantities import perplexity
 from hgrn2.tasks.base import Metric, ReportFigure, TaskBase, TaskContext, TaskOptions, TaskReport
+from hgrn2.tasks.initial_states import InitialState, check_states, noise, start_from_others
 from hgrn2.tasks.registry import register_task
 
 
@@ -30,6 +31,13 @@ class LanguageOptions(TaskOptions):
     """Tokens per sequence."""
     stream: bool = False
     """Carry the state between windows of a document (truncated backpropagation) instead of packing."""
+    initial_state: InitialState = "zero"
+    """State that packed sequences start from in training: zero, passed (the final state of another text of the step
+    before), noise (normal numbers), or fitted-noise (with the mean and deviation of final states)."""
+    initial_state_share: Annotated[float, Ge(0), Le(1)] = 1.0
+    """Share of the sequences that start from such a state; the others start from zero."""
+    initial_state_std: Annotated[float, Gt(0)] = 1.0
+    """Standard deviation of the numbers of noise."""
     validation_tokens: Annotated[int, Gt(0)] = 262_144
     """Held-out tokens per validation: a fixed random sample of documents."""
     sample_prompt: str = ""
@@ -37,6 +45,12 @@ class LanguageOptions(TaskOptions):
 
     def __post_init__(self) -> None:
         check_fields(self, self.what)
+        if self.stream and self.initial_state != "zero":
+            raise UserError(
+                f"train config: initial_state is {self.initial_state!r}, and stream carries the states of the same "
+                "text; leave one of them out",
+                "contradiction",
+            )
         try:
             self.sample_prompt.encode("utf-8")
         except UnicodeEncodeError:
@@ -86,6 +100,8 @@ class LanguageTask(TaskBase):
         self._device = context.device
         self._sampler = context.sampler
         self._carried: ModelState | None = None
+        self._seed = context.seed
+        self._num_losses = 0
 
     @classmethod
     def build(cls, options: LanguageOptions, context: TaskContext) -> Self:
@@ -94,12 +110,15 @@ class LanguageTask(TaskBase):
 
     @property
     def carries_state(self) -> bool:
-        """Whether streams continue from the states of the previous step."""
-        return self._options.stream
+        """Whether sequences start from states of the previous step."""
+        return self._options.stream or self._options.initial_state != "zero"
 
     def next_batch(self) -> Batch:
         """Return the next batch on the CPU, where counting its targets does not wait for the device."""
+        position, own = self._batches.position, self._options
         batch = next(self._batches)
+        if own.initial_state != "zero":
+            batch = start_from_others(batch, own.seq_len, own.initial_state_share, self._seed, position)
         # copies from pinned memory to the device are asynchronous
         return batch.pin_memory() if self._device.type == "cuda" else batch
 
@@ -114,8 +133,26 @@ class LanguageTask(TaskBase):
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the cross entropy summed over the targets, in nats."""
         batch = batch.to(self._device, non_blocking=True)
-        loss_sum, self._carried = carried_loss(model.loss, batch, self._carried)
+        loss_sum, self._carried = carried_loss(model.loss, batch, self._states_before(model, batch))
         return loss_sum
+
+    def _states_before(self, model: Any, batch: Batch) -> ModelState | None:
+        """Return the states that the sequences of a batch may start from."""
+        own = self._options
+        if own.initial_state == "zero":
+            return self._carried
+        check_states(model.state_spec(), own.initial_state)
+        if own.initial_state == "passed":
+            return self._carried
+        # nothing can be fitted in the first step
+        self._num_losses += 1
+        if own.initial_state == "fitted-noise" and self._carried is None:
+            return None
+        assert batch.carry_to is not None
+        return noise(
+            model, None if own.initial_state == "noise" else self._carried, len(batch.carry_to), own.initial_state_std,
+            self._seed, self._num_losses,
+        )  # fmt: skip
 
     def step_skipped(self) -> None:
         """Reset the streams: a state that is not finite would corrupt all later steps."""
@@ -136,15 +173,17 @@ class LanguageTask(TaskBase):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data."""
-        return self._batches.state_dict()
+        state = self._batches.state_dict()
+        return state | {"num_losses": self._num_losses} if self._options.initial_state != "zero" else state
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the states carried by the streams."""
+        """Return the states carried to the next step."""
         return {} if self._carried is None else self._carried.tensors()
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore the position and the carried states."""
         self._batches.load_state_dict(state)
+        self._num_losses = int(state.get("num_losses", 0))
         moved = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         self._carried = ModelState.from_tensors(moved) if moved else None
 
