@@ -440,3 +440,33 @@ def test_larger_grids(grid, direction):
         for key in ("2d",) if direction == "2d" else ("columns-both", "rows-both"):
             y = mix_by_loops(mixer, "hgrn2-signed", y, bound, mask, paths[key])
     torch.testing.assert_close(found[mask], y[mask], rtol=1e-9, atol=1e-11)
+
+
+class ImageLayer(torch.nn.Module):
+    """A layer over the cells of images [B, D, rows, columns] of any size."""
+
+    def __init__(self, direction):
+        super().__init__()
+        self.mixer = HGRN2Mixer(16, 8, direction=direction)
+
+    def forward(self, images):
+        y, _ = self.mixer(images.flatten(2).transpose(1, 2), grid=tuple(images.shape[2:]), keep_state=False)
+        return y.transpose(1, 2).unflatten(2, images.shape[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["bidirectional", "columns", "2d", "2d-series"])
+def test_one_program_for_images_of_every_size(direction):
+    torch.manual_seed(0)
+    layer = ImageLayer(direction).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    names = {0: "batch", 2: "rows", 3: "columns"}
+    sizes = {axis: torch.export.Dim(name, min=2, max=64) for axis, name in names.items()}
+    exported = torch.export.export(layer, (torch.randn(2, 16, 4, 6),), dynamic_shapes=(sizes,)).module()
+    mapped = torch.func.vmap(lambda image: layer(image.unsqueeze(0))[0])
+    for shape in ((3, 16, 5, 7), (2, 16, 8, 3)):
+        images = torch.randn(shape)
+        wanted = layer(images)
+        for call in (compiled, exported, mapped):
+            torch.testing.assert_close(call(images), wanted)
