@@ -24,7 +24,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        if missing.name not in ("triton", "lm_eval"):
+        if missing.name not in ("triton", "lm_eval", "timm"):
             raise
         pytest.skip(f"{missing.name} is not installed, which this module is for")
     assert doctest.testmod(module).failed == 0

@@ -79,7 +79,7 @@ def train(
         model: A preset ({presets}) or a JSON file (default: tiny).
         from_: Start with the weights of a model: a run folder, a checkpoint, or a folder (see convert).
         set: Model settings as KEY=VALUE, e.g. --set dropout=0.1 use_short_conv=true.
-        task: language (default), distillation (default with --teacher), or a synthetic task (see hgrn2 task).
+        task: language (default), distillation (default with --teacher), image, or a synthetic task (see hgrn2 task).
         task_set: Options of the task as KEY=VALUE.
         out: Folder of the run (default: runs/run).
         config: A TOML file with tables [model], [task], [train] and [data]; flags override it.
@@ -113,10 +113,14 @@ def train(
                     "--from brings its own model; drop --model, and preset from the configuration file", "contradiction"
                 )
             model = str(start.model.path)
+        of_text, task_options = _split_data_flags(_task_name(file, task), of_text, task_options)
         run_settings, has_budget = _settings(file, given, task, task_options)
         if run_settings.train.freeze == COPIED and start is None:
             raise UserError("--freeze copied: nothing is copied without --from; name a folder with it", "contradiction")
         configure = functools.partial(model_config, model, file["model"], set)
+        if not run_settings.task.reads_text:
+            settings_of_model = file["model"] | parse_key_values(set, "--set", "a setting of a model")
+            configure = functools.partial(_task_model, run_settings, model, settings_of_model, configure)
         begin = _start_text if run_settings.task.reads_text else _start_task
         run = begin(out, run_settings, configure, start, of_text, file["data"], has_budget)
     _show_end(run)
@@ -154,6 +158,7 @@ def _resume(path: Path, given: Mapping[str, Any], options: Mapping[str, Any], of
     table = read_config(run_dir).get("task")
     name = table.get("name") if isinstance(table, dict) else None
     if name is not None and not find_task(str(name)).reads_text:
+        of_text, options = _split_data_flags(str(name), of_text, options)
         _refuse_text_flags(str(name), of_text)
         return resume_task_run(path, changes=given, task_changes=options)
     data = open_prepared(path, of_text["prepared"], of_text["data"])
@@ -206,6 +211,61 @@ def _start_text(
     )  # fmt: skip
 
 
+def _task_name(file: Mapping[str, Any], task: str | None) -> str | None:
+    """Return the name of the task of flag or file; None if neither names one."""
+    name = file["task"].get("name") if task is None else task
+    return name if isinstance(name, str) else None
+
+
+def _split_data_flags(
+    name: str | None, flags: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Turn --data and --validation into options of a task that has such options.
+
+    Args:
+        name: name of the task.
+        flags: values of the flags of text.
+        options: options of the task.
+
+    Returns:
+        The remaining flags, and the options.
+
+    Raises:
+        UserError: one of the flags names several paths.
+    """
+    from hgrn2.tasks import find_task
+    from hgrn2.tasks.registry import option_names
+
+    flags, options = dict(flags), dict(options)
+    if name is None or (task := find_task(name)).reads_text:
+        return flags, options
+    for key in ("data", "validation"):
+        values = flags[key]
+        if not values or key not in option_names(task):
+            continue
+        if len(values) > 1:
+            raise UserError(f"--{key}: task {name!r} takes one path; found {', '.join(values)}")
+        options[key] = values[0]
+        flags[key] = ()
+    return flags, options
+
+
+def _task_model(settings: RunSettings, model: str | None, keys: Mapping[str, Any], configure: Any) -> Any:
+    """Return the configuration of the model of a task that reads no prepared text.
+
+    Args:
+        settings: settings of the run.
+        model: value of --model.
+        keys: settings of the model from file and flags.
+        configure: returns the configuration of a language model for a default size of the vocabulary.
+    """
+    of_task = settings.task.model_settings(settings.options)
+    keys = dict(keys)
+    preset = keys.pop("preset", None)
+    own = settings.task.make_model_config(model if model is not None else preset, of_task | keys)
+    return configure(of_task.get("vocab_size")) if own is None else own
+
+
 def _start_task(
     out: Path,
     settings: RunSettings,
@@ -215,14 +275,13 @@ def _start_task(
     file: Mapping[str, Any],
     has_budget: bool,
 ) -> Any:
-    """Train on a task that generates its data."""
+    """Train on a task that reads no prepared text."""
     from hgrn2.train.runs import start_task_run
 
     _refuse_text_flags(settings.task.name, flags)
     if file:
         raise UserError(f"task {settings.task.name!r} reads no text; drop [data] from the file", "contradiction")
-    of_task = settings.task.model_settings(settings.options)
-    model = configure(of_task.get("vocab_size"))
+    model = configure()
     _check_place(out, settings)
     _announce_budget(has_budget)
     return start_task_run(out, model, settings, start=None if start is None else start.model)

@@ -23,6 +23,8 @@ SIGNATURE = (
 TABLE = "model"
 TRAIN_TABLE = "train"
 TASK_TABLE = "task"
+# the task whose models are image models
+IMAGE_TASK = "image"
 RUN_TABLES = (TABLE, TRAIN_TABLE, TASK_TABLE, "data")
 
 
@@ -42,6 +44,12 @@ def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
         raise UserError(
             f"{', '.join(mixed)} beside the table {TABLE!r}; put all settings of the model into the table",
             "contradiction",
+        )
+    if task_name(values) == IMAGE_TASK:
+        raise UserError(
+            "the model of a run on images, which is no language model; open RUN/model with "
+            "hgrn2.models.vision.load_model",
+            "unsupported",
         )
     return HGRN2Config.from_dict(check_keys(values, "config of a run", RUN_TABLES)[TABLE])
 

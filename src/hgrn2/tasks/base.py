@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -139,7 +140,24 @@ class Task(Protocol):
         ...
 
     @classmethod
-    def build_model(cls, options: Any, config: HGRN2Config) -> nn.Module:
+    def make_model_config(cls, model: str | None, settings: Mapping[str, Any]) -> Any:
+        """Return the configuration of a preset with settings, if the task has models of its own; None if it has not.
+
+        The configuration must have `to_dict`.
+
+        Args:
+            model: name of the preset; None means the default.
+            settings: settings of the model, which override the preset.
+        """
+        ...
+
+    @classmethod
+    def read_model_config(cls, settings: Mapping[str, Any]) -> Any:
+        """Return the configuration of a saved model."""
+        ...
+
+    @classmethod
+    def build_model(cls, options: Any, config: Any) -> nn.Module:
         """Make the model on the CPU with initial weights; it must have `parameter_roles`."""
         ...
 
@@ -176,6 +194,13 @@ class Task(Protocol):
         """Return a text sample, or None."""
         ...
 
+    def draw(self, model: nn.Module, folder: Path) -> list[Path]:
+        """Write pictures and other results into the run folder at the end of a run; return the pictures.
+
+        The model is in evaluation mode, without gradients.
+        """
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data, as JSON values of constant size."""
         ...
@@ -207,7 +232,17 @@ class TaskBase:
         return {}
 
     @classmethod
-    def build_model(cls, options: Any, config: HGRN2Config) -> nn.Module:
+    def make_model_config(cls, model: str | None, settings: Mapping[str, Any]) -> Any:
+        """Return None: models are those of `HGRN2Config`."""
+        del model, settings
+
+    @classmethod
+    def read_model_config(cls, settings: Mapping[str, Any]) -> Any:
+        """Return an `HGRN2Config`."""
+        return HGRN2Config.from_dict(dict(settings))
+
+    @classmethod
+    def build_model(cls, options: Any, config: Any) -> nn.Module:
         """Make a language model."""
         del options
         return HGRN2LM(config)
@@ -218,6 +253,11 @@ class TaskBase:
     def sample(self, model: nn.Module) -> str | None:
         """Return None: there are no samples."""
         del model
+
+    def draw(self, model: nn.Module, folder: Path) -> list[Path]:
+        """Draw nothing."""
+        del model, folder
+        return []
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return no tensors."""

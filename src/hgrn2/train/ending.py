@@ -90,7 +90,7 @@ class Ending:
         for step in self.steps:
             if not step.is_once:
                 self._measure(step, 0)
-        with self._failure_as_note("the report", "report.html"):
+        with self.failure_as_note("the report", "report.html"):
             return write_report(self.run_dir)
         return None
 
@@ -113,7 +113,7 @@ class Ending:
         except ImportError as error:
             self.note(f"no plots besides the report: {error.name} is not installed: {install_command('train')}")
             return []
-        with self._failure_as_note("the plots", "plots"):
+        with self.failure_as_note("the plots", "plots"):
             # every step may have been skipped, or the time may have run out before the first
             has_learnt = any(r["kind"] == "train" and r["loss"] is not None for r in read_metrics(self.run_dir))
             return plot_run(self.run_dir) if has_learnt or (self.run_dir / GATES_NAME).exists() else []
@@ -122,14 +122,19 @@ class Ending:
     def _measure(self, step: EndStep, last_step: int) -> None:
         self.model.eval()
         try:
-            with self._failure_as_note(step.what, step.file):
+            with self.failure_as_note(step.what, step.file):
                 step.measure(self.run_dir, self.model, self.device, last_step)
         finally:
             self.model.train()
 
     @contextmanager
-    def _failure_as_note(self, what: str, name: str) -> Iterator[None]:
-        """Turn a failure into a note: the checkpoint is written, so the run has succeeded."""
+    def failure_as_note(self, what: str, name: str) -> Iterator[None]:
+        """Turn a failure into a note: the checkpoint is written, so the run has succeeded.
+
+        Args:
+            what: what is written, for the note.
+            name: file or folder in the run folder.
+        """
         try:
             yield
         except (OSError, UserError) as error:

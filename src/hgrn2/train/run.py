@@ -288,7 +288,17 @@ class _Parts:
             display.note(f"{run_dir}: {describe_end(config, result.counters)}")
             return Run(self.model, result, [], run_dir / REPORT_NAME)
         report = ending.report()
-        return Run(self.model, result, ending.pictures(), report)
+        return Run(self.model, result, [*ending.pictures(), *self._task_pictures(run_dir, ending)], report)
+
+    def _task_pictures(self, run_dir: Path, ending: Ending) -> list[Path]:
+        """Let the task draw; a failure does not fail the run."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), ending.failure_as_note("the pictures of the task", "plots"):
+                return self.task.draw(self.model, run_dir)
+        finally:
+            self.model.train()
+        return []
 
 
 def _with_settings(model: Any, task: Task, config: TrainConfig) -> Any:

@@ -124,13 +124,13 @@ def saved_text_spec(
 
 def start_task_run(
     run_dir: Path,
-    model_config: HGRN2Config,
+    model_config: Any,
     settings: RunSettings,
     *,
     start: ModelFolder | None = None,
     display: Display | None = None,
 ) -> Run:
-    """Train a new model on a task that generates its data; arguments as for `start_language_run`."""
+    """Train a new model on a task that reads no prepared text; arguments as for `start_language_run`."""
     return start_run(run_dir, task_spec(settings.resolved(), model_config, start=start), display)
 
 

@@ -28,7 +28,7 @@ from hgrn2.train.warm_up import one_layer_of_each
 
 def task_spec(
     settings: RunSettings,
-    model_config: HGRN2Config,
+    model_config: Any,
     *,
     data: PreparedData | None = None,
     sampler: Sampler | None = None,
@@ -38,7 +38,7 @@ def task_spec(
 
     Args:
         settings: settings of training and of the task.
-        model_config: configuration of the model.
+        model_config: configuration of the model: an HGRN2Config, or what `Task.make_model_config` returns.
         data: prepared text, for tasks that read text.
         sampler: writes text samples from the model and a prompt; None writes none.
         start: a model to take the weights from; None initialises them.
@@ -58,7 +58,8 @@ def task_spec(
     def build_shallow() -> nn.Module:
         return task.build_model(options, one_layer_of_each(model_config))
 
-    return RunSpec(settings, build_model, build_task, {"model": model_config.to_dict()}, build_shallow)
+    shallow = build_shallow if isinstance(model_config, HGRN2Config) else None
+    return RunSpec(settings, build_model, build_task, {"model": model_config.to_dict()}, shallow)
 
 
 def text_spec(
@@ -123,19 +124,20 @@ def check_data(run: SavedRun, data: PreparedData) -> None:
         )
 
 
-def saved_model_config(run: SavedRun) -> HGRN2Config:
+def saved_model_config(run: SavedRun) -> Any:
     """Return the model configuration of a run.
 
     Raises:
         UserError: it differs from that of the checkpoint.
     """
-    config = HGRN2Config.from_dict(run.config["model"])
+    read = run.settings.task.read_model_config
+    config = read(run.config["model"])
     if run.checkpoint is None:
         return config
     saved = read_checkpoint_config(run.checkpoint).get("model")
     if not isinstance(saved, dict):
         raise UserError(f"{run.checkpoint}/config.json: no 'model' settings; name an older checkpoint", "damaged")
-    now, before = config.to_dict(), HGRN2Config.from_dict(saved).to_dict()
+    now, before = config.to_dict(), read(saved).to_dict()
     # some keys are written only if they are set
     keys = [key for key in now | before if now.get(key) != before.get(key)]
     if differing := [f"{key} is {now.get(key)!r}, there {before.get(key)!r}" for key in keys]:
