@@ -102,12 +102,19 @@ class HGRN2Step:
             )  # fmt: skip
             return y
         # the operator's step makes three temporary tensors of the size of the state
-        wide = wide_dtype(q.dtype)
+        return self.advance(*self.operands(q, f, v, bound), state).to(q.dtype)
+
+    def operands(self, q: Tensor, f: Tensor, v: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return query, gate, key and value [B, H, K] of pre-activations, float32 or wider."""
+        mixer, wide = self.mixer, wide_dtype(q.dtype)
         gate, key = tied_gate(f.to(wide), None if bound is None else bound.to(wide))
-        value = activate(v.to(wide), mixer.v_activation)
         query = activate(q.to(wide), mixer.q_activation) * mixer.scale
+        return query, gate, key, activate(v.to(wide), mixer.v_activation)
+
+    def advance(self, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, state: Tensor) -> Tensor:
+        """Run the recurrence on state [B, H, K, V] in place, in torch; return y [B, H, V]."""
         state.mul_(gate.unsqueeze(-1)).addcmul_(key.unsqueeze(-1), value.unsqueeze(-2))
-        return torch.matmul(query.unsqueeze(-2), state).squeeze(-2).to(q.dtype)
+        return torch.matmul(query.unsqueeze(-2), state).squeeze(-2)
 
     def finish(self, y: Tensor) -> Tensor:
         """Normalise outputs y [B, H, V] and project them to [B, D]."""

@@ -44,7 +44,7 @@ class EngineOptions:
     run_ahead: bool = True
     write_every: Annotated[int, Ge(1), Le(64)] = 1
     deterministic: bool = False
-    speculate: Annotated[int, Ge(0), Le(7)] = 0
+    speculate: Annotated[int, Ge(0), Le(15)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "engine")
