@@ -66,17 +66,17 @@ class ShortConv(nn.Module):
         if state is None:
             state = x.new_zeros((x.shape[0], back, x.shape[2]))
         padded = torch.cat([state.to(x.dtype), x], 1)
-        order = None
+        moved = None
         if mask is not None:
             # move padding before the history, so that no token sees it
-            order = torch.cat([mask.new_ones((x.shape[0], back)), mask], 1).long().argsort(dim=1, stable=True)
-            padded = padded.take_along_dim(order.unsqueeze(-1), 1)
+            moved = torch.cat([mask.new_ones((x.shape[0], back)), mask], 1).long().argsort(dim=1, stable=True)
+            padded = padded.take_along_dim(moved.unsqueeze(-1), 1)
         if not x.shape[1]:
             return x, padded
         y = functional.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=x.shape[2]).transpose(1, 2)
-        if order is not None:
+        if moved is not None:
             # undo the move; values at padding are arbitrary
-            places = (order.argsort(dim=1)[:, back:] - back).clamp_min(0)
+            places = (moved.argsort(dim=1)[:, back:] - back).clamp_min(0)
             y = y.take_along_dim(places.unsqueeze(-1), 1)
         return y, padded[:, padded.shape[1] - back :]
 
@@ -84,14 +84,14 @@ class ShortConv(nn.Module):
         """Convolve whole sequences with the last `ahead` taps on tokens after the current one."""
         if not x.shape[1]:
             return x
-        order = None
+        moved = None
         if mask is not None:
             # move padding before the tokens, so that no token sees it
-            order = mask.long().argsort(dim=1, stable=True)
-            x = x.take_along_dim(order.unsqueeze(-1), 1)
+            moved = mask.long().argsort(dim=1, stable=True)
+            x = x.take_along_dim(moved.unsqueeze(-1), 1)
         padded = functional.pad(x.transpose(1, 2), (self.width - 1 - ahead, ahead))
         y = functional.conv1d(padded, weight.unsqueeze(1), groups=x.shape[2]).transpose(1, 2)
-        return y if order is None else y.take_along_dim(order.argsort(dim=1).unsqueeze(-1), 1)
+        return y if moved is None else y.take_along_dim(moved.argsort(dim=1).unsqueeze(-1), 1)
 
     def _packed(
         self, x: BTD, state: History | None, cu_seqlens: Tensor, weight: Tensor, ahead: int

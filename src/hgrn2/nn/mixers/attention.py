@@ -156,7 +156,8 @@ class Attention(DirectedMixer):
     def mix_in_order(self, inputs: tuple[Tensor, ...], context: Context) -> BTD:
         """Attend in the order of a context: "bidirectional" is one softmax over tokens of both sides."""
         if context.order == "bidirectional":
-            return self._attend_both(*inputs, context)
+            q, k, v = inputs
+            return self._attend_both(q, k, v, context)
         return super().mix_in_order(inputs, context)
 
     def finish(self, y: BTD, others: tuple[Tensor, ...] = ()) -> BTD:

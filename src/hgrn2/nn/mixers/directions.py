@@ -140,7 +140,7 @@ def _mix_along(mixer: DirectedMixer, inputs: tuple[Tensor, ...], context: Contex
     return y.unflatten(0, (batch, columns)).transpose(1, 2).flatten(1, 2)
 
 
-def convolve(conv: ShortConv, x: BTD, state: Tensor | None, context: Context) -> tuple[BTD, Tensor | None]:
+def convolve(conv: ShortConv, x: BTD, state: Tensor | None, context: Context) -> tuple[BTD, Tensor]:
     """Run a short convolution in the order and along the axis of a context.
 
     It looks back in the causal order, ahead in the reverse order, and is centred otherwise. Over a grid it runs within
@@ -153,7 +153,7 @@ def convolve(conv: ShortConv, x: BTD, state: Tensor | None, context: Context) ->
         context: further inputs of the pass.
 
     Returns:
-        The result like x, and the new state in the causal order.
+        The result like x, and the new state, which has a meaning in the causal order only.
     """
     mask = context.mask
     if context.axis is None:
@@ -161,16 +161,18 @@ def convolve(conv: ShortConv, x: BTD, state: Tensor | None, context: Context) ->
     assert context.grid is not None
     rows, columns = context.grid
     batch = x.shape[0]
+    last = x
     if context.axis != "columns":
         within = None if mask is None else mask.reshape(batch * rows, columns)
-        x = conv(x.reshape(batch * rows, columns, x.shape[2]), None, None, within, context.order)[0].reshape(x.shape)
+        y, last = conv(x.reshape(batch * rows, columns, x.shape[2]), None, None, within, context.order)
+        x = y.reshape(x.shape)
     if context.axis != "rows":
         within = None if mask is None else _split_columns(mask, rows, columns)
         if mask is not None:
             x = x * mask.unsqueeze(-1)
-        x = conv(_split_columns(x, rows, columns), None, None, within, context.order)[0]
-        x = x.unflatten(0, (batch, columns)).transpose(1, 2).flatten(1, 2)
-    return x, None
+        y, last = conv(_split_columns(x, rows, columns), None, None, within, context.order)
+        x = y.unflatten(0, (batch, columns)).transpose(1, 2).flatten(1, 2)
+    return x, last
 
 
 def refuse_state(direction: str, state: MixerState | None) -> None:
