@@ -12,6 +12,9 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from hgrn2 import HGRN2LM, AttentionConfig, HGRN2Config, ModelState
+from hgrn2.errors import UserError
+from tests.models.cases import config_of, make_model
+from tests.models.cases import tokens as ids_of
 from tests.numerics import EXTREME_RMS, relative_error
 from tests.onnx_runtime import exporter_warnings, needs_onnx, runtime
 
@@ -135,3 +138,44 @@ torch.save(logits.detach(), sys.argv[3])
     subprocess.run([sys.executable, "-c", script, *paths], check=True, cwd=ROOT / "src")
     with torch.no_grad():
         assert_equal(torch.load(tmp_path / "logits.pt"), model(ids)[0])
+
+
+# torch's exporter compares its example with the program in float32
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense-signed", "rwkv6", "rebased", "hgrn1", "mamba", "griffin"])
+def test_every_mixer_exports_for_every_length(name):
+    model = make_model(config_of(name), torch.float32)
+    shapes = ({0: Dim("B"), 1: Dim("T", min=2, max=4096)},)
+    module = torch.export.export(model, (ids_of(2, 70),), dynamic_shapes=shapes).module()
+    with torch.no_grad():
+        for length in (2, 65, 200):
+            found, wanted = module(ids_of(1, length)), model(ids_of(1, length))
+            for x, y in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+@needs_onnx
+def test_signed_gates_and_earlier_features_in_onnx(tmp_path):
+    model = make_model(config_of("dense-signed").replace(num_hidden_layers=2), torch.float32)
+    shapes = ({0: "B", 1: "T"},)
+    torch.onnx.export(model, (ids_of(2, 70),), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False)
+    run = runtime(tmp_path / "m.onnx")
+    with torch.no_grad():
+        for length in (1, 65):
+            for x, y in zip(tree_leaves(run(ids_of(3, length))), tree_leaves(model(ids_of(3, length))), strict=True):
+                torch.testing.assert_close(torch.as_tensor(x), y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@needs_onnx
+@pytest.mark.parametrize("name", ["hgrn1", "mamba"])
+def test_mixers_with_element_wise_states_are_refused_by_onnx(tmp_path, name):
+    model = make_model(config_of(name), torch.float32)
+    with pytest.raises(Exception, match="export") as caught:
+        torch.onnx.export(model, (ids_of(1, 9),), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    error: BaseException | None = caught.value
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    assert error is not None
+    assert error.code == "unsupported"

@@ -48,6 +48,23 @@ def _is_in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
+def refuse_onnx(operator: str) -> None:
+    """Refuse an operator that has no form in ordinary operations.
+
+    Args:
+        operator: its name.
+
+    Raises:
+        UserError: `torch.onnx.export` is tracing.
+    """
+    if is_onnx_export():
+        raise UserError(
+            f"{operator} cannot be written to ONNX, and with it no model of hgrn1, griffin or mamba layers; use "
+            "torch.export, or mixers with outer-product states",
+            "unsupported",
+        )
+
+
 @contextlib.contextmanager
 def use_linear_attention(domain: str | None) -> Iterator[None]:
     """Trace scans inside the block as ONNX's LinearAttention of a domain, or as ordinary operations.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hgrn2.errors import UserError
 from hgrn2.ops.checks import check_cu_seqlens, check_device
+from hgrn2.ops.export import refuse_onnx
 from hgrn2.ops.tiles import boundaries
 from hgrn2.ops.transforms import differentiable_by_transforms, map_by_loop, refuse_derivatives
 from hgrn2.shapes import describe, require_shape
@@ -75,6 +76,7 @@ def linear_scan(
         h = a * state.unsqueeze(1) + b
         state = h[:, 0] if length else state
     elif cu_seqlens is None:
+        refuse_onnx("linear_scan")
         h = _traced_scan(a, b, state, reverse, backend)
         # a view would keep all of h in memory
         state = h[:, 0 if reverse else -1].clone()

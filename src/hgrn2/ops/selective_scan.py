@@ -16,6 +16,7 @@ from hgrn2.errors import UserError
 from hgrn2.ops.call import state_dtype
 from hgrn2.ops.checks import check_cu_seqlens
 from hgrn2.ops.device import without_autocast
+from hgrn2.ops.export import refuse_onnx
 from hgrn2.ops.linear_scan import scan_into
 from hgrn2.ops.transforms import differentiable_by_transforms, map_by_loop, refuse_derivatives
 from hgrn2.shapes import require_shape
@@ -67,6 +68,7 @@ def selective_scan(
         entering = (now * u[:, 0]).unsqueeze(-1) * b[:, 0].unsqueeze(-2)
         state = torch.exp(now.unsqueeze(-1) * a.to(wide)) * state + entering
         return (state * c).sum(-1).unsqueeze(1), state
+    refuse_onnx("selective_scan")
     y, state, _ = _traced_scan(u, dt, a.to(wide), b, c, state.contiguous(), cu_seqlens)
     return y, state
 
