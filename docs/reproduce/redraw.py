@@ -63,7 +63,10 @@ def draw(folder: Path) -> Drawn:
             report = (out / "report.md").read_text(encoding="utf-8").replace(str(out), name)
             files[f"tables/{name}.md"] = report.replace("](plots/", f"](../plots/{name}.").encode()
             files[f"tables/{name}.csv"] = (out / "results.csv").read_bytes()
-            blocks |= {name: _experiment(name, ended.results, pictures), f"{name}-claim": CLAIMS[name](ended.results)}
+            blocks[name], blocks[f"{name}-claim"] = (
+                _experiment(name, ended.results, pictures),
+                CLAIMS[name](ended.results),
+            )
     return Drawn(blocks, files)
 
 
@@ -107,7 +110,7 @@ def _recall(results: Results) -> str:
 
 def _perplexity(results: Results) -> str:
     """Return the held-out perplexity of HGRN2 and HGRN1, and which is lower."""
-    (task,) = results.tasks
+    task = results.tasks[0]
     found = {name: _perplexity_of(task, name) for name in ("hgrn2", "hgrn1")}
     if None in found.values():
         return NOT_RUN
@@ -122,7 +125,7 @@ def _perplexity_of(task: TaskSummary, model: str) -> float | None:
 
 def _expansion(results: Results) -> str:
     """Return the held-out loss against the state expansion, and where a larger one is worse by more than the spread."""
-    (task,) = results.tasks
+    task = results.tasks[0]
     cells = [(k, cell) for k in EXPANSIONS if (cell := _cell(task, f"K{k}")) is not None and cell.best is not None]
     if len(cells) < 2:
         return NOT_RUN

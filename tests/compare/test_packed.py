@@ -108,3 +108,23 @@ def test_the_command_unites_files(tmp_path, capsys):
     assert len(Plan.load(out).runs) == 2
     assert cli.main(["compare", "--merge", str(one)]) != 0
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["mqar"], ["mqar", "[tasks.mqar]"]),
+        (["mamba"], ["mamba", "[models.mamba]"]),
+        (["compares.toml"], ["compares.toml", "compare.toml"]),
+        (["hgrn2", "attention"], ["attention", "[models.NAME]"]),
+        (["--seeds", "3"], ["--seeds", "the file"]),
+        (["--jobs", "2", "--runs-per-process", "99"], ["--runs-per-process", "99", "16"]),
+    ],
+)
+def test_what_belongs_into_the_file_is_said_so(words, names, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "compare.toml").write_text("")
+    assert cli.main(["compare", *words]) != 0
+    (line,) = capsys.readouterr().err.splitlines()
+    for name in names:
+        assert name in line

@@ -6,13 +6,17 @@ import json
 
 import pytest
 
-from hgrn2.compare.comparison import compare
+from hgrn2.compare.comparison import compare, report
+from hgrn2.compare.config import Comparison
+from hgrn2.compare.files import repeat_command, write_repeat_files
 from hgrn2.compare.matching import count_parameters, match_size
 from hgrn2.compare.plan import Plan, check_extends, make_plan
+from hgrn2.compare.report.curves import rate_curves
+from hgrn2.compare.report.tables import ranking
 from hgrn2.models import HGRN2Config
 from hgrn2.storage.lock import run_lock
 from hgrn2.tasks import find_task
-from tests.compare.tiny import MODEL, MODELS, MQAR, comparison
+from tests.compare.tiny import MODEL, MODELS, MQAR, comparison, invent
 from tests.refusals import refuses
 
 TASK = find_task("mqar")
@@ -130,3 +134,40 @@ def test_a_folder_that_is_taken(tmp_path):
     (tmp_path / "file").write_text("")
     with refuses("unwritable", tmp_path / "file"):
         compare(comparison(), tmp_path / "file")
+
+
+def test_muon_s_learning_rate_is_an_axis_of_the_grid(tmp_path):
+    wanted = comparison(
+        models={"hgrn2": {}}, muon_learning_rates=[0.01, 0.02], learning_rates=[1e-3, 1e-2],
+        tasks={"plain": {**MQAR, "task": "mqar"}, "muon": {**MQAR, "task": "mqar", "optimizer": "muon"}},
+    )  # fmt: skip
+    assert Comparison.from_tables(wanted.to_tables()) == wanted
+    plan = make_plan(wanted, tmp_path)
+    assert wanted.num_runs == len(plan.runs) == 2 + 4
+    found = {run.folder: run.run_settings.train for run in plan.runs}
+    assert list(found)[:2] == ["plain.hgrn2.lr0.001.seed0", "plain.hgrn2.lr0.01.seed0"]
+    train = found["muon.hgrn2.lr0.001.muon0.02.seed0"]
+    assert (train.learning_rate, train.muon_learning_rate) == (1e-3, 0.02)
+    with refuses("contradiction", "muon_learning_rates", "optimizer"):
+        comparison(muon_learning_rates=[0.01])
+
+
+def test_the_report_shows_both_rates(tmp_path):
+    rates, muon = [1e-3, 1e-2], [0.01, 0.02, 0.04]
+    wanted = comparison(
+        models={"hgrn2": {}}, learning_rates=rates, muon_learning_rates=muon, train={"optimizer": "muon"}
+    )
+    values = {f"mqar.hgrn2.lr{r:g}.muon{m:g}.seed0": 0.1 + 10 * m + 5 * r for r in rates for m in muon}
+    plan = invent(tmp_path / "out", wanted, values)
+    ended = report(tmp_path / "out")
+    (task,) = ended.results.tasks
+    (cell,) = task.cells
+    assert (cell.best.learning_rate, cell.best.muon_learning_rate, cell.is_at_edge) == (1e-2, 0.04, True)
+    assert ranking(task).rows[0][2] == "0.01, Muon 0.04 (edge)"
+    (by_muon,) = rate_curves(task, "muon_learning_rate")
+    assert (by_muon.x, by_muon.y) == (muon, pytest.approx([0.1 + 10 * m + 0.05 for m in muon]))
+    (by_rate,) = rate_curves(task)
+    assert (by_rate.x, by_rate.y) == (rates, pytest.approx([0.1 + 0.4 + 5 * r for r in rates]))
+    assert repeat_command(tmp_path / "out", plan.runs[-1]).endswith(" --muon-learning-rate 0.04")
+    write_repeat_files(tmp_path / "out", plan)
+    assert "muon_learning_rate" not in (tmp_path / "out" / "repeat" / "mqar.toml").read_text()

@@ -111,7 +111,7 @@ def test_options_of_other_validations():
     for code, names, values in (
         ("contradiction", ["num_pairs 4", "length is 12"], {"eval_lengths": [12]}),
         ("invalid-value", ["length is 1"], {"eval_lengths": [1]}),
-        ("invalid-value", ["eval_lengths is 128"], {"eval_lengths": 128}),
+        ("invalid-value", ["eval_lengths is '128'"], {"eval_lengths": "128"}),
         ("invalid-value", ["eval_at holds 128"], {"eval_at": [128]}),
         ("unknown-name", ["num_pair", "num_pairs"], {"eval_at": [{"num_pair": 2}]}),
         ("unknown-name", ["eval_lengths"], {"eval_at": [{"eval_lengths": [2]}]}),

@@ -189,7 +189,7 @@ def test_samples_on_the_command_line(capsys):
     command("task")
     listed = capsys.readouterr().out
     assert not [name for name in GENERATORS if name not in listed]
-    command("task", "mqar", "--samples", 2, "--seed", 4, "--set", "length=16", "vocab_size=30")
+    command("task", "mqar", "--samples", 2, "--seed", 4, "--task-set", "length=16", "vocab_size=30")
     out = capsys.readouterr().out
     assert "num_pairs" in out
     inputs = generate(MQAROptions(length=16, vocab_size=30), 2, seed=4).inputs
@@ -198,8 +198,28 @@ def test_samples_on_the_command_line(capsys):
     assert "did you mean 'mqar'" in refused(capsys, "task", "mqra")
     assert "'language'" in refused(capsys, "task", "language")
     assert "--samples is -1" in refused(capsys, "task", "mqar", "--samples", -1)
+    assert "num_pairs 20" in refused(capsys, "task", "mqar", "--task-set", "num_pairs=20")
+    assert "--task-set" in refused(capsys, "task", "--task-set", "num_pairs=20")
+    # its former name
     assert "num_pairs 20" in refused(capsys, "task", "mqar", "--set", "num_pairs=20")
-    assert "--set" in refused(capsys, "task", "--set", "num_pairs=20")
+
+
+def test_lists_on_the_command_line_need_no_brackets(capsys):
+    for words in (["eval_lengths=128,256"], ["eval_lengths=[128,256]"]):
+        command("task", "mqar", "--samples", 0, "--task-set", *words)
+        assert "[128, 256]" in capsys.readouterr().out
+    command("task", "mqar", "--samples", 0, "--task-set", "eval_lengths=128", 'eval_at={"num_pairs": 2}')
+    out = capsys.readouterr().out
+    assert "[128]" in out
+    assert "[{'num_pairs': 2}]" in out
+    assert "eval_lengths is '128;256'" in refused(capsys, "task", "mqar", "--task-set", "eval_lengths=128;256")
+    assert "num_pairs is [8, 16]" in refused(capsys, "task", "mqar", "--task-set", "num_pairs=8,16")
+
+
+def test_options_given_as_flags_or_as_settings_of_the_model_are_led_to_task_set(capsys):
+    assert "--task-set length=8" in refused(capsys, "task", "parity", "--length=8")
+    assert "--task-set num_pairs=VALUE" in refused(capsys, "train", "--task", "mqar", "--num-pairs", 4)
+    assert "--task-set num_pairs=4" in refused(capsys, "train", "--task", "mqar", "--set", "num_pairs=4")
 
 
 def test_a_new_generator_is_one_short_file(capsys):

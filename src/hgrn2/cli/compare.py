@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import signal
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -69,7 +71,7 @@ def compare(
         raise UserError(f"--runs-per-process is {runs_per_process}; wanted 1 to {MOST_RUNS_PER_PROCESS}")
     folder = _FOLDER / ("default" if file is None else file.stem) if out is None else out
     if file is not None:
-        wanted = Comparison.from_tables(read_toml_file(file, GUIDE), str(file))
+        wanted = Comparison.from_tables(_read(file, GUIDE), str(file))
     elif (folder / PLAN_NAME).exists():
         # continue as it was begun, whatever is registered by now
         wanted = None
@@ -88,6 +90,34 @@ def compare(
     return 128 + int(signal.Signals[ended.stopped_by])
 
 
+def _read(file: Path, guide: str) -> dict[str, Any]:
+    """Return the content of a file; say so if its name is that of a mixer or a task, or like that of another file."""
+    try:
+        return read_toml_file(file, guide)
+    except UserError:
+        if not file.exists():
+            raise _missing_file(file) from None
+        raise
+
+
+def _missing_file(file: Path) -> UserError:
+    from hgrn2.nn.mixers import mixer_names
+    from hgrn2.tasks.registry import TASKS, load_tasks
+
+    load_tasks()
+    for what, names, table in (("mixer", mixer_names(), "models"), ("task", list(TASKS), "tasks")):
+        if str(file) in names:
+            return UserError(
+                f"{file}: wanted a TOML file, and this is the name of a {what}; write [{table}.{file}] into a file, as "
+                "examples/compare.toml does",
+                "not-found",
+            )
+    found = [path.name for path in file.parent.glob("*.toml")] if file.parent.is_dir() else []
+    near = difflib.get_close_matches(file.name, found, n=1)
+    hint = f"did you mean {file.parent / near[0]}?" if near else "name a TOML file"
+    return UserError(f"{file}: no such file; {hint}", "not-found")
+
+
 def _show(ended: object) -> None:
     """Print the ranking of each task, and where the report is; the last line is its path."""
     from hgrn2.compare.comparison import Ended
@@ -100,7 +130,7 @@ def _show(ended: object) -> None:
         print(f"{task.name}: {tables.direction(task)}")
         width = max(len(cell.model) for cell in task.cells)
         for cell in task.cells:
-            rate = "" if cell.best is None else f"  at learning rate {cell.best.learning_rate:g}"
+            rate = "" if cell.best is None else f"  at learning rate {cell.best.label}"
             print(f"  {cell.model:<{width}}  {tables.mean_and_spread(task, cell.best)}{rate}")
     for run in results.in_state("diverged", "failed"):
         print(f"{run.state}  {run.planned.folder}: {run.reason}")

@@ -51,6 +51,10 @@ _FLAGS = {
     "to": "format layout output-format",
     "max-shard-size": "shard-size",
 }
+# flags that users of `hgrn2 compare` may look for
+_IN_FILE = (
+    "models model mixers mixer tasks task seeds seed learning-rates learning-rate learning_rates lr lrs max-steps"
+)
 
 
 def unknown_command(word: str, commands: Mapping[str, Command]) -> str:
@@ -94,6 +98,8 @@ def explain(message: str, command: str, flags: Sequence[Flag]) -> str:
 
 def _unknown_words(words: Sequence[str], command: str, flags: Sequence[Flag]) -> str:
     unknown = [word for word in words if word.startswith("-")]
+    if command == "compare" and (hint := _of_comparison(words)):
+        return hint
     if not unknown:
         return f"{command}: unexpected {' '.join(repr(word) for word in words)}"
     meant = list(dict.fromkeys(found for word in unknown if (found := _meant(word, flags))))
@@ -102,11 +108,25 @@ def _unknown_words(words: Sequence[str], command: str, flags: Sequence[Flag]) ->
     return f"{command}: unknown option{'s' if len(set(unknown)) > 1 else ''} {names}{hint}"
 
 
+def _of_comparison(words: Sequence[str]) -> str | None:
+    """Return a message about models, tasks and axes of the grid, which belong into the file of a comparison."""
+    name = words[0].lstrip("-").partition("=")[0]
+    if words[0].startswith("-") and name not in _IN_FILE.split():
+        return None
+    return (
+        f"compare: {words[0]} belongs into the file: its tables [models.NAME] and [tasks.NAME], seeds and "
+        "learning_rates say what is compared; see examples/compare.toml"
+    )
+
+
 def _meant(word: str, flags: Sequence[Flag]) -> str | None:
     name, _, value = word.lstrip("-").replace("_", "-").partition("=")
     known = {flag.name.lstrip("-"): flag for flag in flags if not flag.is_positional}
     if name in known:
         return f"--{name}"
+    # options of synthetic tasks are given by --task-set
+    if "task-set" in known and (option := name.replace("-", "_")) in _task_options():
+        return f"--task-set {option}={value or 'VALUE'}"
     for flag in known:
         if name.lower() in _FLAGS.get(flag, "").split():
             return f"--{flag}"
@@ -116,6 +136,12 @@ def _meant(word: str, flags: Sequence[Flag]) -> str | None:
     settings = [field.name for field in dataclasses.fields(HGRN2Config)]
     near = difflib.get_close_matches(name.replace("-", "_"), settings, n=1, cutoff=0.8)
     return f"--set {near[0]}={value or 'VALUE'}" if near and "set" in known else None
+
+
+def _task_options() -> set[str]:
+    from hgrn2.tasks import GENERATORS
+
+    return {field.name for kind in GENERATORS.values() for field in dataclasses.fields(kind)}
 
 
 def _alternatives(words: Sequence[str]) -> str:

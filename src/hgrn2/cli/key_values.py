@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from hgrn2.errors import UserError
 from hgrn2.storage.json_files import parse_json
 
+_NUMBERS = re.compile(r"-?\d+(\.\d+)?(,-?\d+(\.\d+)?)+")
+
 
 def parse_key_values(words: Sequence[str], flag: str, what: str) -> dict[str, Any]:
-    """Parse settings of the form KEY=VALUE, where a value is JSON or a plain word.
+    """Parse settings of the form KEY=VALUE, where a value is JSON, numbers with commas between them, or a plain word.
 
     Args:
         words: one setting each.
@@ -25,6 +28,9 @@ def parse_key_values(words: Sequence[str], flag: str, what: str) -> dict[str, An
         key, sign, value = word.partition("=")
         if not (key and sign):
             raise UserError(f"{flag} {word}: wanted KEY=VALUE")
+        if _NUMBERS.fullmatch(value):
+            # a list without its brackets
+            value = f"[{value}]"
         try:
             found[key] = parse_json(value)
         except ValueError as error:

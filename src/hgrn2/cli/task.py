@@ -21,7 +21,12 @@ from hgrn2.tasks.registry import make_options
 
 
 def task(
-    name: tyro.conf.Positional[str | None] = None, samples: int = 3, seed: int = 0, start: int = 0, set: Texts = ()
+    name: tyro.conf.Positional[str | None] = None,
+    samples: int = 3,
+    seed: int = 0,
+    start: int = 0,
+    task_set: Texts = (),
+    set: Texts = (),
 ) -> None:
     """Show a synthetic task: its distribution, its options, and samples.
 
@@ -32,19 +37,21 @@ def task(
         samples: Examples to show.
         seed: Seed of the examples; a run with this seed trains on them in this order.
         start: Index of the first example.
-        set: Options of the task as KEY=VALUE.
+        task_set: Options of the task as KEY=VALUE, as for hgrn2 train.
+        set: The former name of --task-set.
     """
     if samples < 0:
         raise UserError(f"--samples is {samples}; wanted 0 or more")
+    task_set += set
     if name is None:
-        if set:
-            raise UserError("--set changes a task; name one before it", "incomplete")
+        if task_set:
+            raise UserError("--task-set changes a task; name one before it", "incomplete")
         show_table(_tasks())
         return
     # also finds tasks of installed packages
     found = find_task(name)
     kind = find_generator(name)
-    options = make_options(found, parse_key_values(set, "--set", "an option of the task"))
+    options = make_options(found, parse_key_values(task_set, "--task-set", "an option of the task"))
     examples = generate(options, samples, seed, start=start)
     print(inspect.getdoc(kind) or "")
     print()

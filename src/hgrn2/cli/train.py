@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,10 @@ from hgrn2.data.progress import announce
 from hgrn2.data.settings import data_settings, prepare_data
 from hgrn2.data.tokenizer import Tokenizer
 from hgrn2.errors import UserError
+from hgrn2.models import HGRN2Config
 from hgrn2.storage.staging import check_writable_folder
 from hgrn2.tasks.distillation import DistillationOptions, check_teacher
+from hgrn2.tasks.registry import option_names
 from hgrn2.train.config import BUDGETS, TrainConfig
 from hgrn2.train.freezing import COPIED
 from hgrn2.train.run_data import open_prepared
@@ -117,6 +119,7 @@ def train(
         run_settings, has_budget = _settings(file, given, task, task_options)
         if run_settings.train.freeze == COPIED and start is None:
             raise UserError("--freeze copied: nothing is copied without --from; name a folder with it", "contradiction")
+        _check_model_settings(set, run_settings.task)
         configure = functools.partial(model_config, model, file["model"], set)
         if not run_settings.task.reads_text:
             settings_of_model = file["model"] | parse_key_values(set, "--set", "a setting of a model")
@@ -126,6 +129,17 @@ def train(
     _show_end(run)
     stopped_by = run.result.stopped_by
     return 128 + int(signal.Signals[stopped_by]) if stopped_by else 0
+
+
+def _check_model_settings(words: Sequence[str], task: type[Any]) -> None:
+    """Refuse options of the task among settings of the model."""
+    of_model = {field.name for field in dataclasses.fields(HGRN2Config)}
+    for key, value in parse_key_values(words, "--set", "a setting of a model").items():
+        if key in option_names(task) and key not in of_model:
+            raise UserError(
+                f"--set {key}: an option of task {task.name!r}, not of the model; use --task-set {key}={value}",
+                "unknown-name",
+            )
 
 
 def _settings(

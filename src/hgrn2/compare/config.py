@@ -79,6 +79,8 @@ class Comparison:
         model: settings that all models share.
         train: settings of training that all runs share.
         keep_checkpoints: whether runs that have ended keep their weights.
+        muon_learning_rates: peak learning rates of Muon, each with every learning rate of AdamW, for tasks whose
+            optimizer is muon; empty leaves muon_learning_rate as it is.
 
     Example:
         >>> found = Comparison.from_tables({
@@ -98,6 +100,14 @@ class Comparison:
     model: Mapping[str, Any] | None = None
     train: Mapping[str, Any] | None = None
     keep_checkpoints: bool = True
+    muon_learning_rates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.muon_learning_rates and not any(self.uses_muon(task) for task in self.tasks):
+            raise UserError(
+                'muon_learning_rates has no effect, as no task has optimizer = "muon"; set that in [train] or drop it',
+                "contradiction",
+            )
 
     @classmethod
     def read(cls, path: Path) -> Comparison:
@@ -127,6 +137,7 @@ class Comparison:
         model, train = (_table(tables.get(key, {}), where, key) for key in ("model", "train"))
         _check_keys(model, [*_MODEL_KEYS, "preset"], f"{where}: [model]")
         _check_train(train, f"{where}: [train]")
+        muon = tables.get("muon_learning_rates", [])
         return cls(
             models=tuple(_read_model(*item, where) for item in _entries(tables, "models", where)),
             tasks=tuple(_read_task(*item, where) for item in _entries(tables, "tasks", where)),
@@ -135,6 +146,7 @@ class Comparison:
             match=_match(tables.get("match", "first"), where),
             model=model,
             train=train,
+            muon_learning_rates=_rates(muon, f"{where}: muon_learning_rates") if muon else (),
             keep_checkpoints=_boolean(tables.get("keep_checkpoints", True), where, "keep_checkpoints"),
         )
 
@@ -144,8 +156,9 @@ class Comparison:
             "seeds": list(self.seeds),
             "learning_rates": list(self.learning_rates),
             "match": self.match,
-            # plans of earlier versions do not have it
+            # plans of earlier versions do not have them
             **({} if self.keep_checkpoints else {"keep_checkpoints": False}),
+            **({"muon_learning_rates": list(self.muon_learning_rates)} if self.muon_learning_rates else {}),
             "model": dict(self.model or {}),
             "train": dict(self.train or {}),
             "models": {m.name: {**m.settings, **m.own_axes()} for m in self.models},
@@ -162,10 +175,19 @@ class Comparison:
         """Return the seeds of a model."""
         return model.seeds or self.seeds
 
+    def uses_muon(self, task: TaskEntry) -> bool:
+        """Return whether the optimizer of a task is Muon."""
+        return {**(self.train or {}), **task.settings}.get("optimizer") == "muon"
+
+    def muon_rates_of(self, task: TaskEntry) -> tuple[float | None, ...]:
+        """Return the learning rates of Muon on a task; None leaves that to the settings."""
+        return self.muon_learning_rates if self.muon_learning_rates and self.uses_muon(task) else (None,)
+
     @property
     def num_runs(self) -> int:
         """Number of runs of the whole grid."""
-        return len(self.tasks) * sum(len(self.seeds_of(model)) * len(self.rates_of(model)) for model in self.models)
+        per_rate = sum(len(self.seeds_of(model)) * len(self.rates_of(model)) for model in self.models)
+        return per_rate * sum(len(self.muon_rates_of(task)) for task in self.tasks)
 
     def model_config(self, model: ModelEntry, of_task: Mapping[str, Any]) -> HGRN2Config:
         """Return the configuration of a model before its size is matched.

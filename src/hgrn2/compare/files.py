@@ -38,6 +38,8 @@ def repeat_command(out: Path, run: PlannedRun) -> str:
     words = [program(), "train", "--config", shlex.quote(str(folder / _task_file(run))),
              "--model", shlex.quote(str(folder / _model_file(run))), "--learning-rate", f"{run.learning_rate:g}",
              "--seed", str(run.seed), "--out", shlex.quote(str(Path(RUNS_NAME) / run.folder))]  # fmt: skip
+    if run.muon_learning_rate is not None:
+        words += ["--muon-learning-rate", f"{run.muon_learning_rate:g}"]
     return " ".join(words)
 
 
@@ -50,8 +52,8 @@ def _model_file(run: PlannedRun) -> str:
 
 
 def _task_toml(out: Path, run: PlannedRun) -> str:
-    """Return [task], [train] and [data] of a run, without its seed and learning rate."""
-    flat = {k: v for k, v in run.settings.items() if k not in ("seed", "learning_rate")}
+    """Return [task], [train] and [data] of a run, without its seed and learning rates."""
+    flat = {k: v for k, v in run.settings.items() if k not in ("seed", "learning_rate", "muon_learning_rate")}
     train = {k: v for k, v in flat.items() if k in _TRAIN_KEYS}
     task: dict[str, Any] = {"name": run.task} | {k: v for k, v in flat.items() if k not in _TRAIN_KEYS}
     parts = [_toml_table("task", task), _toml_table("train", train)]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class PlannedRun:
     model_config: dict[str, Any]
     settings: dict[str, Any]
     data: dict[str, Any] | None
+
+    @property
+    def muon_learning_rate(self) -> float | None:
+        """Peak learning rate of Muon; None if it is not set."""
+        return self.settings.get("muon_learning_rate")
 
     @property
     def run_settings(self) -> RunSettings:
@@ -142,11 +148,16 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
         seeds = dict.fromkeys(seed for model in comparison.models for seed in comparison.seeds_of(model))
         for seed in seeds:
             for model in comparison.models:
-                for rate in comparison.rates_of(model) if seed in comparison.seeds_of(model) else ():
+                if seed not in comparison.seeds_of(model):
+                    continue
+                # as JSON has it, with lists instead of tuples
+                config = json.loads(json.dumps(configs[model.name].to_dict()))
+                for rate, muon in product(comparison.rates_of(model), comparison.muon_rates_of(task)):
                     flat = {**_flat(comparison, task), "seed": seed, "learning_rate": rate}
-                    folder = f"{task.name}.{model.name}.lr{rate:g}.seed{seed}"
-                    # as JSON has it, with lists instead of tuples
-                    config = json.loads(json.dumps(configs[model.name].to_dict()))
+                    if muon is not None:
+                        flat["muon_learning_rate"] = muon
+                    rates = f"lr{rate:g}" if muon is None else f"lr{rate:g}.muon{muon:g}"
+                    folder = f"{task.name}.{model.name}.{rates}.seed{seed}"
                     runs.append(PlannedRun(folder, model.name, task.name, task.task, seed, rate, config, flat, data))
     return Plan(comparison, tuple(runs))
 

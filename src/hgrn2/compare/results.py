@@ -97,12 +97,20 @@ class RateSummary:
         finished: the finished runs, one a seed.
         num_diverged: how many others diverged.
         num_runs: number of runs in the plan.
+        muon_learning_rate: the learning rate of Muon; None if it is not set.
     """
 
     learning_rate: float
     finished: tuple[RunResult, ...]
     num_diverged: int
     num_runs: int
+    muon_learning_rate: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The learning rate, and Muon's if it is set."""
+        muon = self.muon_learning_rate
+        return f"{self.learning_rate:g}" if muon is None else f"{self.learning_rate:g}, Muon {muon:g}"
 
     @property
     def values(self) -> list[float]:
@@ -152,10 +160,14 @@ class CellSummary:
 
     @property
     def is_at_edge(self) -> bool:
-        """Whether the best learning rate is the smallest or largest of three or more: a better one may lie beyond."""
-        if self.best is None or len(self.rates) < 3:
+        """Whether the best rate, AdamW's or Muon's, is the smallest or largest of three or more: look beyond it."""
+        if self.best is None:
             return False
-        return self.best.learning_rate in (self.rates[0].learning_rate, self.rates[-1].learning_rate)
+        for name in ("learning_rate", "muon_learning_rate"):
+            every = sorted({value for rate in self.rates if (value := getattr(rate, name)) is not None})
+            if len(every) >= 3 and getattr(self.best, name) in (every[0], every[-1]):
+                return True
+        return False
 
     def mean_of(self, of_run: str) -> float | None:
         """Return the mean of a number over the runs of the best learning rate.
@@ -237,10 +249,12 @@ def _summarise(runs: Sequence[RunResult]) -> tuple[TaskSummary, ...]:
         key = repr((planned[0].model_config, seq_len))
         costs[key] = costs.get(key) or cost(config, seq_len)
         rates = []
-        for rate in sorted({run.planned.learning_rate for run in found}):
-            own = [run for run in found if run.planned.learning_rate == rate]
+        by_rate: dict[tuple[float, float | None], list[RunResult]] = {}
+        for run in found:
+            by_rate.setdefault((run.planned.learning_rate, run.planned.muon_learning_rate), []).append(run)
+        for (rate, muon), own in sorted(by_rate.items(), key=lambda item: (item[0][0], item[0][1] or 0.0)):
             finished = tuple(run for run in own if run.state == "finished")
-            rates.append(RateSummary(rate, finished, sum(run.state == "diverged" for run in own), len(own)))
+            rates.append(RateSummary(rate, finished, sum(run.state == "diverged" for run in own), len(own), muon))
         cell = CellSummary(model, task, tuple(rates), found[0].metric, costs[key], config)
         by_task.setdefault(task, []).append(cell)
     names = {run.planned.task_entry: run.planned.task for run in runs}
@@ -263,7 +277,8 @@ def results_csv(results: Results) -> str:
     of_cost = [field.name for field in fields(Cost)]
     hidden = {"kind", "step", "tokens", "elapsed_s"}
     figures = list(dict.fromkeys(key for run in results.runs for key in run.validation if key not in hidden))
-    head = ["task", "model", "learning_rate", "seed", "state", "reason", "metric", "metric_value", "steps", "tokens",
+    head = ["task", "model", "learning_rate", "muon_learning_rate", "seed",
+            "state", "reason", "metric", "metric_value", "steps", "tokens",
             "elapsed_s", "tokens_per_s", "memory_bytes", "intermediate_size", *of_cost, *figures, "folder"]  # fmt: skip
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -271,7 +286,8 @@ def results_csv(results: Results) -> str:
     for run in results.runs:
         planned, cell = run.planned, cells[run.planned.task_entry, run.planned.model]
         writer.writerow(
-            [planned.task_entry, planned.model, planned.learning_rate, planned.seed, run.state, run.reason,
+            [planned.task_entry, planned.model, planned.learning_rate, planned.muon_learning_rate, planned.seed,
+             run.state, run.reason,
              run.metric.name, run.value, run.num_steps, run.num_tokens, run.elapsed_s,
              *((run.facts.tokens_per_s, run.facts.memory_bytes) if run.facts is not None else (None, None)),
              cell.config.intermediate_size, *(getattr(cell.cost, name) for name in of_cost),

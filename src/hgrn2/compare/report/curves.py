@@ -56,13 +56,23 @@ def loss_curves(task: TaskSummary, key: str) -> list[Curve]:
     return curves
 
 
-def rate_curves(task: TaskSummary) -> list[Curve]:
-    """Return the mean metric of each model against the learning rate."""
+def rate_curves(task: TaskSummary, of: str = "learning_rate") -> list[Curve]:
+    """Return the mean metric of each model against a learning rate, at the best of the other one if there are two.
+
+    Args:
+        task: the task.
+        of: "learning_rate", AdamW's, or "muon_learning_rate".
+    """
+    best = max if task.metric.higher_is_better else min
     curves = []
     for cell in task.cells:
-        found = [(rate.learning_rate, rate.mean) for rate in cell.rates if rate.mean is not None]
+        found: dict[float, float] = {}
+        for rate in cell.rates:
+            at = getattr(rate, of)
+            if at is not None and rate.mean is not None:
+                found[at] = best(rate.mean, found.get(at, rate.mean))
         if found:
-            curves.append(Curve(cell.model, [rate for rate, _ in found], [float(mean) for _, mean in found]))
+            curves.append(Curve(cell.model, sorted(found), [found[at] for at in sorted(found)]))
     return curves
 
 

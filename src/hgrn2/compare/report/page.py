@@ -147,11 +147,13 @@ def _charts(results: Results, task: TaskSummary) -> list[str]:
         )
         y = Axis(*limits(curves), unit, "{:g}".format)
         charts.append(_chart(results, title, x, y, curves, has_dots=False))
-    if curves := rate_curves(task):
+    for of, name in (("learning_rate", "learning rate"), ("muon_learning_rate", "Muon's learning rate")):
+        if not (curves := rate_curves(task, of)):
+            continue
         every = [x for curve in curves for x in curve.x]
-        x = Axis(min(every) / 1.3, max(every) * 1.3, "learning rate", "{:g}".format, is_log=True, at=_few(every))
+        x = Axis(min(every) / 1.3, max(every) * 1.3, name, "{:g}".format, is_log=True, at=_few(every))
         y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
-        charts.append(_chart(results, f"{label} against learning rate", x, y, curves))
+        charts.append(_chart(results, f"{label} against {name}", x, y, curves))
     for option, curves in option_curves(task).items():
         name = option.replace("_", " ")
         charts.append(_option_chart(results, task, f"{label} against {name}", name, curves))
@@ -229,7 +231,9 @@ def _settings(results: Results) -> str:
     comparison = results.plan.comparison
     seeds = ", ".join(map(str, comparison.seeds))
     rates = ", ".join(f"{rate:g}" for rate in comparison.learning_rates)
-    parts = [pairs([("seeds", seeds), ("learning rates", rates), ("match", comparison.match)])]
+    muon = ", ".join(f"{rate:g}" for rate in comparison.muon_learning_rates)
+    shown = [("seeds", seeds), ("learning rates", rates), *([("Muon's learning rates", muon)] if muon else [])]
+    parts = [pairs([*shown, ("match", comparison.match)])]
     facts = next((run.facts for run in results.runs if run.facts is not None and run.facts.starts), None)
     if facts is not None:
         about = facts.starts[-1]

@@ -92,7 +92,7 @@ def _has_single_seed(task: TaskSummary) -> bool:
 def _described(tasks: Sequence[TaskSummary], model: str) -> str:
     """Return a model with its learning rate on each task."""
     rates = {
-        task.name: f"{cell.best.learning_rate:g}"
+        task.name: cell.best.label
         for task in tasks
         for cell in task.cells
         if cell.model == model and cell.best is not None

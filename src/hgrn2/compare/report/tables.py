@@ -105,7 +105,7 @@ def ranking(task: TaskSummary) -> TextTable:
         spread = (
             NO_VALUE if len(values) < 2 else f"{metric_text(task, min(values))} to {metric_text(task, max(values))}"
         )
-        rate = NO_VALUE if best is None else f"{best.learning_rate:g}{' (edge)' if cell.is_at_edge else ''}"
+        rate = NO_VALUE if best is None else f"{best.label}{' (edge)' if cell.is_at_edge else ''}"
         memory, speed = cell.mean_of("memory_bytes"), cell.mean_of("tokens_per_s")
         tokens = cell.mean_of("num_tokens") or 0
         rows.append([
@@ -150,12 +150,13 @@ def sizes(results: Results, task: TaskSummary) -> TextTable:
 
 def rates(task: TaskSummary) -> TextTable:
     """Return the metric of each model at each learning rate."""
-    every = sorted({rate.learning_rate for cell in task.cells for rate in cell.rates})
+    pairs = {(r.learning_rate, r.muon_learning_rate or 0.0, r.label) for cell in task.cells for r in cell.rates}
+    every = [label for _, _, label in sorted(pairs)]
     rows = []
     for cell in task.cells:
-        found = {rate.learning_rate: rate for rate in cell.rates}
+        found = {rate.label: rate for rate in cell.rates}
         rows.append([cell.model, *(_rate_text(task, found.get(rate)) for rate in every)])
-    return TextTable(["model", *(f"{rate:g}" for rate in every)], rows)
+    return TextTable(["model", *every], rows)
 
 
 def _rate_text(task: TaskSummary, rate: RateSummary | None) -> str:

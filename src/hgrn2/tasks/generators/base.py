@@ -73,11 +73,15 @@ class SyntheticOptions(TaskOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("eval_lengths", "eval_at"):
-            # lists come from files and from the command line
-            if isinstance(value := getattr(self, name), list):
+            value = getattr(self, name)
+            # lists come from files and from the command line, and a single value means a list of one
+            if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+            elif isinstance(value, Mapping) or type(value) is int:
+                object.__setattr__(self, name, (value,))
             elif not isinstance(value, tuple):
-                raise UserError(f"{self.what}: {name} is {value!r}; wanted a list")
+                example = "[128, 256]" if name == "eval_lengths" else '[{"length": 128}]'
+                raise UserError(f"{self.what}: {name} is {value!r}; wanted a list, such as {example}")
         self.check()
         # refuses what does not fit, before anything is trained
         for found in self.evaluations().values():
