@@ -61,6 +61,16 @@ def test_the_direction_changes_no_parameter():
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("taps", [1, 2, 3, 4])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_convolution_starts_as_the_identity_in_its_direction(direction, taps):
+    torch.manual_seed(0)
+    plain, x = HGRN2Mixer(8, 4, direction=direction), torch.randn(2, 6, 8)
+    mixer = HGRN2Mixer(8, 4, conv_size=taps, direction=direction)
+    mixer.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(mixer(x, grid=(2, 3))[0], plain(x, grid=(2, 3))[0])
+
+
 @pytest.mark.parametrize(
     ("direction", "arguments", "code", "names"),
     [

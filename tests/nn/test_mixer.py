@@ -205,6 +205,9 @@ def test_its_three_acts_are_the_mixer(conv_size):
 
 def test_a_context_moves_with_its_tensors():
     earlier = ({"k": torch.ones(2)},)
-    context = Context(torch.tensor([0, 3]), None, False, True, torch.zeros(4), earlier).to("meta")
+    context = Context(torch.tensor([0, 3]), None, False, True, torch.zeros(4), earlier, (2, 3), "reverse", "rows").to(
+        "meta"
+    )
     assert (context.mask, context.keep_state, context.is_step) == (None, False, True)
+    assert (context.grid, context.order, context.axis) == ((2, 3), "reverse", "rows")
     assert all(x.is_meta for x in (context.cu_seqlens, context.lower_bound, context.earlier[0]["k"]))

@@ -24,14 +24,14 @@ class ShortConv(nn.Module):
     Args:
         hidden_size: D.
         width: taps.
+        order: the order in which the initial weight is the identity.
     """
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, order: str = "causal"):
         super().__init__()
         self.width = width
         weight = torch.zeros(hidden_size, 1, width)
-        # the identity
-        weight[..., -1] = 1
+        weight[..., width // 2 if order == "bidirectional" else -1] = 1
         self.weight = nn.Parameter(weight)
 
     def forward(

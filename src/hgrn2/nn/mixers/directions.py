@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hgrn2.errors import UserError, unknown_key_message
-from hgrn2.nn.mixers.context import Context, MixerState
+from hgrn2.nn.mixers.context import Context, MixerState, Order
 from hgrn2.nn.short_conv import ShortConv
 from hgrn2.shapes import BTD, describe
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 DIRECTIONS = ("causal", "reverse", "bidirectional", "columns", "columns-reverse", "2d", "2d-series")
 # scans of each direction
 NUM_SCANS = dict.fromkeys(DIRECTIONS, 1) | {"bidirectional": 2, "2d": 4, "2d-series": 4}
+# order of the scans of each direction
+ORDERS: dict[str, Order] = {
+    "causal": "causal", "columns": "causal", "reverse": "reverse", "columns-reverse": "reverse",
+    "bidirectional": "bidirectional", "2d": "bidirectional", "2d-series": "bidirectional",
+}  # fmt: skip
 # directions that need a grid
 GRID_DIRECTIONS = ("columns", "columns-reverse", "2d", "2d-series")
 # names of patterns: one scan per layer, in an order that changes with the layer
@@ -98,11 +103,10 @@ def run_direction(mixer: DirectedMixer, x: BTD, context: Context) -> BTD:
         if direction == "2d-series":
             x = _run(mixer, x, context.for_order("bidirectional", "columns"))
             return _run(mixer, x, context.for_order("bidirectional", "rows"))
-        order = "reverse" if direction == "columns-reverse" else "causal"
         mask = None if context.mask is None else _transpose(context.mask, rows, columns)
-        turned = Context(None, mask, False, False, context.lower_bound, context.earlier, None, order)
+        turned = Context(None, mask, False, False, context.lower_bound, context.earlier, None, ORDERS[direction])
         return _transpose(_run(mixer, _transpose(x, rows, columns), turned), columns, rows)
-    return _run(mixer, x, context.for_order("reverse" if direction == "reverse" else "bidirectional"))
+    return _run(mixer, x, context.for_order(ORDERS[direction]))
 
 
 def _run(mixer: DirectedMixer, x: BTD, context: Context) -> BTD:

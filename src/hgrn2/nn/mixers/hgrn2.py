@@ -13,7 +13,7 @@ from hgrn2.errors import UserError
 from hgrn2.nn.mixers.base import DirectedMixer, MixerOptions, Projected, StateSpec, wide_dtype
 from hgrn2.nn.mixers.context import Context, MixerState
 from hgrn2.nn.mixers.dense_state import DenseState
-from hgrn2.nn.mixers.directions import convolve
+from hgrn2.nn.mixers.directions import ORDERS, check_direction, convolve
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.mixers.signed_gates import positive_gate, scan_with_signs, signed_gate
 from hgrn2.nn.norm import Norm
@@ -118,6 +118,7 @@ class HGRN2(DirectedMixer):
         super().__init__()
         check_fixed_settings(min_log_decay, q_activation, v_activation)
         check_backend(backend)
+        check_direction(direction)
         expand_ratio = _head_width(hidden_size, expand_ratio, num_heads)
         _check_whole("conv_size", conv_size, 0, "the taps of a convolution, or 0 for none")
         _check_whole("dense_state", dense_state, 0, "a number of earlier layers, or 0 for none")
@@ -141,9 +142,10 @@ class HGRN2(DirectedMixer):
         self.f_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.i_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
         if conv_size:
-            self.q_conv1d = ShortConv(hidden_size, conv_size)
-            self.f_conv1d = ShortConv(hidden_size, conv_size)
-            self.i_conv1d = ShortConv(hidden_size, conv_size)
+            order = ORDERS[direction]
+            self.q_conv1d = ShortConv(hidden_size, conv_size, order)
+            self.f_conv1d = ShortConv(hidden_size, conv_size, order)
+            self.i_conv1d = ShortConv(hidden_size, conv_size, order)
         self.conv_size = conv_size
         self.g_norm = Norm(norm, hidden_size, norm_eps, norm_affine)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
