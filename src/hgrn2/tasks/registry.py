@@ -58,7 +58,7 @@ def register_task(task: T) -> T:
 
 def load_tasks() -> None:
     """Register the tasks of the package; the order of their modules is that of the help."""
-    for module in ("language", "distillation", "synthetic", "image"):
+    for module in ("language", "distillation", "synthetic", "image", "lra"):
         importlib.import_module(f"hgrn2.tasks.{module}")
 
 

@@ -216,7 +216,9 @@ def _draw_curves(
     canvas.image = np.concatenate([part.image for part, _ in found])[:wanted]
     canvas.mask = np.concatenate([part.mask for part, _ in found])[:wanted]
     first, second = (
-        _Curve(*(np.concatenate(x)[:wanted] for x in zip(*(vars(curves[i]).values() for _, curves in found), strict=True)))
+        _Curve(
+            *(np.concatenate(x)[:wanted] for x in zip(*(vars(curves[i]).values() for _, curves in found), strict=True))
+        )
         for i in (0, 1)
     )
     return canvas, (first, second)
@@ -301,7 +303,12 @@ def _claim(canvas: _Canvas, curve: _Curve, paddles: Paddles) -> None:
 
 
 def _extend(
-    canvas: _Canvas, curve: _Curve, style: PathfinderStyle, paddles: Paddles, random: np.random.Generator, contrast: float
+    canvas: _Canvas,
+    curve: _Curve,
+    style: PathfinderStyle,
+    paddles: Paddles,
+    random: np.random.Generator,
+    contrast: float,
 ) -> Bools:
     """Add a paddle to each curve; return [N], False where there is no room for one.
 

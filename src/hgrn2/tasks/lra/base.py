@@ -1,0 +1,305 @@
+"""Base of the tasks of Long Range Arena: sequences on the device, batches of similar lengths, accuracy by length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hgrn2.constraints import Ge, Le
+from hgrn2.data.lra.sequences import LabelledSequences
+from hgrn2.errors import UserError
+from hgrn2.models import HGRN2Config
+from hgrn2.models.classifier import ClassifierOptions, SequenceClassifier
+from hgrn2.nn.mixers import read_directions
+from hgrn2.nn.mixers.directions import GRID_DIRECTIONS
+from hgrn2.tasks.base import TaskContext
+from hgrn2.tasks.classification import ClassCounts, ClassificationOptions, ClassificationTask
+
+# widths that padded batches are cut to, in parts of the longest; CUDA graphs keep at most four shapes
+_WIDTHS = 4
+# batches whose examples are sorted by length together
+_POOL = 32
+
+
+@dataclass(frozen=True)
+class LRAOptions(ClassificationOptions):
+    """Options of every task of Long Range Arena."""
+
+    directions: str = "bidirectional"
+    """Direction of each layer, repeated: causal, reverse, bidirectional, alternating, or 2d forms for images."""
+    pooling: Literal["mean", "last", "first"] = "mean"
+    """Which hidden states the head reads; padding is left out."""
+    positions: bool = False
+    """Learned embeddings of positions."""
+    batch_norm: bool = False
+    """BatchNorm in the blocks; only for tasks without padding."""
+    head_hidden_size: Annotated[int, Ge(0)] = 0
+    """Width of a hidden layer of the head; 0: a linear head."""
+    validation_examples: Annotated[int, Ge(0)] = 0
+    """Held-out examples of a validation; 0: all."""
+    hold_out: Annotated[int, Ge(0), Le(10**7)] = 0
+    """Training examples to validate on instead of the test examples."""
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """A batch on the device.
+
+    Attributes:
+        inputs: [B, T], [B, 2, T] or [B, T, C] uint8.
+        lengths: [B] or [B, 2] int32, or None without padding.
+        labels: [B] int64.
+    """
+
+    inputs: Tensor
+    lengths: Tensor | None
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class _DeviceSet:
+    """Examples on the device, with their lengths on the CPU as well."""
+
+    inputs: Tensor
+    lengths: Tensor | None
+    labels: Tensor
+    longest: Tensor | None = field(default=None)
+
+    @classmethod
+    def of(cls, found: LabelledSequences, device: torch.device) -> Self:
+        inputs = torch.from_numpy(np.ascontiguousarray(found.inputs)).to(device)
+        labels = torch.from_numpy(found.labels).to(device)
+        if found.lengths is None:
+            return cls(inputs, None, labels)
+        lengths = torch.from_numpy(found.lengths)
+        # of a pair, the longer one decides
+        return cls(inputs, lengths.to(device), labels, lengths.reshape(len(lengths), -1).amax(1))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> SequenceBatch:
+        """Return rows [B] (on the CPU) as a batch, cut to one of a few widths."""
+        there = rows.to(self.labels.device, non_blocking=True)
+        inputs, lengths = self.inputs.index_select(0, there), None
+        if self.lengths is not None and self.longest is not None:
+            lengths = self.lengths.index_select(0, there)
+            full = self.inputs.shape[-1]
+            part = -(-full // _WIDTHS)
+            width = min(full, part * max(1, -(-int(self.longest[rows].max()) // part)))
+            inputs = inputs[..., :width].contiguous()
+        return SequenceBatch(inputs, lengths, self.labels.index_select(0, there))
+
+
+class LRATask(ClassificationTask):
+    """Base of the tasks of Long Range Arena.
+
+    A task defines name, Options, vocab_size and `read`, and sets further class attributes.
+
+    Args:
+        options: options of the task.
+        context: provides batch_size, seed, device and model_config.
+
+    Raises:
+        UserError: data are missing or damaged, or there are fewer training examples than a batch has.
+    """
+
+    Options: ClassVar[type[LRAOptions]] = LRAOptions
+    vocab_size: ClassVar[int] = 256
+    """Ids of the embedding; 0 for tasks whose inputs are values."""
+    channels: ClassVar[int] = 1
+    num_sequences: ClassVar[int] = 1
+    grid_width: ClassVar[int] = 0
+
+    def __init__(self, options: Any, context: TaskContext) -> None:
+        super().__init__(options, context)
+        train, held_out = self.read(options, "train"), None
+        if options.hold_out:
+            if options.hold_out >= len(train):
+                raise UserError(
+                    f"task {self.name!r}: hold_out is {options.hold_out} of {len(train)} training examples; lower it",
+                    "contradiction",
+                )
+            order = np.random.Generator(np.random.Philox(0)).permutation(len(train))
+            held_out, train = train.rows(order[: options.hold_out]), train.rows(order[options.hold_out :])
+        if len(train) < context.batch_size:
+            raise UserError(
+                f"task {self.name!r}: batch_size is {context.batch_size} and there are {len(train)} training "
+                "examples; lower it",
+                "contradiction",
+            )
+        held_out = self.read(options, "test") if held_out is None else held_out
+        if options.validation_examples:
+            held_out = held_out.rows(slice(options.validation_examples))
+        self.class_names = train.class_names
+        self.notes = {"training": train.notes, "validation": held_out.notes}
+        self._train = _DeviceSet.of(train, context.device)
+        further = self.further_sets(options)
+        self._held_out = {name: _DeviceSet.of(x, context.device) for name, x in ({"": held_out} | further).items()}
+        self._batches_taken = 0
+        self._epoch: tuple[int, Tensor] | None = None
+
+    @classmethod
+    def build(cls, options: Any, context: TaskContext) -> Self:
+        """Make the task."""
+        return cls(options, context)
+
+    @classmethod
+    def read(cls, options: Any, split: str) -> LabelledSequences:
+        """Return the examples of a split, "train" or "test".
+
+        Raises:
+            UserError: data are missing or damaged.
+        """
+        raise NotImplementedError
+
+    def further_sets(self, options: Any) -> dict[str, LabelledSequences]:
+        """Return further held-out sets, such as longer sequences, by the ending of their figures."""
+        del options
+        return {}
+
+    @classmethod
+    def seq_len(cls, options: Any) -> int:
+        """Return the longest sequence, T."""
+        return options.max_length
+
+    @classmethod
+    def model_settings(cls, options: Any) -> dict[str, Any]:
+        """Return the size of the embedding."""
+        del options
+        # values have no embedding, and a configuration no vocabulary of 0
+        return {"vocab_size": cls.vocab_size or 1}
+
+    @classmethod
+    def classifier_options(cls, options: Any, num_layers: int) -> ClassifierOptions:
+        """Return what the model has besides its layers.
+
+        Args:
+            options: options of the task.
+            num_layers: layers of the model.
+        """
+        directions = read_directions(options.directions, num_layers)
+        is_grid = any(name in GRID_DIRECTIONS for name in directions)
+        if is_grid and not cls.grid_width_of(options):
+            raise UserError(f"task {cls.name!r}: directions {options.directions!r} need images", "contradiction")
+        return ClassifierOptions(
+            num_classes=cls.num_classes,
+            input="tokens" if cls.vocab_size else "values",
+            channels=cls.channels,
+            directions=directions,
+            pooling=options.pooling,
+            positions=cls.seq_len(options) if options.positions else 0,
+            batch_norm=options.batch_norm,
+            num_sequences=cls.num_sequences,
+            head_hidden_size=options.head_hidden_size,
+            grid_width=cls.grid_width_of(options) if is_grid else 0,
+        )
+
+    num_classes: ClassVar[int] = 2
+
+    @classmethod
+    def grid_width_of(cls, options: Any) -> int:
+        """Return the pixels of a row, or 0 for text."""
+        del options
+        return cls.grid_width
+
+    @classmethod
+    def build_model(cls, options: Any, config: HGRN2Config) -> nn.Module:
+        """Make a classifier."""
+        return SequenceClassifier(config, cls.classifier_options(options, config.num_hidden_layers))
+
+    def next_batch(self) -> SequenceBatch:
+        """Return the next batch of a shuffled epoch; examples of similar length come together."""
+        size = self._context.batch_size
+        per_epoch = len(self._train) // size
+        epoch, place = divmod(self._batches_taken, per_epoch)
+        self._batches_taken += 1
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._order(epoch, per_epoch)
+        return self.augmented(self._train.take(self._epoch[1][place]))
+
+    def augmented(self, batch: SequenceBatch) -> SequenceBatch:
+        """Return a training batch, changed if the task augments its data."""
+        return batch
+
+    def _order(self, epoch: int, per_epoch: int) -> Tensor:
+        """Return the rows [batches, B] of an epoch."""
+        size, generator = self._context.batch_size, torch.Generator().manual_seed(self._context.seed * 65_537 + epoch)
+        order = torch.randperm(len(self._train), generator=generator)[: per_epoch * size]
+        if self._train.longest is None:
+            return order.view(per_epoch, size)
+        pools = [part[self._train.longest[part].argsort(stable=True)] for part in order.split(_POOL * size)]
+        batches = torch.cat(pools).view(per_epoch, size)
+        return batches[torch.randperm(per_epoch, generator=generator)]
+
+    def logits(self, model: Any, batch: SequenceBatch) -> Tensor:
+        """Return the logits [B, C]."""
+        return model(self.prepared(batch.inputs), batch.lengths)
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """Return the input of the model: ids as they are, values from -1 to 1."""
+        if self.vocab_size:
+            return inputs
+        values = inputs.float() / 127.5 - 1
+        return values if self.channels > 1 else values[..., None]
+
+    def validation_batches(self) -> Iterator[SequenceBatch]:
+        """Return the held-out batches, from short to long."""
+        yield from self._batches_of(self._held_out[""])
+
+    def _batches_of(self, found: _DeviceSet) -> Iterator[SequenceBatch]:
+        order = torch.arange(len(found)) if found.longest is None else found.longest.argsort(stable=True)
+        for rows in order.split(self._context.batch_size):
+            yield found.take(rows)
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """Return the figures of `ClassificationTask`, and accuracies by length and on further sets.
+
+        "val_accuracy_length_1000" is the accuracy of sequences of at most 1,000 tokens, and more than the bucket below.
+        """
+        figures: dict[str, Any] = {}
+        for ending, found in self._held_out.items():
+            counts = ClassCounts(len(self.class_names), self._context.device)
+            correct, lengths = [], []
+            for batch in self._batches_of(found):
+                logits = self.logits(model, batch)
+                counts.add(logits, batch.labels)
+                if batch.lengths is not None:
+                    correct.append(logits.argmax(-1) == batch.labels)
+                    lengths.append(batch.lengths.reshape(len(batch.labels), -1).amax(1))
+            own = counts.figures(self.class_names)
+            if ending:
+                figures |= {f"val_loss{ending}": own["val_loss"], f"val_accuracy{ending}": own["val_accuracy"]}
+                continue
+            figures |= own
+            if correct:
+                figures |= _by_length(torch.cat(correct), torch.cat(lengths), found.inputs.shape[-1])
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of batches taken."""
+        return {"batches": self._batches_taken}
+
+    def load_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Restore the position."""
+        del tensors
+        position = state.get("batches")
+        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+            raise UserError(f"state of task {self.name!r}: batches is {position!r}; wanted 0 or more", "damaged")
+        self._batches_taken = position
+
+
+def _by_length(correct: Tensor, lengths: Tensor, longest: int) -> dict[str, float]:
+    """Return the accuracy of each quarter of the lengths that has examples."""
+    found = {}
+    part = -(-longest // _WIDTHS)
+    for low in range(0, longest, part):
+        inside = (lengths > low) & (lengths <= low + part)
+        if total := int(inside.sum()):
+            found[f"val_accuracy_length_{min(low + part, longest)}"] = int((correct & inside).sum()) / total
+    return found
