@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import lzma
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def _review(line: bytes, what: str) -> tuple[bytes, int]:
 
 
 def read_pairs(path: Path, max_length: int) -> LabelledSequences:
-    r"""Read pairs of texts as bytes, from an official file of the retrieval task (lra_release, tsv/new_aan_pairs.*.tsv).
+    """Read pairs of texts as bytes, from an official file of the retrieval task, new_aan_pairs.train.tsv.
 
     Args:
         path: lines of five columns between tabs: label, two ids, two texts; .xz is decompressed. The files hold Python
@@ -100,16 +101,14 @@ def read_pairs(path: Path, max_length: int) -> LabelledSequences:
 
 
 def _literal(text: bytes) -> bytes:
-    """Return the bytes that a literal such as b'caf\\xc3\\xa9' stands for; other text as it is."""
-    if len(text) >= 3 and text[:2] in (b"b'", b'b"') and text[-1:] == text[1:2]:
-        return (
-            text[2:-1]
-            .decode("latin-1")
-            .encode("latin-1", "backslashreplace")
-            .decode("unicode_escape")
-            .encode("latin-1", "replace")
-        )
-    return text
+    """Return the bytes that a Python literal such as b'text' stands for; other text as it is."""
+    if text[:2] not in (b"b'", b'b"'):
+        return text
+    try:
+        found = ast.literal_eval(text.decode("latin-1"))
+    except (ValueError, SyntaxError):
+        return text
+    return found if isinstance(found, bytes) else text
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path:
