@@ -102,7 +102,7 @@ def main() -> None:
     found.out.mkdir(parents=True, exist_ok=True)
     if len(mixers) > 1 and count > 1:
         running: list[subprocess.Popen[bytes]] = []
-        arguments = [a for a in sys.argv[1:]]
+        arguments = sys.argv[1:]
         for index, mixer in enumerate(mixers):
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(index % count)}
             running.append(subprocess.Popen([sys.executable, __file__, *arguments, "--mixers", mixer], env=environment))
