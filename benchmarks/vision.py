@@ -50,7 +50,7 @@ def time_steps(name: str, options: ImageOptions, train: TrainConfig, patch_size:
     model = VisionModel(config).to(device)
     if train.compile:
         model.compile_blocks()
-    task = ImageTask(options, TaskContext(train.batch_size, 0, device, config))
+    task: Any = ImageTask(options, TaskContext(train.batch_size, 0, device, config))
     optimizer = NamedOptimizer(model, model.parameter_roles(), train)
     stepper = Stepper(model, task, optimizer, train, ONE_PROCESS)
     counters, times = Counters(), []

@@ -69,7 +69,9 @@ def test_one_epoch_of_training_and_validation(timm, tmp_path, name):
     mean = ModelEmaV3(model, decay=0.5)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.8)
     assert len({group["lr_scale"] for group in optimizer.param_groups}) == 6
-    scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=1, updates_per_epoch=3, step_on_epochs=False)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=1, updates_per_epoch=3, step_on_epochs=False
+    )
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=3)
     criterion, scaler = SoftTargetCrossEntropy(), NativeScaler(device="cpu")
     before = {key: x.clone() for key, x in mean.module.state_dict().items()}

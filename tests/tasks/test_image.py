@@ -77,6 +77,9 @@ def test_it_trains_by_command_resumes_and_leaves_a_model_and_pictures(capsys):
     shutil.copytree("data", "there/data")
     command("train", "--resume", run_folder.checkpoints_of(Path("there/again"))[0])
     assert curve("there/again") == wanted
+    page = Path("run/report.html").read_text()
+    assert "load_model" in page
+    assert "--to hf" not in page
     model, about = load_model("run/model")
     last = [r for r in read_metrics(Path("run")) if r["kind"] == "validation"][-1]
     pixels = torch.from_numpy(files.pixels(channels=1, seed=1)).permute(0, 3, 1, 2)
@@ -145,14 +148,22 @@ def test_the_last_epochs_train_on_plain_images():
 
 def test_the_running_mean():
     layer = torch.nn.BatchNorm1d(2)
-    mean = RunningMean(0.75)
+    mean, wanted = RunningMean(0.3), 1.0
     mean.update(layer)
-    with torch.no_grad():
-        layer.weight += 4
-        layer.num_batches_tracked += 3
-    mean.update(layer)
-    assert mean.tensors["weight"].tolist() == [2.0, 2.0]
-    assert int(mean.tensors["num_batches_tracked"]) == 3
+    for t in range(1, 6):
+        with torch.no_grad():
+            layer.weight += t
+            layer.num_batches_tracked += 3
+        mean.update(layer)
+        decay = min(0.3, (1 + t) / (10 + t))
+        wanted = decay * wanted + (1 - decay) * float(layer.weight[0].detach())
+        assert mean.tensors["weight"].tolist() == pytest.approx([wanted] * 2)
+    assert int(mean.tensors["num_batches_tracked"]) == 15
+    again = RunningMean(0.3, {name: x.clone() for name, x in mean.state().items()})
+    for both in (mean, again):
+        both.update(layer)
+    assert torch.equal(again.tensors["weight"], mean.tensors["weight"])
+    assert RunningMean(0.3).state() == {}
 
 
 def test_unreadable_images_are_counted():

@@ -99,11 +99,13 @@ class TaskReport:
         model: description of a model trained on the task.
         unit: unit of the loss.
         figures: figures of a validation, the most important first.
+        opening: Python that opens the model of a run, in which {run} stands for its folder; None for a language model.
     """
 
     model: str = "A model"
     unit: str = "nats per target"
     figures: tuple[ReportFigure, ...] = ()
+    opening: str | None = None
 
 
 class Task(Protocol):

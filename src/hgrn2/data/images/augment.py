@@ -25,7 +25,9 @@ _SHEAR, _SHIFT, _TURN, _FACTOR = 0.6, 0.4, math.pi / 3, 0.9
 _OPERATION_SHARE = 0.75
 _COLOURS = ("brightness", "saturation", "contrast", "sharpness", "levels", "threshold")
 _NEUTRAL = (1.0, 1.0, 1.0, 1.0, 256.0, 2.0)
-_ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (0.3, 1 / 0.3)
+_ERASED_SHARE, _ERASED_LOG_RATIO = (0.02, 0.33), (math.log(0.3), -math.log(0.3))
+# logarithm of the largest ratio of width to height of a random crop
+_CROP_LOG_RATIO = math.log(4 / 3)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Augmentation:
             found["colours"] = self._colours(rng, count)
         if self.erase:
             share = np.where(rng.random(count) < self.erase, rng.uniform(*_ERASED_SHARE, count), 0)
-            ratio = np.exp(rng.uniform(*np.log(_ERASED_RATIO), count))
+            ratio = np.exp(rng.uniform(*_ERASED_LOG_RATIO, count))
             found["erased"] = _rectangles(rng, share, ratio, size)[0]
         if self.mixes:
             found |= self._mix(rng, count, size)
@@ -97,7 +99,7 @@ class Augmentation:
         matrix = np.tile(np.eye(3), (count, 1, 1))
         if self.min_scale < 1:
             area = rng.uniform(self.min_scale, 1, count)
-            stretch = np.exp(rng.uniform(*np.log((3 / 4, 4 / 3)), count) / 2)
+            stretch = np.exp(rng.uniform(-_CROP_LOG_RATIO, _CROP_LOG_RATIO, count) / 2)
             scale = np.minimum(np.stack([np.sqrt(area) * stretch, np.sqrt(area) / stretch], 1), 1)
             matrix[:, [0, 1], [0, 1]] = scale
             matrix[:, :2, 2] = rng.uniform(-1, 1, (count, 2)) * (1 - scale)

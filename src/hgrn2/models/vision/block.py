@@ -25,8 +25,8 @@ class VisionBlock(Block):
     def __init__(self, attn: Mixer, mlp: GatedMLP, attn_norm: Norm, mlp_norm: Norm, drop_path: float | None):
         super().__init__(attn, mlp, attn_norm, mlp_norm, 0.0)
         # a tensor, so that one compiled block fits all layers
-        rate = None if drop_path is None else torch.tensor(drop_path)
-        self.register_buffer("drop_path", rate, persistent=False)
+        self.drop_path: Tensor | None
+        self.register_buffer("drop_path", None if drop_path is None else torch.tensor(drop_path), persistent=False)
 
     def forward(
         self, x: Tensor, state: MixerState | None, context: Context

@@ -130,15 +130,14 @@ class VisionModel(nn.Module):
         if global_pool is not None:
             changes["global_pool"] = global_pool
         self.config = self.config.replace(**changes)
-        like = self.norm.weight
-        assert like is not None
+        like = next(p for p in self.parameters() if p.is_floating_point())
         if global_pool is not None and global_pool != self.global_pool:
             self.global_pool = self.config.global_pool
-            self.pool = nn.Linear(self.embed_dim, 1).to(like) if global_pool == "seq" else None
+            self.pool = nn.Linear(self.embed_dim, 1).to(like.device, like.dtype) if global_pool == "seq" else None
             if self.pool is not None:
                 draw(self.pool, self.config.initializer_range)
         self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes).to(like) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.embed_dim, num_classes).to(like.device, like.dtype) if num_classes else nn.Identity()
         if num_classes:
             draw(self.head, self.config.initializer_range)
 

@@ -32,7 +32,7 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """3 x 3 convolutions with batch norm and GELU; each after the first halves the grid by max pooling.
+    """3 x 3 convolutions, batch norm and GELU; each convolution after the first halves the grid by max pooling.
 
     A convolutional stem with pooling instead of patches is due to arXiv 2104.05704; the widths double up to embed_dim.
 
@@ -54,9 +54,11 @@ class ConvStem(nn.Module):
         # the layout in which convolutions run fastest on a GPU
         x = x.contiguous(memory_format=torch.channels_last)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = functional.gelu(norm(conv(x)))
+            x = conv(x)
             if i > 0:
+                # first, so that norm and activation have a quarter of the pixels
                 x = functional.max_pool2d(x, 3, 2, 1)
+            x = functional.gelu(norm(x))
         return x
 
 

@@ -45,9 +45,7 @@ def _entry(name: str) -> Callable[..., VisionModel]:
     """Return the function that timm calls to make a model."""
 
     def create(pretrained: bool = False, **kwargs: Any) -> Any:
-        from timm.models import build_model_with_cfg
-
-        return build_model_with_cfg(
+        return importlib.import_module("timm.models").build_model_with_cfg(
             _build,
             name,
             pretrained,

@@ -6,40 +6,54 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+# the number of updates in a checkpoint, beside tensors of the model
+UPDATES = "num_updates"
 
 
 class RunningMean:
-    """Exponential mean of the parameters and buffers of a model, by torch's own update.
+    """Exponential mean of the parameters and buffers of a model.
+
+    The decay rises as (1 + t) / (10 + t) with the number t of updates until it reaches its limit, so that the mean
+    forgets the initial weights. Updates do not wait for the device, and may be part of a captured step.
 
     Args:
-        decay: of the mean, for each update.
-        tensors: the mean so far, by name; None to start at the first update.
+        decay: limit of the decay.
+        saved: result of `state`; None to start at the first update.
     """
 
-    def __init__(self, decay: float, tensors: Mapping[str, Tensor] | None = None) -> None:
-        self._average = get_ema_multi_avg_fn(decay)
-        self.tensors: dict[str, Tensor] = dict(tensors or {})
+    def __init__(self, decay: float, saved: Mapping[str, Tensor] | None = None) -> None:
+        self._decay = decay
+        tensors = dict(saved or {})
+        self._updates = tensors.pop(UPDATES, None)
+        self.tensors: dict[str, Tensor] = tensors
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the mean by name, and the number of updates; nothing before the first."""
+        return {} if self._updates is None else {**self.tensors, UPDATES: self._updates}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the current weights into the mean; does not wait for the device."""
+        """Take the current weights into the mean."""
         now = dict(model.named_parameters()) | dict(model.named_buffers())
-        if not self.tensors:
+        if self._updates is None:
             self.tensors = {name: _wide(x).detach().clone() for name, x in now.items()}
+            self._updates = torch.zeros((), device=next(iter(now.values())).device)
             return
+        self._updates += 1
+        share = 1 - ((1 + self._updates) / (10 + self._updates)).clamp(max=self._decay)
         means, values = [], []
         for name, x in now.items():
             mean = self.tensors[name]
-            if mean.device != x.device:
-                mean = self.tensors[name] = mean.to(x.device)
             if not x.is_floating_point():
                 mean.copy_(x)
                 continue
             means.append(mean)
             # weights may be bfloat16 copies while training
             values.append(x.to(mean.dtype))
-        self._average(means, values, 0)
+        change = torch._foreach_sub(values, means)
+        torch._foreach_mul_(change, share)
+        torch._foreach_add_(means, change)
 
 
 def _wide(x: Tensor) -> Tensor:

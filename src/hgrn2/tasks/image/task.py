@@ -59,7 +59,11 @@ class ImageTask(ClassificationTask):
 
     name: ClassVar[str] = "image"
     Options: ClassVar[type[ImageOptions]] = ImageOptions
-    report: ClassVar[TaskReport] = dataclasses.replace(ClassificationTask.report, model="An image classifier")
+    report: ClassVar[TaskReport] = dataclasses.replace(
+        ClassificationTask.report,
+        model="An image classifier",
+        opening='from hgrn2.models.vision import load_model\n\nmodel, about = load_model("{run}/model")',
+    )
 
     def __init__(self, options: ImageOptions, context: TaskContext) -> None:
         super().__init__(options, context)
@@ -278,7 +282,7 @@ class ImageTask(ClassificationTask):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the running mean of the weights."""
-        return {} if self._running_mean is None else dict(self._running_mean.tensors)
+        return {} if self._running_mean is None else self._running_mean.state()
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore the position and the running mean.

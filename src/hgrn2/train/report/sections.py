@@ -303,12 +303,15 @@ def next_steps(facts: RunFacts) -> str:
     run, prompt, is_finished = facts.run_dir, facts.prompt, facts.progress == 1.0
     word, place = program(), shlex.quote(str(run))
     going_on = "Continue training" if is_finished else "Finish the run"
+    opening = facts.task.opening
     commands = [
         (going_on, resume_command(run, facts.section("train"), is_finished)),
-        ("Convert it for transformers", f"{word} convert {place} converted --to hf"),
+        *([("Convert it for transformers", f"{word} convert {place} converted --to hf")] if opening is None else []),
         ("Regenerate this page", f"{word} plot {place}"),
     ]
-    if facts.reads_text:
+    if opening is not None:
+        python = opening.replace("{run}", str(run))
+    elif facts.reads_text:
         commands.insert(0, ("Generate text", generate_command(run, prompt)))
         commands.insert(2, ("Evaluate on another text", f"{word} eval {place} book.txt"))
         python = (
