@@ -5,7 +5,7 @@
 Every mixer has the same weights and reads the same bfloat16 inputs under autocast; gradients are those of the input,
 the lower bound and every parameter. "by flipped copies" is the bidirectional mixer without a reverse scan: the
 projected inputs are flipped, scanned forward, and the outputs flipped back. "alternating" is half of the time of a
-causal and a reverse mixer, one after the other.
+causal and a reverse mixer, one after the other; its memory is that of both.
 """
 
 from __future__ import annotations
@@ -86,21 +86,25 @@ def rows_of(shape: tuple[int, int, int, int, int], rounds: int, device: str) -> 
     if not error < LIMIT:
         sys.exit(f"{label}: the bidirectional mixer differs from flipped copies by {error:.2g}; nothing is timed")
     times: dict[str, list[float]] = {kind: [] for kind in calls}
+    peaks: dict[str, int] = {}
     for i in range(rounds):
         for kind in list(calls)[:: 1 if i % 2 == 0 else -1]:
             owners = (
                 [mixers["causal"], mixers["reverse"]] if kind == ALTERNATING else [mixers.get(kind, mixers["causal"])]
             )
             wanted = [x, bound, *(p for mixer in owners for p in mixer.parameters())]
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
             times[kind] += milliseconds(partial(run, calls[kind], x, wanted, dy), 1)
+            peaks[kind] = torch.cuda.max_memory_allocated(device) - before
     times[ALTERNATING] = [t / 2 for t in times[ALTERNATING]]
     found_rows = [row(f"{label}: {kind}", values, "ms") for kind, values in times.items()]
     for kind in calls:
         if kind != "causal":
             compare(found_rows, f"{label}: {kind}", f"{label}: causal")
-    for entry in found_rows[1:]:
-        assert entry.ratio is not None
-        entry.note = f"costs {1 / entry.ratio:.2f} x the causal mixer"
+    for entry, peak in zip(found_rows, peaks.values(), strict=True):
+        cost = "" if entry.ratio is None else f"costs {1 / entry.ratio:.2f} x the causal mixer, "
+        entry.note = f"{cost}{peak / 2**20:,.0f} MiB beyond weights and inputs"
     return found_rows
 
 
