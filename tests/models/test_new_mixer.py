@@ -195,6 +195,7 @@ def test_a_config_goes_through_json_and_can_be_changed():
         ({"layers": [3]}, "invalid-value", [3]),
         ({"layers": ["average", "hgrn2"]}, "contradiction", ["layers", 2, "num_hidden_layers = 3"]),
         ({"layers": ["average"] * 4}, "contradiction", [4, "num_hidden_layers = 3"]),
+        ({"num_hidden_layers": 6, "layers": ["average"] * 4}, "contradiction", ["num_hidden_layers to 4 or 8"]),
         ({"mixers": {"average": {}}}, "contradiction", ["mixers is {'average': {}}", "layers"]),
         ({"mixers": "x"}, "invalid-value", ["mixers is 'x'"]),
         ({"layers": ["average"] * 6}, "contradiction", ["name 3 mixers", "num_hidden_layers to 6"]),

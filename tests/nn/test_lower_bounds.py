@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from hgrn2.nn.gates import bounds_of_layers, lower_bounds
+from hgrn2.models import HGRN2LM, HGRN2Config
+from hgrn2.nn.gates import bounds_of_layers, lower_bounds, set_initial_bounds
+from tests.refusals import refuses
 
 KINDS = ["inclusive", "exclusive"]
 
@@ -80,3 +82,32 @@ def test_a_first_bound_that_stays_attached_changes_no_gradient(kind):
         loss = sum((bound * (i + 2)).exp().sum() for i, bound in enumerate(bounds))
         found.append(torch.autograd.grad(loss, gamma)[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top", [0.1, 0.75, 0.999])
+def test_initial_bounds_rise_in_equal_steps(kind, top):
+    gamma = torch.randn(5, 3, dtype=torch.float64)
+    set_initial_bounds(gamma, kind, top)
+    wanted = torch.linspace(0, top, 5, dtype=torch.float64).unsqueeze(1).expand(5, 3)
+    torch.testing.assert_close(lower_bounds(gamma, kind), wanted)
+    set_initial_bounds(gamma, kind, None)
+    assert not gamma.any()
+    alone = torch.ones(1, 3)
+    set_initial_bounds(alone, kind, top)
+    assert not lower_bounds(alone, kind).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_start_at_the_initial_bound(kind):
+    pytest.importorskip("transformers")
+    from hgrn2.hf import HGRN2Config as Config
+    from hgrn2.hf import HGRN2ForCausalLM
+
+    keys = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 3, "expand_ratio": 8, "intermediate_size": 8}
+    keys |= {"lower_bound": kind, "initial_bound": 0.9}
+    for model in (HGRN2LM(HGRN2Config(**keys)), HGRN2ForCausalLM(Config(**keys))):
+        found = lower_bounds(model.model.lower_bounds, kind)
+        torch.testing.assert_close(found[:, 0], torch.tensor([0, 0.45, 0.9]))
+    with refuses("invalid-value", "initial_bound", 1.0):
+        HGRN2Config(**keys | {"initial_bound": 1.0})

@@ -53,7 +53,7 @@ class HGRN2Config(PreTrainedConfig):
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_heads"}
     # set only in models that have them
     layers = mixers = None
-    gate_range, dense_state = "positive", 0
+    gate_range, dense_state, initial_bound = "positive", 0, None
     # TRL reads it for classes outside of transformers; read-only, because all configurations share it
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 

@@ -21,6 +21,7 @@ from hgrn2.hf.loading import check_loaded, classes_named_by
 from hgrn2.models.backbone import LayerOutput, build_block, embed, hand_out_bounds, run_layers
 from hgrn2.models.inputs import check_mixers
 from hgrn2.nn.block import Block
+from hgrn2.nn.gates import set_initial_bounds
 from hgrn2.nn.mixers import Context, MixerState
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues, draw
@@ -154,7 +155,9 @@ class HGRN2PreTrainedModel(PreTrainedModel):
             if found:
                 _reset_block(layers[found[0]], InitialValues(self.config.initializer_range, found[0], len(layers)))
             elif isinstance(module, HGRN2Model) and module.lower_bounds is not None:
-                init.zeros_(module.lower_bounds)
+                # as the library's own functions, keep what was loaded
+                if not getattr(module.lower_bounds, "_is_hf_initialized", False):
+                    set_initial_bounds(module.lower_bounds, self.config.lower_bound, self.config.initial_bound)
             elif isinstance(module, nn.Linear | nn.Embedding | Norm):
                 draw(module, self.config.initializer_range)
 

@@ -13,7 +13,7 @@ from hgrn2.models.backbone import build_block, call_block, embed, hand_out_bound
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.state import ModelState
 from hgrn2.nn.block import Block
-from hgrn2.nn.gates import bounds_of_layers
+from hgrn2.nn.gates import bounds_of_layers, set_initial_bounds
 from hgrn2.nn.mixers.base import Context
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues, draw, parameter_roles
@@ -95,7 +95,7 @@ class HGRN2Model(nn.Module):
         """Set every parameter to its initial value, as `HGRN2LM.initialize` describes."""
         draw(self.embeddings, std, generator)
         if self.lower_bounds is not None:
-            nn.init.zeros_(self.lower_bounds)
+            set_initial_bounds(self.lower_bounds, self.config.lower_bound, self.config.initial_bound)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Block)
             layer.reset_parameters(InitialValues(std, i, len(self.layers), generator))

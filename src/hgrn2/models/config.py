@@ -56,6 +56,8 @@ class HGRN2Config:
         glu_activation: activation of the channel mixer: "silu" (SwiGLU), "none" (bilinear), "sigmoid" or "gelu".
         use_lower_bound: whether the forget gates have learned lower bounds.
         lower_bound: how the bounds follow from the learned parameters: "inclusive" or "exclusive".
+        initial_bound: bound of the last layer before training, in (0, 1); those below rise from 0 in equal steps. None
+            means (L - 1) / L.
         q_activation: activation of the output gate: "silu", "sigmoid" or "none".
         v_activation: activation of the input: "none" or "silu".
         scale: factor of the mixer's outputs before its norm; None means expand_ratio^-0.5.
@@ -110,6 +112,7 @@ class HGRN2Config:
     dropout: float = 0.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    initial_bound: float | None = None
     gate_range: str = "positive"
     dense_state: int = 0
     attn: AttentionConfig | None = None
@@ -162,6 +165,8 @@ class HGRN2Config:
         _check(self.scale is None or self.scale > 0, f"scale is {self.scale}; wanted above 0, or null for the default")
         _check(self.conv_size > 1, f"conv_size is {self.conv_size}; wanted at least 2")
         _check(0 <= self.dense_state <= _MOST_LAYERS, f"dense_state is {self.dense_state}; wanted at least 0")
+        top = self.initial_bound
+        _check(top is None or 0 < top < 1, f"initial_bound is {top}; wanted in (0, 1), or null for (L - 1) / L")
         floor = self.min_log_decay
         _check(
             floor is None or self.gate_range == "positive",
@@ -188,10 +193,10 @@ class HGRN2Config:
             self._check_width("attn", self.attn.options)
         if self.layers is not None:
             num = len(self.layers)
-            remedy = (
-                f"name {layers} mixers, or set num_hidden_layers to {num}" if num > layers
-                else f"wanted a multiple of {num}, or a name for each layer"
-            )  # fmt: skip
+            remedy = f"name {layers} mixers, or set num_hidden_layers to {num}"
+            if num < layers:
+                below = layers // num * num
+                remedy = f"set num_hidden_layers to {below} or {below + num}, or name a mixer for each layer"
             _check(
                 layers % num == 0,
                 f"layers has a pattern of {num} mixers, which does not fit num_hidden_layers = {layers}; {remedy}",
@@ -346,7 +351,7 @@ class HGRN2Config:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with the model type; keys that older versions lack only if they are set."""
         values = dataclasses.asdict(self)
-        added = {"layers": None, "mixers": None, "gate_range": "positive", "dense_state": 0}
+        added = {"initial_bound": None, "layers": None, "mixers": None, "gate_range": "positive", "dense_state": 0}
         kept = {key: value for key, value in values.items() if key not in added or value != added[key]}
         return {"model_type": MODEL_TYPE, **kept}
 

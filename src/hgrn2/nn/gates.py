@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,24 @@ def lower_bounds(gamma: LD, kind: str) -> LD:
     # sum only the terms of the bound: a difference of sums could be negative
     summed = torch.cumsum(p[1:] if kind == "inclusive" else p[:-1], dim=0)
     return torch.cat([torch.zeros_like(p[:1]), summed]).clamp(max=_BELOW_ONE)
+
+
+def set_initial_bounds(gamma: LD, kind: str, top: float | None) -> None:
+    """Set the parameters of the bounds to their initial values, in place.
+
+    Args:
+        gamma: [L, D].
+        kind: "inclusive" or "exclusive".
+        top: bound of the last layer, in (0, 1); those of the layers below rise from 0 in equal steps. None means
+            (L - 1) / L, for which gamma is 0.
+    """
+    with torch.no_grad():
+        gamma.zero_()
+        others = len(gamma) - 1
+        if top is not None and others:
+            # the share that no bound contains
+            free = 0 if kind == "inclusive" else others
+            gamma[free] = math.log((1 - top) * others / top)
 
 
 def bounds_of_layers(gamma: Tensor, kind: str, recurrent: Sequence[int], *, detach_first: bool = True) -> list[Tensor]:
