@@ -1,9 +1,12 @@
-"""`hgrn2 task`: show synthetic tasks and samples of them."""
+"""`hgrn2 task`: show synthetic tasks and those of Long Range Arena, and samples of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
 import docstring_parser
 import tyro
@@ -15,7 +18,7 @@ from hgrn2.cli.key_values import parse_key_values
 from hgrn2.cli.output import show_table
 from hgrn2.cli.parsing import Texts
 from hgrn2.errors import UserError
-from hgrn2.tasks import GENERATORS, SyntheticOptions, find_task, generate, show
+from hgrn2.tasks import GENERATORS, TASKS, SyntheticOptions, find_task, generate, show
 from hgrn2.tasks.generators import find_generator
 from hgrn2.tasks.registry import make_options
 
@@ -28,12 +31,13 @@ def task(
     task_set: Texts = (),
     set: Texts = (),
 ) -> None:
-    """Show a synthetic task: its distribution, its options, and samples.
+    """Show a synthetic task or one of Long Range Arena: its distribution, its options, and samples.
 
-    In a sample, the line below the tokens holds the targets, with "." where none counts.
+    In a sample of a synthetic task, the line below the tokens holds the targets, with "." where none counts. Samples of
+    images are written to NAME.png in the current folder.
 
     Args:
-        name: A synthetic task; without one, all are listed.
+        name: A task; without one, all are listed.
         samples: Examples to show.
         seed: Seed of the examples; a run with this seed trains on them in this order.
         start: Index of the first example.
@@ -50,42 +54,60 @@ def task(
         return
     # also finds tasks of installed packages
     found = find_task(name)
+    if hasattr(found, "show_samples"):
+        _show_sequences(found, samples, start, task_set)
+        return
     kind = find_generator(name)
     options = make_options(found, parse_key_values(task_set, "--task-set", "an option of the task"))
     examples = generate(options, samples, seed, start=start)
     print(inspect.getdoc(kind) or "")
     print()
-    show_table(_options(options))
+    shared = {field.name for field in dataclasses.fields(SyntheticOptions)} - {"length"}
+    table = _options(name, options, shared)
+    table.add_row("", "", f"{options.vocab_size:,} tokens in the vocabulary")
+    show_table(table)
     if samples:
         print()
         print(show(options, examples))
+
+
+def _show_sequences(found: Any, samples: int, start: int, task_set: Sequence[str]) -> None:
+    """Show a task whose examples are read or drawn as sequences."""
+    options = make_options(found, parse_key_values(task_set, "--task-set", "an option of the task"))
+    print(inspect.getdoc(found) or "")
+    print()
+    show_table(_options(found.name, options, ()))
+    if samples:
+        print()
+        print(found.show_samples(options, samples, start, Path()))
 
 
 def _tasks() -> Table:
     table = Table("task", "what a model learns", title="synthetic tasks: hgrn2 train --task NAME")
     for name, kind in GENERATORS.items():
         table.add_row(name, escape(_summary(kind)))
+    for name, kind in TASKS.items():
+        if hasattr(kind, "show_samples"):
+            table.add_row(name, escape(_summary(kind)))
     return table
 
 
-def _summary(kind: type[SyntheticOptions]) -> str:
+def _summary(kind: type[Any]) -> str:
     return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def _options(options: SyntheticOptions) -> Table:
+def _options(name: str, options: Any, shared: Collection[str]) -> Table:
+    """Return the options of a task; those in `shared`, which every task has, come last."""
     texts: dict[str, str] = {}
     for kind in reversed(type(options).__mro__[:-1]):
         documented = docstring_parser.parse_from_object(kind)
         texts |= {p.arg_name: " ".join((p.description or "").split()) for p in documented.params}
-    table = Table("option", "value", "", title=f"{options.name}: --task-set OPTION=VALUE")
+    table = Table("option", "value", "", title=f"{name}: --task-set OPTION=VALUE")
     table.columns[1].justify = "right"
-    shared = {field.name for field in dataclasses.fields(SyntheticOptions)} - {"length"}
-    # those of this task first
     for field in sorted(dataclasses.fields(options), key=lambda field: field.name in shared):
         value = getattr(options, field.name)
         shown = str(list(value)) if isinstance(value, tuple) else str(value)
         table.add_row(field.name, escape(shown), escape(texts.get(field.name, "")))
-    table.add_row("", "", f"{options.vocab_size:,} tokens in the vocabulary")
     return table
 
 

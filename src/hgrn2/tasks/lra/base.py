@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from hgrn2.constraints import Ge, Le
 from hgrn2.data.lra.sequences import LabelledSequences
-from hgrn2.errors import UserError
+from hgrn2.errors import UserError, visible
 from hgrn2.models import HGRN2Config
 from hgrn2.models.classifier import ClassifierOptions, SequenceClassifier
 from hgrn2.nn.mixers import read_directions
@@ -22,6 +23,8 @@ from hgrn2.tasks.classification import ClassCounts, ClassificationOptions, Class
 
 # widths that padded batches are cut to, in parts of the longest; CUDA graphs keep at most four shapes
 _WIDTHS = 4
+# bytes of a sample
+_SHOWN_BYTES = 300
 # batches whose examples are sorted by length together
 _POOL = 32
 
@@ -112,6 +115,7 @@ class LRATask(ClassificationTask):
     Options: ClassVar[type[LRAOptions]] = LRAOptions
     vocab_size: ClassVar[int] = 256
     """Ids of the embedding; 0 for tasks whose inputs are values."""
+    num_classes: ClassVar[int] = 2
     channels: ClassVar[int] = 1
     num_sequences: ClassVar[int] = 1
     grid_width: ClassVar[int] = 0
@@ -200,8 +204,6 @@ class LRATask(ClassificationTask):
             grid_width=cls.grid_width_of(options) if is_grid else 0,
         )
 
-    num_classes: ClassVar[int] = 2
-
     @classmethod
     def grid_width_of(cls, options: Any) -> int:
         """Return the pixels of a row, or 0 for text."""
@@ -212,6 +214,58 @@ class LRATask(ClassificationTask):
     def build_model(cls, options: Any, config: HGRN2Config) -> nn.Module:
         """Make a classifier."""
         return SequenceClassifier(config, cls.classifier_options(options, config.num_hidden_layers))
+
+    @classmethod
+    def show_samples(cls, options: Any, count: int, start: int, folder: Path) -> str:
+        """Return held-out examples as text, or write a picture of them and return where.
+
+        Args:
+            options: options of the task.
+            count: number of examples.
+            start: index of the first.
+            folder: folder of the picture.
+        """
+        found = cls.read(options, "test").rows(slice(start, start + count))
+        shown = cls.sample_picture(options, found)
+        if shown is not None:
+            from matplotlib.image import imsave
+
+            path = folder / f"{cls.name}.png"
+            imsave(path, shown, cmap="gray", vmin=0, vmax=255)
+            names = ", ".join(found.class_names[label] for label in found.labels)
+            return f"{path}: from left to right and from top to bottom: {names}"
+        lines = []
+        for row, label in enumerate(found.labels):
+            parts = found.inputs[row].reshape(cls.num_sequences, -1)
+            lengths = [parts.shape[1]] if found.lengths is None else found.lengths[row].reshape(-1)
+            texts = [cls.sample_text(part[:length]) for part, length in zip(parts, lengths, strict=True)]
+            lines.append(f"{found.class_names[label]}: " + " | ".join(texts))
+        return "\n\n".join(lines)
+
+    @classmethod
+    def sample_text(cls, tokens: Any) -> str:
+        """Return the start of a sequence as people read it."""
+        text = visible(bytes(tokens[:_SHOWN_BYTES]).decode("utf-8", "replace"))
+        return text + (f" ... ({len(tokens):,} bytes)" if len(tokens) > _SHOWN_BYTES else "")
+
+    @classmethod
+    def sample_picture(cls, options: Any, found: LabelledSequences) -> Any:
+        """Return images side by side, [H, W] or [H, W, 3] uint8; None for text."""
+        width = cls.grid_width_of(options)
+        if not width:
+            return None
+        images = found.inputs.reshape(len(found), -1, width, *found.inputs.shape[2:])
+        # enlarged, with a grey line between images
+        scale = max(1, 128 // width)
+        images = images.repeat(scale, 1).repeat(scale, 2)
+        columns = min(len(images), 8)
+        rows = -(-len(images) // columns)
+        high, wide = images.shape[1] + 4, images.shape[2] + 4
+        sheet = np.full((rows * high, columns * wide, *images.shape[3:]), 90, np.uint8)
+        for index, image in enumerate(images):
+            top, left = divmod(index, columns)
+            sheet[top * high + 2 : (top + 1) * high - 2, left * wide + 2 : (left + 1) * wide - 2] = image
+        return sheet
 
     def next_batch(self) -> SequenceBatch:
         """Return the next batch of a shuffled epoch; examples of similar length come together."""

@@ -82,6 +82,11 @@ class ListOpsSequenceTask(LRATask):
         own = options.generator(options.min_length, options.max_length)
         return _classified(own, num, TRAINING if is_train else VALIDATION)
 
+    @classmethod
+    def sample_text(cls, tokens: Any) -> str:
+        """Return an expression."""
+        return " ".join(WORDS[token] for token in tokens)
+
     def further_sets(self, options: Any) -> dict[str, LabelledSequences]:
         """Return expressions that are longer than those of training."""
         found, low = {}, options.max_length

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -63,6 +64,15 @@ class PathfinderTask(LRATask):
             return found.rows(slice(train) if is_train else slice(test, None))
         num = options.training_examples if is_train else options.test_examples
         return pathfinder_set(options.size, num, _TRAIN_SEED if is_train else _TEST_SEED, Path(options.cache))
+
+    @classmethod
+    def show_samples(cls, options: Any, count: int, start: int, folder: Path) -> str:
+        """Write a picture of held-out images, drawn without the rest of the set."""
+        if options.data is not None:
+            return super().show_samples(options, count, start, folder)
+        with TemporaryDirectory() as cache:
+            few = replace(options, test_examples=max(1, start + count), cache=cache)
+            return super().show_samples(few, count, start, folder)
 
     @classmethod
     def seq_len(cls, options: Any) -> int:
