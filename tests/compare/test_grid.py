@@ -266,7 +266,7 @@ def test_slots_follow_from_the_device(monkeypatch):
     assert Slots.for_machine([planned("a", device="cpu", num_threads=1)]) == Slots(8, 0)
     captured = {"cuda_graph": True, "max_steps": 1, "batch_size": 64, "length": 64}
     tiny = dataclasses.replace(planned("a", **captured), model_config={"hidden_size": 64})
-    assert Slots.for_machine([tiny]) == Slots(48, 2, 8)
+    assert Slots.for_machine([tiny]) == Slots(32, 2, 8)
     assert Slots.for_machine([tiny], jobs=4) == Slots(4, 2, 4)
     wide = dataclasses.replace(tiny, model_config={"hidden_size": 512})
     assert Slots.for_machine([tiny, wide]) == Slots(8, 2)

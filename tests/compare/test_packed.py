@@ -100,6 +100,18 @@ def test_patterns_choose_what_is_trained(tmp_path):
         compare(comparison(), tmp_path / "out", 1, Quiet(), only=["text.*"])
 
 
+@pytest.mark.slow
+def test_after_a_while_no_run_is_started(tmp_path):
+    display = Quiet()
+    ended = compare(comparison(), tmp_path / "out", 1, display, start_for_s=1e-9)
+    assert display.ends == []
+    assert ended.stopped_by is None
+    assert len(ended.results.in_state("waiting")) == 2
+    # the first has begun by then, and comes to its end
+    ended = compare(comparison(), tmp_path / "out", 1, display, start_for_s=0.3)
+    assert [run.state for run in ended.results.runs] == ["finished", "waiting"]
+
+
 def test_the_command_unites_files(tmp_path, capsys):
     one, two = packed(tmp_path / "one", {FIRST: 0.25}), packed(tmp_path / "two", {SECOND: 0.5})
     out = tmp_path / "both"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def compare(
     jobs: int | None = None,
     runs_per_process: int | None = None,
     only: Texts = (),
+    start_for_s: float | None = None,
     merge: tuple[Path, ...] = (),
     report_only: Path | None = None,
 ) -> int:
@@ -35,9 +37,10 @@ def compare(
         file: A TOML file with tables [models.NAME] and [tasks.NAME], seeds and learning_rates; see
             docs/guide/comparing.md.
         out: Folder of the comparison (default: comparisons/ and the name of the file).
-        jobs: Runs side by side (default: one a core, or four a GPU; 24 a GPU of tiny models with cuda_graph).
+        jobs: Runs side by side (default: one a core, or four a GPU; 16 a GPU of tiny models with cuda_graph).
         runs_per_process: Runs that share a process, each in a thread (default: one; eight of tiny models on a GPU).
         only: Train only runs whose names match these patterns, such as "text.hgrn2.*"; the others wait.
+        start_for_s: Seconds after which no run is started; those that train then come to their end.
         merge: Take over the runs that have ended in these files (runs.jsonl of the same comparison, also gzipped).
             Without FILE nothing is trained: the files are united in the folder --out.
         report_only: Only write the report of this folder again.
@@ -53,7 +56,7 @@ def compare(
             name
             for name, value in {
                 "FILE": file, "--out": out, "--jobs": jobs, "--runs-per-process": runs_per_process,
-                "--only": only or None, "--merge": merge or None,
+                "--only": only or None, "--merge": merge or None, "--start-for-s": start_for_s,
             }.items()
             if value is not None
         ]:  # fmt: skip
@@ -81,7 +84,15 @@ def compare(
         wanted, notes = default_comparison()
         for note in notes:
             tell(note)
-    ended = comparing.compare(wanted, folder, jobs, runs_per_process=runs_per_process, results=merge, only=only)
+    ended = comparing.compare(
+        wanted,
+        folder,
+        jobs,
+        runs_per_process=runs_per_process,
+        results=merge,
+        only=only,
+        start_for_s=math.inf if start_for_s is None else start_for_s,
+    )
     _show(ended)
     if ended.stopped_by is None:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ def compare(
     runs_per_process: int | None = None,
     results: Sequence[Path] = (),
     only: Sequence[str] = (),
+    start_for_s: float = math.inf,
 ) -> Ended:
     """Train every run of a comparison that has not ended yet, side by side, and write the report.
 
@@ -56,6 +58,7 @@ def compare(
         runs_per_process: runs that share a process, each in a thread; None chooses.
         results: files of results (`runs.jsonl`) of the same comparison; runs that have ended there are taken over.
         only: patterns of run folders, such as "text.hgrn2.*"; other runs are left for later. Empty means all.
+        start_for_s: seconds after which no run is started; those that train then come to their end.
 
     Raises:
         UserError: the folder holds another comparison, another process works in it, or a setting is invalid. What ends
@@ -80,6 +83,7 @@ def compare(
             display or make_grid_display(),
             keep_checkpoints=plan.comparison.keep_checkpoints,
             on_end=PackedResults(out, plan).add,
+            start_for_s=start_for_s,
         )
         found = Results.read(out)
         return Ended(found, write_reports(found), stopped_by)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ from hgrn2.train.interrupt import StopRequest
 # small models leave most of a GPU idle; each process takes about half a GiB of its memory for itself
 _RUNS_PER_GPU = 4
 # of tiny models with captured steps: threads of a process run side by side on the GPU, processes take turns
-_RUNS_PER_PROCESS, _PROCESSES_PER_GPU = 8, 3
+_RUNS_PER_PROCESS, _PROCESSES_PER_GPU = 8, 2
 MOST_RUNS_PER_PROCESS = 16
 _TINY_WIDTH, _TINY_TOKENS = 256, 2**17
 _TICK_S = 0.5
@@ -59,7 +61,7 @@ class Slots:
         """Return as many slots as the device of the runs allows.
 
         On the CPU: cores, divided by the threads of a run (num_threads of [train], by default one). On GPUs: four runs
-        a GPU, at most one a core; if all models are tiny and their steps are captured (cuda_graph), three processes
+        a GPU, at most one a core; if all models are tiny and their steps are captured (cuda_graph), two processes
         of eight runs a GPU.
 
         Args:
@@ -133,6 +135,7 @@ def train_grid(
     *,
     keep_checkpoints: bool = True,
     on_end: Callable[[PlannedRun], None] = lambda run: None,
+    start_for_s: float = math.inf,
 ) -> str | None:
     """Train all runs that have not ended, side by side.
 
@@ -143,6 +146,7 @@ def train_grid(
         display: shows the progress.
         keep_checkpoints: whether the runs that have ended keep their weights.
         on_end: called with each run whose outcome is known.
+        start_for_s: seconds after which no run is started; those that train then come to their end.
 
     Returns:
         The name of the signal that stopped it, or None.
@@ -151,9 +155,12 @@ def train_grid(
         KeyboardInterrupt: at the second signal; all processes are killed.
     """
     grid = _Grid(out, runs, slots, display, keep_checkpoints, on_end)
+    deadline_s = time.monotonic() + start_for_s
     with StopRequest() as stop, display:
         try:
             while grid.workers or (grid.num_waiting and stop.signal_name is None):
+                if time.monotonic() > deadline_s:
+                    grid.leave_waiting()
                 if stop.signal_name is None:
                     grid.start_runs()
                 display.show(grid.progress)
@@ -191,6 +198,8 @@ class _Grid:
         self._together = [run for run in pending if shares and can_share(run, uses_gpu)]
         self._alone = [run for run in pending if not (shares and can_share(run, uses_gpu))]
         self.workers: list[_Worker] = []
+        # folders of runs that failed beside others
+        self._retried: set[str] = set()
 
     @property
     def num_waiting(self) -> int:
@@ -209,6 +218,11 @@ class _Grid:
             for worker in self.workers:
                 if worker.is_shared and not worker.runs:
                     _tell_to_end(worker)
+
+    def leave_waiting(self) -> None:
+        """Start no further run, but for those that must be tried alone after an error."""
+        self._together.clear()
+        self._alone = [run for run in self._alone if run.folder in self._retried]
 
     @property
     def _num_active(self) -> int:
@@ -270,8 +284,12 @@ class _Grid:
         """Take note of the end of a run in a process with others."""
         outcome = Outcome.load(self._out / RUNS_NAME / run.folder)
         if outcome is None and not worker.is_asked:
-            self._alone.append(run)
+            self._try_alone(run)
         self._show_end(run, outcome)
+
+    def _try_alone(self, run: PlannedRun) -> None:
+        self._retried.add(run.folder)
+        self._alone.append(run)
 
     def _show_end(self, run: PlannedRun, outcome: Outcome | None) -> None:
         run_dir = self._out / RUNS_NAME / run.folder
@@ -309,7 +327,7 @@ class _Grid:
         outcome = Outcome.load(run_dir)
         if outcome is None and not is_stopping:
             if worker.is_shared:
-                self._alone.append(run)
+                self._try_alone(run)
             else:
                 outcome = Outcome("failed", f"its process {_how_it_ended(worker.process)} before the run was complete")
                 outcome.save(run_dir)

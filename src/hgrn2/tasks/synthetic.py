@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from hgrn2.errors import UserError
 from hgrn2.tasks.base import Metric, ReportFigure, StepLoss, TaskBase, TaskContext, TaskReport
-from hgrn2.tasks.device_examples import RowsBatch, shared_examples
+from hgrn2.tasks.device_examples import DeviceExamples, RowsBatch, shared_examples
 from hgrn2.tasks.generators import GENERATORS, SyntheticOptions, generate
 from hgrn2.tasks.generators.base import IGNORE, TRAINING, VALIDATION, Examples, block_size, draw_block
 from hgrn2.tasks.generators.draws import Draws, Ints
@@ -240,6 +240,7 @@ class _ExampleStream:
         self._set: Examples | None = None
         self._order: tuple[int, Ints] | None = None
         self._device_order: tuple[int, Tensor] | None = None
+        self._shared: DeviceExamples | None = None
 
     def take(self, start: int, count: int) -> Examples:
         """Return the examples at start to start + count - 1."""
@@ -262,7 +263,9 @@ class _ExampleStream:
             num: size of the set for a stream that has no fixed one.
         """
         size = self._num or num
-        examples = shared_examples(self.options, size, self._seed, device, self._stream)
+        if self._shared is None:
+            self._shared = shared_examples(self.options, size, self._seed, device, self._stream)
+        examples = self._shared
         if not self._num:
             return RowsBatch(torch.arange(start, start + count, device=device), examples)
         parts, end = [], start + count
@@ -300,9 +303,9 @@ def _score(model: Any, batch: SyntheticBatch) -> tuple[Tensor, Tensor]:
     # logits at the targets only: most positions of a recall task have none
     x = x.flatten(0, 1).index_select(0, batch.places)
     logits = functional.linear(x, model.lm_head.weight)
+    is_correct = logits.detach().argmax(-1) == batch.targets
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss_sum = functional.cross_entropy(logits, batch.targets, reduction="sum")
-    return loss_sum, logits.detach().argmax(-1) == batch.targets
+    return functional.cross_entropy(logits, batch.targets, reduction="sum"), is_correct
 
 
 for _options in list(GENERATORS.values()):
