@@ -9,6 +9,7 @@ from hgrn2.serve.lookup import Lookup
 from hgrn2.serve.mixer_steps import join_projections
 from hgrn2.serve.pool import StatePool
 from hgrn2.serve.prefix_cache import PrefixCache
+from hgrn2.serve.row_linear import project_rows
 from hgrn2.serve.scheduler import fair_shares
 from tests.models.cases import config_of, make_model, tokens
 from tests.ops.test_triton import PROBLEM
@@ -97,3 +98,15 @@ def test_fused_layers_compute_what_the_model_computes(name, rows):
         found = step(more[:, t], pool.view(0, rows))
         torch.testing.assert_close(found, wanted[:, t], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(pool.layers[-1]["recurrent"], state.layers[-1]["recurrent"], rtol=1e-4, atol=1e-4)
+
+
+def test_one_row_in_16_bits_is_as_exact_as_many():
+    linear = torch.nn.Linear(300, 50).bfloat16()
+    x = torch.randn(2, 300).bfloat16()
+    wide = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    for rows in (1, 2):
+        found = project_rows(linear, x[:rows])
+        assert (found - wide[:rows]).norm() < 4e-3 * wide[:rows].norm()
+    # what hangs on a projection is called
+    linear.register_forward_hook(lambda module, given, y: y * 0)
+    assert not project_rows(linear, x[:1]).any()

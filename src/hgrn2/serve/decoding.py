@@ -16,6 +16,7 @@ from hgrn2.serve.fused import MOST_ROWS, FusedLayer, can_fuse, is_rms_norm, norm
 from hgrn2.serve.mixer_steps import HGRN2Step, MixerStep, step_of
 from hgrn2.serve.mlp_step import MLPStep, has_plain_branches
 from hgrn2.serve.replay import ReplayStep, flush_rings
+from hgrn2.serve.row_linear import project_rows
 
 
 class LayerStep:
@@ -96,7 +97,7 @@ class DecodeStep:
             x, features = layer(x, state, earlier[-wanted:] if wanted else ())
             if features is not None:
                 earlier = (*earlier, features)
-        return self.model.lm_head(body.norm(x))
+        return project_rows(self.model.lm_head, body.norm(x))
 
     def flush(self, states: Sequence[MixerState]) -> None:
         """Write the states of the rows of the last batch, before they are copied or the batch changes."""

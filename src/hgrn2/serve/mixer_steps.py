@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hgrn2.nn.mixers.base import Context, Mixer, MixerState, wide_dtype
 from hgrn2.nn.mixers.hgrn2 import HGRN2
 from hgrn2.ops import hgrn2_step
 from hgrn2.ops.backends.reference import tied_gate
 from hgrn2.ops.gates import activate
+from hgrn2.serve.row_linear import linear_rows, project_rows
 
 
 class MixerStep(Protocol):
@@ -80,7 +80,7 @@ class HGRN2Step:
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the pre-activations of rows x [B, D], each [B, H, K]."""
-        return self.split(functional.linear(x, self.weight, self.bias))
+        return self.split(linear_rows(x, self.weight, self.bias))
 
     def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, f and v [B, H, K] as views of their product [B, 3 D]."""
@@ -118,7 +118,7 @@ class HGRN2Step:
 
     def finish(self, y: Tensor) -> Tensor:
         """Normalise outputs y [B, H, V] and project them to [B, D]."""
-        return self.mixer.o_proj(self.mixer.g_norm(y.flatten(1)))
+        return project_rows(self.mixer.o_proj, self.mixer.g_norm(y.flatten(1)))
 
 
 def step_of(mixer: Mixer, growing: frozenset[str]) -> MixerStep:

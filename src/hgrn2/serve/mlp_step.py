@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hgrn2.nn.mlp import GatedMLP
 from hgrn2.ops.device import ROW_ALIGNMENT
 from hgrn2.serve.mixer_steps import can_join, join_projections
+from hgrn2.serve.row_linear import linear_rows, project_rows
 
 
 class MLPStep:
@@ -23,8 +23,8 @@ class MLPStep:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Mix the channels of rows x [B, D]."""
-        gate, up = functional.linear(x, self.weight, self.bias).chunk(2, -1)
-        return self.mlp.down_proj(self.mlp._activate(gate) * up)
+        gate, up = linear_rows(x, self.weight, self.bias).chunk(2, -1)
+        return project_rows(self.mlp.down_proj, self.mlp._activate(gate) * up)
 
 
 def has_plain_branches(mlp: nn.Module | None) -> bool:
