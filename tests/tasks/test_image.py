@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,19 @@ import pytest
 import torch
 
 from hgrn2 import cli
-from hgrn2.data.images import augment
+from hgrn2.data.images import augment, open_sets
 from hgrn2.formats import run_folder
 from hgrn2.models.vision import VisionModel, load_model, preset
 from hgrn2.tasks import TaskContext, find_task
 from hgrn2.tasks.image import ImageOptions, ImageTask
 from hgrn2.tasks.image.averages import RunningMean
 from hgrn2.train.metrics import read_metrics
+from hgrn2.train.settings import RunSettings
 from tests.data import image_files as files
 from tests.refusals import refuses
 
+ROOT = Path(__file__).resolve().parents[2]
+FASHION = ROOT.parent / "shared/data/fashion-mnist"
 SIZES = {
     "embed_dim": 16,
     "depth": 1,
@@ -79,6 +83,7 @@ def test_it_trains_by_command_resumes_and_leaves_a_model_and_pictures(capsys):
     assert curve("there/again") == wanted
     page = Path("run/report.html").read_text()
     assert "load_model" in page
+    assert "has read 20 images" in page
     assert "--to hf" not in page
     model, about = load_model("run/model")
     last = [r for r in read_metrics(Path("run")) if r["kind"] == "validation"][-1]
@@ -197,6 +202,25 @@ def test_it_learns():
     command("train", "--task", "image", "--data", "d", "--max-steps", 40, "--batch-size", 16, "--learning-rate", 0.01,
             *MODEL, "img_size=8", "--out", "run")  # fmt: skip
     assert [r for r in read_metrics(Path("run")) if r["kind"] == "validation"][-1]["val_accuracy"] == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/images").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_are_valid(path):
+    table = tomllib.loads(path.read_text())
+    options = dict(table["task"])
+    settings = RunSettings.from_flat(table["train"], options.pop("name"), options)
+    keys = {"num_classes": 10, **table["model"]}
+    config = ImageTask.make_model_config(keys.pop("preset"), keys)
+    assert settings.task is ImageTask
+    with torch.device("meta"):
+        assert sum(p.numel() for p in VisionModel(config).parameters()) < 6.2e6
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not on this machine")
+def test_fashion_mnist_has_the_names_of_its_classes():
+    train, held_out = open_sets(str(FASHION), None, 0.1, 0)
+    assert (len(train), len(held_out)) == (60000, 10000)
+    assert held_out.classes[held_out.labels[0]] == "ankle boot"
 
 
 def test_mistakes(capsys):

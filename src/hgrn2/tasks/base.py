@@ -99,12 +99,14 @@ class TaskReport:
         model: description of a model trained on the task.
         unit: unit of the loss.
         figures: figures of a validation, the most important first.
+        counted: unit of the budget, in the plural.
         opening: Python that opens the model of a run, in which {run} stands for its folder; None for a language model.
     """
 
     model: str = "A model"
     unit: str = "nats per target"
     figures: tuple[ReportFigure, ...] = ()
+    counted: str = "tokens"
     opening: str | None = None
 
 

@@ -62,6 +62,7 @@ class ImageTask(ClassificationTask):
     report: ClassVar[TaskReport] = dataclasses.replace(
         ClassificationTask.report,
         model="An image classifier",
+        counted="images",
         opening='from hgrn2.models.vision import load_model\n\nmodel, about = load_model("{run}/model")',
     )
 

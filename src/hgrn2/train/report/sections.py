@@ -55,7 +55,7 @@ def _sentence(facts: RunFacts) -> str:
     last = facts.last
     if last is None:
         return rich(" ".join(words)) + ". No training step is recorded yet."
-    words.append(f"that has read {_in_words(last['tokens'])} tokens")
+    words.append(f"that has read {_in_words(last['tokens'])} {facts.task.counted}")
     names = facts.section("data").get("data")
     if isinstance(names, list) and names:
         words.append(
