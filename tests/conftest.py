@@ -39,7 +39,7 @@ from tests.shards import add_options, run_in_shards
 
 # packages of the extras, by the names they are imported by; tests that need one are skipped without it
 EXTRAS = {
-    "accelerate", "datasets", "docstring_parser", "fla", "hypothesis", "lm_eval", "matplotlib", "numpy", "onnx",
+    "PIL", "accelerate", "datasets", "docstring_parser", "fla", "hypothesis", "lm_eval", "matplotlib", "numpy", "onnx",
     "onnxruntime", "peft", "pyarrow", "rich", "safetensors", "tensorboard", "tokenizers", "transformers", "triton",
     "trl", "tyro", "yaml", "zstandard",
 }  # fmt: skip

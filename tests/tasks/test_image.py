@@ -84,6 +84,7 @@ def test_it_trains_by_command_resumes_and_leaves_a_model_and_pictures(capsys):
     page = Path("run/report.html").read_text()
     assert "load_model" in page
     assert "has read 20 images" in page
+    assert page.count("data:image/png;base64,") == 2
     assert "--to hf" not in page
     model, about = load_model("run/model")
     last = [r for r in read_metrics(Path("run")) if r["kind"] == "validation"][-1]

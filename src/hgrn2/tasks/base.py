@@ -100,6 +100,7 @@ class TaskReport:
         unit: unit of the loss.
         figures: figures of a validation, the most important first.
         counted: unit of the budget, in the plural.
+        pictures: names of the pictures of `Task.draw` that the report shows, with captions.
         opening: Python that opens the model of a run, in which {run} stands for its folder; None for a language model.
     """
 
@@ -107,6 +108,7 @@ class TaskReport:
     unit: str = "nats per target"
     figures: tuple[ReportFigure, ...] = ()
     counted: str = "tokens"
+    pictures: tuple[tuple[str, str], ...] = ()
     opening: str | None = None
 
 

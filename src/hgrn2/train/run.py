@@ -287,8 +287,10 @@ class _Parts:
         if not has_news and result.had_ended and _is_drawn(run_dir):
             display.note(f"{run_dir}: {describe_end(config, result.counters)}")
             return Run(self.model, result, [], run_dir / REPORT_NAME)
+        # the report shows the pictures of the task
+        drawn = self._task_pictures(run_dir, ending)
         report = ending.report()
-        return Run(self.model, result, [*ending.pictures(), *self._task_pictures(run_dir, ending)], report)
+        return Run(self.model, result, [*ending.pictures(), *drawn], report)
 
     def _task_pictures(self, run_dir: Path, ending: Ending) -> list[Path]:
         """Let the task draw; a failure does not fail the run."""

@@ -63,6 +63,10 @@ class ImageTask(ClassificationTask):
         ClassificationTask.report,
         model="An image classifier",
         counted="images",
+        pictures=(
+            ("misclassified", "Held-out images of another class than the model's, the most certain errors first."),
+            ("contribution", "Images, and what each patch contributes to the logit of the model's class."),
+        ),
         opening='from hgrn2.models.vision import load_model\n\nmodel, about = load_model("{run}/model")',
     )
 

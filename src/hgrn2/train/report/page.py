@@ -18,12 +18,13 @@ from hgrn2.train.report import sections
 from hgrn2.train.report.charts import MOST_POINTS
 from hgrn2.train.report.confusion import classes
 from hgrn2.train.report.facts import RunFacts, figure
+from hgrn2.train.report.pictures import pictures
 from hgrn2.train.report.words import plain, rich
 
 REPORT_NAME = "report.html"
 
 _SECTIONS = (
-    sections.summary, sections.learning, classes, sections.samples, sections.memory, sections.running,
+    sections.summary, sections.learning, classes, pictures, sections.samples, sections.memory, sections.running,
     sections.next_steps, sections.data, sections.settings, sections.events,
 )  # fmt: skip
 
