@@ -68,7 +68,16 @@ def as_flags(options):
     return [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in options.items()]
 
 
-@pytest.mark.parametrize("name", ["lra-listops", "lra-text", "lra-retrieval", "lra-image", "lra-pathfinder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lra-listops",
+        pytest.param("lra-text", marks=pytest.mark.slow),
+        "lra-retrieval",
+        pytest.param("lra-image", marks=pytest.mark.slow),
+        pytest.param("lra-pathfinder", marks=pytest.mark.slow),
+    ],
+)
 def test_a_task_trains_resumes_and_is_reported(name, capsys):
     options = prepare(name)
     words = ["train", "--task", name, "--device", "cpu", "--set", *MODEL, "--task-set", *as_flags(options)]
@@ -228,3 +237,33 @@ def test_configurations_are_valid(path):
     config = HGRN2Config(**tables["model"] | task.model_settings(settings.options))
     with torch.device("meta"):
         task.build_model(settings.options, config)
+
+
+def test_pretraining_on_hidden_tokens_and_a_start_from_it():
+    words = ["train", "--task", "lra-listops", "--device", "cpu", "--set", *MODEL, "--batch-size", "16"]
+    options = as_flags(LISTOPS)
+    assert cli.main([*words, "--max-steps", "4", "--out", "pre", "--task-set", *options, "objective=masked"]) == 0
+    assert cli.main([*words, "--max-steps", "2", "--out", "fine", "--task-set", *options, "start=pre"]) == 0
+    task, model = built("lra-listops", **LISTOPS, objective="masked")
+    batch = task.next_batch()
+    assert not batch.is_masked[torch.arange(batch.inputs.shape[1]) >= batch.lengths[:, None]].any()
+    assert 0.05 < float(batch.is_masked.sum() / batch.lengths.sum()) < 0.25
+    # hidden tokens do not enter
+    changed = torch.where(batch.is_masked, (batch.inputs + 1) % 15, batch.inputs)
+    torch.testing.assert_close(
+        *(model.masked_logits(x, batch.lengths, batch.is_masked) for x in (batch.inputs, changed))
+    )
+    loss = task.loss(model, batch).loss_sum / 8
+    logits = model.masked_logits(batch.inputs, batch.lengths, batch.is_masked)[batch.is_masked]
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, batch.inputs[batch.is_masked].long()))
+    _, started = built("lra-listops", **LISTOPS, start="pre")
+    _, other = built("lra-listops", **LISTOPS)
+    found = {name for name, p in started.state_dict().items() if not torch.equal(p, other.state_dict()[name])}
+    assert "embeddings.weight" in found
+    with refuses("mismatch", "pre", "positions"):
+        built("lra-listops", **LISTOPS, start="pre", positions=True)
+    with refuses("not-found", "nowhere"):
+        built("lra-listops", **LISTOPS, start="nowhere")
+    prepare("lra-retrieval")
+    with refuses("unsupported", "masked"):
+        built("lra-retrieval", data="aan", objective="masked")

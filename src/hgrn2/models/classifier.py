@@ -38,6 +38,7 @@ class ClassifierOptions:
         num_sequences: 1, or 2 for pairs: [x, y, x * y, |x - y|] of both encodings enters the head.
         head_hidden_size: width of a hidden layer of the head; 0 for a linear head.
         grid_width: tokens of a row for directions over a grid; 0 for sequences.
+        num_masked_classes: values of a masked token, for pretraining on the inputs (arXiv 2310.02980); 0 for none.
     """
 
     num_classes: Annotated[int, Ge(2)] = 2
@@ -50,6 +51,7 @@ class ClassifierOptions:
     num_sequences: Literal["1", "2"] | int = 1
     head_hidden_size: Annotated[int, Ge(0)] = 0
     grid_width: Annotated[int, Ge(0)] = 0
+    num_masked_classes: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "classifier")
@@ -106,6 +108,9 @@ class SequenceClassifier(nn.Module):
         hidden = options.head_hidden_size
         self.head_hidden = nn.Linear(joined, hidden) if hidden else None
         self.head = nn.Linear(hidden or joined, options.num_classes)
+        masked = options.num_masked_classes
+        self.mask_embedding = nn.Parameter(torch.zeros(width)) if masked else None
+        self.token_head = nn.Linear(width, masked) if masked else None
         self._compiled_call: Callable[..., Any] | None = None
         if not self.head.weight.is_meta:
             self.initialize()
@@ -135,7 +140,9 @@ class SequenceClassifier(nn.Module):
         for i, layer in enumerate(self.layers):
             layer.reset_parameters(InitialValues(std, i, len(self.layers), generator))  # pyright: ignore
         draw(self.norm, std, generator)
-        for module in (self.head_hidden, self.head):
+        if self.mask_embedding is not None:
+            nn.init.zeros_(self.mask_embedding)
+        for module in (self.head_hidden, self.head, self.token_head):
             if module is not None:
                 draw(module, std, generator)
 
@@ -188,8 +195,25 @@ class SequenceClassifier(nn.Module):
         x = x.masked_fill(~mask[..., None], 0)
         return x.sum(1) / lengths.clamp(min=1)[:, None].to(x.dtype)
 
-    def hidden_states(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return the hidden states [B, T, D] after the last norm, arbitrary where there is padding."""
+    def masked_logits(self, inputs: Tensor, lengths: Tensor | None, is_masked: Tensor) -> Tensor:
+        """Return the logits [B, T, num_masked_classes] of each token's value, with some tokens hidden.
+
+        Args:
+            inputs: [B, T] or [B, T, channels].
+            lengths: [B], or None.
+            is_masked: [B, T] bool, tokens whose embedding is replaced by a learned one.
+        """
+        assert self.token_head is not None, "num_masked_classes is 0"
+        return self.token_head(self.hidden_states(inputs, lengths, is_masked))
+
+    def hidden_states(self, inputs: Tensor, lengths: Tensor | None = None, is_masked: Tensor | None = None) -> Tensor:
+        """Return the hidden states [B, T, D] after the last norm, arbitrary where there is padding.
+
+        Args:
+            inputs: [B, T] or [B, T, channels].
+            lengths: [B], or None.
+            is_masked: [B, T] bool, tokens to hide; None for none.
+        """
         if lengths is not None:
             if self.options.batch_norm:
                 raise UserError("classifier: batch_norm counts padding as tokens; leave it out", "contradiction")
@@ -198,6 +222,8 @@ class SequenceClassifier(nn.Module):
         if inputs.dim() != (2 if is_ids else 3):
             raise UserError(f"inputs is {describe(inputs)}; wanted {'ids [B, T]' if is_ids else 'values [B, T, C]'}")
         x = self.embeddings(inputs.long() if is_ids else inputs)
+        if is_masked is not None and self.mask_embedding is not None:
+            x = torch.where(is_masked[..., None], self.mask_embedding.to(x.dtype), x)
         seq_len = x.shape[1]
         if self.positions is not None:
             if seq_len > self.options.positions:

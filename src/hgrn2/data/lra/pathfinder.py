@@ -130,6 +130,9 @@ class _Canvas:
 
     def keep(self, rows: Bools) -> None:
         """Drop the other images."""
+        # a copy costs more than a paddle
+        if rows.all():
+            return
         self.image, self.mask = self.image[rows], self.mask[rows]
 
     def is_inside(self, place: Ints) -> Bools:
@@ -191,6 +194,8 @@ class _Curve:
 
     def keep(self, rows: Bools) -> None:
         """Drop the other curves."""
+        if rows.all():
+            return
         for name, values in vars(self).items():
             setattr(self, name, values[rows])
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from hgrn2.constraints import Ge, Le
+from hgrn2.constraints import Ge, Gt, Le, Lt
 from hgrn2.data.lra.sequences import LabelledSequences
 from hgrn2.errors import UserError, visible
+from hgrn2.formats.run_folder import locate_model
+from hgrn2.formats.soundness import MODEL_NAME
 from hgrn2.models import HGRN2Config
-from hgrn2.models.classifier import ClassifierOptions, SequenceClassifier
+from hgrn2.models.classifier import ClassifierOptions, SequenceClassifier, mask_of
 from hgrn2.nn.mixers import read_directions
 from hgrn2.nn.mixers.directions import GRID_DIRECTIONS
-from hgrn2.tasks.base import TaskContext
+from hgrn2.tasks.base import StepLoss, TaskContext
 from hgrn2.tasks.classification import ClassCounts, ClassificationOptions, ClassificationTask
 
 # widths that padded batches are cut to, in parts of the longest; CUDA graphs keep at most four shapes
@@ -45,6 +48,12 @@ class LRAOptions(ClassificationOptions):
     """Width of a hidden layer of the head; 0: a linear head."""
     validation_examples: Annotated[int, Ge(0)] = 0
     """Held-out examples of a validation; 0: all."""
+    objective: Literal["classes", "masked"] = "classes"
+    """Train on the classes, or first on the inputs alone: say the values of hidden tokens (arXiv 2310.02980)."""
+    masked_share: Annotated[float, Gt(0), Lt(1)] = 0.15
+    """Share of tokens that "masked" hides."""
+    start: str | None = None
+    """A run of this task with objective masked, whose weights the run starts with."""
     hold_out: Annotated[int, Ge(0), Le(10**7)] = 0
     """Training examples to validate on instead of the test examples."""
 
@@ -57,11 +66,13 @@ class SequenceBatch:
         inputs: [B, T], [B, 2, T] or [B, T, C] uint8.
         lengths: [B] or [B, 2] int32, or None without padding.
         labels: [B] int64.
+        is_masked: [B, T] bool, tokens that are hidden; None when training on classes.
     """
 
     inputs: Tensor
     lengths: Tensor | None
     labels: Tensor
+    is_masked: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,8 @@ class LRATask(ClassificationTask):
 
     def __init__(self, options: Any, context: TaskContext) -> None:
         super().__init__(options, context)
+        if options.objective == "masked" and (self.num_sequences > 1 or self.read_channels(options) > 1):
+            raise UserError(f"task {self.name!r}: objective masked needs one id or grey value a token", "unsupported")
         train, held_out = self.read(options, "train"), None
         if options.hold_out:
             if options.hold_out >= len(train):
@@ -202,6 +215,7 @@ class LRATask(ClassificationTask):
             num_sequences=cls.num_sequences,
             head_hidden_size=options.head_hidden_size,
             grid_width=cls.grid_width_of(options) if is_grid else 0,
+            num_masked_classes=(cls.vocab_size or 256) if options.objective == "masked" else 0,
         )
 
     @classmethod
@@ -212,8 +226,11 @@ class LRATask(ClassificationTask):
 
     @classmethod
     def build_model(cls, options: Any, config: HGRN2Config) -> nn.Module:
-        """Make a classifier."""
-        return SequenceClassifier(config, cls.classifier_options(options, config.num_hidden_layers))
+        """Make a classifier, with the weights of a run on masked tokens if the options name one."""
+        model = SequenceClassifier(config, cls.classifier_options(options, config.num_hidden_layers))
+        if options.start is not None and not model.head.weight.is_meta:
+            load_pretrained(model, Path(options.start))
+        return model
 
     @classmethod
     def show_samples(cls, options: Any, count: int, start: int, folder: Path) -> str:
@@ -275,7 +292,37 @@ class LRATask(ClassificationTask):
         self._batches_taken += 1
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, self._order(epoch, per_epoch)
-        return self.augmented(self._train.take(self._epoch[1][place]))
+        batch = self.augmented(self._train.take(self._epoch[1][place]))
+        return self._masked(batch, self._batches_taken) if self._options.objective == "masked" else batch
+
+    @classmethod
+    def read_channels(cls, options: Any) -> int:
+        """Return the numbers of a token."""
+        del options
+        return cls.channels
+
+    def _masked(self, batch: SequenceBatch, seed: int) -> SequenceBatch:
+        """Return the batch with tokens to hide; they follow from the seed."""
+        device = batch.inputs.device
+        generator = torch.Generator(device).manual_seed(self._context.seed * 65_537 + seed)
+        is_masked = torch.rand(batch.inputs.shape, device=device, generator=generator) < self._options.masked_share
+        if batch.lengths is not None:
+            is_masked &= mask_of(batch.lengths, batch.inputs.shape[1])
+        return replace(batch, is_masked=is_masked)
+
+    def _masked_loss(self, model: Any, batch: SequenceBatch) -> StepLoss:
+        """Return the mean loss of the hidden tokens, times the examples, since these are the targets that count."""
+        assert batch.is_masked is not None
+        logits = model.masked_logits(self.prepared(batch.inputs), batch.lengths, batch.is_masked).float()
+        labels = batch.inputs.long()
+        losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        share = batch.is_masked.flatten() * (len(labels) / batch.is_masked.sum().clamp(min=1))
+        is_correct = (logits.argmax(-1) == labels).flatten()
+        return StepLoss((losses * share).sum(), {"accuracy": (is_correct * share).sum()})
+
+    def loss(self, model: Any, batch: SequenceBatch) -> StepLoss:
+        """Return the loss of the objective summed over the examples, and the number (or share) of correct ones."""
+        return super().loss(model, batch) if batch.is_masked is None else self._masked_loss(model, batch)
 
     def augmented(self, batch: SequenceBatch) -> SequenceBatch:
         """Return a training batch, changed if the task augments its data."""
@@ -316,6 +363,8 @@ class LRATask(ClassificationTask):
 
         "val_accuracy_length_1000" is the accuracy of sequences of at most 1,000 tokens, and more than the bucket below.
         """
+        if self._options.objective == "masked":
+            return self._evaluate_masked(model)
         figures: dict[str, Any] = {}
         for ending, found in self._held_out.items():
             counts = ClassCounts(len(self.class_names), self._context.device)
@@ -335,6 +384,15 @@ class LRATask(ClassificationTask):
                 figures |= _by_length(torch.cat(correct), torch.cat(lengths), found.inputs.shape[-1])
         return figures
 
+    def _evaluate_masked(self, model: Any) -> dict[str, Any]:
+        sums, num = torch.zeros(2, dtype=torch.float64, device=self._context.device), 0
+        for index, batch in enumerate(self.validation_batches()):
+            loss_sum, further = self._masked_loss(model, self._masked(batch, index))
+            sums += torch.stack([loss_sum, further["accuracy"]]).double()
+            num += len(batch.labels)
+        loss, accuracy = (sums / num).tolist()
+        return {"val_loss": loss, "val_accuracy": accuracy}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the number of batches taken."""
         return {"batches": self._batches_taken}
@@ -346,6 +404,32 @@ class LRATask(ClassificationTask):
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:
             raise UserError(f"state of task {self.name!r}: batches is {position!r}; wanted 0 or more", "damaged")
         self._batches_taken = position
+
+
+def load_pretrained(model: SequenceClassifier, run: Path) -> None:
+    """Copy the weights of a run's best checkpoint, except those of its heads.
+
+    Args:
+        model: the model.
+        run: a run folder or a checkpoint, of a model with the same layers.
+
+    Raises:
+        UserError: there is no checkpoint, or its weights do not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    checkpoint, _ = locate_model(run, "best")
+    try:
+        found = load_file(checkpoint / MODEL_NAME)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{checkpoint}: its weights cannot be read ({error})", "unreadable") from None
+    for name, parameter in model.state_dict().items():
+        if name.startswith(("head", "token_head", "mask_")):
+            continue
+        if name not in found or found[name].shape != parameter.shape:
+            raise UserError(f"{run}: {name} does not fit; name a run with the same model and options", "mismatch")
+        parameter.copy_(found[name])
 
 
 def _by_length(correct: Tensor, lengths: Tensor, longest: int) -> dict[str, float]:

@@ -42,11 +42,6 @@ class ImageSequenceTask(LRATask):
     num_classes = 10
     grid_width = _SIDE
 
-    def __init__(self, options: Any, context: Any) -> None:
-        super().__init__(options, context)
-        # mean and deviation of the grey values are about 0.48 and 0.24
-        self._colours = 3 if options.colours == "rgb" else 1
-
     @classmethod
     def read(cls, options: Any, split: str) -> LabelledSequences:
         """Read the images of a split."""
@@ -59,15 +54,21 @@ class ImageSequenceTask(LRATask):
         return _SIDE * _SIDE
 
     @classmethod
+    def read_channels(cls, options: Any) -> int:
+        """Return the numbers of a pixel."""
+        return 3 if options.colours == "rgb" else 1
+
+    @classmethod
     def classifier_options(cls, options: Any, num_layers: int) -> ClassifierOptions:
         """Return what the model has besides its layers."""
         found = super().classifier_options(options, num_layers)
-        return replace(found, channels=3 if options.colours == "rgb" else 1)
+        return replace(found, channels=cls.read_channels(options))
 
     def prepared(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return values with about zero mean and unit variance, [B, T, C]."""
+        # mean and deviation of the grey values
         values = (inputs.float() / 255 - 0.48) / 0.24
-        return values if self._colours == 3 else values[..., None]
+        return values if self.read_channels(self._options) > 1 else values[..., None]
 
     def augmented(self, batch: SequenceBatch) -> SequenceBatch:
         """Return the batch with some images mirrored and moved; random numbers follow from the position."""
