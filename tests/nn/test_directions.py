@@ -348,3 +348,26 @@ def test_one_program_for_images_of_every_size(direction):
         wanted = layer(images)
         for call in calls:
             torch.testing.assert_close(call(images), wanted)
+
+
+@pytest.mark.parametrize(("direction", "passes"), [("reverse", 1), ("bidirectional", 1), ("2d", 1), ("2d-series", 2)])
+@pytest.mark.parametrize("name", ["hgrn2", "hgrn1-real", "gla"])
+def test_scans_read_the_projected_inputs_without_copies(name, direction, passes):
+    mixer = make(name, direction)
+    project, mix, projected, scanned = mixer.project, mixer.mix, [], []
+
+    def watch_project(x, state, context):
+        found = project(x, state, context)
+        projected.extend(found.inputs)
+        return found
+
+    def watch_mix(inputs, state, context, *, reverse=False):
+        scanned.append(inputs)
+        return mix(inputs, state, context, reverse=reverse)
+
+    mixer.project, mixer.mix = watch_project, watch_mix
+    mixer(example(15)[0], None, Context(grid=(3, 5)))
+    assert len(scanned) == {"reverse": 1, "bidirectional": 2, "2d": 4, "2d-series": 4}[direction]
+    found = {part.untyped_storage().data_ptr() for inputs in scanned for part in inputs}
+    assert found == {part.untyped_storage().data_ptr() for part in projected}
+    assert len(projected) == passes * len(scanned[0])
