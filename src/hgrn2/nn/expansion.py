@@ -58,9 +58,13 @@ class Expansion(nn.Module):
             shapes = [(width // ratio, width)] * ratio
         self.parts = nn.ModuleList(nn.Linear(*shape, bias=False) for shape in shapes)
 
+    @property
+    def _matrices(self) -> list[nn.Linear]:
+        return list(self.parts)  # pyright: ignore[reportReturnType]
+
     def forward(self, x: BTD) -> torch.Tensor:
         """Return [B, T, n, D] from x [B, T, D]."""
-        n, parts = self.ratio, list(self.parts)
+        n, parts = self.ratio, self._matrices
         if self.kind == "dense":
             y = parts[0](x).unflatten(-1, (n, -1))
         elif self.kind == "low-rank":
@@ -80,7 +84,7 @@ class Expansion(nn.Module):
 
     def reset_parameters(self, init: InitialValues) -> None:
         """Draw the matrices, so that each entry of the whole has a standard deviation of about `init.std`."""
-        first, *others = self.parts
+        first, *others = self._matrices
         init.draw(first, *([] if self.kind in ("low-rank", "kronecker") else others))
         if self.kind in ("low-rank", "kronecker"):
             scale = others[0].in_features ** -0.5 if self.kind == "low-rank" else 1.0
@@ -96,13 +100,13 @@ class Expansion(nn.Module):
         counts = {"khatri-rao": [self.ratio]}
         if self.kind == "kronecker":
             # the first is applied to every column of x as a table, the second to every row
-            counts = {"kronecker": [self.parts[1].in_features, self.parts[0].in_features]}  # pyright: ignore
+            counts = {"kronecker": [self._matrices[1].in_features, self._matrices[0].in_features]}
         times = counts.get(self.kind, [1] * len(self.parts))
-        return sum(2 * part.weight.numel() * (n - 1) for part, n in zip(self.parts, times, strict=True))  # pyright: ignore
+        return sum(2 * part.weight.numel() * (n - 1) for part, n in zip(self._matrices, times, strict=True))
 
     def activation_bytes(self, low: int) -> int:
         """Return the bytes per token that are saved besides x and the result; `low` as in `Mixer.activation_bytes`."""
         between = {"khatri-rao": self.ratio * self.hidden_size, "kronecker": self.hidden_size}
         if self.kind == "low-rank":
-            return low * self.parts[0].out_features  # pyright: ignore[reportOperatorIssue, reportReturnType]
+            return low * self._matrices[0].out_features
         return low * between.get(self.kind, 0)
