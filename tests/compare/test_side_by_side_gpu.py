@@ -31,7 +31,7 @@ def grid(**train):
             "batch_size": 32, "max_steps": 60}  # fmt: skip
     model = {"hidden_size": 64, "num_hidden_layers": 2, "expand_ratio": 32, "intermediate_size": 0}
     return comparison(
-        models=models, model=model, match="none", seeds=[0, 1], learning_rates=[3e-3], tasks={"mqar": task},
+        models=models, model=model, match="none", seeds=[0], learning_rates=[3e-3], tasks={"mqar": task},
         train=settings,
     )  # fmt: skip
 
@@ -47,13 +47,13 @@ def curves(out):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_results_are_those_of_runs_alone(precision, tmp_path):
-    together = compare(grid(precision=precision), tmp_path / "together", 10, PlainGrid(), runs_per_process=5)
+    together = compare(grid(precision=precision), tmp_path / "together", 5, PlainGrid(), runs_per_process=5)
     assert not together.results.in_state("failed", "waiting", "unfinished"), [
         (run.planned.folder, run.reason) for run in together.results.runs
     ]
-    assert len(together.results.in_state("diverged")) == 2
-    alone = compare(grid(precision=precision), tmp_path / "alone", 4, PlainGrid(), runs_per_process=1)
-    assert len(alone.results.in_state("finished")) == 8
+    assert len(together.results.in_state("diverged")) == 1
+    alone = compare(grid(precision=precision), tmp_path / "alone", 5, PlainGrid(), runs_per_process=1)
+    assert len(alone.results.in_state("finished")) == 4
     found, wanted = curves(tmp_path / "together"), curves(tmp_path / "alone")
     assert found.keys() == wanted.keys()
     for name in wanted:

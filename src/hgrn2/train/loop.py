@@ -20,8 +20,8 @@ from hgrn2.train import checkpoint as ckpt
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import Counters
 from hgrn2.train.display import Display, SilentDisplay, make_display
-from hgrn2.train.environment import describe_environment, memory_bytes
-from hgrn2.train.exclusive import exclusive, is_side_by_side
+from hgrn2.train.environment import describe_environment
+from hgrn2.train.exclusive import exclusive
 from hgrn2.train.freezing import Freezing
 from hgrn2.train.interrupt import StopRequest
 from hgrn2.train.launched import LaunchedStep, read_back_together
@@ -32,6 +32,7 @@ from hgrn2.train.result import TrainResult, last_validation
 from hgrn2.train.rng import seed_everything, shielded_rng
 from hgrn2.train.run_state import RunState
 from hgrn2.train.schedule import lr_fraction, used_fraction
+from hgrn2.train.step_log import StepLog
 from hgrn2.train.stepper import Stepper
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -93,11 +94,7 @@ class Trainer:
         # steps without a record, and those whose values are on the way from the device
         self._launched: list[LaunchedStep] = []
         self._returning: list[LaunchedStep] = []
-        # since the last record
-        self._untimed: list[LaunchedStep] = []
-        # the last step, if it has no record: with its loss, norm of the gradient and further sums
-        self._unwritten: tuple[LaunchedStep, float, float, dict[str, float]] | None = None
-        self._last_end_s = 0.0
+        self._log = StepLog(self._device)
 
     def run(self) -> TrainResult:
         """Train until the budget is used up or a signal asks to stop.
@@ -260,19 +257,15 @@ class Trainer:
             self._read_back(metrics)
         steps, self._returning, self._launched = self._returning + self._launched, [], []
         self._record(steps, metrics)
-        if self._unwritten is not None:
-            self._write_record(*self._unwritten, metrics)
+        if self._log.has_unwritten:
+            self._write_record(metrics)
 
     def _record(self, steps: Sequence[LaunchedStep], metrics: MetricsWriter | SilentMetrics) -> None:
         """Count the outcomes of steps; write a record of every record_every-th."""
         for launched in steps:
-            values = dict(launched.wait())
-            loss, grad_norm = values.pop("loss") / launched.num_targets, values.pop("grad_norm")
-            is_finite = self._counters.count_outcome(loss, grad_norm)
-            self._untimed.append(launched)
-            self._unwritten = launched, loss, grad_norm, values
+            loss, is_finite = self._log.count(launched, self._counters)
             if _due(launched.step, self.config.record_every) or not is_finite:
-                self._write_record(*self._unwritten, metrics)
+                self._write_record(metrics)
             if not is_finite:
                 self._report_nonfinite(launched.step, loss)
             elif self._freezing.count(loss):
@@ -281,37 +274,10 @@ class Trainer:
                     f"step {self._counters.step}: the loss has stopped improving; training all weights from here on"
                 )
 
-    def _write_record(
-        self,
-        launched: LaunchedStep,
-        loss: float,
-        grad_norm: float,
-        sums: Mapping[str, float],
-        metrics: MetricsWriter | SilentMetrics,
-    ) -> None:
-        counters = self._counters
+    def _write_record(self, metrics: MetricsWriter | SilentMetrics) -> None:
         now_s = time.monotonic()
-        counters.elapsed_s = now_s - self._started_s
-        # steps may overlap: count the time from the end of the step before
-        began_s = max(self._untimed[0].started_s, self._last_end_s)
-        num_tokens = sum(step.num_tokens for step in self._untimed)
-        self._untimed, self._unwritten, self._last_end_s = [], None, now_s
-        record = {
-            "kind": "train",
-            "step": launched.step,
-            "tokens": launched.tokens,
-            "elapsed_s": round(counters.elapsed_s, 3),
-            "loss": loss if math.isfinite(loss) else None,
-            "smoothed_loss": counters.smoothed_loss,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "learning_rate": launched.learning_rate,
-            "tokens_per_s": round(num_tokens / max(now_s - began_s, 1e-9), 1),
-            "memory_bytes": None if is_side_by_side() else memory_bytes(self._device),
-            "skipped_steps": counters.skipped_steps,
-        }
-        if sums:
-            means = {name: value / launched.num_targets for name, value in sums.items()}
-            record["figures"] = {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+        self._counters.elapsed_s = now_s - self._started_s
+        record = self._log.take_record(self._counters, now_s)
         metrics.write(record)
         self.display.train(record, self._progress(), self._eta_s())
 
