@@ -56,7 +56,7 @@ def loss_figures(facts: RunFacts) -> list[str]:
 def metric_figure(facts: RunFacts) -> list[str]:
     """Return the figure of the task's first figure of a validation, such as the accuracy, against tokens.
 
-    Figures at other lengths or options have a line of their own, without a label. Nothing for tasks whose figures
+    Figures at other lengths or options have a dotted line of their own, without a label. Nothing for tasks whose figures
     follow from the loss, such as perplexity, or with fewer than two validations.
     """
     shown = next(iter(facts.task.figures), None)
@@ -80,7 +80,7 @@ def metric_figure(facts: RunFacts) -> list[str]:
             ends[0],
             f"{shown.label} {ends[0]:.1%}",
             "train",
-            "above end" if ends[0] < 0.8 else "below end",
+            "above end" if ends[0] < 0.9 else "below end",
         )
     ]
     summary = f"{title}: from {lines[0].y[0]:.1%} to {ends[0]:.1%} on held-out examples."
