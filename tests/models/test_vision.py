@@ -250,3 +250,21 @@ def test_changes_of_layers_and_depth_keep_the_rest():
     config = dataclasses.replace(VisionConfig(**SMALL, **HGRN2), directions="alternating")
     assert config.replace(depth=4).directions == ("causal", "reverse") * 2
     assert config.replace(layers="hgrn1").layer_mixers == ("hgrn1", "hgrn1")
+
+
+@pytest.mark.slow
+# dynamo looks at the gradients of its inputs
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_blocks_compile_once_for_each_direction():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = small(depth=8, directions="alternating-2d", drop_path_rate=0.1)
+    model.compile_blocks(backend=backend, fullgraph=True)
+    for _ in range(2):
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert len(graphs) == 4

@@ -51,9 +51,10 @@ class RunningMean:
             means.append(mean)
             # weights may be bfloat16 copies while training
             values.append(x.to(mean.dtype))
-        change = torch._foreach_sub(values, means)
-        torch._foreach_mul_(change, share)
-        torch._foreach_add_(means, change)
+        # one kernel for many tensors; torch.optim uses these functions, which have no public names
+        change = torch._foreach_sub(values, means)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(change, share)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(means, change)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _wide(x: Tensor) -> Tensor:
