@@ -178,6 +178,8 @@ def test_hold_out_leaves_the_test_examples_alone():
     task, _ = built("lra-text", data="imdb", max_length=64, hold_out=8)
     assert len(task._train) == 16
     assert len(task._held_out[""]) == 8
+    few, _ = built("lra-text", data="imdb", max_length=64, validation_examples=8)
+    assert few._held_out[""].labels.tolist() != [0, 1] * 4
     with refuses("contradiction", "hold_out", 24):
         built("lra-text", data="imdb", hold_out=24)
 

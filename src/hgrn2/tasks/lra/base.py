@@ -152,7 +152,9 @@ class LRATask(ClassificationTask):
             )
         held_out = self.read(options, "test") if held_out is None else held_out
         if options.validation_examples:
-            held_out = held_out.rows(slice(options.validation_examples))
+            # files may be sorted by class
+            order = np.random.Generator(np.random.Philox(0)).permutation(len(held_out))
+            held_out = held_out.rows(order[: options.validation_examples])
         self.class_names = train.class_names
         self.notes = {"training": train.notes, "validation": held_out.notes}
         self._train = _DeviceSet.of(train, context.device)
