@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ _MAPS = 12
 _NAMED_CLASSES = 40
 
 
-def draw_pictures(task: Any, model: Any, batches: Iterable[tuple[Any, Tensor]], folder: Path) -> list[Path]:
+def draw_pictures(task: Any, model: Any, predictions: Any, folder: Path) -> list[Path]:
     """Draw the pictures of a model on validation images.
 
     Args:
         task: an `ImageTask`.
         model: the model, in evaluation mode.
-        batches: batches of validation images with their logits [B, C], in order.
+        predictions: the classes of the validation images, `Predictions`.
         folder: folder of the pictures.
 
     Returns:
@@ -40,14 +39,7 @@ def draw_pictures(task: Any, model: Any, batches: Iterable[tuple[Any, Tensor]], 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackage(f"pictures need matplotlib: {install_command('train')}") from error
-    labels, predicted, confidence = [], [], []
-    for batch, logits in batches:
-        p = logits.float().softmax(1)
-        top = p.max(1)
-        labels.append(batch.labels.cpu())
-        predicted.append(top.indices.cpu())
-        confidence.append(top.values.cpu())
-    true, found, sure = torch.cat(labels), torch.cat(predicted), torch.cat(confidence)
+    true, found, sure = predictions
     names = [str(name) for name in task.class_names]
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"confusion": confusion_figure(Figure, true, found, names)}

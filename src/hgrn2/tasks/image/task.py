@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from hgrn2.models.vision.model import VisionModel
 from hgrn2.models.vision.presets import preset
 from hgrn2.models.vision.saving import save_model
 from hgrn2.tasks.base import TaskContext, TaskReport
-from hgrn2.tasks.classification import ClassificationTask
+from hgrn2.tasks.classification import ClassCounts, ClassificationTask
 from hgrn2.tasks.image.averages import RunningMean
 from hgrn2.tasks.image.batch import ImageBatch
 from hgrn2.tasks.image.options import ImageOptions
@@ -40,6 +40,20 @@ _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 MODEL_FOLDER = "model"
 # options that may change when a run is resumed
 _ABOUT_PLACE = ("data", "validation", "workers", "eval_batch_size", "storage")
+
+
+class Predictions(NamedTuple):
+    """Classes of the validation images, on the CPU.
+
+    Attributes:
+        true: [N] int64, the classes of the images.
+        found: [N] int64, those of the model.
+        confidence: [N] float32, the probability that the model gives to its class.
+    """
+
+    true: Tensor
+    found: Tensor
+    confidence: Tensor
 
 
 @register_task
@@ -113,6 +127,7 @@ class ImageTask(ClassificationTask):
         self._prefetcher = Prefetcher(self._jobs, options.workers)
         self._position = 0
         self._order: tuple[int, Any] | None = None
+        self._predictions: Predictions | None = None
         self._running_mean = RunningMean(options.ema_decay) if options.ema_decay else None
 
     @classmethod
@@ -236,9 +251,19 @@ class ImageTask(ClassificationTask):
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """Return the figures of `ClassificationTask.evaluate`, and the number of images that could not be read."""
-        figures = super().evaluate(model)
+        counts = ClassCounts(len(self.class_names), self._context.device)
+        true, found, confidence = [], [], []
+        for batch in self.validation_batches():
+            logits, labels = self.logits(model, batch), self.labels(batch)
+            counts.add(logits, labels)
+            top = logits.float().softmax(1).max(1)
+            true.append(labels)
+            found.append(top.indices)
+            confidence.append(top.values)
+        # for the pictures at the end of a run, which follows a validation
+        self._predictions = Predictions(*(torch.cat(x).cpu() for x in (true, found, confidence)))
         skipped = sum(self.skipped.values()) + self._decoder.skipped
-        return figures | ({"skipped_images": skipped} if skipped else {})
+        return counts.figures(self.class_names) | ({"skipped_images": skipped} if skipped else {})
 
     def draw(self, model: Any, folder: Path) -> list[Path]:
         """Save the model for use without the run, and draw pictures of its errors; return the pictures.
@@ -255,8 +280,10 @@ class ImageTask(ClassificationTask):
             tensors = tensors | {name: x for name, x in self._running_mean.tensors.items() if name in tensors}
         about = {"classes": list(self.class_names), "mean": mean, "std": std}
         save_model(folder / MODEL_FOLDER, model.config, tensors, about)
-        batches = ((batch, self.logits(model, batch)) for batch in self.validation_batches())
-        return draw_pictures(self, model, batches, folder / "plots")
+        if self._predictions is None:
+            self.evaluate(model)
+        assert self._predictions is not None
+        return draw_pictures(self, model, self._predictions, folder / "plots")
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return validation images, as pixels [B, C, H, W] uint8 and as inputs of the model.
