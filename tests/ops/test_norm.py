@@ -145,7 +145,7 @@ def test_written_in_another_dtype():
 def test_every_program_gives_its_part_of_the_weights_gradient(monkeypatch):
     from hgrn2.ops.triton import norm as launches
 
-    monkeypatch.setattr(launches, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(launches, "BLOCK_ELEMENTS", 32)
     given = inputs((37, 16))
     found = run(ours, given, outputs=("y",), eps=1e-5, backend="triton")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -27,3 +28,9 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU, 1 for the CPU of Triton's interpreter."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

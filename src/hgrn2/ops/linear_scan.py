@@ -4,6 +4,8 @@ There are two forms. "steps" goes from token to token and reads every number onc
 "halving" joins neighbours in pairs, h_{t+1} = (a_{t+1} a_t) h_{t-1} + (a_{t+1} b_t + b_{t+1}), solves the sequence of
 half the length and fills in the rest: 2 log T operations, for devices where each costs a launch. Neither divides, so
 decays may be tiny or 0. The backward pass keeps a, h and the initial state.
+
+On a GPU, the Triton kernels of `hgrn2.ops.linear_kernels` take the place of both.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from torch import Tensor
 from hgrn2.errors import UserError
 from hgrn2.ops.checks import check_cu_seqlens, check_device
 from hgrn2.ops.export import refuse_onnx
+from hgrn2.ops.linear_kernels import scan_by_kernels
 from hgrn2.ops.tiles import boundaries
 from hgrn2.ops.transforms import differentiable_by_transforms, map_by_loop, refuse_derivatives
+from hgrn2.ops.triton.installed import choose_kernels
 from hgrn2.shapes import describe, require_shape
 
-BACKENDS = ("auto", "steps", "halving", "reference")
+BACKENDS = ("auto", "triton", "steps", "halving", "reference")
 # numbers of a row, B * D, from which a CPU spends less on steps than on the additional passes of "halving"
 _WIDE_ROW = 1024
 
@@ -30,6 +34,7 @@ def linear_scan(
     a: Tensor,
     b: Tensor,
     *,
+    rotation: Tensor | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
@@ -44,10 +49,13 @@ def linear_scan(
         a: [B, T, ...], real or complex, finite, of magnitude at most 1; any strides. Padding keeps the state with
             a = 1, b = 0. Low precision is a poor choice here: bfloat16 rounds decays near 1 to 1.
         b: like a, of any floating or complex dtype.
+        rotation: [...], complex, multiplies the real a of every token; None means 1. Kernels then read half the bytes.
         initial_state: [N, ...] in the dtype of the state; None means zeros. N is B, or the number of packed sequences.
         cu_seqlens: [N + 1], int32 or int64: bounds of packed sequences, B = 1.
         reverse: run from the last token of each sequence to its first.
-        backend: "auto", "steps", "halving" or "reference" (one token after the other, differentiated by autograd).
+        backend: "auto", "triton" (kernels for NVIDIA GPUs), "steps", "halving" or "reference" (one token after the
+            other, differentiated by autograd). "auto" is "triton" on a GPU where Triton is installed, if the state is
+            float32 or complex64.
         debug: check the values of cu_seqlens on an accelerator too, which waits for it.
 
     Returns:
@@ -64,9 +72,12 @@ def linear_scan(
         >>> h.flatten().tolist(), state.flatten().tolist()
         ([1.0, 1.5, 1.75, 1.875], [1.875])
     """
-    dtype = _check(a, b, initial_state, cu_seqlens, backend, debug)
+    dtype = _check(a, b, rotation, initial_state, cu_seqlens, backend, debug)
     kept = b.dtype if b.dtype.itemsize < 4 and not dtype.is_complex else dtype
-    a, b = a.to(dtype), b.to(dtype)
+    if choose_kernels(backend, a.device, dtype, a.dtype, b.dtype):
+        h, state = scan_by_kernels(a, b, rotation, initial_state, cu_seqlens, reverse, dtype.is_complex)
+        return h.to(kept), state
+    a, b = (a if rotation is None else a * rotation).to(dtype), b.to(dtype)
     num = a.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = a.new_zeros((num, *a.shape[2:])) if initial_state is None else initial_state.to(dtype)
     length = a.shape[1]
@@ -88,8 +99,9 @@ def linear_scan(
 
 
 def _check(
-    a: Tensor, b: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, backend: str, debug: bool
-) -> torch.dtype:
+    a: Tensor, b: Tensor, rotation: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    backend: str, debug: bool,
+) -> torch.dtype:  # fmt: skip
     """Check the arguments, and return the dtype of the state."""
     for name, x in (("a", a), ("b", b)):
         if not isinstance(x, Tensor) or x.dim() < 3 or not (x.is_floating_point() or x.is_complex()):
@@ -100,6 +112,12 @@ def _check(
     if backend not in BACKENDS:
         raise UserError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}", "unknown-name")
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    if rotation is not None:
+        if not isinstance(rotation, Tensor) or not rotation.is_complex() or a.is_complex():
+            raise UserError(f"rotation is {describe(rotation)}; wanted a complex tensor, beside a real a")
+        require_shape("rotation", rotation, " ".join(["D", "E", "F", "G"][: a.dim() - 2]), tuple(a.shape[2:]))
+        check_device("rotation", rotation, "a", a)
+        dtype = torch.promote_types(dtype, rotation.dtype)
     num = a.shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, a, debug, "a")

@@ -1,7 +1,7 @@
 """Mamba's recurrence, tile by tile: decays and states of all tokens, S times the size of the input, are never stored.
 
 The forward pass keeps the state before each tile; the backward pass computes a tile's decays and states again. On a CPU
-a tile fits the cache.
+a tile fits the cache. On a GPU, the Triton kernels of `hgrn2.ops.selective_kernels` take its place.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from hgrn2.ops.checks import check_cu_seqlens
 from hgrn2.ops.device import without_autocast
 from hgrn2.ops.export import refuse_onnx
 from hgrn2.ops.linear_scan import scan_into
+from hgrn2.ops.selective_kernels import scan_by_kernels
 from hgrn2.ops.transforms import differentiable_by_transforms, map_by_loop, refuse_derivatives
+from hgrn2.ops.triton.installed import choose_kernels
 from hgrn2.shapes import require_shape
 
+BACKENDS = ("auto", "triton", "tiles")
 # numbers of the states of a tile in a row of the batch, L x E x S, and limits of its length L, which does not depend on
 # the batch or the length: a traced program may leave these open
 _TILE_CPU, _TILE_ACCELERATOR = 1 << 18, 1 << 22
@@ -36,6 +39,8 @@ def selective_scan(
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute h_t = exp(dt_t a) h_{t-1} + dt_t u_t b_t and y_t = h_t c_t (arXiv 2312.00752, section 3).
 
@@ -50,6 +55,9 @@ def selective_scan(
         initial_state: [N, E, S], float32 (float64 for float64 inputs); None means zeros. N is B, or the number of
             packed sequences.
         cu_seqlens: [N + 1], int32 or int64: bounds of packed sequences, B = 1.
+        reverse: run from the last token of each sequence to its first.
+        backend: "auto", "triton" (kernels for NVIDIA GPUs) or "tiles" (plain torch). "auto" is "triton" on a GPU where
+            Triton is installed, unless inputs are float64.
 
     Returns:
         y [B, T, E] and the final state [N, E, S], float32 (float64 for float64 inputs).
@@ -58,6 +66,8 @@ def selective_scan(
         UserError: shapes, dtypes or values of cu_seqlens do not fit.
     """
     batch, length, width = _check(u, dt, a, b, c, initial_state, cu_seqlens)
+    if backend not in BACKENDS:
+        raise UserError(f"backend is {backend!r}; wanted one of {', '.join(map(repr, BACKENDS))}", "unknown-name")
     wide = state_dtype(u)
     num = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = u.new_zeros((num, width, a.shape[1]), dtype=wide) if initial_state is None else initial_state.to(wide)
@@ -69,7 +79,18 @@ def selective_scan(
         state = torch.exp(now.unsqueeze(-1) * a.to(wide)) * state + entering
         return (state * c).sum(-1).unsqueeze(1), state
     refuse_onnx("selective_scan")
+    dtypes = (u.dtype, dt.dtype, a.dtype, b.dtype, c.dtype)
+    if choose_kernels(backend, u.device, wide, *dtypes):
+        before = None if initial_state is None else state
+        return scan_by_kernels(u, dt, a.to(wide), b, c, before, cu_seqlens, reverse)
+    if reverse:
+        # backwards in memory, sequences run forwards in the opposite order
+        u, dt, b, c = (x.flip(1) for x in (u, dt, b, c))
+        if cu_seqlens is not None:
+            cu_seqlens, state = (length - cu_seqlens).flip(0), state.flip(0)
     y, state, _ = _traced_scan(u, dt, a.to(wide), b, c, state.contiguous(), cu_seqlens)
+    if reverse:
+        y, state = y.flip(1), state if cu_seqlens is None else state.flip(0)
     return y, state
 
 

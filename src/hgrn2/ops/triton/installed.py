@@ -8,6 +8,8 @@ import os
 
 import torch
 
+from hgrn2.errors import UserError
+
 OLDEST = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,3 +39,34 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def triton_runs(*dtypes: torch.dtype) -> bool:
     """Return whether a usable Triton is installed whose kernels support these dtypes."""
     return PROBLEM is None and all(dtype in DTYPES for dtype in dtypes)
+
+
+def choose_kernels(backend: str, device: torch.device, state_dtype: torch.dtype, *dtypes: torch.dtype) -> bool:
+    """Return whether Triton kernels run an element-wise or selective scan.
+
+    Args:
+        backend: name of the backend; "auto" means "triton" where its kernels are compiled for a GPU.
+        device: device of the inputs.
+        state_dtype: dtype of the state.
+        *dtypes: dtypes of the inputs, real or complex.
+
+    Raises:
+        UserError: backend is "triton" and its kernels cannot take the inputs.
+    """
+    if backend not in ("auto", "triton"):
+        return False
+    taken = (*DTYPES, torch.complex64)
+    if device.type != "cuda" and not (IS_INTERPRETED and device.type in ("cpu", "meta")):
+        reason, code = f"the inputs are on {device.type}, and its kernels need a GPU", "unsupported"
+    elif torch.version.hip:
+        reason, code = "its kernels are for NVIDIA GPUs", "unsupported"
+    elif state_dtype not in (torch.float32, torch.complex64) or any(dtype not in taken for dtype in dtypes):
+        reason, code = f"its kernels do not take {', '.join(map(str, (state_dtype, *dtypes)))}", "unsupported"
+    elif PROBLEM is not None:
+        reason, code = PROBLEM, "unavailable"
+    else:
+        # the interpreter is for tests
+        return backend == "triton" or not IS_INTERPRETED
+    if backend == "triton":
+        raise UserError(f"backend 'triton' cannot run: {reason}; use 'auto'", code)
+    return False

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
 
-from hgrn2.ops.device import on_device
+from hgrn2.ops.device import multiprocessors, on_device
 from hgrn2.ops.triton.row_norm import norm_backward_kernel, norm_forward_kernel
 
 # elements of a block, so that registers suffice for two or more programs on a multiprocessor
@@ -57,7 +55,7 @@ def backward(
     rows, width = x.shape
     block_rows, block_width, warps = _block(width)
     blocks = triton.cdiv(rows, block_rows)
-    programs = min(blocks, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(x.device))
+    programs = min(blocks, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device))
     dx = torch.empty_like(x)
     sums = x.new_empty((programs, width), dtype=torch.float32) if weight is not None and weight_learns else None
     with on_device(x.device):
@@ -74,9 +72,3 @@ def _block(width: int) -> tuple[int, int, int]:
     columns = triton.next_power_of_2(width)
     rows = max(1, min(16, BLOCK_ELEMENTS // columns))
     return rows, columns, 4 if rows * columns <= 2048 else 8 if columns <= 8192 else 16
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # the interpreter runs on the CPU
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
