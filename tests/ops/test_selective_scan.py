@@ -29,9 +29,11 @@ def inputs(batch=2, length=40, width=5, state_size=3, *, dtype=torch.float32, cu
     }
 
 
-def at_once(u, dt, a, b, c, initial_state, cu_seqlens):
+def at_once(u, dt, a, b, c, initial_state, cu_seqlens, reverse=False):
     decay, write = torch.exp(dt.unsqueeze(-1) * a), (dt * u).unsqueeze(-1) * b.unsqueeze(-2)
-    h, state = linear_scan(decay, write, initial_state=initial_state, cu_seqlens=cu_seqlens, backend="reference")
+    h, state = linear_scan(
+        decay, write, initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse, backend="reference"
+    )
     return (h * c.unsqueeze(-2)).sum(-1), state
 
 

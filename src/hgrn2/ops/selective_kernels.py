@@ -54,7 +54,9 @@ def _scan_op(
     from hgrn2.ops.triton import selective_launch
 
     call = selective_launch.Inputs(u, dt, a, b, c, cu_seqlens, reverse)
-    kept = u.new_empty(_kept_shape(u, a, cu_seqlens, keeps), dtype=torch.float32)
+    # packed sequences may leave places free
+    make = u.new_empty if cu_seqlens is None else u.new_zeros
+    kept = make(_kept_shape(u, a, cu_seqlens, keeps), dtype=torch.float32)
     y, final = selective_launch.forward(call, state, kept if keeps else None, BLOCK_TOKENS)
     return y, final, kept
 
