@@ -79,8 +79,9 @@ def scan_hgrn2(mixer, inputs, bound):
 def scan_hgrn1(mixer, inputs, bound):
     """The recurrence of HGRN1, token by token, for decays and writes [1, T, D]."""
     h, outputs = 0, []
+    turn = 1 if mixer.theta is None else torch.exp(1j * mixer.theta)
     for keep, write in zip(inputs[0][0], inputs[1][0], strict=True):
-        h = keep * h + write
+        h = turn * keep * h + write
         outputs.append(h)
     return torch.stack(outputs).unsqueeze(0)
 

@@ -37,7 +37,9 @@ def turned_inputs(*shape, **settings):
     given = inputs(*shape, is_complex=True, **settings)
     angles = torch.linspace(-3, 3, given["a"].shape[2:-1].numel()).view(given["a"].shape[2:-1])
     given["a"] = torch.view_as_complex(given["a"]).abs()
-    return given | {"rotation": torch.view_as_real(torch.polar(torch.linspace(0.9, 1, angles.numel()), angles.flatten()))}
+    return given | {
+        "rotation": torch.view_as_real(torch.polar(torch.linspace(0.9, 1, angles.numel()), angles.flatten()))
+    }
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hgrn2.nn.mixers.base import Context
-from hgrn2.nn.mixers.registry import build_mixer
+from hgrn2.nn.mixers import Context, find_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.ops import linear_scan, selective_scan
 from hgrn2.ops.triton.installed import choose_kernels
@@ -71,7 +70,9 @@ def test_every_length(length, is_complex, reverse, dtype):
 
 @numbers
 @both_ways
-@pytest.mark.parametrize("shape", [(0, 5, (3,)), (3, 70, (1,)), (1, 70, (33,)), (1, 4, (2, 3)), (1, 9, (129,))], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 5, (3,)), (3, 70, (1,)), (1, 70, (33,)), (1, 4, (2, 3)), (1, 9, (129,))], ids=str
+)
 def test_every_width(shape, is_complex, reverse):
     check_linear(linear_inputs(*shape, is_complex=is_complex), is_complex=is_complex, reverse=reverse)
 
@@ -119,7 +120,10 @@ def test_large_shapes(shape, is_complex):
     given = linear_inputs(*shape, is_complex=is_complex)
     found = run(test_linear_scan.ours, given, outputs=OUTPUTS, is_complex=is_complex)
     # a few channels of the exact result
-    some = {n: x if x is None or n == "cu_seqlens" else x[..., :5, :] if is_complex else x[..., :5] for n, x in given.items()}
+    some = {
+        n: x if x is None or n == "cu_seqlens" else x[..., :5, :] if is_complex else x[..., :5]
+        for n, x in given.items()
+    }
     exact = run(
         test_linear_scan.ours, some, outputs=OUTPUTS, gradients=False, dtype=torch.float64, is_complex=is_complex,
         backend="halving",
@@ -139,7 +143,9 @@ def test_selective_lengths(length, reverse, dtype):
 
 
 @both_ways
-@pytest.mark.parametrize("size", [(0, 5, 3, 2), (3, 70, 1, 1), (1, 70, 33, 3), (1, 40, 40, 32), (2, 40, 64, 16)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(0, 5, 3, 2), (3, 70, 1, 1), (1, 70, 33, 3), (1, 40, 40, 32), (2, 40, 64, 16)], ids=str
+)
 def test_selective_widths(size, reverse):
     check_selective(selective_inputs(*size), reverse=reverse)
 
@@ -237,9 +243,10 @@ def test_packed_without_a_wait():
 @pytest.mark.parametrize("name", ["hgrn1", "hgrn1-real", "griffin", "mamba"])
 def test_mixers_use_the_kernels(name):
     torch.manual_seed(0)
-    options = {"form": "real"} if name == "hgrn1-real" else {}
-    mixer = build_mixer(name.removesuffix("-real"), 256, options).cuda()
-    mixer.reset_parameters(InitialValues())
+    found = find_mixer(name.removesuffix("-real"))
+    mixer = found.build(256, found.options(**({"form": "real"} if name == "hgrn1-real" else {})))
+    mixer.reset_parameters(InitialValues(0.02, 0, 12))
+    mixer.cuda()
     x = torch.randn(2, 300, 256, device="cuda", requires_grad=True)
     context = Context(lower_bound=torch.full((256,), 0.3, device="cuda") if mixer.uses_lower_bound else None)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -248,7 +255,6 @@ def test_mixers_use_the_kernels(name):
     launched = {event.name for event in profiler.events()}
     kernels = {"forward_kernel", "backward_kernel"} if name == "mamba" else {"scan_kernel", "gradient_kernel"}
     assert kernels <= launched
-    assert len(launched) and not any("index_copy" in event for event in launched)
     torch.compiler.reset()
     found = torch.compile(mixer, fullgraph=True)(x, None, context)[0]
     torch.compiler.reset()

@@ -132,15 +132,19 @@ class HGRN1(DirectedMixer):
         return [part for part in (self.i_proj, self.f_proj, self.g_proj) if isinstance(part, Expansion)]
 
     def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
-        """Compute decays and writes of the recurrence, [B, T, D], complex or real, and the output gate [B, T, E]."""
+        """Compute decays and writes of the recurrence, [B, T, D], and the output gate [B, T, E].
+
+        Writes of a complex state are complex, and so are its decays where padding has one of 1; otherwise `mix` rotates
+        them.
+        """
         del state
         wide = wide_dtype(x.dtype)
         z, c = self.f_proj(x).to(wide), functional.silu(self.i_proj(x)).to(wide)
         bound = 0 if context.lower_bound is None else context.lower_bound
         keep, write = bound + (1 - bound) * z.sigmoid(), (1 - bound) * (-z).sigmoid()
         if self.theta is not None:
-            theta = self.theta.to(wide)
-            keep = keep * torch.polar(torch.ones_like(theta), theta)
+            if context.mask is not None:
+                keep = keep * self._rotation(wide)
             # a product of real numbers, whose gradients are real and not twice as wide
             write = torch.view_as_complex(write.unsqueeze(-1) * c.unflatten(-1, (-1, 2)))
         else:
@@ -160,16 +164,26 @@ class HGRN1(DirectedMixer):
         before = None if state is None else state["recurrent"]
         if self.theta is not None and before is not None:
             before = torch.view_as_complex(before.contiguous())
+        rotation = None
+        if self.theta is not None and not keep.is_complex():
+            # lines that are scanned side by side have the channels of each one after the other
+            rotation = self._rotation(keep.dtype).repeat(keep.shape[-1] // self.hidden_size)
         h, after = linear_scan(
-            keep, write, initial_state=before, cu_seqlens=context.cu_seqlens, reverse=reverse
-        )  # fmt: skip
+            keep, write, rotation=rotation, initial_state=before, cu_seqlens=context.cu_seqlens, reverse=reverse
+        )
         return h, {"recurrent": after if self.theta is None else torch.view_as_real(after)}
+
+    def _rotation(self, dtype: torch.dtype) -> Tensor:
+        """Return e^(i theta) [D]."""
+        assert self.theta is not None
+        theta = self.theta.to(dtype)
+        return torch.polar(torch.ones_like(theta), theta)
 
     def finish(self, y: Tensor, others: tuple[Tensor, ...]) -> BTD:
         """Gate and normalise the recurrence's outputs [B, T, D], and project them to [B, T, D]."""
         (gate,) = others
         if self.theta is not None:
-            y = torch.cat([y.real, y.imag], -1)
+            y = torch.view_as_real(y).transpose(-1, -2).flatten(-2)
         h, gate = y.to(gate.dtype), functional.silu(gate)
         if self.expand_ratio > 1:
             return self.o_proj(self.g_norm((h.unflatten(2, gate.shape[2:]) * gate).sum(2)))
@@ -215,9 +229,9 @@ class HGRN1(DirectedMixer):
         return wide + 4 * low * self.state_size + self.g_norm.activation_bytes(low)
 
     def scan_activation_bytes(self, low: int) -> int:
-        """Count the outputs of a scan."""
+        """Count the outputs of a scan and, in plain torch, its rotated decays."""
         del low
-        return 4 * self.state_size
+        return (8 if self.is_complex else 4) * self.state_size
 
     def extra_repr(self) -> str:
         """Return the settings that print(model) shows."""

@@ -90,15 +90,9 @@ class Mamba(DirectedMixer):
     ) -> tuple[Tensor, MixerState]:
         """Run the recurrence; arguments and results of `DirectedMixer.mix`."""
         u, dt, b, c = inputs
-        if reverse:
-            bounds = context.cu_seqlens
-            bounds = None if bounds is None else u.shape[1] - bounds.flip(0)
-            turned = Context(bounds, keep_state=False)
-            y, _ = self.mix(tuple(part.flip(1) for part in inputs), None, turned)
-            return y.flip(1), {}
         before = None if state is None else state["ssm"]
         a = -self.A_log.to(dt.dtype).exp()
-        y, after = selective_scan(u, dt, a, b, c, initial_state=before, cu_seqlens=context.cu_seqlens)
+        y, after = selective_scan(u, dt, a, b, c, initial_state=before, cu_seqlens=context.cu_seqlens, reverse=reverse)
         return y, {"ssm": after}
 
     def finish(self, y: Tensor, others: tuple[Tensor, ...]) -> BTD:

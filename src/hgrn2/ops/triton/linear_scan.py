@@ -28,10 +28,10 @@ def _join_complex(a_re, a_im, b_re, b_im, c_re, c_im, d_re, d_im):
 
 @triton.jit
 def _multiply(a_re, a_im, b_re, b_im, COMPLEX: tl.constexpr):
+    re, im = a_re * b_re, a_im
     if COMPLEX:
-        return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
-    else:
-        return a_re * b_re, a_im
+        re, im = re - a_im * b_im, a_re * b_im + a_im * b_re
+    return re, im
 
 
 @triton.jit
@@ -47,10 +47,9 @@ def _scan(a_re, a_im, b_re, b_im, COMPLEX: tl.constexpr, FROM_END: tl.constexpr)
 @triton.jit
 def _load(p, places, inside, COMPLEX: tl.constexpr):
     re = tl.load(p + places, mask=inside, other=0.0).to(tl.float32)
+    im = re
     if COMPLEX:
         im = tl.load(p + places + 1, mask=inside, other=0.0).to(tl.float32)
-    else:
-        im = re
     return re, im
 
 
@@ -110,7 +109,7 @@ def scan_kernel(
     Programs: (segments, blocks of BD channels). h, states and products are contiguous.
     """
     i_segment = tl.program_id(0).to(tl.int64)
-    row, begin, end, start, stop = _segment(i_segment, cu_p, sequence_p, first_p, LENGTH, SEGMENT, SEGMENTS, PACKED)
+    row, _, _, start, stop = _segment(i_segment, cu_p, sequence_p, first_p, LENGTH, SEGMENT, SEGMENTS, PACKED)
     count = tl.maximum(stop - start, 0).to(tl.int32)
     PARTS: tl.constexpr = 2 if COMPLEX else 1
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -271,7 +270,7 @@ def carry_kernel(
     h_re, h_im = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     if HAS_INITIAL:
         h_re, h_im = _load(initial_p, places, there, COMPLEX)
-    for i in range(0, count):
+    for i in range(count):
         at = first + i
         if FROM_END:
             at = first + count - 1 - i

@@ -101,15 +101,13 @@ def forward(call: Inputs, initial: Tensor | None, kept: Tensor | None, tokens: i
             call.u, call.dt, call.a, call.b, call.c, initial, y, final, kept, call.cu_seqlens, *call.strides(),
             length, width, state_size, triton.cdiv(length, tokens),
             BT=tokens, EV=each, EL=side, BS=triton.next_power_of_2(state_size),
-            PACKED=call.cu_seqlens is not None, REVERSE=call.reverse, HAS_INITIAL=initial is not None, KEEPS=kept is not None,
-            num_warps=FORWARD.warps,
+            PACKED=call.cu_seqlens is not None, REVERSE=call.reverse, HAS_INITIAL=initial is not None,
+            KEEPS=kept is not None, num_warps=FORWARD.warps,
         )  # fmt: skip
     return y, final
 
 
-def backward(
-    call: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor | None, tokens: int
-) -> tuple[Tensor, ...]:
+def backward(call: Inputs, kept: Tensor, dy: Tensor, d_final: Tensor | None, tokens: int) -> tuple[Tensor, ...]:
     """Return the gradients of u, dt, a, b, c and the initial state; two runs give the same bits.
 
     Args:
@@ -135,7 +133,8 @@ def backward(
     with on_device(device):
         backward_kernel[(num, blocks)](
             call.u, call.dt, call.a, call.b, call.c, kept, dy, d_final, du, ddt, da, db, dc, d_initial,
-            call.cu_seqlens, *call.strides(), *dy.stride(), length, width, state_size, triton.cdiv(length, tokens), batch * length,
+            call.cu_seqlens, *call.strides(), *dy.stride(), length, width, state_size, triton.cdiv(length, tokens),
+            batch * length,
             BT=tokens, EV=each, EL=side, BS=triton.next_power_of_2(state_size),
             PACKED=call.cu_seqlens is not None, REVERSE=call.reverse, HAS_FINAL=d_final is not None,
             num_warps=BACKWARD.warps,

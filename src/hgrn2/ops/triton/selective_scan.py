@@ -26,13 +26,14 @@ def _join_both(a, b, a_before, b_before, next_a, next_b, next_a_before, next_b_b
 @triton.jit
 def _bounds(i_sequence, cu_p, LENGTH, TILES, BT: tl.constexpr, PACKED: tl.constexpr):
     """Return the row of the batch, the first token of a sequence, its length, and its first place among kept states."""
+    row, start, count, tile = i_sequence, i_sequence * 0, LENGTH, i_sequence * TILES
     if PACKED:
+        row = start
         # wrong boundaries must not lead beyond the inputs
         start = tl.minimum(tl.maximum(tl.load(cu_p + i_sequence).to(tl.int64), 0), LENGTH)
         stop = tl.minimum(tl.maximum(tl.load(cu_p + i_sequence + 1).to(tl.int64), 0), LENGTH)
-        return i_sequence * 0, start, tl.maximum(stop - start, 0).to(tl.int32), start // BT + i_sequence
-    else:
-        return i_sequence, i_sequence * 0, LENGTH, i_sequence * TILES
+        count, tile = tl.maximum(stop - start, 0).to(tl.int32), start // BT + i_sequence
+    return row, start, count, tile
 
 
 @triton.jit
@@ -140,9 +141,7 @@ def backward_kernel(
         before = tl.load(kept_p + (tile + i // BT) * WIDTH * STATES + kept_places, mask=exist, other=0.0)
         decay = tl.exp2(dt[:, :, None, :] * (a * LOG2_E)[None, :, :, :])
         write = (dt * u)[:, :, None, :] * b[:, None, :, None]
-        product, sums, product_before, sums_before = tl.associative_scan(
-            (decay, write, ones, nothing), 0, _join_both
-        )
+        product, sums, product_before, sums_before = tl.associative_scan((decay, write, ones, nothing), 0, _join_both)
         states = product * before[None, :, :, :] + sums
         sum_places = (i_block * ROWS + row * LENGTH + tokens[:, None]) * STATES + numbers[None, :]
         dc = tl.sum(tl.sum(states * dy[:, :, None, :], axis=1), axis=2)
