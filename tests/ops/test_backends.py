@@ -74,7 +74,7 @@ def test_other_devices_get_plain_torch(device):
         (META, torch.float32, 64, 64, ("meta",)),
         (CUDA, torch.float64, 64, 64, ("torch.float64",)),
         (CUDA, torch.bfloat16, 257, 64, (257, 64)),
-        (CUDA, torch.bfloat16, 64, 512, (16, 256)),
+        (CUDA, torch.bfloat16, 64, 1025, (16, 1024)),
         (CUDA, torch.bfloat16, 15, 64, (16, 256)),
         *((CUDA, torch.bfloat16, k, k, (k, 16, 256)) for k in (1, 2, 4, 8)),
     ],

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hgrn2.nn.mixers import Context, find_mixer
+from hgrn2.nn.mixers.squared_attention import squared_attention
 from hgrn2.nn.parameters import InitialValues
-from hgrn2.ops import linear_scan, selective_scan
+from hgrn2.ops import gated_scan, linear_scan, selective_scan
 from hgrn2.ops.triton.installed import choose_kernels
 from tests.numerics import EXTREME_RMS, assert_close, assert_equal, relative_error, run
 from tests.ops import test_linear_scan, test_selective_scan
@@ -260,6 +261,29 @@ def test_mixers_use_the_kernels(name):
     torch.compiler.reset()
     # torch's matrix products may round differently
     assert relative_error(found, y.double()).rms < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 4, 256, 512), (1, 100, 2, 64, 1000)], ids=str)
+def test_wide_values_take_kernels(shape):
+    *rows, k_width, v_width = shape
+    q, k, log_f = torch.randn(3, *rows, k_width, device="cuda").unbind(0)
+    given = {"q": q * 0.1, "k": k * 0.1, "v": torch.randn(*rows, v_width, device="cuda"), "log_f": -log_f.square()}
+    found = run(gated_scan, given, backend="triton")
+    assert_close(found, run(gated_scan, given, dtype=torch.float64, backend="chunked"), 5e-6)
+    low = {n: x if n == "log_f" else x.bfloat16() for n, x in given.items()}
+    found = run(gated_scan, low, backend="triton")
+    assert_close(found, run(gated_scan, low, dtype=torch.float64, backend="chunked"), 1e-2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rebased_in_long_chunks(packed):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k = torch.randn(2, 1, 600, 3, 16, device="cuda", generator=generator).unbind(0)
+    v, state = torch.randn(1, 600, 3, 17, device="cuda"), torch.rand(1, 3, 136, 17, device="cuda")
+    given = {"q": q, "k": k, "v": v, "state": state.repeat(2 if packed else 1, 1, 1, 1)}
+    given["cu_seqlens"] = torch.tensor([0, 70, 600], device="cuda") if packed else None
+    found, exact = run(squared_attention, given), run(squared_attention, given, dtype=torch.float64)
+    assert_close(found, exact, 1e-5)
 
 
 def test_auto_on_a_gpu():

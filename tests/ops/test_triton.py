@@ -88,7 +88,7 @@ def test_every_length(op, length, reverse):
 @both_operators
 @pytest.mark.parametrize(
     ("batch", "heads", "k_width", "v_width"),
-    [(2, 2, 16, 16), (1, 1, 17, 20), (1, 1, 32, 48), (1, 1, 70, 16), (0, 2, 16, 17)],
+    [(2, 2, 16, 16), (1, 1, 17, 20), (1, 1, 32, 48), (1, 1, 70, 16), (1, 1, 16, 300), (0, 2, 16, 17)],
 )
 def test_every_width(op, batch, heads, k_width, v_width):
     check(op, INPUTS[op](batch, 10, heads, k_width, v_width))

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from hgrn2.nn.mixers.base import wide_dtype
+from hgrn2.ops.device import ROW_ALIGNMENT
 from hgrn2.ops.export import is_exporting
 from hgrn2.ops.tiles import CHUNK_SIZE
 from hgrn2.shapes import BTHK, BTHV
 
+GPU_CHUNK_SIZE = 256
 # F = K (K + 1) / 2 products of two features
 State = Annotated[Tensor, "N H F V"]
 
@@ -42,8 +44,14 @@ def squared_attention(q: BTHK, k: BTHK, v: BTHV, state: State | None, cu_seqlens
         state = torch.zeros((count, *shape), dtype=wide, device=q.device)
     if not length:
         return v.to(wide), state
+    columns = v.shape[3]
+    if q.is_cuda and columns % ROW_ALIGNMENT:
+        extra = -columns % ROW_ALIGNMENT
+        v, state = functional.pad(v, (0, extra)), functional.pad(state, (0, extra))
+    # on a GPU, long chunks: states move more bytes than scores
+    most = GPU_CHUNK_SIZE if q.is_cuda and cu_seqlens is None else CHUNK_SIZE
     # an exported program has one chunk, because its length is dynamic
-    size = length if is_exporting() else min(CHUNK_SIZE, length)
+    size = length if is_exporting() else min(most, length)
     layout = None if cu_seqlens is None else _Layout.of(length, cu_seqlens, size)
     q, k, v = (_cut(x, size, layout) for x in (q, k, v))
     inside = (q @ k.transpose(-1, -2)).square().tril() @ v
@@ -56,7 +64,8 @@ def squared_attention(q: BTHK, k: BTHK, v: BTHV, state: State | None, cu_seqlens
             before, end = layout.sum_updates(updates[0], state)
         y = inside.to(wide) + pair_products(q.to(wide)) @ before
     y = y.transpose(2, 3).flatten(1, 2)
-    return (y[:, :length] if layout is None else y.index_select(1, layout.place)), end
+    y = y[:, :length] if layout is None else y.index_select(1, layout.place)
+    return y[..., :columns], end[..., :columns]
 
 
 def pair_products(x: Tensor) -> Tensor:
