@@ -75,7 +75,7 @@ def fla_mamba() -> Layer:
     return layer, lambda layer, x: layer(x)
 
 
-def transformers_mamba(**options: bool) -> Callable[[], Layer]:
+def transformers_mamba(**options: Any) -> Callable[[], Layer]:
     """The Mamba of transformers without the kernels of mamba_ssm."""
 
     def make() -> Layer:

@@ -81,7 +81,7 @@ def _backward_op(
     from hgrn2.ops.triton import selective_launch
 
     call = selective_launch.Inputs(u, dt, a, b, c, cu_seqlens, reverse)
-    return selective_launch.backward(call, kept, dy, d_final, BLOCK_TOKENS)
+    return selective_launch.backward(call, kept, dy, d_final, BLOCK_TOKENS)  # pyright: ignore[reportReturnType]
 
 
 @_backward_op.register_fake
