@@ -75,6 +75,7 @@ def linear_scan(
     dtype = _check(a, b, rotation, initial_state, cu_seqlens, backend, debug)
     kept = b.dtype if b.dtype.itemsize < 4 and not dtype.is_complex else dtype
     if choose_kernels(backend, a.device, dtype, a.dtype, b.dtype):
+        refuse_onnx("linear_scan")
         h, state = scan_by_kernels(a, b, rotation, initial_state, cu_seqlens, reverse, dtype.is_complex)
         return h.to(kept), state
     a, b = (a if rotation is None else a * rotation).to(dtype), b.to(dtype)
