@@ -23,14 +23,11 @@ from hgrn2.ops.triton.selective_launch import Inputs, Tile
 
 # batch, tokens, channels; the last one is cut into segments
 LINEAR_SHAPES = [(8, 2048, 2048), (64, 512, 512), (1, 32768, 2048)]
-LINEAR_BLOCKS = [
-    (16, 32, 1), (32, 32, 1), (64, 32, 1), (16, 64, 1), (32, 64, 1), (32, 64, 2), (64, 64, 2), (64, 64, 4),
-    (16, 128, 1), (32, 128, 2), (32, 128, 4), (64, 128, 4),
-]  # fmt: skip
+LINEAR_BLOCKS = [(8, 32, 1), (16, 32, 1), (32, 32, 1), (64, 32, 1), (32, 16, 1), (16, 64, 1), (16, 128, 1)]
 SELECTIVE_SHAPES = [(8, 2048, 4096, 16), (64, 512, 1024, 16)]
-FORWARD_TILES = [(1, 32, 4), (1, 32, 8), (1, 32, 2), (4, 8, 4), (2, 16, 4), (1, 16, 2), (2, 8, 1), (1, 8, 1)]
-BACKWARD_TILES = [(4, 8, 4), (4, 8, 8), (2, 8, 4), (2, 8, 2), (1, 32, 8), (1, 32, 4), (1, 16, 4), (1, 8, 2), (1, 8, 1)]
-TOKENS = (8, 16)
+FORWARD_TILES = [(2, 8, 1), (1, 8, 1), (4, 8, 1), (1, 16, 1), (2, 16, 1)]
+BACKWARD_TILES = [(1, 8, 1), (2, 8, 1), (1, 16, 1), (1, 4, 1), (2, 4, 1), (2, 8, 2)]
+TOKENS = (8, 16, 4)
 
 
 def microseconds(call: Callable[[], object], rounds: int = 5) -> float:
@@ -56,7 +53,8 @@ def sweep_linear(results: list[dict], deadline: float) -> None:
         for block in LINEAR_BLOCKS:
             if time.monotonic() > deadline:
                 return
-            linear_launch.BLOCK_TOKENS = linear_launch.COMPLEX_TOKENS = block[0]
+            for name in ("BLOCK_TOKENS", "BACKWARD_TOKENS", "COMPLEX_TOKENS"):
+                setattr(linear_launch, name, block[0])
             linear_launch.BLOCK_CHANNELS, linear_launch.WARPS = block[1:]
             row = {"kernel": "linear", "shape": shape, "complex": is_complex, "block": block}
             try:

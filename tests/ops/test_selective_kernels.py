@@ -119,8 +119,8 @@ def test_nothing_is_kept_without_gradients():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         selective_scan(**leaves, backend="triton")
-    # u, dt, b, c, a, and three states before blocks
-    assert sum(kept) == 40 * (2 * 2 + 2 * 2) + 4 + 3 * 4
+    # u, dt, b, c, a, and five states before blocks
+    assert sum(kept) == 40 * (2 * 2 + 2 * 2) + 4 + 5 * 4
     with torch.no_grad():
         wanted = selective_scan(**given, backend="triton")
     assert torch.equal(selective_scan(**given, backend="triton")[0], wanted[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 from hgrn2.ops.transforms import differentiable_by_transforms, map_by_loop, records_gradient, refuse_derivatives
 
 # tokens of a block of the kernels, before each of which a state is kept
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = 8
 
 
 def scan_by_kernels(

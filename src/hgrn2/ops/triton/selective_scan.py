@@ -65,7 +65,7 @@ def forward_kernel(
     if HAS_INITIAL:
         h = tl.load(initial_p + i_sequence * WIDTH * STATES + places, mask=exist, other=0.0)
     offsets = tl.arange(0, BT)
-    is_last = (offsets == BT - 1)[:, None, None, None]
+    is_first, is_last = (offsets == 0)[:, None, None, None], (offsets == BT - 1)[:, None, None, None]
     for i in range(0, count, BT):
         tokens = start + i + offsets
         if REVERSE:
@@ -85,8 +85,9 @@ def forward_kernel(
             tile += 1
         decay = tl.exp2(dt[:, :, None, :] * a[None, :, :, :])
         write = (dt * u)[:, :, None, :] * b[:, None, :, None]
-        decay, write = tl.associative_scan((decay, write), 0, _join)
-        states = decay * h[None, :, :, :] + write
+        # inside the first write the state before needs no product of decays, which the compiler then leaves out
+        write += tl.where(is_first, decay * h[None, :, :, :], 0.0)
+        _, states = tl.associative_scan((decay, write), 0, _join)
         y = tl.sum(states * c[:, None, :, None], axis=2)
         tl.store(y_p + (row * LENGTH + rows) * WIDTH + columns, y, mask=inside)
         h = tl.sum(tl.where(is_last, states, 0.0), axis=0)
@@ -117,7 +118,7 @@ def backward_kernel(
     if HAS_FINAL:
         k = tl.load(d_final_p + i_sequence * WIDTH * STATES + places, mask=exist, other=0.0)
     offsets = tl.arange(0, BT)
-    is_first = (offsets == 0)[:, None, None, None]
+    is_first, is_last = (offsets == 0)[:, None, None, None], (offsets == BT - 1)[:, None, None, None]
     ones = tl.full((BT, EV, BS, EL), 1.0, tl.float32)
     # adding -0.0 changes nothing, which the compiler knows
     nothing = tl.full((BT, EV, BS, EL), -0.0, tl.float32)
@@ -141,18 +142,16 @@ def backward_kernel(
         before = tl.load(kept_p + (tile + i // BT) * WIDTH * STATES + kept_places, mask=exist, other=0.0)
         decay = tl.exp2(dt[:, :, None, :] * (a * LOG2_E)[None, :, :, :])
         write = (dt * u)[:, :, None, :] * b[:, None, :, None]
-        product, sums, product_before, sums_before = tl.associative_scan((decay, write, ones, nothing), 0, _join_both)
-        states = product * before[None, :, :, :] + sums
+        write += tl.where(is_first, decay * before[None, :, :, :], 0.0)
+        _, states, _, past = tl.associative_scan((decay, write, ones, nothing), 0, _join_both)
+        past = tl.where(is_first, before[None, :, :, :], past)
         sum_places = (i_block * ROWS + row * LENGTH + tokens[:, None]) * STATES + numbers[None, :]
         dc = tl.sum(tl.sum(states * dy[:, :, None, :], axis=1), axis=2)
         tl.store(dc_p + sum_places, dc, mask=inside_numbers)
-        past = product_before * before[None, :, :, :] + sums_before
         read = dy[:, :, None, :] * c[:, None, :, None]
-        product, sums, product_before, sums_before = tl.associative_scan(
-            (decay, decay * read, ones, nothing), 0, _join_both, reverse=True
-        )
-        g = read + (product_before * k[None, :, :, :] + sums_before)
-        d_past = product * k[None, :, :, :] + sums
+        d_past = decay * (read + tl.where(is_last, k[None, :, :, :], 0.0))
+        _, d_past, _, g = tl.associative_scan((decay, d_past, ones, nothing), 0, _join_both, reverse=True)
+        g = read + tl.where(is_last, k[None, :, :, :], g)
         k = tl.sum(tl.where(is_first, d_past, 0.0), axis=0)
         d_exponent = d_past * past
         da += tl.sum(d_exponent * dt[:, :, None, :], axis=0)
