@@ -1,9 +1,10 @@
 """Times the layer of every mixer at the width of the 1.3B model beside public implementations, on a GPU.
 
 Forward + backward in bfloat16 at 8 x 2048 tokens, gradients of the input and of every parameter. Ours and the peers of
-transformers run eagerly and under torch.compile, those of fla eagerly, and the fastest counts. Every mixer has a process of its own: all of them compile
-side by side, then each is timed alone; one that fails leaves a row with the reason. Outputs and gradients must be
-finite. Peers have their own weights: tests compare our mixers with them, or with transcriptions.
+transformers run eagerly and under torch.compile, those of fla eagerly, and the fastest counts. Every mixer has a
+process of its own: all of them compile side by side, then each is timed alone; one that fails leaves a row with the
+reason. Outputs and gradients must be finite. Peers have their own weights: tests compare our mixers with them, or with
+transcriptions.
 
     python benchmarks/rival_layers.py --out benchmarks/results/rival-layers-h200.json
 """
