@@ -105,15 +105,15 @@ def peer_steps(name: str, size: str, batch: int, position: int, device: str, dty
 def make_peer(name: str, size: str, position: int, device: str, dtype: torch.dtype) -> Any:
     """A peer of about the same size with random weights."""
     vocab_size, width, layers, intermediate, head = SIZES[size]
-    common = {"vocab_size": vocab_size, "hidden_size": width}
+    common: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": width}
     if name == "Llama":
         from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
         heads = max(1, width // (128 if width >= 2048 else 64))
+        more: dict[str, Any] = {"attn_implementation": "sdpa", "max_position_embeddings": position + 4096}
         config: Any = LlamaConfig(
-            **common, num_hidden_layers=layers, intermediate_size=intermediate, num_attention_heads=heads,
-            max_position_embeddings=position + 4096, attn_implementation="sdpa",
-        )  # fmt: skip
+            **common, **more, num_hidden_layers=layers, intermediate_size=intermediate, num_attention_heads=heads
+        )
         kind: Any = LlamaForCausalLM
     elif name == "Mamba":
         from transformers import MambaConfig, MambaForCausalLM  # pyright: ignore[reportMissingImports]
@@ -169,7 +169,7 @@ def profile_step(step: Callable[[], None], title: str, steps: int = 10) -> None:
             step()
         torch.cuda.synchronize()
     times: dict[str, list[float]] = {}
-    for event in found.events():
+    for event in found.events() or []:
         if event.device_type.name == "CUDA":
             times.setdefault(event.name, []).append(event.time_range.elapsed_us())
     total = sum(map(sum, times.values())) / steps / 1e3

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM
 from hgrn2.models.cost import cost
 from hgrn2.serve.decoding import DecodeStep
 from hgrn2.serve.graphs import DecodeGraphs
-from hgrn2.serve.lookup import Lookup
 from hgrn2.serve.options import EngineOptions
 from hgrn2.serve.pool import StatePool
 from hgrn2.serve.prefill import PackedPrefill
 from hgrn2.serve.prefix_cache import PrefixCache
+from hgrn2.serve.prompts import PromptReader
 from hgrn2.serve.requests import Continuation, FinishReason, Prompt, Request, Running, TokenEvent, check_request
 from hgrn2.serve.results import Results
 from hgrn2.serve.sampling import Features, SamplingRows, features_of, seed_of
-from hgrn2.serve.scheduler import Scheduler
 from hgrn2.serve.sessions import Session, check_session, model_fingerprint
+from hgrn2.serve.speculation import Speculation
 from hgrn2.serve.tiles import TILE, TiledReader
 from hgrn2.shapes import describe
-
-# running requests up to which drafts are verified, one request at a time
-_FEW = 4
 
 
 class Engine:
@@ -46,10 +41,6 @@ class Engine:
 
     Attributes:
         prefixes: the prefix cache, or None.
-        num_prompt_tokens: tokens of prompts read so far, without those whose state was reused.
-        num_reused_tokens: tokens of prompts whose state came from the prefix cache.
-        num_drafted: tokens drafted so far.
-        num_accepted: drafted tokens that were right.
 
     Raises:
         UserError: an option does not fit the model or the device.
@@ -82,12 +73,10 @@ class Engine:
                 f"engine: vocab_size is {self.vocab_size}, the model's {model.config.vocab_size}; wanted at most that",
                 "mismatch",
             )
-        tile = TILE if own.deterministic else 1
-        self._max_batch = -(-own.max_batch // tile) * tile
+        self._max_batch = -(-own.max_batch // TILE) * TILE if own.deterministic else own.max_batch
         specs = model.state_spec()
         self.is_limited = any(spec.grows and spec.limit is None for layer in specs for spec in layer.values())
-        capacity = own.context_limit
-        self.pool = StatePool(specs, self._max_batch + own.max_readers, capacity, self.device)
+        self.pool = StatePool(specs, self._max_batch + own.max_readers, own.context_limit, self.device)
         self.rows = SamplingRows(self._max_batch, self.vocab_size, self.device)
         self._writes_late = own.write_every > 1
         ring = (self._max_batch, own.write_every) if self._writes_late else None
@@ -95,22 +84,21 @@ class Engine:
         self._tiles = TiledReader(self._step, self.pool) if own.deterministic else None
         if own.speculate and self._tiles is not None and not self._tiles.reads_sequences:
             raise UserError("engine: speculate needs a model of HGRN2 layers without convolutions", "unsupported")
-        self._read = self._tiles or PackedPrefill(model, self.pool)
+        self._drafts = None
+        if own.speculate and self._tiles is not None:
+            self._drafts = Speculation(self._tiles, self.rows, own.speculate)
         is_cuda = self.device.type == "cuda"
-        self._graphs = None
-        if is_cuda and own.cuda_graphs and not self._writes_late:
-            self._graphs = DecodeGraphs(self._step, self.pool, self.rows, self._max_batch)
+        has_graphs = is_cuda and own.cuda_graphs and not self._writes_late
+        self._graphs = DecodeGraphs(self._step, self.pool, self.rows, self._max_batch) if has_graphs else None
         self.prefixes = None
         if own.prefix_bytes:
             self.prefixes = PrefixCache(own.prefix_bytes, cost(model.config).flops_per_token_forward)
-        self.num_prompt_tokens = self.num_reused_tokens = self.num_drafted = self.num_accepted = 0
-        self._scheduler = Scheduler(own.prefill_tokens)
-        self._free_readers = list(range(self._max_batch, self.pool.num_rows))
-        self._read_prompts: deque[Prompt] = deque()
+        read = self._tiles or PackedPrefill(model, self.pool)
+        readers = range(self._max_batch, self.pool.num_rows)
+        self._prompts = PromptReader(self.pool, readers, read, own.prefill_tokens, self.prefixes)
         self._running: list[Running] = []
         self._results = Results(is_cuda)
         self._sessions: dict[tuple[int, int], Session] = {}
-        self._lookups: dict[tuple[int, int], Lookup] = {}
         self._numbers = itertools.count()
         self._ended: list[TokenEvent] = []
 
@@ -141,23 +129,20 @@ class Engine:
                 f"for context_limit = {self.options.context_limit}, shorten the prompt or make it larger"
             )
         prompt = Prompt(next(self._numbers), request, tokens, num_read, state=state, session=session)
-        self._scheduler.waiting.append(prompt)
+        self._prompts.add(prompt)
         return prompt.request_id
 
     def step(self) -> list[TokenEvent]:
         """Read a share of the prompts, decode one token of each running continuation, and return what was written."""
         events, self._ended = self._ended, []
-        self._admit()
-        self._read_share()
+        self._prompts.step()
         events += self._place()
         if self._running:
-            if self._can_speculate():
-                events += self._speculate()
+            if self._drafts is not None and self._drafts.can_run(self._running):
+                events += self._speculate(self._drafts)
             else:
                 self._decode()
-        ahead = 1 if self._running and self._runs_ahead() else 0
-        events += self._collect(ahead)
-        return events
+        return events + self._collect(1 if self._running and self._runs_ahead() else 0)
 
     def generate(self, requests: Iterable[Request]) -> list[Continuation]:
         """Run requests to their ends.
@@ -199,8 +184,27 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Whether `step` has anything to do."""
-        waiting = self._scheduler.waiting or self._scheduler.reading or self._read_prompts
-        return bool(waiting or self._running or self._results.num_pending or self._ended)
+        return bool(self._prompts.num_waiting or self._running or self._results.num_pending or self._ended)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of prompts read so far, without those whose state was reused."""
+        return self._prompts.num_read
+
+    @property
+    def num_reused_tokens(self) -> int:
+        """Tokens of prompts whose state came from the prefix cache."""
+        return self._prompts.num_reused
+
+    @property
+    def num_drafted(self) -> int:
+        """Tokens drafted so far."""
+        return 0 if self._drafts is None else self._drafts.num_drafted
+
+    @property
+    def num_accepted(self) -> int:
+        """Drafted tokens that were right."""
+        return 0 if self._drafts is None else self._drafts.num_accepted
 
     @property
     def num_running(self) -> int:
@@ -210,12 +214,12 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests whose prompts are not read to the end."""
-        return len(self._scheduler.waiting) + len(self._scheduler.reading) + len(self._read_prompts)
+        return self._prompts.num_waiting
 
     @property
     def num_free_rows(self) -> int:
         """Rows of the pool that hold no state of a request."""
-        return self._max_batch - len(self._running) + len(self._free_readers)
+        return self._max_batch - len(self._running) + self._prompts.num_free_rows
 
     def cancel(self, request_id: int, index: int | None = None) -> None:
         """End a request; its rows are free at once. Requests that have ended are left alone.
@@ -224,11 +228,11 @@ class Engine:
             request_id: from `submit`.
             index: a continuation that runs; None for all of the request.
         """
-        for prompt in [*self._scheduler.waiting, *self._scheduler.reading, *self._read_prompts]:
-            if prompt.request_id == request_id and index is None:
-                self._forget(prompt)
-                rest = range(prompt.num_placed, prompt.request.n)
-                self._ended += [TokenEvent(request_id, i, None, "cancelled") for i in rest]
+        prompt = self._prompts.find(request_id)
+        if prompt is not None and index is None:
+            self._prompts.remove(prompt)
+            rest = range(prompt.num_placed, prompt.request.n)
+            self._ended += [TokenEvent(request_id, i, None, "cancelled") for i in rest]
         for running in list(self._running):
             if running.prompt.request_id == request_id and index in (None, running.index):
                 self._end(running, "cancelled")
@@ -268,70 +272,14 @@ class Engine:
             )
         return session
 
-    def _admit(self) -> None:
-        waiting = self._scheduler.waiting
-        while waiting and self._free_readers:
-            prompt = waiting.popleft()
-            prompt.row = self._free_readers.pop()
-            self._begin(prompt)
-            (self._read_prompts if prompt.logits is not None else self._scheduler.reading).append(prompt)
-
-    def _begin(self, prompt: Prompt) -> None:
-        """Set the row of a prompt to the state that it begins with, and choose where snapshots are taken."""
-        assert prompt.row is not None
-        tokens, cache = prompt.tokens, self.prefixes
-        shared = 0
-        if cache is not None:
-            found = cache.find(tokens)
-            if found is not None and found.num_tokens > prompt.num_read:
-                self.num_reused_tokens += found.num_tokens - prompt.num_read
-                prompt.num_reused = found.num_tokens - prompt.num_read
-                prompt.state, prompt.num_read = found.state, found.num_tokens
-                if not prompt.num_left:
-                    prompt.logits = found.logits
-            shared = cache.branch(tokens)
-            before = len(tokens) - len(prompt.request.tokens)
-            places = {before + place for place in prompt.request.snapshot_at} | {shared, len(tokens)}
-            prompt.stops = sorted(place for place in places if prompt.num_read < place)
-        if prompt.state is None:
-            self.pool.clear(prompt.row)
-        else:
-            self.pool.write([prompt.row], prompt.state)
-            prompt.state = None
-
-    def _read_share(self) -> None:
-        plan = self._scheduler.plan()
-        if not plan:
-            return
-        parts = []
-        for prompt, count in plan:
-            assert prompt.row is not None
-            parts.append((prompt.row, prompt.num_read, prompt.tokens[prompt.num_read : prompt.num_read + count]))
-        logits = self._read(parts)
-        for (prompt, count), own in zip(plan, logits, strict=True):
-            prompt.num_read += count
-            self.num_prompt_tokens += count
-            assert prompt.row is not None
-            if not prompt.num_left:
-                prompt.logits = own.clone()
-            if self.prefixes is not None and prompt.num_read in prompt.stops:
-                self._snapshot(prompt.row, prompt.tokens[: prompt.num_read], prompt.logits)
-            if not prompt.num_left:
-                self._scheduler.reading.remove(prompt)
-                self._read_prompts.append(prompt)
-
-    def _snapshot(self, row: int, tokens: Sequence[int], logits: Tensor | None = None) -> None:
-        assert self.prefixes is not None
-        if not self.prefixes.has(tokens) and self.pool.bytes_of(len(tokens)) <= self.prefixes.budget_bytes:
-            self.prefixes.add(tokens, self.pool.read([row], len(tokens)), logits)
-
     def _place(self) -> list[TokenEvent]:
         """Give rows to continuations of prompts that are read, and draw their first tokens."""
         first, logits = len(self._running), []
-        if self._read_prompts:
+        done = self._prompts.done
+        if done:
             self._flush()
-        while self._read_prompts and len(self._running) < self._max_batch:
-            prompt = self._read_prompts[0]
+        while done and len(self._running) < self._max_batch:
+            prompt = done[0]
             assert prompt.row is not None
             assert prompt.logits is not None
             index, row = prompt.num_placed, len(self._running)
@@ -342,9 +290,7 @@ class Engine:
             logits.append(prompt.logits)
             prompt.num_placed += 1
             if prompt.num_placed == prompt.request.n:
-                self._read_prompts.popleft()
-                self._free_readers.append(prompt.row)
-                prompt.row = None
+                self._prompts.remove(prompt)
         if logits:
             batch = torch.stack(logits)
             placed = self._running[first:]
@@ -423,14 +369,14 @@ class Engine:
         if reason in ("length", "stop"):
             if running.request.keep:
                 self._sessions[running.key] = self._session_of(running)
-            if self.prefixes is not None:
-                self._snapshot(row, running.tokens[: running.num_read])
+            self._prompts.snapshot(row, running.tokens[: running.num_read])
         moved = self._running.pop()
         if row != last:
             self.pool.copy(last, row)
             self.rows.copy(last, row)
             self._running[row] = moved
-        self._lookups.pop(running.key, None)
+        if self._drafts is not None:
+            self._drafts.forget(running)
 
     def _flush(self) -> None:
         """Write states that decoding writes late, before rows are read or the batch changes."""
@@ -445,49 +391,10 @@ class Engine:
             tuple(running.tokens), running.num_read, state, self.fingerprint, running.num_prompt, running.seed
         )
 
-    def _forget(self, prompt: Prompt) -> None:
-        for queue in (self._scheduler.waiting, self._scheduler.reading, self._read_prompts):
-            if prompt in queue:
-                queue.remove(prompt)
-        if prompt.row is not None:
-            self._free_readers.append(prompt.row)
-            prompt.row = None
-
-    def _can_speculate(self) -> bool:
-        if not self.options.speculate or len(self._running) > _FEW:
-            return False
-        wanted = [features_of(r.request.sampling, r.request.logprobs is not None) for r in self._running]
-        return not any(any(features) for features in wanted)
-
-    def _speculate(self) -> list[TokenEvent]:
+    def _speculate(self, drafts: Speculation) -> list[TokenEvent]:
         """Verify drafts of each running continuation, and keep the tokens that greedy decoding would have written."""
         events = []
         for running in list(self._running):
-            row = self._running.index(running)
-            lookup = self._lookups.get(running.key)
-            if lookup is None:
-                lookup = self._lookups[running.key] = Lookup(running.tokens)
-            most = min(self.options.speculate, running.request.max_tokens - running.num_written - 1, TILE - 1)
-            tokens = [running.tokens[-1], *lookup.draft(most)]
-            assert self._tiles is not None
-            logits, ring = self._tiles.verify(row, tokens)
-            best = logits.max(-1)
-            finite = best.values.isfinite().tolist()
-            found = [token if ok else None for token, ok in zip(best.indices.tolist(), finite, strict=True)]
-            right = 0
-            while right < len(tokens) - 1 and found[right] == tokens[right + 1]:
-                right += 1
-            self.num_drafted += len(tokens) - 1
-            # a stop token ends the text before the drafts that follow it
-            stop = next((i for i in range(right + 1) if found[i] in running.request.stop_ids), right)
-            self.num_accepted += stop
-            self._tiles.commit(row, ring, stop + 1)
-            running.num_read += stop + 1
-            self.rows.tokens[row] = found[stop] or 0
-            self.rows.number[row] += stop + 1
-            kept = found[: stop + 1]
-            lookup.extend([token for token in kept if token is not None])
-            for i, token in enumerate(kept):
-                row_logits = logits[i].clone() if running.request.return_logits else None
-                events.append(self._append(running, TokenEvent(*running.key, token, logits=row_logits)))
+            for token, logits in drafts.run(running, self._running.index(running)):
+                events.append(self._append(running, TokenEvent(*running.key, token, logits=logits)))
         return events

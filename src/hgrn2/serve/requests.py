@@ -178,7 +178,7 @@ class Continuation:
             self.logits.append(event.logits)
 
 
-@dataclass
+@dataclass(eq=False)
 class Prompt:
     """A request while its prompt is read.
 
@@ -190,7 +190,6 @@ class Prompt:
         row: row of the pool, or None while it waits.
         state: state to begin with, of a session; None for a fresh one.
         logits: [vocab] after the last token, once it is read.
-        num_reused: tokens whose state came from the prefix cache.
         stops: numbers of tokens after which the prefix cache takes a snapshot, ascending.
         num_placed: continuations that have begun.
         session: the session that it continues.
@@ -203,7 +202,6 @@ class Prompt:
     row: int | None = None
     state: ModelState | None = None
     logits: Tensor | None = None
-    num_reused: int = 0
     stops: list[int] = field(default_factory=list)
     num_placed: int = 0
     session: Session | None = None
@@ -214,7 +212,7 @@ class Prompt:
         return len(self.tokens) - self.num_read
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A continuation while it is decoded.
 
