@@ -12,7 +12,7 @@ from tests.models.cases import config_of, make_model, tokens
 
 # the models whose caches differ in kind: a state, a state and convolutions, keys that grow, keys in a window, and a
 # pattern with a mixer from outside
-KINDS = ["fla", "short-conv", "full-attention", "window-attention", "average-hybrid"]
+KINDS = ["fla", "short-conv", "dense-signed", "full-attention", "window-attention", "average-hybrid"]
 __all__ = ["KINDS", "Texts", "arguments", "both", "continued", "hf_config", "left_padded", "losses", "tokens"]
 
 

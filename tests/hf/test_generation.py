@@ -228,7 +228,7 @@ def test_the_library_s_decomposition_for_export_decodes_several_tokens_of_padded
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "masked"), [*zip(KINDS, [False, True, True, False, True], strict=True)])
+@pytest.mark.parametrize(("name", "masked"), [*zip(KINDS, [False, True, True, True, False, True], strict=True)])
 @torch.no_grad()
 def test_a_step_is_one_graph_of_one_shape(name, masked):
     torch._dynamo.reset()

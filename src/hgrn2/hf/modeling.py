@@ -39,21 +39,39 @@ class HGRN2Layer(GradientCheckpointingLayer, Block):
     """A block with activation checkpointing."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, lower_bound: Tensor | None, state: MixerState | None, context: Context
-    ) -> LayerOutput:
-        """Run the layer as `Block.forward` does.
+        self,
+        x: Tensor,
+        lower_bound: Tensor | None,
+        state: MixerState | None,
+        context: Context,
+        names: tuple[tuple[str, ...], ...] = (),
+        *features: Tensor,
+    ) -> tuple[Any, ...]:
+        """Run the layer as `Block.forward` does; reentrant checkpointing only tracks tensors that are not nested.
 
         Args:
             x: [B, T, D].
-            lower_bound: that of the context; separate, because reentrant checkpointing only tracks tensor arguments.
+            lower_bound: that of the context.
             state: state of the mixer; None at the start of a sequence.
-            context: the context, without its lower bound.
+            context: the context, without its lower bound and features of earlier layers.
+            names: names of the features of each earlier layer.
+            *features: these features, one after the other.
+
+        Returns:
+            x, the new state, the names of this layer's features or None, and these features.
         """
-        return super().forward(x, state, context.for_layer(lower_bound, context.earlier))
+        rest = iter(features)
+        earlier = tuple({name: next(rest) for name in layer} for layer in names)
+        x, new_state, own = super().forward(x, state, context.for_layer(lower_bound, earlier))
+        return (x, new_state, None) if own is None else (x, new_state, tuple(own), *own.values())
 
 
 def _call_layer(layer: nn.Module, x: Tensor, state: MixerState | None, context: Context) -> LayerOutput:
-    return layer(x, context.lower_bound, state, dataclasses.replace(context, lower_bound=None))
+    names = tuple(tuple(features) for features in context.earlier)
+    flat = [part for features in context.earlier for part in features.values()]
+    plain = dataclasses.replace(context, lower_bound=None, earlier=())
+    x, new_state, own, *features = layer(x, context.lower_bound, state, plain, names, *flat)
+    return x, new_state, None if own is None else dict(zip(own, features, strict=True))
 
 
 class HGRN2PreTrainedModel(PreTrainedModel):
