@@ -16,7 +16,7 @@ from hgrn2.models.backbone import build_block, call_block, embed, hand_out_bound
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.inputs import check_mixers
 from hgrn2.nn.batch_norm import BatchNorm
-from hgrn2.nn.mixers import Context, check_directions, read_directions
+from hgrn2.nn.mixers import Context, Mixer, check_directions, read_directions
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues, draw, parameter_roles
 from hgrn2.ops import check_backend
@@ -97,12 +97,15 @@ class SequenceClassifier(nn.Module):
         bounds = torch.empty(config.num_hidden_layers, width) if config.has_lower_bounds else None
         self.lower_bounds = None if bounds is None else nn.Parameter(bounds)
         self._bounded_layers = config.bounded_layers
-        self.layers = nn.ModuleList(build_block(config, i, backend) for i in range(config.num_hidden_layers))
-        for layer, direction in zip(self.layers, self.directions, strict=True):
+        blocks = [build_block(config, i, backend) for i in range(config.num_hidden_layers)]
+        for layer, direction in zip(blocks, self.directions, strict=True):
+            assert isinstance(layer.attn, Mixer)
             layer.attn.set_direction(direction)
             if options.batch_norm:
                 layer.attn_norm = BatchNorm(width, config.norm_eps)
-                layer.mlp_norm = None if layer.mlp is None else BatchNorm(width, config.norm_eps)
+                if layer.mlp is not None:
+                    layer.mlp_norm = BatchNorm(width, config.norm_eps)
+        self.layers = nn.ModuleList(blocks)
         self.norm = Norm(config.block_norm, width, config.norm_eps, config.elementwise_affine)
         joined = width * (4 if options.num_sequences == 2 else 1)
         hidden = options.head_hidden_size

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hgrn2.data.lra.canvas import Bools, Canvas, paste
 from hgrn2.data.lra.paddles import NUM_DIRECTIONS, Floats, Ints, Paddles, make_disc, make_paddles
 from hgrn2.errors import UserError
 
-Bools = NDArray[np.bool_]
 Bytes = NDArray[np.uint8]
 
 # images that are drawn from one random stream
@@ -108,51 +108,6 @@ def draw_block(size: int, seed: int, block: int) -> PathfinderImages:
     return PathfinderImages(*_mark(canvas, curves, style, random))
 
 
-class _Canvas:
-    """Images in progress, each within a border that is cut off in the end.
-
-    Args:
-        num: N.
-        size: S.
-        border: pixels around an image.
-    """
-
-    def __init__(self, num: int, size: int, border: int) -> None:
-        self.size, self.border, self.width = size, border, size + 2 * border
-        self.image: Floats = np.zeros((num, self.width, self.width), np.float32)
-        self.mask: Floats = np.zeros((num, self.width, self.width), np.float32)
-
-    def copy_of(self, rows: Ints) -> _Canvas:
-        """Return a copy of some of the images."""
-        found = _Canvas(0, self.size, self.border)
-        found.image, found.mask = self.image[rows], self.mask[rows]
-        return found
-
-    def keep(self, rows: Bools) -> None:
-        """Drop the other images."""
-        # a copy costs more than a paddle
-        if rows.all():
-            return
-        self.image, self.mask = self.image[rows], self.mask[rows]
-
-    def is_inside(self, place: Ints) -> Bools:
-        """Return whether places [..., 2] are pixels of the image."""
-        return ((place >= 0) & (place < self.size)).all(-1)
-
-    def window(self, rows: Ints, place: Ints, reach: int) -> Ints:
-        """Return flat indices [N, P, P] of squares around places [N, 2]."""
-        span = np.arange(-reach, reach + 1)
-        place = np.clip(place, -self.border + reach, self.size + self.border - reach - 1) + self.border
-        y, x = place[:, 0, None] + span, place[:, 1, None] + span
-        return (rows[:, None, None] * self.width + y[:, :, None]) * self.width + x[:, None, :]
-
-
-def _paste(target: Floats, window: Ints, stamps: Floats) -> None:
-    """Write the maximum of stamps [N, P, P] and what is there."""
-    flat = target.reshape(-1)
-    flat[window] = np.maximum(flat[window], stamps)
-
-
 @dataclass
 class _Curve:
     """Curves that grow, one for each row of a canvas.
@@ -210,14 +165,14 @@ def _moved(place: Ints, direction: Ints, distance: int) -> Ints:
 
 def _draw_curves(
     style: PathfinderStyle, paddles: Paddles, random: np.random.Generator, wanted: int = BLOCK_IMAGES
-) -> tuple[_Canvas, tuple[_Curve, _Curve]]:
+) -> tuple[Canvas, tuple[_Curve, _Curve]]:
     """Draw two curves of 14 paddles that do not touch in each image; start again where one cannot grow."""
-    found: list[tuple[_Canvas, tuple[_Curve, _Curve]]] = []
+    found: list[tuple[Canvas, tuple[_Curve, _Curve]]] = []
     missing = wanted
     while missing > 0:
         found.append(_try_curves(style, paddles, random))
         missing -= len(found[-1][0].image)
-    canvas = _Canvas(0, style.size, found[0][0].border)
+    canvas = Canvas(0, style.size, found[0][0].border)
     canvas.image = np.concatenate([part.image for part, _ in found])[:wanted]
     canvas.mask = np.concatenate([part.mask for part, _ in found])[:wanted]
     first, second = (
@@ -231,7 +186,7 @@ def _draw_curves(
 
 def _try_curves(
     style: PathfinderStyle, paddles: Paddles, random: np.random.Generator
-) -> tuple[_Canvas, tuple[_Curve, _Curve]]:
+) -> tuple[Canvas, tuple[_Curve, _Curve]]:
     """Begin two curves in many images and grow them; images where one cannot grow are dropped.
 
     Long Range Arena starts an image again where a curve cannot grow; here only its last paddles are drawn again, since
@@ -240,7 +195,7 @@ def _try_curves(
     size = style.size
     border = 2 * paddles.reach + 2
     num = max(8, min(BLOCK_IMAGES + BLOCK_IMAGES // 4, _MOST_PIXELS // (size + 2 * border) ** 2))
-    canvas = _Canvas(num, size, border)
+    canvas = Canvas(num, size, border)
     inner, padding = canvas.mask[:, border : border + size, border : border + size], style.padding
     inner[:] = 1
     inner[:, padding : size - padding, padding : size - padding] = 0
@@ -254,7 +209,7 @@ def _try_curves(
     rows = np.arange(num)
     for curve in (first, second):
         window = canvas.window(rows, curve.start, paddles.reach)
-        _paste(canvas.image, window, style.curve_contrast * paddles.lines[curve.direction])
+        paste(canvas.image, window, style.curve_contrast * paddles.lines[curve.direction])
     for num_paddles in _STAGES:
         is_grown = _grow(canvas, (first, second), num_paddles, style, paddles, random)
         canvas.keep(is_grown)
@@ -266,7 +221,7 @@ def _try_curves(
 
 
 def _grow(
-    canvas: _Canvas,
+    canvas: Canvas,
     curves: tuple[_Curve, ...],
     num_paddles: int,
     style: PathfinderStyle,
@@ -301,14 +256,14 @@ def _grow(
     return is_complete
 
 
-def _claim(canvas: _Canvas, curve: _Curve, paddles: Paddles) -> None:
+def _claim(canvas: Canvas, curve: _Curve, paddles: Paddles) -> None:
     """Take the space of the last paddles."""
     window = canvas.window(np.arange(len(canvas.mask)), curve.anchor, paddles.reach)
-    _paste(canvas.mask, window, paddles.spaces[curve.facing])
+    paste(canvas.mask, window, paddles.spaces[curve.facing])
 
 
 def _extend(
-    canvas: _Canvas,
+    canvas: Canvas,
     curve: _Curve,
     style: PathfinderStyle,
     paddles: Paddles,
@@ -346,12 +301,12 @@ def _extend(
     grown = np.flatnonzero(is_grown)
     # the space of the paddle before is taken only now, so that the new one may begin beside it
     window = canvas.window(grown, curve.anchor[grown], paddles.reach)
-    _paste(canvas.mask, window, paddles.spaces[curve.facing[grown]])
+    paste(canvas.mask, window, paddles.spaces[curve.facing[grown]])
     curve.pivot, curve.direction = pivot, directions[chosen]
     curve.end = curve.anchor = heads[rows, chosen]
     curve.facing = (curve.direction + NUM_DIRECTIONS // 2) % NUM_DIRECTIONS
     window = canvas.window(grown, curve.anchor[grown], paddles.reach)
-    _paste(canvas.image, window, contrast * paddles.lines[curve.facing[grown]])
+    paste(canvas.image, window, contrast * paddles.lines[curve.facing[grown]])
     return is_grown
 
 
@@ -364,7 +319,7 @@ def _circle(radius: int) -> tuple[Ints, Ints]:
     return offsets, degrees % NUM_DIRECTIONS
 
 
-def _taken(canvas: _Canvas, places: Ints, margin: int) -> Floats:
+def _taken(canvas: Canvas, places: Ints, margin: int) -> Floats:
     """Return the largest value [N, M] of the mask within a margin of places [N, M, 2]."""
     span = np.arange(-margin, margin + 1)
     near = np.stack(np.meshgrid(span, span, indexing="ij"), -1).reshape(-1, 2)
@@ -375,7 +330,7 @@ def _taken(canvas: _Canvas, places: Ints, margin: int) -> Floats:
     return canvas.mask[rows, found[..., 0], found[..., 1]].max(-1)
 
 
-def _add_distractor(canvas: _Canvas, style: PathfinderStyle, paddles: Paddles, random: np.random.Generator) -> None:
+def _add_distractor(canvas: Canvas, style: PathfinderStyle, paddles: Paddles, random: np.random.Generator) -> None:
     """Add a curve of 4 paddles that touches no other to each image, except where five attempts fail."""
     missing = np.arange(len(canvas.image))
     for _ in range(_TRIES_OF_A_DISTRACTOR):
@@ -387,7 +342,7 @@ def _add_distractor(canvas: _Canvas, style: PathfinderStyle, paddles: Paddles, r
         curve.keep(has_room)
         rows = missing[has_room]
         window = attempt.window(np.arange(len(rows)), curve.start, paddles.reach)
-        _paste(attempt.image, window, style.distractor_contrast * paddles.lines[curve.direction])
+        paste(attempt.image, window, style.distractor_contrast * paddles.lines[curve.direction])
         for _ in range(DISTRACTOR_PADDLES - 1):
             is_grown = _extend(attempt, curve, style, paddles, random, style.distractor_contrast)
             attempt.keep(is_grown)
@@ -399,7 +354,7 @@ def _add_distractor(canvas: _Canvas, style: PathfinderStyle, paddles: Paddles, r
 
 
 def _find_room(
-    canvas: _Canvas, style: PathfinderStyle, paddles: Paddles, random: np.random.Generator
+    canvas: Canvas, style: PathfinderStyle, paddles: Paddles, random: np.random.Generator
 ) -> tuple[_Curve, Bools]:
     """Return a first paddle for each image at a random free place, and [N], False where 24 places were not free."""
     num = len(canvas.image)
@@ -423,7 +378,7 @@ def _find_room(
 
 
 def _mark(
-    canvas: _Canvas, curves: tuple[_Curve, _Curve], style: PathfinderStyle, random: np.random.Generator
+    canvas: Canvas, curves: tuple[_Curve, _Curve], style: PathfinderStyle, random: np.random.Generator
 ) -> tuple[Bytes, Bytes]:
     """Draw a disc at the start of one curve and one at the end of the same or the other; return images and labels."""
     num = len(canvas.image)
@@ -432,7 +387,7 @@ def _mark(
     starts, ends = np.stack([c.start for c in curves]), np.stack([c.end for c in curves])
     disc = make_disc(style.radius)
     for places in (starts[which, rows], ends[np.where(labels == 1, which, 1 - which), rows]):
-        _paste(canvas.image, canvas.window(rows, places, len(disc) // 2), disc[None])
+        paste(canvas.image, canvas.window(rows, places, len(disc) // 2), disc[None])
     low, high = canvas.border, canvas.border + canvas.size
     images = canvas.image[:, low:high, low:high]
     scaled = np.rint(images * (255 / images.max((1, 2), keepdims=True)))

@@ -67,8 +67,8 @@ def _draw(place: Path, size: int, num: int, seed: int, processes: int | None) ->
 
 
 def _checksum(images: np.ndarray, labels: np.ndarray) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(images))
-    digest.update(np.ascontiguousarray(labels))
+    digest = hashlib.sha256(images.tobytes())
+    digest.update(labels.tobytes())
     return digest.hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,17 +15,15 @@ from torch.nn import functional
 from hgrn2.constraints import Ge, Gt, Le, Lt
 from hgrn2.data.lra.sequences import LabelledSequences
 from hgrn2.errors import UserError, visible
-from hgrn2.formats.run_folder import locate_model
-from hgrn2.formats.soundness import MODEL_NAME
 from hgrn2.models import HGRN2Config
 from hgrn2.models.classifier import ClassifierOptions, SequenceClassifier, mask_of
 from hgrn2.nn.mixers import read_directions
 from hgrn2.nn.mixers.directions import GRID_DIRECTIONS
 from hgrn2.tasks.base import StepLoss, TaskContext
 from hgrn2.tasks.classification import ClassCounts, ClassificationOptions, ClassificationTask
+from hgrn2.tasks.lra.device_set import NUM_WIDTHS, DeviceSet, SequenceBatch
+from hgrn2.tasks.lra.pretrained import load_pretrained
 
-# widths that padded batches are cut to, in parts of the longest; CUDA graphs keep at most four shapes
-_WIDTHS = 4
 # bytes of a sample
 _SHOWN_BYTES = 300
 # batches whose examples are sorted by length together
@@ -58,58 +56,6 @@ class LRAOptions(ClassificationOptions):
     """Training examples to validate on instead of the test examples."""
 
 
-@dataclass(frozen=True)
-class SequenceBatch:
-    """A batch on the device.
-
-    Attributes:
-        inputs: [B, T], [B, 2, T] or [B, T, C] uint8.
-        lengths: [B] or [B, 2] int32, or None without padding.
-        labels: [B] int64.
-        is_masked: [B, T] bool, tokens that are hidden; None when training on classes.
-    """
-
-    inputs: Tensor
-    lengths: Tensor | None
-    labels: Tensor
-    is_masked: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _DeviceSet:
-    """Examples on the device, with their lengths on the CPU as well."""
-
-    inputs: Tensor
-    lengths: Tensor | None
-    labels: Tensor
-    longest: Tensor | None = field(default=None)
-
-    @classmethod
-    def of(cls, found: LabelledSequences, device: torch.device) -> Self:
-        inputs = torch.from_numpy(np.ascontiguousarray(found.inputs)).to(device)
-        labels = torch.from_numpy(found.labels).to(device)
-        if found.lengths is None:
-            return cls(inputs, None, labels)
-        lengths = torch.from_numpy(found.lengths)
-        # of a pair, the longer one decides
-        return cls(inputs, lengths.to(device), labels, lengths.reshape(len(lengths), -1).amax(1))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: Tensor) -> SequenceBatch:
-        """Return rows [B] (on the CPU) as a batch, cut to one of a few widths."""
-        there = rows.to(self.labels.device, non_blocking=True)
-        inputs, lengths = self.inputs.index_select(0, there), None
-        if self.lengths is not None and self.longest is not None:
-            lengths = self.lengths.index_select(0, there)
-            full = self.inputs.shape[-1]
-            part = -(-full // _WIDTHS)
-            width = min(full, part * max(1, -(-int(self.longest[rows].max()) // part)))
-            inputs = inputs[..., :width].contiguous()
-        return SequenceBatch(inputs, lengths, self.labels.index_select(0, there))
-
-
 class LRATask(ClassificationTask):
     """Base of the tasks of Long Range Arena.
 
@@ -124,6 +70,7 @@ class LRATask(ClassificationTask):
     """
 
     Options: ClassVar[type[LRAOptions]] = LRAOptions
+    name: ClassVar[str]
     vocab_size: ClassVar[int] = 256
     """Ids of the embedding; 0 for tasks whose inputs are values."""
     num_classes: ClassVar[int] = 2
@@ -157,9 +104,9 @@ class LRATask(ClassificationTask):
             held_out = held_out.rows(order[: options.validation_examples])
         self.class_names = train.class_names
         self.notes = {"training": train.notes, "validation": held_out.notes}
-        self._train = _DeviceSet.of(train, context.device)
+        self._train = DeviceSet.of(train, context.device)
         further = self.further_sets(options)
-        self._held_out = {name: _DeviceSet.of(x, context.device) for name, x in ({"": held_out} | further).items()}
+        self._held_out = {name: DeviceSet.of(x, context.device) for name, x in ({"": held_out} | further).items()}
         self._batches_taken = 0
         self._epoch: tuple[int, Tensor] | None = None
 
@@ -355,7 +302,7 @@ class LRATask(ClassificationTask):
         """Return the held-out batches, from short to long."""
         yield from self._batches_of(self._held_out[""])
 
-    def _batches_of(self, found: _DeviceSet) -> Iterator[SequenceBatch]:
+    def _batches_of(self, found: DeviceSet) -> Iterator[SequenceBatch]:
         order = torch.arange(len(found)) if found.longest is None else found.longest.argsort(stable=True)
         for rows in order.split(self._context.batch_size):
             yield found.take(rows)
@@ -408,36 +355,10 @@ class LRATask(ClassificationTask):
         self._batches_taken = position
 
 
-def load_pretrained(model: SequenceClassifier, run: Path) -> None:
-    """Copy the weights of a run's best checkpoint, except those of its heads.
-
-    Args:
-        model: the model.
-        run: a run folder or a checkpoint, of a model with the same layers.
-
-    Raises:
-        UserError: there is no checkpoint, or its weights do not fit.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    checkpoint, _ = locate_model(run, "best")
-    try:
-        found = load_file(checkpoint / MODEL_NAME)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{checkpoint}: its weights cannot be read ({error})", "unreadable") from None
-    for name, parameter in model.state_dict().items():
-        if name.startswith(("head", "token_head", "mask_")):
-            continue
-        if name not in found or found[name].shape != parameter.shape:
-            raise UserError(f"{run}: {name} does not fit; name a run with the same model and options", "mismatch")
-        parameter.copy_(found[name])
-
-
 def _by_length(correct: Tensor, lengths: Tensor, longest: int) -> dict[str, float]:
     """Return the accuracy of each quarter of the lengths that has examples."""
     found = {}
-    part = -(-longest // _WIDTHS)
+    part = -(-longest // NUM_WIDTHS)
     for low in range(0, longest, part):
         inside = (lengths > low) & (lengths <= low + part)
         if total := int(inside.sum()):
