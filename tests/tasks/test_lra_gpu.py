@@ -1,6 +1,7 @@
 """Long Range Arena on a GPU: captured steps of padded batches give the losses of plain ones, for every mixer."""
 
 import pytest
+import torch
 
 from hgrn2.models import HGRN2Config
 from hgrn2.tasks import find_task
@@ -8,7 +9,10 @@ from hgrn2.train.metrics import read_metrics
 from hgrn2.train.runs import start_task_run
 from hgrn2.train.settings import RunSettings
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 OPTIONS = {"max_length": 256, "min_length": 20, "training_examples": 512, "test_examples": 64}
 
 
