@@ -223,3 +223,11 @@ def test_mistakes_are_named():
         engine.pause(99)
     with refuses("not-found"):
         engine.session(99)
+
+
+def test_a_model_that_reads_both_ways_is_refused():
+    model = make_model(config_of("fla"))
+    for layer in model.model.layers:
+        layer.attn.set_direction("bidirectional")
+    with refuses("unsupported"):
+        Engine(model)

@@ -58,6 +58,8 @@ class Engine:
         self.options = own = EngineOptions() if options is None else options
         if not isinstance(model, HGRN2LM):
             raise UserError(f"engine: model is {describe(model)}; wanted an hgrn2.HGRN2LM")
+        if any(layer.attn.direction != "causal" for layer in model.model.layers):  # pyright: ignore
+            raise UserError("engine: the model reads in both directions; wanted a causal one", "unsupported")
         self.device = model.lm_head.weight.device
         if own.deterministic and self.device.type != "cpu":
             raise UserError(
@@ -82,8 +84,6 @@ class Engine:
         ring = (self._max_batch, own.write_every) if self._writes_late else None
         self._step = DecodeStep(model, self.pool.grows, ring)
         self._tiles = TiledReader(self._step, self.pool) if own.deterministic else None
-        if own.speculate and self._tiles is not None and not self._tiles.reads_sequences:
-            raise UserError("engine: speculate needs a model of HGRN2 layers without convolutions", "unsupported")
         self._drafts = None
         if own.speculate and self._tiles is not None:
             self._drafts = Speculation(self._tiles, self.rows, own.speculate)

@@ -62,7 +62,7 @@ class GenericStep:
 
 
 class HGRN2Step:
-    """The step of HGRN2 without convolutions.
+    """The step of HGRN2 with positive gates and a tied key, without convolutions.
 
     Args:
         mixer: the mixer; the weights of its projections become views of one tensor, with the same values.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from hgrn2.errors import UserError
 from hgrn2.serve.lookup import Lookup
 from hgrn2.serve.requests import Running
 from hgrn2.serve.sampling import SamplingRows, features_of
@@ -29,9 +30,14 @@ class Speculation:
     Attributes:
         num_drafted: tokens drafted so far.
         num_accepted: drafted tokens that were right.
+
+    Raises:
+        UserError: the state of a layer cannot go back.
     """
 
     def __init__(self, tiles: TiledReader, rows: SamplingRows, most: int):
+        if not tiles.reads_sequences:
+            raise UserError("engine: speculate needs a model of plain HGRN2 layers", "unsupported")
         self.tiles, self.rows, self.most = tiles, rows, min(most, TILE - 1)
         self.num_drafted = self.num_accepted = 0
         self._lookups: dict[tuple[int, int], Lookup] = {}
