@@ -132,6 +132,13 @@ def test_streamed_images_are_those_in_memory():
     assert torch.equal(found["memory"][1], found["stream"][1])
 
 
+def test_arrays_are_resized_in_memory_whatever_the_storage():
+    files.idx_folder(Path("d"))
+    task, config = task_of(ImageOptions(data="d", storage="stream"), img_size=12)
+    assert task._pixels.shape[1:] == (1, 12, 12)
+    assert task.evaluate(VisionModel(config).eval())["val_examples"] == 12
+
+
 def test_soft_labels_are_shares_of_both_images():
     files.idx_folder(Path("d"))
     task, _ = task_of(ImageOptions(data="d", mixup=1.0, cutmix=1.0), batch_size=6)

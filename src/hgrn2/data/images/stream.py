@@ -57,8 +57,6 @@ class Decoder:
         read = self._set.read
         for attempt in range(_MOST_ATTEMPTS):
             at = (row + attempt) % len(self._set)
-            if self._set.images is not None:
-                return self._set.images[at], int(self._set.labels[at])
             assert read is not None
             try:
                 image = self._crop(read(at), seed)

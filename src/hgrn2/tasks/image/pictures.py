@@ -56,7 +56,9 @@ def draw_pictures(task: Any, model: Any, predictions: Any, folder: Path) -> list
     pixels, inputs = task.inputs(rows)
     with torch.autocast(inputs.device.type, enabled=False):
         maps = token_contribution(task.averaged(model), inputs)
-    figures["contribution"] = contribution_figure(Figure, pixels, maps.cpu(), [names[int(true[i])] for i in rows])
+    figures["contribution"] = contribution_figure(
+        Figure, pixels, maps.cpu(), [_title(names, true[i], found[i]) for i in rows]
+    )
     paths = []
     for name, figure in figures.items():
         path = folder / f"{name}.png"
@@ -64,6 +66,12 @@ def draw_pictures(task: Any, model: Any, predictions: Any, folder: Path) -> list
             figure.savefig(temporary, format="png", dpi=130)
         paths.append(path)
     return paths
+
+
+def _title(names: list[str], true: Tensor, found: Tensor) -> str:
+    """Return the class of an image, and the model's if it is another."""
+    own = names[int(true)]
+    return own if true == found else f"{own}\nas {names[int(found)]}"
 
 
 def confusion_figure(figure_class: Any, true: Tensor, found: Tensor, names: list[str]) -> Any:
@@ -121,7 +129,7 @@ def contribution_figure(figure_class: Any, pixels: Tensor, maps: Tensor, names: 
         figure_class: matplotlib's Figure.
         pixels: [N, C, H, W] uint8.
         maps: [N, rows, columns], from `token_contribution`.
-        names: class of each image.
+        names: title of each image.
     """
     columns = min(6, len(names))
     num_rows = -(-len(names) // columns)

@@ -100,7 +100,10 @@ class ImageTask(ClassificationTask):
         if self._channels not in (1, 3):
             raise UserError(f"in_chans is {self._channels}; images have 1 or 3 channels", "unsupported")
         num_bytes = (len(train) + len(held_out)) * self._channels * self._size[0] * self._size[1]
-        is_in_memory = options.storage == "memory" or (options.storage == "auto" and num_bytes <= _MEMORY_LIMIT)
+        # idx and CIFAR files are in memory already
+        is_decoded = train.images is not None
+        fits = options.storage == "memory" or (options.storage == "auto" and num_bytes <= _MEMORY_LIMIT)
+        is_in_memory = is_decoded or fits
         if is_in_memory:
             train, held_out = (
                 decode_set(part, self._size, self._channels, options.workers, options.data)
