@@ -18,6 +18,7 @@ from hgrn2.nn.mixers.base import DirectedMixer, Memory, MixerOptions, Projected,
 from hgrn2.nn.mixers.context import Context, MixerState
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
+from hgrn2.nn.rotary import rotary_angles
 from hgrn2.ops.export import is_exporting
 from hgrn2.ops.tracing import constant_in_traces
 from hgrn2.ops.transforms import is_batched
@@ -381,9 +382,7 @@ class Attention(DirectedMixer):
         assert self.rope_theta is not None
         half = self.head_size // 2
         dtype = torch.promote_types(x.dtype, torch.float32)
-        exponent = torch.arange(half, device=x.device, dtype=dtype) / half
-        angle = position.unsqueeze(-1).to(dtype) * self.rope_theta**-exponent
-        cos, sin = angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
+        cos, sin = (part.unsqueeze(2) for part in rotary_angles(position, half, self.rope_theta, dtype))
         a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
