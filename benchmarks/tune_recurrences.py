@@ -23,7 +23,11 @@ from hgrn2.ops.triton.selective_launch import Inputs, Tile
 
 # batch, tokens, channels; the last one is cut into segments
 LINEAR_SHAPES = [(8, 2048, 2048), (64, 512, 512), (1, 32768, 2048)]
-LINEAR_BLOCKS = [(8, 32, 1), (16, 32, 1), (32, 32, 1), (64, 32, 1), (32, 16, 1), (16, 64, 1), (16, 128, 1)]
+# tokens, channels, warps, stages
+LINEAR_BLOCKS = [
+    (8, 32, 1, 1), (16, 32, 1, 1), (32, 32, 1, 1), (64, 32, 1, 1), (16, 32, 1, 2), (16, 32, 1, 3), (32, 32, 1, 2),
+    (32, 16, 1, 1), (16, 128, 1, 1),
+]  # fmt: skip
 SELECTIVE_SHAPES = [(8, 2048, 4096, 16), (64, 512, 1024, 16)]
 FORWARD_TILES = [(2, 8, 1), (1, 8, 1), (4, 8, 1), (1, 16, 1), (2, 16, 1)]
 BACKWARD_TILES = [(1, 8, 1), (2, 8, 1), (1, 16, 1), (1, 4, 1), (2, 4, 1), (2, 8, 2)]
@@ -55,7 +59,7 @@ def sweep_linear(results: list[dict], deadline: float) -> None:
                 return
             for name in ("BLOCK_TOKENS", "BACKWARD_TOKENS", "COMPLEX_TOKENS"):
                 setattr(linear_launch, name, block[0])
-            linear_launch.BLOCK_CHANNELS, linear_launch.WARPS = block[1:]
+            linear_launch.BLOCK_CHANNELS, linear_launch.WARPS, linear_launch.STAGES = block[1:]
             row = {"kernel": "linear", "shape": shape, "complex": is_complex, "block": block}
             try:
                 h, _ = linear_launch.forward(a, b, turn, None, None, False)

@@ -18,6 +18,8 @@ from hgrn2.ops.triton.linear_scan import carry_kernel, gradient_kernel, scan_ker
 # with others
 BLOCK_TOKENS, BACKWARD_TOKENS, BLOCK_CHANNELS, WARPS = 64, 16, 32, 1
 COMPLEX_TOKENS = 16
+# depth of the pipeline of loads
+STAGES = 1
 # programs below which sequences are cut, and the number that the parts then make, for each multiprocessor
 FEWEST_PROGRAMS, CUT_PROGRAMS = 3, 8
 SHORTEST_SEGMENT = 64
@@ -97,6 +99,7 @@ class Launcher:
             "TURNED": turn is not None,
             "PACKED": cu_seqlens is not None,
             "REVERSE": reverse,
+            "STAGES": STAGES,
             "num_warps": WARPS,
         }
 

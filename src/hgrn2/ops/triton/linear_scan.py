@@ -102,7 +102,7 @@ def scan_kernel(
     A_B, A_T, A_D, B_B, B_T, B_D, LENGTH, WIDTH, SEGMENT, SEGMENTS,
     BT: tl.constexpr, BD: tl.constexpr, COMPLEX: tl.constexpr, A_COMPLEX: tl.constexpr, TURNED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr,
-    SUMMARY: tl.constexpr,
+    SUMMARY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute h of every token or, with SUMMARY, the product of the decays and the last state of each segment.
 
@@ -125,7 +125,7 @@ def scan_kernel(
     p_re, p_im = tl.full((BD,), 1.0, tl.float32), tl.zeros((BD,), tl.float32)
     offsets = tl.arange(0, BT)
     is_last = offsets == BT - 1
-    for i in range(0, count, BT):
+    for i in tl.range(0, count, BT, num_stages=STAGES):
         inside = (i + offsets < count)[:, None] & there[None, :]
         tokens = start + i + offsets
         if REVERSE:
@@ -157,7 +157,7 @@ def gradient_kernel(
     A_B, A_T, A_D, G_B, G_T, G_D, LENGTH, WIDTH, SEGMENT, SEGMENTS,
     BT: tl.constexpr, BD: tl.constexpr, COMPLEX: tl.constexpr, A_COMPLEX: tl.constexpr, TURNED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, HAS_AFTER: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    SUMMARY: tl.constexpr,
+    SUMMARY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute db_t = dh_t + conj(a_{t+1}) db_{t+1} and da_t = db_t conj(h_{t-1}), from the last token to the first.
 
@@ -192,7 +192,7 @@ def gradient_kernel(
     d_turn_re, d_turn_im = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     offsets = tl.arange(0, BT)
     is_top = offsets == 0
-    for back in range(0, count, BT):
+    for back in tl.range(0, count, BT, num_stages=STAGES):
         # the last block is the one that may be partial
         i = (count - 1 - back) // BT * BT
         at = i + offsets
