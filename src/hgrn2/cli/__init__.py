@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from hgrn2.cli.command import COMMANDS, Command, register_command, register_installed
+from hgrn2.cli.command import ARGUMENTS, COMMANDS, Command, register_command, register_installed
 from hgrn2.cli.output import refuse, release_output, tell
 from hgrn2.cli.parsing import parse
 from hgrn2.errors import UserError
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 2 for errors that the user can fix; 128 + the signal number after a signal.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    ARGUMENTS.set(argv)
     warnings.showwarning = lambda message, *_args, **_kwargs: tell(f"warning: {message}")
     # None if closed by >&- or 2>&-
     if sys.stdout is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from hgrn2.registries import check_name, entry_names, load_entry
 
 # the functions' own signatures differ
 Function = Callable[..., int | None]
+# the words after `hgrn2`, for a command that starts itself in several processes
+ARGUMENTS: ContextVar[Sequence[str]] = ContextVar("arguments", default=())
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from hgrn2.cli.command import Command
+from hgrn2.cli.command import ARGUMENTS, Command
 from hgrn2.cli.config_file import read_toml
+from hgrn2.cli.end_of_run import show_end
 from hgrn2.cli.key_values import parse_key_values
 from hgrn2.cli.model_config import model_config
 from hgrn2.cli.parsing import Texts
+from hgrn2.cli.processes import choose_processes, main_first
 from hgrn2.data.progress import announce
 from hgrn2.data.settings import data_settings, prepare_data
 from hgrn2.data.tokenizer import Tokenizer
@@ -25,7 +27,9 @@ from hgrn2.storage.staging import check_writable_folder
 from hgrn2.tasks.distillation import DistillationOptions, check_teacher
 from hgrn2.tasks.registry import option_names
 from hgrn2.train.config import BUDGETS, TrainConfig
+from hgrn2.train.distributed import joined, launch
 from hgrn2.train.freezing import COPIED
+from hgrn2.train.parallel import Parallel
 from hgrn2.train.run_data import open_prepared
 from hgrn2.train.settings import RunSettings
 from hgrn2.train.start import Start
@@ -64,6 +68,7 @@ def train(
     config: Path | None = None,
     resume: Path | None = None,
     compressors: bool = False,
+    processes: int | None = None,
     settings: Annotated[TrainFlags, tyro.conf.OmitArgPrefixes] = TrainFlags(),
 ) -> int:
     """Train a model, by default a language model on text.
@@ -88,47 +93,76 @@ def train(
         resume: A run folder, or one of its checkpoints, to continue; training flags change its settings, --prepared or
             --data name the new place of its data.
         compressors: At the end, compare with gzip -9 and xz -9 on the held-out text.
+        processes: Processes on this machine, each with its own GPU, or with --device cpu (default: one per GPU).
         settings: Training settings.
     """
     given = {name: getattr(settings, name) for name in settings.given}
+    num_processes = choose_processes(processes, given, config, resume)
+    if num_processes > 1:
+        return launch(ARGUMENTS.get(), num_processes)
     task_options = parse_key_values(task_set, "--task-set", "an option of the task")
     # --out cannot be combined with --resume, even if it names the default
     named_out, out = out, _RUN if out is None else out
     # flags that only tasks on text accept
     of_text = {"data": data, "validation": validation, "text-field": text_field, "tokenizer": tokenizer,
                "prepared": prepared, "rebuild": rebuild, "compressors": compressors}  # fmt: skip
-    if resume is not None:
-        own = {"validation": validation, "text-field": text_field, "tokenizer": tokenizer, "rebuild": rebuild,
-               "model": model, "from": from_, "set": set, "task": task, "config": config, "out": named_out}  # fmt: skip
-        if others := [f"--{name}" for name, value in own.items() if value]:
-            raise UserError(
-                f"--resume continues with the run's own data, task and model; drop {' and '.join(others)}",
-                "contradiction",
-            )
-        run = _resume(resume, given, task_options, of_text)
-    else:
-        file = read_toml(config)
-        start = None if from_ is None else Start.open(from_)
-        if start is not None:
-            if model is not None or "preset" in file["model"]:
+    with joined() as parallel:
+        if resume is not None:
+            own = {
+                "validation": validation, "text-field": text_field, "tokenizer": tokenizer, "rebuild": rebuild,
+                "model": model, "from": from_, "set": set, "task": task, "config": config, "out": named_out,
+            }  # fmt: skip
+            if others := [f"--{name}" for name, value in own.items() if value]:
                 raise UserError(
-                    "--from brings its own model; drop --model, and preset from the configuration file", "contradiction"
+                    f"--resume continues with the run's own data, task and model; drop {' and '.join(others)}",
+                    "contradiction",
                 )
-            model = str(start.model.path)
-        of_text, task_options = _split_data_flags(_task_name(file, task), of_text, task_options)
-        run_settings, has_budget = _settings(file, given, task, task_options)
-        if run_settings.train.freeze == COPIED and start is None:
-            raise UserError("--freeze copied: nothing is copied without --from; name a folder with it", "contradiction")
-        _check_model_settings(set, run_settings.task)
-        configure = functools.partial(model_config, model, file["model"], set)
-        if not run_settings.task.reads_text:
-            settings_of_model = file["model"] | parse_key_values(set, "--set", "a setting of a model")
-            configure = functools.partial(_task_model, run_settings, model, settings_of_model, configure)
-        begin = _start_text if run_settings.task.reads_text else _start_task
-        run = begin(out, run_settings, configure, start, of_text, file["data"], has_budget)
-    _show_end(run)
+            run = _resume(resume, given, task_options, of_text, parallel)
+        else:
+            file = read_toml(config)
+            start = None if from_ is None else Start.open(from_)
+            if start is not None:
+                if model is not None or "preset" in file["model"]:
+                    raise UserError(
+                        "--from brings its own model; drop --model, and preset from the configuration file",
+                        "contradiction",
+                    )
+                model = str(start.model.path)
+            of_text, task_options = _split_data_flags(_task_name(file, task), of_text, task_options)
+            run_settings, has_budget = _settings(file, given, task, task_options)
+            if run_settings.train.freeze == COPIED and start is None:
+                raise UserError(
+                    "--freeze copied: nothing is copied without --from; name a folder with it", "contradiction"
+                )
+            _check_model_settings(set, run_settings.task)
+            configure = functools.partial(model_config, model, file["model"], set)
+            if not run_settings.task.reads_text:
+                settings_of_model = file["model"] | parse_key_values(set, "--set", "a setting of a model")
+                configure = functools.partial(_task_model, run_settings, model, settings_of_model, configure)
+            begin = _start_text if run_settings.task.reads_text else _start_task
+            origin = _Origin(start, of_text, file["data"], has_budget)
+            run = begin(out, run_settings, configure, origin, parallel)
+        if parallel.is_main:
+            show_end(run)
     stopped_by = run.result.stopped_by
     return 128 + int(signal.Signals[stopped_by]) if stopped_by else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where a new run begins.
+
+    Attributes:
+        start: the model to take the weights from, or None.
+        flags: flags that only tasks on text accept.
+        file: table [data] of the configuration file.
+        has_budget: whether a budget is named.
+    """
+
+    start: Start | None
+    flags: Mapping[str, Any]
+    file: Mapping[str, Any]
+    has_budget: bool
 
 
 def _check_model_settings(words: Sequence[str], task: type[Any]) -> None:
@@ -162,7 +196,13 @@ def _settings(
     return RunSettings.from_flat(flat, task, options | dict(task_options)), has_budget
 
 
-def _resume(path: Path, given: Mapping[str, Any], options: Mapping[str, Any], of_text: Mapping[str, Any]) -> Any:
+def _resume(
+    path: Path,
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+    of_text: Mapping[str, Any],
+    parallel: Parallel,
+) -> Any:
     from hgrn2.data.find_tokenizer import tokenizer_of
     from hgrn2.formats.run_folder import read_config, resume_point
     from hgrn2.tasks import find_task
@@ -174,27 +214,27 @@ def _resume(path: Path, given: Mapping[str, Any], options: Mapping[str, Any], of
     if name is not None and not find_task(str(name)).reads_text:
         of_text, options = _split_data_flags(str(name), of_text, options)
         _refuse_text_flags(str(name), of_text)
-        return resume_task_run(path, changes=given, task_changes=options)
-    data = open_prepared(path, of_text["prepared"], of_text["data"])
+        return resume_task_run(path, changes=given, task_changes=options, parallel=parallel)
+    data = main_first(parallel, lambda: open_prepared(path, of_text["prepared"], of_text["data"]))
     # the run's own tokenizer has the start and end tokens of the model
     sampler = _make_sampler(tokenizer_of(run_dir) or data.tokenizer)
     return resume_language_run(
-        path, data, changes=given, task_changes=options, sampler=sampler, compressors=of_text["compressors"]
-    )
+        path, data, changes=given, task_changes=options, sampler=sampler, compressors=of_text["compressors"],
+        parallel=parallel,
+    )  # fmt: skip
 
 
 def _start_text(
     out: Path,
     settings: RunSettings,
     configure: Any,
-    start: Start | None,
-    flags: Mapping[str, Any],
-    file: Mapping[str, Any],
-    has_budget: bool,
+    origin: _Origin,
+    parallel: Parallel,
 ) -> Any:
     """Prepare the text and train."""
     from hgrn2.train.runs import start_language_run
 
+    start, flags, file = origin.start, origin.flags, origin.file
     defaults = {} if start is None else start.data_defaults(flags["data"] or file.get("data", ()))
     prepared = None if flags["prepared"] is None else str(flags["prepared"])
     sources = data_settings(
@@ -205,23 +245,26 @@ def _start_text(
     configure(None)
     if isinstance(settings.options, DistillationOptions):
         check_teacher(settings.options)
-    _check_place(out, settings)
+    parallel.on_main(lambda: _check_place(out, settings))
 
     def check_tokenizer(found: Tokenizer) -> None:
         found.check_fits(configure(found.vocab_size).vocab_size)
         if start is not None:
             start.check_tokens(found)
 
-    data, kept = prepare_data(sources, out, flags["rebuild"], check_tokenizer)
+    # the others reuse what the main rank has prepared
+    data, kept = main_first(
+        parallel, lambda: prepare_data(sources, out, flags["rebuild"] and parallel.is_main, check_tokenizer)
+    )
     # already prepared tokens may come from any tokenizer
     check_tokenizer(data.tokenizer)
     if start is not None:
         data = start.own_tokenizer(data)
-    _announce_budget(has_budget)
+    _announce_budget(origin.has_budget)
     return start_language_run(
         out, configure(data.tokenizer.vocab_size), settings, data, data_settings=kept,
         start=None if start is None else start.model, sampler=_make_sampler(data.tokenizer),
-        compressors=flags["compressors"],
+        compressors=flags["compressors"], parallel=parallel,
     )  # fmt: skip
 
 
@@ -284,21 +327,20 @@ def _start_task(
     out: Path,
     settings: RunSettings,
     configure: Any,
-    start: Start | None,
-    flags: Mapping[str, Any],
-    file: Mapping[str, Any],
-    has_budget: bool,
+    origin: _Origin,
+    parallel: Parallel,
 ) -> Any:
     """Train on a task that reads no prepared text."""
     from hgrn2.train.runs import start_task_run
 
-    _refuse_text_flags(settings.task.name, flags)
-    if file:
+    start = origin.start
+    _refuse_text_flags(settings.task.name, origin.flags)
+    if origin.file:
         raise UserError(f"task {settings.task.name!r} reads no text; drop [data] from the file", "contradiction")
     model = configure()
-    _check_place(out, settings)
-    _announce_budget(has_budget)
-    return start_task_run(out, model, settings, start=None if start is None else start.model)
+    parallel.on_main(lambda: _check_place(out, settings))
+    _announce_budget(origin.has_budget)
+    return start_task_run(out, model, settings, start=None if start is None else start.model, parallel=parallel)
 
 
 def _check_place(out: Path, settings: RunSettings) -> None:
@@ -331,58 +373,6 @@ def _make_sampler(tokenizer: Any) -> Any:
     return sampler
 
 
-def _show_end(run: Any) -> None:
-    """Print what a run has reached, and where to look; the last line is the report's path."""
-    from hgrn2.train.hints import generate_command
-    from hgrn2.train.report.facts import RunFacts
-
-    result = run.result
-    # if the run had already ended, a note was shown
-    if result.stopped_by is None and (run.pictures or not result.had_ended):
-        facts = RunFacts.read(result.run_dir)
-        record = result.last_validation
-        if record:
-            print(_describe_validation(record, result.metric))
-        if facts.compressors:
-            _show_compressors(facts, record)
-        for path in run.pictures:
-            print(f"picture  {path}")
-        if facts.reads_text:
-            print(f"write with it:  {generate_command(result.run_dir, facts.prompt)}")
-    if run.report is not None:
-        print(f"report   {run.report}")
-
-
-def _describe_validation(record: Mapping[str, Any], metric: str) -> str:
-    if "val_perplexity" not in record:
-        other = "" if metric == "val_loss" else f", {metric} {record[metric]:.4f}"
-        return f"held-out data: loss {record['val_loss']:.4f}{other}"
-    bits, unit = _bits(record), "bits per byte"
-    bits = f"{unit} {bits}" if record["val_bits_per_byte"] is None else f"{bits} {unit}"
-    perplexity = record["val_perplexity"]
-    shown = "infinite" if perplexity is None else f"{perplexity:.2f} per token"
-    return f"held-out text: {bits}, perplexity {shown}"
-
-
-def _bits(record: Mapping[str, Any]) -> str:
-    bits = record["val_bits_per_byte"]
-    return "n/a (the tokenizer does not keep the whole text)" if bits is None else f"{bits:.3f}"
-
-
-def _show_compressors(facts: Any, record: dict[str, Any] | None) -> None:
-    from hgrn2.train.hints import compressor_caveat
-
-    held_out = facts.compressed_bytes
-    print(f"bits per byte on the same {held_out:,} held-out bytes:")
-    if record:
-        part = record["val_text_bytes"]
-        note = "" if part == held_out else f"   (on {part:,} of them; raise --validation-tokens for all)"
-        print(f"  this model  {_bits(record)}{note}")
-    for name, bits in facts.compressors.items():
-        print(f"  {name:<10}  {bits:.3f}")
-    print(f"  {compressor_caveat(facts.num_training_bytes, facts.num_parameters)}")
-
-
 COMMAND = Command(
     "train",
     train,
@@ -391,7 +381,7 @@ COMMAND = Command(
     common=(
         "data", "validation", "tokenizer", "model", "from_", "set", "task", "task_set", "out", "config", "resume",
         "max_steps", "max_tokens", "max_time_s", "batch_size", "seq_len", "grad_accumulation", "learning_rate",
-        "precision", "device", "seed", "validation_every", "checkpoint_every", "sample_every",
+        "precision", "device", "processes", "seed", "validation_every", "checkpoint_every", "sample_every",
     ),
     aliases=("fit", "run", "pretrain", "finetune", "fine-tune", "resume", "start"),
     needs_output=True,

@@ -56,12 +56,14 @@ class TaskContext:
     """Batch size, seed, device and data that a task is built with.
 
     Attributes:
-        batch_size: number of examples per batch.
+        batch_size: number of examples per batch, of this process.
         seed: seed of the data order.
         device: the device of the model.
         model_config: configuration of the model; None if the task builds its own.
         data: a `hgrn2.data.prepared.PreparedData` for tasks that read text, otherwise None.
         sampler: generates text samples; None means no samples.
+        rank: number of the process that trains on these batches, 0 <= rank < num_ranks.
+        num_ranks: number of processes that train together.
     """
 
     batch_size: int = 1
@@ -70,6 +72,8 @@ class TaskContext:
     model_config: Any = None
     data: Any = None
     sampler: Sampler | None = None
+    rank: int = 0
+    num_ranks: int = 1
 
 
 class ReportFigure(NamedTuple):
@@ -129,6 +133,9 @@ class Task(Protocol):
     """Whether it trains on prepared text, passed as `TaskContext.data`."""
     report: ClassVar[TaskReport]
     """How a report describes it."""
+    splits_batches: ClassVar[bool]
+    """Whether it reads only its own part if several processes train together (`TaskContext.rank`). Otherwise every
+    process makes the batches of all and keeps its own."""
 
     @classmethod
     def build(cls, options: Any, context: TaskContext) -> Self:
@@ -229,6 +236,7 @@ class TaskBase:
 
     reads_text: ClassVar[bool] = False
     report: ClassVar[TaskReport] = TaskReport()
+    splits_batches: ClassVar[bool] = False
     carries_state: Any = False
 
     @classmethod

@@ -79,6 +79,7 @@ class LanguageTask(TaskBase):
     Options = LanguageOptions
     metric = Metric("val_loss")
     reads_text = True
+    splits_batches = True
     report = TaskReport(
         model="A language model",
         unit="nats per token",
@@ -91,7 +92,10 @@ class LanguageTask(TaskBase):
     def __init__(self, options: LanguageOptions, context: TaskContext) -> None:
         train, validation = context.data.train, context.data.validation
         batches = StreamBatches if options.stream else PackedBatches
-        self._batches = batches(train, context.batch_size, options.seq_len, seed=context.seed)
+        self._batches = batches(
+            train, context.batch_size, options.seq_len, seed=context.seed, rank=context.rank,
+            world_size=context.num_ranks,
+        )  # fmt: skip
         self._held_out = sequential_windows(
             validation, options.seq_len, context.batch_size, max_tokens=options.validation_tokens
         )

@@ -84,6 +84,7 @@ class SyntheticTask(TaskBase):
     name: ClassVar[str]
     Options: ClassVar[type[SyntheticOptions]]
     metric = Metric("val_accuracy", higher_is_better=True)
+    splits_batches = True
     report = TaskReport(
         figures=(
             ReportFigure("val_accuracy", "accuracy", ".1%", _ACCURACY, ".2%"),
@@ -123,8 +124,9 @@ class SyntheticTask(TaskBase):
 
     def next_batch(self) -> SyntheticBatch | RowsBatch:
         """Return the next batch: rows of a fixed set on a GPU, otherwise examples on the CPU."""
-        start, size = self._position, self._context.batch_size
-        self._position += size
+        size, context = self._context.batch_size, self._context
+        start = self._position + context.rank * size
+        self._position += size * context.num_ranks
         is_on_gpu = self._context.device.type == "cuda"
         if is_on_gpu and self._options.training_examples:
             return self._train.rows(start, size, self._context.device)

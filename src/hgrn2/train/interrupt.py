@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -28,9 +29,14 @@ class StopRequest:
 
     An ignored SIGHUP, as under nohup, stays ignored. Outside the main thread, where Python handles no signals,
     `signal_name` is that of the first `request_stop`.
+
+    Args:
+        repeat_s: seconds after the first signal within which a further one counts as the same request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeat_s: float = 0.0) -> None:
+        self._repeat_s = repeat_s
+        self._first_s = 0.0
         self._own_name: str | None = None
         self._is_main = threading.current_thread() is threading.main_thread()
         self._previous: dict[int, Any] = {}
@@ -58,6 +64,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._own_name is None:
             self._own_name = signal.Signals(number).name
+            self._first_s = time.monotonic()
         # a closing terminal sends SIGHUP more than once: only the first counts
-        elif number != _SIGHUP:
+        elif number != _SIGHUP and time.monotonic() - self._first_s >= self._repeat_s:
             raise KeyboardInterrupt

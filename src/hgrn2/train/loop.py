@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ class Trainer:
         self._launched: list[LaunchedStep] = []
         self._returning: list[LaunchedStep] = []
         self._log = StepLog(self._device)
+        # of any rank
+        self._signal_name: str | None = None
 
     def run(self) -> TrainResult:
         """Train until the budget is used up or a signal asks to stop.
@@ -110,7 +112,7 @@ class Trainer:
             if self._has_ended():
                 return self._result(finished=True, had_ended=True)
             with (
-                StopRequest() as stop,
+                StopRequest(self.parallel.signal_repeat_s) as stop,
                 self._open_metrics() as metrics,
                 self.display,
             ):
@@ -141,7 +143,7 @@ class Trainer:
                 "not-finite",
             ) from error
         # a signal after the last step has not stopped anything
-        return self._result(finished, stop.signal_name)
+        return self._result(finished, self._signal_name)
 
     def _open_metrics(self) -> MetricsWriter | SilentMetrics:
         writer = self.parallel.on_main(
@@ -196,11 +198,11 @@ class Trainer:
         self._progress_at_start, self._session_started_s = self._progress(), time.monotonic()
         self._stepper.begin()
         finished = self._progress() >= 1.0
-        signal_name = self.parallel.first_of(stop.signal_name)
+        self._signal_name = signal_name = self.parallel.first_of(stop.signal_name)
         while not finished and signal_name is None:
             self._step(metrics)
             finished = self._progress() >= 1.0
-            signal_name = self.parallel.first_of(stop.signal_name)
+            self._signal_name = signal_name = self.parallel.first_of(stop.signal_name)
             if finished or signal_name or self._is_evaluated_or_saved(counters.step):
                 self._finish_steps(metrics)
             new_best = (finished or _due(counters.step, config.validation_every)) and self._validate(metrics)
@@ -300,6 +302,8 @@ class Trainer:
         # the first compiles kernels
         with exclusive() if self._counters.validated_step < 0 else nullcontext(), self._evaluation_mode():
             figures = self.task.evaluate(self.model)
+        # ranks must agree on what follows from them
+        figures = self.parallel.from_main(figures)
         try:
             check_figures(self.task, figures)
         except UserError:
@@ -348,14 +352,22 @@ class Trainer:
         # the records up to this step must be on the disk before the checkpoint that relies on them
         metrics.sync()
         counters.elapsed_s = time.monotonic() - self._started_s
-        self.parallel.save(self._store, **self._state.collect(counters, metrics.num_records))
+        parts = self._state.collect(counters, metrics.num_records)
+        if self.task.carries_state:
+            parts["task"] = self.parallel.join_streams(parts["task"])
+        self.parallel.save(self._store, **parts)
         self._saved_step = counters.step
+        self.parallel.advise(f"; resume from step {counters.step} with: hgrn2 train --resume {self.run_dir}")
 
     def _restore(self) -> None:
         if self.resume_from is None:
-            seed_everything(self.config.seed)
+            seed_everything(self.parallel.own_seed(self.config.seed))
             return
-        restored = self._state.restore(self.parallel.load(self.resume_from))
+        saved = self.parallel.load(self.resume_from)
+        if self.task.carries_state:
+            saved = replace(saved, task=self.parallel.own_streams(saved.task))
+        restored = self._state.restore(saved)
+        self.parallel.advise(f"; resume with: hgrn2 train --resume {self.run_dir}")
         self._counters, self._saved_records = restored.counters, restored.num_records
         self._saved_step = self._counters.step
         for line in restored.notes:

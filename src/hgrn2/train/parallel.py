@@ -1,7 +1,7 @@
 """Protocol of training in several processes: the only place where they share counts, losses, norms and files.
 
 `Trainer` and `start_run` call it wherever several ranks must agree or only one may act. In a single process, every
-method is the identity, communicates nothing and never waits for the device.
+method is the identity, communicates nothing and never waits for the device. `hgrn2.train.distributed` has the others.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from hgrn2.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
@@ -22,6 +23,24 @@ class Parallel(Protocol):
 
     is_main: bool
     """Whether this rank writes files and shows progress."""
+    rank: int
+    """Number of this rank, 0 <= rank < num_ranks."""
+    num_ranks: int
+    """Number of ranks, each of which computes its part of every batch."""
+    signal_repeat_s: float
+    """Seconds within which a further signal counts as the same request: launchers pass signals on."""
+
+    def device(self, device: torch.device) -> torch.device:
+        """Return the device of this rank; of several GPUs, its own."""
+        ...
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Check that facts, such as settings and versions, are the same on all ranks.
+
+        Raises:
+            UserError: they are not.
+        """
+        ...
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Return the model wrapped or sharded; called after its blocks are compiled, before the optimizer is made."""
@@ -75,11 +94,41 @@ class Parallel(Protocol):
         """Read a checkpoint written by any number of ranks."""
         ...
 
+    def own_seed(self, seed: int) -> int:
+        """Return the seed of the random numbers that ranks draw for their own parts of a batch, such as dropout."""
+        ...
+
+    def join_streams(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the states carried by the streams of all ranks, in the order of one process; {} on other ranks.
+
+        Args:
+            tensors: tensors of this rank, with an axis of streams first.
+        """
+        ...
+
+    def own_streams(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's part of the states carried by all streams; inverts `join_streams`."""
+        ...
+
+    def advise(self, advice: str) -> None:
+        """Set the end of the message that is shown if a rank ends before the others, such as how to resume."""
+        ...
+
 
 class OneProcess:
     """Training in a single process, with nothing to share."""
 
     is_main = True
+    rank = 0
+    num_ranks = 1
+    signal_repeat_s = 0.0
+
+    def device(self, device: torch.device) -> torch.device:
+        """Return the device."""
+        return device
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Do nothing."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Return the model."""
@@ -121,6 +170,21 @@ class OneProcess:
     def load(self, path: Path) -> Checkpoint:
         """Read the checkpoint."""
         return load_checkpoint(path)
+
+    def own_seed(self, seed: int) -> int:
+        """Return the seed."""
+        return seed
+
+    def join_streams(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors."""
+        return dict(tensors)
+
+    def own_streams(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors."""
+        return dict(tensors)
+
+    def advise(self, advice: str) -> None:
+        """Do nothing."""
 
 
 ONE_PROCESS = OneProcess()

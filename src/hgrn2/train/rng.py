@@ -56,6 +56,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(torch.from_numpy(_decode(encoded, np.uint8)), index)
 
 
+def rng_state_of_seed(seed: int) -> dict[str, Any]:
+    """Return the state of every generator after `seed_everything(seed)`; the generators stay as they are."""
+    with exclusive():
+        before = rng_state()
+        seed_everything(seed)
+        try:
+            return rng_state()
+        finally:
+            set_rng_state(before)
+
+
 @contextmanager
 def shielded_rng(seed: int) -> Iterator[None]:
     """Seed the generators for the block and restore them afterwards, so that training is not affected."""

@@ -24,6 +24,7 @@ from hgrn2.train.config import TrainConfig
 from hgrn2.train.counters import describe_end
 from hgrn2.train.display import Display, make_display
 from hgrn2.train.ending import Ending, EndStep
+from hgrn2.train.environment import describe_environment
 from hgrn2.train.exclusive import exclusive
 from hgrn2.train.freezing import frozen_names
 from hgrn2.train.gates import GATES_NAME
@@ -172,7 +173,7 @@ def resume_run(
         # a killed process may have left the newest checkpoint under its temporary name
         parallel.on_main(CheckpointStore(run_dir, 1).remove_leftovers)
         # look again: before the lock, another process may have written and removed checkpoints
-        _, checkpoint = resume_point(path)
+        checkpoint = parallel.from_main(resume_point(path)[1])
         spec = spec_of(SavedRun.read(run_dir, checkpoint))
         return _Parts.build(spec, parallel).run(run_dir, spec.config(run_dir), checkpoint, display, check_lock)
 
@@ -221,7 +222,8 @@ class _Parts:
     @classmethod
     def build(cls, spec: RunSpec, parallel: Parallel) -> _Parts:
         config = spec.settings.train
-        device = choose_device(config.device)
+        device = parallel.device(choose_device(config.device))
+        parallel.check_same(_facts(spec, device))
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         task = spec.build_task(device)
@@ -237,6 +239,8 @@ class _Parts:
             with warming_up(None if spec.build_shallow is None else shallow, task, config, device):
                 model: Any = spec.build_model(device)
         model = _with_settings(model, task, config)
+        if parallel.num_ranks > 1:
+            _check_shared(model, task, config)
         model = parallel.prepare(model)
         return cls(spec, model, task, frozen_names(model, config.freeze), device, parallel)
 
@@ -329,6 +333,34 @@ def _with_settings(model: Any, task: Task, config: TrainConfig) -> Any:
             raise UserError(f"compile: the model of task {task.name!r} cannot be compiled; leave it out", "unsupported")
         backbone.compile_blocks()
     return model
+
+
+def _facts(spec: RunSpec, device: torch.device) -> dict[str, Any]:
+    """Return what must be the same on all ranks, as JSON values."""
+    environment = describe_environment(device)
+    data = spec.saved.get("data") or {}
+    return {
+        **spec.settings.to_saved(Path()),
+        "model": spec.saved.get("model"),
+        # places may differ between machines
+        "data": {"fingerprints": data.get("fingerprints")},
+        "versions": {name: environment[name] for name in ("torch", "hgrn2")},
+        "device": device.type,
+    }
+
+
+def _check_shared(model: Any, task: Task, config: TrainConfig) -> None:
+    """Raise UserError for settings that several processes cannot have."""
+    if config.cuda_graph:
+        raise UserError("cuda_graph cannot be used with several processes; leave it out", "unsupported")
+    if task.carries_state and hasattr(model, "state_spec"):
+        growing = {name for specs in model.state_spec() for name, spec in specs.items() if spec.grows}
+        if growing:
+            raise UserError(
+                f"stream: states that grow ({', '.join(sorted(growing))}) cannot be shared among processes; train in "
+                "one process, or without attention layers",
+                "unsupported",
+            )
 
 
 def _is_drawn(run_dir: Path) -> bool:

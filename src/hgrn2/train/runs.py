@@ -12,6 +12,7 @@ from hgrn2.formats.opening import ModelFolder
 from hgrn2.models import HGRN2Config
 from hgrn2.tasks.base import Sampler
 from hgrn2.train.display import Display
+from hgrn2.train.parallel import ONE_PROCESS, Parallel
 from hgrn2.train.run import Run, RunSpec, SavedRun, resume_run, start_run
 from hgrn2.train.settings import RunSettings
 from hgrn2.train.specs import (
@@ -35,6 +36,7 @@ def start_language_run(
     sampler: Sampler | None = None,
     display: Display | None = None,
     compressors: bool = False,
+    parallel: Parallel = ONE_PROCESS,
 ) -> Run:
     """Train a language model, from new weights or from those of another model.
 
@@ -49,6 +51,7 @@ def start_language_run(
         sampler: writes text samples from the model and a prompt; None writes none.
         display: shows progress; None means standard error.
         compressors: record how gzip and xz compress the held-out text at the end.
+        parallel: the ranks that train together, from `hgrn2.train.distributed.joined`.
 
     Raises:
         UserError: settings contradict each other or the data (nothing is written), or training fails (`Trainer.run`).
@@ -57,9 +60,10 @@ def start_language_run(
         settings = RunSettings.from_flat(settings)
     kept = saved_data_settings(data_settings, data, run_dir) | {"fingerprints": fingerprints(data)}
     spec = text_spec(
-        settings.resolved(), model_config, data, kept, sampler=sampler, start=start, compressors=compressors
-    )
-    return start_run(run_dir, spec, display)
+        settings.resolved(), model_config, data, kept, sampler=sampler, start=start, compressors=compressors,
+        parallel=parallel,
+    )  # fmt: skip
+    return start_run(run_dir, spec, display, parallel)
 
 
 def resume_language_run(
@@ -71,6 +75,7 @@ def resume_language_run(
     sampler: Sampler | None = None,
     display: Display | None = None,
     compressors: bool = False,
+    parallel: Parallel = ONE_PROCESS,
 ) -> Run:
     """Resume a run on text; on the CPU its losses are bit-identical to those of an uninterrupted run.
 
@@ -82,13 +87,14 @@ def resume_language_run(
         sampler: writes text samples from the model and a prompt; None writes none.
         display: shows progress; None means standard error.
         compressors: record how gzip and xz compress the held-out text at the end.
+        parallel: the ranks that train together, from `hgrn2.train.distributed.joined`.
 
     Raises:
         UserError: there is no run, its checkpoint is damaged, data or model do not match, or training fails
             (`Trainer.run`).
     """
-    spec_of = saved_text_spec(data, changes or {}, task_changes or {}, sampler, compressors)
-    return resume_run(path, spec_of, display)
+    spec_of = saved_text_spec(data, changes or {}, task_changes or {}, sampler, compressors, parallel)
+    return resume_run(path, spec_of, display, parallel)
 
 
 def saved_text_spec(
@@ -97,6 +103,7 @@ def saved_text_spec(
     task_changes: Mapping[str, Any] | None = None,
     sampler: Sampler | None = None,
     compressors: bool = False,
+    parallel: Parallel = ONE_PROCESS,
 ) -> Callable[[SavedRun], RunSpec]:
     """Return a function from a saved run on text to its specification.
 
@@ -106,6 +113,7 @@ def saved_text_spec(
         task_changes: options of the task to change.
         sampler: writes text samples from the model and a prompt; None writes none.
         compressors: record how gzip and xz compress the held-out text at the end.
+        parallel: the ranks that train together, from `hgrn2.train.distributed.joined`.
     """
 
     def spec_of(run: SavedRun) -> RunSpec:
@@ -117,7 +125,9 @@ def saved_text_spec(
         model_config = saved_model_config(run)
         kept = saved_data_settings(run.config["data"], data, run.run_dir)
         settings = run.settings.replaced(changes or {}, task_changes or {})
-        return text_spec(settings, model_config, data, kept, sampler=sampler, compressors=compressors)
+        return text_spec(
+            settings, model_config, data, kept, sampler=sampler, compressors=compressors, parallel=parallel
+        )
 
     return spec_of
 
@@ -129,9 +139,11 @@ def start_task_run(
     *,
     start: ModelFolder | None = None,
     display: Display | None = None,
+    parallel: Parallel = ONE_PROCESS,
 ) -> Run:
     """Train a new model on a task that reads no prepared text; arguments as for `start_language_run`."""
-    return start_run(run_dir, task_spec(settings.resolved(), model_config, start=start), display)
+    spec = task_spec(settings.resolved(), model_config, start=start, parallel=parallel)
+    return start_run(run_dir, spec, display, parallel)
 
 
 def resume_task_run(
@@ -140,22 +152,27 @@ def resume_task_run(
     changes: Mapping[str, Any] | None = None,
     task_changes: Mapping[str, Any] | None = None,
     display: Display | None = None,
+    parallel: Parallel = ONE_PROCESS,
 ) -> Run:
     """Resume a run of a task that generates its data; arguments as for `resume_language_run`."""
-    return resume_run(path, saved_task_spec(changes, task_changes), display)
+    return resume_run(path, saved_task_spec(changes, task_changes, parallel), display, parallel)
 
 
 def saved_task_spec(
-    changes: Mapping[str, Any] | None = None, task_changes: Mapping[str, Any] | None = None
+    changes: Mapping[str, Any] | None = None,
+    task_changes: Mapping[str, Any] | None = None,
+    parallel: Parallel = ONE_PROCESS,
 ) -> Callable[[SavedRun], RunSpec]:
     """Return a function from a saved run without text to its specification.
 
     Args:
         changes: flat settings to change.
         task_changes: options of the task to change.
+        parallel: the ranks that train together.
     """
 
     def spec_of(run: SavedRun) -> RunSpec:
-        return task_spec(run.settings.replaced(changes or {}, task_changes or {}), saved_model_config(run))
+        settings = run.settings.replaced(changes or {}, task_changes or {})
+        return task_spec(settings, saved_model_config(run), parallel=parallel)
 
     return spec_of

@@ -20,6 +20,7 @@ from hgrn2.models import HGRN2Config
 from hgrn2.tasks.base import Sampler, TaskContext
 from hgrn2.train.ending import compressors_step, gates_step
 from hgrn2.train.hints import first_words
+from hgrn2.train.parallel import ONE_PROCESS, Parallel
 from hgrn2.train.places import to_saved_path
 from hgrn2.train.run import RunSpec, SavedRun
 from hgrn2.train.settings import RunSettings
@@ -33,6 +34,7 @@ def task_spec(
     data: PreparedData | None = None,
     sampler: Sampler | None = None,
     start: ModelFolder | None = None,
+    parallel: Parallel = ONE_PROCESS,
 ) -> RunSpec:
     """Return the specification of a run.
 
@@ -42,11 +44,19 @@ def task_spec(
         data: prepared text, for tasks that read text.
         sampler: writes text samples from the model and a prompt; None writes none.
         start: a model to take the weights from; None initialises them.
+        parallel: the ranks that train together.
+
+    Raises:
+        UserError: the ranks cannot share a batch evenly.
     """
+    check_batch(settings.train.batch_size, parallel.num_ranks)
     task, options, train = settings.task, settings.options, settings.train
 
     def build_task(device: torch.device) -> Any:
-        context = TaskContext(train.batch_size, train.seed, device, model_config, data, sampler)
+        batch_size = train.batch_size // parallel.num_ranks
+        context = TaskContext(
+            batch_size, train.seed, device, model_config, data, sampler, parallel.rank, parallel.num_ranks
+        )
         return task.build(options, context)
 
     def build_model(device: torch.device) -> nn.Module:
@@ -71,6 +81,7 @@ def text_spec(
     sampler: Sampler | None = None,
     start: ModelFolder | None = None,
     compressors: bool = False,
+    parallel: Parallel = ONE_PROCESS,
 ) -> RunSpec:
     """Return the specification of a run on prepared text.
 
@@ -82,12 +93,14 @@ def text_spec(
         sampler: writes text samples from the model and a prompt; None writes none.
         start: a model to take the weights from; None initialises them.
         compressors: record how gzip and xz compress the held-out text at the end.
+        parallel: the ranks that train together.
 
     Raises:
-        UserError: the vocabulary of the model is smaller than the tokenizer's.
+        UserError: the vocabulary of the model is smaller than the tokenizer's, or the ranks cannot share a batch
+            evenly.
     """
     data.tokenizer.check_fits(model_config.vocab_size)
-    spec = task_spec(settings, model_config, data=data, sampler=sampler, start=start)
+    spec = task_spec(settings, model_config, data=data, sampler=sampler, start=start, parallel=parallel)
     prompt = getattr(settings.options, "sample_prompt", "")
     return replace(
         spec,
@@ -96,6 +109,21 @@ def text_spec(
         describe=partial(_describe_data, data=data, prompt=prompt),
         at_end=(gates_step(data), *([compressors_step(data)] if compressors else [])),
     )
+
+
+def check_batch(batch_size: int, num_ranks: int) -> None:
+    """Raise UserError if ranks cannot share a batch evenly.
+
+    Args:
+        batch_size: sequences in a forward pass of all ranks.
+        num_ranks: number of ranks.
+    """
+    if batch_size % num_ranks:
+        raise UserError(
+            f"batch_size {batch_size} is for all {num_ranks} processes together and does not divide by {num_ranks}; "
+            f"use {-(-batch_size // num_ranks) * num_ranks}, or another number of processes",
+            "contradiction",
+        )
 
 
 def saved_data_settings(settings: Mapping[str, Any], data: PreparedData, run_dir: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Stepper:
             The step; its `values` are None while the device may still be computing it.
         """
         started_s = time.monotonic()
-        batches = [self._task.next_batch() for _ in range(self._config.grad_accumulation)]
+        batches = [self._next_batch() for _ in range(self._config.grad_accumulation)]
         num_targets, num_tokens = self._parallel.sum_counts(
             self._count("num_targets", batches),
             self._count("num_tokens", batches),
@@ -117,6 +117,14 @@ class Stepper:
         elif values is None:
             launched.hold(copied)
         return launched
+
+    def _next_batch(self) -> Any:
+        """Return this rank's part of the next batch of all ranks."""
+        if self._parallel.num_ranks == 1 or self._task.splits_batches:
+            return self._task.next_batch()
+        # the same batches, in the same order, for any number of ranks
+        parts = [self._task.next_batch() for _ in range(self._parallel.num_ranks)]
+        return parts[self._parallel.rank]
 
     def _count(self, method: str, batches: Sequence[Any]) -> int:
         """Return the sum of `Task.num_tokens` or `Task.num_targets` over the batches of a step."""
