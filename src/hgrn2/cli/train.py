@@ -93,7 +93,7 @@ def train(
         resume: A run folder, or one of its checkpoints, to continue; training flags change its settings, --prepared or
             --data name the new place of its data.
         compressors: At the end, compare with gzip -9 and xz -9 on the held-out text.
-        processes: Processes on this machine, each with its own GPU, or with --device cpu (default: one per GPU).
+        processes: Processes on this machine (default: one per GPU).
         settings: Training settings.
     """
     given = {name: getattr(settings, name) for name in settings.given}
