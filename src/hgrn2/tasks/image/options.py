@@ -24,7 +24,9 @@ class ImageOptions(ClassificationOptions):
     validation_share: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of the images that is held out, if there are no validation images."""
     storage: Literal["auto", "memory", "stream"] = "auto"
-    """Decode all images at the start (memory), or every batch anew (stream); auto: memory up to 4 GiB. Idx and CIFAR files: memory."""
+    """Decode all images at the start (memory), or every batch anew (stream); auto: memory up to 4 GiB.
+
+    Idx and CIFAR files are always in memory."""
     workers: Annotated[int, Gt(0), Le(1024)] = 8
     """Threads that decode images."""
 

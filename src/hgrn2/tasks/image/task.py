@@ -101,7 +101,7 @@ class ImageTask(ClassificationTask):
             raise UserError(f"in_chans is {self._channels}; images have 1 or 3 channels", "unsupported")
         num_bytes = (len(train) + len(held_out)) * self._channels * self._size[0] * self._size[1]
         # idx and CIFAR files are in memory already
-        is_decoded = train.images is not None
+        is_decoded = train.images is not None or held_out.images is not None
         fits = options.storage == "memory" or (options.storage == "auto" and num_bytes <= _MEMORY_LIMIT)
         is_in_memory = is_decoded or fits
         if is_in_memory:
