@@ -36,7 +36,15 @@ def run(model, asked, *sizes, **options):
     return engine.generate(asked), engine
 
 
-@pytest.mark.parametrize("name", ["fla", "wide", "full-attention", "mamba", "griffin-hybrid"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fla",
+        "wide",
+        "full-attention",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mamba", "griffin-hybrid")),
+    ],
+)
 def test_logits_do_not_depend_on_the_batch_the_chunks_or_the_cache(name):
     model = model_of(name)
     alone = [run(model, [request], 1, 1)[0][0] for request in requests()]
