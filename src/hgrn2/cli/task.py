@@ -31,9 +31,9 @@ def task(
     task_set: Texts = (),
     set: Texts = (),
 ) -> None:
-    """Show a synthetic task or one of Long Range Arena: its distribution, its options, and samples.
+    """Show a task, its distribution and options, and samples of it.
 
-    In a sample of a synthetic task, the line below the tokens holds the targets, with "." where none counts. Samples of
+    These are the synthetic tasks and those of Long Range Arena. In a sample of a synthetic task, the line below the tokens holds the targets, with "." where none counts. Samples of
     images are written to NAME.png in the current folder.
 
     Args:
