@@ -33,8 +33,9 @@ def task(
 ) -> None:
     """Show a task, its distribution and options, and samples of it.
 
-    These are the synthetic tasks and those of Long Range Arena. In a sample of a synthetic task, the line below the tokens holds the targets, with "." where none counts. Samples of
-    images are written to NAME.png in the current folder.
+    These are the synthetic tasks and those of Long Range Arena. In a sample of a synthetic task, the line below the
+    tokens holds the targets, with "." where none counts. Samples of images are written to NAME.png in the current
+    folder.
 
     Args:
         name: A task; without one, all are listed.
