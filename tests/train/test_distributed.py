@@ -80,7 +80,8 @@ ERRORS = {"muon": 1e-4}
 
 
 def assert_same_curve(found, wanted, error=1e-6):
-    norm_error = 10 * error
+    # the loss hardly changes where the norm of its gradient does
+    norm_error = 100 * error
     assert len(found) == len(wanted) > 6
     for one, other in zip(found, wanted, strict=True):
         assert one[:2] == other[:2]
@@ -88,6 +89,7 @@ def assert_same_curve(found, wanted, error=1e-6):
             assert one[i] == (pytest.approx(other[i], rel=tolerance, abs=tolerance) if other[i] else other[i])
 
 
+# the settings of runs, and on several processes only
 RUNS = {
     "packed": (text_run, {"grad_accumulation": 2}),
     "stream": (text_run, {"stream": True}),
@@ -95,6 +97,41 @@ RUNS = {
     "muon": (text_run, {"optimizer": "muon"}),
     "parity": (task_run, {}),
 }
+
+
+SHARDED = {
+    "sharded": {"grad_accumulation": 2},
+    "kept": {"reshard": False, "activation_checkpointing": True},
+    "muon": {"optimizer": "muon"},
+    "low": {"precision": "bfloat16"},
+}
+
+
+def test_split_weights_give_the_losses_of_one_process(processes, data_dir, tmp_path):
+    def calls(place, last=None, **also):
+        found = []
+        for name, settings in SHARDED.items():
+            if last is None:
+                found.append((text_run, (place / name, data_dir, settings | also), {"tie_word_embeddings": True}))
+            else:
+                found.append((text_run, (place / name, data_dir, {"max_steps": last}), {"resume": place / name}))
+        return found
+
+    (tmp_path / "two").mkdir()
+    refused = (task_run, (tmp_path / "parity", {"shard": True}), {})
+    begun = run_ranks(processes, several, [*calls(tmp_path / "two", shard=True), refused])
+    assert [outcome.result[: len(SHARDED)] for outcome in begun] == [[6] * len(SHARDED)] * 2
+    assert begun[0].result[-1][0] == "unsupported"
+    for run, arguments, keywords in calls(tmp_path / "one"):
+        run(ONE_PROCESS, *arguments, **keywords)
+    # the same folders and files: one process continues what two began, and two what one began
+    for run, arguments, keywords in calls(tmp_path / "two", 9):
+        assert run(ONE_PROCESS, *arguments, **keywords) == 9
+    more = [(run, (a, b, c | {"shard": True}), keywords) for run, (a, b, c), keywords in calls(tmp_path / "one", 9)]
+    assert [outcome.result for outcome in run_ranks(processes, several, more)] == [[9] * len(SHARDED)] * 2
+    for name in SHARDED:
+        error = {"muon": 1e-4, "low": 1e-2}.get(name, 1e-6)
+        assert_same_curve(curve(tmp_path / "two" / name), curve(tmp_path / "one" / name), error)
 
 
 def test_two_processes_give_the_losses_of_one(processes, data_dir, tmp_path):

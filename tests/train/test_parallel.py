@@ -45,7 +45,7 @@ class Thread(OneProcess):
     def exchange(self, value):
         return self.shared.exchange(self.rank, value)
 
-    def prepare(self, model):
+    def prepare(self, model, task=None, config=None):
         self.model = model
         return model
 
@@ -109,7 +109,7 @@ class SharedTask(TinyTask):
 def train(run_dir, parallel, rank=0, ranks=1, resume=False, check_lock=lambda: None, **changes):
     config = TrainConfig.from_dict(SETTINGS | changes)
     torch.manual_seed(0)
-    model = parallel.prepare(TinyModel(dropout=0.0).double())
+    model = parallel.prepare(TinyModel(dropout=0.0).double(), None, config)
     resume_from = run_folder.checkpoints_of(run_dir)[0] if resume else None
     task = SharedTask(config, rank, ranks)
     trainer = Trainer(
@@ -219,7 +219,7 @@ def test_an_error_of_the_main_rank_stops_all(tmp_path):
 def test_one_process_shares_nothing(tmp_path):
     one: Parallel = OneProcess()
     model = TinyModel()
-    assert one.prepare(model) is model
+    assert one.prepare(model, TinyTask(TrainConfig(max_steps=1)), TrainConfig(max_steps=1)) is model
     assert one.sum_counts(3, 4) == (3, 4)
     values = {"loss": torch.ones(())}
     assert one.sum_values(values)["loss"] is values["loss"]

@@ -51,6 +51,10 @@ class HGRN2Model(nn.Module):
         """
         self._compiled_call = torch.compile(call_block, **options)
 
+    def stop_compiling_blocks(self) -> None:
+        """Undo `compile_blocks`."""
+        self._compiled_call = None
+
     def bounds(self) -> list[Tensor] | list[None]:
         """Return the lower bound of each layer, [D] in [0, 1), or None for a model without bounds."""
         if self.lower_bounds is None:

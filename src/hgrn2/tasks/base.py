@@ -136,6 +136,8 @@ class Task(Protocol):
     splits_batches: ClassVar[bool]
     """Whether it reads only its own part if several processes train together (`TaskContext.rank`). Otherwise every
     process makes the batches of all and keeps its own."""
+    calls_forward: ClassVar[bool]
+    """Whether `loss` and `evaluate` only call the model itself, so that its weights can be split over processes."""
 
     @classmethod
     def build(cls, options: Any, context: TaskContext) -> Self:
@@ -237,6 +239,7 @@ class TaskBase:
     reads_text: ClassVar[bool] = False
     report: ClassVar[TaskReport] = TaskReport()
     splits_batches: ClassVar[bool] = False
+    calls_forward: ClassVar[bool] = False
     carries_state: Any = False
 
     @classmethod

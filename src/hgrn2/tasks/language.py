@@ -79,7 +79,7 @@ class LanguageTask(TaskBase):
     Options = LanguageOptions
     metric = Metric("val_loss")
     reads_text = True
-    splits_batches = True
+    splits_batches = calls_forward = True
     report = TaskReport(
         model="A language model",
         unit="nats per token",

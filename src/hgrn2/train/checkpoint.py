@@ -34,6 +34,7 @@ from hgrn2.storage.hashed import sha256_of, write_safetensors, write_text
 from hgrn2.storage.json_files import parse_json, with_digest
 from hgrn2.storage.lock import LOCK_NAME, run_lock
 from hgrn2.storage.staging import sync_path, write_text_atomic
+from hgrn2.train.sharded_tensors import shard_like
 
 _TEMPORARY = ".tmp-"
 # checkpoints after the step a run resumes from, kept until its next checkpoint is complete
@@ -298,4 +299,4 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
                 "use the config.json next to the file",
                 "mismatch",
             )
-        tensor.copy_(found)
+        tensor.copy_(shard_like(found, tensor))

@@ -76,6 +76,10 @@ class TrainConfig:
     """Compile the layers with torch.compile: faster steps, half a minute of waiting at the start."""
     cuda_graph: bool = False
     """Capture a step in a CUDA graph: faster where launches take longer than the work, as in small models; GPU only."""
+    shard: bool = False
+    """Split weights, gradients and optimizer over the processes (FSDP2): less memory in each, more communication."""
+    reshard: bool = True
+    """With shard: free a layer's gathered weights after its forward pass, and gather them again to go back."""
     device: str = "auto"
     """Torch device, such as cpu or cuda:0; auto: the first GPU, or the CPU."""
     num_threads: Annotated[int | None, Gt(0), Le(_MOST_THREADS)] = None
@@ -134,6 +138,8 @@ class TrainConfig:
         if self.cuda_graph and any(excluded.values()):
             named = " and ".join(name for name, is_set in excluded.items() if is_set)
             raise UserError(f"train config: cuda_graph cannot be used with {named}; leave one out", "contradiction")
+        if self.cuda_graph and self.shard:
+            raise UserError("train config: cuda_graph cannot be used with shard; leave one out", "contradiction")
         self._warn_without_effect()
 
     def _warn_without_effect(self) -> None:

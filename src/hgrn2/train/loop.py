@@ -329,6 +329,9 @@ class Trainer:
         return is_better
 
     def _sample(self, metrics: MetricsWriter | SilentMetrics) -> None:
+        # generation calls parts of the model, which do not gather its weights
+        if self.parallel.is_sharded:
+            return
         try:
             with self._evaluation_mode():
                 text = self.task.sample(self.model)

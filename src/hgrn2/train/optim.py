@@ -14,6 +14,7 @@ from hgrn2.nn.parameters import ROLES
 from hgrn2.ops.backends import triton_runs
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.device_adamw import DeviceAdamW
+from hgrn2.train.sharded_tensors import is_sharded, shard_like
 
 DECAYED_ROLES = frozenset({"matrix", "embedding", "head"})
 _STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
@@ -63,7 +64,7 @@ class NamedOptimizer:
         """Return the update that needs no waiting; None where it cannot be used."""
         if config.freeze or config.optimizer != "adamw" or not triton_runs():
             return None
-        if any(not p.is_cuda or p.dtype != torch.float32 for p in self._named.values()):
+        if any(not p.is_cuda or p.dtype != torch.float32 or is_sharded(p) for p in self._named.values()):
             return None
         # gradients of several batches are added up in float32
         is_low = config.precision == "bfloat16" and config.grad_accumulation == 1
@@ -183,7 +184,7 @@ class NamedOptimizer:
             name, _, key = full_name.rpartition("/")
             if name not in self._named:
                 raise UserError(f"optimizer state: {name!r} is not in this model; resume with the run's own config")
-            by_name.setdefault(name, {})[key] = value
+            by_name.setdefault(name, {})[key] = shard_like(value, self._named[name])
         for name, state in by_name.items():
             if state.keys() != _STATE_KEYS["muon" if name in self._muon_names else "adamw"]:
                 raise UserError(

@@ -13,7 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hgrn2.tasks.base import Task
 from hgrn2.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from hgrn2.train.config import TrainConfig
 
 T = TypeVar("T")
 
@@ -27,6 +29,8 @@ class Parallel(Protocol):
     """Number of this rank, 0 <= rank < num_ranks."""
     num_ranks: int
     """Number of ranks, each of which computes its part of every batch."""
+    is_sharded: bool
+    """Whether every rank holds only its part of the weights."""
     signal_repeat_s: float
     """Seconds within which a further signal counts as the same request: launchers pass signals on."""
 
@@ -42,8 +46,12 @@ class Parallel(Protocol):
         """
         ...
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Return the model wrapped or sharded; called after its blocks are compiled, before the optimizer is made."""
+    def prepare(self, model: nn.Module, task: Task, config: TrainConfig) -> nn.Module:
+        """Return the model, with its weights split if `config.shard`; called before the optimizer is made.
+
+        Raises:
+            UserError: the model or the task does not support it.
+        """
         ...
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -121,6 +129,7 @@ class OneProcess:
     is_main = True
     rank = 0
     num_ranks = 1
+    is_sharded = False
     signal_repeat_s = 0.0
 
     def device(self, device: torch.device) -> torch.device:
@@ -130,8 +139,9 @@ class OneProcess:
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, task: Task, config: TrainConfig) -> nn.Module:
         """Return the model."""
+        del task, config
         return model
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

@@ -241,7 +241,7 @@ class _Parts:
         model = _with_settings(model, task, config)
         if parallel.num_ranks > 1:
             _check_shared(model, task, config)
-        model = parallel.prepare(model)
+        model = parallel.prepare(model, task, config)
         return cls(spec, model, task, frozen_names(model, config.freeze), device, parallel)
 
     def run(
@@ -284,7 +284,7 @@ class _Parts:
             return Run(self.model, result, [], None)
         if not config.report:
             return Run(self.model, result, [], None)
-        ending = Ending(run_dir, self.model, self.device, self.spec.at_end, display.note)
+        ending = Ending(run_dir, self._whole_model(result), self.device, self.spec.at_end, display.note)
         if result.stopped_by:
             return Run(self.model, result, [], ending.report())
         has_news = ending.measure_once(result.counters.step)
@@ -305,6 +305,14 @@ class _Parts:
         finally:
             self.model.train()
         return []
+
+    def _whole_model(self, result: TrainResult) -> Any:
+        """Return a model with all weights, from the newest checkpoint if ranks hold parts of them."""
+        if not self.parallel.is_sharded:
+            return self.model
+        model: Any = self.spec.build_model(self.device)
+        load_model_tensors(model, load_checkpoint(result.checkpoint).model, result.checkpoint)
+        return model
 
 
 def _with_settings(model: Any, task: Task, config: TrainConfig) -> Any:

@@ -1,4 +1,4 @@
-"""Training on all ranks of a job: each computes its part of every batch with a whole copy of the model."""
+"""Training on all ranks of a job: each computes its part of every batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from hgrn2.errors import CODES, UserError
+from hgrn2.tasks.base import Task
 from hgrn2.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from hgrn2.train.config import TrainConfig
 from hgrn2.train.distributed.environment import RankEnvironment
 from hgrn2.train.distributed.gradients import GradientSums
+from hgrn2.train.distributed.sharding import check_sharding, shard
 from hgrn2.train.distributed.watch import Watch
 from hgrn2.train.rng import rng_state, rng_state_of_seed
+from hgrn2.train.sharded_tensors import whole
 
 T = TypeVar("T")
 
@@ -51,6 +56,7 @@ class Ranks:
         # numbers and objects of the host, apart from tensors of the device
         self._control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         self._gradients: GradientSums | None = None
+        self._sharded: Any = None
 
     def device(self, device: torch.device) -> torch.device:
         """Return the device of this rank: of several GPUs, the one with its local number.
@@ -92,16 +98,35 @@ class Ranks:
         shown = ", ".join(f"{key} is {second.get(key)!r}, on rank 0 {first.get(key)!r}" for key in differing[:4])
         raise UserError(f"rank {other}: {shown}; start all ranks with the same settings, data and versions", "mismatch")
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Give the model the main rank's weights, and return it."""
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank holds only its part of the weights."""
+        return self._sharded is not None
+
+    def prepare(self, model: nn.Module, task: Task, config: TrainConfig) -> nn.Module:
+        """Give the model the main rank's weights, split them if `config.shard`, and return it."""
+        self._gradients = self._sharded = None
+        if config.shard:
+            check_sharding(model, task, config)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(tensor.data, 0)
-        self._gradients = GradientSums(model.parameters())
+        if config.shard:
+            device = next(model.parameters()).device
+            shard(model, config, init_device_mesh(device.type, (self.num_ranks,)))
+            self._sharded = model
+        else:
+            self._gradients = GradientSums(model.parameters())
         return model
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Compute gradients; after the last batch of a step they are summed over the ranks."""
+        if self._sharded is not None:
+            self._sharded.set_requires_gradient_sync(is_last)
+            self._sharded.set_is_last_backward(is_last)
+            # the gradient is averaged over the ranks
+            (loss * self.num_ranks).backward()
+            return
         assert self._gradients is not None, "call prepare first"
         if not is_last:
             loss.backward()
@@ -124,8 +149,8 @@ class Ranks:
         return {name: x.to(values[name].dtype) for name, x in zip(names, found.unbind(), strict=True)}
 
     def global_norm(self, norm: Tensor) -> Tensor:
-        """Return the norm: every rank has the whole gradient."""
-        return norm
+        """Return the norm of the whole gradient, of which a rank may have only its part."""
+        return whole(norm)
 
     def from_main(self, value: T) -> T:
         """Return the main rank's value on every rank."""
@@ -163,6 +188,8 @@ class Ranks:
 
     def save(self, store: CheckpointStore, **parts: Any) -> None:
         """Write a checkpoint on the main rank, in the format of one process."""
+        if self.is_sharded:
+            parts |= {name: self._gather_tensors(parts[name]) for name in ("model", "optimizer")}
         state = dict(parts["state"])
         # the main rank's are in "rng"
         state["rng_of_ranks"] = self._gather(rng_state())
@@ -196,6 +223,15 @@ class Ranks:
     def own_streams(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's part of the states carried by all streams."""
         return {name: x.chunk(self.num_ranks)[self.rank].clone() for name, x in tensors.items()}
+
+    def _gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return whole tensors on the CPU of the main rank, one after the other; {} on other ranks."""
+        found = {}
+        for name, tensor in tensors.items():
+            one = whole(tensor)
+            if self.is_main:
+                found[name] = one.cpu()
+        return found
 
     def advise(self, advice: str) -> None:
         """Set what the message about a rank that ended should end with."""
