@@ -28,7 +28,7 @@ def markdown(results: Results, pictures: Sequence[Path] = ()) -> str:
         parts += [f"## {task.name}", _table(tables.ranking(task))]
         parts += [_picture(results, path) for path in pictures if path.stem.rpartition(".")[0] == task.name]
         parts += [_table(tables.rates(task)), _table(tables.sizes(results, task))]
-    parts += ["## What we would take today", *recommendation(results)]
+    parts += ["## Recommendation", *recommendation(results)]
     parts += ["## How to read this", *tables.notes(results)]
     if bad := results.in_state("diverged", "failed"):
         rows = [[run.planned.folder, run.state, run.reason] for run in bad]

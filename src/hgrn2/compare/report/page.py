@@ -175,7 +175,7 @@ def _width_section(results: Results) -> str:
 
 def _recommendation(results: Results) -> str:
     sentences = "".join(f"<p>{rich(sentence)}</p>" for sentence in recommendation(results))
-    return section("recommendation", "What we would take today", f'<div class="verdict">{sentences}</div>')
+    return section("recommendation", "Recommendation", f'<div class="verdict">{sentences}</div>')
 
 
 def _metric_tick(task: TaskSummary) -> Callable[[float], str]:
