@@ -95,6 +95,7 @@ RUNS = {
     "stream": (text_run, {"stream": True}),
     "frozen": (text_run, {"freeze": "model.layers.0.*", "unfreeze_every": 2, "unfreeze_threshold": 10.0}),
     "muon": (text_run, {"optimizer": "muon"}),
+    "pieces": (text_run, {"context_parallel": 2}),
     "parity": (task_run, {}),
 }
 
@@ -104,6 +105,7 @@ SHARDED = {
     "kept": {"reshard": False, "activation_checkpointing": True},
     "muon": {"optimizer": "muon"},
     "low": {"precision": "bfloat16"},
+    "pieces": {"context_parallel": 2},
 }
 
 
@@ -150,6 +152,10 @@ def test_two_processes_give_the_losses_of_one(processes, data_dir, tmp_path):
         (text_run, (tmp_path / "grows", data_dir, {"stream": True}),
          {"layers": ("hgrn2", "attention"), "mixers": {"attention": {"num_heads": 2}}}),
         (text_run, (tmp_path / "graph", data_dir, {"cuda_graph": True}), {}),
+        (text_run, (tmp_path / "mesh", data_dir, {"context_parallel": 3}), {}),
+        (text_run, (tmp_path / "cut", data_dir, {"context_parallel": 2, "seq_len": 25, "batch_size": 1}), {}),
+        (text_run, (tmp_path / "flow", data_dir, {"context_parallel": 2, "stream": True}), {}),
+        (task_run, (tmp_path / "other", {"context_parallel": 2}), {}),
     ]  # fmt: skip
     begun = run_ranks(processes, several, [*calls(tmp_path / "two", False), *refused])
     steps = [6] * len(RUNS)
@@ -157,7 +163,8 @@ def test_two_processes_give_the_losses_of_one(processes, data_dir, tmp_path):
         assert outcome.status == 0
         assert outcome.result[: len(RUNS)] == steps
         errors = outcome.result[len(RUNS) :]
-        assert [code for code, _ in errors] == ["mismatch", "contradiction", "unsupported", "unsupported"]
+        wanted = ["mismatch", "contradiction", "unsupported", "unsupported", "contradiction", "contradiction"]
+        assert [code for code, _ in errors] == [*wanted, "unsupported", "unsupported"]
         assert "rank.is" in errors[0][1]
         assert "batch_size 3" in errors[1][1]
     assert not (tmp_path / "odd").exists()
@@ -172,6 +179,22 @@ def test_two_processes_give_the_losses_of_one(processes, data_dir, tmp_path):
     assert [outcome.result for outcome in continued] == [[9] * len(RUNS)] * 2
     for name in RUNS:
         assert_same_curve(curve(tmp_path / "two" / name), curve(tmp_path / "one" / name), ERRORS.get(name, 1e-6))
+
+
+@pytest.mark.slow
+def test_pairs_of_ways_to_share_on_four_processes(processes, data_dir, tmp_path):
+    settings = {"max_steps": 8, "batch_size": 8, "grad_accumulation": 2}
+    text_run(ONE_PROCESS, tmp_path / "one", data_dir, settings)
+    pairs = {
+        "batch": {"context_parallel": 2},
+        "shard": {"context_parallel": 2, "shard": True},
+        "all": {"context_parallel": 4},
+    }
+    calls = [(text_run, (tmp_path / name, data_dir, settings | pair), {}) for name, pair in pairs.items()]
+    found = run_ranks(processes, several, calls, num_ranks=4)
+    assert [outcome.result for outcome in found] == [[8] * len(pairs)] * 4
+    for name in pairs:
+        assert_same_curve(curve(tmp_path / name), curve(tmp_path / "one"))
 
 
 @pytest.mark.slow

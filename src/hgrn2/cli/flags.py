@@ -26,6 +26,7 @@ _PLACEHOLDERS = {
     "device": "DEVICE",
     "files": "PATH",
     "freeze": "PATTERNS",
+    "gpu_gib": "GIB",
     "from_": "MODEL",
     "keep_attention": "LAYERS",
     "max_shard_size": "SIZE",

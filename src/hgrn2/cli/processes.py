@@ -28,15 +28,17 @@ def choose_processes(processes: int | None, given: Mapping[str, Any], config: Pa
         # the launcher's flag is passed on
         return 1
     settings = _named_settings(given, config, resume)
-    device = choose_device(settings["device"])
+    device, pieces = choose_device(settings["device"]), settings["context_parallel"]
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if processes is None:
         # a named GPU is the only one that is used
         if device.index is not None or settings["cuda_graph"]:
             return 1
-        return max(n for n in range(1, max(1, num_gpus) + 1) if settings["batch_size"] % n == 0)
+        numbers = range(pieces, num_gpus + 1, pieces)
+        return max((n for n in numbers if settings["batch_size"] % (n // pieces) == 0), default=1)
     if processes > 1:
-        check_batch(settings["batch_size"], processes)
+        # another number is refused by all ranks together
+        check_batch(settings["batch_size"], max(1, processes // pieces))
         if num_gpus and processes > num_gpus:
             raise UserError(
                 f"--processes is {processes}, and this machine has {num_gpus} GPUs; lower it, or use --device cpu",
@@ -54,7 +56,7 @@ def _named_settings(given: Mapping[str, Any], config: Path | None, resume: Path 
         found = read_toml(config)["train"]
     named = (found if isinstance(found, dict) else {}) | dict(given)
     # reports wrong values before anything starts
-    names = ("device", "cuda_graph", "batch_size")
+    names = ("device", "cuda_graph", "batch_size", "context_parallel")
     settings = TrainConfig.from_dict({"max_steps": 1} | {name: named[name] for name in names if name in named})
     return {name: getattr(settings, name) for name in names}
 

@@ -41,6 +41,9 @@ class Batch:
             is carried, and in the plain form, where row b is stream b.
         carry_to: int64 [num_streams], the sequence whose final state becomes the state of each stream; None whenever
             carry_from is None.
+        continues: of a row split over ranks: for each piece, whether its first sequence began in an earlier one.
+        passes: for each piece, whether that sequence does not end before the piece does.
+        whole_cu_seqlens: bounds of the sequences of the whole row, which this batch is a piece of.
         num_text_bytes: bytes of the documents that end in this batch, for bits per byte; 0 in training batches.
     """
 
@@ -50,6 +53,9 @@ class Batch:
     state_reset: torch.Tensor | None = None
     carry_from: torch.Tensor | None = None
     carry_to: torch.Tensor | None = None
+    continues: tuple[bool, ...] = ()
+    passes: tuple[bool, ...] = ()
+    whole_cu_seqlens: torch.Tensor | None = None
     num_text_bytes: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -72,6 +78,34 @@ class Batch:
         missing = max(8, 1 << (num_sequences - 1).bit_length()) - num_sequences
         padded = torch.cat([self.cu_seqlens, self.cu_seqlens[-1:].expand(missing)])
         return replace(self, cu_seqlens=padded.pin_memory() if self.cu_seqlens.is_pinned() else padded)
+
+    def piece(self, index: int, count: int) -> Batch:
+        """Return a piece of a batch that carries no states; sequences may continue from piece to piece.
+
+        Args:
+            index: number of the piece.
+            count: number of pieces, which divides T.
+        """
+        assert self.carry_from is None
+        assert self.state_reset is None
+        length = self.input_ids.shape[1] // count
+        assert length * count == self.input_ids.shape[1]
+        part = slice(index * length, (index + 1) * length)
+        ids, targets = self.input_ids[:, part], self.targets[:, part]
+        if self.cu_seqlens is None:
+            continues = tuple(piece > 0 for piece in range(count))
+            return replace(self, input_ids=ids, targets=targets, continues=continues, passes=continues)
+        # empty sequences hold no token
+        starts = self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0]
+        firsts = torch.arange(count) * length
+        continues = ~torch.isin(firsts, starts)
+        inside = torch.bucketize(firsts + length, starts) - torch.bucketize(firsts, starts, right=True)
+        own = starts[(starts > part.start) & (starts < part.stop)] - part.start
+        bounds = torch.cat([own.new_zeros(1), own, own.new_full((1,), length)])
+        return replace(
+            self, input_ids=ids, targets=targets, cu_seqlens=bounds, continues=tuple(continues.tolist()),
+            passes=tuple((continues & (inside == 0)).tolist()), whole_cu_seqlens=self.cu_seqlens,
+        )  # fmt: skip
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}

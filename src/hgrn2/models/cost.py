@@ -100,7 +100,7 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
         config: the model.
         seq_len: length of a training sequence; only attention layers depend on it.
     """
-    model = _shapes_of(config)
+    model = shapes_of(config)
     parameters = model.num_parameters()
     roles = model.parameter_roles()
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
@@ -120,9 +120,9 @@ def cost(config: HGRN2Config, seq_len: int = 2048) -> Cost:
         flops_per_token_6n=6 * (parameters - embedding),
         flops_per_token_forward=forward,
         flops_per_token_training=3 * forward,
-        activation_bytes_per_token=_activation_bytes(model, seq_len, 4),
-        activation_bytes_per_token_bfloat16=_activation_bytes(model, seq_len, 2),
-        activation_bytes_per_token_checkpointed=_activation_bytes(model, seq_len, 4, checkpointed=True),
+        activation_bytes_per_token=activation_bytes(model, seq_len, 4),
+        activation_bytes_per_token_bfloat16=activation_bytes(model, seq_len, 2),
+        activation_bytes_per_token_checkpointed=activation_bytes(model, seq_len, 4, checkpointed=True),
         state_bytes=sum(spec.num_bytes for layer in model.state_spec() for spec in layer.values()),
         attention_bytes_per_token=sum(cache.bytes_per_token for cache in caches),
         attention_window=max(limits) if limits and len(limits) == len(caches) else None,
@@ -138,10 +138,11 @@ def cache_costs(config: HGRN2Config) -> list[CacheCost]:
     Args:
         config: the model.
     """
-    return _caches_of(_shapes_of(config))
+    return _caches_of(shapes_of(config))
 
 
-def _shapes_of(config: HGRN2Config) -> HGRN2LM:
+def shapes_of(config: HGRN2Config) -> HGRN2LM:
+    """Return a model without values."""
     with torch.device("meta"):
         return HGRN2LM(config)
 
@@ -186,7 +187,7 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
     ]
 
 
-def _activation_bytes(model: HGRN2LM, seq_len: int, low: int, *, checkpointed: bool = False) -> int:
+def activation_bytes(model: HGRN2LM, seq_len: int, low: int, *, checkpointed: bool = False) -> int:
     """Count the bytes per token that eager torch saves for the backward pass; tests compare them with torch.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,34 @@ def check_mixers(names: Iterable[str], cu_seqlens: Tensor | None, mask: Tensor |
                 f"the mixer {name} does not support padding; give sequences of one length, without a mask",
                 "unsupported",
             )
+
+
+def check_pieces(layers: Iterable[Any], count: int, state: Any, mask: Tensor | None) -> None:
+    """Raise a UserError if a model cannot run on sequences split over ranks.
+
+    Args:
+        layers: blocks of the model.
+        count: number of pieces.
+        state: state before the sequences, or None.
+        mask: attention mask, or None.
+    """
+    for layer in layers:
+        mixer = layer.attn
+        name = type(mixer).__name__
+        if not mixer.can_split or mixer.direction != "causal":
+            raise UserError(
+                f"the mixer {name} does not support sequences split over processes; leave context_parallel out",
+                "unsupported",
+            )
+        heads = getattr(mixer, "num_kv_heads", count)
+        if heads % count:
+            raise UserError(
+                f"the mixer {name} has {heads} heads of keys, which {count} processes cannot share; use a "
+                "context_parallel that divides them",
+                "contradiction",
+            )
+    if state is not None or mask is not None:
+        raise UserError("sequences split over processes take neither a state nor a mask", "contradiction")
 
 
 def check_state(state: ModelState, num_layers: int, num_sequences: int, embeddings: nn.Embedding) -> None:

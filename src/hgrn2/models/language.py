@@ -13,7 +13,7 @@ from hgrn2.errors import UserError
 from hgrn2.models.body import HGRN2Model
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.generation import generate
-from hgrn2.models.inputs import check_mixers, check_state, checked_ids, checked_mask
+from hgrn2.models.inputs import check_mixers, check_pieces, check_state, checked_ids, checked_mask
 from hgrn2.models.outputs import LossOutput
 from hgrn2.models.sampling import Sampling
 from hgrn2.models.state import ModelState
@@ -23,6 +23,7 @@ from hgrn2.nn.mixers.base import Context, StateSpec
 from hgrn2.nn.parameters import SkippedDraws, draw, parameter_roles
 from hgrn2.ops import check_backend
 from hgrn2.ops.checks import check_cu_seqlens
+from hgrn2.ops.pieces import Pieces
 from hgrn2.shapes import describe
 
 
@@ -106,6 +107,7 @@ class HGRN2LM(nn.Module):
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
         keep_state: bool = True,
+        pieces: Pieces | None = None,
     ) -> Any:
         """Compute the logits of the next token at every place, or with `targets` the loss.
 
@@ -117,6 +119,7 @@ class HGRN2LM(nn.Module):
             targets: [B, T] int64, to get the result of `loss`. Wrappers that hook the call of a model, such as
                 DistributedDataParallel, need this form.
             keep_state: whether to return the new state.
+            pieces: how the sequences are split over ranks, of which input_ids is a piece; state must then be None.
 
         Returns:
             logits [B, T, vocab_size] and the new state; with targets a `LossOutput`.
@@ -126,7 +129,7 @@ class HGRN2LM(nn.Module):
         """
         if targets is not None:
             targets = self._check_targets(targets, input_ids)
-        x, state = self.hidden_states(input_ids, state, cu_seqlens, attention_mask, keep_state)
+        x, state = self.hidden_states(input_ids, state, cu_seqlens, attention_mask, keep_state, pieces)
         if targets is None:
             return self.lm_head(x), state
         targets = targets.flatten()
@@ -149,6 +152,7 @@ class HGRN2LM(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         keep_state: bool = True,
+        pieces: Pieces | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Compute the hidden states, the inputs of the head.
 
@@ -158,6 +162,7 @@ class HGRN2LM(nn.Module):
             cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, B = 1.
             attention_mask: [B, T], 0 or False where a token is padding.
             keep_state: whether to return the new state; otherwise the returned state has no tensors.
+            pieces: how the sequences are split over ranks, of which input_ids is a piece; no state is returned.
 
         Returns:
             Hidden states [B, T, D] after the last norm, and the new state.
@@ -177,10 +182,14 @@ class HGRN2LM(nn.Module):
         if state is not None:
             check_state(state, len(self.model.layers), num_sequences, self.model.embeddings)
         check_mixers(self.config.layers or (), cu_seqlens, attention_mask)
+        if pieces is not None:
+            check_pieces(self.model.layers, pieces.ranks.count, state, attention_mask)
+            keep_state = False
         # one token after a state is a step; a dynamic length of an exported program is not
         is_single = isinstance(input_ids.shape[1], int) and input_ids.shape[1] == 1
         is_step = state is not None and is_single and cu_seqlens is None
-        return self.model(input_ids, state, Context(cu_seqlens, attention_mask, keep_state, is_step))
+        context = Context(cu_seqlens, attention_mask, keep_state, is_step, pieces=pieces)
+        return self.model(input_ids, state, context)
 
     def loss(
         self,
@@ -189,6 +198,7 @@ class HGRN2LM(nn.Module):
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
         keep_state: bool = True,
+        pieces: Pieces | None = None,
     ) -> LossOutput:
         """Compute the cross entropy of the next tokens without storing all logits at once.
 
@@ -198,6 +208,8 @@ class HGRN2LM(nn.Module):
             state: state after the tokens before, from an earlier call or `init_state`; None at the start of a sequence.
             cu_seqlens: [N + 1] int32 or int64, bounds of packed sequences, B = 1.
             keep_state: whether to return the new state; training on packed documents does not need it.
+            pieces: how the sequences are split over ranks, of which input_ids is a piece; sum and num_targets are then
+                those of the piece.
 
         Returns:
             sum, num_targets, state, and `mean`, the loss to call `backward()` on.
@@ -216,7 +228,7 @@ class HGRN2LM(nn.Module):
         """
         if targets is None:
             raise UserError("targets is None; wanted a tensor [B, T] of int64")
-        return self(input_ids, state, cu_seqlens, targets=targets, keep_state=keep_state)
+        return self(input_ids, state, cu_seqlens, targets=targets, keep_state=keep_state, pieces=pieces)
 
     def step(self, token_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Run one token of each sequence.

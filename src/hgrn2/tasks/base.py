@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hgrn2.errors import UserError
 from hgrn2.models import HGRN2LM, HGRN2Config
+from hgrn2.ops.pieces import PieceGroup
 from hgrn2.shapes import describe
 from hgrn2.tasks.options import TaskOptions
 
@@ -63,7 +64,8 @@ class TaskContext:
         data: a `hgrn2.data.prepared.PreparedData` for tasks that read text, otherwise None.
         sampler: generates text samples; None means no samples.
         rank: number of the process that trains on these batches, 0 <= rank < num_ranks.
-        num_ranks: number of processes that train together.
+        num_ranks: number of processes that train on different examples.
+        pieces: the ranks that share every sequence; None if a rank has whole sequences.
     """
 
     batch_size: int = 1
@@ -74,6 +76,7 @@ class TaskContext:
     sampler: Sampler | None = None
     rank: int = 0
     num_ranks: int = 1
+    pieces: PieceGroup | None = None
 
 
 class ReportFigure(NamedTuple):
@@ -136,6 +139,8 @@ class Task(Protocol):
     splits_batches: ClassVar[bool]
     """Whether it reads only its own part if several processes train together (`TaskContext.rank`). Otherwise every
     process makes the batches of all and keeps its own."""
+    splits_sequences: ClassVar[bool]
+    """Whether it gives every rank its piece of a sequence (`TaskContext.pieces`)."""
     calls_forward: ClassVar[bool]
     """Whether `loss` and `evaluate` only call the model itself, so that its weights can be split over processes."""
 
@@ -239,6 +244,7 @@ class TaskBase:
     reads_text: ClassVar[bool] = False
     report: ClassVar[TaskReport] = TaskReport()
     splits_batches: ClassVar[bool] = False
+    splits_sequences: ClassVar[bool] = False
     calls_forward: ClassVar[bool] = False
     carries_state: Any = False
 

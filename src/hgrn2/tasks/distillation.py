@@ -68,7 +68,7 @@ class DistillationTask(LanguageTask):
     """
 
     name = "distillation"
-    calls_forward = False
+    splits_sequences = calls_forward = False
     Options = DistillationOptions
 
     def __init__(self, options: DistillationOptions, context: TaskContext) -> None:

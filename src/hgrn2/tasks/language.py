@@ -15,6 +15,7 @@ from hgrn2.data.sequential import sequential_windows
 from hgrn2.errors import UserError
 from hgrn2.models import ModelState
 from hgrn2.nn.loss import IGNORE
+from hgrn2.ops.pieces import Pieces
 from hgrn2.quantities import perplexity
 from hgrn2.tasks.base import Metric, ReportFigure, TaskBase, TaskContext, TaskOptions, TaskReport
 from hgrn2.tasks.initial_states import InitialState, check_states, noise, start_from_others
@@ -79,7 +80,7 @@ class LanguageTask(TaskBase):
     Options = LanguageOptions
     metric = Metric("val_loss")
     reads_text = True
-    splits_batches = calls_forward = True
+    splits_batches = splits_sequences = calls_forward = True
     report = TaskReport(
         model="A language model",
         unit="nats per token",
@@ -105,6 +106,7 @@ class LanguageTask(TaskBase):
         self._sampler = context.sampler
         self._carried: ModelState | None = None
         self._seed = context.seed
+        self._pieces = context.pieces
         self._num_losses = 0
 
     @classmethod
@@ -123,6 +125,8 @@ class LanguageTask(TaskBase):
         batch = next(self._batches)
         if own.initial_state != "zero":
             batch = start_from_others(batch, own.seq_len, own.initial_state_share, self._seed, position)
+        if self._pieces is not None:
+            batch = batch.piece(self._pieces.index, self._pieces.count)
         # copies from pinned memory to the device are asynchronous
         return batch.pin_memory() if self._device.type == "cuda" else batch
 
@@ -137,6 +141,9 @@ class LanguageTask(TaskBase):
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the cross entropy summed over the targets, in nats."""
         batch = batch.to(self._device, non_blocking=True)
+        if self._pieces is not None:
+            pieces = Pieces(self._pieces, batch.continues, batch.passes, batch.whole_cu_seqlens)
+            return model.loss(batch.input_ids, batch.targets, cu_seqlens=batch.cu_seqlens, pieces=pieces).sum
         loss_sum, self._carried = carried_loss(model.loss, batch, self._states_before(model, batch))
         return loss_sum
 

@@ -80,6 +80,8 @@ class TrainConfig:
     """Split weights, gradients and optimizer over the processes (FSDP2): less memory in each, more communication."""
     reshard: bool = True
     """With shard: free a layer's gathered weights after its forward pass, and gather them again to go back."""
+    context_parallel: Annotated[int, Gt(0)] = 1
+    """Processes that share every sequence, each with a piece of its tokens; divides the number of processes."""
     device: str = "auto"
     """Torch device, such as cpu or cuda:0; auto: the first GPU, or the CPU."""
     num_threads: Annotated[int | None, Gt(0), Le(_MOST_THREADS)] = None

@@ -7,17 +7,34 @@ method is the identity, communicates nothing and never waits for the device. `hg
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hgrn2.ops.pieces import PieceGroup
 from hgrn2.tasks.base import Task
 from hgrn2.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
 from hgrn2.train.config import TrainConfig
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The examples that a rank trains on.
+
+    Attributes:
+        rank: number of the share, 0 <= rank < num_ranks.
+        num_ranks: number of shares of a batch.
+        pieces: the ranks that have the same examples, each with a piece of every sequence; None if it has them alone.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    pieces: PieceGroup | None = None
 
 
 class Parallel(Protocol):
@@ -36,6 +53,14 @@ class Parallel(Protocol):
 
     def device(self, device: torch.device) -> torch.device:
         """Return the device of this rank; of several GPUs, its own."""
+        ...
+
+    def share(self, config: TrainConfig) -> Share:
+        """Return the examples of this rank.
+
+        Raises:
+            UserError: `context_parallel` does not fit the number of ranks.
+        """
         ...
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
@@ -135,6 +160,11 @@ class OneProcess:
     def device(self, device: torch.device) -> torch.device:
         """Return the device."""
         return device
+
+    def share(self, config: TrainConfig) -> Share:
+        """Return all examples."""
+        del config
+        return Share()
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Do nothing."""

@@ -16,7 +16,9 @@ from hgrn2.errors import UserError
 from hgrn2.formats.native import RUN_TABLES
 from hgrn2.formats.run_folder import locate_model, read_config, resume_point
 from hgrn2.formats.soundness import check_tokenizer
+from hgrn2.models.inputs import check_pieces
 from hgrn2.nn.parameters import check_roles
+from hgrn2.nn.short_conv import ShortConv
 from hgrn2.storage.lock import run_lock
 from hgrn2.tasks.base import Task, check_figures
 from hgrn2.train.checkpoint import CheckpointStore, create_run, load_checkpoint, load_model_tensors
@@ -240,7 +242,7 @@ class _Parts:
                 model: Any = spec.build_model(device)
         model = _with_settings(model, task, config)
         if parallel.num_ranks > 1:
-            _check_shared(model, task, config)
+            _check_shared(model, spec.settings, task, parallel)
         model = parallel.prepare(model, task, config)
         return cls(spec, model, task, frozen_names(model, config.freeze), device, parallel)
 
@@ -357,8 +359,25 @@ def _facts(spec: RunSpec, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _check_shared(model: Any, task: Task, config: TrainConfig) -> None:
+def _check_shared(model: Any, settings: RunSettings, task: Task, parallel: Parallel) -> None:
     """Raise UserError for settings that several processes cannot have."""
+    config, share = settings.train, parallel.share(settings.train)
+    if share.pieces is not None:
+        count = share.pieces.count
+        if not task.splits_sequences or task.carries_state:
+            raise UserError(
+                f"context_parallel: task {task.name!r}, or a state that it carries, cannot be split over processes",
+                "unsupported",
+            )
+        check_pieces(model.model.layers, count, None, None)
+        length, odd = divmod(config.batch_size // share.num_ranks * settings.options.tokens_per_example, count)
+        taps = max((part.width for part in model.modules() if isinstance(part, ShortConv)), default=1)
+        if odd or length < taps:
+            raise UserError(
+                f"context_parallel is {count}: wanted a divisor of batch_size * seq_len on each rank, with pieces of "
+                f"at least {taps} tokens",
+                "contradiction",
+            )
     if config.cuda_graph:
         raise UserError("cuda_graph cannot be used with several processes; leave it out", "unsupported")
     if task.carries_state and hasattr(model, "state_spec"):

@@ -49,13 +49,14 @@ def task_spec(
     Raises:
         UserError: the ranks cannot share a batch evenly.
     """
-    check_batch(settings.train.batch_size, parallel.num_ranks)
     task, options, train = settings.task, settings.options, settings.train
+    share = parallel.share(train)
+    check_batch(train.batch_size, share.num_ranks)
 
     def build_task(device: torch.device) -> Any:
-        batch_size = train.batch_size // parallel.num_ranks
+        batch_size = train.batch_size // share.num_ranks
         context = TaskContext(
-            batch_size, train.seed, device, model_config, data, sampler, parallel.rank, parallel.num_ranks
+            batch_size, train.seed, device, model_config, data, sampler, share.rank, share.num_ranks, share.pieces
         )
         return task.build(options, context)
 

@@ -41,7 +41,7 @@ class Stepper:
         self, model: nn.Module, task: Task, optimizer: NamedOptimizer, config: TrainConfig, parallel: Parallel
     ) -> None:
         self._model, self._task, self._optimizer, self._config = model, task, optimizer, config
-        self._parallel = parallel
+        self._parallel, self._share = parallel, parallel.share(config)
         self._device = optimizer.parameters[0].device
         self._captured: CapturedSteps | None = None
 
@@ -120,11 +120,11 @@ class Stepper:
 
     def _next_batch(self) -> Any:
         """Return this rank's part of the next batch of all ranks."""
-        if self._parallel.num_ranks == 1 or self._task.splits_batches:
+        share = self._share
+        if share.num_ranks == 1 or self._task.splits_batches:
             return self._task.next_batch()
         # the same batches, in the same order, for any number of ranks
-        parts = [self._task.next_batch() for _ in range(self._parallel.num_ranks)]
-        return parts[self._parallel.rank]
+        return [self._task.next_batch() for _ in range(share.num_ranks)][share.rank]
 
     def _count(self, method: str, batches: Sequence[Any]) -> int:
         """Return the sum of `Task.num_tokens` or `Task.num_targets` over the batches of a step."""

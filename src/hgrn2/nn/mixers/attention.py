@@ -20,6 +20,7 @@ from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.nn.rotary import rotary_angles
 from hgrn2.ops.export import is_exporting
+from hgrn2.ops.pieces import to_heads, to_tokens
 from hgrn2.ops.tracing import constant_in_traces
 from hgrn2.ops.transforms import is_batched
 from hgrn2.shapes import BTD
@@ -106,7 +107,7 @@ class Attention(DirectedMixer):
         qkv_bias: whether the input projections have biases.
     """
 
-    can_pack = can_pad = sees_all = True
+    can_pack = can_pad = can_split = sees_all = True
 
     def __init__(
         self, hidden_size: int, num_heads: int, num_kv_heads: int, window_size: int | None, rope_theta: float | None,
@@ -133,6 +134,10 @@ class Attention(DirectedMixer):
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_size))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_size))
+        if context.pieces is not None:
+            # all tokens of some heads
+            q, k, v = (to_heads(part, context.pieces.ranks) for part in (q, k, v))
+            x, cu_seqlens = q, context.pieces.cu_seqlens
         if self.rope_theta is not None:
             position = token_positions(x, state, cu_seqlens, context.mask)
             if context.order == "reverse":
@@ -145,6 +150,9 @@ class Attention(DirectedMixer):
         self, inputs: tuple[Tensor, ...], state: MixerState | None, context: Context, *, reverse: bool = False
     ) -> tuple[BTD, MixerState]:
         """Attend causally, or from the last token to the first; arguments and results of `DirectedMixer.mix`."""
+        if context.pieces is not None:
+            y, _ = self.mix(inputs, None, Context(context.pieces.cu_seqlens, None, False))
+            return to_tokens(y.unflatten(-1, (-1, self.head_size)), context.pieces.ranks).flatten(2), {}
         cu_seqlens, keep_state, (q, k, v) = context.cu_seqlens, context.keep_state, inputs
         if reverse:
             return self._attend_both(q, k, v, context), {}

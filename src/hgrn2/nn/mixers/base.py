@@ -97,6 +97,7 @@ class Mixer(nn.Module):
         uses_lower_bound: whether the mixer uses `Context.lower_bound`.
         can_pack: whether it supports packed sequences (`Context.cu_seqlens`).
         can_pad: whether it supports padding (`Context.mask`).
+        can_split: whether it supports sequences split over ranks (`Context.pieces`).
         num_earlier: number of earlier layers whose features it needs in `Context.earlier`.
         backend: name of the operators' backend, or "auto"; set after construction.
         direction: one of `hgrn2.nn.mixers.DIRECTIONS`, set by `set_direction`; "causal" unless it is a
@@ -106,6 +107,7 @@ class Mixer(nn.Module):
     uses_lower_bound: ClassVar[bool] = False
     can_pack: ClassVar[bool] = False
     can_pad: ClassVar[bool] = False
+    can_split: bool = False
     num_earlier: int = 0
     backend: str = "auto"
     direction: str = "causal"

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hgrn2.ops.pieces import Pieces
+
 MixerState = dict[str, Tensor]
 Order = Literal["causal", "reverse", "bidirectional"]
 Axis = Literal["rows", "columns", "both"]
@@ -29,6 +31,7 @@ class Context:
         order: tokens that a token sees: those before it, those after it, or both. `DirectedMixer.forward` sets it for
             the three acts, from the mixer's direction.
         axis: sequences of a grid along which tokens are mixed; None for one sequence of all tokens. Set with `order`.
+        pieces: how the sequences are split over ranks, of which x is a piece; None if x is whole.
     """
 
     cu_seqlens: Tensor | None = None
@@ -40,12 +43,16 @@ class Context:
     grid: tuple[int, int] | None = None
     order: Order = "causal"
     axis: Axis | None = None
+    pieces: Pieces | None = None
 
     def for_layer(self, lower_bound: Tensor | None, earlier: tuple[MixerState, ...]) -> Context:
         """Return the context of one layer."""
         if lower_bound is None and not earlier:
             return self
-        return Context(self.cu_seqlens, self.mask, self.keep_state, self.is_step, lower_bound, earlier, self.grid)
+        return Context(
+            self.cu_seqlens, self.mask, self.keep_state, self.is_step, lower_bound, earlier, self.grid,
+            pieces=self.pieces,
+        )  # fmt: skip
 
     def for_order(self, order: Order, axis: Axis | None = None) -> Context:
         """Return the context of a pass that starts and returns no state, with this order and axis."""
@@ -66,5 +73,5 @@ class Context:
         return Context(
             move(self.cu_seqlens), move(self.mask), self.keep_state, self.is_step, move(self.lower_bound),
             tuple({k: x.to(device, non_blocking=non_blocking) for k, x in some.items()} for some in self.earlier),
-            self.grid, self.order, self.axis,
+            self.grid, self.order, self.axis, self.pieces,
         )  # fmt: skip

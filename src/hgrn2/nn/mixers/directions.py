@@ -15,6 +15,7 @@ from torch import Tensor
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.nn.mixers.context import Context, MixerState, Order
 from hgrn2.nn.short_conv import ShortConv
+from hgrn2.ops.pieces import rows_before
 from hgrn2.shapes import BTD, describe
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ def convolve(conv: ShortConv, x: BTD, state: Tensor | None, context: Context) ->
         The result like x, and the new state, which has a meaning in the causal order only.
     """
     mask = context.mask
+    if context.pieces is not None and state is None and conv.width > 1:
+        state = rows_before(x, conv.width - 1, context.cu_seqlens, context.pieces)
     if context.axis is None:
         return conv(x, state, context.cu_seqlens, mask, context.order)
     assert context.grid is not None

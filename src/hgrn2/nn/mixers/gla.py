@@ -87,7 +87,7 @@ class GLA(DirectedMixer):
         **options: the fields of `GLAOptions`.
     """
 
-    can_pack = can_pad = folds_columns = True
+    can_pack = can_pad = can_split = folds_columns = True
 
     def __init__(self, hidden_size: int, **options: float | str):
         super().__init__()

@@ -22,6 +22,7 @@ from hgrn2.nn.short_conv import ShortConv
 from hgrn2.ops import check_backend, hgrn2_scan, hgrn2_step
 from hgrn2.ops.checks import check_fixed_settings
 from hgrn2.ops.gates import activate
+from hgrn2.ops.pieces import state_before
 from hgrn2.ops.tiles import CHUNK_SIZE
 from hgrn2.shapes import BTD, BTHV, describe
 
@@ -150,6 +151,7 @@ class HGRN2(DirectedMixer):
         self.g_norm = Norm(norm, hidden_size, norm_eps, norm_affine)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.gate_range, self.dense_state = gate_range, dense_state
+        self.can_split = gate_range == "positive" and not dense_state
         self.set_direction(direction)
         self.num_earlier = dense_state if num_earlier is None else min(dense_state, num_earlier)
         if self.num_earlier:
@@ -229,6 +231,9 @@ class HGRN2(DirectedMixer):
                 reverse=reverse,
             )  # fmt: skip
             return y, {"recurrent": after}
+        if context.pieces is not None:
+            _, k, values, log_f, _ = self._activate(q, z, v, context)
+            before = state_before(k, values, log_f, context.cu_seqlens, context.pieces)
         bound = context.lower_bound
         if bound is not None:
             bound = bound.reshape(q.shape[2], self.expand_ratio)

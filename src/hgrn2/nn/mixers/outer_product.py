@@ -10,6 +10,7 @@ from torch import Tensor
 from hgrn2.nn.mixers.base import Context
 from hgrn2.nn.token_shift import token_shift
 from hgrn2.ops import gated_scan
+from hgrn2.ops.pieces import state_before
 from hgrn2.ops.tiles import CHUNK_SIZE
 from hgrn2.shapes import BT, BTHK, BTHV, NHKV
 
@@ -46,6 +47,8 @@ def mix_outer_products(
     Returns:
         y [B, T, H, V] in q's dtype, and the state after the last token.
     """
+    if context.pieces is not None:
+        state = state_before(k, v, log_f, context.cu_seqlens, context.pieces)
     if not context.is_step or state is None:
         return gated_scan(
             q, k, v, log_f, initial_state=state, cu_seqlens=context.cu_seqlens, reverse=reverse, scale=scale,

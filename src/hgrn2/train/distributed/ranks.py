@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from hgrn2.errors import CODES, UserError
+from hgrn2.ops.pieces import PieceGroup
 from hgrn2.tasks.base import Task
 from hgrn2.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
 from hgrn2.train.config import TrainConfig
@@ -23,6 +24,7 @@ from hgrn2.train.distributed.environment import RankEnvironment
 from hgrn2.train.distributed.gradients import GradientSums
 from hgrn2.train.distributed.sharding import check_sharding, shard
 from hgrn2.train.distributed.watch import Watch
+from hgrn2.train.parallel import Share
 from hgrn2.train.rng import rng_state, rng_state_of_seed
 from hgrn2.train.sharded_tensors import whole
 
@@ -57,6 +59,7 @@ class Ranks:
         self._control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         self._gradients: GradientSums | None = None
         self._sharded: Any = None
+        self._piece_groups: dict[int, Any] = {}
 
     def device(self, device: torch.device) -> torch.device:
         """Return the device of this rank: of several GPUs, the one with its local number.
@@ -79,6 +82,23 @@ class Ranks:
             )
         torch.cuda.set_device(self._local_rank)
         return torch.device("cuda", self._local_rank)
+
+    def share(self, config: TrainConfig) -> Share:
+        """Return the examples of this rank; neighbours share sequences."""
+        count = config.context_parallel
+        if self.num_ranks % count:
+            raise UserError(
+                f"context_parallel is {count}, which does not divide the number of processes, {self.num_ranks}",
+                "contradiction",
+            )
+        if count == 1:
+            return Share(self.rank, self.num_ranks)
+        if count not in self._piece_groups:
+            # every rank makes every group
+            groups = [dist.new_group(list(range(i, i + count))) for i in range(0, self.num_ranks, count)]
+            self._piece_groups[count] = groups[self.rank // count]
+        pieces = PieceGroup(self._piece_groups[count], self.rank % count, count)
+        return Share(self.rank // count, self.num_ranks // count, pieces)
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Check that facts, JSON values, are the same on all ranks.
