@@ -54,7 +54,7 @@ class Lt(_Bound):
     holds = operator.lt
 
 
-def check_fields(values: Any, what: str, prefix: str = "") -> None:
+def check_fields(values: Any, what: str) -> None:
     """Check every field of a dataclass against its annotation: plain types, `Literal`, and bounds in `Annotated`.
 
     Fields of other types are not checked. Integers are accepted as floats; bools are not numbers. Integers with
@@ -63,7 +63,6 @@ def check_fields(values: Any, what: str, prefix: str = "") -> None:
     Args:
         values: the instance.
         what: owner of the fields for messages, e.g. "model config".
-        prefix: text before a field's name in messages.
 
     Raises:
         UserError: a value has the wrong type or violates a bound.
@@ -84,7 +83,7 @@ def check_fields(values: Any, what: str, prefix: str = "") -> None:
             hint = typing.get_args(hint)[0]
         value = getattr(values, name)
         if (fault := _type_fault(value, hint)) or (fault := _bound_fault(name, value, hint, bounds)):
-            raise UserError(f"{what}: {prefix}{name} {fault}")
+            raise UserError(f"{what}: {name} {fault}")
 
 
 def _type_fault(value: Any, hint: Any) -> str | None:

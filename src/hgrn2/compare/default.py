@@ -14,6 +14,8 @@ from hgrn2.tasks import TASKS, find_task
 # seconds of the whole comparison, of what is not training (text, sizes, report), and of starting and ending a run
 _TOTAL_S, _AROUND_S, _AROUND_RUN_S = 600.0, 60.0, 5.0
 _LEAST_RUN_S = 3.0
+# runs side by side: one per core
+_JOBS = 2
 _MODEL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -39,21 +41,18 @@ _TEXT = {
 }
 
 
-def default_comparison(jobs: int = 2) -> tuple[Comparison, list[str]]:
-    """Return the comparison without a file, and a line about each mixer that is left out.
+def default_comparison() -> tuple[Comparison, list[str]]:
+    """Return the comparison that needs no file, and a line about each mixer that is left out.
 
-    Every run has the same budget of tokens. max_time_s caps it so that all runs together stay within ten minutes:
-    (600 s - 60 s) * jobs / runs, less 5 s for starting and ending a run. A machine that is fast enough never meets the
-    cap; where a run meets it, its learning rate still decays to the end, and the report says how far it came.
-
-    Args:
-        jobs: runs side by side.
+    Every run has the same budget of tokens. max_time_s caps it so that all runs together stay within ten minutes with
+    two runs side by side: (600 s - 60 s) * 2 / runs, less 5 s for starting and ending a run. A fast machine never
+    reaches the cap. If a run does, its learning rate still decays to the end, and the report names the run.
     """
     models, notes = default_models()
     tasks = {"text": dict(_TEXT)} | default_synthetic()
     rates = [2e-3, 8e-3]
     num_runs = len(models) * len(tasks) * len(rates)
-    max_time_s = max(_LEAST_RUN_S, (_TOTAL_S - _AROUND_S) * jobs / num_runs - _AROUND_RUN_S)
+    max_time_s = max(_LEAST_RUN_S, (_TOTAL_S - _AROUND_S) * _JOBS / num_runs - _AROUND_RUN_S)
     tables = {
         "seeds": [0],
         "learning_rates": rates,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hgrn2.constraints import Ge, check_fields
+from hgrn2.constraints import Ge, Le, check_fields
 from hgrn2.errors import UserError
 from hgrn2.models.backbone import build_block, call_block, embed, hand_out_bounds, run_layers
 from hgrn2.models.config import HGRN2Config
@@ -25,20 +25,21 @@ from hgrn2.shapes import describe
 
 @dataclass(frozen=True)
 class ClassifierOptions:
-    """What a classifier has besides the layers of `HGRN2Config`, which also sizes the embedding.
+    """Settings of a classifier besides those of its layers in `HGRN2Config`, which also sizes the embedding.
 
     Attributes:
         num_classes: C.
-        input: "tokens" to embed, or "values", of which `channels` numbers a token are mapped linearly.
-        channels: numbers of a token of "values".
+        input: "tokens" for ids to embed, or "values" for `channels` numbers per token, which are mapped linearly.
+        channels: numbers per token of "values".
         directions: direction of each layer, as `hgrn2.nn.mixers.read_directions` reads it.
-        pooling: "mean" or "last" of the tokens that are not padding, or "first".
-        positions: 0, or the longest sequence, whose positions get learned embeddings.
-        batch_norm: BatchNorm in the blocks, as the official code has it in some tasks; without padding only.
-        num_sequences: 1, or 2 for pairs: [x, y, x * y, |x - y|] of both encodings enters the head.
+        pooling: "mean" of the tokens, or the "last" or "first" of them; padding is left out.
+        positions: length of the longest sequence, to learn an embedding of each position; 0 for none.
+        batch_norm: whether the blocks have BatchNorm, as the official code has in some tasks; without padding only.
+        num_sequences: 1, or 2 for pairs, whose encodings x and y enter the head as [x, y, x * y, |x - y|].
         head_hidden_size: width of a hidden layer of the head; 0 for a linear head.
-        grid_width: tokens of a row for directions over a grid; 0 for sequences.
-        num_masked_classes: values of a masked token, for pretraining on the inputs (arXiv 2310.02980); 0 for none.
+        grid_width: tokens per row for directions over a grid; 0 for sequences.
+        num_masked_classes: number of values of a masked token, for pretraining on the inputs (arXiv 2310.02980); 0
+            for no pretraining.
     """
 
     num_classes: Annotated[int, Ge(2)] = 2
@@ -48,23 +49,21 @@ class ClassifierOptions:
     pooling: Literal["mean", "last", "first"] = "mean"
     positions: Annotated[int, Ge(0)] = 0
     batch_norm: bool = False
-    num_sequences: Literal["1", "2"] | int = 1
+    num_sequences: Annotated[int, Ge(1), Le(2)] = 1
     head_hidden_size: Annotated[int, Ge(0)] = 0
     grid_width: Annotated[int, Ge(0)] = 0
     num_masked_classes: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "classifier")
-        if self.num_sequences not in (1, 2):
-            raise UserError(f"classifier: num_sequences is {self.num_sequences!r}; wanted 1 or 2")
 
 
 class SequenceClassifier(nn.Module):
-    """Token ids or values to the logits of classes.
+    """Classifier of sequences of token ids or values, or of pairs of sequences.
 
     Args:
         config: configuration of the layers; vocab_size sizes the embedding.
-        options: what else a classifier has.
+        options: settings of the classifier.
         backend: name of the operators' backend, or "auto".
 
     Attributes:
@@ -163,13 +162,13 @@ class SequenceClassifier(nn.Module):
 
         Args:
             inputs: [B, T] ids or [B, T, channels] values; pairs have an axis of 2 after B.
-            lengths: [B] or [B, 2], tokens of each sequence, the rest is padding; None if there is no padding.
+            lengths: [B] or [B, 2], number of tokens of each sequence before its padding; None if there is no padding.
 
         Returns:
             [B, C].
 
         Raises:
-            UserError: shapes do not fit, or padding meets BatchNorm or a mixer without padding.
+            UserError: shapes do not fit, or there is padding and BatchNorm or a mixer does not support it.
         """
         if self.options.num_sequences == 2:
             if inputs.dim() < 3 or inputs.shape[1] != 2:
@@ -194,7 +193,7 @@ class SequenceClassifier(nn.Module):
             places = (lengths - 1).clamp(min=0).long()
             return x.gather(1, places[:, None, None].expand(-1, 1, x.shape[-1])).squeeze(1)
         mask = mask_of(lengths, x.shape[1])
-        # padding holds arbitrary numbers, and must not enter even times zero
+        # padding may hold NaN, which stays NaN times zero
         x = x.masked_fill(~mask[..., None], 0)
         return x.sum(1) / lengths.clamp(min=1)[:, None].to(x.dtype)
 
@@ -210,7 +209,7 @@ class SequenceClassifier(nn.Module):
         return self.token_head(self.hidden_states(inputs, lengths, is_masked))
 
     def hidden_states(self, inputs: Tensor, lengths: Tensor | None = None, is_masked: Tensor | None = None) -> Tensor:
-        """Return the hidden states [B, T, D] after the last norm, arbitrary where there is padding.
+        """Return the hidden states [B, T, D] after the last norm; their values at padding are arbitrary.
 
         Args:
             inputs: [B, T] or [B, T, channels].

@@ -1,4 +1,4 @@
-"""Batch normalisation over all tokens of a batch, in the place of a norm over the width."""
+"""Batch normalisation over all tokens of a batch, in place of a norm over the width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hgrn2.shapes import Rows
 class BatchNorm(Norm):
     """Norm of each channel over the tokens of a batch; running statistics in evaluation.
 
-    Padding would count as tokens, so sequences must have one length.
+    Padding would count as tokens, so all sequences must have the same length.
 
     Args:
         size: width of the last axis.

@@ -17,7 +17,7 @@ from hgrn2.shapes import describe
 from hgrn2.tasks.base import Metric, ReportFigure, StepLoss, TaskBase, TaskContext, TaskReport
 from hgrn2.tasks.options import TaskOptions
 
-# more classes make a picture that cannot be read, and records of many kilobytes
+# with more classes, the picture is illegible and a record takes many kilobytes
 MOST_CONFUSION_CLASSES = 24
 _WORST_CLASSES = 5
 _TOP = 5
@@ -28,7 +28,7 @@ class ClassificationOptions(TaskOptions):
     """Options of every classification task."""
 
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Probability that the training target gives to all classes equally."""
+    """Probability that the training targets spread evenly over all classes."""
 
 
 class ClassificationTask(TaskBase):
@@ -49,9 +49,9 @@ class ClassificationTask(TaskBase):
         model="A classifier",
         unit="nats per example",
         figures=(
-            ReportFigure("val_accuracy", "accuracy", ".1%", "share of examples of the class with the highest logit",
+            ReportFigure("val_accuracy", "accuracy", ".1%", "share of examples whose class has the highest logit",
                          ".2%"),
-            ReportFigure("val_top5", "top-5 accuracy", ".1%", "share of examples of one of the five highest classes",
+            ReportFigure("val_top5", "top-5 accuracy", ".1%", "share of examples whose class is among the top five",
                          ".2%"),
         ),
     )  # fmt: skip
@@ -107,8 +107,8 @@ def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float 
 
     Args:
         logits: [B, C].
-        targets: [B] int64 labels, or [B, C] probabilities, whose largest is the class that counts as correct.
-        label_smoothing: probability given to all classes equally.
+        targets: [B] int64 labels, or [B, C] probabilities, the largest of which marks the correct class.
+        label_smoothing: probability spread evenly over all classes.
 
     Raises:
         UserError: the shapes do not fit.
@@ -165,8 +165,8 @@ class ClassCounts:
     def figures(self, class_names: Sequence[str]) -> dict[str, Any]:
         """Return the figures of a validation, as `Task.evaluate` does.
 
-        "val_top5" only with more than five classes, "val_confusion" (JSON) with at most 24; "val_worst_classes" names
-        the classes with the lowest accuracy, the lowest first.
+        "val_top5" needs more than five classes, "val_confusion" (JSON) at most 24. "val_worst_classes" names the
+        classes with the lowest accuracy, the lowest first.
 
         Args:
             class_names: name of each class.
@@ -191,19 +191,18 @@ class ClassCounts:
         return figures
 
 
-def worst_classes(confusion: Tensor, class_names: Sequence[str], most: int = _WORST_CLASSES) -> str:
-    """Return the classes with the lowest accuracy as text, the lowest first, with their most frequent confusion.
+def worst_classes(confusion: Tensor, class_names: Sequence[str]) -> str:
+    """Return the five classes with the lowest accuracy as text, the lowest first, with their most frequent confusion.
 
     Args:
         confusion: [C, C] counts; row = class of the example.
         class_names: name of each class.
-        most: number of classes.
     """
     totals = confusion.sum(1)
     present = [index for index in range(len(class_names)) if totals[index] > 0]
     shares = {index: int(confusion[index, index]) / int(totals[index]) for index in present}
     found = []
-    for index in sorted(present, key=lambda i: shares[i])[:most]:
+    for index in sorted(present, key=lambda i: shares[i])[:_WORST_CLASSES]:
         others = confusion[index].clone()
         others[index] = 0
         text = f"{class_names[index]} {shares[index]:.1%}"

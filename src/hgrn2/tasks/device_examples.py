@@ -14,7 +14,7 @@ from torch import Tensor
 from hgrn2.tasks.generators import SyntheticOptions, generate
 from hgrn2.tasks.generators.base import IGNORE, TRAINING
 
-# sets kept at a time: a comparison has a few tasks, and their runs come one after the other
+# sets kept at a time: the runs of a comparison go through a few tasks in order
 _MOST_SETS = 16
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class RowsBatch:
 
 
 class Shared(Generic[T]):
-    """Objects of a process by key, each made once, by one thread; the oldest are dropped."""
+    """Cache of objects by key, shared by the threads of a process; each is made once, and the oldest are dropped."""
 
     def __init__(self, most: int) -> None:
         self._most, self._lock = most, threading.Lock()
@@ -89,7 +89,7 @@ class Shared(Generic[T]):
         self._making: dict[str, threading.Lock] = {}
 
     def get(self, key: str, make: Callable[[], T]) -> T:
-        """Return the object of a key; other threads that ask for it wait until it is made."""
+        """Return the object of a key; other threads that need it wait until it is made."""
         with self._lock:
             own = self._making.setdefault(key, threading.Lock())
         with own:

@@ -1,4 +1,4 @@
-"""States that training sequences start from, so that a model meets the states of long texts (arXiv 2507.02782)."""
+"""Initial states of training sequences that resemble the states of long texts (arXiv 2507.02782)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ InitialState = Literal["zero", "passed", "noise", "fitted-noise"]
 
 
 def start_from_others(batch: Batch, seq_len: int, share: float, seed: int, position: int) -> Batch:
-    """Return a packed batch, a share of whose sequences start from the final states of windows of the step before.
+    """Return a packed batch in which some sequences start from final states of the previous step.
 
-    Every window carries the state of its last sequence on. States are handed out at random; a state may be handed out
-    twice. Which sequence gets which depends on the seed and the position only.
+    Every window carries the state of its last sequence to the next step. Sequences draw states at random, with
+    replacement; the draws depend on the seed and the position only.
 
     Args:
         batch: windows of seq_len tokens, packed.
@@ -43,7 +43,7 @@ def start_from_others(batch: Batch, seq_len: int, share: float, seed: int, posit
 
 
 def check_states(specs: Sequence[Mapping[str, StateSpec]], kind: str) -> None:
-    """Refuse a model whose layers keep tokens, which belong to one text.
+    """Refuse a model whose layers cache tokens, since these belong to one text.
 
     Args:
         specs: from the model's `state_spec`.
@@ -62,7 +62,7 @@ def check_states(specs: Sequence[Mapping[str, StateSpec]], kind: str) -> None:
 
 
 def noise(model: Any, fitted_to: ModelState | None, num: int, std: float, seed: int, position: int) -> ModelState:
-    """Return random states: normal numbers of mean 0, or of the mean and deviation of every tensor of other states.
+    """Return random states: normal with mean 0, or with the mean and standard deviation of each tensor of other states.
 
     Args:
         model: the model.

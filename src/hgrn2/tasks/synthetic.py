@@ -23,7 +23,7 @@ from hgrn2.tasks.registry import TASKS, register_task
 _SHUFFLING = 2
 # options that may change when a run is resumed
 _ABOUT_EVALUATION = frozenset({"eval_lengths", "eval_at", "validation_examples"})
-# of a batch of a validation on a GPU, where small ones take the time of their launches
+# tokens per batch of a validation on a GPU, where launches dominate the time of small batches
 _GPU_TOKENS = 2**17
 _ACCURACY = "share of targets that the model gives the highest logit"
 _EXACT = "share of examples without a wrong target"

@@ -1,4 +1,4 @@
-"""Read image sets whose files hold pixels: idx files (MNIST and its kin) and CIFAR's binaries and pickles."""
+"""Read image sets whose files hold pixels: idx files, as of MNIST, and CIFAR's binaries and pickles."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_idx(path: Path) -> np.ndarray:
     """Return the array of an idx file of bytes: a magic number, the sizes, the values.
 
     Raises:
-        UserError: the file is not one, or has another length than its sizes say.
+        UserError: it is not such a file, or its length does not match its sizes.
     """
     data = read_bytes(path)
     num_axes = data[3] if len(data) > 3 else 0
@@ -55,7 +55,7 @@ def read_idx(path: Path) -> np.ndarray:
     shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(num_axes))
     if len(data) - start != np.prod(shape, dtype=np.int64):
         raise UserError(f"{path}: holds {len(data) - start} bytes; wanted {shape} of them", "damaged")
-    # torch warns of arrays that it could write to but must not
+    # copied, since torch warns about read-only arrays
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
 
 
@@ -89,7 +89,7 @@ def read_idx_sets(folder: Path) -> dict[str, ImageSet]:
             )
         images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
         name = "train" if part == _IDX_TRAIN else "validation"
-        # a part may lack a class; the labels of training count
+        # the validation part may lack a class, so the training labels decide
         num = int(labels.max(initial=0)) + 1
         if "train" in found:
             num = len(found["train"].classes)
@@ -139,14 +139,20 @@ def read_cifar_sets(folder: Path) -> dict[str, ImageSet]:
     """Return the sets "train" and "validation" of a folder with CIFAR's files."""
     parts = {}
     for name, paths in cifar_files(folder).items():
-        read = [_read_cifar(path) for path in paths]
+        read = [read_cifar_file(path) for path in paths]
         parts[name] = np.concatenate([x for x, _ in read]), np.concatenate([y for _, y in read])
     num = max(int(labels.max()) for _, labels in parts.values()) + 1
     classes = CIFAR10 if num == len(CIFAR10) else tuple(str(i) for i in range(num))
     return {name: check_set(_set_of(x, y, classes), folder) for name, (x, y) in parts.items()}
 
 
-def _read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_cifar_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images [N, 3, 32, 32] uint8 and the labels [N] of one of CIFAR's files, binary or pickled.
+
+    Raises:
+        UserError: the file cannot be read ("unreadable"), is truncated ("damaged"), or its pickle holds other objects
+            than arrays ("unsupported").
+    """
     data = read_bytes(path)
     if path.suffix != ".bin":
         return _read_pickle(path, data)
@@ -156,11 +162,11 @@ def _read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if data and len(data) % width == 0:
         rows = np.frombuffer(data, np.uint8).reshape(-1, width)
         return rows[:, num_labels:].reshape(-1, 3, 32, 32), rows[:, num_labels - 1]
-    raise UserError(f"{path}: {len(data)} bytes; wanted records of a label and {_CIFAR_PIXELS} pixels", "damaged")
+    raise UserError(f"{path}: has {len(data)} bytes; wanted a multiple of {width}, it may be truncated", "damaged")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickle arrays only: a pickle can otherwise run any program."""
+    """Unpickle arrays only, since a pickle can run any program."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[0], name) in {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy", "_reconstruct")} or (

@@ -42,8 +42,9 @@ class Augmentation:
             contrast, sharpness, posterize, solarize, as in RandAugment (arXiv 1909.13719); 0 for none.
         erase: probability of erasing a rectangle (arXiv 1708.04896).
         mixup: parameter of the Beta distribution of mixing weights (arXiv 1710.09412); 0 for none.
-        cutmix: the same for rectangles of another image (arXiv 1905.04899); 0 for none.
-        mix_share: share of the images that are mixed, with either of the two.
+        cutmix: parameter of the Beta distribution for pasted rectangles of another image (arXiv 1905.04899); 0 for
+            none.
+        mix_share: share of the images that are mixed, by either of the two.
     """
 
     crop_padding: Annotated[int, Ge(0)] = 0
@@ -69,7 +70,7 @@ class Augmentation:
         return self.crop_padding > 0 or self.flip or self.min_scale < 1 or self.strength > 0
 
     def draw(self, rng: np.random.Generator, count: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Draw what happens to each image of a batch.
+        """Draw the changes of each image of a batch.
 
         Args:
             rng: source of the random numbers.
@@ -77,8 +78,8 @@ class Augmentation:
             size: height and width in pixels.
 
         Returns:
-            The arguments of `augment`, by name, as far as they are needed; and "own_share" [B] if images are mixed,
-            the share of each image that is left of itself.
+            The arguments of `augment` that are needed, by name; and "own_share" [B] if images are mixed, the share of
+            each mixed image that comes from the image itself.
         """
         found: dict[str, Any] = {}
         if self.moves:
@@ -225,7 +226,7 @@ def _change_colours(x: Tensor, colours: Tensor) -> Tensor:
     x = middle + contrast * (x - middle)
     blurred = functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = (blurred + sharpness * (x - blurred)).clamp(0, 1)
-    # whole levels; 256 of them are those of the file
+    # 256 levels are those of the file
     x = torch.where(levels < 256, (x * levels).floor() / levels, x)
     return torch.where(x >= threshold, 1 - x, x)
 

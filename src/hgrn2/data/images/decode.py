@@ -42,12 +42,11 @@ def pillow() -> Any:
     return Image
 
 
-def open_image(source: Path | bytes, draft: tuple[int, int] | None = None) -> Any:
+def open_image(source: Path | bytes) -> Any:
     """Decode an image to PIL's mode "L" or "RGB".
 
     Args:
         source: a file, or its content.
-        draft: a size in pixels that is enough; JPEG is then decoded at the nearest larger power of two.
 
     Raises:
         UserError: the file is corrupt ("damaged"), or of a kind that is refused ("unsupported").
@@ -63,14 +62,12 @@ def open_image(source: Path | bytes, draft: tuple[int, int] | None = None) -> An
                 size = image.width, image.height
                 if size[0] * size[1] > _MOST_PIXELS:
                     raise UserError(f"{size[0]} x {size[1]} pixels; wanted at most {_MOST_PIXELS}", "unsupported")
-                if draft is not None:
-                    image.draft(None, draft)
                 image.load()
                 return _to_plain(ImageOps.exif_transpose(image), image_module)
     except UserError:
         raise
     except Exception as error:
-        # Pillow's decoders raise whatever they meet: OSError, SyntaxError, ValueError, struct.error, EOFError
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and others
         raise UserError(f"not a readable image ({type(error).__name__}: {error})", "damaged") from error
 
 

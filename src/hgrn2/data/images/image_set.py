@@ -1,4 +1,4 @@
-"""Labelled images: decoded in memory, or in files that are decoded when they are needed."""
+"""Labelled images, decoded in memory or read from files one by one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ImageSet:
         labels: [N] int64, index into classes.
         classes: names of the classes.
         images: [N, C, H, W] uint8, decoded; None if `read` decodes them.
-        read: returns image i as PIL's image; None for decoded ones.
-        names: name of image i, for messages and pictures.
+        read: returns image i as a PIL image; None if `images` holds them.
+        names: returns the name of image i, for messages and pictures.
         skipped: images that were left out, by reason.
         fingerprint: digest of the labels and the names or pixels.
     """

@@ -1,4 +1,4 @@
-"""Find the training and validation images of a folder, whatever format they have."""
+"""Find the training and validation images of a folder, in any of the formats."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from hgrn2.data.images.hub import is_hub_folder, read_hub_sets
 from hgrn2.data.images.image_set import ImageSet, Pixels, check_same_classes, check_set, hold_out
 from hgrn2.errors import UserError
 
-# more unreadable files are a fault of the whole folder
+# share of unreadable files above which the whole folder is refused
 _MOST_SKIPPED = 0.5
+# images whose colours decide on the number of channels
+_SAMPLED = 16
 
 
 def open_sets(data: str, validation: str | None, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -27,9 +29,9 @@ def open_sets(data: str, validation: str | None, share: float, seed: int) -> tup
     Args:
         data: a folder of class folders (or with the parts train and val of them), of idx files, of CIFAR's files, or
             of a Hugging Face set.
-        validation: the same for validation images; None means those of `data`, or a part held out of its images.
+        validation: such a folder of validation images; None means those of `data`, or a part of its images held out.
         share: share of the images to hold out.
-        seed: of that choice.
+        seed: seed of the images held out.
 
     Raises:
         UserError: there are no images, they cannot be read, or the parts have different classes.
@@ -58,10 +60,10 @@ def _read(data: str) -> dict[str, ImageSet]:
     return read_parts(os.path.realpath(data))
 
 
-# model settings follow from the data before the task is built, which reads it again
+# cached, since the data is read once for the model settings and again by the task
 @functools.lru_cache(maxsize=2)
 def read_parts(data: str) -> dict[str, ImageSet]:
-    """Return the sets "train" and, if there is one, "validation" of a folder; the last two are remembered.
+    """Return the sets "train" and, if there is one, "validation" of a folder; the last two results are cached.
 
     Args:
         data: absolute path of the folder.
@@ -80,13 +82,13 @@ def read_parts(data: str) -> dict[str, ImageSet]:
     return found
 
 
-def guess_channels(found: ImageSet, most: int = 16) -> int:
-    """Return the channels of a set: 1 if its first images are all grey, otherwise 3."""
+def guess_channels(found: ImageSet) -> int:
+    """Return the channels of a set: 1 if its first sixteen images are all grey, otherwise 3."""
     if found.images is not None:
         return found.images.shape[1]
     assert found.read is not None
     modes = []
-    for i in range(min(most, len(found))):
+    for i in range(min(_SAMPLED, len(found))):
         try:
             modes.append(found.read(i).mode)
         except UserError:

@@ -14,7 +14,7 @@ from hgrn2.data.images.decode import pillow, resize_and_crop, to_pixels
 from hgrn2.data.images.image_set import ImageSet, Pixels
 from hgrn2.errors import UserError
 
-# attempts to find a readable image in place of one that is not
+# attempts to replace an unreadable image by a readable one
 _MOST_ATTEMPTS = 100
 
 
@@ -25,11 +25,11 @@ class Decoder:
         found: the set.
         size: height and width.
         channels: 1 for grey, 3 for RGB.
-        min_scale: smallest area of a random crop (arXiv 1409.4842), as a share; 1 for the centre.
-        enlarge: size before the crop of the centre over `size`, as 256 / 224 for ImageNet.
+        min_scale: smallest area of a random crop (arXiv 1409.4842), as a share; 1 for a crop of the centre.
+        enlarge: ratio of the size before a crop of the centre to `size`, such as 256 / 224 for ImageNet.
 
     Attributes:
-        skipped: number of images that could not be read; the next one took their place.
+        skipped: number of different images that could not be read and were replaced by the next one.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Decoder:
 
         Args:
             row: index of the image.
-            seed: of the random crop.
+            seed: seed of the random crop.
 
         Raises:
             UserError: a hundred images in a row cannot be read.
@@ -88,12 +88,12 @@ class Decoder:
 
 
 class Prefetcher:
-    """Makes batches by number in threads, a few ahead of the one that is asked for.
+    """Makes batches by number in threads, a few of them in advance.
 
     Args:
         make: returns the jobs of a batch; each is called in a thread.
         workers: threads.
-        ahead: number of batches.
+        ahead: number of batches in advance.
     """
 
     def __init__(self, make: Callable[[int], list[Callable[[], Any]]], workers: int, ahead: int = 3) -> None:

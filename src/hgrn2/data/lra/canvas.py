@@ -1,4 +1,4 @@
-"""Images in progress, drawn many at a time by pasting small pictures."""
+"""Unfinished images, many of which are drawn at a time by pasting small pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Bools = NDArray[np.bool_]
 
 
 class Canvas:
-    """Images in progress, each within a border that is cut off in the end.
+    """Unfinished images, each within a border that is cut off at the end.
 
     Args:
         num: N.
@@ -31,7 +31,7 @@ class Canvas:
         return found
 
     def keep(self, rows: Bools) -> None:
-        """Drop the other images."""
+        """Keep some of the images, and drop the others."""
         # a copy costs more than a paddle
         if rows.all():
             return
@@ -50,6 +50,6 @@ class Canvas:
 
 
 def paste(target: Floats, window: Ints, stamps: Floats) -> None:
-    """Write the maximum of stamps [N, P, P] and what is there."""
+    """Write the maximum of stamps [N, P, P] and the present values."""
     flat = target.reshape(-1)
     flat[window] = np.maximum(flat[window], stamps)

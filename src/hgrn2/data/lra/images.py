@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hgrn2.data.images.arrays import CIFAR10, read_cifar_file
 from hgrn2.data.lra.sequences import LabelledSequences
 from hgrn2.errors import UserError
 
-CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIDE = 32
-_RECORD = 1 + 3 * _SIDE * _SIDE
 # ITU-R 601
 _GREY = np.array([0.2989, 0.5870, 0.1140])
 _TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
@@ -42,19 +41,14 @@ def read_cifar(folder: Path, split: str, is_grey: bool) -> LabelledSequences:
     elif images.ndim == 3 and not is_grey:
         raise UserError(f"{folder}: its images are grey; wanted colours", "mismatch")
     inputs = images.reshape(len(images), _SIDE * _SIDE, *images.shape[3:])
-    return LabelledSequences(inputs, None, labels.astype(np.int64), CIFAR_CLASSES).checked(str(folder))
+    return LabelledSequences(inputs, None, labels.astype(np.int64), CIFAR10).checked(str(folder))
 
 
 def _read_binary(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; wanted CIFAR-10's binary files, or train.npz and test.npz", "not-found")
-    content = np.fromfile(path, np.uint8)
-    if not len(content) or len(content) % _RECORD:
-        raise UserError(
-            f"{path}: has {len(content)} bytes; wanted a multiple of {_RECORD}, it may be truncated", "damaged"
-        )
-    records = content.reshape(-1, _RECORD)
-    return records[:, 1:].reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), records[:, 0]
+    images, labels = read_cifar_file(path)
+    return images.transpose(0, 2, 3, 1), labels
 
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,7 +1,7 @@
 """Pathfinder images (arXiv 1805.08315) as in Long Range Arena: do two discs lie on one dashed curve?
 
 Many images are drawn at once. The parameters of each size are those that Long Range Arena publishes for its "hard"
-images; the drawing is our own.
+images; the drawing code is ours.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Bytes = NDArray[np.uint8]
 
 # images that are drawn from one random stream
 BLOCK_IMAGES = 250
-CURVE_PADDLES, DISTRACTOR_PADDLES = 14, 4
+DISTRACTOR_PADDLES = 4
 # two spaces touch where their sum reaches this value
 _TOUCHING = 1.8
 _TRIES_OF_A_PADDLE, _TRIES_OF_A_DISTRACTOR, _PLACES = 3, 5, 24
-# paddles that are drawn again where a curve cannot grow, and how often
+# paddles after the first, in the groups that are drawn again where a curve cannot grow, and how often
 _STAGES, _TRIES_OF_A_STAGE = (4, 4, 5), 10
 # pixels drawn at a time
 _MOST_PIXELS = 2**21
@@ -42,7 +42,7 @@ class PathfinderStyle:
         margins: pixels between paddles, one of which is drawn for each block of images.
         radius: of the discs, in pixels.
         seed_distance: pixels between the starts of the two curves; both start at least twice as far from the border.
-        continuity: 1 lets a curve turn by up to 90 degrees at a paddle, 1.8 by up to 50.
+        continuity: 90 degrees over the largest turn of a curve at a paddle: 1 allows 90 degrees, 1.8 allows 50.
         num_distractors: short curves besides the two.
         curve_contrast: brightness of the paddles of the two curves; that of the discs is 1.
         distractor_contrast: brightness of the other paddles.
@@ -84,9 +84,7 @@ class PathfinderImages(NamedTuple):
 
 
 def draw_block(size: int, seed: int, block: int) -> PathfinderImages:
-    """Return 250 images: those from 250 * block on.
-
-    They depend on the arguments only.
+    """Return the 250 images of a block; they depend on the arguments only.
 
     Args:
         size: pixels of a side: 32, 64, 128 or 256.
@@ -158,26 +156,29 @@ class _Curve:
 def _moved(place: Ints, direction: Ints, distance: int) -> Ints:
     """Return places [N, 2] moved in directions [N] (degrees), rounded up to a pixel."""
     angle = direction * (2 * np.pi / NUM_DIRECTIONS)
-    # the sum of a rounding error and a whole number must not be rounded up
+    # a rounding error above a whole number must not be rounded up
     step = np.round(distance * np.stack([np.sin(angle), np.cos(angle)], -1), 9)
     return place + np.ceil(step).astype(np.int64)
 
 
 def _draw_curves(
-    style: PathfinderStyle, paddles: Paddles, random: np.random.Generator, wanted: int = BLOCK_IMAGES
+    style: PathfinderStyle, paddles: Paddles, random: np.random.Generator
 ) -> tuple[Canvas, tuple[_Curve, _Curve]]:
     """Draw two curves of 14 paddles that do not touch in each image; start again where one cannot grow."""
     found: list[tuple[Canvas, tuple[_Curve, _Curve]]] = []
-    missing = wanted
+    missing = BLOCK_IMAGES
     while missing > 0:
         found.append(_try_curves(style, paddles, random))
         missing -= len(found[-1][0].image)
     canvas = Canvas(0, style.size, found[0][0].border)
-    canvas.image = np.concatenate([part.image for part, _ in found])[:wanted]
-    canvas.mask = np.concatenate([part.mask for part, _ in found])[:wanted]
+    canvas.image = np.concatenate([part.image for part, _ in found])[:BLOCK_IMAGES]
+    canvas.mask = np.concatenate([part.mask for part, _ in found])[:BLOCK_IMAGES]
     first, second = (
         _Curve(
-            *(np.concatenate(x)[:wanted] for x in zip(*(vars(curves[i]).values() for _, curves in found), strict=True))
+            *(
+                np.concatenate(x)[:BLOCK_IMAGES]
+                for x in zip(*(vars(curves[i]).values() for _, curves in found), strict=True)
+            )
         )
         for i in (0, 1)
     )

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from hgrn2.data.images.decode import pillow
 from hgrn2.data.lra.pathfinder import BLOCK_IMAGES, draw_block
 from hgrn2.data.lra.sequences import LabelledSequences
 from hgrn2.errors import UserError
 from hgrn2.storage.staging import staged_directory
 
-# another drawing has another version
+# raise it when the drawing of the images changes
 _VERSION = 1
 _NAMES = ("two curves", "one curve")
 
@@ -29,7 +30,7 @@ def pathfinder_set(size: int, num: int, seed: int, folder: Path, processes: int 
         num: number of images.
         seed: 0 or more.
         folder: holds a folder for each set.
-        processes: that draw; None for one per core.
+        processes: number of processes that draw; None for one per core.
 
     Raises:
         UserError: the set is damaged: remove its folder to draw it again.
@@ -83,10 +84,7 @@ def read_official_pathfinder(folder: Path, size: int) -> LabelledSequences:
         UserError: there is no such file, an image has another size, or a label is neither 0 nor 1. Empty or unreadable
             images are skipped and counted.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise UserError("the official Pathfinder files are PNG images: pip install pillow", "unavailable") from None
+    image_module = pillow()
     images, labels, notes = [], [], {}
     for path in sorted((folder / "metadata").glob("*.npy"), key=lambda p: (len(p.stem), p.stem)):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -94,7 +92,7 @@ def read_official_pathfinder(folder: Path, size: int) -> LabelledSequences:
             if len(words) < 4 or words[3] not in ("0", "1"):
                 raise UserError(f"{path}, line {number}: {line[:80]!r}; wanted folder, file, number, label", "damaged")
             try:
-                with Image.open(folder / words[0] / words[1]) as image:
+                with image_module.open(folder / words[0] / words[1]) as image:
                     found = np.asarray(image.convert("L"))
             except OSError:
                 notes["unreadable"] = notes.get("unreadable", 0) + 1

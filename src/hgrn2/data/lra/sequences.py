@@ -21,7 +21,7 @@ class LabelledSequences:
         lengths: [N] or [N, 2] int32, or None where every sequence has T tokens.
         labels: [N] int64.
         class_names: name of each label.
-        notes: what was cut or skipped, by reason.
+        notes: number of examples that were cut or skipped, by reason.
     """
 
     inputs: NDArray[Any]
@@ -34,7 +34,7 @@ class LabelledSequences:
         return len(self.labels)
 
     def checked(self, what: str) -> LabelledSequences:
-        """Return the examples.
+        """Return the examples if they are valid.
 
         Args:
             what: where they come from, for messages.

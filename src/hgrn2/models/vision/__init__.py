@@ -20,6 +20,6 @@ __all__ = [
     "token_contribution",
 ]
 
-# importing timm takes seconds, which a program without it should not pay
+# importing timm takes seconds, so programs that do not use it are spared
 if "timm" in sys.modules:
     register_with_timm()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from hgrn2.constraints import Ge, Gt, Lt, check_fields
-from hgrn2.errors import UserError, unknown_key_message
+from hgrn2.errors import UserError
+from hgrn2.models.config_io import build
 from hgrn2.models.pattern import OptionTable, complete, read_options
 from hgrn2.nn.gates import LOWER_BOUNDS
 from hgrn2.nn.mixers import check_directions, find_mixer, mixer_names, read_directions
@@ -47,11 +48,11 @@ class VisionConfig:
         norm: norm before the mixers and at the end: "rmsnorm" or "layernorm".
         norm_eps: eps of these norms.
         use_bias: whether the channel mixers have biases.
-        stem: how patches become tokens: "patch", one convolution with a stride of patch_size; or "conv", 3 x 3
+        stem: how patches become tokens: "patch" for one convolution with a stride of patch_size, or "conv" for 3 x 3
             convolutions with max pooling, for small images (patch_size must be a power of 2).
         position: positions added to the tokens: "none", "sincos" (any size) or "learned" (resized to other grids).
-        global_pool: tokens to one vector: "avg", their mean; "seq", a learned weighted mean (arXiv 2104.05704); or ""
-            to keep them.
+        global_pool: how tokens are pooled: "avg" for their mean, "seq" for a learned weighted mean (arXiv 2104.05704),
+            or "" to keep them.
         drop_rate: dropout before the classifier.
         drop_path_rate: probability of dropping a branch of the last layer; it grows linearly with depth, from 0.
         initializer_range: standard deviation of the initial weights.
@@ -187,11 +188,7 @@ class VisionConfig:
         Raises:
             UserError: a key does not exist (the message suggests similar names), or a value is invalid.
         """
-        known = [field.name for field in fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise UserError(unknown_key_message("image model config", key, known), "unknown-name")
-        return cls(**settings)
+        return build(cls, dict(settings), "image model config")
 
 
 def _shortest(directions: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""How much each patch contributes to the pooled output: a map over the image."""
+"""Maps of what each patch contributes to the pooled output."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hgrn2.models.vision.model import VisionModel
 def token_contribution(model: VisionModel, images: Tensor, classes: Tensor | None = None) -> Tensor:
     """Compute the contribution of each patch to a class's logit: gradient times input at the tokens of the stem.
 
-    To first order, a value is the change of the logit when the token of the patch is removed (set to zero); its size
-    says how much of the patch is left in the pooled output after all states have decayed.
+    To first order, this is how much the logit falls when the token of the patch is set to zero. Its magnitude shows how
+    much of the patch is left in the pooled output after all states have decayed.
 
     Args:
         model: the model, which is used in evaluation mode.

@@ -29,7 +29,7 @@ from hgrn2.nn.parameters import InitialValues, draw, parameter_roles
 
 
 class VisionModel(nn.Module):
-    """Images to classes, or to features.
+    """Image model: computes the logits of classes, or features.
 
     Args:
         config: configuration of the model.
@@ -151,12 +151,12 @@ class VisionModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Return the features after chosen layers, as timm's feature extraction asks for.
+        """Return the features after chosen layers, as timm's feature extraction expects.
 
         Args:
             x: [B, C, H, W].
             indices: layers, negative ones from the end; a number n means the last n, None all.
-            return_prefix_tokens: ignored: there are no prefix tokens.
+            return_prefix_tokens: ignored, as there are no prefix tokens.
             norm: apply the last norm to each.
             stop_early: skip the layers after the last chosen one; only with `intermediates_only`.
             output_fmt: "NCHW" for [B, D, rows, columns], "NLC" for [B, T, D].

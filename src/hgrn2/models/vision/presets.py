@@ -1,4 +1,4 @@
-"""Named image models: the sizes of the authors' classifier, modern ones for small images, and rivals in their frame."""
+"""Named image models: the authors' classifier, modern ones for small images, and the same with other mixers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from hgrn2.errors import UserError, unknown_key_message
 from hgrn2.models.vision.config import VisionConfig
 
-# options of the authors' module for images, as of Long Range Arena
+# options of the authors' module for images and Long Range Arena
 _OFFICIAL: dict[str, Any] = {
     "q_activation": "sigmoid",
     "v_activation": "silu",

@@ -1,4 +1,4 @@
-"""Tensor to tokens: patches, convolutions, and positions."""
+"""Turn images into tokens: patches, convolutions, and positions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """3 x 3 convolutions, batch norm and GELU; each convolution after the first halves the grid by max pooling.
 
-    A convolutional stem with pooling instead of patches is due to arXiv 2104.05704; the widths double up to embed_dim.
+    arXiv 2104.05704 introduced convolutional stems with pooling instead of patches. The widths double up to embed_dim.
 
     Args:
         in_chans: channels of the images.
@@ -56,7 +56,7 @@ class ConvStem(nn.Module):
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv(x)
             if i > 0:
-                # first, so that norm and activation have a quarter of the pixels
+                # pooled first, so that norm and activation have a quarter of the pixels
                 x = functional.max_pool2d(x, 3, 2, 1)
             x = functional.gelu(norm(x))
         return x

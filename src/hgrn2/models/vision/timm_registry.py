@@ -70,7 +70,7 @@ def _build(preset_name: str, **kwargs: Any) -> VisionModel:
         changes.setdefault("drop_path_rate", rate)
     unknown = [key for key in kwargs if key not in _KEYS | {"drop_path"} and kwargs[key] is not None]
     if unknown:
-        # raises with near names
+        # raises an error that suggests similar names
         VisionConfig.from_dict(dict.fromkeys(unknown))
     return VisionModel(preset(preset_name, **changes))
 

@@ -248,7 +248,7 @@ class Projected(NamedTuple):
 
 
 class DirectedMixer(Mixer):
-    """Mixer in three acts, `project`, `mix` and `finish`, from which `forward` follows in every direction.
+    """Mixer split into `project`, `mix` and `finish`, from which `forward` is composed in every direction.
 
     Attributes:
         sees_all: whether the bidirectional form reads all tokens alike, so that a grid makes no difference.

@@ -29,7 +29,7 @@ class Context:
         earlier: features returned by earlier layers, the nearest last; at most `Mixer.num_earlier`.
         grid: rows and columns of an image whose tokens are x, row by row: T = rows * columns. None for sequences.
         order: tokens that a token sees: those before it, those after it, or both. `DirectedMixer.forward` sets it for
-            the three acts, from the mixer's direction.
+            `project` and `mix`, from the mixer's direction.
         axis: sequences of a grid along which tokens are mixed; None for one sequence of all tokens. Set with `order`.
         pieces: how the sequences are split over ranks, of which x is a piece; None if x is whole.
     """
@@ -55,13 +55,13 @@ class Context:
         )  # fmt: skip
 
     def for_order(self, order: Order, axis: Axis | None = None) -> Context:
-        """Return the context of a pass that starts and returns no state, with this order and axis."""
+        """Return the context of a pass without an initial or final state, with this order and axis."""
         return Context(
             self.cu_seqlens, self.mask, False, False, self.lower_bound, self.earlier, self.grid, order, axis
         )  # fmt: skip
 
     def for_sequences(self, mask: Tensor | None, lower_bound: Tensor | None) -> Context:
-        """Return the context of one scan over rows or columns that were made sequences."""
+        """Return the context of one scan whose sequences are rows or columns."""
         return Context(None, mask, False, False, lower_bound, (), None, self.order)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Context:

@@ -1,7 +1,7 @@
 """Directions in which a mixer reads tokens: causal, reverse, both, and over the rows and columns of an image.
 
-A direction runs the three acts of a mixer: one projection, one or more scans whose outputs are added, one finish. A
-form with several scans counts a token's own write once per scan.
+A direction runs the three parts of a `DirectedMixer`: `project` once, `mix` once or several times, with the outputs
+added, and `finish` once. With several scans, a token's own write counts once per scan.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ def check_direction(direction: Any, what: str = "direction", known: Sequence[str
         raise UserError(unknown_key_message(what, direction, known, "direction"), "unknown-name")
 
 
-def read_directions(value: Any, num_layers: int, what: str = "directions") -> tuple[str, ...]:
+def read_directions(value: Any, num_layers: int) -> tuple[str, ...]:
     """Return the direction of each layer.
 
     Args:
         value: a name of `DIRECTIONS`; or several, as a list or as text separated by commas, repeated over the layers;
             or "alternating" (causal, reverse) or "alternating-2d" (causal, reverse, columns, columns-reverse).
         num_layers: number of layers.
-        what: name of the setting, for messages.
 
     Raises:
         UserError: a direction does not exist (the message suggests similar names), or there are more directions than
@@ -72,12 +71,12 @@ def read_directions(value: Any, num_layers: int, what: str = "directions") -> tu
     if isinstance(value, str):
         value = PATTERNS.get(value) or [name.strip() for name in value.split(",")]
     if not isinstance(value, list | tuple) or not value:
-        raise UserError(f"{what} is {describe(value)}; wanted one or more of {', '.join((*DIRECTIONS, *PATTERNS))}")
+        raise UserError(f"directions is {describe(value)}; wanted one or more of {', '.join((*DIRECTIONS, *PATTERNS))}")
     for name in value:
-        check_direction(name, what, DIRECTIONS if len(value) > 1 else (*DIRECTIONS, *PATTERNS))
+        check_direction(name, "directions", DIRECTIONS if len(value) > 1 else (*DIRECTIONS, *PATTERNS))
     if len(value) > num_layers:
         raise UserError(
-            f"{what} has {len(value)} directions, and the model {num_layers} layers; wanted no more than layers",
+            f"directions has {len(value)} names, and the model {num_layers} layers; wanted at most one per layer",
             "contradiction",
         )
     return tuple(value[i % len(value)] for i in range(num_layers))
@@ -105,13 +104,13 @@ def run_direction(mixer: DirectedMixer, x: BTD, context: Context) -> BTD:
             x = _run(mixer, x, context.for_order("bidirectional", "columns"))
             return _run(mixer, x, context.for_order("bidirectional", "rows"))
         mask = None if context.mask is None else _transpose(context.mask, rows, columns)
-        turned = Context(None, mask, False, False, context.lower_bound, context.earlier, None, ORDERS[direction])
-        return _transpose(_run(mixer, _transpose(x, rows, columns), turned), columns, rows)
+        by_column = Context(None, mask, False, False, context.lower_bound, context.earlier, None, ORDERS[direction])
+        return _transpose(_run(mixer, _transpose(x, rows, columns), by_column), columns, rows)
     return _run(mixer, x, context.for_order(ORDERS[direction]))
 
 
 def _run(mixer: DirectedMixer, x: BTD, context: Context) -> BTD:
-    """Run the three acts, with one or two scans along each axis."""
+    """Run `project`, then one or two scans along each axis, then `finish`."""
     inputs, others, _ = mixer.project(x, None, context)
     total = None
     for axis in ("rows", "columns") if context.axis == "both" else (context.axis,):
@@ -158,7 +157,7 @@ def convolve(conv: ShortConv, x: BTD, state: Tensor | None, context: Context) ->
         context: further inputs of the pass.
 
     Returns:
-        The result like x, and the new state, which has a meaning in the causal order only.
+        The result, shaped like x, and the new state, which is meaningful in the causal order only.
     """
     mask = context.mask
     if context.pieces is not None and state is None and conv.width > 1:
@@ -186,8 +185,8 @@ def refuse_state(direction: str, state: MixerState | None) -> None:
     """Raise a UserError if a state is given to a mixer of a direction other than "causal"."""
     if state is not None:
         raise UserError(
-            f"direction is {direction!r}, which reads whole sequences: it has no state to decode from; call it with "
-            "all tokens and state=None",
+            f"direction is {direction!r}, which reads whole sequences and has no state to decode from; pass all "
+            "tokens, with state=None",
             "unsupported",
         )
 

@@ -47,7 +47,7 @@ class HGRN1Options(MixerOptions):
     expansion: ExpansionKind = "dense"
 
     def check(self) -> None:
-        """Refuse what an expanded state does not have: complex numbers, and a norm before its gate."""
+        """Refuse an expanded state with complex numbers or with a norm before its gate."""
         if self.expand_ratio > 1 and self.form != "real":
             raise UserError(
                 f"expand_ratio is {self.expand_ratio}, and form {self.form!r}; wanted form 'real' beside an expansion",
@@ -81,8 +81,8 @@ class HGRN1(DirectedMixer):
     A complex c has its real and imaginary parts side by side in the columns of W_i; theta [D] is learned, and does not
     depend on x. The state is E = 2 D numbers for "complex", E = D for "real".
 
-    With an expand_ratio n > 1, the real form has n rows of D channels, each with gates, inputs and output gates of its
-    own, and the output gate reads them as the query of HGRN2 reads its state:
+    With expand_ratio n > 1, the real form has n rows of D channels, each with separate gates, inputs and output gates.
+    The output gates read the rows as the query of HGRN2 reads its state:
 
         h_t = f_t h_{t-1} + (1 - f_t) c_t  [n, D]           out = Norm(sum_i g_i * h_i) W_o
 
@@ -113,8 +113,8 @@ class HGRN1(DirectedMixer):
         super().__init__()
         self.is_complex = form == "complex"
         self.expand_ratio, self.expansion = expand_ratio, expansion
-        follows = not self.is_complex and expand_ratio == 1
-        self.norm_before_gate = follows if norm_before_gate is None else norm_before_gate
+        norm_first = not self.is_complex and expand_ratio == 1
+        self.norm_before_gate = norm_first if norm_before_gate is None else norm_before_gate
         self.hidden_size, self.state_size = hidden_size, hidden_size * (2 if self.is_complex else expand_ratio)
         read_size = 2 * hidden_size if self.is_complex else hidden_size
         sizes = (self.state_size, hidden_size, self.state_size)
@@ -134,8 +134,8 @@ class HGRN1(DirectedMixer):
     def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
         """Compute decays and writes of the recurrence, [B, T, D], and the output gate [B, T, E].
 
-        Writes of a complex state are complex, and so are its decays where padding has one of 1; otherwise `mix` rotates
-        them.
+        The writes of a complex state are complex. Its decays are complex only with a mask, since padding has a decay of
+        1 without rotation; otherwise they are real, and `mix` rotates them.
         """
         del state
         wide = wide_dtype(x.dtype)
@@ -166,7 +166,7 @@ class HGRN1(DirectedMixer):
             before = torch.view_as_complex(before.contiguous())
         rotation = None
         if self.theta is not None and not keep.is_complex():
-            # lines that are scanned side by side have the channels of each one after the other
+            # columns of a grid are folded into channels: repeat the rotation for each column
             rotation = self._rotation(keep.dtype).repeat(keep.shape[-1] // self.hidden_size)
         h, after = linear_scan(
             keep, write, rotation=rotation, initial_state=before, cu_seqlens=context.cu_seqlens, reverse=reverse
@@ -209,7 +209,7 @@ class HGRN1(DirectedMixer):
     def flops(self, seq_len: int) -> int:
         """Count the recurrence: a product and a sum, 8 operations of real numbers if they are complex.
 
-        Of expansions, count what one product per weight leaves out; and the reading of their rows.
+        With an expansion, also count its operations beyond one product per weight, and the reading of the rows.
         """
         del seq_len
         if self.expand_ratio == 1:
@@ -220,7 +220,7 @@ class HGRN1(DirectedMixer):
         """Count c, g and the gated values in both precisions, the gates, and what the scan and the norm keep."""
         del seq_len
         if self.expand_ratio > 1:
-            # of every row the gates, what is read and written, and the products with the output gates
+            # for every row: the gates, reads and writes, and the products with the output gates
             kept = sum(part.activation_bytes(low) for part in self._expansions)
             return kept + (28 + 2 * low) * self.state_size + self.g_norm.activation_bytes(low)
         # two sigmoids, 1 - f, and f, which a complex a replaces in the scan

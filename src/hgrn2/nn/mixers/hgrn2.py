@@ -81,7 +81,7 @@ class HGRN2(DirectedMixer):
             `hgrn2.nn.mixers.signed_gates`.
         dense_state: earlier layers whose keys and values are added to those of this layer, see
             `hgrn2.nn.mixers.dense_state`; 0 for none.
-        num_earlier: layers that are there before this one, if fewer than dense_state.
+        num_earlier: number of layers before this one, if fewer than dense_state.
         backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
         direction: "causal", "reverse", "bidirectional", "columns", "columns-reverse", "2d" or "2d-series", see
             `hgrn2.nn.mixers.directions`.
@@ -127,8 +127,8 @@ class HGRN2(DirectedMixer):
             raise UserError(f"gate_range is {gate_range!r}; wanted one of {', '.join(map(repr, GATE_RANGES))}")
         if gate_range == "signed" and min_log_decay is not None:
             raise UserError(
-                f"min_log_decay is {min_log_decay}, and gate_range 'signed'; a floor would part negative from positive "
-                "gates, leave one of them out",
+                f"min_log_decay is {min_log_decay}, and gate_range 'signed'; a floor would separate negative from "
+                "positive gates; leave one of them out",
                 "contradiction",
             )
         # NaN fails the comparison
@@ -301,7 +301,7 @@ class HGRN2(DirectedMixer):
         return self.num_heads * per_head + 6 * self.conv_size * self.num_heads * width
 
     def activation_bytes(self, seq_len: int, low: int) -> int:
-        """Count q, z, v, what the norm saves, inputs of convolutions, and the operands of a free or signed scan."""
+        """Count q, z, v, what the norm saves, inputs of convolutions, and the operands of an untied or signed scan."""
         del seq_len
         width = self.num_heads * self.expand_ratio
         kept = low * 3 * width

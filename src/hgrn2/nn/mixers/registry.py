@@ -166,19 +166,18 @@ def find_mixer(name: str, what: str = "mixers") -> RegisteredMixer:
     return _mixers[name]
 
 
-def check_directions(directions: Sequence[str], names: Sequence[str], what: str = "directions") -> None:
+def check_directions(directions: Sequence[str], names: Sequence[str]) -> None:
     """Raise a UserError if a layer's mixer cannot read in its direction.
 
     Args:
         directions: the direction of each layer.
         names: the mixer of each layer.
-        what: name of the setting, for messages.
     """
     for direction, name in zip(directions, names, strict=True):
         if direction != "causal" and not issubclass(find_mixer(name).mixer, DirectedMixer):
             able = ", ".join(other for other, found in _mixers.items() if issubclass(found.mixer, DirectedMixer))
             raise UserError(
-                f"{what} has {direction!r} for the mixer {name}, which can only be causal; mixers that can: {able}",
+                f"directions has {direction!r} for the mixer {name}, which can only be causal; others: {able}",
                 "unsupported",
             )
 

@@ -12,7 +12,7 @@ from hgrn2.nn.mixers.outer_product import bounded_log_sigmoid
 from hgrn2.ops import gated_scan
 from hgrn2.shapes import BTHK, BTHV, NHKV
 
-# the smallest size of a gate: below, its logarithm has no finite gradient
+# smallest magnitude of a gate; below it, the gradient of the logarithm is not finite
 SMALLEST_GATE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
@@ -33,7 +33,7 @@ def signed_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     with the eigenvalue 1 - b of its transition it writes b times a value, and b in (0, 2) makes it negative. A lower
     bound of at least 1/2 leaves only positive gates.
 
-    Gates closer to 0 than `SMALLEST_GATE` are taken as of this size, without a gradient through the decay.
+    A gate closer to 0 than `SMALLEST_GATE` counts as `SMALLEST_GATE`, without a gradient through the decay.
 
     Args:
         z: [..., D], pre-activation of the gate.
@@ -44,7 +44,7 @@ def signed_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     """
     z = z.to(wide_dtype(z.dtype))
     lost = 2 * torch.sigmoid(-z) if bound is None else 2 * (1 - bound.to(z.dtype)) * torch.sigmoid(-z)
-    # the clamps keep the branch that is not taken finite, and with it the gradients
+    # the clamps keep both branches finite, so that the gradients are finite
     near_one = torch.log1p(-lost.clamp_max(0.5))
     log_size = torch.where(lost < 0.5, near_one, (1 - lost).abs().clamp_min(SMALLEST_GATE[z.dtype]).log())
     return lost, log_size, lost > 1
@@ -76,7 +76,7 @@ def scan_with_signs(
         k: [B, T, H, K].
         v: [B, T, H, V].
         log_size: [B, T, H, K] in the dtype of the state, at most 0; 0 and a key of 0 where a token is padding.
-        negative: [B, T, H, K] bool, True where the decay is negative; None where none is.
+        negative: [B, T, H, K] bool, True where the decay is negative; None if all are positive.
         state: [N, H, K, V] before the first token, float32 or wider; None at the start of a sequence.
         context: further inputs of the pass.
         scale: factor of the outputs.

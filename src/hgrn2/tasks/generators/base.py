@@ -20,7 +20,7 @@ IGNORE = -100
 MOST_TOKENS = 2**20
 # streams of a seed
 TRAINING, VALIDATION = 0, 1
-# examples of a block, and tokens where they are long
+# examples per block, and tokens per block of long examples
 _BLOCK_EXAMPLES, _BLOCK_TOKENS = 1024, 2**18
 _SEEDS = 2**64
 
@@ -48,7 +48,7 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class SyntheticOptions(TaskOptions):
-    """Options of a synthetic task: the distribution of its examples, and what is trained and validated on.
+    """Options of a synthetic task: the distribution of its examples, and the sets for training and validation.
 
     A generator is a subclass with `vocab_size`, which may be a field or a property, and the method `draw`. Its number
     of targets per example must follow from the options.
@@ -60,7 +60,7 @@ class SyntheticOptions(TaskOptions):
     length: Length = 64
     """Tokens of an example."""
     validation_examples: Annotated[int, Ge(1), Le(10**6)] = 1000
-    """Examples of a validation, drawn from a stream of their own."""
+    """Examples of a validation, drawn from a separate stream."""
     training_examples: Annotated[int, Ge(0), Le(10**7)] = 0
     """Examples of a fixed training set, shuffled in every epoch; 0: every example is new."""
     eval_lengths: tuple[int, ...] = ()
@@ -109,7 +109,7 @@ class SyntheticOptions(TaskOptions):
         raise NotImplementedError
 
     def word(self, token: int) -> str:
-        """Return a token as people read it."""
+        """Return the text that stands for a token."""
         return str(token)
 
     def evaluations(self) -> dict[str, Self]:
@@ -219,7 +219,7 @@ def block_size(options: SyntheticOptions) -> int:
 
 
 def draw_block(options: SyntheticOptions, seed: int, block: int, stream: int) -> Examples:
-    """Return one block of examples: those from block * block_size on."""
+    """Return one block of examples, beginning with example block * block_size."""
     return options.draw(Draws(seed, block, stream, block_size(options)))
 
 

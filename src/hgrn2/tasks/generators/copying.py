@@ -12,17 +12,12 @@ from hgrn2.errors import UserError
 from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, Length, SyntheticOptions, register_generator
 from hgrn2.tasks.generators.draws import Draws
 
-_BLANK, _GO, _SYMBOLS = 0, 1, 2
+BLANK, GO, FIRST_SYMBOL = 0, 1, 2
 
 
-@register_generator("copying")
 @dataclass(frozen=True)
-class CopyingOptions(SyntheticOptions):
-    """Repeat the symbols of the beginning after a delay.
-
-    Distribution. An example is num_copied uniform symbols, length - 2 num_copied blanks, a marker, and
-    num_copied - 1 blanks. The targets are the symbols in order, at the marker and the blanks after it.
-    """
+class CopyOptions(SyntheticOptions):
+    """Options of the generators whose targets are copies of symbols at the end."""
 
     length: Length = 64
     """Tokens of an example, at least 2 num_copied."""
@@ -34,32 +29,37 @@ class CopyingOptions(SyntheticOptions):
     @property
     def vocab_size(self) -> int:  # pyright: ignore
         """Blank, marker and symbols."""
-        return _SYMBOLS + self.num_symbols
+        return FIRST_SYMBOL + self.num_symbols
 
     def check(self) -> None:
         """Refuse more symbols than fit twice."""
-        check_copies_fit(self, self.num_copied)
+        if 2 * self.num_copied > self.length:
+            raise UserError(
+                f"{self.what}: num_copied {self.num_copied} take {2 * self.num_copied} tokens, once to read and once to "
+                f"write, and length is {self.length}; raise length or lower num_copied",
+                "contradiction",
+            )
+
+    def word(self, token: int) -> str:
+        """Return a symbol as a number, a blank as _, the marker as =>."""
+        return str(token - FIRST_SYMBOL) if token >= FIRST_SYMBOL else "_" if token == BLANK else "=>"
+
+
+@register_generator("copying")
+@dataclass(frozen=True)
+class CopyingOptions(CopyOptions):
+    """Repeat the symbols of the beginning after a delay.
+
+    Distribution. An example is num_copied uniform symbols, length - 2 num_copied blanks, a marker, and
+    num_copied - 1 blanks. The targets are the symbols in order, at the marker and the blanks after it.
+    """
 
     def draw(self, draws: Draws) -> Examples:
         """Return one block of examples."""
         num = self.num_copied
-        symbols = draws.columns(num, self.num_symbols) + _SYMBOLS
-        inputs = np.full((draws.num_rows, self.length), _BLANK)
-        inputs[:, :num], inputs[:, -num] = symbols, _GO
+        symbols = draws.columns(num, self.num_symbols) + FIRST_SYMBOL
+        inputs = np.full((draws.num_rows, self.length), BLANK)
+        inputs[:, :num], inputs[:, -num] = symbols, GO
         targets = np.full_like(inputs, IGNORE)
         targets[:, -num:] = symbols
         return Examples(inputs, targets)
-
-    def word(self, token: int) -> str:
-        """Return a symbol as a number, a blank as _, the marker as =>."""
-        return str(token - _SYMBOLS) if token >= _SYMBOLS else "_" if token == _BLANK else "=>"
-
-
-def check_copies_fit(options: SyntheticOptions, num_copied: int) -> None:
-    """Raise a UserError if symbols and their copies take more tokens than an example has."""
-    if 2 * num_copied > options.length:
-        raise UserError(
-            f"{options.what}: num_copied {num_copied} take {2 * num_copied} tokens, once to read and once to say, and "
-            f"length is {options.length}; raise length or lower num_copied",
-            "contradiction",
-        )

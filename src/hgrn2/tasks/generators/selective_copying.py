@@ -8,16 +8,14 @@ from typing import Annotated
 import numpy as np
 
 from hgrn2.constraints import Ge, Le
-from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, Length, SyntheticOptions, register_generator
-from hgrn2.tasks.generators.copying import check_copies_fit
+from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, Length, register_generator
+from hgrn2.tasks.generators.copying import BLANK, FIRST_SYMBOL, GO, CopyOptions
 from hgrn2.tasks.generators.draws import Draws
-
-_BLANK, _GO, _SYMBOLS = 0, 1, 2
 
 
 @register_generator("selective_copying")
 @dataclass(frozen=True)
-class SelectiveCopyingOptions(SyntheticOptions):
+class SelectiveCopyingOptions(CopyOptions):
     """Repeat the symbols in order, and leave out the blanks between them.
 
     Distribution. The first length - num_copied positions hold num_copied uniform symbols at uniformly chosen places,
@@ -32,27 +30,14 @@ class SelectiveCopyingOptions(SyntheticOptions):
     num_symbols: Annotated[int, Ge(2), Le(2**16)] = 16
     """Symbols of the alphabet."""
 
-    @property
-    def vocab_size(self) -> int:  # pyright: ignore
-        """Blank, marker and symbols."""
-        return _SYMBOLS + self.num_symbols
-
-    def check(self) -> None:
-        """Refuse more symbols than fit twice."""
-        check_copies_fit(self, self.num_copied)
-
     def draw(self, draws: Draws) -> Examples:
         """Return one block of examples."""
         num = self.num_copied
-        symbols = draws.columns(num, self.num_symbols) + _SYMBOLS
+        symbols = draws.columns(num, self.num_symbols) + FIRST_SYMBOL
         places = np.sort(draws.subset(num, self.length - num), axis=1)
-        inputs = np.full((draws.num_rows, self.length), _BLANK)
+        inputs = np.full((draws.num_rows, self.length), BLANK)
         np.put_along_axis(inputs, places, symbols, 1)
-        inputs[:, -num:] = _GO
+        inputs[:, -num:] = GO
         targets = np.full_like(inputs, IGNORE)
         targets[:, -num:] = symbols
         return Examples(inputs, targets)
-
-    def word(self, token: int) -> str:
-        """Return a symbol as a number, a blank as _, the marker as =>."""
-        return str(token - _SYMBOLS) if token >= _SYMBOLS else "_" if token == _BLANK else "=>"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-# the number of updates in a checkpoint, beside tensors of the model
+# name of the number of updates in a checkpoint, among the names of the tensors
 UPDATES = "num_updates"
 
 
@@ -29,12 +29,12 @@ class RunningMean:
         self.tensors: dict[str, Tensor] = tensors
 
     def state(self) -> dict[str, Tensor]:
-        """Return the mean by name, and the number of updates; nothing before the first."""
+        """Return the mean by name, and the number of updates; {} before the first update."""
         return {} if self._updates is None else {**self.tensors, UPDATES: self._updates}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the current weights into the mean."""
+        """Include the current weights in the mean."""
         now = dict(model.named_parameters()) | dict(model.named_buffers())
         if self._updates is None:
             self.tensors = {name: _wide(x).detach().clone() for name, x in now.items()}

@@ -10,17 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """A batch of images by row or by pixels, and what augmentation does to each.
+    """A batch of images by row or by pixels, with the arguments of its augmentation.
 
     Attributes:
         labels: [B] int64, or [B, C] float32 probabilities if images are mixed.
         rows: [B] int64, rows of the images in memory; None if there are pixels.
         pixels: [B, C, H, W] uint8.
-        affine: as in `hgrn2.data.images.augment`.
-        colours: as there.
-        erased: as there.
-        own_weight: as there.
-        cut: as there.
+        affine, colours, erased, own_weight, cut: arguments of `hgrn2.data.images.augment`.
     """
 
     labels: Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
 from hgrn2.constraints import Ge, Gt, Le, Lt
@@ -11,8 +11,8 @@ from hgrn2.tasks.classification import ClassificationOptions
 
 
 @dataclass(frozen=True)
-class ImageOptions(ClassificationOptions):
-    """Options of the image task; those of augmentation are documented in `hgrn2.data.images.Augmentation`."""
+class ImageOptions(ClassificationOptions, Augmentation):
+    """Options of the image task, including those of `hgrn2.data.images.Augmentation`."""
 
     what: ClassVar[str] = "image options"
     paths: ClassVar[tuple[str, ...]] = ("data", "validation")
@@ -24,28 +24,11 @@ class ImageOptions(ClassificationOptions):
     validation_share: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of the images that is held out, if there are no validation images."""
     storage: Literal["auto", "memory", "stream"] = "auto"
-    """Decode all images at the start (memory), or every batch anew (stream); auto: memory up to 4 GiB.
+    """Decode all images at the start (memory), or each batch when it is needed (stream); auto: memory up to 4 GiB.
 
     Idx and CIFAR files are always in memory."""
     workers: Annotated[int, Gt(0), Le(1024)] = 8
     """Threads that decode images."""
-
-    crop_padding: Annotated[int, Ge(0)] = 0
-    """Random shift of up to this many pixels."""
-    flip: bool = False
-    """Mirror images left to right at random."""
-    min_scale: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Smallest area of a random crop as a share of the image; 1 for none."""
-    strength: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Strength of random geometric and colour operations; 0 for none."""
-    erase: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Probability of erasing a rectangle."""
-    mixup: Annotated[float, Ge(0)] = 0.0
-    """Parameter of the Beta distribution of mixup; 0 for none."""
-    cutmix: Annotated[float, Ge(0)] = 0.0
-    """Parameter of the Beta distribution of cutmix; 0 for none."""
-    mix_share: Annotated[float, Ge(0), Le(1)] = 1.0
-    """Share of the images that mixup or cutmix mixes."""
     plain_share: Annotated[float, Ge(0), Le(1)] = 0.0
     """Share of the epochs, the last ones of `epochs`, that train without mixing and random operations."""
     epochs: Annotated[float | None, Gt(0)] = None
@@ -59,7 +42,4 @@ class ImageOptions(ClassificationOptions):
     @property
     def augmentation(self) -> Augmentation:
         """Settings of augmentation."""
-        return Augmentation(
-            self.crop_padding, self.flip, self.min_scale, self.strength, self.erase, self.mixup, self.cutmix,
-            self.mix_share,
-        )  # fmt: skip
+        return Augmentation(**{field.name: getattr(self, field.name) for field in fields(Augmentation)})

@@ -26,7 +26,7 @@ def draw_pictures(task: Any, model: Any, predictions: Any, folder: Path) -> list
     Args:
         task: an `ImageTask`.
         model: the model, in evaluation mode.
-        predictions: the classes of the validation images, `Predictions`.
+        predictions: a `Predictions` of the validation images.
         folder: folder of the pictures.
 
     Returns:
@@ -45,12 +45,12 @@ def draw_pictures(task: Any, model: Any, predictions: Any, folder: Path) -> list
     figures = {"confusion": confusion_figure(Figure, true, found, names)}
     wrong = (true != found).nonzero().flatten()
     if len(wrong):
-        # the errors of which the model is most certain
+        # errors with the highest confidence
         rows = wrong[sure[wrong].argsort(descending=True)][: _COLUMNS * _ROWS]
         captions = [f"{names[int(found[i])]} {float(sure[i]):.0%}\nis {names[int(true[i])]}" for i in rows]
         share = f"{len(wrong):,} of {len(true):,} wrong; those with the highest confidence"
         figures["misclassified"] = images_figure(Figure, task.inputs(rows)[0], captions, share)
-    # an equal number of each class, correct or not
+    # two images of each class, whether correct or not
     order = np.concatenate([np.flatnonzero(true.numpy() == c)[:2] for c in range(min(len(names), _MAPS))])
     rows = torch.from_numpy(order[:_MAPS])
     pixels, inputs = task.inputs(rows)
@@ -69,18 +69,18 @@ def draw_pictures(task: Any, model: Any, predictions: Any, folder: Path) -> list
 
 
 def _title(names: list[str], true: Tensor, found: Tensor) -> str:
-    """Return the class of an image, and the model's if it is another."""
+    """Return the true class of an image, and the predicted one if it differs."""
     own = names[int(true)]
     return own if true == found else f"{own}\nas {names[int(found)]}"
 
 
 def confusion_figure(figure_class: Any, true: Tensor, found: Tensor, names: list[str]) -> Any:
-    """Draw the share of each class's images that the model gives to each class.
+    """Draw the confusion matrix, in percent of each row.
 
     Args:
         figure_class: matplotlib's Figure.
         true: [N] int64, classes of the images.
-        found: [N] int64, classes of the model.
+        found: [N] int64, predicted classes.
         names: names of the classes.
     """
     num = len(names)
@@ -91,7 +91,7 @@ def confusion_figure(figure_class: Any, true: Tensor, found: Tensor, names: list
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     accuracy = counts.diagonal().sum() / max(1, counts.sum())
-    axes.set(xlabel="class given by the model", ylabel="class of the image")
+    axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title(f"confusions, in percent of a row; accuracy {accuracy:.2%}", loc="left")
     if num <= _NAMED_CLASSES:
         axes.set_xticks(range(num), names, rotation=60, ha="right")
@@ -123,7 +123,7 @@ def images_figure(figure_class: Any, pixels: Tensor, captions: list[str], title:
 
 
 def contribution_figure(figure_class: Any, pixels: Tensor, maps: Tensor, names: list[str]) -> Any:
-    """Draw images above maps of what each patch contributes to the model's class.
+    """Draw images above maps of the contribution of each patch to the predicted class.
 
     Args:
         figure_class: matplotlib's Figure.
@@ -134,7 +134,7 @@ def contribution_figure(figure_class: Any, pixels: Tensor, maps: Tensor, names: 
     columns = min(6, len(names))
     num_rows = -(-len(names) // columns)
     figure = figure_class(figsize=(columns * 1.6, 0.6 + num_rows * 3.4), layout="constrained")
-    title = "what the state attends to: red patches raise the logit of the model's class, blue ones lower it"
+    title = "what the state attends to: red patches raise the logit of the predicted class, blue ones lower it"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     grid = figure.subplots(2 * num_rows, columns, squeeze=False)
     for axes in grid.flat:

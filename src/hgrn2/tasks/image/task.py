@@ -27,12 +27,14 @@ from hgrn2.tasks.image.batch import ImageBatch
 from hgrn2.tasks.image.options import ImageOptions
 from hgrn2.tasks.registry import register_task
 
-# bytes of the images that "auto" decodes at the start
+# most bytes of images that "auto" keeps in memory
 _MEMORY_LIMIT = 4 * 2**30
-# size of a whole image over that of its crop, for streamed images
+# ratio of the size of a whole image to that of its crop, for streamed images
 _ENLARGE = 256 / 224
+# images from which mean and standard deviation are estimated
+_SAMPLED = 10_000
 _DEFAULT_PRESET = "hgrn2_cct_nano"
-# independent sequences of random numbers of one seed
+# streams of random numbers of a seed
 _ORDER, _DRAWS = 0, 1
 # mean and standard deviation of ImageNet's channels, for images that are not in memory
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -46,9 +48,9 @@ class Predictions(NamedTuple):
     """Classes of the validation images, on the CPU.
 
     Attributes:
-        true: [N] int64, the classes of the images.
-        found: [N] int64, those of the model.
-        confidence: [N] float32, the probability that the model gives to its class.
+        true: [N] int64, true classes.
+        found: [N] int64, predicted classes.
+        confidence: [N] float32, probability of the predicted class.
     """
 
     true: Tensor
@@ -78,8 +80,8 @@ class ImageTask(ClassificationTask):
         model="An image classifier",
         counted="images",
         pictures=(
-            ("misclassified", "Held-out images of another class than the model's, the most certain errors first."),
-            ("contribution", "Images, and what each patch contributes to the logit of the model's class."),
+            ("misclassified", "Misclassified held-out images, the errors with the highest confidence first."),
+            ("contribution", "Images, and the contribution of each patch to the logit of the predicted class."),
         ),
         opening='from hgrn2.models.vision import load_model\n\nmodel, about = load_model("{run}/model")',
     )
@@ -190,7 +192,7 @@ class ImageTask(ClassificationTask):
         return augmentation
 
     def _rows(self, number: int) -> Any:
-        """Return the rows of a batch: epochs of all images, each in an order of its own."""
+        """Return the rows of a batch, from epochs of all images in different orders."""
         size, num = self._context.batch_size, len(self._train)
         parts, start, end = [], number * size, (number + 1) * size
         while start < end:
@@ -204,14 +206,14 @@ class ImageTask(ClassificationTask):
         return np.concatenate(parts)
 
     def _jobs(self, number: int) -> list[Callable[[], Any]]:
-        """Return the decoding of a batch's images."""
+        """Return the functions that decode the images of a batch."""
         return [
             partial(self._decoder, int(row), (self._context.seed, number, i))
             for i, row in enumerate(self._rows(number))
         ]
 
     def logits(self, model: Any, batch: ImageBatch) -> Tensor:
-        """Return the logits [B, C] of a batch, augmented as it says."""
+        """Augment a batch with its arguments, and return the logits [B, C]."""
         training = model.training
         if training and self._running_mean is not None:
             self._running_mean.update(model)
@@ -366,8 +368,8 @@ def _without_crop(augmentation: Augmentation) -> Augmentation:
     return dataclasses.replace(augmentation, min_scale=1.0)
 
 
-def _statistics(images: Any, most: int = 10000) -> tuple[list[float], list[float]]:
+def _statistics(images: Any) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each channel, of values in [0, 1], over images spread over the set."""
-    chosen = images[:: max(1, len(images) // most)].astype(np.float32) / 255
+    chosen = images[:: max(1, len(images) // _SAMPLED)].astype(np.float32) / 255
     std = np.maximum(chosen.std((0, 2, 3)), 1e-3)
     return chosen.mean((0, 2, 3)).tolist(), std.tolist()

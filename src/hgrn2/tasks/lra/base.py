@@ -24,7 +24,7 @@ from hgrn2.tasks.classification import ClassCounts, ClassificationOptions, Class
 from hgrn2.tasks.lra.device_set import NUM_WIDTHS, DeviceSet, SequenceBatch
 from hgrn2.tasks.lra.pretrained import load_pretrained
 
-# bytes of a sample
+# most bytes of a sample that are shown
 _SHOWN_BYTES = 300
 # batches whose examples are sorted by length together
 _POOL = 32
@@ -37,7 +37,7 @@ class LRAOptions(ClassificationOptions):
     directions: str = "bidirectional"
     """Direction of each layer, repeated: causal, reverse, bidirectional, alternating, or 2d forms for images."""
     pooling: Literal["mean", "last", "first"] = "mean"
-    """Which hidden states the head reads; padding is left out."""
+    """Hidden states that the head reads; padding is left out."""
     positions: bool = False
     """Learned embeddings of positions."""
     batch_norm: bool = False
@@ -47,9 +47,9 @@ class LRAOptions(ClassificationOptions):
     validation_examples: Annotated[int, Ge(0)] = 0
     """Held-out examples of a validation; 0: all."""
     objective: Literal["classes", "masked"] = "classes"
-    """Train on the classes, or first on the inputs alone: say the values of hidden tokens (arXiv 2310.02980)."""
+    """Predict classes, or, for pretraining on the inputs, the values of masked tokens (arXiv 2310.02980)."""
     masked_share: Annotated[float, Gt(0), Lt(1)] = 0.15
-    """Share of tokens that "masked" hides."""
+    """Share of the tokens that objective masked hides."""
     start: str | None = None
     """A run of this task with objective masked, whose weights the run starts with."""
     hold_out: Annotated[int, Ge(0), Le(10**7)] = 0
@@ -81,7 +81,7 @@ class LRATask(ClassificationTask):
     def __init__(self, options: Any, context: TaskContext) -> None:
         super().__init__(options, context)
         if options.objective == "masked" and (self.num_sequences > 1 or self.read_channels(options) > 1):
-            raise UserError(f"task {self.name!r}: objective masked needs one id or grey value a token", "unsupported")
+            raise UserError(f"task {self.name!r}: objective masked needs one id or grey value per token", "unsupported")
         train, held_out = self.read(options, "train"), None
         if options.hold_out:
             if options.hold_out >= len(train):
@@ -125,7 +125,7 @@ class LRATask(ClassificationTask):
         raise NotImplementedError
 
     def further_sets(self, options: Any) -> dict[str, LabelledSequences]:
-        """Return further held-out sets, such as longer sequences, by the ending of their figures."""
+        """Return further held-out sets, such as longer sequences, by the suffix of their figures."""
         del options
         return {}
 
@@ -143,7 +143,7 @@ class LRATask(ClassificationTask):
 
     @classmethod
     def classifier_options(cls, options: Any, num_layers: int) -> ClassifierOptions:
-        """Return what the model has besides its layers.
+        """Return the settings of the model besides those of its layers.
 
         Args:
             options: options of the task.
@@ -169,7 +169,7 @@ class LRATask(ClassificationTask):
 
     @classmethod
     def grid_width_of(cls, options: Any) -> int:
-        """Return the pixels of a row, or 0 for text."""
+        """Return the number of pixels per row, or 0 for text."""
         del options
         return cls.grid_width
 
@@ -183,7 +183,7 @@ class LRATask(ClassificationTask):
 
     @classmethod
     def show_samples(cls, options: Any, count: int, start: int, folder: Path) -> str:
-        """Return held-out examples as text, or write a picture of them and return where.
+        """Return held-out examples as text, or write a picture of them and return its path and their classes.
 
         Args:
             options: options of the task.
@@ -210,7 +210,7 @@ class LRATask(ClassificationTask):
 
     @classmethod
     def sample_text(cls, tokens: Any) -> str:
-        """Return the start of a sequence as people read it."""
+        """Return the start of a sequence as readable text."""
         text = visible(bytes(tokens[:_SHOWN_BYTES]).decode("utf-8", "replace"))
         return text + (f" ... ({len(tokens):,} bytes)" if len(tokens) > _SHOWN_BYTES else "")
 
@@ -246,12 +246,12 @@ class LRATask(ClassificationTask):
 
     @classmethod
     def read_channels(cls, options: Any) -> int:
-        """Return the numbers of a token."""
+        """Return the number of values per token."""
         del options
         return cls.channels
 
     def _masked(self, batch: SequenceBatch, seed: int) -> SequenceBatch:
-        """Return the batch with tokens to hide; they follow from the seed."""
+        """Return the batch with a random mask that depends on the seed."""
         device = batch.inputs.device
         generator = torch.Generator(device).manual_seed(self._context.seed * 65_537 + seed)
         is_masked = torch.rand(batch.inputs.shape, device=device, generator=generator) < self._options.masked_share
@@ -260,7 +260,7 @@ class LRATask(ClassificationTask):
         return replace(batch, is_masked=is_masked)
 
     def _masked_loss(self, model: Any, batch: SequenceBatch) -> StepLoss:
-        """Return the mean loss of the hidden tokens, times the examples, since these are the targets that count."""
+        """Return the mean loss of the masked tokens times the number of examples, as targets are counted by example."""
         assert batch.is_masked is not None
         logits = model.masked_logits(self.prepared(batch.inputs), batch.lengths, batch.is_masked).float()
         labels = batch.inputs.long()
@@ -274,7 +274,7 @@ class LRATask(ClassificationTask):
         return super().loss(model, batch) if batch.is_masked is None else self._masked_loss(model, batch)
 
     def augmented(self, batch: SequenceBatch) -> SequenceBatch:
-        """Return a training batch, changed if the task augments its data."""
+        """Return a training batch; tasks with augmentation change it."""
         return batch
 
     def _order(self, epoch: int, per_epoch: int) -> Tensor:
@@ -292,7 +292,7 @@ class LRATask(ClassificationTask):
         return model(self.prepared(batch.inputs), batch.lengths)
 
     def prepared(self, inputs: Tensor) -> Tensor:
-        """Return the input of the model: ids as they are, values from -1 to 1."""
+        """Return the input of the model: ids unchanged, values scaled to [-1, 1]."""
         if self.vocab_size:
             return inputs
         values = inputs.float() / 127.5 - 1
@@ -310,12 +310,13 @@ class LRATask(ClassificationTask):
     def evaluate(self, model: Any) -> dict[str, Any]:
         """Return the figures of `ClassificationTask`, and accuracies by length and on further sets.
 
-        "val_accuracy_length_1000" is the accuracy of sequences of at most 1,000 tokens, and more than the bucket below.
+        "val_accuracy_length_1000" is the accuracy of sequences of at most 1,000 tokens that are longer than the bucket
+        below.
         """
         if self._options.objective == "masked":
             return self._evaluate_masked(model)
         figures: dict[str, Any] = {}
-        for ending, found in self._held_out.items():
+        for suffix, found in self._held_out.items():
             counts = ClassCounts(len(self.class_names), self._context.device)
             correct, lengths = [], []
             for batch in self._batches_of(found):
@@ -325,8 +326,8 @@ class LRATask(ClassificationTask):
                     correct.append(logits.argmax(-1) == batch.labels)
                     lengths.append(batch.lengths.reshape(len(batch.labels), -1).amax(1))
             own = counts.figures(self.class_names)
-            if ending:
-                figures |= {f"val_loss{ending}": own["val_loss"], f"val_accuracy{ending}": own["val_accuracy"]}
+            if suffix:
+                figures |= {f"val_loss{suffix}": own["val_loss"], f"val_accuracy{suffix}": own["val_accuracy"]}
                 continue
             figures |= own
             if correct:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hgrn2.data.lra.sequences import LabelledSequences
 
-# widths that padded batches are cut to, in parts of the longest; CUDA graphs keep at most four shapes
+# number of widths that padded batches are cut to, equal fractions of the longest; CUDA graphs keep at most four shapes
 NUM_WIDTHS = 4
 
 
@@ -23,7 +23,7 @@ class SequenceBatch:
         inputs: [B, T], [B, 2, T] or [B, T, C] uint8.
         lengths: [B] or [B, 2] int32, or None without padding.
         labels: [B] int64.
-        is_masked: [B, T] bool, tokens that are hidden; None when training on classes.
+        is_masked: [B, T] bool, True for masked tokens; None when training on classes.
     """
 
     inputs: Tensor
@@ -49,7 +49,7 @@ class DeviceSet:
         if found.lengths is None:
             return cls(inputs, None, labels)
         lengths = torch.from_numpy(found.lengths)
-        # of a pair, the longer one decides
+        # the longer sequence of a pair decides
         return cls(inputs, lengths.to(device), labels, lengths.reshape(len(lengths), -1).amax(1))
 
     def __len__(self) -> int:

@@ -34,7 +34,7 @@ class ImageSequenceOptions(LRAOptions):
 
 @register_task
 class ImageSequenceTask(LRATask):
-    """Say what an image shows, from its pixels row by row."""
+    """Classify an image from its pixels, read row by row."""
 
     name = "lra-image"
     Options: ClassVar[Any] = ImageSequenceOptions
@@ -49,18 +49,18 @@ class ImageSequenceTask(LRATask):
 
     @classmethod
     def seq_len(cls, options: Any) -> int:
-        """Return the pixels of an image."""
+        """Return the number of pixels of an image."""
         del options
         return _SIDE * _SIDE
 
     @classmethod
     def read_channels(cls, options: Any) -> int:
-        """Return the numbers of a pixel."""
+        """Return the number of values per pixel."""
         return 3 if options.colours == "rgb" else 1
 
     @classmethod
     def classifier_options(cls, options: Any, num_layers: int) -> ClassifierOptions:
-        """Return what the model has besides its layers."""
+        """Return the settings of the model besides those of its layers."""
         found = super().classifier_options(options, num_layers)
         return replace(found, channels=cls.read_channels(options))
 

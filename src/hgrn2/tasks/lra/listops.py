@@ -21,7 +21,7 @@ from hgrn2.tasks.registry import register_task
 # "=" and padding of the generator are left out
 _NUM_TOKENS = WORDS.index("=")
 _SEED = 0
-# blocks that are worth starting processes for
+# number of blocks from which several processes are faster
 _MANY_BLOCKS = 64
 
 
@@ -67,7 +67,7 @@ class ListOpsSequenceOptions(LRAOptions):
 
 @register_task
 class ListOpsSequenceTask(LRATask):
-    """The value, 0 to 9, of an expression such as [MAX 2 9 [MIN 4 7 ] 0 ]."""
+    """Compute the value, 0 to 9, of an expression such as [MAX 2 9 [MIN 4 7 ] 0 ]."""
 
     name = "lra-listops"
     Options: ClassVar[Any] = ListOpsSequenceOptions

@@ -48,7 +48,7 @@ class PathfinderOptions(LRAOptions):
 
 @register_task
 class PathfinderTask(LRATask):
-    """Say whether two discs lie on one dashed curve."""
+    """Decide whether two discs lie on one dashed curve."""
 
     name = "lra-pathfinder"
     Options: ClassVar[Any] = PathfinderOptions
@@ -76,12 +76,12 @@ class PathfinderTask(LRATask):
 
     @classmethod
     def seq_len(cls, options: Any) -> int:
-        """Return the pixels of an image."""
+        """Return the number of pixels of an image."""
         return options.size**2
 
     @classmethod
     def grid_width_of(cls, options: Any) -> int:
-        """Return the pixels of a row."""
+        """Return the number of pixels per row."""
         return options.size
 
     def prepared(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ class PathXOptions(PathfinderOptions):
 
 @register_task
 class PathXTask(PathfinderTask):
-    """Say whether two discs lie on one dashed curve, in images of 16,384 pixels."""
+    """Decide whether two discs lie on one dashed curve, in images of 16,384 pixels."""
 
     name = "lra-pathx"
     Options: ClassVar[Any] = PathXOptions

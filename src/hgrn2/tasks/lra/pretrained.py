@@ -1,4 +1,4 @@
-"""Start a classifier with the weights of a run on hidden tokens."""
+"""Start a classifier with weights pretrained on masked tokens."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class TextOptions(LRAOptions):
 
 @register_task
 class TextTask(LRATask):
-    """Say whether a review of a film is positive, from its bytes."""
+    """Decide from its bytes whether a film review is positive."""
 
     name = "lra-text"
     Options: ClassVar[Any] = TextOptions
@@ -55,7 +55,7 @@ class RetrievalOptions(LRAOptions):
 
 @register_task
 class RetrievalTask(LRATask):
-    """Say whether one of two papers cites the other, from their bytes; both are encoded with the same weights."""
+    """Decide from their bytes whether one of two papers cites the other; both are encoded with the same weights."""
 
     name = "lra-retrieval"
     Options: ClassVar[Any] = RetrievalOptions

@@ -54,10 +54,10 @@ def loss_figures(facts: RunFacts) -> list[str]:
 
 
 def metric_figure(facts: RunFacts) -> list[str]:
-    """Return the figure of the task's first figure of a validation, such as the accuracy, against tokens.
+    """Return a chart of the task's first figure of a validation, such as the accuracy, against tokens.
 
-    Figures at other lengths or options have a dotted line of their own, without a label. Nothing for tasks whose figures
-    follow from the loss, such as perplexity, or with fewer than two validations.
+    Figures at other lengths or options are dotted lines without labels. Return nothing for tasks whose figures follow
+    from the loss, such as perplexity, or with fewer than two validations.
     """
     shown = next(iter(facts.task.figures), None)
     if shown is None or not shown.style.endswith("%"):
