@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,22 @@ def test_started_by_torchrun(tmp_path):
     assert process.returncode == 0, err
     assert [r["step"] for r in read_metrics(run_dir) if r["kind"] == "train"] == [1, 2, 3]
     assert err.count("step 1 ") == 1
+
+
+@pytest.mark.slow
+def test_several_machines(tmp_path):
+    """The recipe for several machines, with two launchers on one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = [
+        "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+        "--rdzv-id", "job", "--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "hgrn2",
+    ]  # fmt: skip
+    machines = [start(launcher, "--max-steps", 3, "--out", tmp_path / "run") for _ in range(2)]
+    errors = [machine.communicate(timeout=180)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"] == [1, 2, 3]
+    assert "".join(errors).count("step 1 ") == 1
 
 
 @pytest.mark.slow

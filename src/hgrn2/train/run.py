@@ -238,7 +238,9 @@ class _Parts:
 
         with exclusive():
             seed_everything(config.seed)
-            with warming_up(None if spec.build_shallow is None else shallow, task, config, device):
+            # the step of a split sequence needs all ranks
+            is_alone = parallel.share(config).pieces is None
+            with warming_up(shallow if spec.build_shallow is not None and is_alone else None, task, config, device):
                 model: Any = spec.build_model(device)
         model = _with_settings(model, task, config)
         if parallel.num_ranks > 1:

@@ -40,6 +40,9 @@ def warming_up(
     """
 
     def prepare() -> None:
+        if device.type == "cuda" and device.index is not None:
+            # a new thread begins with the first GPU
+            torch.cuda.set_device(device)
         # the first step fails in the same way, and reports it
         with suppress(Exception):
             if train.compile:

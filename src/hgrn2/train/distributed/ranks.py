@@ -198,7 +198,8 @@ class Ranks:
             except BaseException as error:
                 raised = error
         code = getattr(raised, "code", None)
-        code = code if code in CODES else "invalid-value"
+        if code not in CODES:
+            code = "unwritable" if isinstance(raised, OSError) else "invalid-value"
         told = self.from_main(None if raised is None else (str(raised) or type(raised).__name__, code))
         if raised is not None:
             raise raised
