@@ -59,7 +59,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --editable '.[train,data,hf,eval,tensorboard,onnx,dev]'
+	$(PIP_INSTALL) --editable '.[train,data,hf,eval,tensorboard,onnx,serve,dev]'
 	touch $@ $(VENV)/.demo
 
 clean:

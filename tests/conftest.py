@@ -39,9 +39,10 @@ from tests.shards import add_options, run_in_shards
 
 # packages of the extras, by the names they are imported by; tests that need one are skipped without it
 EXTRAS = {
-    "PIL", "accelerate", "datasets", "docstring_parser", "fla", "hypothesis", "lm_eval", "matplotlib", "numpy", "onnx",
-    "onnxruntime", "peft", "pyarrow", "rich", "safetensors", "tensorboard", "tokenizers", "transformers", "triton",
-    "trl", "tyro", "yaml", "zstandard",
+    "PIL", "accelerate", "datasets", "docstring_parser", "fastapi", "fla", "httpx2", "hypothesis", "jinja2", "lm_eval",
+    "matplotlib", "numpy", "onnx", "onnxruntime", "openai", "peft", "prometheus_client", "pyarrow", "pydantic", "rich",
+    "safetensors", "starlette", "tensorboard", "tokenizers", "transformers", "triton", "trl", "tyro", "uvicorn",
+    "yaml", "zstandard",
 }  # fmt: skip
 
 

@@ -116,6 +116,4 @@ def _piped_prompt() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-COMMAND = Command(
-    "generate", generate, order=20, aliases=("sample", "write", "complete", "chat", "predict", "inference")
-)
+COMMAND = Command("generate", generate, order=20, aliases=("sample", "write", "complete", "predict", "inference"))

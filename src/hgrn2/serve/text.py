@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,7 @@ class StoppableText:
 
     Attributes:
         is_stopped: whether a stop text was found.
+        num_chars: characters of the tokens so far, with those held back.
 
     Raises:
         UserError: a stop text is empty.
@@ -54,12 +56,13 @@ class StoppableText:
         self._margin = max((len(text) - 1 for text in stop), default=0)
         self._held = ""
         self.is_stopped = False
+        self.num_chars = 0
 
     def push(self, token: int) -> str:
         """Return the text that this token releases; often empty, and empty after a stop text."""
         if self.is_stopped:
             return ""
-        self._held += self._stream.push(token)
+        self._add(self._stream.push(token))
         cut = self._find(self._held + self._stream.peek()) if self._stop else None
         if cut is not None:
             return cut
@@ -71,10 +74,14 @@ class StoppableText:
         """Return the rest at the end, up to a stop text; an unfinished character becomes U+FFFD."""
         if self.is_stopped:
             return ""
-        self._held += self._stream.flush()
+        self._add(self._stream.flush())
         cut = self._find(self._held)
         text, self._held = self._held if cut is None else cut, ""
         return text
+
+    def _add(self, text: str) -> None:
+        self._held += text
+        self.num_chars += len(text)
 
     def _find(self, text: str) -> str | None:
         """Return the text before the first stop text, or None if there is none."""
@@ -93,11 +100,13 @@ class TextEvent:
         token: what the engine reported about the token.
         text: whole characters; often empty.
         finish_reason: why the continuation ends here, "stop" for a stop text or an end token; None if it does not.
+        offset: characters of the continuation before the token, with those that are held back.
     """
 
     token: TokenEvent
     text: str
     finish_reason: FinishReason | None = None
+    offset: int = 0
 
 
 class TextEngine:
@@ -105,29 +114,53 @@ class TextEngine:
 
     Args:
         engine: the engine, whose option vocab_size is the tokenizer's.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer; None for a model without one, which takes token ids and gives no text.
 
     Raises:
         UserError: the engine could draw ids that the tokenizer does not have.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer):
-        if engine.vocab_size > tokenizer.vocab_size:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None):
+        if tokenizer is not None and engine.vocab_size > tokenizer.vocab_size:
             raise UserError(
                 f"engine: draws from {engine.vocab_size} ids, the tokenizer has {tokenizer.vocab_size}; give "
                 "EngineOptions(vocab_size=tokenizer.vocab_size)",
                 "mismatch",
             )
         self.engine, self.tokenizer = engine, tokenizer
-        self._texts: dict[tuple[int, int], StoppableText] = {}
+        self._texts: dict[tuple[int, int], StoppableText | None] = {}
+        # requests whose sessions are kept, and sessions of texts that a stop text ended
+        self._keeps: set[int] = set()
+        self._sessions: dict[tuple[int, int], Session] = {}
+
+    def encode(self, prompt: str, session: Session | None = None) -> list[int]:
+        """Return the token ids of a prompt, with those that begin a text unless it continues one.
+
+        Args:
+            prompt: the text.
+            session: text that it continues; None for a new one.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("prompt: the model has no tokenizer; give token ids", "unsupported")
+        if session is None:
+            return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]
+        return self.tokenizer.continue_text(prompt, self.tokenizer.decode(session.tokens[-CONTEXT_TOKENS:]))
 
     def submit(
-        self, prompt: str, request: Request | None = None, stop: Sequence[str] = (), session: Session | None = None
+        self,
+        prompt: str | Sequence[int],
+        request: Request | None = None,
+        stop: Sequence[str] = (),
+        session: Session | None = None,
     ) -> int:
         """Queue a request.
 
         Args:
-            prompt: text to continue; with a session, text that follows what the session holds, which may be empty.
+            prompt: text or token ids to continue; with a session, those that follow what the session holds, which may
+                be empty.
             request: its settings, whose tokens are ignored and whose stop_ids are those beside the tokenizer's end
                 tokens; None for the defaults.
             stop: texts that end a continuation.
@@ -137,18 +170,26 @@ class TextEngine:
             The number of the request, which its events carry.
 
         Raises:
-            UserError: the prompt has no tokens, a stop text is empty, or the engine refuses the request.
+            UserError: the prompt has no tokens, a stop text is empty or there is no tokenizer to find it with, or the
+                engine refuses the request.
         """
-        before = [] if session is None else list(session.tokens)
-        tokens = self.tokenizer.continue_text(prompt, self.tokenizer.decode(before[-CONTEXT_TOKENS:]))
-        if session is None:
-            tokens = [*self.tokenizer.start_ids, *tokens]
+        tokens = self.encode(prompt, session) if isinstance(prompt, str) else list(prompt)
         request = Request(tokens) if request is None else replace(request, tokens=tokens)
-        request = replace(request, stop_ids=(*request.stop_ids, *self.tokenizer.end_ids))
-        context = [*before, *tokens][-CONTEXT_TOKENS:]
-        texts = [StoppableText(self.tokenizer, context, stop, bool(prompt.strip())) for _ in range(request.n)]
+        tokenizer, texts = self.tokenizer, None
+        if tokenizer is not None:
+            request = replace(request, stop_ids=(*request.stop_ids, *tokenizer.end_ids))
+            # a bad id would fail in the tokenizer with another error
+            request.check(self.engine.vocab_size, session is None)
+            context = [*([] if session is None else session.tokens), *tokens][-CONTEXT_TOKENS:]
+            # tokens that begin a text are no text
+            after_text = bool(prompt.strip()) if isinstance(prompt, str) else set(tokens) > set(tokenizer.start_ids)
+            texts = [StoppableText(tokenizer, context, stop, after_text) for _ in range(request.n)]
+        elif stop:
+            raise UserError("stop: the model has no tokenizer; end it by stop token ids", "unsupported")
         number = self.engine.submit(request, session)
-        self._texts |= {(number, i): text for i, text in enumerate(texts)}
+        self._texts |= {(number, i): None if texts is None else texts[i] for i in range(request.n)}
+        if request.keep:
+            self._keeps.add(number)
         return number
 
     def step(self) -> list[TextEvent]:
@@ -156,16 +197,21 @@ class TextEngine:
         found = []
         for event in self.engine.step():
             key = (event.request_id, event.index)
-            text = self._texts.get(key)
             # the engine reports once more what a stop text has ended
-            if text is not None:
-                found.append(self._event(event, text))
+            if key in self._texts:
+                found.append(self._event(event, self._texts[key]))
                 if found[-1].finish_reason is not None:
                     del self._texts[key]
+                    if not self.running(event.request_id):
+                        self._keeps.discard(event.request_id)
         return found
 
     def stream(
-        self, prompt: str, request: Request | None = None, stop: Sequence[str] = (), session: Session | None = None
+        self,
+        prompt: str | Sequence[int],
+        request: Request | None = None,
+        stop: Sequence[str] = (),
+        session: Session | None = None,
     ) -> Iterator[str]:
         """Run one request with n = 1 and yield its text; closing the iterator cancels it."""
         number = self.submit(prompt, request, stop, session)
@@ -175,18 +221,48 @@ class TextEngine:
                     if event.token.request_id == number and event.text:
                         yield event.text
         finally:
-            if self._texts.pop((number, 0), None) is not None:
+            if (number, 0) in self._texts:
+                del self._texts[number, 0]
+                self._keeps.discard(number)
                 self.engine.cancel(number)
 
-    def _event(self, event: TokenEvent, text: StoppableText) -> TextEvent:
-        reason = event.finish_reason
-        shown = event.token is not None and not (reason == "stop" and event.token in self.tokenizer.end_ids)
+    def running(self, request_id: int) -> list[int]:
+        """Return the continuations of a request that have not ended."""
+        return [index for number, index in self._texts if number == request_id]
+
+    def session(self, request_id: int, index: int = 0) -> Session:
+        """Return the session of a continuation that ended, once, for a request with keep = True.
+
+        After a stop text it holds the tokens of that text too.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = self._sessions.pop((request_id, index), None)
+        return self.engine.session(request_id, index) if found is None else found
+
+    def _event(self, event: TokenEvent, text: StoppableText | None) -> TextEvent:
+        reason, tokenizer = event.finish_reason, self.tokenizer
+        if text is None or tokenizer is None:
+            return TextEvent(event, "", reason)
+        shown = event.token is not None and not (reason == "stop" and event.token in tokenizer.end_ids)
+        offset = text.num_chars
         piece = text.push(event.token) if shown and event.token is not None else ""
         if text.is_stopped:
             if reason is None:
-                self.engine.cancel(event.request_id, event.index)
-            return TextEvent(event, piece, "stop")
+                self._end(event)
+            return TextEvent(event, piece, "stop", offset)
         if reason is not None:
             piece += text.flush()
             reason = "stop" if text.is_stopped else reason
-        return TextEvent(event, piece, reason)
+        return TextEvent(event, piece, reason, offset)
+
+    def _end(self, event: TokenEvent) -> None:
+        """End a continuation that reached a stop text."""
+        key = (event.request_id, event.index)
+        if event.request_id in self._keeps:
+            with contextlib.suppress(UserError):
+                # it may have ended in a step that ran ahead
+                self._sessions[key] = self.engine.pause(*key)
+        else:
+            self.engine.cancel(*key)

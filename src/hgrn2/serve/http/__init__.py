@@ -1,0 +1,1 @@
+"""An HTTP server over the engine, with OpenAI's interface; it needs the extra "serve"."""
