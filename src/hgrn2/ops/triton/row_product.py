@@ -20,11 +20,9 @@ def row_product_kernel(
     row_inside, column_inside = rows < B, columns < N
     if HAS_NORM:
         whole = tl.arange(0, WHOLE)
-        x = tl.load(
-            x_p + rows[:, None] * K + whole[None, :], mask=row_inside[:, None] & (whole < K)[None, :], other=0.0
-        )
-        x = x.to(tl.float32)
-        factor = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / K + eps)
+        whole_inside = row_inside[:, None] & (whole < K)[None, :]
+        row = tl.load(x_p + rows[:, None] * K + whole[None, :], mask=whole_inside, other=0.0).to(tl.float32)
+        factor = 1.0 / tl.sqrt_rn(tl.sum(row * row, axis=1) / K + eps)
     total = tl.zeros((BB, BN, BK), tl.float32)
     if IS_GATED:
         up_total = tl.zeros((BB, BN, BK), tl.float32)
