@@ -15,6 +15,7 @@ import hgrn2
 from hgrn2.ops.triton import installed
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(installed.PROBLEM is not None, reason=str(installed.PROBLEM)),
     pytest.mark.skipif(
         (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton's wheels are for Linux on x86_64"

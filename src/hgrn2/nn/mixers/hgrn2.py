@@ -175,7 +175,12 @@ class HGRN2(DirectedMixer):
         """Mix tokens with the gated recurrence; arguments and results of `Mixer.forward`."""
         if self.dense_state:
             return self._forward_dense(x, state, context)
-        return super().forward(x, state, context)
+        if self.direction != "causal":
+            return super().forward(x, state, context)
+        # as the base class does, but q goes from this file to the scan
+        inputs, others, new_state = self.project(x, state, context)
+        y, mixed = self.mix(inputs, state, context)
+        return self.finish(y, others), {**new_state, **mixed} if context.keep_state else {}
 
     def _forward_dense(self, x: BTD, state: MixerState | None, context: Context) -> tuple[BTD, MixerState, MixerState]:
         """Mix tokens with features of earlier layers; return those of this layer, before their fusion, as well."""
