@@ -561,7 +561,7 @@ def test_where_no_folder_can_be_made_is_known_before_the_work(place, corpus, tmp
         raise AssertionError("the data was read")
 
     monkeypatch.setattr("hgrn2.data.open_corpus", work)
-    monkeypatch.setattr(cli.train, "prepare_data", work)
+    monkeypatch.setattr("hgrn2.cli.new_run.prepare_data", work)
     (tmp_path / "file").write_text("")
     refused(capsys, ["train", "--data", corpus, "--out", place, *TRAIN], "cannot be written .*name another folder")
     refused(capsys, ["tokenizer", place, "--data", corpus], "cannot be written .*name another folder")

@@ -12,7 +12,7 @@ import pytest
 from hgrn2.compare.comparison import report
 from hgrn2.compare.files import repeat_command
 from hgrn2.compare.report.curves import across_tasks, loss_curves, metric_curves, option_curves, width_curves
-from hgrn2.compare.report.recommendation import in_the_lead, recommendation
+from hgrn2.compare.report.recommendation import leaders_of, recommendation
 from hgrn2.compare.report.tables import overview, ranking
 from hgrn2.compare.results import Results
 from tests.compare.tiny import MQAR, comparison, invent
@@ -204,22 +204,22 @@ def test_the_accuracy_against_tokens_is_a_mean_over_seeds(out):
 def test_nothing_is_recommended_from_one_seed(tmp_path):
     found = " ".join(recommendation(of_widths(tmp_path).results))
     assert "hgrn2-16 on mqar (80.00% (n = 1))" in found
-    assert "recommend none" in found
+    assert "No recommendation" in found
 
 
 def test_a_model_is_recommended_where_the_spread_allows_it(tmp_path):
     clear = of_widths(tmp_path / "clear", (0, 1), lambda n, w, s: (0.9 if n == "hgrn2" else 0.5) - 0.01 * s - 1 / w)
-    assert [cell.model for cell in in_the_lead(clear.results.tasks[0])] == ["hgrn2-16"]
+    assert [cell.model for cell in leaders_of(clear.results.tasks[0])] == ["hgrn2-16"]
     assert "We recommend hgrn2-16 with a learning rate of 0.01" in " ".join(recommendation(clear.results))
     close = of_widths(tmp_path / "close", (0, 1), lambda n, w, s: 0.9 - 0.1 * s - (0.01 if n == "hgrn2" else 0) - 4 / w)
-    assert [cell.model for cell in in_the_lead(close.results.tasks[0])] == ["attention-16", "hgrn2-16"]
+    assert [cell.model for cell in leaders_of(close.results.tasks[0])] == ["attention-16", "hgrn2-16"]
     found = " ".join(recommendation(close.results))
     # attention's cache grows
     assert "does not decide between attention-16 and hgrn2-16" in found
-    assert "we would take hgrn2-16" in found
+    assert "we recommend hgrn2-16" in found
 
 
-def test_runs_to_come_are_said_in_the_recommendation(tmp_path):
+def test_unfinished_runs_are_named_in_the_recommendation(tmp_path):
     of_widths(tmp_path, (0, 1))
     (tmp_path / "out" / "runs" / "mqar.hgrn2-16.lr0.01.seed0" / "outcome.json").unlink()
     found = recommendation(report(tmp_path / "out").results)

@@ -48,10 +48,10 @@ def loop(x, bounds=None, reverse=False):
 
 
 def scan(x, bounds=None, reverse=False, backend="auto"):
-    k, log_size, negative = signed_gate(x["z"], x["bound"])
+    k, decays = signed_gate(x["z"], x["bound"])
     context = Context(None if bounds is None else torch.tensor(bounds))
     return scan_with_signs(
-        x["q"], k.to(x["q"].dtype), x["v"], log_size, negative, x["state"], context, scale=0.5, backend=backend,
+        x["q"], k.to(x["q"].dtype), x["v"], decays, x["state"], context, scale=0.5, backend=backend,
         reverse=reverse,
     )  # fmt: skip
 
@@ -68,8 +68,8 @@ def results(function, x, *args, **settings):
 @pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
 def test_outputs_states_and_gradients_are_those_of_the_loop(backend, bounds, reverse):
     x = inputs() if bounds is None else inputs(batch=1, sequences=4)
-    gate = signed_gate(x["z"], x["bound"])[2]
-    assert 0.1 < gate.double().mean() < 0.9
+    negative = signed_gate(x["z"], x["bound"])[1].negative
+    assert 0.1 < negative.double().mean() < 0.9
     found, wanted = results(scan, x, bounds, reverse, backend), results(loop, x, bounds, reverse)
     for name, exact in wanted.items():
         assert relative_error(found[name], exact).rms < FLOAT64_RMS, name
@@ -86,7 +86,7 @@ def test_single_precision_keeps_its_digits():
 
 def test_gates_of_every_size_are_finite():
     z = torch.tensor([-200.0, -30, -1e-3, 0, 1e-3, 30, 200, 1e4]).requires_grad_()
-    k, log_size, negative = signed_gate(z, None)
+    k, (log_size, negative) = signed_gate(z, None)
     f = torch.where(negative, -1, 1) * log_size.exp()
     torch.testing.assert_close(f, torch.tanh(z / 2), rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(k, 1 - torch.tanh(z / 2), rtol=1e-5, atol=1e-7)
@@ -98,17 +98,17 @@ def test_gates_of_every_size_are_finite():
 
 def test_a_half_as_bound_leaves_positive_gates():
     z = torch.linspace(-50, 50, 101)
-    assert not signed_gate(z, torch.full((1,), 0.5))[2].any()
-    assert bool(signed_gate(z, torch.full((1,), 0.49))[2].any())
+    assert not signed_gate(z, torch.full((1,), 0.5))[1].negative.any()
+    assert bool(signed_gate(z, torch.full((1,), 0.49))[1].negative.any())
 
 
 def test_one_channel_tracks_parity():
     """The state changes its sign with every 1, as no state with positive gates can."""
     bits = torch.randint(2, (1, 300), generator=torch.Generator().manual_seed(0))
     z = torch.where(bits == 1, -30.0, 30.0).double().reshape(1, 300, 1, 1)
-    k, log_size, negative = signed_gate(z, None)
+    k, decays = signed_gate(z, None)
     one = torch.ones(1, 300, 1, 1, dtype=torch.float64)
-    y, _ = scan_with_signs(one, k, 0 * one, log_size, negative, one[:, :1], Context())
+    y, _ = scan_with_signs(one, k, 0 * one, decays, one[:, :1], Context())
     assert torch.equal(y.flatten() < 0, bits[0].cumsum(0) % 2 == 1)
 
 

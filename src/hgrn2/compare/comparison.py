@@ -1,4 +1,4 @@
-"""Carry out a comparison in a folder: plan, train, report."""
+"""Plan, train and report a comparison in a folder."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def compare(
     """Train every run of a comparison that has not ended yet, side by side, and write the report.
 
     Args:
-        comparison: the configuration; None continues the one in the folder.
+        comparison: the configuration; None continues the comparison in the folder.
         out: folder of the comparison, new or with this comparison in it.
         jobs: runs side by side; None chooses as many as the device allows.
         display: shows progress; None means standard error.
-        runs_per_process: runs that share a process, each in a thread; None chooses.
+        runs_per_process: runs that share a process, each in a thread; None chooses a number.
         results: files of results (`runs.jsonl`) of the same comparison; runs that have ended there are taken over.
         only: patterns of run folders, such as "text.hgrn2.*"; other runs are left for later. Empty means all.
-        start_for_s: seconds after which no run is started; those that train then come to their end.
+        start_for_s: seconds after which no further run is started; runs that are training continue to their end.
 
     Raises:
-        UserError: the folder holds another comparison, another process works in it, or a setting is invalid. What ends
-            a run is recorded in the run's folder and does not end the comparison.
+        UserError: the folder holds another comparison, another process works in it, or a setting is invalid. An error
+            of a run is recorded in the run's folder and does not end the comparison.
         KeyboardInterrupt: at the second signal.
     """
     check_writable_folder(out)
@@ -90,7 +90,7 @@ def compare(
 
 
 def merge(results: Sequence[Path], out: Path) -> Ended:
-    """Unite files of results of one comparison in a folder, and write the report; no data and no training is needed.
+    """Merge files of results of one comparison into a folder, and write the report, without data or training.
 
     Args:
         results: files of results (`runs.jsonl`).

@@ -21,8 +21,8 @@ GUIDE = "docs/guide/comparing.md"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
 _MODEL_KEYS = [field.name for field in fields(HGRN2Config)]
 _TRAIN_KEYS = [field.name for field in fields(TrainConfig)]
-# set by the grid
-_OF_GRID = {"seed": "seeds", "learning_rate": "learning_rates"}
+# settings that the grid sets, and the keys that replace them
+_GRID_KEYS = {"seed": "seeds", "learning_rate": "learning_rates"}
 MATCHES = ("first", "none")
 
 
@@ -55,7 +55,7 @@ class TaskEntry:
     Attributes:
         name: its name in the report.
         task: name of the registered task.
-        settings: options of the task and settings of training, which override the shared ones; a budget among them.
+        settings: options of the task and settings of training, including a budget, which override the shared ones.
         data: the table [data] of `hgrn2 train`, for tasks that read text.
     """
 
@@ -79,8 +79,8 @@ class Comparison:
         model: settings that all models share.
         train: settings of training that all runs share.
         keep_checkpoints: whether runs that have ended keep their weights.
-        muon_learning_rates: peak learning rates of Muon, each with every learning rate of AdamW, for tasks whose
-            optimizer is muon; empty leaves muon_learning_rate as it is.
+        muon_learning_rates: peak learning rates of Muon, each combined with every learning rate of AdamW, for tasks
+            whose optimizer is muon; empty leaves muon_learning_rate as it is.
 
     Example:
         >>> found = Comparison.from_tables({
@@ -189,18 +189,18 @@ class Comparison:
         per_rate = sum(len(self.seeds_of(model)) * len(self.rates_of(model)) for model in self.models)
         return per_rate * sum(len(self.muon_rates_of(task)) for task in self.tasks)
 
-    def model_config(self, model: ModelEntry, of_task: Mapping[str, Any]) -> HGRN2Config:
+    def model_config(self, model: ModelEntry, task_settings: Mapping[str, Any]) -> HGRN2Config:
         """Return the configuration of a model before its size is matched.
 
         Args:
             model: one of the models.
-            of_task: settings that follow from the task, such as vocab_size; those of the model override them.
+            task_settings: settings that follow from the task, such as vocab_size; those of the model override them.
 
         Raises:
             UserError: a setting does not exist or is invalid; the message names the model.
         """
         shared = dict(self.model or {})
-        keys = dict(of_task) | shared | dict(model.settings)
+        keys = dict(task_settings) | shared | dict(model.settings)
         if "layers" not in keys and "attn" not in keys and model.name in mixer_names():
             keys["layers"] = model.name
         own = model.settings.get("mixers", {})
@@ -245,9 +245,9 @@ def _entries(tables: Mapping[str, Any], key: str, where: str) -> list[tuple[str,
 def _check_keys(values: Iterable[str], known: Iterable[str], what: str) -> None:
     known = list(known)
     for key in values:
-        if key in _OF_GRID and key not in known:
+        if key in _GRID_KEYS and key not in known:
             raise UserError(
-                f"{what}: {key} is set by the grid; name {_OF_GRID[key]} at the top of the file", "contradiction"
+                f"{what}: {key} is set by the grid; name {_GRID_KEYS[key]} at the top of the file", "contradiction"
             )
         if key not in known:
             raise UserError(unknown_key_message(what, key, known), "unknown-name")
@@ -255,7 +255,7 @@ def _check_keys(values: Iterable[str], known: Iterable[str], what: str) -> None:
 
 def _check_train(values: Mapping[str, Any], what: str) -> None:
     # the rest belongs to tasks, whose settings are read with these
-    _check_keys(values, [key for key in _TRAIN_KEYS if key not in _OF_GRID], what)
+    _check_keys(values, [key for key in _TRAIN_KEYS if key not in _GRID_KEYS], what)
 
 
 def _read_model(name: str, table: dict[str, Any], where: str) -> ModelEntry:
@@ -283,7 +283,7 @@ def _read_task(name: str, table: dict[str, Any], where: str) -> TaskEntry:
         task = find_task(task_name)
     except UserError as error:
         raise UserError(f"{what}: {error}", error.code) from None
-    known = [*option_names(task), *(key for key in _TRAIN_KEYS if key not in _OF_GRID), "task"]
+    known = [*option_names(task), *(key for key in _TRAIN_KEYS if key not in _GRID_KEYS), "task"]
     _check_keys(table, [*known, "data"] if task.reads_text else known, what)
     if data and not task.reads_text:
         raise UserError(f"{what}: task {task_name!r} reads no text; drop [tasks.{name}.data]", "contradiction")

@@ -1,4 +1,4 @@
-"""Write the files with which one run of a comparison is repeated by `hgrn2 train`."""
+"""Write the files with which `hgrn2 train` repeats one run of a comparison."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_repeat_files(out: Path, plan: Plan) -> None:
 
 
 def repeat_command(out: Path, run: PlannedRun) -> str:
-    """Return the command that trains one run again, in a folder of its own.
+    """Return the command that trains one run again, in a separate folder.
 
     Args:
         out: folder of the comparison.
@@ -58,7 +58,7 @@ def _task_toml(out: Path, run: PlannedRun) -> str:
     task: dict[str, Any] = {"name": run.task} | {k: v for k, v in flat.items() if k not in _TRAIN_KEYS}
     parts = [_toml_table("task", task), _toml_table("train", train)]
     if run.data is not None:
-        # prepared tokens are opened as they are
+        # tokens that are prepared already
         parts.append(_toml_table("data", {"data": [str((out / run.data["prepared"]).absolute())]}))
     return "\n".join(parts)
 

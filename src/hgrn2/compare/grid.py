@@ -27,7 +27,7 @@ from hgrn2.train.interrupt import StopRequest
 
 # small models leave most of a GPU idle; each process takes about half a GiB of its memory for itself
 _RUNS_PER_GPU = 4
-# of tiny models with captured steps: threads of a process run side by side on the GPU, processes take turns
+# for tiny models with captured steps: threads of a process share the GPU at the same time, processes take turns
 _RUNS_PER_PROCESS, _PROCESSES_PER_GPU = 8, 2
 MOST_RUNS_PER_PROCESS = 16
 _TINY_WIDTH, _TINY_TOKENS = 256, 2**17
@@ -37,7 +37,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Slots:
-    """How many runs go side by side, and on which GPUs.
+    """Number of runs side by side, and the GPUs that they use.
 
     Attributes:
         jobs: runs side by side.
@@ -66,8 +66,8 @@ class Slots:
 
         Args:
             runs: the runs.
-            jobs: the number that the user has set; None chooses it.
-            runs_per_process: the number that the user has set; None chooses it.
+            jobs: number of runs side by side, if the user has set it; None chooses it.
+            runs_per_process: number of runs per process, if the user has set it; None chooses it.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = {str(run.settings.get("device", "auto")) for run in runs}
@@ -91,10 +91,10 @@ def _is_tiny(run: PlannedRun) -> bool:
 
 
 def can_share(run: PlannedRun, uses_gpu: bool) -> bool:
-    """Return whether a run can train in a process with others, and gains from it.
+    """Return whether a run can train in a process with others, and is faster for it.
 
-    A run that draws random numbers, or compiles its layers, depends on its neighbours. Without a CUDA graph the
-    interpreter, which threads share, is what a step on a GPU takes its time for.
+    A run that draws random numbers or compiles its layers would depend on the others. Without a CUDA graph, a step on a
+    GPU spends its time in the interpreter, which the threads share.
     """
     is_alone = bool(run.settings.get("compile")) or bool(run.model_config.get("dropout"))
     return not is_alone and (not uses_gpu or bool(run.settings.get("cuda_graph")))
@@ -106,11 +106,11 @@ class _Worker:
 
     Attributes:
         process: the process.
-        connection: its messages, and its runs if it takes several.
+        connection: receives its messages; sends runs to a process that takes several.
         slot: index of the process, which decides its GPU.
         runs: its runs, by folder.
         is_shared: whether it takes runs until it is told to end.
-        is_asked: whether it was asked to stop.
+        is_stopping: whether it was asked to stop.
     """
 
     process: Any
@@ -118,7 +118,7 @@ class _Worker:
     slot: int
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     is_shared: bool = False
-    is_asked: bool = False
+    is_stopping: bool = False
 
 
 def is_ended(out: Path, run: PlannedRun) -> bool:
@@ -146,7 +146,7 @@ def train_grid(
         display: shows the progress.
         keep_checkpoints: whether the runs that have ended keep their weights.
         on_end: called with each run whose outcome is known.
-        start_for_s: seconds after which no run is started; those that train then come to their end.
+        start_for_s: seconds after which no further run is started; runs that are training continue to their end.
 
     Returns:
         The name of the signal that stopped it, or None.
@@ -195,7 +195,7 @@ class _Grid:
         pending = [run for run in runs if not is_ended(out, run)]
         self.progress = GridProgress(runs, {run.folder for run in pending}, slots.jobs)
         shares = slots.runs_per_process > 1
-        self._together = [run for run in pending if shares and can_share(run, uses_gpu)]
+        self._shareable = [run for run in pending if shares and can_share(run, uses_gpu)]
         self._alone = [run for run in pending if not (shares and can_share(run, uses_gpu))]
         self.workers: list[_Worker] = []
         # folders of runs that failed beside others
@@ -204,33 +204,33 @@ class _Grid:
     @property
     def num_waiting(self) -> int:
         """Number of runs that no process has."""
-        return len(self._together) + len(self._alone)
+        return len(self._shareable) + len(self._alone)
 
     def start_runs(self) -> None:
-        """Give waiting runs to processes, as many as there is room for."""
-        while self._together and self._num_active < self._slots.jobs:
-            self._give(self._together.pop(0))
+        """Assign waiting runs to processes until all slots are used."""
+        while self._shareable and self._num_active < self._slots.jobs:
+            self._assign(self._shareable.pop(0))
         while self._alone and self._num_active < self._slots.jobs:
             run = self._alone.pop(0)
             self._forget_outcome(run)
             self._begin(self._start(work, (self._out, run)), run)
-        if not self._together:
+        if not self._shareable:
             for worker in self.workers:
                 if worker.is_shared and not worker.runs:
                     _tell_to_end(worker)
 
     def leave_waiting(self) -> None:
-        """Start no further run, but for those that must be tried alone after an error."""
-        self._together.clear()
+        """Start no further run, except those that must be retried alone after an error."""
+        self._shareable.clear()
         self._alone = [run for run in self._alone if run.folder in self._retried]
 
     @property
     def _num_active(self) -> int:
         return sum(len(worker.runs) for worker in self.workers)
 
-    def _give(self, run: PlannedRun) -> None:
-        """Give a run to the process with the fewest, or to a new one."""
-        shared = [worker for worker in self.workers if worker.is_shared and not worker.is_asked]
+    def _assign(self, run: PlannedRun) -> None:
+        """Assign a run to the process with the fewest runs, or to a new one."""
+        shared = [worker for worker in self.workers if worker.is_shared and not worker.is_stopping]
         if len(shared) < self._slots.num_processes:
             arguments = self._out, f"process{len(shared)}", self._slots.runs_per_process
             shared.append(self._start(work_side_by_side, arguments))
@@ -238,7 +238,7 @@ class _Grid:
         self._forget_outcome(run)
         worker = min(shared, key=lambda worker: len(worker.runs))
         self._begin(worker, run)
-        # a process that has just died gives its runs back later
+        # the runs of a process that has just died are retried in `settle`
         with suppress(OSError):
             worker.connection.send(run)
 
@@ -262,9 +262,9 @@ class _Grid:
         return self.workers[-1]
 
     def listen(self) -> None:
-        """Wait for messages or the end of a process, for a moment."""
-        by_handle: dict[Any, _Worker] = {each.process.sentinel: each for each in self.workers}
-        by_handle |= {each.connection: each for each in self.workers if not each.connection.closed}
+        """Wait half a second at most for messages or the end of a process."""
+        by_handle: dict[Any, _Worker] = {worker.process.sentinel: worker for worker in self.workers}
+        by_handle |= {worker.connection: worker for worker in self.workers if not worker.connection.closed}
         for ready in wait(list(by_handle), _TICK_S):
             if ready is by_handle[ready].connection:
                 self._receive(by_handle[ready])
@@ -281,9 +281,9 @@ class _Grid:
             worker.connection.close()
 
     def _end(self, worker: _Worker, run: PlannedRun) -> None:
-        """Take note of the end of a run in a process with others."""
+        """Handle the end of a run in a process with others."""
         outcome = Outcome.load(self._out / RUNS_NAME / run.folder)
-        if outcome is None and not worker.is_asked:
+        if outcome is None and not worker.is_stopping:
             self._try_alone(run)
         self._show_end(run, outcome)
 
@@ -303,15 +303,15 @@ class _Grid:
     def stop(self) -> None:
         """Ask every process once to stop after its step."""
         for worker in self.workers:
-            if worker.process.is_alive() and not worker.is_asked:
-                worker.is_asked = True
+            if worker.process.is_alive() and not worker.is_stopping:
+                worker.is_stopping = True
                 worker.process.terminate()
                 if worker.is_shared:
                     _tell_to_end(worker)
 
     def settle(self, *, is_stopping: bool) -> None:
-        """Take note of processes that have ended."""
-        for worker in [each for each in self.workers if not each.process.is_alive()]:
+        """Handle processes that have ended."""
+        for worker in [worker for worker in self.workers if not worker.process.is_alive()]:
             worker.process.join()
             # its last messages
             if not worker.connection.closed:
@@ -322,7 +322,7 @@ class _Grid:
                 self._settle_run(worker, run, is_stopping)
 
     def _settle_run(self, worker: _Worker, run: PlannedRun, is_stopping: bool) -> None:
-        """Take note of a run whose process has ended: it is complete, stopped, to be tried alone, or failed."""
+        """Handle a run whose process has ended: it is complete, stopped, to be retried alone, or failed."""
         run_dir = self._out / RUNS_NAME / run.folder
         outcome = Outcome.load(run_dir)
         if outcome is None and not is_stopping:
@@ -335,7 +335,7 @@ class _Grid:
 
 
 def _tell_to_end(worker: _Worker) -> None:
-    """Tell a process that takes several runs that no more will come."""
+    """Tell a process that takes several runs that there are no more."""
     with suppress(OSError):
         worker.connection.send(None)
 
@@ -360,7 +360,7 @@ def _context(*, uses_gpu: bool) -> Any:
 
 @contextmanager
 def _one_gpu(index: int | None) -> Iterator[None]:
-    """Let processes that start here see one GPU, of those that are visible; None changes nothing."""
+    """Return a context in which started processes see one of the visible GPUs; None changes nothing."""
     if index is None:
         yield
         return

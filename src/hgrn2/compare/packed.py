@@ -1,4 +1,4 @@
-"""Results of a comparison in one file: every run that has ended, with its settings, configuration and curve."""
+"""Keep the results of a comparison in one file: every run that has ended, with its configuration and curve."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PackedResults:
         write_text_atomic(self.path, "".join(lines))
 
     def add(self, run: PlannedRun) -> None:
-        """Append a run that has ended; a run without an outcome that lasts is left out."""
+        """Append a run that has ended; a run without a final outcome is left out."""
         if (line := _packed(self._out, run)) is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -67,7 +67,7 @@ def read_plan(files: Sequence[Path]) -> Plan:
         files: files that `PackedResults` wrote, also compressed with gzip.
 
     Raises:
-        UserError: a file cannot be read, or its runs have other settings than those of another.
+        UserError: a file cannot be read, or two files have different settings for a run.
     """
     plans = [_plan_of(path) for path in files]
     widest = max(plans, key=lambda plan: len(plan.runs))
@@ -87,7 +87,7 @@ def unpack(files: Sequence[Path], out: Path, plan: Plan) -> int:
         plan: its plan.
 
     Raises:
-        UserError: a file cannot be read, or a run has other settings in it.
+        UserError: a file cannot be read, or has different settings for a run.
     """
     planned = {run.folder: run for run in plan.runs}
     num = 0
@@ -116,7 +116,7 @@ def _write_run(run_dir: Path, values: dict[str, Any]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_records(run_dir, records)
     write_text_atomic(run_dir / CONFIG_NAME, json.dumps(config, indent=1) + "\n")
-    # last: with it the run has ended
+    # written last: it marks the run as ended
     (run_dir / OUTCOME_NAME).unlink(missing_ok=True)
     outcome.save(run_dir)
 
@@ -130,7 +130,7 @@ def _plan_of(path: Path) -> Plan:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the complete lines with their numbers; the last may be cut off by a kill."""
+    """Yield the complete lines with their numbers; a kill may have truncated the last."""
     try:
         content = path.read_bytes()
         text = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content

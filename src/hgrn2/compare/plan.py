@@ -76,7 +76,7 @@ class Plan:
 
     Attributes:
         comparison: its configuration.
-        runs: every run, those of one seed and learning rate beside each other.
+        runs: every run, ordered by task, seed, model and learning rate.
     """
 
     comparison: Comparison
@@ -89,7 +89,7 @@ class Plan:
             "comparison": self.comparison.to_tables(),
             "runs": [run.to_json() for run in self.runs],
         }
-        # through JSON: the digest is that of what is read back
+        # through JSON, so that the digest matches the values that are read back
         text = json.dumps(with_digest(json.loads(json.dumps(values))), indent=1)
         write_text_atomic(out / PLAN_NAME, text + "\n")
 
@@ -115,7 +115,7 @@ class Plan:
 
         Args:
             values: with "comparison" and "runs".
-            path: the file they are from, for messages.
+            path: the file that holds them, for messages.
             remedy: what to do if they are damaged.
 
         Raises:
@@ -150,7 +150,7 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
             for model in comparison.models:
                 if seed not in comparison.seeds_of(model):
                     continue
-                # as JSON has it, with lists instead of tuples
+                # through JSON, which has lists instead of tuples
                 config = json.loads(json.dumps(configs[model.name].to_dict()))
                 for rate, muon in product(comparison.rates_of(model), comparison.muon_rates_of(task)):
                     flat = {**_flat(comparison, task), "seed": seed, "learning_rate": rate}
@@ -163,13 +163,13 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
 
 
 def check_extends(saved: Plan, new: Plan, out: Path, *, ignores_place_of_data: bool = False) -> None:
-    """Check that a new plan changes nothing of the one in the folder: it may only add to it.
+    """Check that a new plan keeps every run of the plan in the folder; it may add runs.
 
     Args:
         saved: the plan in the folder.
         new: the new plan.
         out: the folder, for messages.
-        ignores_place_of_data: whether prepared tokens may be in another folder, as on another machine.
+        ignores_place_of_data: whether prepared tokens may be in another folder, for results of another machine.
 
     Raises:
         UserError: a run is missing or differs; the message names the first difference.
@@ -214,7 +214,7 @@ def _check_task(comparison: Comparison, task: TaskEntry) -> RunSettings:
     try:
         settings = RunSettings.from_flat(flat, task.task)
         if not settings.task.reads_text:
-            # what options allow each alone may be impossible together, as more pairs than fit
+            # options that are valid alone may contradict each other, such as more pairs than fit
             settings.task.build(settings.options, TaskContext(1, 0, torch.device("cpu")))
         else:
             data_settings(dict(task.data))

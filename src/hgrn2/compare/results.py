@@ -1,4 +1,4 @@
-"""Read what the runs of a comparison have reached from their folders, and summarise it."""
+"""Read the results of the runs of a comparison from their folders, and summarise them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hgrn2.tasks import Metric, find_task
 from hgrn2.train.metrics import METRICS_NAME
 from hgrn2.train.report.facts import RunFacts, figure
 
-# for costs of tasks that do not say how long their sequences are
+# length for the costs of tasks without a length of sequences
 _SEQ_LEN = 2048
 
 
@@ -95,7 +95,7 @@ class RateSummary:
     Attributes:
         learning_rate: the learning rate.
         finished: the finished runs, one a seed.
-        num_diverged: how many others diverged.
+        num_diverged: number of diverged runs.
         num_runs: number of runs in the plan.
         muon_learning_rate: the learning rate of Muon; None if it is not set.
     """
@@ -137,7 +137,7 @@ class CellSummary:
         task: name of the task's table.
         rates: one summary for each learning rate, in ascending order.
         metric: the task's metric.
-        cost: what its configuration costs.
+        cost: cost of its configuration.
         config: its configuration.
     """
 
@@ -169,19 +169,19 @@ class CellSummary:
                 return True
         return False
 
-    def mean_of(self, of_run: str) -> float | None:
+    def mean_of(self, name: str) -> float | None:
         """Return the mean of a number over the runs of the best learning rate.
 
         Args:
-            of_run: "num_tokens", "tokens_per_s", "memory_bytes", or a key of the last validation.
+            name: "num_tokens", "tokens_per_s", "memory_bytes", or a key of the last validation.
         """
         found = []
         for run in self.best.finished if self.best is not None else ():
-            if of_run == "num_tokens":
+            if name == "num_tokens":
                 found.append(float(run.num_tokens))
                 continue
-            is_fact = of_run in ("tokens_per_s", "memory_bytes")
-            value = getattr(run.facts, of_run) if is_fact else figure(run.validation, of_run)
+            is_fact = name in ("tokens_per_s", "memory_bytes")
+            value = getattr(run.facts, name) if is_fact else figure(run.validation, name)
             if value is not None:
                 found.append(float(value))
         return fmean(found) if found else None

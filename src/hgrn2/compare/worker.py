@@ -34,11 +34,11 @@ with contextlib.suppress(ImportError):
     import hgrn2.train.plots  # noqa: F401
 
 LOGS_NAME = "logs"
-# of progress messages
+# between progress messages
 _EVERY_S = 0.3
 # a worker whose comparison was killed writes a checkpoint first, and may hold its run for that long
 _WAIT_FOR_LOCK_S = 60.0
-# of the interpreter between threads
+# after which the interpreter switches threads
 _SWITCH_S = 1e-4
 
 
@@ -59,7 +59,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunEnded:
-    """A run of several in a process has ended; without an outcome it was stopped, or should be tried again alone."""
+    """End of a run in a process with others; without an outcome it was stopped, or should be retried alone."""
 
 
 Message = tuple[str, Progress | RunEnded]
@@ -69,8 +69,8 @@ class SendingDisplay:
     """Send progress to the comparison; other lines go to a log.
 
     Args:
-        send: takes a `Progress` now and then.
-        log: takes the lines; None means standard error.
+        send: called with a `Progress` every 0.3 s or less often.
+        log: file for the lines; None means standard error.
     """
 
     def __init__(self, send: Callable[[Progress], None], log: IO[str] | None = None) -> None:
@@ -108,7 +108,7 @@ def work(out: Path, planned: PlannedRun, connection: Connection) -> None:
     Args:
         out: folder of the comparison.
         planned: the run.
-        connection: takes the progress, as a `Message`.
+        connection: sends the progress.
     """
     _leave_terminal()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -128,20 +128,20 @@ def work(out: Path, planned: PlannedRun, connection: Connection) -> None:
 def work_side_by_side(out: Path, name: str, num_threads: int, connection: Connection) -> None:
     """Train runs as they come, each in a thread; the target of a process.
 
-    Each thread has a CUDA stream of its own. An error that may come from another run of the process, as when the memory
-    is full, leaves a run without an outcome: the comparison trains it again alone. SIGTERM stops every run after its
-    current step, with a checkpoint.
+    Each thread has its own CUDA stream. An error that another run of the process may have caused, such as full memory,
+    leaves a run without an outcome: the comparison trains it again alone. SIGTERM stops every run after its current
+    step, with a checkpoint.
 
     Args:
         out: folder of the comparison.
         name: name of the process's log.
         num_threads: runs side by side, at most 16.
-        connection: gives runs, and None at the end; takes a `Message` of each.
+        connection: receives runs, and None at the end; sends the messages of each run.
     """
     _leave_terminal()
     signal.signal(signal.SIGTERM, lambda number, frame: request_stop("SIGTERM"))
     _stop_with_parent()
-    # a thread that launches work must not wait long for one that prepares a run
+    # threads that launch work must not wait long for a thread that prepares a run
     sys.setswitchinterval(_SWITCH_S)
     lock, waiting = threading.Lock(), queue.SimpleQueue[PlannedRun | None]()
 
@@ -173,7 +173,7 @@ def work_side_by_side(out: Path, name: str, num_threads: int, connection: Connec
 
 
 def _train_beside_others(out: Path, planned: PlannedRun, send: Callable[[Message], None]) -> None:
-    """Train one run and write its outcome, unless it was stopped or its error may come from another run."""
+    """Train one run and write its outcome, unless it was stopped or another run may have caused its error."""
     path = out / LOGS_NAME / f"{planned.folder}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as log:
@@ -188,7 +188,7 @@ def _train_beside_others(out: Path, planned: PlannedRun, send: Callable[[Message
 
 
 def _end_process_without_device() -> None:
-    """End the process at once if its GPU no longer answers: after some errors every call of the process fails."""
+    """Exit at once if the GPU fails: after some CUDA errors, every later call of the process fails."""
     if torch.cuda.is_available():
         try:
             torch.cuda.current_stream().synchronize()
@@ -209,7 +209,7 @@ def _send(connection: Connection, message: Message) -> None:
 
 
 def _outcome_of(out: Path, planned: PlannedRun, display: Any, log: IO[str] | None = None) -> Outcome | None:
-    """Train; None if a signal stopped the run."""
+    """Train, and return the outcome; None if a signal stopped the run."""
     try:
         run = _when_free(lambda: train_planned(out, planned, display))
     except UserError as error:

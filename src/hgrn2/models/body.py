@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from hgrn2.models.backbone import build_block, call_block, embed, hand_out_bounds, run_layers
+from hgrn2.models.backbone import build_block, embed, hand_out_bounds, run_layers
+from hgrn2.models.block_stack import BlockStack
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.state import ModelState
 from hgrn2.nn.block import Block
@@ -19,41 +18,23 @@ from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues, draw, parameter_roles
 
 
-class HGRN2Model(nn.Module):
+class HGRN2Model(BlockStack):
     """Token ids to hidden states.
 
     Args:
         config: configuration of the model.
         backend: name of the operators' backend ("triton", "chunked", ...), or "auto" to choose one per call.
-
-    Attributes:
-        activation_checkpointing: recompute the activations of every layer in the backward pass instead of storing them:
-            less memory, about a third more time, the same numbers.
     """
 
     def __init__(self, config: HGRN2Config, backend: str = "auto"):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         bounds = torch.empty(config.num_hidden_layers, config.hidden_size) if config.has_lower_bounds else None
         self.lower_bounds = None if bounds is None else nn.Parameter(bounds)
         self._bounded_layers = config.bounded_layers
         self.layers = nn.ModuleList(build_block(config, i, backend) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.block_norm, config.hidden_size, config.norm_eps, config.elementwise_affine)
-        self._compiled_call: Callable[..., Any] | None = None
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks with torch.compile, once for all layers of a kind; only training uses the result.
-
-        Args:
-            **options: options of `torch.compile`.
-        """
-        self._compiled_call = torch.compile(call_block, **options)
-
-    def stop_compiling_blocks(self) -> None:
-        """Undo `compile_blocks`."""
-        self._compiled_call = None
 
     def bounds(self) -> list[Tensor] | list[None]:
         """Return the lower bound of each layer, [D] in [0, 1), or None for a model without bounds."""
@@ -73,27 +54,21 @@ class HGRN2Model(nn.Module):
             Hidden states [B, T, D] after the last norm, and the new state.
         """
         x = embed(self.embeddings(input_ids), self.config, self.training)
-        # evaluation has too many shapes to be worth compiling
-        is_compiled = self.training and self._compiled_call is not None
-        if is_compiled and context.cu_seqlens is not None:
+        if self.is_compiled and context.cu_seqlens is not None:
             # every batch packs another number of sequences; without the mark, the second one compiles again
             torch._dynamo.maybe_mark_dynamic(context.cu_seqlens, 0)
         x, bounds = hand_out_bounds(
             x, self.lower_bounds, self.config.lower_bound, self._bounded_layers, len(self.layers),
-            detach_first=not is_compiled,
+            detach_first=not self.is_compiled,
         )  # fmt: skip
         states: list[Any] = [None] * len(self.layers) if state is None else list(state.layers)
-        x = run_layers(self.layers, x, states, context, bounds, call=self._call)
+        x = run_layers(self.layers, x, states, context, bounds, call=self.call_layer)
         return self.norm(x), ModelState(tuple(states))
 
-    def _call(self, *arguments: Any) -> Any:
-        compiled = self._compiled_call if self.training else None
-        call = call_block if compiled is None else compiled
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return call(*arguments)
-        # only dropout draws random numbers
-        draws = self.training and self.config.dropout > 0
-        return checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=draws)
+    @property
+    def drop_rate_of_blocks(self) -> float:
+        """Probability of dropout inside the blocks."""
+        return self.config.dropout
 
     def reset_parameters(self, std: float, generator: torch.Generator | None) -> None:
         """Set every parameter to its initial value, as `HGRN2LM.initialize` describes."""

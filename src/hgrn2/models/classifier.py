@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hgrn2.constraints import Ge, Le, check_fields
 from hgrn2.errors import UserError
-from hgrn2.models.backbone import build_block, call_block, embed, hand_out_bounds, run_layers
+from hgrn2.models.backbone import build_block, embed, hand_out_bounds, run_layers
+from hgrn2.models.block_stack import BlockStack
 from hgrn2.models.config import HGRN2Config
 from hgrn2.models.inputs import check_mixers
 from hgrn2.nn.batch_norm import BatchNorm
@@ -58,16 +57,13 @@ class ClassifierOptions:
         check_fields(self, "classifier")
 
 
-class SequenceClassifier(nn.Module):
+class SequenceClassifier(BlockStack):
     """Classifier of sequences of token ids or values, or of pairs of sequences.
 
     Args:
         config: configuration of the layers; vocab_size sizes the embedding.
         options: settings of the classifier.
         backend: name of the operators' backend, or "auto".
-
-    Attributes:
-        activation_checkpointing: recompute the activations of every layer in the backward pass.
 
     Raises:
         UserError: a direction does not exist, or a mixer cannot run in it.
@@ -85,7 +81,6 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         check_backend(backend)
         self.config, self.options = config, options
-        self.activation_checkpointing = False
         self.directions = read_directions(options.directions, config.num_hidden_layers)
         check_directions(self.directions, config.layer_mixers)
         width = config.hidden_size
@@ -113,17 +108,8 @@ class SequenceClassifier(nn.Module):
         masked = options.num_masked_classes
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if masked else None
         self.token_head = nn.Linear(width, masked) if masked else None
-        self._compiled_call: Callable[..., Any] | None = None
         if not self.head.weight.is_meta:
             self.initialize()
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks with torch.compile; only training uses the result.
-
-        Args:
-            **options: options of `torch.compile`.
-        """
-        self._compiled_call = torch.compile(call_block, **options)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -234,10 +220,9 @@ class SequenceClassifier(nn.Module):
                 )
             x = x + self.positions.weight[:seq_len].to(x.dtype)
         x = embed(x, self.config, self.training)
-        is_compiled = self.training and self._compiled_call is not None
         x, bounds = hand_out_bounds(
             x, self.lower_bounds, self.config.lower_bound, self._bounded_layers, len(self.layers),
-            detach_first=not is_compiled,
+            detach_first=not self.is_compiled,
         )  # fmt: skip
         width = self.options.grid_width
         if width and seq_len % width:
@@ -247,15 +232,13 @@ class SequenceClassifier(nn.Module):
             grid=(seq_len // width, width) if width else None,
             keep_state=False,
         )
-        x = run_layers(self.layers, x, [None] * len(self.layers), context, bounds, call=self._call)
+        x = run_layers(self.layers, x, [None] * len(self.layers), context, bounds, call=self.call_layer)
         return self.norm(x)
 
-    def _call(self, *arguments: Any) -> Any:
-        compiled = self._compiled_call if self.training else None
-        call = call_block if compiled is None else compiled
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return call(*arguments)
-        return checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+    @property
+    def drop_rate_of_blocks(self) -> float:
+        """Probability of dropout inside the blocks."""
+        return self.config.dropout
 
 
 def mask_of(lengths: Tensor, seq_len: int) -> Tensor:

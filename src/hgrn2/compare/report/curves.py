@@ -79,7 +79,7 @@ def rate_curves(task: TaskSummary, of: str = "learning_rate") -> list[Curve]:
 def metric_curves(task: TaskSummary) -> list[Curve]:
     """Return the metric of each model at its best learning rate against tokens, averaged over seeds.
 
-    Nothing for a task whose metric is a loss, which has a curve of its own.
+    Return nothing for a task whose metric is a loss, which `loss_curves` shows.
     """
     if task.metric.name == "val_loss":
         return []
@@ -148,10 +148,10 @@ class TaskSeries:
 
 
 def across_tasks(results: Results) -> list[TaskSeries]:
-    """Return the metric of each model against the option in which tasks of one kind differ, such as the length.
+    """Return the metric of each model against the option that differs between tasks of one kind, such as the length.
 
     Args:
-        results: what the runs have reached.
+        results: results of the runs.
     """
     entries = {entry.name: entry for entry in results.plan.comparison.tasks}
     kinds: dict[str, list[TaskSummary]] = {}

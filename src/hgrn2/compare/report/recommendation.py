@@ -1,4 +1,4 @@
-"""The recommendation at the end of a report: the model that the data supports, or the reason why it supports none."""
+"""The recommendation of a report: the model that the data supports, or the reason why it supports none."""
 
 from __future__ import annotations
 
@@ -12,37 +12,36 @@ from hgrn2.train.report.words import size
 
 # standard errors of a difference beyond which two means differ
 _ERRORS = 2.0
-# of models that the data does not tell apart
+# models named in a list
 _MOST_NAMED = 5
 
 
 def recommendation(results: Results) -> list[str]:
     """Return one to five sentences.
 
-    A model is in the lead of a task if no other is better by more than two standard errors of the difference, from the
-    spread over seeds. A model that is in the lead of every task is recommended. With one seed there is no spread, and
-    nothing is recommended.
+    A model leads a task if no other is better by more than two standard errors of the difference, from the spread over
+    seeds. The model that leads every task is recommended. With one seed there is no spread, and nothing is recommended.
 
     Args:
-        results: what the runs have reached.
+        results: results of the runs.
     """
     tasks = [task for task in results.tasks if any(cell.best is not None for cell in task.cells)]
     if not tasks:
         return ["No run has finished, so there is nothing to recommend."]
     found = []
     if missing := len(results.in_state("waiting", "unfinished")):
-        found.append(f"{plural(missing, 'run')} of {len(results.runs)} still to come: what follows may change.")
+        found.append(f"{plural(missing, 'run')} of {len(results.runs)} not finished yet: the results below may change.")
     best = [
         f"{task.cells[0].model} on {task.name} ({tables.mean_and_spread(task, task.cells[0].best)})" for task in tasks
     ]
     found.append(f"Best mean: {'; '.join(best)}.")
     if single := [task.name for task in tasks if _has_single_seed(task)]:
         found.append(
-            f"We recommend none: on {_listed(single)} the leading models have one seed each, so differences cannot be "
-            "told from chance. Add seeds, at least three."
+            f"No recommendation: on {_listed(single)} the leading models have one seed each, so differences may be "
+            "due to chance. Use at least three seeds."
         )
         return found
-    leaders = [{cell.model for cell in in_the_lead(task)} for task in tasks]
+    leaders = [{cell.model for cell in leaders_of(task)} for task in tasks]
     common = [cell for cell in tasks[0].cells if all(cell.model in some for some in leaders)]
     if len(common) == 1:
         found.append(f"We recommend {_described(tasks, common[0].model)}: no other model is as good on every task.")
@@ -51,16 +50,16 @@ def recommendation(results: Results) -> list[str]:
         found.append(
             f"The data does not decide between {_listed([cell.model for cell in common])}: they differ by less than "
             f"{_ERRORS:g} standard errors. Of these, {cheapest.model} needs the least memory for a sequence "
-            f"({_memory_text(cheapest)}), so we would take {_described(tasks, cheapest.model)}."
+            f"({_memory_text(cheapest)}), so we recommend {_described(tasks, cheapest.model)}."
         )
     else:
-        found.append("No model is in the lead everywhere, so the choice depends on the task.")
+        found.append("No model leads every task, so the choice depends on the task.")
     if edges := [f"{task.cells[0].model} on {task.name}" for task in tasks if task.cells[0].is_at_edge]:
         found.append(f"The best learning rate of {_listed(edges)} is the smallest or largest of the grid: widen it.")
     return found
 
 
-def in_the_lead(task: TaskSummary) -> list[CellSummary]:
+def leaders_of(task: TaskSummary) -> list[CellSummary]:
     """Return the best model of a task, and those that differ from it by less than two standard errors."""
     cells = [cell for cell in task.cells if cell.best is not None]
     first = cells[0]
@@ -103,7 +102,7 @@ def _described(tasks: Sequence[TaskSummary], model: str) -> str:
 
 
 def _memory(cell: CellSummary) -> tuple[bool, int]:
-    """Return what orders models by the memory of a long sequence: those with a cache that grows come last."""
+    """Return a key that sorts models by the memory of a long sequence: those with a growing cache come last."""
     grows = cell.cost.attention_bytes_per_token > 0 and cell.cost.attention_window is None
     return grows, cell.cost.state_bytes
 

@@ -16,7 +16,7 @@ from hgrn2.train.report.words import compact, duration, size
 NO_VALUE = "–"
 # models or tasks in the headline
 _MOST_NAMED = 6
-# a run that read this fraction of the tokens of others has read as many
+# fraction of the tokens of other runs from which a run counts as complete
 _FULL = 0.98
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from hgrn2.errors import UserError
-from hgrn2.models.backbone import call_block, hand_out_bounds, run_layers
+from hgrn2.models.backbone import hand_out_bounds, run_layers
+from hgrn2.models.block_stack import BlockStack
 from hgrn2.models.vision.block import VisionBlock
 from hgrn2.models.vision.config import VisionConfig
 from hgrn2.models.vision.stem import (
@@ -28,7 +28,7 @@ from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues, draw, parameter_roles
 
 
-class VisionModel(nn.Module):
+class VisionModel(BlockStack):
     """Image model: computes the logits of classes, or features.
 
     Args:
@@ -38,7 +38,6 @@ class VisionModel(nn.Module):
     Attributes:
         num_features: D, the width of the features, as in timm.
         feature_info: width and reduction of each layer's features, as in timm.
-        activation_checkpointing: recompute the activations of every layer in the backward pass.
 
     Example:
         >>> model = VisionModel(VisionConfig(img_size=32, patch_size=8, embed_dim=128, depth=2, num_classes=10))
@@ -51,7 +50,6 @@ class VisionModel(nn.Module):
         self.config = config
         self.num_features = self.embed_dim = self.head_hidden_size = config.embed_dim
         self.num_classes, self.in_chans, self.global_pool = config.num_classes, config.in_chans, config.global_pool
-        self.activation_checkpointing = False
         stem = PatchStem if config.stem == "patch" else ConvStem
         self.patch_embed = stem(config.in_chans, config.embed_dim, config.patch_size)
         rows, columns = config.grid
@@ -67,7 +65,6 @@ class VisionModel(nn.Module):
             {"num_chs": config.embed_dim, "reduction": config.patch_size, "module": f"layers.{i}"}
             for i in range(config.depth)
         ]
-        self._compiled_call: Callable[..., Any] | None = None
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,14 +202,6 @@ class VisionModel(nn.Module):
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks with torch.compile, once for all layers of a kind; only training uses the result.
-
-        Args:
-            **options: options of `torch.compile`.
-        """
-        self._compiled_call = torch.compile(call_block, **options)
-
     def parameter_roles(self) -> dict[str, str]:
         """Return the role of each parameter: convolutions count as embeddings, the classifier as a head."""
         roles = parameter_roles(self)
@@ -282,22 +271,18 @@ class VisionModel(nn.Module):
         layers: nn.ModuleList,
         on_hidden: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        is_compiled = self.training and self._compiled_call is not None
         tokens, bounds = hand_out_bounds(
             tokens, self.lower_bounds, self.config.lower_bound, self.config.bounded_layers, self.config.depth,
-            detach_first=not is_compiled,
+            detach_first=not self.is_compiled,
         )  # fmt: skip
         states: list[Any] = [None] * len(layers)
         context = Context(grid=grid, keep_state=False)
-        return run_layers(layers, tokens, states, context, bounds, call=self._call, on_hidden=on_hidden)
+        return run_layers(layers, tokens, states, context, bounds, call=self.call_layer, on_hidden=on_hidden)
 
-    def _call(self, *arguments: Any) -> Any:
-        compiled = self._compiled_call if self.training else None
-        call = call_block if compiled is None else compiled
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return call(*arguments)
-        draws = self.training and self.config.drop_path_rate > 0
-        return checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=draws)
+    @property
+    def drop_rate_of_blocks(self) -> float:
+        """Probability of dropout inside the blocks."""
+        return self.config.drop_path_rate
 
     def _chosen(self, indices: int | Sequence[int] | None) -> list[int]:
         depth = len(self.layers)

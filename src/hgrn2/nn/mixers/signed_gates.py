@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,16 +18,28 @@ from hgrn2.shapes import BTHK, BTHV, NHKV
 SMALLEST_GATE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-def positive_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor, None]:
-    """Compute the tied key 1 - f and log f of f = beta + (1 - beta) sigmoid(z); arguments of `signed_gate`."""
+class Decays(NamedTuple):
+    """Forget gates f by magnitude and sign.
+
+    Attributes:
+        log_size: log |f|, [B, T, H, K] in the dtype of the state, at most 0.
+        negative: bool [B, T, H, K], True where f is negative; None if all are positive.
+    """
+
+    log_size: BTHK
+    negative: BTHK | None
+
+
+def positive_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Decays]:
+    """Compute the tied key 1 - f and f = beta + (1 - beta) sigmoid(z); arguments of `signed_gate`."""
     z = z.to(wide_dtype(z.dtype))
     if bound is None:
-        return torch.sigmoid(-z), functional.logsigmoid(z), None
+        return torch.sigmoid(-z), Decays(functional.logsigmoid(z), None)
     bound = bound.to(z.dtype)
-    return (1 - bound) * torch.sigmoid(-z), bounded_log_sigmoid(z, bound), None
+    return (1 - bound) * torch.sigmoid(-z), Decays(bounded_log_sigmoid(z, bound), None)
 
 
-def signed_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def signed_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Decays]:
     """Compute forget gates that may be negative, and their tied keys.
 
     With g = beta + (1 - beta) sigmoid(z), the gate is f = 2 g - 1 in [2 beta - 1, 1) (arXiv 2411.12537, section 4, on
@@ -40,22 +54,21 @@ def signed_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor, Tensor
         bound: [D] in [0, 1), beta; None for 0.
 
     Returns:
-        k = 1 - f and log |f|, both [..., D] in float32 or wider, and bool [..., D], True where f is negative.
+        k = 1 - f and the decays f, all [..., D]; k and log |f| are float32 or wider.
     """
     z = z.to(wide_dtype(z.dtype))
     lost = 2 * torch.sigmoid(-z) if bound is None else 2 * (1 - bound.to(z.dtype)) * torch.sigmoid(-z)
     # the clamps keep both branches finite, so that the gradients are finite
     near_one = torch.log1p(-lost.clamp_max(0.5))
     log_size = torch.where(lost < 0.5, near_one, (1 - lost).abs().clamp_min(SMALLEST_GATE[z.dtype]).log())
-    return lost, log_size, lost > 1
+    return lost, Decays(log_size, lost > 1)
 
 
 def scan_with_signs(
     q: BTHK,
     k: BTHK,
     v: BTHV,
-    log_size: BTHK,
-    negative: BTHK | None,
+    decays: Decays,
     state: NHKV | None,
     context: Context,
     *,
@@ -75,8 +88,7 @@ def scan_with_signs(
         q: [B, T, H, K].
         k: [B, T, H, K].
         v: [B, T, H, V].
-        log_size: [B, T, H, K] in the dtype of the state, at most 0; 0 and a key of 0 where a token is padding.
-        negative: [B, T, H, K] bool, True where the decay is negative; None if all are positive.
+        decays: [B, T, H, K]; 1, with a key of 0, where a token is padding.
         state: [N, H, K, V] before the first token, float32 or wider; None at the start of a sequence.
         context: further inputs of the pass.
         scale: factor of the outputs.
@@ -87,7 +99,8 @@ def scan_with_signs(
         y [B, T, H, V] in q's dtype, and the state after the last token.
     """
     if context.is_step and state is not None:
-        return _step(q, k, v, log_size, negative, state, scale)
+        return _step(q, k, v, decays, state, scale)
+    log_size, negative = decays
     bounds = context.cu_seqlens
     if negative is None:
         return gated_scan(
@@ -112,12 +125,10 @@ def scan_with_signs(
     return y, end * last.unsqueeze(-1).to(end.dtype)
 
 
-def _step(
-    q: BTHK, k: BTHK, v: BTHV, log_size: BTHK, negative: BTHK | None, state: NHKV, scale: float
-) -> tuple[BTHV, NHKV]:
-    decay = log_size.squeeze(1).exp()
-    if negative is not None:
-        decay = torch.where(negative.squeeze(1), -decay, decay)
+def _step(q: BTHK, k: BTHK, v: BTHV, decays: Decays, state: NHKV, scale: float) -> tuple[BTHV, NHKV]:
+    decay = decays.log_size.squeeze(1).exp()
+    if decays.negative is not None:
+        decay = torch.where(decays.negative.squeeze(1), -decay, decay)
     written = k.squeeze(1).unsqueeze(-1).to(state.dtype) * v.squeeze(1).unsqueeze(-2)
     state = torch.addcmul(written, decay.unsqueeze(-1), state)
     y = (scale * q.squeeze(1).to(state.dtype)).unsqueeze(-2) @ state

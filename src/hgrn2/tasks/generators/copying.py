@@ -35,8 +35,8 @@ class CopyOptions(SyntheticOptions):
         """Refuse more symbols than fit twice."""
         if 2 * self.num_copied > self.length:
             raise UserError(
-                f"{self.what}: num_copied {self.num_copied} take {2 * self.num_copied} tokens, once to read and once "
-                f"to write, and length is {self.length}; raise length or lower num_copied",
+                f"{self.what}: num_copied {self.num_copied} needs {2 * self.num_copied} tokens, to read and to write, "
+                f"and length is {self.length}; raise length or lower num_copied",
                 "contradiction",
             )
 
