@@ -293,6 +293,8 @@ def test_environment_of_torchrun():
     full = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
     assert rank_environment(full) == RankEnvironment(3, 4, 1, "node", 29500)
     assert rank_environment(full | {"RANK": "0", "WORLD_SIZE": "1"}) is None
+    assert rank_environment(full | {"TORCHELASTIC_RUN_ID": "hgrn2-41"}).launcher == 41
+    assert rank_environment(full | {"TORCHELASTIC_RUN_ID": "41"}).launcher is None
     with refuses("incomplete", "MASTER_PORT"):
         rank_environment({name: value for name, value in full.items() if name != "MASTER_PORT"})
     with refuses("contradiction", "RANK", "4"):

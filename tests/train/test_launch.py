@@ -99,6 +99,18 @@ def test_a_killed_rank_ends_the_command(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
+def test_ranks_stop_when_the_command_is_killed(tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(["hgrn2"], "--processes", 2, "--max-steps", 10**6, "--checkpoint-every", 0, "--out", run_dir)
+    wait_for_step(run_dir, process)
+    process.kill()
+    # its pipes close when the last rank has ended
+    _, err = process.communicate(timeout=60)
+    assert "stopped by SIGTERM" in err
+    assert run_folder.checkpoints_of(run_dir)
+
+
 def test_refused_before_anything_starts(tmp_path, capsys):
     out = ["--out", str(tmp_path / "run"), "--max-steps", "1"]
     assert main([*ARGUMENTS, *out, "--processes", "3"]) == 2

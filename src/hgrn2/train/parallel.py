@@ -46,10 +46,13 @@ class Parallel(Protocol):
     """Number of this rank, 0 <= rank < num_ranks."""
     num_ranks: int
     """Number of ranks, each of which computes its part of every batch."""
-    is_sharded: bool
-    """Whether every rank holds only its part of the weights."""
     signal_repeat_s: float
     """Seconds within which a further signal counts as the same request: launchers pass signals on."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank holds only its part of the weights."""
+        ...
 
     def device(self, device: torch.device) -> torch.device:
         """Return the device of this rank; of several GPUs, its own."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from hgrn2.errors import UserError
 
+# begins the name of a job that `hgrn2 train` has started; its process id follows
+RUN_ID = "hgrn2-"
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -23,6 +25,7 @@ class RankEnvironment:
         port: TCP port of the store.
         has_store: whether a launcher serves the store; otherwise rank 0 does.
         attempt: how often the launcher has restarted the ranks.
+        launcher: process id of `hgrn2 train`, if it has started the ranks itself.
     """
 
     rank: int
@@ -32,6 +35,7 @@ class RankEnvironment:
     port: int
     has_store: bool = False
     attempt: int = 0
+    launcher: int | None = None
 
 
 def rank_environment(variables: Mapping[str, str] | None = None) -> RankEnvironment | None:
@@ -57,6 +61,8 @@ def rank_environment(variables: Mapping[str, str] | None = None) -> RankEnvironm
         raise UserError(f"environment: RANK is {rank}; wanted less than WORLD_SIZE = {num_ranks}", "contradiction")
     if num_ranks == 1:
         return None
+    run_id = variables.get("TORCHELASTIC_RUN_ID", "")
+    launcher = run_id.removeprefix(RUN_ID) if run_id.startswith(RUN_ID) else ""
     return RankEnvironment(
         rank,
         num_ranks,
@@ -66,6 +72,7 @@ def rank_environment(variables: Mapping[str, str] | None = None) -> RankEnvironm
         # as torch reads it
         variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         int(variables.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        int(launcher) if launcher.isdecimal() else None,
     )
 
 

@@ -70,7 +70,8 @@ class GradientSums:
                         bucket[i].grad = torch.empty_like(bucket[i])
             pairs = [(p.grad, x.view_as(p)) for p, x in zip(bucket, sums, strict=True) if p.grad is not None]
             if pairs:
-                torch._foreach_copy_([grad for grad, _ in pairs], [x for _, x in pairs])
+                grads, found = zip(*pairs, strict=True)
+                torch._foreach_copy_(grads, found)  # pyright: ignore[reportPrivateImportUsage]
         self._sent = []
 
     def _fill_buckets(self) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from hgrn2.errors import UserError
 from hgrn2.train.distributed.environment import RankEnvironment, rank_environment
@@ -54,12 +56,17 @@ def joined(timeout_s: float = JOIN_TIMEOUT_S, place: RankEnvironment | None = No
             nowhere = outputs.enter_context(open(os.devnull, "w"))
             outputs.enter_context(contextlib.redirect_stdout(nowhere))
             outputs.enter_context(contextlib.redirect_stderr(nowhere))
+        if torch.cuda.is_available() and place.local_rank < torch.cuda.device_count():
+            # otherwise every rank would take some memory of the first GPU
+            torch.cuda.set_device(place.local_rank)
         store = _meet(place, timeout_s)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(
             backend, store=PrefixStore("groups", store), rank=place.rank, world_size=place.num_ranks,
             timeout=_TENSOR_TIMEOUT,
         )  # fmt: skip
+        if place.launcher is not None:
+            threading.Thread(target=_stop_after, args=(place.launcher,), daemon=True).start()
         watch = Watch(store, place.rank, place.num_ranks, place.address)
         try:
             ranks = Ranks(place, watch)
@@ -72,6 +79,13 @@ def joined(timeout_s: float = JOIN_TIMEOUT_S, place: RankEnvironment | None = No
         # nothing is left to share; an error from here on is this rank's own
         watch.close()
         dist.destroy_process_group()
+
+
+def _stop_after(launcher: int) -> None:
+    """Ask this process to stop once its launcher is gone."""
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _meet(place: RankEnvironment, timeout_s: float) -> Store:
@@ -143,6 +157,7 @@ def _end_after(error: BaseException, watch: Watch, *, is_main: bool) -> None:
         os._exit(status)
     assert news is not None
     if not is_main:
+        watch.show(news)
         os._exit(news.status)
     if not news.message:
         sys.exit(news.status)
@@ -150,6 +165,8 @@ def _end_after(error: BaseException, watch: Watch, *, is_main: bool) -> None:
 
 
 def _named(message: str, error: BaseException) -> str:
+    if _is_out_of_memory(error):
+        return f"out of memory on another rank ({message}); lower batch_size, or see hgrn2 info MODEL --gpus N"
     # an error that all ranks have needs no name of one
     return message if isinstance(error, UserError) or not message else f"{type(error).__name__}: {message}"
 

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from hgrn2.train.distributed.environment import RUN_ID
 
 # ranks end by themselves when one has failed
 _LEAVE_S = 15.0
@@ -39,6 +41,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": f"{RUN_ID}{os.getpid()}",
     }
     if not torch.cuda.is_available():
         shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))

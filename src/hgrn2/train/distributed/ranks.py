@@ -56,7 +56,7 @@ class Ranks:
         self.is_main = place.rank == 0
         self._watch = watch
         # numbers and objects of the host, apart from tensors of the device
-        self._control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+        self._control: Any = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         self._gradients: GradientSums | None = None
         self._sharded: Any = None
         self._piece_groups: dict[int, Any] = {}

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed import Store
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from hgrn2.errors import UserError
 
@@ -153,9 +153,14 @@ class Watch:
         if self._unwound.wait(_GRACE_S):
             return
         # the main thread waits for the device or a rank that is gone
-        if self._rank == 0 and failure.message:
-            _show_at_once(f"error: {failure.message}{self.advice}")
+        self.show(failure)
         os._exit(failure.status)
+
+    def show(self, failure: Failure) -> None:
+        """Print a failure, if this rank is the one to do so."""
+        # rank 1 speaks for the main rank if that is gone
+        if failure.message and self._rank < 2:
+            _show_at_once(f"error: {failure.message}{self.advice}")
 
     def _send_all(self, message: dict[str, Any]) -> None:
         for connection in self._others.values():
