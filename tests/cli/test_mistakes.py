@@ -190,3 +190,17 @@ def test_ctrl_c_is_quiet_in_every_command(name, capsys, monkeypatch):
     words = {"info": ["tiny"], "convert": ["x", "y", "--to", "hf"], "eval": ["x", "file"], "train": []}
     assert cli.main([name, *words.get(name, ["x"])]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["task", "image"], ("task 'image'", "lra-listops", "mqar")),
+        (["task", "lra-listops", "--seed", "5"], ("--seed is 5", "lra-listops")),
+        (["task", "lra-pathfinder", "--start", "-4"], ("--start is -4",)),
+        (["task", "mqar", "--samples", "-1"], ("--samples is -1",)),
+    ],
+)
+def test_samples_that_a_task_does_not_have(capsys, args, parts):
+    error = error_of(capsys, args)
+    assert all(part in error for part in parts), error

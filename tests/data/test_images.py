@@ -179,6 +179,12 @@ def test_mistakes(tmp_path):
     (tmp_path / "short").write_bytes(files.idx_bytes(files.labels())[:-1])
     with refuses("damaged", "short"):
         read_idx(tmp_path / "short")
+    (tmp_path / "sizes").write_bytes(b"\0\0\x08\3\0")
+    with refuses("damaged", "sizes", "5 bytes"):
+        read_idx(tmp_path / "sizes")
+    (tmp_path / "huge").write_bytes(b"\0\0\x08\3" + b"\xff" * 12)
+    with refuses("damaged", "huge", 2**32 - 1):
+        read_idx(tmp_path / "huge")
     (tmp_path / "other").write_bytes(b"PK\3\4 a zip file")
     with refuses("unreadable", "other"):
         read_idx(tmp_path / "other")
@@ -186,6 +192,30 @@ def test_mistakes(tmp_path):
     (folder / "test_batch.bin").write_bytes(b"\0" * 3074)
     with refuses("damaged", "test_batch.bin"):
         opened(folder)
+
+
+def test_labels_of_cifar_that_no_class_has(tmp_path):
+    folder = files.cifar_folder(tmp_path / "d")
+    rows = bytearray((folder / "test_batch.bin").read_bytes())
+    rows[3073] = 200
+    (folder / "test_batch.bin").write_bytes(rows)
+    with refuses("invalid-value", "label 200 of image 1", "test_batch.bin"):
+        opened(folder)
+
+
+def test_class_names_that_are_no_text(tmp_path):
+    folder = files.idx_folder(tmp_path / "d")
+    (folder / "classes.txt").write_bytes(b"a\nb\n\xff\xfe\n")
+    with refuses("unreadable", "classes.txt"):
+        opened(folder)
+
+
+def test_classes_of_one_image_have_none_to_hold_out(tmp_path):
+    folder = files.image_folder(tmp_path / "d", each=1)
+    with refuses("incomplete", "3 classes", "--validation"):
+        opened(folder)
+    train, held_out = opened(folder, str(folder))
+    assert (len(train), len(held_out)) == (3, 3)
 
 
 def test_streamed_images_are_cropped_and_bad_ones_replaced(tmp_path):

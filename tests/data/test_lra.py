@@ -47,6 +47,7 @@ def test_wrong_reviews_are_refused(tmp_path):
         ('["a", 0]', "not-found", ("positive",)),
         ("", "not-found", (path,)),
         ('["a", true]', "mismatch", ("line 1",)),
+        ('["a", 0]\n[3, 1]', "damaged", ("line 2", 3)),
     ):
         path.write_text(content)
         with refuses(code, *names):
@@ -117,9 +118,24 @@ def test_wrong_cifar_is_refused(tmp_path):
     binary(path, range(9))
     with refuses("not-found", "truck"):
         read_cifar(tmp_path, "test", is_grey=True)
-    (tmp_path / "test.npz").write_bytes(b"PK nothing")
-    with refuses("damaged", "test.npz"):
-        read_cifar(tmp_path, "test", is_grey=True)
+
+
+def test_wrong_arrays_of_cifar_are_refused(tmp_path):
+    path = tmp_path / "test.npz"
+    images, labels = np.zeros((20, 32, 32), np.uint8), np.arange(20) % 10
+    np.savez(path, images=images, labels=labels)
+    assert read_cifar(tmp_path, "test", is_grey=True).labels.tolist() == labels.tolist()
+    whole = path.read_bytes()
+    for content in (b"PK nothing", b"PK\3\4 nothing", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with refuses("damaged", "test.npz"):
+            read_cifar(tmp_path, "test", is_grey=True)
+    # halves would be rounded down
+    wrong = (labels + 0.5, labels[:5], labels.astype(str), np.int64(3), np.stack([labels, labels], 1))
+    for found in wrong:
+        np.savez(path, images=images, labels=found)
+        with refuses("mismatch", "test.npz", np.asarray(found).dtype):
+            read_cifar(tmp_path, "test", is_grey=True)
 
 
 @pytest.fixture(scope="module")
@@ -178,15 +194,20 @@ def test_official_pathfinder_files(tmp_path, block):
         image.fromarray(block.images[i]).save(tmp_path / "imgs" / "0" / f"sample_{i}.png")
         lines.append(f"imgs/0 sample_{i}.png {i} {block.labels[i]} 1.8 14 4 5 1.5 2 1")
     (tmp_path / "imgs" / "0" / "sample_3.png").write_bytes(b"")
+    cut = (tmp_path / "imgs" / "0" / "sample_7.png").read_bytes()
+    (tmp_path / "imgs" / "0" / "sample_7.png").write_bytes(cut[: len(cut) // 2])
     table = Path(tmp_path / "metadata" / "0.npy")
     table.write_text("\n".join(lines))
     found = read_official_pathfinder(tmp_path, 32)
-    assert found.notes == {"unreadable": 1}
-    kept = [i for i in range(12) if i != 3]
-    assert (found.inputs == block.images[kept].reshape(11, -1)).all()
+    assert found.notes == {"unreadable": 2}
+    kept = [i for i in range(12) if i not in (3, 7)]
+    assert (found.inputs == block.images[kept].reshape(10, -1)).all()
     assert found.labels.tolist() == block.labels[kept].tolist()
     with refuses("mismatch", "32 x 32", "64 x 64"):
         read_official_pathfinder(tmp_path, 64)
     table.write_text("imgs/0 sample_0.png 0 2")
+    with refuses("damaged", "line 1"):
+        read_official_pathfinder(tmp_path, 32)
+    table.write_bytes(b"\x93NUMPY \xff\xfe")
     with refuses("damaged", "line 1"):
         read_official_pathfinder(tmp_path, 32)

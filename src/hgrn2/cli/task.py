@@ -40,13 +40,14 @@ def task(
     Args:
         name: A task; without one, all are listed.
         samples: Examples to show.
-        seed: Seed of the examples; a run with this seed trains on them in this order.
+        seed: Seed of the examples of a generator; a run with this seed trains on them in this order.
         start: Index of the first example.
         task_set: Options of the task as KEY=VALUE, as for hgrn2 train.
         set: The former name of --task-set.
     """
-    if samples < 0:
-        raise UserError(f"--samples is {samples}; wanted 0 or more")
+    for flag, value in (("--samples", samples), ("--start", start)):
+        if value < 0:
+            raise UserError(f"{flag} is {value}; wanted 0 or more")
     task_set += set
     if name is None:
         if task_set:
@@ -56,8 +57,18 @@ def task(
     # also finds tasks of installed packages
     found = find_task(name)
     if hasattr(found, "show_samples"):
+        if seed:
+            raise UserError(
+                f"--seed is {seed}; the samples of {name} are its held-out examples, leave --seed out", "unsupported"
+            )
         _show_sequences(found, samples, start, task_set)
         return
+    if name not in GENERATORS:
+        able = sorted({*GENERATORS, *(key for key, task in TASKS.items() if hasattr(task, "show_samples"))})
+        raise UserError(
+            f"task {name!r} has no generator, its examples are those of your data; wanted one of {', '.join(able)}",
+            "unsupported",
+        )
     kind = find_generator(name)
     options = make_options(found, parse_key_values(task_set, "--task-set", "an option of the task"))
     examples = generate(options, samples, seed, start=start)

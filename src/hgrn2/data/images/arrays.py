@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,17 @@ def read_idx(path: Path) -> np.ndarray:
     data = read_bytes(path)
     num_axes = data[3] if len(data) > 3 else 0
     if data[:2] != b"\0\0" or data[2] != _UBYTE or not 1 <= num_axes <= 4:
-        raise UserError(f"{path}: begins with {data[:4].hex()}; wanted an idx file of bytes (000008..)", "unreadable")
+        found = f"begins with {data[:4].hex()}" if data else "is empty"
+        raise UserError(f"{path}: {found}; wanted an idx file of bytes (000008..)", "unreadable")
     start = 4 + 4 * num_axes
+    if len(data) < start:
+        raise UserError(f"{path}: ends after {len(data)} bytes, within its {num_axes} sizes; fetch it again", "damaged")
     shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(num_axes))
-    if len(data) - start != np.prod(shape, dtype=np.int64):
-        raise UserError(f"{path}: holds {len(data) - start} bytes; wanted {shape} of them", "damaged")
+    if len(data) - start != math.prod(shape):
+        raise UserError(
+            f"{path}: holds {len(data) - start} values; its sizes say {' x '.join(map(str, shape))}; fetch it again",
+            "damaged",
+        )
     # copied, since torch warns about read-only arrays
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
 
@@ -108,7 +115,11 @@ def _class_names(folder: Path, num: int) -> tuple[str, ...]:
     path = folder / "classes.txt"
     if not path.is_file():
         return ()
-    names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except ValueError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); wanted the name of a class in each line", "unreadable") from None
+    names = tuple(line.strip() for line in lines if line.strip())
     if len(names) != num:
         raise UserError(f"{path}: names {len(names)} classes; the labels have {num}", "mismatch")
     return names
@@ -141,7 +152,10 @@ def read_cifar_sets(folder: Path) -> dict[str, ImageSet]:
     for name, paths in cifar_files(folder).items():
         read = [read_cifar_file(path) for path in paths]
         parts[name] = np.concatenate([x for x, _ in read]), np.concatenate([y for _, y in read])
-    num = max(int(labels.max()) for _, labels in parts.values()) + 1
+    # a part may lack a class; the labels of training count
+    num = int(parts["train"][1].max(initial=0)) + 1
+    for path, (_, labels) in zip((folder, cifar_files(folder)["validation"][0]), parts.values(), strict=True):
+        check_labels(labels.astype(np.int64), num, path)
     classes = CIFAR10 if num == len(CIFAR10) else tuple(str(i) for i in range(num))
     return {name: check_set(_set_of(x, y, classes), folder) for name, (x, y) in parts.items()}
 

@@ -100,6 +100,9 @@ def hold_out(found: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageS
         found: the whole set.
         share: share of validation images, at least one of each class that has two images.
         seed: of the choice.
+
+    Raises:
+        UserError: no class has two images.
     """
     rng = np.random.Generator(np.random.Philox(key=seed))
     held = np.zeros(len(found), bool)
@@ -107,6 +110,12 @@ def hold_out(found: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageS
         rows = rng.permutation(np.flatnonzero(found.labels == label))
         num = min(len(rows) - 1, max(1, round(share * len(rows)))) if len(rows) else 0
         held[rows[:num]] = True
+    if not held.any():
+        raise UserError(
+            f"no validation images: each of the {len(found.classes)} classes has a single image, and none can be held "
+            "out; add images, or name a folder of others with --validation",
+            "incomplete",
+        )
     return found.select(np.flatnonzero(~held)), found.select(np.flatnonzero(held))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,18 @@ def _read_binary(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as found:
+        # numpy leaves a file open that is not a zip file
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             images, labels = found["images"], found["labels"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); wanted arrays images and labels", "damaged") from None
     if images.dtype != np.uint8 or images.shape[1:] not in ((_SIDE, _SIDE), (_SIDE, _SIDE, 3)):
         raise UserError(
             f"{path}: images is {images.dtype} {list(images.shape)}; wanted uint8 [N, 32, 32(, 3)]", "mismatch"
         )
-    if len(labels) != len(images):
-        raise UserError(f"{path}: has {len(images)} images and {len(labels)} labels; wanted as many", "mismatch")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: labels is {labels.dtype} {list(labels.shape)}; wanted integers [{len(images)}], one per image",
+            "mismatch",
+        )
     return images, labels

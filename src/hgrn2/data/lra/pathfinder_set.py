@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hgrn2.data.images.decode import pillow
+from hgrn2.data.images.decode import open_image, pillow
 from hgrn2.data.lra.pathfinder import BLOCK_IMAGES, draw_block
 from hgrn2.data.lra.sequences import LabelledSequences
 from hgrn2.errors import UserError
@@ -84,17 +84,18 @@ def read_official_pathfinder(folder: Path, size: int) -> LabelledSequences:
         UserError: there is no such file, an image has another size, or a label is neither 0 nor 1. Empty or unreadable
             images are skipped and counted.
     """
-    image_module = pillow()
+    # without Pillow no image could be read
+    pillow()
     images, labels, notes = [], [], {}
     for path in sorted((folder / "metadata").glob("*.npy"), key=lambda p: (len(p.stem), p.stem)):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # names in another encoding are found to be wrong below
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             words = line.split()
             if len(words) < 4 or words[3] not in ("0", "1"):
                 raise UserError(f"{path}, line {number}: {line[:80]!r}; wanted folder, file, number, label", "damaged")
             try:
-                with image_module.open(folder / words[0] / words[1]) as image:
-                    found = np.asarray(image.convert("L"))
-            except OSError:
+                found = np.asarray(open_image(folder / words[0] / words[1]).convert("L"))
+            except UserError:
                 notes["unreadable"] = notes.get("unreadable", 0) + 1
                 continue
             if found.shape != (size, size):

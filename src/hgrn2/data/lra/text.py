@@ -61,7 +61,9 @@ def _review(line: bytes, what: str) -> tuple[bytes, int]:
         text, label = (found["text"], found["label"]) if isinstance(found, dict) else (found[0], found[1])
     except (ValueError, KeyError, IndexError, TypeError):
         raise UserError(f"{what}: wanted [text, label] or an object with text and label", "damaged") from None
-    if not isinstance(text, str) or label not in (-1, 0, 1) or isinstance(label, bool):
+    if not isinstance(text, str):
+        raise UserError(f"{what}: the text is {text!r}; wanted a text in quotes", "damaged")
+    if label not in (-1, 0, 1) or isinstance(label, bool):
         raise UserError(f"{what}: the label is {label!r}; wanted 0, 1, or -1 for none", "mismatch")
     return text.encode("utf-8", "surrogatepass"), label
 

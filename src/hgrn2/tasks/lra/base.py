@@ -191,7 +191,10 @@ class LRATask(ClassificationTask):
             start: index of the first.
             folder: folder of the picture.
         """
-        found = cls.read(options, "test").rows(slice(start, start + count))
+        found = cls.read(options, "test")
+        if start >= len(found):
+            raise UserError(f"--start is {start}, and there are {len(found)} held-out examples; lower it")
+        found = found.rows(slice(start, start + count))
         shown = cls.sample_picture(options, found)
         if shown is not None:
             from matplotlib.image import imsave
