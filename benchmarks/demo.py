@@ -1,4 +1,4 @@
-"""What `make demo` reached: bits a byte of its model on the held-out text, beside compressors on the same bytes.
+"""Report the result of `make demo`: bits per byte of its model on the held-out text, and of compressors.
 
 make demo && python benchmarks/demo.py runs/demo --out benchmarks/results/demo-cpu.json
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks of the operator share: inputs, the product, exact results and errors."""
+"""Inputs, products, exact results and errors for the benchmarks of the operator."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
 
 
 class FreeInputs(NamedTuple):
-    """Of `gated_scan`: query, key [B, T, H, K], value [B, T, H, V] and, float32, the log decay [B, T, H, K]."""
+    """Inputs of `gated_scan`: query, key [B, T, H, K], value [B, T, H, V] and, float32, the log decay [B, T, H, K]."""
 
     q: Tensor
     k: Tensor
@@ -52,7 +52,7 @@ def make_inputs(
 
 
 def free_inputs(inputs: Inputs) -> FreeInputs:
-    """The same sequence as `gated_scan` takes it: what the gates make of the pre-activations."""
+    """Return the sequence as `gated_scan` takes it, with gates computed from the pre-activations."""
     key = (1 - inputs.lower_bound) * torch.sigmoid(-inputs.f.float())
     return FreeInputs(functional.silu(inputs.q), key.to(inputs.q.dtype), inputs.v, torch.log1p(-key))
 
@@ -67,7 +67,7 @@ def scan(
 
 
 def free_scan(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, backend: str = "auto") -> Tensor:
-    """The product with a key and a decay of one's own."""
+    """The product with an untied key and decay."""
     return gated_scan(q, k, v, log_f, backend=backend)[0]
 
 

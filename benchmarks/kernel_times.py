@@ -1,4 +1,4 @@
-"""Where the time of the operator's forward and backward pass goes on a GPU, kernel by kernel, and the memory it takes.
+"""Measure the time of each kernel of the operator's forward and backward pass on a GPU, and the memory they take.
 
 The sum of the times of the kernels is what a call costs where others are queued behind it, as in training. A call that
 is waited for costs what the host does before the first kernel as well; both are shown.

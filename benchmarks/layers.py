@@ -38,7 +38,7 @@ CALLS, QUEUE_CYCLES = 10, 20_000_000
 
 
 class Read(NamedTuple):
-    """What the scan of a layer reads."""
+    """Inputs of the scan of a layer."""
 
     q: Tensor
     f: Tensor
@@ -78,7 +78,7 @@ def train(model: HGRN2LM, ids: Tensor, seconds: float) -> int:
 
 @torch.no_grad()
 def read_by_layers(model: HGRN2LM, ids: Tensor) -> tuple[list[Read], float]:
-    """What the layers' scans read on held-out text, and the loss there in nats a token."""
+    """Return the inputs of the layers' scans on held-out text, and the loss there in nats per token."""
     found: list[Read] = []
 
     def watch(mixer: HGRN2, inputs: tuple[Any, ...]) -> None:
@@ -112,7 +112,7 @@ def ways(read: Read) -> str:
 
 
 def milliseconds(call: Callable[[], object], rounds: int) -> list[float]:
-    """Of calls in a row, with their launches queued beforehand."""
+    """Return the time of consecutive calls, with their launches queued beforehand."""
     for _ in range(3):
         call()
     times = []

@@ -1,4 +1,4 @@
-"""What every benchmark shares: timing in interleaved rounds, a table for people, one line of JSON for machines."""
+"""Time in interleaved rounds, and write results as a table for people and as one line of JSON for machines."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def report(
 
 
 def make_record(benchmark: str, settings: Mapping[str, object], rows: Sequence[Row], device: str) -> dict[str, object]:
-    """What the line of JSON says."""
+    """Return the values of the line of JSON."""
     return {
         "benchmark": benchmark,
         "settings": dict(settings),
@@ -167,7 +167,7 @@ def _round(value: float) -> float:
 
 
 def cells(row: Mapping[str, object]) -> list[str]:
-    """What a table shows of a row of the JSON: name, median, range, comparison, note."""
+    """Return the cells of a row of the JSON in a table: name, median, range, comparison, note."""
     value, low, high, ratio = (row.get(key) for key in ("value", "low", "high", "ratio"))
     return [
         str(row["name"]),

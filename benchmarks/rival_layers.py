@@ -261,7 +261,7 @@ def start(name: str, folder: Path, only_ours: bool) -> int:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process has ended."""
+    """Return whether a process has ended."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] != 0
     except ChildProcessError:

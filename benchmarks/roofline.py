@@ -13,7 +13,7 @@ Operations of the scan (hgrn2 and flash-linear-attention alike, which has chunks
                    scores q k^T         2 K C/2         causal: a token meets half of its chunk
                    scores v             2 V C/2
                    together             4 K V + C (K + V)
-    backward       every product has two gradients: twice the forward pass; and states and scores, which nobody keeps,
+    backward       every product has two gradients: twice the forward pass; and states and scores, which are not kept,
                    are computed again:  2 (4 K V + C (K + V)) + 2 K V + C K
 
 At K = V backward is 2.5 times forward. Operations of causal attention, for a token and head, likewise with T/2 for C/2:
@@ -46,7 +46,7 @@ MARKERS = "osD^vP*X"
 
 
 class Work(NamedTuple):
-    """Of one token and head: operations and bytes that must move."""
+    """Operations, and bytes that must move, for one token and head."""
 
     operations: float
     moved: float
@@ -79,7 +79,7 @@ def attention_work(length: int, width: int, backward: bool) -> Work:
 
 
 def points(result: Mapping[str, Any]) -> list[Point]:
-    """What is drawn of a result, in the order of its rows."""
+    """Return the points of a result to draw, in the order of its rows."""
     heads, k_width, v_width = (int(result["settings"][key]) for key in "HKV")
     found = []
     for row in result["rows"]:

@@ -96,7 +96,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of all sequences."""
+        """Tokens of all sequences."""
         return self.batch * self.length
 
     def make(self, device: str, dtype: torch.dtype = torch.bfloat16, bound: float = 0.5) -> Inputs:
@@ -105,7 +105,7 @@ class Shape(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is checked, and perhaps timed, on inputs of one kind.
+    """Checks, and optional timings, on inputs of one kind.
 
     Attributes:
         name: the first words of its rows.
@@ -264,7 +264,7 @@ def attend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend_with_backward(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """The same, and the gradients."""
+    """Attend, and compute the gradients."""
     return torch.autograd.grad(attend(backend, q, k, v), (q, k, v), dy)
 
 

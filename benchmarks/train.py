@@ -60,7 +60,7 @@ def hgrn2_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def llama_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The same; the labels are shifted inside, so the last token is given as a label only."""
+    """Return the loss of Llama, which shifts the labels itself, so the last token is given as a label only."""
     return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous()).loss
 
 

@@ -317,7 +317,7 @@ def measure(name: str, limit_s: float) -> tuple[list[dict], float | None, str]:
 
 
 def measure_in_turn(names: list[str], limit_s: float, warm_s: float) -> Iterator[tuple[str, list[dict], str]]:
-    """Run cases that compile side by side; each is stopped once it is warm, and then goes on alone.
+    """Compile cases side by side; each is stopped once it is warm, and then continues alone.
 
     Yields:
         Name, records of the steps that it ran alone, and what it printed if it ended by itself.

@@ -56,7 +56,7 @@ def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> int | No
 
 
 def cut(sources: Sequence[str], size: int, out: Path) -> Path:
-    """Texts in pieces of so many characters, each a document of its own."""
+    """Cut texts into pieces of so many characters, each a separate document."""
     lines = []
     for document in open_corpus(sources).documents():
         text = "".join(document.pieces)
@@ -118,7 +118,7 @@ def loss_of(model: Path, settings: Mapping[str, Any], data: PreparedData) -> flo
 
 
 def rows_of(kind: str, curves: Mapping[str, Curve]) -> list[Row]:
-    """What one kind of model comes to."""
+    """Return the results of one kind of model."""
     scratch, start = curves[SCRATCH], curves[START]
     rows = [Row(f"{kind}, {way}: validation loss", curve[-1][1], "nats/token") for way, curve in curves.items()]
     rows.append(Row(f"{kind}, {START}: loss of the first batch", start[0][1], "nats/token"))

@@ -73,7 +73,7 @@ def small_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exporter_to_onnx(_: pytest.MonkeyPatch) -> None:
-    """What it needs, or a skipped test; torch's exporter warns about itself."""
+    """Import its packages, or skip the test; torch's exporter warns about itself."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
     for category in (FutureWarning, DeprecationWarning):

@@ -1,4 +1,4 @@
-"""What the documentation shows runs and is true."""
+"""Examples of the documentation run, and their claims hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written after a prompt is spelt as in the whole text, whatever the tokenizer; state files keep that."""
+"""A continuation is spelt as in the whole text with every tokenizer; state files keep that."""
 
 # pyright: reportArgumentType=false
 

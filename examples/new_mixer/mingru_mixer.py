@@ -25,7 +25,7 @@ from hgrn2.ops import linear_scan
 
 @dataclass(frozen=True)
 class MinGRUOptions(MixerOptions):
-    """What a configuration may say in the table `mixers.mingru`; the fields are arguments of the constructor."""
+    """Options in the table `mixers.mingru` of a configuration; the fields are arguments of the constructor."""
 
     slowest: Annotated[float, Ge(0), Lt(1)] = 0.95
 

@@ -1,4 +1,4 @@
-"""What a person reads before a command runs: help, version, completion, and the way to install what is missing."""
+"""Texts shown before a command runs: help, version, completion, and the way to install what is missing."""
 
 import os
 import re

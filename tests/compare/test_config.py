@@ -1,4 +1,4 @@
-"""What a file of a comparison may hold, and what is refused."""
+"""Files of comparisons: accepted and refused content."""
 
 from __future__ import annotations
 

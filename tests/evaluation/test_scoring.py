@@ -71,7 +71,7 @@ def test_the_likeliest_tokens_are_seen_as_such():
 
 @pytest.mark.parametrize("pair", [(3, 3000), (3000, 3)])
 def test_memory_does_not_grow_with_the_length(pair, monkeypatch):
-    """What passes through the model at a time, and the logits there are at a time, whatever the lengths."""
+    """Tokens per forward pass and logits kept at a time have a limit at every length."""
     _, model = both("fla", torch.float32)
     monkeypatch.setattr(scoring, "PIECE_LOGITS", 29 * 50)
     sizes: dict[str, list[int]] = {"tokens": [], "logits": []}

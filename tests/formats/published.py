@@ -164,7 +164,7 @@ def write_shards(folder: Path, config, tensors, count=2) -> Path:
 
 
 def tensors_of(folder: Path):
-    """Of all safetensors files of a folder."""
+    """Tensors of all safetensors files of a folder."""
     return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
 
 

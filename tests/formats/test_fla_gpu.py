@@ -39,7 +39,7 @@ CASES = [*((kind, 60) for kind in KINDS), ("plain", 200)]
 
 
 def windowed_attention(q, k, v, causal=True, window_size=(-1, -1), **_):
-    """What flash_attn computes, where it is not installed: [B, T, heads, size], window_size keys back."""
+    """Attention of flash_attn, if it is not installed: [B, T, heads, size], window_size keys back."""
     assert causal
     length, back = q.shape[1], window_size[0]
     i = torch.arange(length, device=q.device)

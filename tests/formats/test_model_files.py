@@ -1,4 +1,4 @@
-"""What a folder says about its model: several ends of a text, a chat template, where a text begins."""
+"""Facts about a model in its folder: several ends of a text, a chat template, the beginning of a text."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What folders may hold, and every way in which they may be wrong."""
+"""Valid content of folders, and every fault that it may have."""
 
 import contextlib
 import json

@@ -38,7 +38,7 @@ def llama(tmp_path, monkeypatch):
 
 
 def copied(layers, kept=()):
-    """What must be the Transformer's to the last bit, by our names."""
+    """Tensors that must equal the Transformer's to the last bit, by our names."""
     found = {
         "model.embeddings.weight": TENSORS["model.embed_tokens.weight"],
         "model.norm.weight": TENSORS["model.norm.weight"],

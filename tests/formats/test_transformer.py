@@ -105,7 +105,7 @@ class ExactPositions(nn.Module):
 
 
 def exact(model):
-    """The same model with norms and positions in float64, which transformers keeps in float32."""
+    """The model with norms and positions in float64, which transformers keeps in float32."""
     model = model.double()
     config = model.config
     heads = config.hidden_size // config.num_attention_heads

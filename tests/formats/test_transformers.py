@@ -1,4 +1,4 @@
-"""What convert writes opens with plain transformers calls, and computes the same there."""
+"""Converted folders open with plain transformers calls, with equal results."""
 
 import pytest
 import torch

@@ -28,7 +28,7 @@ def without(folder, *names):
 
 @pytest.fixture
 def saved(tmp_path):
-    """The same model with each head, and with none."""
+    """A model saved with each head, and without one."""
     _, language = both("fla", torch.float32)
     language.save_pretrained(tmp_path / "language")
     language.model.save_pretrained(tmp_path / "base")

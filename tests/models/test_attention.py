@@ -1,4 +1,4 @@
-"""Which packed sequences go to torch's kernel for several lengths; `test_attention_gpu.py` runs it."""
+"""Packed sequences that go to torch's kernel for several lengths; `test_attention_gpu.py` runs it."""
 
 from types import SimpleNamespace
 

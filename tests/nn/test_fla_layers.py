@@ -54,7 +54,7 @@ def naive(path, name):
 
 
 def assert_same(mixer, theirs, device, weights, bound=None, **call):
-    """The same outputs and gradients of x from a mixer with these weights and from fla's layer."""
+    """Check equal outputs and gradients of x from a mixer with these weights and from fla's layer."""
     mixer.load_state_dict({name: value.detach().clone() for name, value in weights.items()})
     mixer, theirs = mixer.to(device), theirs.to(device)
     x = torch.randn(2, T, D, generator=torch.Generator().manual_seed(1)).to(device)

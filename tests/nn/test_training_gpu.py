@@ -1,4 +1,4 @@
-"""What training on a GPU does in its own way: the loss in one kernel, padded widths, compiled blocks, no waiting."""
+"""Forms that only training on a GPU uses: the loss in one kernel, padded widths, compiled blocks, no waiting."""
 
 # pyright: reportOptionalMemberAccess=false
 

@@ -94,7 +94,7 @@ class Case:
         return on_gpu(made)
 
     def settings(self) -> dict[str, Any]:
-        """What is not a tensor."""
+        """Settings that are not tensors."""
         names = dict(zip(("q_activation", "v_activation"), self.activations or (), strict=False))
         floor = {} if self.min_log_decay is None else {"min_log_decay": self.min_log_decay}
         return {"reverse": self.reverse, **names, **floor}
@@ -164,7 +164,7 @@ def exact(op, inputs, backend="reference", **settings):
 
 
 def exact_in_chunks(op, inputs, **settings):
-    """For long sequences; in float64 the chunked form has the recurrence's digits (`test_agreement.py`)."""
+    """Exact results for long sequences: in float64 the chunked form equals the recurrence (`test_agreement.py`)."""
     return exact(op, inputs, "chunked", **settings)
 
 

@@ -66,7 +66,7 @@ def operands(name):
 
 
 def choices(name):
-    """Which inputs vmap maps over: each alone, and all together."""
+    """Inputs that vmap maps over: each alone, and all together."""
     count = len(operands(name))
     return [tuple(j == i for j in range(count)) for i in range(count)] + [(True,) * count]
 

@@ -35,7 +35,7 @@ MODEL = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "expand_r
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank ended: its exit status, and the result or the error (as a text with its code) of its function."""
+    """The end of a rank: its exit status, and the result or the error (as a text with its code) of its function."""
 
     status: int | None
     result: Any = None

@@ -145,7 +145,7 @@ def test_a_teacher_that_has_moved(here, capsys):
 
 
 def test_a_teacher_pulls(here):
-    """What the teacher alone says brings the model's predictions nearer to the teacher's."""
+    """Training on the teacher's predictions alone brings the model's nearer to them."""
     flags = ["--from", "start", "--teacher", "llama", "--distill-weight", "1", "--learning-rate", "1e-2"]
     assert train(*flags, "--max-steps", "12", "--checkpoint-every", "0") == 0
     losses = [r["loss"] for r in read_metrics(here / "run") if r["kind"] == "train"]

@@ -22,7 +22,7 @@ SETTINGS = {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup_step
 
 
 class Shared:
-    """What ranks exchange: one value each, between two barriers."""
+    """Values that ranks exchange: one each, between two barriers."""
 
     def __init__(self):
         self.barrier = threading.Barrier(RANKS, timeout=60)

@@ -1,4 +1,4 @@
-"""What a run remembers when it goes on: its place, its settings, its data, and that it has ended."""
+"""A resumed run keeps its position, its settings and its data, and knows that it has ended."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def home(original, tmp_path, monkeypatch):
-    """The same in another place; where it was there is nothing any more."""
+    """The run folder, moved; the old place no longer exists."""
     place = shutil.copytree(original, tmp_path / "two")
     hidden = original.with_name("hidden")
     original.rename(hidden)

@@ -169,7 +169,7 @@ def run_until_signals(run_dir: Path, settings: dict, step: int, numbers: Sequenc
 
 
 def run_in_a_terminal_until_signals(run_dir: Path, settings: dict, step: int, numbers: Sequence[int]) -> None:
-    """The same with SIGHUP as a terminal gives it, even where the tests were started under nohup."""
+    """Run until signals, with SIGHUP as a terminal has it, even if the tests were started under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         run_until_signals(run_dir, settings, step, numbers)
@@ -204,6 +204,6 @@ def run_language(run_dir: Path, settings: dict, data_dir: Path) -> None:
 
 
 def losses(run_dir: Path) -> list[tuple]:
-    """What must be equal to the last bit: step, loss, gradient norm and learning rate of every step."""
+    """Values that must be equal to the last bit: step, loss, gradient norm and learning rate of every step."""
     keys = ("step", "loss", "grad_norm", "learning_rate", "smoothed_loss", "val_loss")
     return [tuple(r.get(k) for k in keys) for r in read_metrics(run_dir) if r["kind"] in ("train", "validation")]
