@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 # of the compiler and of the GPU's driver; each process holds a context of half a GiB on the GPU
-_MOST_SHARDS = 16
+_MAX_SHARDS = 16
 # below this, processes cost more than they bring
 _FEW_TESTS = 16
 _POLL_S = 0.1
@@ -67,7 +67,7 @@ def _num_shards(session: pytest.Session) -> int:
         return int(options.shards)
     if options.markexpr != "gpu" or options.usepdb or len(session.items) < _FEW_TESTS or not _has_gpu():
         return 1
-    return min(_MOST_SHARDS, os.cpu_count() or 1)
+    return min(_MAX_SHARDS, os.cpu_count() or 1)
 
 
 def _has_gpu() -> bool:

@@ -48,7 +48,7 @@ def compare(
     from hgrn2.cli.output import tell
     from hgrn2.compare import comparison as comparing
     from hgrn2.compare.config import GUIDE, Comparison
-    from hgrn2.compare.grid import MOST_RUNS_PER_PROCESS
+    from hgrn2.compare.grid import MAX_RUNS_PER_PROCESS
     from hgrn2.compare.plan import PLAN_NAME
 
     if report_only is not None:
@@ -70,8 +70,8 @@ def compare(
         return 0
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; wanted 1 or more")
-    if runs_per_process is not None and not 1 <= runs_per_process <= MOST_RUNS_PER_PROCESS:
-        raise UserError(f"--runs-per-process is {runs_per_process}; wanted 1 to {MOST_RUNS_PER_PROCESS}")
+    if runs_per_process is not None and not 1 <= runs_per_process <= MAX_RUNS_PER_PROCESS:
+        raise UserError(f"--runs-per-process is {runs_per_process}; wanted 1 to {MAX_RUNS_PER_PROCESS}")
     folder = _FOLDER / ("default" if file is None else file.stem) if out is None else out
     if file is not None:
         wanted = Comparison.from_tables(_read(file, GUIDE), str(file))

@@ -29,7 +29,7 @@ from hgrn2.train.interrupt import StopRequest
 _RUNS_PER_GPU = 4
 # for tiny models with captured steps: threads of a process share the GPU at the same time, processes take turns
 _RUNS_PER_PROCESS, _PROCESSES_PER_GPU = 8, 2
-MOST_RUNS_PER_PROCESS = 16
+MAX_RUNS_PER_PROCESS = 16
 _TINY_WIDTH, _TINY_TOKENS = 256, 2**17
 _TICK_S = 0.5
 _VISIBLE = "CUDA_VISIBLE_DEVICES"

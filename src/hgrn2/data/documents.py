@@ -16,7 +16,7 @@ from hgrn2.extras import install_command
 from hgrn2.storage.json_files import parse_json
 
 # longer lines are cut, and are then not JSON
-_MOST_LINE_BYTES = 1 << 26
+_MAX_LINE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def holds_json_lines(path: Path, field: str, is_named: bool) -> bool:
             if stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):
                 return False
         with open_binary(path) as stream:
-            first, second = stream.readline(_MOST_LINE_BYTES), stream.readline(_MOST_LINE_BYTES)
+            first, second = stream.readline(_MAX_LINE_BYTES), stream.readline(_MAX_LINE_BYTES)
     except UserError:
         raise
     except Exception as error:

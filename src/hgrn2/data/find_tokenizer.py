@@ -22,7 +22,7 @@ from hgrn2.storage.json_files import parse_json
 
 _BPE_REQUEST = re.compile(r"bpe:(\d+)")
 # limit of a model's vocabulary too; for some larger values the library aborts the process
-_MOST_TOKENS = 2**24
+_MAX_TOKENS = 2**24
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -33,7 +33,7 @@ def bpe_request(spec: object) -> int | None:
         return None
     # int() refuses thousands of digits
     if len(match.group(1)) > 20:
-        raise UserError(f"tokenizer {spec!r}: wanted a number of at most {_MOST_TOKENS}")
+        raise UserError(f"tokenizer {spec!r}: wanted a number of at most {_MAX_TOKENS}")
     return int(match.group(1))
 
 
@@ -53,8 +53,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
 
     if vocab_size < 257:
         raise UserError(f"vocab_size {vocab_size} is too small for a byte-level BPE; wanted at least 257")
-    if vocab_size > _MOST_TOKENS:
-        raise UserError(f"vocab_size {vocab_size} is too large for a byte-level BPE; wanted at most {_MOST_TOKENS}")
+    if vocab_size > _MAX_TOKENS:
+        raise UserError(f"vocab_size {vocab_size} is too large for a byte-level BPE; wanted at most {_MAX_TOKENS}")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

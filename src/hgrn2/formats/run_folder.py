@@ -30,7 +30,7 @@ from hgrn2.storage.json_files import check_digest, parse_json, read_json_object
 
 FOLDER_NAME = "checkpoints"
 # after this many failed reads, each with a new checkpoint, the run is faster than the reader
-_MOST_READS = 20
+_MAX_READS = 20
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ def read_while_training(run: Path, read: Callable[[], T]) -> T:
         run: a run folder; anything else is read once.
         read: the function; called again if it failed and the run has other checkpoints by then.
     """
-    for _ in range(_MOST_READS):
+    for _ in range(_MAX_READS):
         before = checkpoints_of(run)
         try:
             return read()

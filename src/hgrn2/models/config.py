@@ -31,7 +31,7 @@ MODEL_TYPE = "hgrn2"
 # limit of sizes: the bytes of a matrix of two such sizes fit into 64 bits
 _LARGEST = 2**24
 # a layer takes memory even on the meta device
-_MOST_LAYERS = 4096
+_MAX_LAYERS = 4096
 
 
 def _check(condition: bool, message: str, code: str = "invalid-value") -> None:
@@ -132,7 +132,7 @@ class HGRN2Config:
             size = getattr(self, name) or 0
             _check(size <= _LARGEST, f"{name} is {size}; wanted at most {_LARGEST}")
         layers = self.num_hidden_layers
-        _check(layers <= _MOST_LAYERS, f"num_hidden_layers is {layers}; wanted at most {_MOST_LAYERS}")
+        _check(layers <= _MAX_LAYERS, f"num_hidden_layers is {layers}; wanted at most {_MAX_LAYERS}")
         _check(
             self.hidden_size % self.expand_ratio == 0,
             f"{self._named('hidden_size')} is not a multiple of {self._named('expand_ratio')}; change one of them, "
@@ -164,7 +164,7 @@ class HGRN2Config:
         _check(self.initializer_range > 0, f"initializer_range is {self.initializer_range}; wanted above 0")
         _check(self.scale is None or self.scale > 0, f"scale is {self.scale}; wanted above 0, or null for the default")
         _check(self.conv_size > 1, f"conv_size is {self.conv_size}; wanted at least 2")
-        _check(0 <= self.dense_state <= _MOST_LAYERS, f"dense_state is {self.dense_state}; wanted at least 0")
+        _check(0 <= self.dense_state <= _MAX_LAYERS, f"dense_state is {self.dense_state}; wanted at least 0")
         top = self.initial_bound
         _check(top is None or 0 < top < 1, f"initial_bound is {top}; wanted in (0, 1), or null for (L - 1) / L")
         floor = self.min_log_decay

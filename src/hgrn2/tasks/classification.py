@@ -18,7 +18,7 @@ from hgrn2.tasks.base import Metric, ReportFigure, StepLoss, TaskBase, TaskConte
 from hgrn2.tasks.options import TaskOptions
 
 # with more classes, the picture is illegible and a record takes many kilobytes
-MOST_CONFUSION_CLASSES = 24
+MAX_CONFUSION_CLASSES = 24
 _WORST_CLASSES = 5
 _TOP = 5
 
@@ -186,7 +186,7 @@ class ClassCounts:
         if self._num_classes > _TOP:
             figures["val_top5"] = self._top.item() / total
         figures["val_worst_classes"] = worst_classes(confusion, class_names)
-        if self._num_classes <= MOST_CONFUSION_CLASSES:
+        if self._num_classes <= MAX_CONFUSION_CLASSES:
             figures["val_confusion"] = json.dumps({"classes": list(class_names), "counts": confusion.tolist()})
         return figures
 

@@ -15,7 +15,7 @@ from hgrn2.tasks.generators import SyntheticOptions, generate
 from hgrn2.tasks.generators.base import IGNORE, TRAINING
 
 # sets kept at a time: the runs of a comparison go through a few tasks in order
-_MOST_SETS = 16
+_MAX_SETS = 16
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ class Shared(Generic[T]):
             return self._found[key]
 
 
-_sets: Shared[DeviceExamples] = Shared(_MOST_SETS)
+_sets: Shared[DeviceExamples] = Shared(_MAX_SETS)
 
 
 def shared_examples(

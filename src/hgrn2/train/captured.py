@@ -18,7 +18,7 @@ from hgrn2.train.exclusive import exclusive, is_side_by_side
 # steps of a shape before it is captured, which compile kernels and allocate permanent memory
 _WARMUP_STEPS = 3
 # largest number of captured shapes, each with its own memory; steps of further shapes run uncaptured
-_MOST_SHAPES = 4
+_MAX_SHAPES = 4
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CapturedSteps:
             if self._counts[key] <= _WARMUP_STEPS:
                 with exclusive():
                     return self._run(batch)
-            if len(self._graphs) >= _MOST_SHAPES:
+            if len(self._graphs) >= _MAX_SHAPES:
                 return self._run(batch)
             with exclusive():
                 captured = self._graphs[key] = self._capture(batch, tensors)

@@ -10,11 +10,11 @@ from hgrn2.constraints import Ge, Gt, Le, Lt, check_fields
 from hgrn2.errors import UserError, unknown_key_message
 
 # more threads than any machine has; torch raises an obscure error for much larger values
-_MOST_THREADS = 4096
+_MAX_THREADS = 4096
 # Muon's updates have a fixed size, and torch fails for rates beyond float32
 _LARGEST_MUON_RATE = 1e6
 # default length of the warmup
-_MOST_WARMUP_STEPS = 100
+_MAX_WARMUP_STEPS = 100
 BUDGETS = ("max_steps", "max_tokens", "max_time_s")
 
 
@@ -84,7 +84,7 @@ class TrainConfig:
     """Processes that share every sequence, each with a piece of its tokens; divides the number of processes."""
     device: str = "auto"
     """Torch device, such as cpu or cuda:0; auto: the first GPU, or the CPU."""
-    num_threads: Annotated[int | None, Gt(0), Le(_MOST_THREADS)] = None
+    num_threads: Annotated[int | None, Gt(0), Le(_MAX_THREADS)] = None
     """Threads of torch on the CPU; another number changes the last bits of results (default: torch's choice)."""
     freeze: str = ""
     """Weights that are frozen at first: copied (all but the recurrent mixers' own) or patterns such as *.mlp.*."""
@@ -172,8 +172,8 @@ class TrainConfig:
         """
         # the shape of inverse-sqrt depends on the warmup, and must not depend on the budget
         if self.schedule == "inverse-sqrt":
-            return _MOST_WARMUP_STEPS
-        steps = [_MOST_WARMUP_STEPS]
+            return _MAX_WARMUP_STEPS
+        steps = [_MAX_WARMUP_STEPS]
         if self.max_steps is not None:
             steps.append(self.max_steps // 10)
         if self.max_tokens is not None and tokens_per_step is not None:

@@ -16,7 +16,7 @@ from hgrn2.train.config import BUDGETS
 
 # tokens read from the start of a document, enough for a few words of any language
 _READ_TOKENS = 96
-_MOST_WORDS, _MOST_CHARACTERS = 5, 40
+_MAX_WORDS, _MAX_CHARACTERS = 5, 40
 # a longer word comes from text without spaces and is cut
 _LONGEST_WORD, _CUT_CHARACTERS = 24, 12
 _DOCUMENTS = 32
@@ -51,8 +51,8 @@ def _start_of(line: str) -> str:
     line = line[:end].strip()
     if not re.search(r"[^\W_]", line):
         return ""
-    words = re.findall(r"\S+", line)[:_MOST_WORDS]
-    while len(words) > 1 and len(" ".join(words)) > _MOST_CHARACTERS:
+    words = re.findall(r"\S+", line)[:_MAX_WORDS]
+    while len(words) > 1 and len(" ".join(words)) > _MAX_CHARACTERS:
         words.pop()
     if len(words[0]) > _LONGEST_WORD:
         return words[0][:_CUT_CHARACTERS]

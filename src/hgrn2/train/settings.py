@@ -17,7 +17,7 @@ from hgrn2.train.config import TrainConfig
 from hgrn2.train.places import from_saved_path, to_saved_path
 
 # limit of tokens per step, whose batches are in memory at once
-_MOST_TOKENS = 2**26
+_MAX_TOKENS = 2**26
 _TRAIN_KEYS = tuple(field.name for field in fields(TrainConfig))
 # tasks whose options are among the keys of [train] in a file and of "train" in config.json
 _FLAT_TASKS = (LanguageTask.name, DistillationTask.name)
@@ -45,8 +45,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         tokens, train = self.tokens_per_step, self.train
-        if tokens > _MOST_TOKENS:
-            raise UserError(f"train config: {self._product} is {tokens}; wanted at most {_MOST_TOKENS} tokens per step")
+        if tokens > _MAX_TOKENS:
+            raise UserError(f"train config: {self._product} is {tokens}; wanted at most {_MAX_TOKENS} tokens per step")
         if train.max_tokens is not None and train.max_tokens < tokens:
             raise UserError(
                 f"train config: max_tokens {train.max_tokens} is less than one step of {tokens} ({self._product}); "

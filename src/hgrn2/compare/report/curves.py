@@ -16,7 +16,7 @@ from hgrn2.tasks.registry import option_names
 from hgrn2.train.curves import smooth
 from hgrn2.train.report.facts import figure
 
-_MOST_POINTS = 160
+_MAX_POINTS = 160
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def loss_curves(task: TaskSummary, key: str) -> list[Curve]:
         x = [np.array([r[key] for r in train], dtype=float) for train in runs]
         y = [smooth(np.array([r["loss"] for r in train], dtype=float)) for train in runs]
         # seeds have the same tokens, but not the same seconds
-        at = np.linspace(max(each[0] for each in x), min(each[-1] for each in x), min(_MOST_POINTS, len(x[0])))
+        at = np.linspace(max(each[0] for each in x), min(each[-1] for each in x), min(_MAX_POINTS, len(x[0])))
         mean = np.mean([np.interp(at, one, other) for one, other in zip(x, y, strict=True)], axis=0)
         curves.append(Curve(cell.model, at.tolist(), mean.tolist()))
     return curves

@@ -34,7 +34,7 @@ from hgrn2.train.report.words import compact, rich
 
 # further models take the same colours, dashed
 NUM_COLOURS = 12
-_MOST_TICKS = 7
+_MAX_TICKS = 7
 
 
 def page(results: Results) -> str:
@@ -105,7 +105,7 @@ def _option_chart(results: Results, task: TaskSummary, title: str, label: str, c
 def _few(values: Sequence[float]) -> list[float]:
     """Return the different values in ascending order; of many, every second or third, for the ticks of an axis."""
     found = sorted(set(values))
-    return found[:: -(-len(found) // _MOST_TICKS)]
+    return found[:: -(-len(found) // _MAX_TICKS)]
 
 
 def _task_section(results: Results, task: TaskSummary) -> str:

@@ -13,7 +13,7 @@ from hgrn2.train.report.words import size
 # standard errors of a difference beyond which two means differ
 _ERRORS = 2.0
 # models named in a list
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 
 def recommendation(results: Results) -> list[str]:
@@ -113,5 +113,5 @@ def _memory_text(cell: CellSummary) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    names = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
+    names = [*names[:_MAX_NAMED], *([f"{len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else [])]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

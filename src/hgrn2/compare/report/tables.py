@@ -15,7 +15,7 @@ from hgrn2.train.report.words import compact, duration, size
 
 NO_VALUE = "–"
 # models or tasks in the headline
-_MOST_NAMED = 6
+_MAX_NAMED = 6
 # fraction of the tokens of other runs from which a run counts as complete
 _FULL = 0.98
 
@@ -203,9 +203,7 @@ def headline(results: Results) -> str:
 
 
 def _listed(names: list[str], more: str) -> str:
-    shown = (
-        names if len(names) <= _MOST_NAMED else [*names[: _MOST_NAMED - 1], plural(len(names) - _MOST_NAMED + 1, more)]
-    )
+    shown = names if len(names) <= _MAX_NAMED else [*names[: _MAX_NAMED - 1], plural(len(names) - _MAX_NAMED + 1, more)]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 

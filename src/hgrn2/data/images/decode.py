@@ -26,7 +26,7 @@ from hgrn2.extras import install_command
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 # a side of more pixels would take gigabytes to decode
-_MOST_PIXELS = 2**28
+_MAX_PIXELS = 2**28
 
 
 def pillow() -> Any:
@@ -60,8 +60,8 @@ def open_image(source: Path | bytes) -> Any:
             warnings.simplefilter("ignore")
             with image_module.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 size = image.width, image.height
-                if size[0] * size[1] > _MOST_PIXELS:
-                    raise UserError(f"{size[0]} x {size[1]} pixels; wanted at most {_MOST_PIXELS}", "unsupported")
+                if size[0] * size[1] > _MAX_PIXELS:
+                    raise UserError(f"{size[0]} x {size[1]} pixels; wanted at most {_MAX_PIXELS}", "unsupported")
                 image.load()
                 return _to_plain(ImageOps.exif_transpose(image), image_module)
     except UserError:

@@ -18,7 +18,7 @@ from hgrn2.data.images.image_set import ImageSet, Pixels, check_same_classes, ch
 from hgrn2.errors import UserError
 
 # share of unreadable files above which the whole folder is refused
-_MOST_SKIPPED = 0.5
+_MAX_SKIPPED = 0.5
 # images whose colours decide on the number of channels
 _SAMPLED = 16
 
@@ -127,7 +127,7 @@ def decode_set(found: ImageSet, size: tuple[int, int], channels: int, workers: i
         if isinstance(result, str):
             skipped[result] = skipped.get(result, 0) + 1
     rows = np.asarray([i for i, x in enumerate(decoded) if not isinstance(x, str)], np.int64)
-    if len(rows) < len(found) * (1 - _MOST_SKIPPED):
+    if len(rows) < len(found) * (1 - _MAX_SKIPPED):
         first = next(i for i, x in enumerate(decoded) if isinstance(x, str))
         raise UserError(
             f"{where}: {len(found) - len(rows)} of {len(found)} images cannot be read, such as {found.names(first)}; "

@@ -15,7 +15,7 @@ from hgrn2.data.images.image_set import ImageSet, Pixels
 from hgrn2.errors import UserError
 
 # attempts to replace an unreadable image by a readable one
-_MOST_ATTEMPTS = 100
+_MAX_ATTEMPTS = 100
 
 
 class Decoder:
@@ -55,7 +55,7 @@ class Decoder:
             UserError: a hundred images in a row cannot be read.
         """
         read = self._set.read
-        for attempt in range(_MOST_ATTEMPTS):
+        for attempt in range(_MAX_ATTEMPTS):
             at = (row + attempt) % len(self._set)
             assert read is not None
             try:
@@ -65,7 +65,7 @@ class Decoder:
                 continue
             return to_pixels(image, self._channels), int(self._set.labels[at])
         raise UserError(
-            f"{_MOST_ATTEMPTS} images from {self._set.names(row)} on cannot be read; check the files", "unreadable"
+            f"{_MAX_ATTEMPTS} images from {self._set.names(row)} on cannot be read; check the files", "unreadable"
         )
 
     def _crop(self, image: Any, seed: tuple[int, ...]) -> Any:

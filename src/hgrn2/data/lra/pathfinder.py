@@ -28,7 +28,7 @@ _TRIES_OF_A_PADDLE, _TRIES_OF_A_DISTRACTOR, _PLACES = 3, 5, 24
 # paddles after the first, in the groups that are drawn again where a curve cannot grow, and how often
 _STAGES, _TRIES_OF_A_STAGE = (4, 4, 5), 10
 # pixels drawn at a time
-_MOST_PIXELS = 2**21
+_MAX_PIXELS = 2**21
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _try_curves(
     """
     size = style.size
     border = 2 * paddles.reach + 2
-    num = max(8, min(BLOCK_IMAGES + BLOCK_IMAGES // 4, _MOST_PIXELS // (size + 2 * border) ** 2))
+    num = max(8, min(BLOCK_IMAGES + BLOCK_IMAGES // 4, _MAX_PIXELS // (size + 2 * border) ** 2))
     canvas = Canvas(num, size, border)
     inner, padding = canvas.mask[:, border : border + size, border : border + size], style.padding
     inner[:] = 1

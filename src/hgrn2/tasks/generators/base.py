@@ -17,14 +17,14 @@ from hgrn2.tasks.generators.draws import Draws, Ints
 from hgrn2.tasks.options import TaskOptions
 
 IGNORE = -100
-MOST_TOKENS = 2**20
+MAX_TOKENS = 2**20
 # streams of a seed
 TRAINING, VALIDATION = 0, 1
 # examples per block, and tokens per block of long examples
 _BLOCK_EXAMPLES, _BLOCK_TOKENS = 1024, 2**18
 _SEEDS = 2**64
 
-Length = Annotated[int, Ge(2), Le(MOST_TOKENS)]
+Length = Annotated[int, Ge(2), Le(MAX_TOKENS)]
 
 
 class Examples(NamedTuple):

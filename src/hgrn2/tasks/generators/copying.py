@@ -9,7 +9,7 @@ import numpy as np
 
 from hgrn2.constraints import Ge, Le
 from hgrn2.errors import UserError
-from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, Length, SyntheticOptions, register_generator
+from hgrn2.tasks.generators.base import IGNORE, MAX_TOKENS, Examples, Length, SyntheticOptions, register_generator
 from hgrn2.tasks.generators.draws import Draws
 
 BLANK, GO, FIRST_SYMBOL = 0, 1, 2
@@ -21,7 +21,7 @@ class CopyOptions(SyntheticOptions):
 
     length: Length = 64
     """Tokens of an example, at least 2 num_copied."""
-    num_copied: Annotated[int, Ge(1), Le(MOST_TOKENS // 2)] = 10
+    num_copied: Annotated[int, Ge(1), Le(MAX_TOKENS // 2)] = 10
     """Symbols to copy."""
     num_symbols: Annotated[int, Ge(2), Le(2**16)] = 8
     """Symbols of the alphabet."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from hgrn2.constraints import Ge, Le
 from hgrn2.errors import UserError
-from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, Length, SyntheticOptions, register_generator
+from hgrn2.tasks.generators.base import IGNORE, MAX_TOKENS, Examples, Length, SyntheticOptions, register_generator
 from hgrn2.tasks.generators.draws import Draws
 
 
@@ -28,7 +28,7 @@ class InductionOptions(SyntheticOptions):
     """Tokens of an example, more than 2 num_copied."""
     num_symbols: Annotated[int, Ge(2), Le(2**16)] = 15
     """Symbols; the marker is one more token."""
-    num_copied: Annotated[int, Ge(1), Le(MOST_TOKENS // 2)] = 1
+    num_copied: Annotated[int, Ge(1), Le(MAX_TOKENS // 2)] = 1
     """Symbols to say."""
 
     @property

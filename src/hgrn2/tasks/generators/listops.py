@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from hgrn2.constraints import Ge, Le
 from hgrn2.errors import UserError
-from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, SyntheticOptions, register_generator
+from hgrn2.tasks.generators.base import IGNORE, MAX_TOKENS, Examples, SyntheticOptions, register_generator
 from hgrn2.tasks.generators.draws import Draws, Ints
 
 WORDS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]", "=", "_")
 _OPERATORS, _CLOSE, _ASK, _PAD = 10, 14, 15, 16
 # expressions that are tried for a block of examples
-_MOST_TRIED = 2**20
+_MAX_TRIED = 2**20
 
 
 @register_generator("listops")
@@ -33,9 +33,9 @@ class ListOpsOptions(SyntheticOptions):
     operator_share 0.25 (it also drops copies of an expression).
     """
 
-    length: Annotated[int, Ge(5), Le(MOST_TOKENS)] = 128
+    length: Annotated[int, Ge(5), Le(MAX_TOKENS)] = 128
     """Tokens of an example: the longest expression, and "="."""
-    min_length: Annotated[int, Ge(1), Le(MOST_TOKENS)] = 16
+    min_length: Annotated[int, Ge(1), Le(MAX_TOKENS)] = 16
     """Tokens of the shortest expression."""
     max_depth: Annotated[int, Ge(1), Le(100)] = 10
     """Depth of the deepest digits; one more than the deepest operators."""
@@ -81,7 +81,7 @@ class ListOpsOptions(SyntheticOptions):
         targets = np.full_like(inputs, IGNORE)
         filled = tried = 0
         while filled < draws.num_rows:
-            if tried >= _MOST_TRIED:
+            if tried >= _MAX_TRIED:
                 raise UserError(
                     f"{self.what}: of {tried} expressions, {filled} have a length of {self.min_length} (min_length) to "
                     f"{self.length - 1} (length - 1); widen the range, or change max_depth, max_args or operator_share",

@@ -9,7 +9,7 @@ import numpy as np
 
 from hgrn2.constraints import Ge, Gt, Le
 from hgrn2.errors import UserError
-from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, Length, SyntheticOptions, register_generator
+from hgrn2.tasks.generators.base import IGNORE, MAX_TOKENS, Examples, Length, SyntheticOptions, register_generator
 from hgrn2.tasks.generators.draws import Draws
 
 
@@ -30,9 +30,9 @@ class MQAROptions(SyntheticOptions):
 
     length: Length = 64
     """Tokens of an example; even, at least 4 num_pairs."""
-    num_pairs: Annotated[int, Ge(1), Le(MOST_TOKENS // 4)] = 4
+    num_pairs: Annotated[int, Ge(1), Le(MAX_TOKENS // 4)] = 4
     """Pairs of a key and a value, each asked for once."""
-    vocab_size: Annotated[int, Ge(4), Le(MOST_TOKENS)] = 8192
+    vocab_size: Annotated[int, Ge(4), Le(MAX_TOKENS)] = 8192
     """Tokens: 0, then keys in the lower half, values in the upper half."""
     power: Annotated[float, Gt(0), Le(100)] = 0.01
     """Exponent a of the power law j^(a - 1) of distances; 1 is uniform."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from hgrn2.constraints import Ge, Le
 from hgrn2.errors import UserError
-from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, Length, SyntheticOptions, register_generator
+from hgrn2.tasks.generators.base import IGNORE, MAX_TOKENS, Examples, Length, SyntheticOptions, register_generator
 from hgrn2.tasks.generators.draws import Draws
 
 
@@ -26,7 +26,7 @@ class NeedleOptions(SyntheticOptions):
 
     length: Length = 256
     """Tokens of an example, at least 2 num_needles + 2."""
-    num_needles: Annotated[int, Ge(1), Le(MOST_TOKENS // 4)] = 1
+    num_needles: Annotated[int, Ge(1), Le(MAX_TOKENS // 4)] = 1
     """Needles; one is asked for."""
     depth: Annotated[float | None, Ge(0), Le(1)] = None
     """Place of the needle that is asked for: 0 at the start, 1 at the end of the haystack; None for any."""

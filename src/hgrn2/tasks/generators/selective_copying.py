@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 
 from hgrn2.constraints import Ge, Le
-from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, Examples, Length, register_generator
+from hgrn2.tasks.generators.base import IGNORE, MAX_TOKENS, Examples, Length, register_generator
 from hgrn2.tasks.generators.copying import BLANK, FIRST_SYMBOL, GO, CopyOptions
 from hgrn2.tasks.generators.draws import Draws
 
@@ -25,7 +25,7 @@ class SelectiveCopyingOptions(CopyOptions):
 
     length: Length = 256
     """Tokens of an example, at least 2 num_copied."""
-    num_copied: Annotated[int, Ge(1), Le(MOST_TOKENS // 2)] = 16
+    num_copied: Annotated[int, Ge(1), Le(MAX_TOKENS // 2)] = 16
     """Symbols to copy."""
     num_symbols: Annotated[int, Ge(2), Le(2**16)] = 16
     """Symbols of the alphabet."""

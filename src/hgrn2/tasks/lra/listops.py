@@ -13,7 +13,7 @@ import numpy as np
 from hgrn2.constraints import Ge, Le
 from hgrn2.data.lra.sequences import LabelledSequences
 from hgrn2.errors import UserError
-from hgrn2.tasks.generators.base import IGNORE, MOST_TOKENS, TRAINING, VALIDATION, Examples, block_size, draw_block
+from hgrn2.tasks.generators.base import IGNORE, MAX_TOKENS, TRAINING, VALIDATION, Examples, block_size, draw_block
 from hgrn2.tasks.generators.listops import WORDS, ListOpsOptions
 from hgrn2.tasks.lra.base import LRAOptions, LRATask
 from hgrn2.tasks.registry import register_task
@@ -31,9 +31,9 @@ class ListOpsSequenceOptions(LRAOptions):
 
     what = "task 'lra-listops'"
 
-    max_length: Annotated[int, Ge(5), Le(MOST_TOKENS)] = 1999
+    max_length: Annotated[int, Ge(5), Le(MAX_TOKENS)] = 1999
     """Tokens of the longest expression."""
-    min_length: Annotated[int, Ge(1), Le(MOST_TOKENS)] = 501
+    min_length: Annotated[int, Ge(1), Le(MAX_TOKENS)] = 501
     """Tokens of the shortest expression."""
     max_depth: Annotated[int, Ge(1), Le(100)] = 10
     """Depth of the deepest digits."""

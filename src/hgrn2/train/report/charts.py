@@ -12,7 +12,7 @@ from hgrn2.train.curves import log_ticks, nice_ticks, thin
 from hgrn2.train.report.words import plain, rich
 
 # about as many points as a screen can show
-MOST_POINTS = 400
+MAX_POINTS = 400
 _SIZE = 1000
 
 
@@ -252,7 +252,7 @@ def _path(line: Line, x: Axis, y: Axis) -> str:
 
 
 def _band_path(band: Band, x: Axis, y: Axis) -> str:
-    starts = thin(len(band.x), MOST_POINTS)
+    starts = thin(len(band.x), MAX_POINTS)
     lows, highs = np.minimum.reduceat(band.y, starts), np.maximum.reduceat(band.y, starts)
     at = [_x(x.percent(value)) for value in band.x[starts]]
     forth = [f"{a} {_y_free(y, value)}" for a, value in zip(at, highs, strict=True)]

@@ -7,7 +7,7 @@ import numpy as np
 from hgrn2.train.curves import Record, bits_per_nat, loss_limits, smooth, thin, time_unit
 from hgrn2.train.gates import GateSummary
 from hgrn2.train.report.charts import (
-    MOST_POINTS,
+    MAX_POINTS,
     Axis,
     Band,
     Label,
@@ -35,7 +35,7 @@ def loss_figures(facts: RunFacts) -> list[str]:
     figures = []
     for key, x in (("tokens", _tokens_axis(facts)), ("elapsed_s", _time_axis(facts))):
         at = np.array([r[key] for r in train], dtype=float)
-        some = thin(len(train), MOST_POINTS)
+        some = thin(len(train), MAX_POINTS)
         held_out = Line([r[key] for r in measured], [r["val_loss"] for r in measured], "held-out")
         labels = _curve_labels(at, smoothed, measured, key, y, list(levels.values()))
         for index, (name, value) in enumerate(sorted(levels.items(), key=lambda item: item[1])):
@@ -138,7 +138,7 @@ def small_figures(facts: RunFacts) -> list[str]:
         at, values = np.array(found, dtype=float).T
         high = float(values.max() if key == "learning_rate" else np.quantile(values, 0.98))
         y = Axis(0.0, 1.1 * high or 1.0, unit, compact, most_ticks=4)
-        some = thin(len(values), MOST_POINTS)
+        some = thin(len(values), MAX_POINTS)
         middle = values if key == "learning_rate" else smooth(values)
         summary = f"{title}: {compact(float(middle[0]))} at first, {compact(float(middle[-1]))} at the end."
         is_smooth = key == "learning_rate"

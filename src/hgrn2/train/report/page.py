@@ -15,7 +15,7 @@ import hgrn2
 from hgrn2.storage.staging import write_text_atomic
 from hgrn2.train.curves import Record, smooth, thin
 from hgrn2.train.report import sections
-from hgrn2.train.report.charts import MOST_POINTS
+from hgrn2.train.report.charts import MAX_POINTS
 from hgrn2.train.report.confusion import classes
 from hgrn2.train.report.facts import RunFacts, figure
 from hgrn2.train.report.pictures import pictures
@@ -90,10 +90,10 @@ def series(facts: RunFacts) -> dict[str, Any]:
     train = facts.train
     if not train:
         return {}
-    chosen = thin(len(train), MOST_POINTS)
+    chosen = thin(len(train), MAX_POINTS)
     smoothed = smooth(np.array([r["loss"] for r in train], dtype=float))
     keys = ("step", "tokens", "elapsed_s", "loss", "learning_rate", "grad_norm", "tokens_per_s")
-    held_out = [facts.measured[i] for i in thin(len(facts.measured), MOST_POINTS)]
+    held_out = [facts.measured[i] for i in thin(len(facts.measured), MAX_POINTS)]
     return {
         "train": _columns([train[i] for i in chosen], keys)
         | {"smoothed": [round(float(smoothed[i]), 4) for i in chosen]},

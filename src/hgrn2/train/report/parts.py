@@ -8,7 +8,7 @@ from typing import Any
 
 from hgrn2.train.report.words import rich
 
-_MOST_VALUE_CHARACTERS = 300
+_MAX_VALUE_CHARACTERS = 300
 
 
 def section(key: str, heading: str, body: str) -> str:
@@ -58,4 +58,4 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _MOST_VALUE_CHARACTERS else text[:_MOST_VALUE_CHARACTERS] + "…"
+    return text if len(text) <= _MAX_VALUE_CHARACTERS else text[:_MAX_VALUE_CHARACTERS] + "…"

@@ -9,7 +9,7 @@ from hgrn2.train.report.parts import section
 from hgrn2.train.report.words import plain, rich
 
 # a larger file would make a page that is slow to open
-_MOST_BYTES = 4 * 2**20
+_MAX_BYTES = 4 * 2**20
 
 
 def pictures(facts: RunFacts) -> str:
@@ -21,7 +21,7 @@ def pictures(facts: RunFacts) -> str:
             content = path.read_bytes()
         except OSError:
             continue
-        if len(content) <= _MOST_BYTES:
+        if len(content) <= _MAX_BYTES:
             source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
             image = f'<img src="{source}" alt="{plain(caption)}" style="max-width:100%;height:auto">'
             shown.append(f'<p class="note">{rich(caption)}</p>{image}')

@@ -17,8 +17,8 @@ from hgrn2.train.report.parts import code, details, pairs, section, table
 from hgrn2.train.report.words import compact, duration, number, rich, size
 from hgrn2.train.settings import FLAT_DEFAULTS
 
-_MOST_SAMPLES, _MOST_SAMPLE_CHARACTERS = 8, 1500
-_MOST_ROWS, _MOST_EVENTS = 60, 40
+_MAX_SAMPLES, _MAX_SAMPLE_CHARACTERS = 8, 1500
+_MOST_ROWS, _MAX_EVENTS = 60, 40
 
 
 def summary(facts: RunFacts) -> str:
@@ -132,12 +132,12 @@ def samples(facts: RunFacts) -> str:
         return ""
     prompt = facts.section("train").get("sample_prompt")
     prompt = prompt if isinstance(prompt, str) else ""
-    chosen = [facts.samples[i] for i in thin(len(facts.samples), _MOST_SAMPLES)]
+    chosen = [facts.samples[i] for i in thin(len(facts.samples), _MAX_SAMPLES)]
     cards = []
     for record in chosen:
         text = record["text"]
-        cut = len(text) > _MOST_SAMPLE_CHARACTERS
-        text = text[:_MOST_SAMPLE_CHARACTERS]
+        cut = len(text) > _MAX_SAMPLE_CHARACTERS
+        text = text[:_MAX_SAMPLE_CHARACTERS]
         given = prompt if prompt and text.startswith(prompt) else ""
         body = (f"<mark>{rich(given)}</mark>" if given else "") + rich(text[len(given) :]) + ("…" if cut else "")
         tokens = record.get("tokens")
@@ -280,9 +280,9 @@ def events(facts: RunFacts) -> str:
         events.append((facts.last["step"], "budget used up"))
     events.sort(key=lambda event: event[0])
     note = ""
-    if len(events) > _MOST_EVENTS:
+    if len(events) > _MAX_EVENTS:
         note = f'<p class="note">The first and last of {len(events):,} events.</p>'
-        events = events[: _MOST_EVENTS // 2] + events[-(_MOST_EVENTS // 2) :]
+        events = events[: _MAX_EVENTS // 2] + events[-(_MAX_EVENTS // 2) :]
     items = "".join(f"<li><b>step {step:,}</b> {rich(text)}</li>" for step, text in events)
     return section("events", "Events", f'{note}<ol class="events">{items}</ol>') if events else ""
 
