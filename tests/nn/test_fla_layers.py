@@ -6,6 +6,7 @@ fla's kernels need a GPU. On a CPU its layers run with its own plain loops, and 
 from __future__ import annotations
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -33,6 +34,23 @@ class GatedNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, 1e-5) * F.silu(gate)
 
 
+def tune_nothing(monkeypatch):
+    """Leave fla's kernels their first block sizes; compiling all of them takes minutes."""
+    from triton.runtime.autotuner import Autotuner
+
+    tuners = []
+    for module in [module for name, module in sys.modules.items() if name.startswith("fla.")]:
+        for value in list(vars(module).values()):
+            # heuristics may lie around it
+            while hasattr(value, "fn") and not isinstance(value, Autotuner):
+                value = value.fn
+            if isinstance(value, Autotuner):
+                tuners.append(value)
+    for tuner in tuners:
+        monkeypatch.setattr(tuner, "configs", tuner.configs[:1])
+    assert tuners
+
+
 def layer_of(module, name, monkeypatch, device, substitutes, **settings):
     """A layer of fla with random parameters; on a CPU, with `substitutes` for functions of its module."""
     import_fla()
@@ -40,6 +58,8 @@ def layer_of(module, name, monkeypatch, device, substitutes, **settings):
     if device == "cpu":
         for key, value in substitutes.items():
             monkeypatch.setattr(found, key, value)
+    else:
+        tune_nothing(monkeypatch)
     torch.manual_seed(0)
     layer = getattr(found, name)(hidden_size=D, **settings)
     with torch.no_grad():
