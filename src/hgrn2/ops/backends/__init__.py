@@ -15,6 +15,7 @@ from hgrn2.ops.backends.base import (
 )
 from hgrn2.ops.backends.chunked.scan import ChunkedBackend
 from hgrn2.ops.backends.cuda import CudaBackend
+from hgrn2.ops.backends.narrow import NarrowBackend
 from hgrn2.ops.backends.reference import ReferenceBackend
 from hgrn2.ops.backends.triton import TritonBackend
 from hgrn2.ops.triton.installed import IS_INTERPRETED, triton_runs
@@ -34,7 +35,7 @@ __all__ = [
     "unregister",
 ]
 
-for _backend in (ReferenceBackend(), ChunkedBackend(), TritonBackend(), CudaBackend()):
+for _backend in (ReferenceBackend(), ChunkedBackend(), TritonBackend(), NarrowBackend(), CudaBackend()):
     register(_backend)
 # "auto" never chooses the reference or kernels in an interpreter, which are for tests
-set_auto_order("cuda", *(() if IS_INTERPRETED else ("triton",)), "chunked")
+set_auto_order("cuda", *(() if IS_INTERPRETED else ("triton", "narrow")), "chunked")

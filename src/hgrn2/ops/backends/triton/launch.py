@@ -26,8 +26,12 @@ STATE_BYTES = 1 << 28
 CARRY_BLOCK = 512
 
 
-def _with_unit_stride(call: ScanCall) -> ScanCall:
-    """Return the call with inputs whose last axis is contiguous; slices of one projection are so already."""
+def with_unit_stride(call: ScanCall) -> ScanCall:
+    """Return the call with inputs whose last axis is contiguous; slices of one projection are so already.
+
+    Args:
+        call: a call with tensors of any strides.
+    """
     q, f, k, v, bound, state, cu_seqlens, settings = call
     bound, state, cu_seqlens = (None if x is None else x.contiguous() for x in (bound, state, cu_seqlens))
     k = None if k is None else _unit_stride(k)
@@ -60,7 +64,14 @@ class Chunks:
 
 
 def cut(batch: int, length: int, cu_seqlens: Tensor | None, size: int) -> Chunks:
-    """Cut sequences into chunks, without waiting for the device."""
+    """Cut sequences into chunks, without waiting for the device.
+
+    Args:
+        batch: B.
+        length: T.
+        cu_seqlens: [N + 1], or None.
+        size: tokens of a chunk.
+    """
     each = -(-length // size)
     if cu_seqlens is None:
         return Chunks(size, each, batch * each, batch, None, None)
@@ -80,7 +91,7 @@ class Launcher:
     """Launches the kernels of one call, with the arguments they share."""
 
     def __init__(self, call: ScanCall):
-        self.call = call = _with_unit_stride(call)
+        self.call = call = with_unit_stride(call)
         q, v, settings = call.q, call.v, call.settings
         self.key = q if call.k is None else call.k
         self.batch, self.length, self.heads, self.width = q.shape
