@@ -15,6 +15,7 @@ import torch
 from hgrn2.ops import hgrn2_scan, hgrn2_step, resolve_backend
 from hgrn2.ops.backends import backend_names, base, find, register, registered, set_auto_order, unregister
 from hgrn2.ops.backends.cuda import CudaBackend
+from hgrn2.ops.backends.narrow import NarrowBackend
 from hgrn2.ops.backends.triton import TritonBackend
 from hgrn2.ops.call import CallTraits
 from hgrn2.ops.triton import installed
@@ -38,8 +39,9 @@ class AnyChip(CudaBackend):
 @contextmanager
 def machine(triton: str | None = None, chip: str | None = "no such chip") -> Iterator[None]:
     """A machine with these problems, whatever is installed here."""
-    order = ("cuda", "triton", "chunked")
-    with registered(TritonBackend(triton, is_interpreted=False), AnyChip(chip), auto_order=order):
+    order = ("cuda", "triton", "narrow", "chunked")
+    kernels = (TritonBackend(triton, is_interpreted=False), NarrowBackend(triton, is_interpreted=False))
+    with registered(*kernels, AnyChip(chip), auto_order=order):
         yield
 
 
@@ -76,7 +78,7 @@ def test_other_devices_get_plain_torch(device):
         (CUDA, torch.bfloat16, 257, 64, (257, 64)),
         (CUDA, torch.bfloat16, 64, 1025, (16, 1024)),
         (CUDA, torch.bfloat16, 15, 64, (16, 256)),
-        *((CUDA, torch.bfloat16, k, k, (k, 16, 256)) for k in (1, 2, 4, 8)),
+        (CUDA, torch.bfloat16, 64, 8, (16, 256)),
     ],
     ids=lambda value: str(value),
 )
@@ -90,10 +92,43 @@ def test_what_the_kernels_cannot_take(device, dtype, k_width, v_width, named):
         assert resolve_backend("auto", device, dtype, k_width, v_width) == "chunked"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widths", [(1, 1), (2, 2), (8, 8), (15, 16), (16, 3)], ids=str)
+def test_narrow_heads_get_kernels_of_their_own(widths, dtype):
+    for wanted in ("auto", "narrow"):
+        assert resolve_backend(wanted, CUDA, dtype, *widths) == "narrow"
+        assert resolve_backend(wanted, CUDA, dtype, *widths, cuda_eligible=False) == "narrow"
+    with refuses("unsupported", "'triton'", *widths):
+        resolve_backend("triton", CUDA, dtype, *widths)
+    assert resolve_backend("chunked", CUDA, dtype, *widths) == "chunked"
+    for wanted in ("auto", "narrow"):
+        assert base.choose(wanted, CallTraits(CUDA, dtype, *widths, is_step=True)).name == "chunked"
+    with machine(NO_TRITON):
+        with pytest.warns(RuntimeWarning, match=NO_TRITON):
+            assert resolve_backend("auto", CUDA, dtype, *widths) == "chunked"
+        with refuses("unavailable", "'narrow'", NO_TRITON):
+            resolve_backend("narrow", CUDA, dtype, *widths)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "widths"),
+    [(CPU, torch.float32, (8, 8)), (META, torch.float32, (8, 8)), (CUDA, torch.float64, (8, 8)),
+     (CUDA, torch.float32, (8, 17)), (CUDA, torch.float32, (17, 8))],
+    ids=str,
+)  # fmt: skip
+def test_what_the_narrow_kernels_cannot_take(device, dtype, widths):
+    with refuses("unsupported", "'narrow'"):
+        resolve_backend("narrow", device, dtype, *widths)
+    assert resolve_backend("auto", device, dtype, *widths) == "chunked"
+
+
 def test_gpus_of_others_get_plain_torch(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert resolve_backend("auto", CUDA, torch.bfloat16, 128, 128) == "chunked"
+    for width in (8, 128):
+        assert resolve_backend("auto", CUDA, torch.bfloat16, width, width) == "chunked"
+    with refuses("unsupported", "'narrow'", "NVIDIA"):
+        resolve_backend("narrow", CUDA, torch.bfloat16, 8, 8)
     with refuses("unsupported", "'triton'", "NVIDIA"):
         resolve_backend("triton", CUDA, torch.bfloat16, 128, 128)
 
@@ -254,7 +289,7 @@ def test_what_is_registered_can_be_forgotten():
 def test_auto_without_a_backend_for_the_call():
     with registered(Nothing(), auto_order=("nothing",)), refuses("unsupported", "'auto'", "nothing"):
         hgrn2_scan(**tied_inputs(1, 3))
-    assert base.auto_order() == ("cuda", "triton", "chunked")
+    assert base.auto_order() == ("cuda", "triton", "narrow", "chunked")
 
 
 def problem_with(monkeypatch, versions: dict[str, str]) -> str | None:

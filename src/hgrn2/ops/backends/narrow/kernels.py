@@ -1,15 +1,16 @@
 """Kernels of the recurrence for heads of at most 16 channels, which go from token to token in registers.
 
 A program is one warp. It runs along a segment of a sequence for BH heads, BT tokens at a time, as tiles
-[BT, BV, BH, BK]: lanes lie along K, then heads, then V; tokens and the rest of V lie inside a lane. No matrix unit takes
-part, and everything is float32.
+[BT, BV, BH, BK]: lanes lie along K, then heads, then V; tokens and the rest of V lie inside a lane. So each gate is
+computed once, and sums over V stay mostly inside a lane. Everything is float32, without matrix units.
 
 Within a block a state is L_t + D_t S, with S the state before the block, L_t what the block has written and D_t the
 product of its decays. The complement of D_t is a sum of non-negative numbers. Where it is below one half it replaces
 the product, so that gates close to 1 keep their digits and S is rounded once a block.
 
 A token is picked from a tile by a sum with -0.0 for the others. Adding -0.0 changes nothing, which the compiler knows:
-the sum is a choice of registers.
+the sum is a choice of registers. States in memory are contiguous along V, which the compiler must not know (COLUMN, 1):
+it would move the tiles' lanes to V for the sake of two accesses a segment, and back for every token.
 
 Letters in shapes: BT = tokens of a block; BH, BK, BV = heads, gate channels and value channels of a program.
 """
@@ -175,11 +176,12 @@ def _walk_back(g, f, c, write, BT: tl.constexpr):
     return total, product, lost, local
 
 
-@triton.jit
+# lengths vary: the code does not depend on them
+@triton.jit(do_not_specialize=["T", "SEGMENT", "SEGMENTS", "COLUMN"])
 def summary_kernel(
     q_p, f_p, k_p, v_p, bound_p, update_p, decay_p, first_p, sequence_p, cu_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    T, SEGMENT, SEGMENTS, HEADS, K, V, scale,
+    T, SEGMENT, SEGMENTS, COLUMN, HEADS, K, V, scale,
     BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr,
     HAS_BOUND: tl.constexpr, FLOOR: tl.constexpr, FLOOR_LOST: tl.constexpr, Q_ACTIVATION: tl.constexpr,
     V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, OF_QUERIES: tl.constexpr,
@@ -228,7 +230,7 @@ def summary_kernel(
     if count > 0:
         at = (i_segment * HEADS + heads)[None, None, :, None] * K
         columns = k_columns[None, None, None, :]
-        tl.store(update_p + (at + columns) * V + v_columns[None, :, None, None], h, mask=pairs)
+        tl.store(update_p + (at + columns) * V + v_columns[None, :, None, None] * COLUMN, h, mask=pairs)
         # all value channels have the same decay, so the first one's is stored
         first_v = v_columns[None, :, None, None]
         once = pairs & (first_v == 0)
@@ -237,11 +239,12 @@ def summary_kernel(
         tl.store(decay_places + K, all_lost, mask=once)
 
 
-@triton.jit
+# lengths vary: the code does not depend on them
+@triton.jit(do_not_specialize=["T", "SEGMENT", "SEGMENTS", "COLUMN"])
 def forward_kernel(
     q_p, f_p, k_p, v_p, bound_p, before_p, y_p, after_p, kept_p, first_p, sequence_p, cu_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    T, SEGMENT, SEGMENTS, HEADS, K, V, scale,
+    T, SEGMENT, SEGMENTS, COLUMN, HEADS, K, V, scale,
     BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr,
     HAS_BOUND: tl.constexpr, FLOOR: tl.constexpr, FLOOR_LOST: tl.constexpr, Q_ACTIVATION: tl.constexpr,
     V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, HAS_BEFORE: tl.constexpr,
@@ -259,7 +262,7 @@ def forward_kernel(
     heads, k_columns, v_columns, gates, values, pairs = _channels(HEADS, K, V, BH, BK, BV)
     bound = _load_bound(bound_p, heads, k_columns, K, gates, HAS_BOUND)
     at = ((i_segment * HEADS + heads)[None, None, :, None] * K + k_columns[None, None, None, :]) * V
-    at += v_columns[None, :, None, None]
+    at += v_columns[None, :, None, None] * COLUMN
     kept_at = (v_columns[None, :, None, None] * HEADS + heads[None, None, :, None]) * K + k_columns[None, None, None, :]
     h = tl.zeros((1, BV, BH, BK), tl.float32)
     if HAS_BEFORE:
@@ -289,12 +292,13 @@ def forward_kernel(
         tl.store(after_p + at, h, mask=pairs)
 
 
-@triton.jit
+# lengths vary: the code does not depend on them
+@triton.jit(do_not_specialize=["T", "SEGMENT", "SEGMENTS", "COLUMN"])
 def backward_kernel(
     q_p, f_p, k_p, v_p, bound_p, kept_p, dy_p, after_p, dq_p, df_p, dk_p, dv_p, d_bound_p, before_p,
     first_p, sequence_p, cu_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dy_batch, dy_row, dy_head, T, SEGMENT, SEGMENTS, HEADS, K, V, scale,
+    dy_batch, dy_row, dy_head, T, SEGMENT, SEGMENTS, COLUMN, HEADS, K, V, scale,
     BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TIED: tl.constexpr,
     HAS_BOUND: tl.constexpr, FLOOR: tl.constexpr, FLOOR_LOST: tl.constexpr, Q_ACTIVATION: tl.constexpr,
     V_ACTIVATION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, HAS_AFTER: tl.constexpr,
@@ -313,7 +317,7 @@ def backward_kernel(
     heads, k_columns, v_columns, gates, values, pairs = _channels(HEADS, K, V, BH, BK, BV)
     bound = _load_bound(bound_p, heads, k_columns, K, gates, HAS_BOUND)
     at = ((i_segment * HEADS + heads)[None, None, :, None] * K + k_columns[None, None, None, :]) * V
-    at += v_columns[None, :, None, None]
+    at += v_columns[None, :, None, None] * COLUMN
     kept_at = (v_columns[None, :, None, None] * HEADS + heads[None, None, :, None]) * K + k_columns[None, None, None, :]
     g = tl.zeros((1, BV, BH, BK), tl.float32)
     if HAS_AFTER:

@@ -85,7 +85,9 @@ class Launcher:
 
     def _sizes(self) -> tuple[int | float, ...]:
         scale = self.call.settings.scale
-        return (self.length, self.segments.size, self.segments.each, self.heads, self.width, self.v_width, scale)
+        segments = self.segments
+        # 1: stride of the states along V
+        return (self.length, segments.size, segments.each, 1, self.heads, self.width, self.v_width, scale)
 
     def boundary_states(self, values: Tensor, initial: Tensor | None, last: Tensor, of_queries: bool) -> Tensor:
         """Return the state before each segment or, of_queries, the gradient of the state after it.
