@@ -265,7 +265,7 @@ def test_mixers_read_with_them(direction, width):
     results = []
     for layer, dtype in zip(layers, (torch.float32, torch.float64), strict=True):
         layer.cuda()
-        leaf = x.to(dtype).requires_grad_()
+        leaf = x.to(dtype, copy=True).requires_grad_()
         # float32 products without TF32 are torch's default
         y = layer(leaf, bound.to(dtype), grid=grid)[0]
         y.square().sum().backward()

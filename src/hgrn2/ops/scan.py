@@ -53,8 +53,8 @@ def hgrn2_scan(
             e^min_log_decay, and k_t stays 1 - F_t. The authors train with -3 (their code; the paper has none). GPU
             kernels are compiled for each value.
         backend: "auto", "cuda" (kernels for Hopper GPUs: bfloat16 or float16, K = V = 128), "triton" (kernels for any
-            NVIDIA GPU), "chunked" (plain torch on any device) or "reference" (step by step). All are exact for any
-            gate.
+            NVIDIA GPU), "narrow" (those for K and V of at most 16), "chunked" (plain torch on any device) or
+            "reference" (step by step). All are exact for any gate.
         debug: check values on an accelerator too, which synchronises; on a CPU they are always checked. Without it,
             cu_seqlens that do not increase from 0 to T give rows of zeros, or rows of another sequence.
 
@@ -115,7 +115,7 @@ def gated_scan(
         cu_seqlens: [N + 1], int32 or int64: bounds of packed sequences, B = 1.
         reverse: run from the last token to the first.
         scale: factor of the outputs.
-        backend: "auto", "triton", "chunked" or "reference", as in `hgrn2_scan`; "cuda" has no kernels for it.
+        backend: "auto", "triton", "narrow", "chunked" or "reference", as in `hgrn2_scan`; "cuda" has no kernels for it.
         debug: check values on an accelerator too, which synchronises.
 
     Returns:
@@ -166,8 +166,8 @@ def hgrn2_step(
         q_activation: "silu", "sigmoid" or "none", applied to q.
         v_activation: "none" or "silu", applied to v.
         inplace: write the new state over `state`, which saves memory and keeps the address, as captured graphs need.
-        backend: "auto", "cuda", "triton", "chunked" or "reference". "cuda" and "triton" run the same Triton kernel;
-            without Triton, all backends run the same few element-wise operations.
+        backend: "auto", "cuda", "triton", "narrow", "chunked" or "reference". "cuda" and "triton" run the same Triton
+            kernel; "narrow", and without Triton all backends, run the same few element-wise operations.
         debug: check values on an accelerator too, which synchronises.
 
     Returns:

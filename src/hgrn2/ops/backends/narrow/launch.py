@@ -145,7 +145,9 @@ def forward(call: ScanCall, plan: int) -> tuple[BTHV, NHKV, Tensor | None]:
     run = Launcher(call, FORWARD, plan or None)
     y, final, kept = _new_rows(call.v, call), call.new_states(), None
     if plan:
-        kept = torch.empty(kept_shape(call, plan), dtype=torch.float32, device=call.q.device)
+        # places between packed sequences stay empty
+        make = torch.empty if call.cu_seqlens is None else torch.zeros
+        kept = make(kept_shape(call, plan), dtype=torch.float32, device=call.q.device)
     if run.is_empty():
         return y, final, kept
     initial = run.call.initial_state

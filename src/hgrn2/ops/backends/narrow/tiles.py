@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -44,10 +43,13 @@ class Blocks(NamedTuple):
     v: int
 
 
-@functools.cache
 def power_of_two(width: int) -> int:
-    """Return the next power of two of a width, at least 1."""
-    return 1 << max(width - 1, 0).bit_length()
+    """Return the next power of two of a width from 1 to `WIDEST`."""
+    size = 1
+    # not bit_length: a traced program may leave the width open
+    while size < width:
+        size *= 2
+    return size
 
 
 def blocks_for(table: dict[int, Tile], k_width: int, v_width: int) -> Blocks:
