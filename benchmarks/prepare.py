@@ -114,7 +114,7 @@ def prepare_rival(corpus: Path, tokenizer: Path, out: Path, num_proc: int) -> in
 
 
 def run_candidate(name: str, corpus: Path, tokenizer: Path, num_proc: int, folder: Path) -> tuple[float, int]:
-    """Run a candidate in a process of its own; return seconds from start to end, and the number of tokens."""
+    """Run a candidate in a separate process; return seconds from start to end, and the number of tokens."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     words = [sys.executable, __file__, "--candidate", name, str(corpus), str(tokenizer), str(out), str(num_proc)]

@@ -77,7 +77,7 @@ def onnx_linear_attention(
         A function that runs the model and returns y [B, T, H, V].
 
     Raises:
-        Exception: whatever onnx or onnxruntime say when they cannot build or load the model.
+        Exception: onnx or onnxruntime cannot build or load the model.
     """
     # a runtime may know an operator set that the standard has not yet released
     os.environ.setdefault("ALLOW_RELEASED_ONNX_OPSET_ONLY", "0")

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 CHUNK = 64
 TIMED = re.compile(r"B(?P<batch>\d+) T(?P<length>\d+): (?P<name>.+), (?P<kind>forward|forward \+ backward)")
-# the scan does the same work whoever runs it; what is named here is drawn
+# the work of the scan does not depend on the implementation; the names here are drawn
 SCANS = {"hgrn2": "#2b6cb0", "fla chunk_gla with gates": "#c05621"}
 ATTENTION = {"attention, cuDNN": "#4a7c3a", "attention, FlashAttention-2": "#7f5fa8"}
 COLORS = SCANS | ATTENTION

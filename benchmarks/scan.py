@@ -59,7 +59,7 @@ class Bench:
         """Admits a rival if it can be built here and is right."""
         try:
             self.add(name, make(), wanted, RIVAL_LIMIT)
-        # that a rival does not run is a result too, whatever the reason
+        # a rival that fails is a result too
         except Exception as reason:
             text = " ".join(str(reason).split())
             self.left_out.append(

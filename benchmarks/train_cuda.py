@@ -1,6 +1,6 @@
 """Training on a GPU through the same code as `hgrn2 train`, and peers that train a model of the same size.
 
-Each model trains in a process of its own, on random tokens, until it has written the records of its steps; then it is
+Each model trains in a separate process, on random tokens, until it has written the records of its steps; then it is
 killed. Times are those of metrics.jsonl, the first step's is counted from the start of the process.
 
     python benchmarks/train_cuda.py --out benchmarks/results/train-h200.json
@@ -256,7 +256,7 @@ def train_peer(peer: Peer, folder: Path) -> None:
 
 
 class Child:
-    """A case in a process of its own.
+    """A case in a separate process.
 
     Args:
         name: of the case.

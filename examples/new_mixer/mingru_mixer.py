@@ -51,7 +51,7 @@ class MinGRU(Mixer):
 
     def forward(self, x: Tensor, state: MixerState | None, context: Context) -> tuple[Tensor, MixerState]:
         """Mix x [B, T, D]; the state is a value, read from `state` and returned."""
-        # states are float32 whatever x is, and float64 for float64
+        # states are float32, or float64 if x is
         z, h = self.z_proj(x).to(wide_dtype(x.dtype)), self.h_proj(x)
         keep, write = torch.sigmoid(-z), torch.sigmoid(z) * h
         if context.mask is not None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from hgrn2 import cli
 from hgrn2.data.images import augment, open_sets
 from hgrn2.formats import run_folder
 from hgrn2.models.vision import VisionModel, load_model, preset
@@ -20,6 +19,7 @@ from hgrn2.train.metrics import read_metrics
 from hgrn2.train.settings import RunSettings
 from tests.data import image_files as files
 from tests.refusals import refuses
+from tests.tasks.commands import command, curve, refused
 
 ROOT = Path(__file__).resolve().parents[2]
 FASHION = ROOT.parent / "shared/data/fashion-mnist"
@@ -37,20 +37,6 @@ STRONG = ["flip=true", "crop_padding=1", "strength=0.5", "erase=0.5", "mixup=0.4
 @pytest.fixture(autouse=True)
 def _folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-
-def command(*words):
-    assert cli.main([str(word) for word in words]) == 0
-
-
-def refused(capsys, *words):
-    assert cli.main([str(word) for word in words]) == 2
-    return capsys.readouterr().err
-
-
-def curve(run):
-    keys = ("step", "loss", "grad_norm", "val_loss", "val_accuracy", "figures")
-    return [[r.get(k) for k in keys] for r in read_metrics(Path(run)) if r["kind"] in ("train", "validation")]
 
 
 def task_of(options, batch_size=4, seed=0, **changes):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hgrn2
-from hgrn2 import HGRN2LM, cli
+from hgrn2 import HGRN2LM
 from hgrn2.formats import run_folder
 from hgrn2.hf import HGRN2ForCausalLM
 from hgrn2.nn.parameters import parameter_roles
@@ -20,6 +20,7 @@ from hgrn2.train.runs import saved_task_spec
 from tests.plug_ins import install
 from tests.refusals import refuses
 from tests.tasks import repeat_task
+from tests.tasks.commands import command, curve, refused
 from tests.tasks.repeat_task import Repeat, RepeatOptions
 
 MODEL = ["hidden_size=16", "num_hidden_layers=1", "expand_ratio=8", "intermediate_size=16"]
@@ -36,20 +37,6 @@ def _registered(monkeypatch, tmp_path):
     yield
     TASKS.clear()
     TASKS.update(before)
-
-
-def command(*words):
-    assert cli.main([str(word) for word in words]) == 0
-
-
-def refused(capsys, *words):
-    assert cli.main([str(word) for word in words]) == 2
-    return capsys.readouterr().err
-
-
-def curve(run):
-    keys = ("step", "loss", "grad_norm", "val_loss", "val_accuracy", "figures")
-    return [[r.get(k) for k in keys] for r in read_metrics(Path(run)) if r["kind"] in ("train", "validation")]
 
 
 def test_it_is_one_short_file():

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from hgrn2 import HGRN2LM, HGRN2Config, cli
+from hgrn2 import HGRN2LM, HGRN2Config
 from hgrn2.formats import run_folder
 from hgrn2.tasks import GENERATORS, TASKS, TaskContext, find_task, generate
 from hgrn2.tasks.generators import MQAROptions, ParityOptions
 from hgrn2.tasks.synthetic import SyntheticBatch
 from hgrn2.train.metrics import read_metrics
 from tests.refusals import refuses
+from tests.tasks.commands import command, curve, refused
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "expand_ratio": 8, "intermediate_size": 16}
 MODEL = ["--device", "cpu", "--set", *(f"{key}={value}" for key, value in SIZES.items())]
@@ -23,20 +24,6 @@ MODEL = ["--device", "cpu", "--set", *(f"{key}={value}" for key, value in SIZES.
 @pytest.fixture(autouse=True)
 def _folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-
-def command(*words):
-    assert cli.main([str(word) for word in words]) == 0
-
-
-def refused(capsys, *words):
-    assert cli.main([str(word) for word in words]) == 2
-    return capsys.readouterr().err
-
-
-def curve(run):
-    keys = ("step", "loss", "grad_norm", "val_loss", "val_accuracy", "figures")
-    return [[r.get(k) for k in keys] for r in read_metrics(Path(run)) if r["kind"] in ("train", "validation")]
 
 
 def model_for(options):

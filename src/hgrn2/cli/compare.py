@@ -40,9 +40,9 @@ def compare(
         jobs: Runs side by side (default: one a core, or four a GPU; 16 a GPU of tiny models with cuda_graph).
         runs_per_process: Runs that share a process, each in a thread (default: one; eight of tiny models on a GPU).
         only: Train only runs whose names match these patterns, such as "text.hgrn2.*"; the others wait.
-        start_for_s: Seconds after which no run is started; those that train then come to their end.
+        start_for_s: Seconds after which no further run is started; runs that are training continue to their end.
         merge: Take over the runs that have ended in these files (runs.jsonl of the same comparison, also gzipped).
-            Without FILE nothing is trained: the files are united in the folder --out.
+            Without FILE nothing is trained: the files are merged into the folder --out.
         report_only: Only write the report of this folder again.
     """
     from hgrn2.cli.output import tell
@@ -65,7 +65,7 @@ def compare(
         return 0
     if merge and file is None:
         if out is None:
-            raise UserError("--merge without a file needs --out, the folder for the united results", "incomplete")
+            raise UserError("--merge without a file needs --out, the folder for the merged results", "incomplete")
         _show(comparing.merge(merge, out))
         return 0
     if jobs is not None and jobs < 1:
@@ -76,7 +76,7 @@ def compare(
     if file is not None:
         wanted = Comparison.from_tables(_read(file, GUIDE), str(file))
     elif (folder / PLAN_NAME).exists():
-        # continue as it was begun, whatever is registered by now
+        # continue with the saved plan, even if other mixers or tasks are registered now
         wanted = None
     else:
         from hgrn2.compare.default import default_comparison
@@ -102,7 +102,7 @@ def compare(
 
 
 def _read(file: Path, guide: str) -> dict[str, Any]:
-    """Return the content of a file; say so if its name is that of a mixer or a task, or like that of another file."""
+    """Return the content of a file; if it is missing, look for a mixer, a task or a file of a similar name."""
     try:
         return read_toml_file(file, guide)
     except UserError:

@@ -1,4 +1,4 @@
-"""Print what a training run has reached."""
+"""Print the result of a training run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def show_end(run: Any) -> None:
-    """Print what a run has reached, and where to look; the last line is the report's path."""
+    """Print the result of a run and the paths of its pictures and report; the last line is the report's path."""
     from hgrn2.train.hints import generate_command
     from hgrn2.train.report.facts import RunFacts
 
     result = run.result
-    # if the run had already ended, a note was shown
+    # a run that had already ended has shown a note
     if result.stopped_by is None and (run.pictures or not result.had_ended):
         facts = RunFacts.read(result.run_dir)
         record = result.last_validation

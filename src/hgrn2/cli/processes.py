@@ -1,4 +1,4 @@
-"""How many processes a command starts, and which of them goes first."""
+"""Choose the number of processes of a command, and run work on the main one first."""
 
 from __future__ import annotations
 

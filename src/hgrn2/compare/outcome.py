@@ -1,4 +1,4 @@
-"""How a run of a comparison ended, kept in its folder."""
+"""Outcomes of the runs of a comparison, kept in their folders."""
 
 from __future__ import annotations
 

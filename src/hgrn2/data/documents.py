@@ -214,7 +214,7 @@ def _row_text(row: dict[str, Any], field: str, where: str) -> str:
 
 def _name_field(keys: Iterable[Any]) -> str:
     shown = ", ".join(visible(str(key), keep="")[:40] for key in itertools.islice(keys, 12))
-    return f"name the one that holds the text with --text-field (there: {shown or 'none'})"
+    return f"name the field of the text with --text-field (there: {shown or 'none'})"
 
 
 def _first_line(error: Exception) -> str:

@@ -35,7 +35,7 @@ def read_run_config(values: Mapping[str, Any]) -> HGRN2Config:
         UserError: an unknown key, contradicting values, settings outside the table, or a digest that does not match.
     """
     if DIGEST_KEY in values:
-        # transformers may have added keys of its own
+        # transformers may have added keys
         covered = {key: values[key] for key in (*RUN_TABLES, DIGEST_KEY) if key in values}
         check_digest(covered, "config of a run", "restore it from a copy; training settings are changed with flags")
         values = {key: value for key, value in values.items() if key != DIGEST_KEY}

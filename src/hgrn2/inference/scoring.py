@@ -23,7 +23,7 @@ _NAMED_UNKNOWN = 5
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text.
+    """Quality of a model's predictions of a text.
 
     Attributes:
         name: name of the text.

@@ -48,7 +48,7 @@ class Writer:
         reader: reads the tokens, such as `hgrn2.serve.reading.fast_reader(model)`; None for the model's forward pass.
 
     Attributes:
-        num_written: number of tokens sampled by the last `write`, including the one that ended the text.
+        num_written: number of tokens sampled by the last `write`, including the token that ended the text.
         ended_by: why the last `write` stopped: "length" (max_tokens), "stop" (a stop text) or "end-of-text".
     """
 

@@ -18,7 +18,7 @@ def are_transforms_active() -> bool:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Return whether vmap runs over x, at any depth of transforms: such a tensor has no values of its own."""
+    """Return whether vmap runs over x, at any depth of transforms: the values of such a tensor cannot be read."""
     return are_transforms_active() and any(map(_functorch.is_batchedtensor, _levels(x)))
 
 

@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES.get(name, "base")
     if home == "registry":
-        # readers of TASKS, and tasks with names of their own, must meet those of the package
+        # all tasks of the package must be known before TASKS is read, or a task of another package registers
         import_module("hgrn2.tasks.registry").load_tasks()
     return getattr(import_module(f"hgrn2.tasks.{home}"), name)
 

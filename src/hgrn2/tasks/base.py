@@ -1,4 +1,4 @@
-"""The protocol of a task: batches, a loss, a metric and a report. The training loop uses nothing else of it."""
+"""The protocol of a task: batches, a loss, a metric and a report. The training loop uses nothing else."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TaskContext:
 
 
 class ReportFigure(NamedTuple):
-    """How a report shows a figure of a validation.
+    """Presentation of a figure of a validation in a report.
 
     Attributes:
         key: of `Task.evaluate`. Keys that continue it, such as "val_accuracy_length_128" for "val_accuracy", are
@@ -100,7 +100,7 @@ class ReportFigure(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskReport:
-    """How a report describes a task.
+    """Description of a task for a report.
 
     Attributes:
         model: description of a model trained on the task.
@@ -108,7 +108,7 @@ class TaskReport:
         figures: figures of a validation, the most important first.
         counted: unit of the budget, in the plural.
         pictures: names of the pictures of `Task.draw` that the report shows, with captions.
-        opening: Python that opens the model of a run, in which {run} stands for its folder; None for a language model.
+        opening: Python code that opens the model of a run, with {run} for its folder; None for a language model.
     """
 
     model: str = "A model"
@@ -161,7 +161,7 @@ class Task(Protocol):
 
     @classmethod
     def make_model_config(cls, model: str | None, settings: Mapping[str, Any]) -> Any:
-        """Return the configuration of a preset with settings, if the task has models of its own; None if it has not.
+        """Return the configuration of a preset with settings; None if the task uses language models.
 
         The configuration must have `to_dict`.
 

@@ -232,7 +232,7 @@ def register_synthetic_task(options: T) -> T:
 
 
 class _ExampleStream:
-    """Examples by position: new ones, or in training epochs of a fixed set, each in an order of its own."""
+    """Examples by position: new ones, or in training epochs of a fixed set, each shuffled differently."""
 
     def __init__(self, options: SyntheticOptions, seed: int, stream: int = TRAINING) -> None:
         self.options, self._seed, self._stream = options, seed, stream

@@ -40,7 +40,7 @@ class TrainConfig:
     batch_size: Annotated[int, Gt(0)] = 16
     """Sequences (examples, for some tasks) in one forward pass."""
     grad_accumulation: Annotated[int, Gt(0)] = 1
-    """Forward passes per optimizer step; every target has the same weight, whatever pass it is in."""
+    """Forward passes per optimizer step; every target has the same weight in all of them."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw for everything, or muon for the hidden matrices and adamw for the rest."""
@@ -94,7 +94,7 @@ class TrainConfig:
     """Improvement between two intervals, in nats per token, below which frozen weights are unfrozen (default: 0.02)."""
 
     unfrozen_lr_fraction: Annotated[float | None, Gt(0)] = None
-    """Learning rate of unfrozen weights as a fraction of the others', after a warmup of its own (default: 0.1)."""
+    """Learning rate of unfrozen weights as a fraction of the others', after a separate warmup (default: 0.1)."""
 
     seed: Annotated[int, Ge(0), Lt(2**64)] = 0
     """Seed of the weights, the data order and the dropout."""

@@ -1,9 +1,9 @@
-"""Let runs of one process train in threads side by side: a lock for what belongs to the whole process.
+"""A lock for runs of one process that train side by side in threads.
 
 Generators of random numbers, the compilation of kernels and the capture of a CUDA graph belong to a process. A run
 holds the lock while it seeds and initialises its weights, during its first steps and its first validation, which
 compile kernels, and while it captures a step. Training itself draws no random numbers unless the model has dropout, and
-every run has a CUDA stream of its own.
+every run has its own CUDA stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _thread = threading.local()
 
 
 def exclusive() -> AbstractContextManager[object]:
-    """Return a context that one thread of the process may be in at a time; it may enter it again inside."""
+    """Return a context for one thread of the process at a time; it is reentrant."""
     return _LOCK
 
 
@@ -30,9 +30,9 @@ def is_side_by_side() -> bool:
 
 @contextmanager
 def side_by_side(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Mark the calling thread as one that trains beside other runs.
+    """Return a context that marks the calling thread as training beside other runs.
 
-    The GPU's memory that the run has freed goes back to the device at the end, for runs of other processes.
+    At the end, freed GPU memory is returned to the device, for runs of other processes.
 
     Args:
         stream: CUDA stream of the thread, which no other thread uses; None on the CPU.

@@ -1,4 +1,4 @@
-"""A training step between its launch and its record, while the GPU may already run the next one."""
+"""Training steps that are launched but not recorded, while the GPU may already run the next one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class LaunchedStep:
-    """A step that was launched, and may be running or complete.
+    """A launched step, which may be running or complete.
 
     Attributes:
         step: number of the step.

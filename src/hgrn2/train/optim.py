@@ -116,7 +116,7 @@ class NamedOptimizer:
         )
 
     def _apart(self, names: list[str]) -> list[dict[str, Any]]:
-        """Groups of parameters, those that wait in one of their own."""
+        """Groups of parameters; those that are frozen at first have a separate group."""
         now = [name for name in names if name not in self._waiting]
         later = [name for name in names if name in self._waiting]
         return [

@@ -1,4 +1,4 @@
-"""Records of training steps, made from what has happened since the record before."""
+"""Records of training steps, made from all steps since the previous record."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class StepLog:
         return self._values["loss"], counters.count_outcome(self._values["loss"], self._values["grad_norm"])
 
     def take_record(self, counters: Counters, now_s: float) -> dict[str, Any]:
-        """Return the record of the last step that was counted; its speed is that since the record before.
+        """Return the record of the last counted step; its speed is the mean since the previous record.
 
         Args:
             counters: counters of the run, with the present `elapsed_s`.
@@ -56,7 +56,7 @@ class StepLog:
         """
         steps, last, values = self._steps, self._steps[-1], dict(self._values)
         loss, grad_norm = values.pop("loss"), values.pop("grad_norm")
-        # steps may overlap: count the time from the end of the step before
+        # steps may overlap: count the time from the end of the previous step
         began_s = max(steps[0].started_s, self._last_end_s)
         num_tokens = sum(step.num_tokens for step in steps)
         self._steps, self._last_end_s = [], now_s

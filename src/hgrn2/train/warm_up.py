@@ -26,9 +26,9 @@ from hgrn2.train.stepper import Stepper
 def warming_up(
     build_shallow: Callable[[], nn.Module] | None, task: Task, train: TrainConfig, device: torch.device
 ) -> Iterator[None]:
-    """Return a context during which another thread trains a shallow model for one step; it ends when that is done.
+    """Return a context in which another thread trains a shallow model for one step; leaving it waits for the thread.
 
-    What this compiles is used again by all layers of the model. The random generator of the CPU is not used. That of a
+    All layers of the model reuse the kernels that this compiles. The random generator of the CPU is not used. That of a
     GPU is, so it must be seeded afterwards.
 
     Args:
@@ -50,7 +50,7 @@ def warming_up(
             if build_shallow is not None and device.type == "cuda":
                 run_step(build_shallow(), task, train)
 
-    # runs side by side compile one after the other, and have mostly the same kernels
+    # runs side by side compile one after the other, and share most kernels
     if is_side_by_side() or (device.type != "cuda" and not train.compile):
         yield
         return

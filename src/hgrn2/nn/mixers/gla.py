@@ -1,4 +1,4 @@
-"""Gated linear attention with a key of its own: GLA, and HGRN2 without its tied key for ablations."""
+"""Gated linear attention with an untied key: GLA, and HGRN2 without its tied key for ablations."""
 
 from __future__ import annotations
 

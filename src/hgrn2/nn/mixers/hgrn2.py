@@ -269,7 +269,7 @@ class HGRN2(DirectedMixer):
     def forget_gate(self, x: BTD, state: MixerState | None, context: Context) -> BTD:
         """Compute the sizes of the forget gates, [B, T, D] in float32 or wider: how much of the state a token keeps.
 
-        Short convolutions are taken in the order of the context, whatever the mixer's direction.
+        Short convolutions follow the order of the context, not the mixer's direction.
         """
         z = self.project(x, state, context).inputs[1]
         gate = forget_gate(z.flatten(2), context.lower_bound)

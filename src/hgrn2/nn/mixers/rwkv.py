@@ -47,7 +47,7 @@ class RWKV(Mixer):
         y_t = r_t (diag(u) k_t^T v_t + S_{t-1})    S_t = diag(w_t) S_{t-1} + k_t^T v_t
         out = (GroupNorm_heads(y) * SiLU(g)) W_o
 
-    The authors' channel mixing has a token shift of its own. It is left out: all mixers have the same channel mixer.
+    The authors' channel mixing with its token shift is left out: all mixers have the same channel mixer.
 
     Args:
         hidden_size: D.

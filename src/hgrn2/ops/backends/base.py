@@ -27,7 +27,7 @@ class Unavailable(str):
 class Backend(Protocol):
     """Protocol of an implementation of scans and steps.
 
-    Derived classes inherit defaults: no plan, no tensor kept for the backward pass, steps of their own.
+    Derived classes inherit defaults: no plan, no tensor kept for the backward pass, and their own steps.
 
     Attributes:
         name: name in the `backend` argument of the operators.

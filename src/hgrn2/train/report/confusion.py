@@ -1,4 +1,4 @@
-"""The report's section about classes: the counts of confusions as a picture, and the worst classes."""
+"""The report's section about classes: the confusion matrix, and the classes with the lowest accuracy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hgrn2.train.report.words import plain, rich
 
 
 def classes(facts: RunFacts) -> str:
-    """Return a picture of the confusions of the newest validation, and its worst classes."""
+    """Return the confusion matrix of the newest validation, and its worst classes."""
     newest = facts.measured[-1] if facts.measured else {}
     worst, found = newest.get("val_worst_classes"), _read(newest.get("val_confusion"))
     if not isinstance(worst, str) and found is None:
@@ -23,7 +23,7 @@ def classes(facts: RunFacts) -> str:
 
 
 def _read(text: Any) -> tuple[list[str], list[list[int]]] | None:
-    """Return names and counts, or None if the record is of another form."""
+    """Return names and counts, or None if the record has another form."""
     try:
         found = json.loads(text)
         names, counts = [str(name) for name in found["classes"]], found["counts"]

@@ -39,7 +39,7 @@ class CudaBackend(Backend):
         if (k_width, v_width) != (WIDTH, WIDTH):
             return f"K is {k_width} and V {v_width}, and its kernels are for {WIDTH}"
         if not traits.is_tied or traits.is_step or traits.batch > MAX_SEQUENCES:
-            return f"its kernels take no key of its own, no step, and fewer than {MAX_SEQUENCES + 1:,} sequences"
+            return f"its kernels take no untied key, no step, and fewer than {MAX_SEQUENCES + 1:,} sequences"
         problem = self.device_problem(device.index or 0)
         if problem is None and dtype == torch.float16:
             problem = find("triton").rejects(traits)

@@ -67,8 +67,8 @@ class _Before(NamedTuple):
         states: the buffer.
         segments: segments in it.
         heads: heads in it.
-        segment: the one that belongs to the launch's first segment.
-        head: the one that belongs to the launch's first head.
+        segment: index that belongs to the launch's first segment.
+        head: index that belongs to the launch's first head.
     """
 
     states: BufferRef
