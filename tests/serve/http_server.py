@@ -30,6 +30,12 @@ def tiny_model(seed=0, vocab_size=BYTES.vocab_size):
     return HGRN2LM(config).double().eval()
 
 
+class EndlessTokenizer(ByteTokenizer):
+    """Bytes without a token that ends a text, for answers that last until something else ends them."""
+
+    end_ids = frozenset()
+
+
 class Running:
     """A server that runs.
 

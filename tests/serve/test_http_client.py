@@ -6,7 +6,7 @@ import pytest
 from hgrn2.serve import Engine, Request, RequestSampling
 from hgrn2.serve.chat import ChatFormat
 from hgrn2.serve.text import TextEngine
-from tests.serve.http_server import BYTES, OPTIONS, running, tiny_model
+from tests.serve.http_server import BYTES, OPTIONS, EndlessTokenizer, running, tiny_model
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -156,11 +156,19 @@ def test_errors_are_the_clients_own(client):
     assert caught.value.param == "temperature"
 
 
-def test_a_stream_that_is_closed_frees_its_row(server, client):
-    with client.completions.create(model="hgrn2", prompt="Hi", max_tokens=4000, stream=True) as stream:
-        next(iter(stream))
-    server.wait_until_idle()
-    assert b"hgrn2_abandoned_requests_total 1.0" in server.send("GET", "/metrics")[2]
+def test_a_client_that_leaves_ends_its_request():
+    with (
+        running(tokenizer=EndlessTokenizer()) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        with client.completions.create(model="hgrn2", prompt="Hi", max_tokens=4096, n=8, stream=True) as stream:
+            next(iter(stream))
+        server.wait_until_idle()
+        # and one who waits for a whole answer
+        with pytest.raises(openai.APITimeoutError):
+            client.completions.create(model="hgrn2", prompt="Hi", max_tokens=4096, n=8, timeout=0.3)
+        server.wait_until_idle()
+        assert b"hgrn2_abandoned_requests_total 2.0" in server.send("GET", "/metrics")[2]
 
 
 def test_extensions_pass_through(client):

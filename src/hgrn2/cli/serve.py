@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -14,6 +14,10 @@ from hgrn2.cli.parsing import Texts
 from hgrn2.errors import MissingPackage, UserError
 from hgrn2.extras import install_command
 from hgrn2.loading import load, load_weights
+
+if TYPE_CHECKING:
+    from hgrn2.data.tokenizer import Tokenizer
+    from hgrn2.models import HGRN2LM
 
 _KEY_VARIABLE = "HGRN2_API_KEY"
 
@@ -83,14 +87,7 @@ def serve(
         max_seconds=max_seconds, drain_seconds=drain_seconds, cors_origins=cors_origins,
         session_bytes=session_mib * 2**20, session_folder=sessions,
     )  # fmt: skip
-    try:
-        model, tokenizer = load(run, checkpoint, device)
-    except UserError as error:
-        if error.code not in ("not-found", "unsupported"):
-            raise
-        # fails again unless only the tokenizer is missing
-        model, tokenizer = load_weights(run, checkpoint, device), None
-        tell("no tokenizer: prompts and answers are token ids")
+    model, tokenizer = open_model(run, checkpoint, device)
     engine_options = EngineOptions(
         max_batch, context_limit=context_limit, prefix_bytes=prefix_mib * 2**20, weights=weights,
         vocab_size=None if tokenizer is None else tokenizer.vocab_size, deterministic=deterministic,
@@ -99,6 +96,26 @@ def serve(
         tell(f"warning: {host} is open to other machines without a key; set {_KEY_VARIABLE} or --api-key-file")
     engine = TextEngine(Engine(model, engine_options), tokenizer)
     run_server(engine, options, lambda url: tell(f"serving {options.name} at {url} (Ctrl-C ends)"))
+
+
+def open_model(
+    run: Path, checkpoint: Literal["latest", "best"] = "latest", device: str = "auto"
+) -> tuple[HGRN2LM, Tokenizer | None]:
+    """Return a model and its tokenizer, or None if the folder has none.
+
+    Raises:
+        UserError: there is no model, or a file is damaged.
+    """
+    try:
+        model, tokenizer = load(run, checkpoint, device)
+    except UserError as error:
+        if error.code not in ("not-found", "unsupported"):
+            raise
+        # fails again unless only the tokenizer is missing
+        model = load_weights(run, checkpoint, device)
+        tell("no tokenizer: prompts and answers are token ids")
+        return model, None
+    return model, tokenizer
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

@@ -80,6 +80,7 @@ def listen(options: ServerOptions) -> socket.socket:
     Raises:
         UserError: the address cannot be used.
     """
+    listener = None
     try:
         found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -87,6 +88,8 @@ def listen(options: ServerOptions) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise UserError(
             f"{options.host} port {options.port}: {error.strerror}; choose another --host or --port", "in-use"
         ) from None
