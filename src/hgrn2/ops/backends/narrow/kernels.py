@@ -192,7 +192,7 @@ def summary_kernel(
     complement are [segments, HEADS, 2, K]. Programs: (segments, blocks of heads).
     """
     i_segment = tl.program_id(0).to(tl.int64)
-    i_batch, start, length, begin, count, _ = _segment(
+    i_batch, start, length, begin, count, i_block = _segment(
         i_segment, first_p, sequence_p, cu_p, T, SEGMENT, SEGMENTS, BT, PACKED
     )
     heads, k_columns, v_columns, gates, values, pairs = _channels(HEADS, K, V, BH, BK, BV)
