@@ -33,7 +33,8 @@ def grid(*names, **train):
             "batch_size": 32, "max_steps": 60}  # fmt: skip
     model = {"hidden_size": 64, "num_hidden_layers": 2, "expand_ratio": 32, "intermediate_size": 0}
     return comparison(
-        models={name: MODELS[name] for name in names}, model=model, match="none", seeds=[0], learning_rates=[3e-3], tasks={"mqar": task},
+        models={name: MODELS[name] for name in names}, model=model, match="none", seeds=[0], learning_rates=[3e-3],
+        tasks={"mqar": task},
         train=settings,
     )  # fmt: skip
 

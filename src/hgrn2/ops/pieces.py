@@ -7,8 +7,9 @@ per head, and fold those of the pieces before their own. Everything is exact, fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,12 @@ from hgrn2.shapes import BTHK, BTHV
 
 # tokens whose gates are expanded at a time
 _CHUNK = 4096
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _not_compiled(function: _Function) -> _Function:
+    """Return a function that torch.compile calls as it is."""
+    return cast(_Function, torch.compiler.disable(function))
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Pieces:
     cu_seqlens: Tensor | None = None
 
 
-@torch.compiler.disable
+@_not_compiled
 def state_before(k: BTHK, v: BTHV, log_f: BTHK, cu_seqlens: Tensor | None, pieces: Pieces) -> Tensor:
     """Return the state before the first token of each sequence of this rank's piece.
 
@@ -72,7 +79,7 @@ def state_before(k: BTHK, v: BTHV, log_f: BTHK, cu_seqlens: Tensor | None, piece
     return _first_of(before, cu_seqlens)
 
 
-@torch.compiler.disable
+@_not_compiled
 def rows_before(x: Tensor, count: int, cu_seqlens: Tensor | None, pieces: Pieces) -> Tensor:
     """Return the last rows before the first token of each sequence of this rank's piece.
 
@@ -92,7 +99,7 @@ def rows_before(x: Tensor, count: int, cu_seqlens: Tensor | None, pieces: Pieces
     return _first_of(_Previous.apply(own, pieces), cu_seqlens)
 
 
-@torch.compiler.disable
+@_not_compiled
 def to_heads(x: Tensor, ranks: PieceGroup) -> Tensor:
     """Exchange tokens for heads: from all heads of a piece to all tokens of some heads.
 
@@ -106,7 +113,7 @@ def to_heads(x: Tensor, ranks: PieceGroup) -> Tensor:
     return _ToHeads.apply(x, ranks)  # pyright: ignore[reportReturnType]
 
 
-@torch.compiler.disable
+@_not_compiled
 def to_tokens(x: Tensor, ranks: PieceGroup) -> Tensor:
     """Invert `to_heads`."""
     return _ToTokens.apply(x, ranks)  # pyright: ignore[reportReturnType]

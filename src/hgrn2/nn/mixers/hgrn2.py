@@ -235,8 +235,8 @@ class HGRN2(DirectedMixer):
             )  # fmt: skip
             return y, {"recurrent": after}
         if context.pieces is not None:
-            _, k, values, log_f, _ = self._activate(q, z, v, context)
-            before = state_before(k, values, log_f, context.cu_seqlens, context.pieces)
+            _, k, values, decays = self._activate(q, z, v, context)
+            before = state_before(k, values, decays.log_size, context.cu_seqlens, context.pieces)
         bound = context.lower_bound
         if bound is not None:
             bound = bound.reshape(q.shape[2], self.expand_ratio)
