@@ -38,6 +38,8 @@ def test_a_size_out_of_reach_names_the_nearest():
     nearest = count_parameters(TASK, OPTIONS, config.replace(intermediate_size=1))
     with refuses("contradiction", "models.small", "100 parameters", f"{nearest:,}", "intermediate_size = 1"):
         match_size("small", TASK, OPTIONS, config, 100)
+    with refuses("contradiction", "models.large", f"{10**12:,} parameters", "intermediate_size"):
+        match_size("large", TASK, OPTIONS, config, 10**12)
 
 
 def test_runs_differ_only_in_what_is_compared(tmp_path):

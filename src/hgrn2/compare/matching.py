@@ -56,7 +56,12 @@ def match_size(name: str, task: type[Any], options: Any, config: HGRN2Config, wa
         found = base + (rounded - 1) * per_unit
         if abs(found - wanted) <= _ROUNDING * wanted or multiple == 1:
             break
-    found = count(rounded)
+    try:
+        found = count(rounded)
+    except UserError as error:
+        raise UserError(
+            f"models.{name}: cannot have {wanted:,} parameters: {error}; change match", "contradiction"
+        ) from None
     if abs(found - wanted) > TOLERANCE * wanted:
         raise UserError(
             f"models.{name}: cannot have {wanted:,} parameters within {TOLERANCE:.0%}; the nearest is {found:,}, with "
