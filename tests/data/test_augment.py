@@ -117,23 +117,22 @@ def test_erased_and_mixed_pixels_by_a_loop():
         plain[i, :, top:bottom, left:right] = 0
     mixed = [plain[i] * weight[i] + plain[3 - i] * (1 - weight[i]) for i in range(4)]
     wanted = torch.stack(mixed)
-    wanted[0, :, 1:3, 2:6] = mixed[3][:, 1:3, 2:6]
+    # the other image as it was before it was mixed
+    wanted[0, :, 1:3, 2:6] = plain[3][:, 1:3, 2:6]
     torch.testing.assert_close(found, wanted)
 
 
 def test_shares_of_mixed_images_are_those_of_their_pixels():
     settings = Augmentation(mixup=0.8, cutmix=1.0, mix_share=0.5)
     count, size = 400, (16, 16)
-    found = settings.draw(np.random.default_rng(0), count, size)
-    # own pixels are 1, those of the other image 0
+    found = settings.draw(np.random.default_rng(0), 2 * count, size)
+    own = found.pop("own_share")
+    # pixels of the first half are 1, those of the other images 0; these are mixed as well
     x = torch.full((2 * count, 3, *size), 255, dtype=torch.uint8)
     x[count:] = 0
-    both = {
-        k: torch.cat([v, torch.ones_like(v) if k == "own_weight" else torch.zeros_like(v)]) for k, v in found.items()
-    }
-    own = both.pop("own_share")[:count]
-    left = augment(x, MEAN, STD, **both)[:count].mean((1, 2, 3))
-    torch.testing.assert_close(left, own, rtol=0, atol=1e-5)
+    left = augment(x, MEAN, STD, **found).mean((1, 2, 3))
+    torch.testing.assert_close(left[:count], own[:count], rtol=0, atol=1e-5)
+    torch.testing.assert_close(1 - left[count:], own[count:], rtol=0, atol=1e-5)
     assert 0.4 < float((own < 1).float().mean()) < 0.6
 
 

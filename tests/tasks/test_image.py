@@ -39,12 +39,13 @@ def _folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def task_of(options, batch_size=4, seed=0, **changes):
+def task_of(options, batch_size=4, seed=0, grad_accumulation=1, **changes):
     config = preset("hgrn2_cct_nano", **{
         **ImageTask.model_settings(options), "embed_dim": 16, "patch_size": 2,
         "mixers": {"hgrn2": {"expand_ratio": 8}}, **changes,
     })  # fmt: skip
-    return ImageTask(options, TaskContext(batch_size, seed, torch.device("cpu"), config)), config
+    context = TaskContext(batch_size, seed, torch.device("cpu"), config, grad_accumulation=grad_accumulation)
+    return ImageTask(options, context), config
 
 
 def test_it_trains_by_command_resumes_and_leaves_a_model_and_pictures(capsys):
@@ -143,6 +144,21 @@ def test_the_last_epochs_train_on_plain_images():
     task, _ = task_of(options, batch_size=12)
     kinds = [(batch.labels.dim(), batch.colours is None) for batch in (task.next_batch() for _ in range(4))]
     assert kinds == [(2, False), (2, False), (1, True), (1, True)]
+
+
+def test_the_running_mean_counts_steps_not_batches():
+    files.idx_folder(Path("d"))
+    task, config = task_of(ImageOptions(data="d", ema_decay=0.9), grad_accumulation=3)
+    model = VisionModel(config).train()
+    weight = model.head.weight
+    with torch.no_grad():
+        for step in range(3):
+            weight.fill_(step)
+            for _ in range(3):
+                task.logits(model, task.next_batch())
+    # decays 2 / 11 and 3 / 12
+    wanted = 3 / 12 * (9 / 11 * 1) + 9 / 12 * 2
+    torch.testing.assert_close(task.state_tensors()["head.weight"], torch.full_like(weight, wanted))
 
 
 def test_the_running_mean():

@@ -66,6 +66,7 @@ class TaskContext:
         rank: number of the process that trains on these batches, 0 <= rank < num_ranks.
         num_ranks: number of processes that train on different examples.
         pieces: the ranks that share every sequence; None if a rank has whole sequences.
+        grad_accumulation: batches of a step.
     """
 
     batch_size: int = 1
@@ -77,6 +78,7 @@ class TaskContext:
     rank: int = 0
     num_ranks: int = 1
     pieces: PieceGroup | None = None
+    grad_accumulation: int = 1
 
 
 class ReportFigure(NamedTuple):

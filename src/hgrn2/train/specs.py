@@ -56,8 +56,9 @@ def task_spec(
     def build_task(device: torch.device) -> Any:
         batch_size = train.batch_size // share.num_ranks
         context = TaskContext(
-            batch_size, train.seed, device, model_config, data, sampler, share.rank, share.num_ranks, share.pieces
-        )
+            batch_size, train.seed, device, model_config, data, sampler, share.rank, share.num_ranks, share.pieces,
+            train.grad_accumulation,
+        )  # fmt: skip
         return task.build(options, context)
 
     def build_model(device: torch.device) -> nn.Module:

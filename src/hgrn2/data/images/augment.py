@@ -207,11 +207,13 @@ def augment(
     x = (x - mean[:, None, None]) / std[:, None, None]
     if erased is not None:
         x = x.masked_fill(_inside(erased, x), 0)
+    # from the other image as it was before it was mixed itself, so that shares and labels agree
+    other = x.flip(0) if own_weight is not None or cut is not None else x
     if own_weight is not None:
         weight = own_weight[:, None, None, None]
-        x = x * weight + x.flip(0) * (1 - weight)
+        x = x * weight + other * (1 - weight)
     if cut is not None:
-        x = torch.where(_inside(cut, x), x.flip(0), x)
+        x = torch.where(_inside(cut, x), other, x)
     return x
 
 

@@ -134,6 +134,8 @@ class ImageTask(ClassificationTask):
         self._order: tuple[int, Any] | None = None
         self._predictions: Predictions | None = None
         self._running_mean = RunningMean(options.ema_decay) if options.ema_decay else None
+        # training passes since the task was built, which happens between two steps
+        self._num_passes = 0
 
     @classmethod
     def build(cls, options: ImageOptions, context: TaskContext) -> Self:
@@ -216,7 +218,10 @@ class ImageTask(ClassificationTask):
         """Augment a batch with its arguments, and return the logits [B, C]."""
         training = model.training
         if training and self._running_mean is not None:
-            self._running_mean.update(model)
+            # once a step: all batches of a step see the same weights
+            if self._num_passes % self._context.grad_accumulation == 0:
+                self._running_mean.update(model)
+            self._num_passes += 1
         batch = batch.to(self._context.device)
         pixels = batch.pixels
         if pixels is None:
