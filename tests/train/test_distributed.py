@@ -1,5 +1,6 @@
 """Processes over gloo give the losses of one process, agree on errors and signals, and end together."""
 
+import errno
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ import torch
 
 from hgrn2.data.prepare import prepare
 from hgrn2.data.prepared import PreparedData
+from hgrn2.errors import UserError
 from hgrn2.formats import run_folder
 from hgrn2.train.display import PlainDisplay
 from hgrn2.train.distributed import joined
@@ -68,6 +70,16 @@ def task_run(parallel, run_dir, settings, resume=None):
 
 def mismatch(parallel):
     parallel.check_same({"train": {"batch_size": 4, "learning_rate": 0.1}, "rank": {"is": parallel.rank}})
+
+
+def full_disk(parallel):
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    try:
+        parallel.on_main(write)
+    except OSError as error:
+        raise UserError(str(error), "unwritable") from None
 
 
 def curve(run_dir):
@@ -148,6 +160,7 @@ def test_two_processes_give_the_losses_of_one(processes, data_dir, tmp_path):
     (tmp_path / "two").mkdir()
     refused = [
         (mismatch, (), {}),
+        (full_disk, (), {}),
         (text_run, (tmp_path / "odd", data_dir, {"batch_size": 3}), {}),
         (text_run, (tmp_path / "grows", data_dir, {"stream": True}),
          {"layers": ("hgrn2", "attention"), "mixers": {"attention": {"num_heads": 2}}}),
@@ -163,10 +176,19 @@ def test_two_processes_give_the_losses_of_one(processes, data_dir, tmp_path):
         assert outcome.status == 0
         assert outcome.result[: len(RUNS)] == steps
         errors = outcome.result[len(RUNS) :]
-        wanted = ["mismatch", "contradiction", "unsupported", "unsupported", "contradiction", "contradiction"]
+        wanted = [
+            "mismatch",
+            "unwritable",
+            "contradiction",
+            "unsupported",
+            "unsupported",
+            "contradiction",
+            "contradiction",
+        ]
         assert [code for code, _ in errors] == [*wanted, "unsupported", "unsupported"]
         assert "rank.is" in errors[0][1]
-        assert "batch_size 3" in errors[1][1]
+        assert "No space" in errors[1][1]
+        assert "batch_size 3" in errors[2][1]
     assert not (tmp_path / "odd").exists()
     for run, arguments, keywords in calls(tmp_path / "one", False):
         run(ONE_PROCESS, *arguments, **keywords)
