@@ -144,9 +144,10 @@ async def put_load(url: str, load: Load) -> Found:
     async def client(number: int) -> None:
         draw = random.Random(f"{load.seed} {number}")
         while True:
-            await asyncio.sleep(draw.expovariate(load.rate / load.clients))
-            if time.monotonic() - start > load.seconds:
+            pause = draw.expovariate(load.rate / load.clients)
+            if time.monotonic() - start + pause > load.seconds:
                 return
+            await asyncio.sleep(pause)
             await _request(host, port, load, draw, found)
 
     await asyncio.gather(*(client(i) for i in range(load.clients)))

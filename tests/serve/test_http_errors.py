@@ -1,12 +1,17 @@
 """Bad input is refused with the right status and an error object, and never with status 500."""
 
+import asyncio
 import json
 import socket
 
 import pytest
 
-from hgrn2.serve import EngineOptions
+from hgrn2.serve import Engine, EngineOptions
+from hgrn2.serve.http.errors import ApiError
 from hgrn2.serve.http.options import ServerOptions
+from hgrn2.serve.http.schema import CompletionBody, parse_body
+from hgrn2.serve.http.server import CompletionServer
+from hgrn2.serve.text import TextEngine
 from tests.serve.http_server import EndlessTokenizer, assert_error, running, tiny_model
 
 BODY = {"model": "hgrn2", "prompt": "Hi", "max_tokens": 3}
@@ -182,3 +187,61 @@ def test_a_model_whose_outputs_are_not_finite_says_so():
     with running(model) as server:
         assert_error(*server.post("/v1/completions", BODY), 500, "finite")
         assert server.send("GET", "/health")[0] == 200
+
+
+def test_a_client_that_reads_nothing_keeps_nobody_out():
+    engine = TextEngine(Engine(tiny_model(), EngineOptions(1, vocab_size=257)), EndlessTokenizer())
+    server = CompletionServer(engine, ServerOptions(max_waiting=0, max_seconds=0.2))
+    server.thread.start()
+
+    async def talk():
+        body = parse_body(CompletionBody, json.dumps(BODY | {"max_tokens": 4000}).encode())
+        chunks = server.chunks(await server.start_completion(body))
+        await anext(chunks)
+        with pytest.raises(ApiError) as caught:
+            await server.start_completion(body)
+        assert caught.value.status == 429
+        # it leaves the stream as it is
+        await asyncio.sleep(0.3)
+        other = await server.start_completion(body)
+        rest = [chunk async for chunk in chunks]
+        assert rest[-1] == b"data: [DONE]\n\n"
+        assert b'"finish_reason": "length"' in rest[-2]
+        server.end(other)
+
+    asyncio.run(talk())
+    server.thread.close()
+    assert engine.engine.num_free_rows == engine.engine.pool.num_rows
+
+
+def test_a_draining_server_takes_no_new_work():
+    with running() as server:
+        server.server.completions.is_draining = True
+        status, headers, body = server.send("POST", "/v1/completions", BODY)
+        assert_error(status, body, 503)
+        assert int(headers["retry-after"]) > 0
+        assert server.send("GET", "/health")[0] == 503
+        assert server.send("GET", "/v1/models")[0] == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_fails_fails_the_requests_and_the_health():
+    class Broken(TextEngine):
+        def step(self):
+            raise MemoryError("no memory left")
+
+    engine = Broken(Engine(tiny_model(), EngineOptions(1, vocab_size=257)), EndlessTokenizer())
+    server = CompletionServer(engine, ServerOptions())
+    server.thread.start()
+
+    async def talk():
+        body = parse_body(CompletionBody, json.dumps(BODY).encode())
+        with pytest.raises(MemoryError):
+            await server.answer(await server.start_completion(body))
+        with pytest.raises(ApiError) as caught:
+            await server.start_completion(body)
+        assert caught.value.status == 503
+
+    asyncio.run(talk())
+    server.thread.close()
+    assert not server.thread.is_alive

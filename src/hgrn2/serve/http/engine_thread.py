@@ -213,6 +213,9 @@ class EngineThread:
         # the settings of a thread are its own
         torch.set_num_threads(self._num_threads)
         torch.set_grad_enabled(False)
+        device = self.engine.engine.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         try:
             while self._obey():
                 self._deliver(self.engine.step())

@@ -58,7 +58,9 @@ class HttpServer(uvicorn.Server):
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.drain)
+            # Windows has no such handlers; Ctrl-C ends the loop there
+            with contextlib.suppress(NotImplementedError):
+                loop.add_signal_handler(number, self.drain)
         task = asyncio.ensure_future(self.serve([listener]))
         while not self.started and not task.done():
             await asyncio.sleep(0.01)

@@ -40,6 +40,7 @@ class Call:
         num_prompt_tokens: tokens of all prompts.
         started: when it arrived, in seconds of `time.monotonic`.
         first: when its first token was there; None before.
+        is_released: whether it no longer counts as open.
     """
 
     format: CompletionFormat
@@ -49,6 +50,7 @@ class Call:
     num_prompt_tokens: int
     started: float = field(default_factory=time.monotonic)
     first: float | None = None
+    is_released: bool = False
 
     @property
     def usage(self) -> dict[str, int]:
@@ -209,7 +211,7 @@ class CompletionServer:
     async def _parts(self, call: Call) -> AsyncGenerator[Part, None]:
         """Yield what the continuations add, until all have ended; closing the iterator ends them."""
         n = call.settings.n or 1
-        timer = asyncio.get_running_loop().call_later(self.options.max_seconds, self.thread.cancel, call.stream)
+        timer = asyncio.get_running_loop().call_later(self.options.max_seconds, self._time_out, call)
         try:
             while (piece := await call.stream.next()) is not None:
                 choice = call.choices[piece.prompt * n + piece.event.token.index]
@@ -236,9 +238,19 @@ class CompletionServer:
         if call.stream.num_open:
             self.metrics.abandoned.inc()
         self.thread.leave(call.stream)
-        self._num_open -= len(call.choices)
+        self._release(call)
         now, first = time.monotonic(), None if call.first is None else call.first - call.started
         self.metrics.observe(now - call.started, first, call.usage["completion_tokens"], len(call.choices))
+
+    def _time_out(self, call: Call) -> None:
+        self.thread.cancel(call.stream)
+        # a client that does not read must not keep others out
+        self._release(call)
+
+    def _release(self, call: Call) -> None:
+        if not call.is_released:
+            call.is_released = True
+            self._num_open -= len(call.choices)
 
     def _no_time(self) -> ApiError:
         return ApiError(
