@@ -8,7 +8,7 @@ import torch
 
 from hgrn2.errors import UserError
 from hgrn2.formats import run_folder
-from hgrn2.train import checkpoint, loop
+from hgrn2.train import checkpoint, run_clock
 from hgrn2.train.config import TrainConfig
 from hgrn2.train.loop import Trainer
 from hgrn2.train.metrics import read_metrics
@@ -249,9 +249,9 @@ def test_budgets(tmp_path, budget, num_steps):
 
 
 def test_time_budget(tmp_path, monkeypatch):
-    # a clock that goes on by itself, by so much with every look at it
+    # a clock that advances by 0.01 s whenever it is read
     clock = itertools.count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 0.01 * next(clock)))
+    monkeypatch.setattr(run_clock, "time", SimpleNamespace(monotonic=lambda: 0.01 * next(clock)))
     settings = {k: v for k, v in SETTINGS.items() if k != "max_steps"} | {
         "max_time_s": 2.0,
         "checkpoint_every": 0,

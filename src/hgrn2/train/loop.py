@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from hgrn2.train.optim import NamedOptimizer
 from hgrn2.train.parallel import ONE_PROCESS, Parallel
 from hgrn2.train.result import TrainResult, last_validation
 from hgrn2.train.rng import seed_everything, shielded_rng
+from hgrn2.train.run_clock import RunClock
 from hgrn2.train.run_state import RunState
 from hgrn2.train.schedule import lr_fraction, used_fraction
 from hgrn2.train.step_log import StepLog
@@ -118,7 +118,7 @@ class Trainer:
             ):
                 # only now: settings that do not fit the checkpoint would make every later attempt fail
                 self.parallel.on_main(lambda: ckpt.write_config(self.run_dir, self.run_config))
-                self._started_s = time.monotonic() - self._counters.elapsed_s
+                self._clock = RunClock(self.config, self._counters, self.parallel)
                 with self._optimizer.working_precision():
                     try:
                         finished = self._train(stop, metrics)
@@ -195,13 +195,12 @@ class Trainer:
             )
         metrics.write({"kind": "start", "step": counters.step, **describe_environment(self._device), **self.about})
         self.has_started = True
-        self._progress_at_start, self._session_started_s = self._progress(), time.monotonic()
         self._stepper.begin()
-        finished = self._progress() >= 1.0
+        finished = self._clock.used_fraction() >= 1.0
         self._signal_name = signal_name = self.parallel.first_of(stop.signal_name)
         while not finished and signal_name is None:
             self._step(metrics)
-            finished = self._progress() >= 1.0
+            finished = self._clock.used_fraction() >= 1.0
             self._signal_name = signal_name = self.parallel.first_of(stop.signal_name)
             if finished or signal_name or self._is_evaluated_or_saved(counters.step):
                 self._finish_steps(metrics)
@@ -236,7 +235,7 @@ class Trainer:
         )
 
     def _step(self, metrics: MetricsWriter | SilentMetrics) -> None:
-        fraction = lr_fraction(self.config, self._counters.step, self._progress())
+        fraction = lr_fraction(self.config, self._counters.step, self._clock.used_fraction())
         learning_rate = self._optimizer.set_lr_fraction(fraction, self._freezing.lr_fraction())
         launched = self._stepper.run(self._counters, learning_rate)
         self._launched.append(launched)
@@ -277,11 +276,9 @@ class Trainer:
                 )
 
     def _write_record(self, metrics: MetricsWriter | SilentMetrics) -> None:
-        now_s = time.monotonic()
-        self._counters.elapsed_s = now_s - self._started_s
-        record = self._log.take_record(self._counters, now_s)
+        record = self._log.take_record(self._counters, self._clock.set_elapsed())
         metrics.write(record)
-        self.display.train(record, self._progress(), self._eta_s())
+        self.display.train(record, self._clock.used_fraction(), self._clock.eta_s())
 
     def _report_nonfinite(self, step: int, loss: float) -> None:
         counters = self._counters
@@ -311,7 +308,7 @@ class Trainer:
             self._save(metrics)
             raise
         counters.validated_step = counters.step
-        counters.elapsed_s = time.monotonic() - self._started_s
+        self._clock.set_elapsed()
         record = {
             "kind": "validation",
             "step": counters.step,
@@ -354,7 +351,7 @@ class Trainer:
         self.parallel.on_main(self.check_lock)
         # the records up to this step must be on the disk before the checkpoint that relies on them
         metrics.sync()
-        counters.elapsed_s = time.monotonic() - self._started_s
+        self._clock.set_elapsed()
         parts = self._state.collect(counters, metrics.num_records)
         if self.task.carries_state:
             parts["task"] = self.parallel.join_streams(parts["task"])
@@ -375,19 +372,6 @@ class Trainer:
         self._saved_step = self._counters.step
         for line in restored.notes:
             self.display.note(line)
-
-    def _progress(self) -> float:
-        """Return the used fraction of the budget."""
-        counters, elapsed_s = self._counters, time.monotonic() - self._started_s
-        if self.config.max_time_s is not None:
-            # clocks differ, and all ranks must stop after the same step
-            elapsed_s = self.parallel.from_main(elapsed_s)
-        return used_fraction(self.config, counters.step, counters.tokens, elapsed_s)
-
-    def _eta_s(self) -> float | None:
-        done = self._progress() - self._progress_at_start
-        spent_s = time.monotonic() - self._session_started_s
-        return spent_s / done * (1.0 - self._progress()) if done > 0 else None
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:

@@ -19,12 +19,13 @@ from hgrn2.constraints import Ge, Gt, Le, check_fields
 
 # weights of red, green and blue in grey (ITU-R 601)
 _LUMA = (0.299, 0.587, 0.114)
-# largest changes at strength 1: shear, shift as a share of the size, rotation in radians, colour factor
+# changes at strength 1, chosen here: shear, shift as a share of the size, rotation in radians, colour factor
 _SHEAR, _SHIFT, _TURN, _FACTOR = 0.6, 0.4, math.pi / 3, 0.9
 # share of the images to which each kind of random operation is applied
 _OPERATION_SHARE = 0.75
 _COLOURS = ("brightness", "saturation", "contrast", "sharpness", "levels", "threshold")
 _NEUTRAL = (1.0, 1.0, 1.0, 1.0, 256.0, 2.0)
+# area as a share of the image, and logarithm of height over width, of an erased rectangle
 _ERASED_SHARE, _ERASED_LOG_RATIO = (0.02, 0.33), (math.log(0.3), -math.log(0.3))
 # logarithm of the largest ratio of width to height of a random crop
 _CROP_LOG_RATIO = math.log(4 / 3)
