@@ -15,7 +15,8 @@ class RunningMean:
     """Exponential mean of the parameters and buffers of a model.
 
     The decay rises as (1 + t) / (10 + t) with the number t of updates until it reaches its limit, as in TensorFlow's
-    ExponentialMovingAverage, so that the mean forgets the initial weights. Updates do not wait for the device, and may be part of a captured step.
+    ExponentialMovingAverage, so that the mean forgets the initial weights. Updates do not wait for the
+    device, and may be part of a captured step.
 
     Args:
         decay: limit of the decay.
