@@ -25,12 +25,13 @@ from hgrn2.compare.comparison import compare
 from hgrn2.compare.files import repeat_command
 from hgrn2.compare.grid import Slots
 from hgrn2.compare.outcome import Outcome
-from hgrn2.compare.plan import Plan, PlannedRun
+from hgrn2.compare.plan import Plan, PlannedRun, make_plan
 from hgrn2.compare.progress import GridProgress, PlainGrid, make_grid_display
 from hgrn2.compare.worker import Progress
 from hgrn2.train.metrics import read_metrics
 from tests.compare.tiny import MODELS, MQAR, comparison
 from tests.pages import Page
+from tests.refusals import refuses
 
 TEXT = {"task": "language", "max_steps": 6, "seq_len": 32, "batch_size": 2, "validation_tokens": 256}
 
@@ -346,6 +347,28 @@ def test_flags_that_contradict_each_other(tmp_path, capsys):
     for words in (["--report-only", "x", "--jobs", "2"], ["--jobs", "0"], ["--report-only", str(tmp_path)]):
         assert cli.main(["compare", *words]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_device_that_is_not_there_is_found_before_training(tmp_path):
+    out = tmp_path / "out"
+    wanted = comparison(train={"device": "tpu"})
+    with refuses("unknown-name", "tpu"):
+        compare(wanted, out, 1, Quiet())
+    for run in make_plan(wanted, out).runs:
+        Outcome("finished").save(out / "runs" / run.folder)
+    # nothing is left to train
+    assert compare(wanted, out, 1, Quiet()).stopped_by is None
+
+
+def test_a_failed_run_is_seen_in_the_exit_status(tmp_path, monkeypatch):
+    from tests.compare.tiny import invent
+
+    out = tmp_path / "out"
+    plan = invent(out, comparison(), {"mqar.hgrn2.lr0.01.seed0": 0.5, "mqar.attention.lr0.01.seed0": None})
+    monkeypatch.setattr("hgrn2.compare.comparison.train_grid", lambda *args, **settings: None)
+    assert cli.main(["compare", "--out", str(out)]) == 0
+    Outcome("failed", "no space left").save(out / "runs" / plan.runs[0].folder)
+    assert cli.main(["compare", "--out", str(out)]) == 1
 
 
 def test_report_only_writes_the_report_again(tmp_path, capsys):

@@ -95,7 +95,7 @@ def compare(
     )
     _show(ended)
     if ended.stopped_by is None:
-        return 0
+        return 1 if ended.results.in_state("failed") else 0
     again = f"hgrn2 compare {'' if file is None else f'{file} '}--out {folder}"
     tell(f"stopped by {ended.stopped_by}; nothing is lost, continue with: {again}")
     return 128 + int(signal.Signals[ended.stopped_by])

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
+
 from hgrn2.compare.config import Comparison
 from hgrn2.compare.files import write_repeat_files
-from hgrn2.compare.grid import Slots, train_grid
+from hgrn2.compare.grid import Slots, is_ended, train_grid
 from hgrn2.compare.packed import PackedResults, read_plan, unpack
 from hgrn2.compare.plan import PLAN_NAME, Plan, PlannedRun, check_extends, make_plan
 from hgrn2.compare.progress import GridDisplay, make_grid_display
 from hgrn2.compare.report import write_reports
 from hgrn2.compare.results import Results
+from hgrn2.devices import choose_device
 from hgrn2.errors import UserError
 from hgrn2.storage.lock import run_lock
 from hgrn2.storage.staging import check_writable_folder
@@ -75,6 +78,7 @@ def compare(
         chosen = _chosen(plan.runs, only)
         plan.save(out)
         unpack(results, out, plan)
+        _check_devices(out, chosen)
         write_repeat_files(out, plan)
         stopped_by = train_grid(
             out,
@@ -113,6 +117,16 @@ def merge(results: Sequence[Path], out: Path) -> Ended:
         PackedResults(out, plan)
         found = Results.read(out)
         return Ended(found, write_reports(found))
+
+
+def _check_devices(out: Path, runs: Sequence[PlannedRun]) -> None:
+    """Raise a UserError if a run that has not ended cannot have its device here."""
+    for run in runs:
+        name = str(run.settings.get("device", "auto"))
+        # a GPU that is there is opened by the processes of the runs only
+        is_gpu = name.startswith("cuda") and torch.cuda.is_available()
+        if name != "auto" and not is_gpu and not is_ended(out, run):
+            choose_device(name)
 
 
 def _chosen(runs: Sequence[PlannedRun], only: Sequence[str]) -> list[PlannedRun]:
