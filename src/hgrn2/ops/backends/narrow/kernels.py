@@ -9,8 +9,12 @@ product of its decays. The complement of D_t is a sum of non-negative numbers. W
 the product, so that gates close to 1 keep their digits and S is rounded once a block.
 
 A token is picked from a tile by a sum with -0.0 for the others. Adding -0.0 changes nothing, which the compiler knows:
-the sum is a choice of registers. States in memory are contiguous along V, which the compiler must not know (COLUMN, 1):
-it would move the tiles' lanes to V for the sake of two accesses a segment, and back for every token.
+the sum is a choice of registers.
+
+Lanes stay where they are as long as every tile has its axes in the same order. For a load or store the compiler would
+choose the order by what is contiguous in memory, and exchange lanes for every token. `max_contiguous` states an order,
+the last axis first, and not a fact: it must never become a vector. So along the last axis either it is true, as for
+gates and kept states, or a stride is an argument whose divisibility the compiler does not know (OPAQUE). COLUMN is 1.
 
 Letters in shapes: BT = tokens of a block; BH, BK, BV = heads, gate channels and value channels of a program.
 """
@@ -19,6 +23,9 @@ import triton
 import triton.language as tl
 
 from hgrn2.ops.backends.triton.chunks import activate, activate_backward, one_minus_exp, sigmoids
+
+# lengths, which vary; and what the hints of contiguity rest on (see above)
+OPAQUE = ["T", "SEGMENT", "SEGMENTS", "COLUMN", "V", "v_batch", "v_row", "v_head"]
 
 
 @triton.jit
@@ -73,14 +80,14 @@ def _tokens(start, length, first, count, BT: tl.constexpr, REVERSE: tl.constexpr
 def _load_gates(p, i_batch, rows, heads, columns, batch, row, head, inside):
     """Read [BT, BH, BK] as float32; 0 outside."""
     places = i_batch * batch + rows[:, None, None] * row + heads[None, :, None] * head + columns[None, None, :]
-    return tl.load(p + places, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(tl.max_contiguous(p + places, (1, 2, 4)), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _load_values(p, i_batch, rows, heads, columns, batch, row, head, inside):
     """Read [BT, BV, BH] as float32; 0 outside."""
     places = i_batch * batch + rows[:, None, None] * row + heads[None, None, :] * head + columns[None, :, None]
-    return tl.load(p + places, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(tl.max_contiguous(p + places, (1, 2, 4)), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -176,8 +183,7 @@ def _walk_back(g, f, c, write, BT: tl.constexpr):
     return total, product, lost, local
 
 
-# lengths vary: the code does not depend on them
-@triton.jit(do_not_specialize=["T", "SEGMENT", "SEGMENTS", "COLUMN"])
+@triton.jit(do_not_specialize=OPAQUE)
 def summary_kernel(
     q_p, f_p, k_p, v_p, bound_p, update_p, decay_p, first_p, sequence_p, cu_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
@@ -192,7 +198,7 @@ def summary_kernel(
     complement are [segments, HEADS, 2, K]. Programs: (segments, blocks of heads).
     """
     i_segment = tl.program_id(0).to(tl.int64)
-    i_batch, start, length, begin, count, i_block = _segment(
+    i_batch, start, length, begin, count, _block = _segment(
         i_segment, first_p, sequence_p, cu_p, T, SEGMENT, SEGMENTS, BT, PACKED
     )
     heads, k_columns, v_columns, gates, values, pairs = _channels(HEADS, K, V, BH, BK, BV)
@@ -239,8 +245,7 @@ def summary_kernel(
         tl.store(decay_places + K, all_lost, mask=once)
 
 
-# lengths vary: the code does not depend on them
-@triton.jit(do_not_specialize=["T", "SEGMENT", "SEGMENTS", "COLUMN"])
+@triton.jit(do_not_specialize=OPAQUE)
 def forward_kernel(
     q_p, f_p, k_p, v_p, bound_p, before_p, y_p, after_p, kept_p, first_p, sequence_p, cu_p,
     q_batch, q_row, q_head, f_batch, f_row, f_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
@@ -266,7 +271,7 @@ def forward_kernel(
     kept_at = (v_columns[None, :, None, None] * HEADS + heads[None, None, :, None]) * K + k_columns[None, None, None, :]
     h = tl.zeros((1, BV, BH, BK), tl.float32)
     if HAS_BEFORE:
-        h = tl.load(before_p + at, mask=pairs, other=0.0)
+        h = tl.load(tl.max_contiguous(before_p + at, (1, 2, 4, 8)), mask=pairs, other=0.0)
     for i in range(0, count, BT):
         rows, valid = _tokens(start, length, begin + i, count - i, BT, REVERSE)
         inside, inside_values = valid[:, None, None] & gates, valid[:, None, None] & values
@@ -277,7 +282,11 @@ def forward_kernel(
         if not TIED:
             k = _load_gates(k_p, i_batch, rows, heads, k_columns, k_batch, k_row, k_head, inside)
         if KEEPS:
-            tl.store(kept_p + (i_block + (begin + i) // BT) * V * HEADS * K + kept_at, h, mask=pairs)
+            tl.store(
+                tl.max_contiguous(kept_p + (i_block + (begin + i) // BT) * V * HEADS * K + kept_at, (1, 2, 4, 8)),
+                h,
+                mask=pairs,
+            )
         # channels that do not exist have a state of zeros, but their query is not always 0
         q = tl.where(inside, activate(q, Q_ACTIVATION) * scale, 0.0)
         f = tl.broadcast_to(f[:, None, :, :], (BT, BV, BH, BK))
@@ -286,14 +295,13 @@ def forward_kernel(
         _, states, product, lost, local = _walk(h, f, c, write, BT)
         y = tl.sum(states * q[:, None, :, :], axis=3)
         y_places = ((i_batch * T + rows)[:, None, None] * HEADS + heads[None, None, :]) * V + v_columns[None, :, None]
-        tl.store(y_p + y_places, y.to(y_p.dtype.element_ty), mask=inside_values)
+        tl.store(tl.max_contiguous(y_p + y_places, (1, 2, 4)), y.to(y_p.dtype.element_ty), mask=inside_values)
         h = _carry(h, product, lost, local)
     if HAS_AFTER:
-        tl.store(after_p + at, h, mask=pairs)
+        tl.store(tl.max_contiguous(after_p + at, (1, 2, 4, 8)), h, mask=pairs)
 
 
-# lengths vary: the code does not depend on them
-@triton.jit(do_not_specialize=["T", "SEGMENT", "SEGMENTS", "COLUMN"])
+@triton.jit(do_not_specialize=[*OPAQUE, "dy_batch", "dy_row", "dy_head"])
 def backward_kernel(
     q_p, f_p, k_p, v_p, bound_p, kept_p, dy_p, after_p, dq_p, df_p, dk_p, dv_p, d_bound_p, before_p,
     first_p, sequence_p, cu_p,
@@ -321,7 +329,7 @@ def backward_kernel(
     kept_at = (v_columns[None, :, None, None] * HEADS + heads[None, None, :, None]) * K + k_columns[None, None, None, :]
     g = tl.zeros((1, BV, BH, BK), tl.float32)
     if HAS_AFTER:
-        g = tl.load(after_p + at, mask=pairs, other=0.0)
+        g = tl.load(tl.max_contiguous(after_p + at, (1, 2, 4, 8)), mask=pairs, other=0.0)
     d_bound = tl.zeros((1, BH, BK), tl.float32)
     for back in range(0, count, BT):
         # the last block is the one that may be partial
@@ -332,7 +340,8 @@ def backward_kernel(
         z = _load_gates(f_p, i_batch, rows, heads, k_columns, f_batch, f_row, f_head, inside)
         v_raw = _load_values(v_p, i_batch, rows, heads, v_columns, v_batch, v_row, v_head, inside_values)
         dy = _load_values(dy_p, i_batch, rows, heads, v_columns, dy_batch, dy_row, dy_head, inside_values)
-        h = tl.load(kept_p + (i_block + (begin + i) // BT) * V * HEADS * K + kept_at, mask=pairs, other=0.0)
+        kept = kept_p + (i_block + (begin + i) // BT) * V * HEADS * K + kept_at
+        h = tl.load(tl.max_contiguous(kept, (1, 2, 4, 8)), mask=pairs, other=0.0)
         f, c, k = _gate(z, bound, inside, TIED, FLOOR, FLOOR_LOST)
         if not TIED:
             k = _load_gates(k_p, i_batch, rows, heads, k_columns, k_batch, k_row, k_head, inside)
@@ -350,7 +359,7 @@ def backward_kernel(
         tokens = (i_batch * T + rows)[:, None, None]
         places = (tokens * HEADS + heads[None, :, None]) * K + k_columns[None, None, :]
         dq = activate_backward(dq * scale, q_raw, Q_ACTIVATION)
-        tl.store(dq_p + places, dq.to(dq_p.dtype.element_ty), mask=inside)
+        tl.store(tl.max_contiguous(dq_p + places, (1, 2, 4)), dq.to(dq_p.dtype.element_ty), mask=inside)
         if TIED:
             positive, negative = sigmoids(z)
             if FLOOR > 0:
@@ -363,13 +372,13 @@ def backward_kernel(
                 d_bound += tl.sum(d_gate, axis=0, keep_dims=True)
         else:
             df *= f
-            tl.store(dk_p + places, dk.to(dk_p.dtype.element_ty), mask=inside)
-        tl.store(df_p + places, df.to(df_p.dtype.element_ty), mask=inside)
+            tl.store(tl.max_contiguous(dk_p + places, (1, 2, 4)), dk.to(dk_p.dtype.element_ty), mask=inside)
+        tl.store(tl.max_contiguous(df_p + places, (1, 2, 4)), df.to(df_p.dtype.element_ty), mask=inside)
         places = (tokens * HEADS + heads[None, None, :]) * V + v_columns[None, :, None]
         dv = activate_backward(dv, v_raw, V_ACTIVATION)
-        tl.store(dv_p + places, dv.to(dv_p.dtype.element_ty), mask=inside_values)
+        tl.store(tl.max_contiguous(dv_p + places, (1, 2, 4)), dv.to(dv_p.dtype.element_ty), mask=inside_values)
     if HAS_BOUND:
         places = (i_segment * HEADS + heads)[None, :, None] * K + k_columns[None, None, :]
         tl.store(d_bound_p + places, d_bound, mask=gates)
     if HAS_BEFORE:
-        tl.store(before_p + at, g, mask=pairs)
+        tl.store(tl.max_contiguous(before_p + at, (1, 2, 4, 8)), g, mask=pairs)
