@@ -128,6 +128,16 @@ def test_mistakes_of_the_command_are_named(run, tmp_path, capsys):
     assert "203.0.113.7" in refused(capsys, "serve", run, "--host", "203.0.113.7", "--device", "cpu")
 
 
+@pytest.mark.parametrize("package", ["uvicorn", "fastapi", "prometheus_client"])
+def test_a_missing_package_is_named_with_its_extra(run, capsys, monkeypatch, package):
+    for name in [name for name in sys.modules if name.startswith("hgrn2.serve.http")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    error = refused(capsys, "serve", run)
+    assert package in error
+    assert "serve" in error.partition(package)[2]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -118,7 +118,7 @@ class EngineThread:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread and wait for it; requests that run are cancelled."""
+        """End the thread and wait for it; streams that are open raise an error."""
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join()
