@@ -53,7 +53,7 @@ def join_s(config: HGRN2Config, num_gpus: int) -> float:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens-per-s", type=float, required=True, help="of one GPU with the 1.3b preset")
     rate = parser.parse_args().tokens_per_s
     flops_s = rate * cost(SIZES["1.3b"]).flops_per_token_training

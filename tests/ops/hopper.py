@@ -33,6 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import hgrn2
+from hgrn2.ops.call import ScanCall, ScanSettings
 
 LOW, FLOAT32 = torch.bfloat16, torch.float32
 Case = Callable[[], object]
@@ -146,33 +147,61 @@ def selective_cases() -> Iterator[tuple[str, Case]]:
     yield "one", partial(both, (1, 1, 1), 1, FLOAT32, None, True)
 
 
+def scan_and_gradient(
+    room: Any, plan: int, width: int, dtype: torch.dtype, is_packed: bool, settings: ScanSettings | None
+) -> None:
+    """Run a scan of the outer-product recurrence and its gradient.
+
+    Args:
+        room: module with `forward` and `backward` of a backend.
+        plan: plan of the backend.
+        width: K and V.
+        dtype: dtype of the inputs.
+        is_packed: whether sequences are packed, with states and bounds.
+        settings: settings with a tied key, None for a free one.
+    """
+    x = torch.zeros(1, 200, 2, width, dtype=dtype)
+    f, k = (torch.zeros(x.shape), x) if settings is None else (x, None)
+    bound = torch.zeros(2, width) if settings is not None and is_packed else None
+    bounds = torch.tensor([0, 7, 200]) if is_packed else None
+    state = torch.zeros(2, 2, width, width) if is_packed else None
+    call = ScanCall(x, f, k, x, bound, state, bounds, settings or ScanSettings())
+    y, final, kept = room.forward(call, plan)
+    room.backward(call, plan, kept, y, final, True)
+
+
+# a setting that differs from its default in every field
+EVERY_SETTING = ScanSettings(True, 0.5, "silu", "silu", -3.0)
+
+
 def scan_cases() -> Iterator[tuple[str, Case]]:
     """Yield scans and steps of the outer-product recurrence."""
     from hgrn2.ops.backends.triton import launch
-    from hgrn2.ops.call import ScanCall, ScanSettings
-
-    def both(width: int, dtype: torch.dtype, tied: bool, packed: bool, settings: ScanSettings):
-        x = torch.zeros(1, 200, 2, width, dtype=dtype)
-        f = x if tied else torch.zeros(x.shape)
-        bound = torch.zeros(2, width) if tied and packed else None
-        bounds = torch.tensor([0, 7, 200]) if packed else None
-        state = torch.zeros(2, 2, width, width) if packed else None
-        call = ScanCall(x, f, None if tied else x, x, bound, state, bounds, settings)
-        y, final, _ = launch.forward(call, 0)
-        launch.backward(call, 0, None, y, final, True)
 
     def step(width: int, dtype: torch.dtype, has_bound: bool):
         x, state = torch.zeros(1, 2, width, dtype=dtype), torch.zeros(1, 2, width, width)
         bound = torch.zeros(2, width) if has_bound else None
         launch.step(ScanCall(x, x, None, x, bound, state, None, ScanSettings(q_activation="silu")), True)
 
-    plain = ScanSettings()
-    full = ScanSettings(True, 0.5, "silu", "silu", -3.0)
-    yield "tied, bfloat16", partial(both, 128, LOW, True, False, plain._replace(q_activation="silu"))
-    yield "free, float32, packed", partial(both, 64, FLOAT32, False, True, plain)
-    yield "tied, float16, packed, every setting", partial(both, 20, torch.float16, True, True, full)
+    run = partial(scan_and_gradient, launch, 0)
+    yield "tied, bfloat16", partial(run, 128, LOW, False, ScanSettings(q_activation="silu"))
+    yield "free, float32, packed", partial(run, 64, FLOAT32, True, None)
+    yield "tied, float16, packed, every setting", partial(run, 20, torch.float16, True, EVERY_SETTING)
     for width, dtype, has_bound in ((128, LOW, True), (20, FLOAT32, False)):
         yield f"step of width {width}", partial(step, width, dtype, has_bound)
+
+
+def narrow_cases() -> Iterator[tuple[str, Case]]:
+    """Yield scans of narrow heads."""
+    from hgrn2.ops.backends.narrow import launch
+    from hgrn2.ops.backends.narrow.tiles import BACKWARD, blocks_for
+
+    for width, dtype, is_packed, settings in (
+        (2, LOW, False, ScanSettings(q_activation="silu")), (16, FLOAT32, True, None),
+        (5, torch.float16, True, EVERY_SETTING),
+    ):  # fmt: skip
+        run = partial(scan_and_gradient, launch, blocks_for(BACKWARD, width, width).tokens)
+        yield f"width {width}, {dtype}", partial(run, width, dtype, is_packed, settings)
 
 
 def adamw_cases() -> Iterator[tuple[str, Case]]:
@@ -213,7 +242,7 @@ def main() -> None:
         })  # fmt: skip
 
     JITFunction.run = compile_only
-    for cases in (decode_cases, row_cases, linear_cases, selective_cases, scan_cases, adamw_cases):
+    for cases in (decode_cases, row_cases, linear_cases, selective_cases, scan_cases, narrow_cases, adamw_cases):
         for name, act in cases():
             case = name
             act()
