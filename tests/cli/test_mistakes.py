@@ -183,7 +183,7 @@ def test_ctrl_c_is_quiet_in_every_command(name, capsys, monkeypatch):
     # the first thing that each does
     for work in (
         "train.read_toml", "generate.load", "evaluate.load", "info.model_config", "convert.convert_model",
-        "tokenizer.check_writable_folder", "task.find_task", "compare.read_toml_file",
+        "tokenizer.check_writable_folder", "task.find_task", "compare.read_toml_file", "chat.load", "serve.load",
     ):  # fmt: skip
         monkeypatch.setattr(f"hgrn2.cli.{work}", interrupted)
     monkeypatch.setattr("hgrn2.train.report.write_report", interrupted)
