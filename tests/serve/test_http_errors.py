@@ -12,6 +12,7 @@ from hgrn2.serve.http.options import ServerOptions
 from hgrn2.serve.http.schema import CompletionBody, parse_body
 from hgrn2.serve.http.server import CompletionServer
 from hgrn2.serve.text import TextEngine
+from tests.models.cases import config_of, make_model
 from tests.serve.http_server import EndlessTokenizer, assert_error, running, tiny_model
 
 BODY = {"model": "hgrn2", "prompt": "Hi", "max_tokens": 3}
@@ -179,6 +180,13 @@ def test_a_model_without_a_tokenizer_takes_and_gives_tokens():
         assert choice["text"] == ""
         assert len(choice["token_ids"]) == 3
         assert choice["logprobs"]["tokens"] == [str(token) for token in choice["token_ids"]]
+
+
+def test_a_text_too_long_for_full_attention_is_refused():
+    model = make_model(config_of("full-attention"))
+    with running(model, None, engine_options=EngineOptions(2, context_limit=32)) as server:
+        assert_error(*server.post("/v1/completions", {"prompt": [1] * 20, "max_tokens": 13}), 400, "context_limit")
+        assert server.post("/v1/completions", {"prompt": [1] * 20, "max_tokens": 12})[0] == 200
 
 
 def test_a_model_whose_outputs_are_not_finite_says_so():

@@ -145,7 +145,9 @@ def test_prefixes_are_reused_across_requests(prefix_bytes):
         prompt = "a prompt that comes twice " * 4
         texts = [text_of(server.post("/v1/completions", BODY | {"prompt": prompt})) for _ in range(2)]
         assert texts[0] == texts[1]
-        (line,) = [x for x in server.send("GET", "/metrics")[2].split(b"\n") if x.startswith(b"hgrn2_reused_tokens")]
+        (line,) = [
+            x for x in server.send("GET", "/metrics")[2].split(b"\n") if x.startswith(b"hgrn2_reused_tokens_total")
+        ]
         assert float(line.split()[1]) == (len(prompt) + 1 if prefix_bytes else 0)
 
 
@@ -157,3 +159,26 @@ def test_the_folder_of_sessions_is_checked(tmp_path):
     with refuses("unwritable", tmp_path / "file"):
         SessionStore(1, tmp_path / "file")
     shutil.rmtree(tmp_path)
+
+
+def test_threads_that_share_the_store_lose_no_bytes(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from hgrn2.serve import Session
+    from hgrn2.serve.http.session_store import SessionStore
+
+    state = tiny_model().init_state(1)
+    store = SessionStore(4 * state.num_bytes, tmp_path)
+    saved = store.add(Session((1, 2), 1, state, "model"))
+    store.save(saved)
+
+    def work(_):
+        name = store.add(Session((1, 2), 1, state, "model"))
+        assert store.get(saved).tokens == (1, 2)
+        return name
+
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(work, range(40)))
+    assert len(set(names)) == 40
+    assert store.num_bytes == len(store) * state.num_bytes <= store.budget_bytes
+    assert SessionStore(1, None).add(Session((1, 2), 1, state, "model")) is None

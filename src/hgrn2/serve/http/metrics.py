@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from hgrn2.serve.http.engine_thread import EngineState
 
@@ -21,6 +23,22 @@ _GAUGES = {
     "num_rows": "Rows of states.",
     "prefix_bytes": "Bytes of the prefix cache.",
 }
+
+
+class _EngineCounts(Collector):
+    def __init__(self, state: Callable[[], EngineState]):
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        for name, text in _TOTALS.items():
+            yield CounterMetricFamily(_label(name), text, getattr(state, name))
+        for name, text in _GAUGES.items():
+            yield GaugeMetricFamily(_label(name), text, getattr(state, name))
+
+
+def _label(name: str) -> str:
+    return f"hgrn2_{name.removeprefix('num_')}"
 
 
 class Metrics:
@@ -44,10 +62,7 @@ class Metrics:
         self.per_token = self._times("hgrn2_time_per_token_seconds", "Mean time between tokens of a request.")
         self.whole = self._times("hgrn2_request_seconds", "From arrival to the end.")
         self.mean_seconds = 1.0
-        for name, text in {**_TOTALS, **_GAUGES}.items():
-            label = f"hgrn2_{name.removeprefix('num_')}" + ("_total" if name in _TOTALS else "")
-            gauge = Gauge(label, text, registry=self.registry)
-            gauge.set_function(lambda name=name: getattr(state(), name))
+        self.registry.register(_EngineCounts(state))
 
     def observe(self, seconds: float, first_seconds: float | None, num_tokens: int, num_choices: int) -> None:
         """Record a request that ended.

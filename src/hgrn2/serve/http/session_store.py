@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,6 +18,8 @@ _NAME = re.compile(r"session-[0-9a-f]{32}")
 class SessionStore:
     """Sessions by name. A name is random, so that only the client that received it knows it.
 
+    Safe for several threads: files are read and written outside the loop of the server.
+
     Args:
         budget_bytes: bytes of the states in memory; the sessions that were used longest ago leave first.
         folder: folder of the files; None for none.
@@ -28,6 +31,7 @@ class SessionStore:
     def __init__(self, budget_bytes: int, folder: Path | None):
         self.budget_bytes, self.folder = budget_bytes, folder
         self.num_bytes = 0
+        self._lock = threading.Lock()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         if folder is None:
             return
@@ -60,10 +64,11 @@ class SessionStore:
             ApiError: there is none of this name, or its file is damaged; a damaged file is removed.
         """
         self._check(name)
-        found = self._sessions.get(name)
-        if found is not None:
-            self._sessions.move_to_end(name)
-            return found
+        with self._lock:
+            found = self._sessions.get(name)
+            if found is not None:
+                self._sessions.move_to_end(name)
+                return found
         path = self._path(name)
         if path is None or not path.is_file():
             raise _missing(name)
@@ -98,9 +103,11 @@ class SessionStore:
             ApiError: there is none of this name.
         """
         self._check(name)
-        path, found = self._path(name), self._sessions.pop(name, None)
-        if found is not None:
-            self.num_bytes -= found.state.num_bytes
+        path = self._path(name)
+        with self._lock:
+            found = self._sessions.pop(name, None)
+            if found is not None:
+                self.num_bytes -= found.state.num_bytes
         if path is not None and path.is_file():
             path.unlink(missing_ok=True)
         elif found is None:
@@ -118,11 +125,15 @@ class SessionStore:
         size = session.state.num_bytes
         if size > self.budget_bytes:
             return False
-        while self.num_bytes + size > self.budget_bytes:
-            _, gone = self._sessions.popitem(last=False)
-            self.num_bytes -= gone.state.num_bytes
-        self._sessions[name] = session
-        self.num_bytes += size
+        with self._lock:
+            # two requests may read the same file
+            if name in self._sessions:
+                return True
+            while self.num_bytes + size > self.budget_bytes:
+                _, gone = self._sessions.popitem(last=False)
+                self.num_bytes -= gone.state.num_bytes
+            self._sessions[name] = session
+            self.num_bytes += size
         return True
 
     def _path(self, name: str) -> Path | None:
