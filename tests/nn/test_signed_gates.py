@@ -8,7 +8,7 @@ import torch
 from hgrn2 import HGRN2Config, HGRN2Mixer
 from hgrn2.models import HGRN2LM
 from hgrn2.nn.mixers import HGRN2, Context
-from hgrn2.nn.mixers.signed_gates import scan_with_signs, signed_gate
+from hgrn2.nn.mixers.signed_gates import Operands, scan_with_signs, signed_gate
 from tests.numerics import FLOAT64_RMS, relative_error
 from tests.refusals import refuses
 
@@ -51,7 +51,7 @@ def scan(x, bounds=None, reverse=False, backend="auto"):
     k, decays = signed_gate(x["z"], x["bound"])
     context = Context(None if bounds is None else torch.tensor(bounds))
     return scan_with_signs(
-        x["q"], k.to(x["q"].dtype), x["v"], decays, x["state"], context, scale=0.5, backend=backend,
+        Operands(x["q"], k.to(x["q"].dtype), x["v"], decays), x["state"], context, scale=0.5, backend=backend,
         reverse=reverse,
     )  # fmt: skip
 
@@ -108,7 +108,7 @@ def test_one_channel_tracks_parity():
     z = torch.where(bits == 1, -30.0, 30.0).double().reshape(1, 300, 1, 1)
     k, decays = signed_gate(z, None)
     one = torch.ones(1, 300, 1, 1, dtype=torch.float64)
-    y, _ = scan_with_signs(one, k, 0 * one, decays, one[:, :1], Context())
+    y, _ = scan_with_signs(Operands(one, k, 0 * one, decays), one[:, :1], Context())
     assert torch.equal(y.flatten() < 0, bits[0].cumsum(0) % 2 == 1)
 
 

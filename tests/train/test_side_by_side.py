@@ -131,7 +131,7 @@ def test_examples_on_a_device_are_those_of_the_stream():
                 continue
             found = SyntheticBatch(*stream.rows(start, count, device, 40).gather())
             wanted = SyntheticBatch.of(stream.take(start, count))
-            for name in ("input_ids", "places", "targets"):
+            for name in ("input_ids", "positions", "targets"):
                 assert torch.equal(getattr(found, name), getattr(wanted, name)), (name, start)
             assert (found.num_tokens, found.num_targets) == (wanted.num_tokens, wanted.num_targets)
     # drawn once for all runs of the process

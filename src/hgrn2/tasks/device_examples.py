@@ -26,12 +26,12 @@ class DeviceExamples:
 
     Attributes:
         inputs: [N, T] int32.
-        places: [N, P] int32, positions of the targets in their example.
+        positions: [N, P] int32, positions of the targets in their example.
         targets: [N, P] int32.
     """
 
     inputs: Tensor
-    places: Tensor
+    positions: Tensor
     targets: Tensor
 
     @classmethod
@@ -40,8 +40,8 @@ class DeviceExamples:
     ) -> DeviceExamples:
         """Return the first examples of a seed."""
         inputs, targets = generate(options, num, seed, stream=stream)
-        places = np.nonzero(targets != IGNORE)[1].reshape(num, -1)
-        found = inputs, places, np.take_along_axis(targets, places, 1)
+        positions = np.nonzero(targets != IGNORE)[1].reshape(num, -1)
+        found = inputs, positions, np.take_along_axis(targets, positions, 1)
         return cls(*(torch.from_numpy(x.astype(np.int32)).to(device) for x in found))
 
 
@@ -72,12 +72,12 @@ class RowsBatch:
 
         Only launches: it can be captured in a CUDA graph.
         """
-        inputs, places, targets = (
+        inputs, positions, targets = (
             x.index_select(0, self.rows).long()
-            for x in (self.examples.inputs, self.examples.places, self.examples.targets)
+            for x in (self.examples.inputs, self.examples.positions, self.examples.targets)
         )
         starts = torch.arange(0, inputs.numel(), inputs.shape[1], device=inputs.device)
-        return inputs, (places + starts[:, None]).flatten(), targets.flatten()
+        return inputs, (positions + starts[:, None]).flatten(), targets.flatten()
 
 
 class Shared(Generic[T]):

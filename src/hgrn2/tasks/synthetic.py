@@ -35,19 +35,19 @@ class SyntheticBatch:
 
     Attributes:
         input_ids: [B, T] int64.
-        places: [M] int64, flat positions of the targets in [B, T].
+        positions: [M] int64, flat positions of the targets in [B, T].
         targets: [M] int64.
     """
 
     input_ids: Tensor
-    places: Tensor
+    positions: Tensor
     targets: Tensor
 
     @classmethod
     def of(cls, examples: Examples) -> Self:
         """Return the batch of some examples, on the CPU."""
-        places = np.flatnonzero(examples.targets != IGNORE)
-        found = examples.inputs, places, examples.targets.reshape(-1)[places]
+        positions = np.flatnonzero(examples.targets != IGNORE)
+        found = examples.inputs, positions, examples.targets.reshape(-1)[positions]
         return cls(*(torch.from_numpy(np.ascontiguousarray(x)) for x in found))
 
     @property
@@ -62,12 +62,12 @@ class SyntheticBatch:
 
     def to(self, device: torch.device) -> SyntheticBatch:
         """Return the batch on a device; a copy from pinned memory is asynchronous."""
-        moved = (x.to(device, non_blocking=True) for x in (self.input_ids, self.places, self.targets))
+        moved = (x.to(device, non_blocking=True) for x in (self.input_ids, self.positions, self.targets))
         return SyntheticBatch(*moved)
 
     def pin_memory(self) -> SyntheticBatch:
         """Return the batch in pinned memory."""
-        return SyntheticBatch(self.input_ids.pin_memory(), self.places.pin_memory(), self.targets.pin_memory())
+        return SyntheticBatch(self.input_ids.pin_memory(), self.positions.pin_memory(), self.targets.pin_memory())
 
 
 class SyntheticTask(TaskBase):
@@ -172,7 +172,7 @@ class SyntheticTask(TaskBase):
             batch = stream.rows(at, count, device, num) if device.type == "cuda" else None
             batch = SyntheticBatch.of(stream.take(at, count)) if batch is None else SyntheticBatch(*batch.gather())
             loss_sum, is_correct = _score(model, batch)
-            row_of = batch.places // stream.options.length
+            row_of = batch.positions // stream.options.length
             wrong = torch.zeros(count, device=device).index_add_(0, row_of, (~is_correct).float())
             sums.append((loss_sum.double(), is_correct.sum().double(), (wrong == 0).sum().double()))
             targets += batch.targets.numel()
@@ -303,7 +303,7 @@ def _score(model: Any, batch: SyntheticBatch) -> tuple[Tensor, Tensor]:
     """Return the summed loss, and for each target whether it has the highest logit."""
     x, _ = model.hidden_states(batch.input_ids, keep_state=False)
     # logits at the targets only: most positions of a recall task have none
-    x = x.flatten(0, 1).index_select(0, batch.places)
+    x = x.flatten(0, 1).index_select(0, batch.positions)
     logits = functional.linear(x, model.lm_head.weight)
     is_correct = logits.detach().argmax(-1) == batch.targets
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -15,7 +15,7 @@ from hgrn2.nn.mixers.context import Context, MixerState
 from hgrn2.nn.mixers.dense_state import DenseState
 from hgrn2.nn.mixers.directions import ORDERS, check_direction, convolve
 from hgrn2.nn.mixers.registry import register_mixer
-from hgrn2.nn.mixers.signed_gates import Decays, positive_gate, scan_with_signs, signed_gate
+from hgrn2.nn.mixers.signed_gates import Operands, positive_gate, scan_with_signs, signed_gate
 from hgrn2.nn.norm import Norm
 from hgrn2.nn.parameters import InitialValues
 from hgrn2.nn.short_conv import ShortConv
@@ -194,18 +194,19 @@ class HGRN2(DirectedMixer):
                 k = k.masked_fill(~context.mask[..., None, None], 0)
         before = None if state is None else state["recurrent"]
         y, new_state["recurrent"] = scan_with_signs(
-            q, k, v, decays, before, context, scale=self.scale, backend=self.backend
+            Operands(q, k, v, decays), before, context, scale=self.scale, backend=self.backend
         )
         return self.finish(y), new_state if context.keep_state else {}, features
 
-    def _activate(self, q: Tensor, z: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Decays]:
-        """Return the operands of `scan_with_signs`, in its order, from pre-activations."""
+    def _activate(self, q: Tensor, z: Tensor, v: Tensor, context: Context) -> Operands:
+        """Return the operands of `scan_with_signs` from pre-activations."""
         bound = context.lower_bound
         gate = signed_gate if self.gate_range == "signed" else positive_gate
         k, decays = gate(z, None if bound is None else bound.reshape(z.shape[2], -1))
         if self.training and self.min_log_decay is not None:
             decays = decays._replace(log_size=decays.log_size.clamp_min(self.min_log_decay))
-        return activate(q, self.q_activation), k.to(q.dtype), activate(v, self.v_activation), decays
+        q_read, value = activate(q, self.q_activation), activate(v, self.v_activation)
+        return Operands(q_read, k.to(q.dtype), value, decays)
 
     def project(self, x: BTD, state: MixerState | None, context: Context) -> Projected:
         """Compute the scan's pre-activations q, z and v, each [B, T, H, K], and the state of the short convolutions."""
@@ -230,7 +231,7 @@ class HGRN2(DirectedMixer):
         before = None if state is None else state["recurrent"]
         if self.gate_range == "signed":
             y, after = scan_with_signs(
-                *self._activate(q, z, v, context), before, context, scale=self.scale, backend=self.backend,
+                self._activate(q, z, v, context), before, context, scale=self.scale, backend=self.backend,
                 reverse=reverse,
             )  # fmt: skip
             return y, {"recurrent": after}

@@ -30,6 +30,22 @@ class Decays(NamedTuple):
     negative: BTHK | None
 
 
+class Operands(NamedTuple):
+    """Operands of `scan_with_signs`.
+
+    Attributes:
+        q: [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        decays: [B, T, H, K]; 1, with a key of 0, where a token is padding.
+    """
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    decays: Decays
+
+
 def positive_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Decays]:
     """Compute the tied key 1 - f and f = beta + (1 - beta) sigmoid(z); arguments of `signed_gate`."""
     z = z.to(wide_dtype(z.dtype))
@@ -65,10 +81,7 @@ def signed_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Decays]:
 
 
 def scan_with_signs(
-    q: BTHK,
-    k: BTHK,
-    v: BTHV,
-    decays: Decays,
+    operands: Operands,
     state: NHKV | None,
     context: Context,
     *,
@@ -85,10 +98,7 @@ def scan_with_signs(
     row; the sign before a packed sequence goes into its initial state.
 
     Args:
-        q: [B, T, H, K].
-        k: [B, T, H, K].
-        v: [B, T, H, V].
-        decays: [B, T, H, K]; 1, with a key of 0, where a token is padding.
+        operands: query, key, value and decays of every token.
         state: [N, H, K, V] before the first token, float32 or wider; None at the start of a sequence.
         context: further inputs of the pass.
         scale: factor of the outputs.
@@ -99,8 +109,8 @@ def scan_with_signs(
         y [B, T, H, V] in q's dtype, and the state after the last token.
     """
     if context.is_step and state is not None:
-        return _step(q, k, v, decays, state, scale)
-    log_size, negative = decays
+        return _step(operands, state, scale)
+    q, k, v, (log_size, negative) = operands
     bounds = context.cu_seqlens
     if negative is None:
         return gated_scan(
@@ -125,7 +135,8 @@ def scan_with_signs(
     return y, end * last.unsqueeze(-1).to(end.dtype)
 
 
-def _step(q: BTHK, k: BTHK, v: BTHV, decays: Decays, state: NHKV, scale: float) -> tuple[BTHV, NHKV]:
+def _step(operands: Operands, state: NHKV, scale: float) -> tuple[BTHV, NHKV]:
+    q, k, v, decays = operands
     decay = decays.log_size.squeeze(1).exp()
     if decays.negative is not None:
         decay = torch.where(decays.negative.squeeze(1), -decay, decay)
