@@ -6,13 +6,14 @@ import importlib
 import json
 import struct
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from hgrn2.data import train_bpe
-from hgrn2.nn.mixers.attention import Attention
+from hgrn2.nn.rotary import rotate_halves
 from hgrn2.train import plots
 from hgrn2.train.metrics import read_metrics
 from tests.formats.llama import LLAMA, TENSORS
@@ -145,10 +146,10 @@ def test_a_checkpoint_of_llama2c(modules):
     assert torch.equal(tensors["model.embed_tokens.weight"].flatten(), values[:160])
     # behind the embeddings and the norms lie q of both layers; heads are 4 wide, neighbours rotate together
     raw = values[160 + 16 : 160 + 16 + 2 * 64].view(2, 8, 8)
-    own = Attention(8, 2, 2, None, 10000.0, False)
+    halves = partial(rotate_halves, theta=10000.0)
     x, places = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(1)), torch.arange(5).unsqueeze(0)
     scores = []
-    for weight, rotate in ((raw[1], neighbours), (tensors["model.layers.1.self_attn.q_proj.weight"], own._rotate)):
+    for weight, rotate in ((raw[1], neighbours), (tensors["model.layers.1.self_attn.q_proj.weight"], halves)):
         heads = rotate((x @ weight.T).unflatten(-1, (2, 4)), places)
         scores.append(torch.einsum("bthk,bshk->bhts", heads, heads))
     torch.testing.assert_close(scores[0], scores[1])

@@ -1,4 +1,4 @@
-"""Angles of rotary positions."""
+"""Rotary positions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from torch import Tensor
 
 from hgrn2.ops.export import is_exporting
 from hgrn2.ops.transforms import map_by_loop
+
+
+def rotate_halves(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Rotate the halves of x by position * theta^(-2 i / size).
+
+    Args:
+        x: [B, T, heads, size].
+        position: [B, T] or [1, T], integers.
+        theta: base.
+    """
+    half = x.shape[-1] // 2
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (part.unsqueeze(2) for part in rotary_angles(position, half, theta, dtype))
+    a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 def rotary_angles(position: Tensor, half: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from hgrn2.nn.mixers.base import DirectedMixer, Memory, MixerOptions, Projected,
 from hgrn2.nn.mixers.context import Context, MixerState
 from hgrn2.nn.mixers.registry import register_mixer
 from hgrn2.nn.parameters import InitialValues
-from hgrn2.nn.rotary import rotary_angles
+from hgrn2.nn.rotary import rotate_halves
 from hgrn2.ops.export import is_exporting
 from hgrn2.ops.pieces import to_heads, to_tokens
 from hgrn2.ops.tracing import constant_in_traces
@@ -143,7 +143,7 @@ class Attention(DirectedMixer):
             if context.order == "reverse":
                 # rotary angles have a sign: the mirror image of causal attention
                 position = -position
-            q, k = self._rotate(q, position), self._rotate(k, position)
+            q, k = rotate_halves(q, position, self.rope_theta), rotate_halves(k, position, self.rope_theta)
         return Projected((q, k, v), (), {})
 
     def mix(
@@ -384,15 +384,6 @@ class Attention(DirectedMixer):
         """Return whether keys are not after queries, and within the window."""
         seen = key <= query
         return seen if self.window_size is None else seen & (key > query - self.window_size)
-
-    def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        """Rotate the halves of x [B, T, heads, size] by position * theta^(-2 i / size)."""
-        assert self.rope_theta is not None
-        half = self.head_size // 2
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = (part.unsqueeze(2) for part in rotary_angles(position, half, self.rope_theta, dtype))
-        a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 def _flash_takes(q: Tensor) -> bool:
