@@ -344,7 +344,10 @@ def test_plain_lines_without_a_terminal(capsys):
 
 
 def test_flags_that_contradict_each_other(tmp_path, capsys):
-    for words in (["--report-only", "x", "--jobs", "2"], ["--jobs", "0"], ["--report-only", str(tmp_path)]):
+    for words in (
+        ["--report-only", "x", "--jobs", "2"], ["--jobs", "0"], ["--report-only", str(tmp_path)],
+        ["--start-for-s", "-1"], ["--start-for-s", "nan"],
+    ):  # fmt: skip
         assert cli.main(["compare", *words]) == 2
         assert capsys.readouterr().err.startswith("error: ")
 

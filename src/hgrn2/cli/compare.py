@@ -72,6 +72,9 @@ def compare(
         raise UserError(f"--jobs is {jobs}; wanted 1 or more")
     if runs_per_process is not None and not 1 <= runs_per_process <= MAX_RUNS_PER_PROCESS:
         raise UserError(f"--runs-per-process is {runs_per_process}; wanted 1 to {MAX_RUNS_PER_PROCESS}")
+    # NaN fails the comparison
+    if start_for_s is not None and not start_for_s >= 0:
+        raise UserError(f"--start-for-s is {start_for_s:g}; wanted 0 or more seconds")
     folder = _FOLDER / ("default" if file is None else file.stem) if out is None else out
     if file is not None:
         wanted = Comparison.from_tables(_read(file, GUIDE), str(file))
