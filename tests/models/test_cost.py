@@ -81,7 +81,7 @@ def test_caches_are_named_after_their_mixers_and_one_without_a_limit_hides_none(
         assert cost(both).attention_window is None
         assert cost(both).attention_bytes_per_token == attention + 12 * 4
         assert [(line.label, line.value) for line in cost_table(both) if "cache" in line.label] == [
-            ("attention cache a token", attention), ("hoard cache a token", 32), ("hoard cache a token", 16)
+            ("attention cache per token", attention), ("hoard cache per token", 32), ("hoard cache per token", 16)
         ]  # fmt: skip
         assert sum(cache.bytes_after(100) for cache in cache_costs(both)) == 5 * attention + 100 * 32 + 3 * 16
     finally:
@@ -189,11 +189,11 @@ def labels(**changes):
 
 def test_a_table_for_people():
     untied, tied, hybrid = labels(), labels(tie_word_embeddings=True), labels(attn=ATTENTION | {"window_size": 1024})
-    assert untied["training FLOPs a token", "6 N, without the embedding"] == cost(config()).flops_per_token_6n
+    assert untied["training FLOPs per token", "6 N, without the embedding"] == cost(config()).flops_per_token_6n
     assert not any("tied" in note for _, note in untied)
     assert tied["parameters (N)", "tied embedding counted once"] == cost(config(tie_word_embeddings=True)).parameters
     assert untied["weights", "bfloat16"] * 2 == untied["weights", "float32"] == 4 * untied["parameters (N)", ""]
-    assert ("attention cache a token", "float32, up to 1,023 tokens") in hybrid
+    assert ("attention cache per token", "float32, up to 1,023 tokens") in hybrid
     assert not any("attention" in label for label, _ in untied)
 
 

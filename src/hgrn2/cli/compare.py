@@ -37,7 +37,7 @@ def compare(
         file: A TOML file with tables [models.NAME] and [tasks.NAME], seeds and learning_rates; see
             docs/guide/comparing.md.
         out: Folder of the comparison (default: comparisons/ and the name of the file).
-        jobs: Runs side by side (default: one a core, or four a GPU; 16 a GPU of tiny models with cuda_graph).
+        jobs: Runs side by side (default: one per core, or four per GPU; 16 per GPU for tiny models with cuda_graph).
         runs_per_process: Runs that share a process, each in a thread (default: one; eight of tiny models on a GPU).
         only: Train only runs whose names match these patterns, such as "text.hgrn2.*"; the others wait.
         start_for_s: Seconds after which no further run is started; runs that are training continue to their end.

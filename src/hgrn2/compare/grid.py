@@ -61,8 +61,8 @@ class Slots:
         """Return as many slots as the device of the runs allows.
 
         On the CPU: cores, divided by the threads of a run (num_threads of [train], by default one). On GPUs: four runs
-        a GPU, at most one a core; if all models are tiny and their steps are captured (cuda_graph), two processes
-        of eight runs a GPU.
+        per GPU, at most one per core; if all models are tiny and their steps are captured (cuda_graph), two processes
+        of eight runs per GPU.
 
         Args:
             runs: the runs.

@@ -94,7 +94,7 @@ class RateSummary:
 
     Attributes:
         learning_rate: the learning rate.
-        finished: the finished runs, one a seed.
+        finished: the finished runs, one per seed.
         num_diverged: number of diverged runs.
         num_runs: number of runs in the plan.
         muon_learning_rate: the learning rate of Muon; None if it is not set.

@@ -165,12 +165,12 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
     """
     c = cost(config, seq_len)
     tied = config.tie_word_embeddings
-    of_attention = f", {seq_len:,} tokens a sequence" if c.attention_bytes_per_token else ""
+    of_attention = f", {seq_len:,} tokens per sequence" if c.attention_bytes_per_token else ""
     lines = [
         CostLine("parameters (N)", c.parameters, "", "tied embedding counted once" if tied else ""),
-        CostLine("training FLOPs a token", c.flops_per_token_6n, "", "6 N" if tied else "6 N, without the embedding"),
-        CostLine("training FLOPs a token", c.flops_per_token_training, "", "counted: 3 x the forward pass"),
-        CostLine("forward FLOPs a token", c.flops_per_token_forward, "", f"counted, with the scan{of_attention}"),
+        CostLine("training FLOPs per token", c.flops_per_token_6n, "", "6 N" if tied else "6 N, without the embedding"),
+        CostLine("training FLOPs per token", c.flops_per_token_training, "", "counted: 3 x the forward pass"),
+        CostLine("forward FLOPs per token", c.flops_per_token_forward, "", f"counted, with the scan{of_attention}"),
         CostLine("activations a token", c.activation_bytes_per_token, "bytes", "training in float32"),
         CostLine("activations a token", c.activation_bytes_per_token_bfloat16, "bytes", "training under bfloat16"),
         CostLine("activations a token", c.activation_bytes_per_token_checkpointed, "bytes", "float32, checkpointed"),
@@ -178,7 +178,7 @@ def cost_table(config: HGRN2Config, seq_len: int = 2048) -> list[CostLine]:
     ]
     for cache in cache_costs(config):
         limit = "without a limit" if cache.limit is None else f"up to {plural(cache.limit, 'token')}"
-        lines.append(CostLine(f"{cache.mixer} cache a token", cache.bytes_per_token, "bytes", f"float32, {limit}"))
+        lines.append(CostLine(f"{cache.mixer} cache per token", cache.bytes_per_token, "bytes", f"float32, {limit}"))
     return [
         *lines,
         CostLine("weights", c.weight_bytes, "bytes", "float32"),

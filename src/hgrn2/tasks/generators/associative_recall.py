@@ -16,7 +16,7 @@ from hgrn2.tasks.generators.draws import Draws, Ints
 @register_generator("associative_recall")
 @dataclass(frozen=True)
 class AssociativeRecallOptions(SyntheticOptions):
-    """Say the value of one key at the end: pairs that may repeat, then the question.
+    """Predict the value of one key at the end: pairs that may repeat, then the question.
 
     Distribution. An example is a sequence of keys of key_length tokens, each followed by a value token; then a marker
     and a key. Each key is uniform among the num_keys ^ key_length, and each has one uniform value per example. The

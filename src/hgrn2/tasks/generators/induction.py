@@ -16,7 +16,7 @@ from hgrn2.tasks.generators.draws import Draws
 @register_generator("induction")
 @dataclass(frozen=True)
 class InductionOptions(SyntheticOptions):
-    """Say what came after the marker, when the marker comes again.
+    """Predict the symbols that came after the marker, when the marker comes again.
 
     Distribution. The first length - num_copied positions hold uniform symbols, and a marker at a uniform place among
     those with num_copied symbols after it. Then the marker comes again, followed by the first num_copied - 1 of those

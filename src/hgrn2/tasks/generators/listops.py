@@ -22,7 +22,7 @@ _MAX_TRIED = 2**20
 @register_generator("listops")
 @dataclass(frozen=True)
 class ListOpsOptions(SyntheticOptions):
-    """Say the value, 0 to 9, of a nested expression such as [MAX 2 9 [MIN 4 7 ] 0 ].
+    """Predict the value, 0 to 9, of a nested expression such as [MAX 2 9 [MIN 4 7 ] 0 ].
 
     Distribution. A node is an operator with probability operator_share, otherwise a digit; at depth max_depth it is a
     digit. Operators are uniform among MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10), and have a

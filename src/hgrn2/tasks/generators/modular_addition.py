@@ -15,7 +15,7 @@ from hgrn2.tasks.generators.draws import Draws
 @register_generator("modular_addition")
 @dataclass(frozen=True)
 class ModularAdditionOptions(SyntheticOptions):
-    """Say at every position the sum so far, modulo a number.
+    """Predict at every position the sum so far, modulo a number.
 
     Distribution. Inputs are independent and uniform in 0 .. modulus - 1. Every position has a target, the sum of the
     inputs up to it modulo modulus.

@@ -16,7 +16,7 @@ from hgrn2.tasks.generators.draws import Draws
 @register_generator("mqar")
 @dataclass(frozen=True)
 class MQAROptions(SyntheticOptions):
-    """Say the value of each key that is asked for: pairs of keys and values first, then every key once, at a distance.
+    """Predict the value of each queried key: pairs of keys and values come first, then every key once, at a distance.
 
     Distribution. An example begins with num_pairs pairs of a key and a value. Keys are distinct and uniform in
     1 .. vocab_size // 2 - 1, values distinct and uniform in vocab_size // 2 .. vocab_size - 1. Places for queries are

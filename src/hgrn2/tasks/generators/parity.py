@@ -14,7 +14,7 @@ from hgrn2.tasks.generators.draws import Draws
 @register_generator("parity")
 @dataclass(frozen=True)
 class ParityOptions(SyntheticOptions):
-    """Say at every position whether the number of ones so far is odd.
+    """Predict at every position whether the number of ones so far is odd.
 
     Distribution. Bits are independent and fair. Every position has a target, 0 or 1. Gates in [0, 1] cannot learn it
     for all lengths (arXiv 2411.12537).

@@ -16,7 +16,7 @@ from hgrn2.tasks.generators.draws import Draws, Ints
 @register_generator("permutations")
 @dataclass(frozen=True)
 class PermutationsOptions(SyntheticOptions):
-    """Say at every position the product of the permutations so far: the word problem of a group.
+    """Predict at every position the product of the permutations so far: the word problem of a group.
 
     Distribution. Inputs are independent and uniform over the elements of the group, numbered in lexicographic order.
     Every position has a target: the permutation that follows from applying the inputs up to it, one after the other.
