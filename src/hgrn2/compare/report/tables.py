@@ -137,7 +137,9 @@ def sizes(results: Results, task: TaskSummary) -> TextTable:
     cells = sorted(task.cells, key=lambda cell: order.index(cell.model))
     match = results.plan.comparison.match
     wanted = match if isinstance(match, int) else cells[0].cost.parameters
-    head = ["model", "parameters", "difference", "channel mixer", "state", "cache per token", "training FLOPs per token"]
+    head = [
+        "model", "parameters", "difference", "channel mixer", "state", "cache per token", "training FLOPs per token"
+    ]  # fmt: skip
     rows = [
         [cell.model, f"{cell.cost.parameters:,}", f"{cell.cost.parameters / wanted - 1:+.2%}",
          str(cell.config.intermediate_size), size(cell.cost.state_bytes),
