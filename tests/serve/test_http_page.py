@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from importlib import resources
 
 import pytest
@@ -21,6 +22,20 @@ def test_the_page_asks_nobody_else():
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "connect-src 'self'" in policy
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_the_page_shows_the_model(tmp_path):
+    options = ServerOptions(name="a-model")
+    with running(options=options) as server:
+        command = [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
+            "--virtual-time-budget=3000", "--dump-dom", server.url,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert '<h1 id="model">a-model</h1>' in done.stdout, done.stderr
+    assert "2.0 KiB" in done.stdout
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,10 @@ class Process:
         link.close()
         return found
 
+    def metrics(self):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+            return answer.read().decode()
+
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
         _, rest = self.process.communicate(timeout=60)
@@ -92,7 +97,9 @@ def test_sigterm_lets_running_requests_end_and_a_kill_loses_no_saved_session(run
     long = {"prompt": "Hi", "max_tokens": 300, "n": 2, "temperature": 1, "seed": 1, "logit_bias": {"256": -100}}
     worker = threading.Thread(target=lambda: results.append(server.post("/v1/completions", long)))
     worker.start()
-    time.sleep(0.1)
+    end = time.monotonic() + 20
+    while "hgrn2_running 2.0" not in server.metrics() and not results and time.monotonic() < end:
+        time.sleep(0.01)
     assert server.end() == 0
     worker.join(20)
     status, found = results[0]
