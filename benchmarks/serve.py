@@ -44,7 +44,7 @@ MALFORMED = (
 
 @dataclass(frozen=True)
 class Load:
-    """What the clients do.
+    """Behaviour of the clients.
 
     Attributes:
         clients: requests at once, at most.
@@ -75,7 +75,7 @@ class Load:
 
 @dataclass
 class Found:
-    """What the clients saw.
+    """Observations of the clients.
 
     Attributes:
         statuses: number of answers by kind of request and status; status 0 is a connection that ended.

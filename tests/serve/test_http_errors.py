@@ -197,7 +197,7 @@ def test_a_model_whose_outputs_are_not_finite_says_so():
         assert server.send("GET", "/health")[0] == 200
 
 
-def test_a_client_that_reads_nothing_keeps_nobody_out():
+def test_a_client_that_reads_nothing_keeps_no_others_out():
     engine = TextEngine(Engine(tiny_model(), EngineOptions(1, vocab_size=257)), EndlessTokenizer())
     server = CompletionServer(engine, ServerOptions(max_waiting=0, max_seconds=0.2))
     server.thread.start()

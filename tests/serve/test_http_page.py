@@ -13,7 +13,7 @@ from tests.serve.http_server import EndlessTokenizer, running
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-def test_the_page_asks_nobody_else():
+def test_the_page_needs_no_other_server():
     text = resources.files("hgrn2.serve.http").joinpath("page.html").read_text("utf-8")
     assert not re.search(r"https?://|//[a-z]|@import|url\(|innerHTML|eval\(|document\.write", text)
     with running() as server:

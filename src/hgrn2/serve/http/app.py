@@ -20,7 +20,7 @@ from hgrn2.serve.http.schema import ChatBody, CompletionBody, parse_body
 from hgrn2.serve.http.server import Call, CompletionServer
 
 T = TypeVar("T")
-# the page has its script and style in itself, and asks nobody but this server
+# the page holds its script and style, and sends requests to this server alone
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -186,7 +186,7 @@ async def _unless_client_leaves(request: Request, result: Awaitable[T]) -> T:
     """Wait for a result; cancel it if the client leaves.
 
     Raises:
-        ApiError: the client left, so that this error reaches nobody.
+        ApiError: the client left; no one receives this error.
     """
 
     async def leave() -> None:

@@ -29,7 +29,7 @@ class TokenEntry:
 
 @dataclass
 class Part:
-    """What a piece adds to a choice.
+    """Addition of a piece to a choice.
 
     Attributes:
         index: number of the choice.

@@ -61,7 +61,7 @@ class SessionStore:
         """Return a session, from a file if memory no longer holds it.
 
         Raises:
-            ApiError: there is none of this name, or its file is damaged; a damaged file is removed.
+            ApiError: no session has this name, or its file is damaged; a damaged file is removed.
         """
         self._check(name)
         with self._lock:
@@ -100,7 +100,7 @@ class SessionStore:
         """Forget a session and remove its file.
 
         Raises:
-            ApiError: there is none of this name.
+            ApiError: no session has this name.
         """
         self._check(name)
         path = self._path(name)
