@@ -81,12 +81,12 @@ def _overview(results: Results) -> str:
             label += f" (with it {', '.join(series.further).replace('_', ' ')})"
         charts.append(_option_chart(results, task, title, label, series.curves))
     metrics = {tables.direction(task) for task in results.tasks}
-    said = (
+    note = (
         f'<p class="note">{_first_upper(rich(metrics.pop()))}, at the best learning rate.</p>'
         if len(metrics) == 1
         else ""
     )
-    parts = [f'{said}<div class="overview">{_html(tables.overview(results))}</div>']
+    parts = [f'{note}<div class="overview">{_html(tables.overview(results))}</div>']
     if charts:
         parts += [
             _legend(results, [cell.model for cell in results.tasks[0].cells]),
@@ -97,13 +97,13 @@ def _overview(results: Results) -> str:
 
 def _option_chart(results: Results, task: TaskSummary, title: str, label: str, curves: Sequence[Curve]) -> str:
     every = [x for curve in curves for x in curve.x]
-    x = Axis(min(every) / 1.1, max(every) * 1.1, label, compact, is_log=True, at=_few(every))
+    x = Axis(min(every) / 1.1, max(every) * 1.1, label, compact, is_log=True, at=_ticks(every))
     y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
     return _chart(results, title, x, y, curves)
 
 
-def _few(values: Sequence[float]) -> list[float]:
-    """Return the different values in ascending order; of many, every second or third, for the ticks of an axis."""
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Return the distinct values in ascending order, for the ticks of an axis; if there are many, only some of them."""
     found = sorted(set(values))
     return found[:: -(-len(found) // _MAX_TICKS)]
 
@@ -151,7 +151,7 @@ def _charts(results: Results, task: TaskSummary) -> list[str]:
         if not (curves := rate_curves(task, of)):
             continue
         every = [x for curve in curves for x in curve.x]
-        x = Axis(min(every) / 1.3, max(every) * 1.3, name, "{:g}".format, is_log=True, at=_few(every))
+        x = Axis(min(every) / 1.3, max(every) * 1.3, name, "{:g}".format, is_log=True, at=_ticks(every))
         y = Axis(*spread_limits(curves), tables.metric_with_unit(task), _metric_tick(task))
         charts.append(_chart(results, f"{label} against {name}", x, y, curves))
     for option, curves in option_curves(task).items():
