@@ -29,8 +29,8 @@ class Tile(NamedTuple):
     states: int
 
 
-# by the larger of K and V, rounded up to a power of two: few instructions a token, and no spills to memory, as Triton 3.6
-# compiles for compute capability 9.0. Not measured yet; `benchmarks/tune_narrow.py` times them and others
+# by the larger of K and V, rounded up to a power of two: few instructions a token and no spills to memory, as Triton
+# 3.6 compiles for compute capability 9.0. Not measured yet; `benchmarks/tune_narrow.py` times them and others
 FORWARD = {1: Tile(16, 1), 2: Tile(16, 2), 4: Tile(8, 4), 8: Tile(8, 4), 16: Tile(4, 8)}
 BACKWARD = {1: Tile(8, 1), 2: Tile(8, 2), 4: Tile(8, 2), 8: Tile(8, 4), 16: Tile(4, 8)}
 
