@@ -88,6 +88,19 @@ def test_hugging_face_sets(tmp_path, saved):
     assert np.array_equal(decoded, files.pixels().transpose(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize("has_names", [True, False])
+def test_hugging_face_sets_with_missing_labels(tmp_path, has_names):
+    datasets = pytest.importorskip("datasets")
+    kind = datasets.ClassLabel(names=["x", "y"]) if has_names else datasets.Value("int64")
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    images = [Image.fromarray(x) for x in files.pixels(4)]
+    (tmp_path / "d").mkdir()
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, None, 1, None]}, features=features)
+    table.to_parquet(str(tmp_path / "d/train.parquet"))
+    with refuses("invalid-value", "train", "image 1", "2 such"):
+        opened(tmp_path / "d")
+
+
 def test_unusual_files_become_eight_bit_rgb_or_grey(tmp_path):
     rgb = files.pixels(1)[0]
 

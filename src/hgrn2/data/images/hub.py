@@ -72,7 +72,12 @@ def _read_split(table: Any, where: str, datasets: Any) -> ImageSet:
             f"{', '.join(_LABEL_NAMES)}",
             "not-found",
         )
-    values = np.asarray(table[label][:])
+    values = table[label][:]
+    if missing := [i for i, x in enumerate(values) if x is None]:
+        raise UserError(
+            f"{where}: image {missing[0]} has no label ({len(missing)} such images); leave them out", "invalid-value"
+        )
+    values = np.asarray(values)
     names = getattr(table.features[label], "names", None)
     if names is None:
         names = sorted({str(x) for x in values}, key=lambda x: (len(x), x))
