@@ -57,15 +57,18 @@ class Shape(NamedTuple):
         return ScanCall(q, f, None, v, bound, None, None, ScanSettings(q_activation="silu"))
 
 
-# images, text and lists, retrieval; the last one has few heads
+# of images and of text, and one that is cut into segments
 SHAPES = (Shape(64, 1024, 256, 2), Shape(128, 2048, 16, 8), Shape(32, 4096, 16, 8))
-TUNED = (*SHAPES[:2], Shape(128, 2048, 32, 4), Shape(64, 4096, 64, 1))
+TUNED = {shape.width: shape for shape in (*SHAPES[:2], Shape(128, 2048, 32, 4), Shape(64, 4096, 64, 1))}
+# more programs than any sequences make
+ALWAYS = 1 << 30
 
 
 def candidates(width: int) -> list[Tile]:
     """Tiles worth a try: larger ones do not fit in registers."""
-    found = itertools.product((4, 8, 16, 32), (1, 2, 4, 8))
-    return [Tile(*sizes) for sizes in found if 8 <= sizes[0] * sizes[1] <= 64 and sizes[1] <= max(2, width)]
+    found = itertools.product((4, 8, 16), (1, 2, 4, 8))
+    fitting = (Tile(*sizes) for sizes in found if 8 <= sizes[0] * sizes[1] <= 32)
+    return [tile for tile in fitting if width <= 4 * tile.states <= 4 * max(2, width)]
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 5) -> list[float]:
@@ -95,11 +98,10 @@ def passes(call: ScanCall, tile: Tile) -> dict[str, Callable[[], object]]:
     }
 
 
-def compile_one(job: tuple[Shape, Tile]) -> None:
-    """Leave a tile's kernels in Triton's cache, if they fit the chip."""
-    shape, tile = job
-    # the kernels of whole sequences
-    tiles.FEWEST_PROGRAMS = 0
+def compile_one(job: tuple[Shape, Tile, bool]) -> None:
+    """Leave a tile's kernels in Triton's cache, for whole sequences or cut ones, if they fit the chip."""
+    shape, tile, is_cut = job
+    tiles.FEWEST_PROGRAMS = ALWAYS if is_cut else 0
     try:
         for run in passes(shape._replace(batch=1, length=128).call(), tile).values():
             run()
@@ -109,14 +111,18 @@ def compile_one(job: tuple[Shape, Tile]) -> None:
         return
 
 
-def sweep_tiles(processes: int, deadline: float) -> list[dict[str, object]]:
-    """Time every tile, and leave the best in the tables."""
-    jobs = [(shape, tile) for shape in TUNED for tile in candidates(shape.width)]
+def compile_ahead(widths: list[int], processes: int) -> None:
+    """Leave the kernels of all tiles in Triton's cache."""
+    jobs = [(TUNED[width], tile, is_cut) for width in widths for tile in candidates(width) for is_cut in (False, True)]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs))
+
+
+def sweep_tiles(widths: list[int], deadline: float) -> list[dict[str, object]]:
+    """Time every tile, and leave the best in the tables."""
     found: list[dict[str, object]] = []
     fewest, tiles.FEWEST_PROGRAMS = tiles.FEWEST_PROGRAMS, 0
-    for shape in TUNED:
+    for shape in (TUNED[width] for width in widths):
         tables = (tiles.FORWARD, tiles.BACKWARD)
         before = [table[shape.width] for table in tables]
         times: dict[Tile, dict[str, float]] = {}
@@ -218,16 +224,21 @@ def rows_of(shape: Shape) -> list[Row]:
 def main() -> int:
     """Run the sweeps and the sizes; 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--limit-s", type=float, default=60, help="of the sweeps together")
+    parser.add_argument("--limit-s", type=float, default=30, help="of the sweeps together, once all is compiled")
+    parser.add_argument("--widths", type=int, nargs="+", choices=TUNED, default=[2, 8], help="whose tiles are timed")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="that compile")
     parser.add_argument("--no-sweep", action="store_true", help="only the sizes of Long Range Arena")
     parser.add_argument("--out", type=Path, help="write every time here, as JSON")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
-    began, swept, rows, right = time.monotonic(), [], [], True
+    swept, rows, right = [], [], True
     if not options.no_sweep:
-        swept = sweep_tiles(options.processes, began + 0.8 * options.limit_s)
+        began = time.monotonic()
+        compile_ahead(options.widths, options.processes)
+        print(f"compiled in {time.monotonic() - began:.0f} s")
+        began = time.monotonic()
+        swept = sweep_tiles(options.widths, began + 0.7 * options.limit_s)
         swept += sweep_cuts(began + options.limit_s)
     for shape in SHAPES:
         try:
