@@ -37,7 +37,7 @@ def rate(out: Path, arguments: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     """Run all ways and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", default="1.3b")
