@@ -49,6 +49,12 @@ def test_bad_values_are_refused(server, change):
     assert_error(*server.post("/v1/completions", BODY | change), 400, name)
 
 
+@pytest.mark.parametrize("change", [{"echo": True}, {"suffix": "x"}], ids=json.dumps)
+def test_unsupported_parameters_are_named_as_such(server, change):
+    (name,) = change
+    assert_error(*server.post("/v1/completions", BODY | change), 400, name, "unsupported")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -135,7 +135,7 @@ def test_sessions_beyond_the_memory_leave_and_saved_ones_come_back(tmp_path):
 def test_a_server_without_a_folder_saves_nothing():
     with running() as server:
         session = server.post("/v1/completions", BODY | {"keep": True})[1]["choices"][0]["session"]
-        assert_error(*server.post(f"/v1/sessions/{session}/save"), 400, "folder")
+        assert_error(*server.post(f"/v1/sessions/{session}/save"), 400, "unsupported", "--sessions")
 
 
 @pytest.mark.parametrize("prefix_bytes", [0, 2**24])

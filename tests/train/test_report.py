@@ -165,6 +165,20 @@ def test_a_report_of_little(tmp_path):
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize(("num_steps", "num_labels"), [(3, 0), (30, 2)])
+def test_labels_of_curves_stay_in_the_chart(tmp_path, num_steps, num_labels):
+    """The label of the training loss starts left of 70 %, and is left out if the loss is high until then."""
+    records = [{"kind": "start", "step": 0}]
+    for step in range(1, num_steps + 1):
+        loss = 9.0 if num_steps == 3 and step < 3 else 8.0 - step / 10
+        records.append({"kind": "train", "step": step, "tokens": 8 * step, "elapsed_s": step, "loss": loss})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    left = re.findall(r'class="label above train" style="left:([0-9.]+)%', text)
+    assert len(left) == num_labels
+    assert all(float(percent) < 70 for percent in left)
+
+
 def test_a_long_run_of_many_layers_stays_small(tmp_path):
     run_dir = make_run(tmp_path / "long", num_steps=20_000, num_layers=48, sample="\x1b" * 5000)
     assert write_report(run_dir).stat().st_size < 500_000

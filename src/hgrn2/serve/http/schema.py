@@ -218,6 +218,8 @@ def parse_body(kind: type[T], data: bytes) -> T:
     param = place[0] if place else None
     if first["type"] == "extra_forbidden":
         message, code = f"{'.'.join(place)}: unknown or unsupported parameter; leave it out", "unknown-parameter"
+    elif first["type"] == "none_required" or place == ["echo"]:
+        message, code = f"{param}: not supported; leave it out", "unsupported"
     else:
         message, code = f"{'.'.join(place) or 'body'}: {first['msg']}", "invalid-value"
     raise ApiError(400, message, code, param)

@@ -92,7 +92,9 @@ class SessionStore:
         """
         session, path = self.get(name), self._path(name)
         if path is None:
-            raise ApiError(400, "session: the server has no folder for sessions; start it with one", "unsupported")
+            raise ApiError(
+                400, "session: the server has no folder to save to; start it with --sessions FOLDER", "unsupported"
+            )
         session.save(path)
         return path.stat().st_size
 

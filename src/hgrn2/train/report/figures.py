@@ -94,7 +94,8 @@ def _curve_labels(
     height = y.high - y.low
     labels = []
     low_enough = np.flatnonzero(smoothed < y.high - 0.35 * height)
-    if len(low_enough) and low_enough[0] < 0.7 * len(at):
+    # farther right, the text would leave the chart
+    if len(low_enough) and at[low_enough[0]] < 0.7 * at[-1]:
         i = low_enough[0]
         labels.append(Label(float(at[i]), float(smoothed[i]), "training", "train", "above"))
     if measured:
