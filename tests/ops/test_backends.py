@@ -39,7 +39,7 @@ class AnyChip(CudaBackend):
 @contextmanager
 def machine(triton: str | None = None, chip: str | None = "no such chip") -> Iterator[None]:
     """A machine with these problems, whatever is installed here."""
-    order = ("cuda", "triton", "narrow", "chunked")
+    order = ("cuda", "triton", "chunked")
     kernels = (TritonBackend(triton, is_interpreted=False), NarrowBackend(triton, is_interpreted=False))
     with registered(*kernels, AnyChip(chip), auto_order=order):
         yield
@@ -95,9 +95,10 @@ def test_what_the_kernels_cannot_take(device, dtype, k_width, v_width, named):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("widths", [(1, 1), (2, 2), (8, 8), (15, 16), (16, 3)], ids=str)
 def test_narrow_heads_get_kernels_of_their_own(widths, dtype):
-    for wanted in ("auto", "narrow"):
-        assert resolve_backend(wanted, CUDA, dtype, *widths) == "narrow"
-        assert resolve_backend(wanted, CUDA, dtype, *widths, cuda_eligible=False) == "narrow"
+    for cuda_eligible in (False, True):
+        assert resolve_backend("narrow", CUDA, dtype, *widths, cuda_eligible=cuda_eligible) == "narrow"
+    # by name only, until they have run on a GPU
+    assert resolve_backend("auto", CUDA, dtype, *widths) == "chunked"
     with refuses("unsupported", "'triton'", *widths):
         resolve_backend("triton", CUDA, dtype, *widths)
     assert resolve_backend("chunked", CUDA, dtype, *widths) == "chunked"
@@ -289,7 +290,7 @@ def test_what_is_registered_can_be_forgotten():
 def test_auto_without_a_backend_for_the_call():
     with registered(Nothing(), auto_order=("nothing",)), refuses("unsupported", "'auto'", "nothing"):
         hgrn2_scan(**tied_inputs(1, 3))
-    assert base.auto_order() == ("cuda", "triton", "narrow", "chunked")
+    assert base.auto_order() == ("cuda", "triton", "chunked")
 
 
 def problem_with(monkeypatch, versions: dict[str, str]) -> str | None:

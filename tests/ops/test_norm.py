@@ -147,8 +147,6 @@ def test_every_program_gives_its_part_of_the_weights_gradient(monkeypatch):
 
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(launches, "BLOCK_ELEMENTS", 32)
-    # eight sums of programs in two parts
-    monkeypatch.setattr(launches, "SUM_ROWS", 4)
     given = inputs((37, 16))
     found = run(ours, given, outputs=("y",), eps=1e-5, backend="triton")
     assert_close(found, run(exact_norm, given, outputs=("y",), dtype=torch.float64, eps=1e-5), TINY)

@@ -10,13 +10,11 @@ import triton
 from torch import Tensor
 
 from hgrn2.ops.device import multiprocessors, on_device
-from hgrn2.ops.triton.row_norm import norm_backward_kernel, norm_forward_kernel, sum_rows_kernel
+from hgrn2.ops.triton.row_norm import norm_backward_kernel, norm_forward_kernel
 
 # elements of a block, so that registers suffice for two or more programs on a multiprocessor
 BLOCK_ELEMENTS = 4096
 PROGRAMS_PER_MULTIPROCESSOR = 4
-# rows and columns that a program adds at once: as many rows as there are sums on most GPUs, so that it waits once
-SUM_ROWS, SUM_COLUMNS = 1024, 16
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -66,18 +64,7 @@ def backward(
             BR=block_rows, BW=block_width, HAS_WEIGHT=weight is not None, WEIGHT_LEARNS=sums is not None,
             num_warps=warps,
         )  # fmt: skip
-        d_weight = None if sums is None or weight is None else _sum_rows(sums, weight.dtype)
-    return dx, d_weight
-
-
-def _sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum of the rows of x [P, W], float32, contiguous."""
-    rows, width = x.shape
-    y = x.new_empty(width, dtype=dtype)
-    sum_rows_kernel[(triton.cdiv(width, SUM_COLUMNS),)](
-        x, y, rows, width, BR=min(SUM_ROWS, triton.next_power_of_2(rows)), BW=SUM_COLUMNS, num_warps=8
-    )
-    return y
+    return dx, None if sums is None or weight is None else sums.sum(0).to(weight.dtype)
 
 
 def _block(width: int) -> tuple[int, int, int]:

@@ -55,16 +55,3 @@ def norm_backward_kernel(
         tl.store(dx_p + places, dx.to(dx_p.dtype.element_ty), mask=inside)
     if WEIGHT_LEARNS:
         tl.store(d_weight_p + i_program.to(tl.int64) * WIDTH + columns, d_weight, mask=column_inside)
-
-
-@triton.jit
-def sum_rows_kernel(x_p, y_p, ROWS, WIDTH, BR: tl.constexpr, BW: tl.constexpr):
-    """Sum the rows of x [ROWS, WIDTH], float32, in a fixed order. Programs: blocks of BW columns."""
-    columns = tl.program_id(0) * BW + tl.arange(0, BW)
-    column_inside = columns < WIDTH
-    total = tl.zeros((BR, BW), tl.float32)
-    for start in range(0, ROWS, BR):
-        rows = start + tl.arange(0, BR)
-        inside = (rows < ROWS)[:, None] & column_inside[None, :]
-        total += tl.load(x_p + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0)
-    tl.store(y_p + columns, tl.sum(total, axis=0).to(y_p.dtype.element_ty), mask=column_inside)
