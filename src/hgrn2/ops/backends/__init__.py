@@ -37,6 +37,6 @@ __all__ = [
 
 for _backend in (ReferenceBackend(), ChunkedBackend(), TritonBackend(), NarrowBackend(), CudaBackend()):
     register(_backend)
-# "auto" never chooses the reference or kernels in an interpreter, which are for tests, nor "narrow", which has not run on
-# a GPU yet
+# "auto" never chooses the reference or kernels in an interpreter, which are for tests, nor "narrow", which no GPU has
+# run yet
 set_auto_order("cuda", *(() if IS_INTERPRETED else ("triton",)), "chunked")
