@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from hgrn2.train.metrics import write_records
+from hgrn2.train.plots import loss_figure
 from hgrn2.train.report.facts import RunFacts
 from hgrn2.train.report.figures import metric_figure
 from hgrn2.train.report.page import render
@@ -16,7 +17,7 @@ def facts(run_dir, *, task="parity", resumed_at=None):
     for at in common:
         if at["step"] == resumed_at:
             records.append({**records[0], "step": resumed_at})
-        records.append({"kind": "train", **at, "loss": 1 / at["step"]})
+        records.append({"kind": "train", **at, "loss": 1 / at["step"], "tokens_per_s": 5.0})
         if at["step"] % 20 == 0:
             accuracy = at["step"] / 50
             figures = {"val_loss": 0.5, "val_accuracy": accuracy, "val_accuracy_length_128": accuracy / 2}
@@ -36,6 +37,19 @@ def test_the_accuracy_of_a_task_has_a_curve_and_so_have_other_lengths(tmp_path):
     # two validations of the accuracy, and two of the accuracy at another length
     assert figure.count("dot train") == figure.count("dot held-out") == 2
     assert "Accuracy against tokens" in render(facts(tmp_path / "other"))
+
+
+def test_a_run_on_images_counts_images(tmp_path):
+    found = facts(tmp_path / "run", task="image")
+    page = render(found)
+    for words in ("Accuracy against images", "Loss against images", "training images", "images per second"):
+        assert words in page
+    assert "nats per example" in page
+    assert '"counted":"images"' in page.replace(" ", "")
+    for words in ("Loss against tokens", "training tokens", "nats per token", "held-out text"):
+        assert words not in page
+    (axes, _) = loss_figure(found.train, found.validation, found).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training images", "nats per example")
 
 
 def test_perplexity_follows_from_the_loss_and_has_no_curve(tmp_path):

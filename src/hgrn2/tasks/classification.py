@@ -48,6 +48,7 @@ class ClassificationTask(TaskBase):
     report = TaskReport(
         model="A classifier",
         unit="nats per example",
+        counted="examples",
         figures=(
             ReportFigure("val_accuracy", "accuracy", ".1%", "share of examples whose class has the highest logit",
                          ".2%"),

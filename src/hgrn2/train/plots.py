@@ -17,6 +17,7 @@ from hgrn2.storage.staging import staged_file
 from hgrn2.train.curves import bits_per_nat, log_ticks, loss_limits, smooth, time_unit
 from hgrn2.train.gates import GATES_NAME, GateSummary
 from hgrn2.train.metrics import read_metrics
+from hgrn2.train.report.facts import RunFacts
 
 FOLDER_NAME = "plots"
 
@@ -55,7 +56,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
     pictures = {}
     if train:
-        pictures["loss"] = loss_figure(train, [r for r in records if r["kind"] == "validation"])
+        pictures["loss"] = loss_figure(train, [r for r in records if r["kind"] == "validation"], RunFacts.read(run_dir))
     if (run_dir / GATES_NAME).exists():
         pictures["memory"] = memory_figure(GateSummary.load(run_dir))
     if not pictures:
@@ -70,12 +71,13 @@ def plot_run(run_dir: Path) -> list[Path]:
     return paths
 
 
-def loss_figure(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
-    """Draw the loss against tokens and against time: steps, their moving average, and validations."""
+def loss_figure(train: list[dict[str, Any]], validation: list[dict[str, Any]], facts: RunFacts) -> Figure:
+    """Draw the loss against tokens (or examples) and against time: steps, their moving average, and validations."""
     losses = np.array([r["loss"] for r in train])
-    scale, unit = time_unit(max(r["elapsed_s"] for r in [*train, *validation]))
+    scale, time = time_unit(max(r["elapsed_s"] for r in [*train, *validation]))
     low, high = loss_limits(train, validation)
     factor = bits_per_nat(validation)
+    data = "text" if facts.reads_text else "data"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
@@ -86,28 +88,29 @@ def loss_figure(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -
             axes.plot(
                 [r[key] / one for r in validation],
                 [np.nan if r["val_loss"] is None else r["val_loss"] for r in validation],
-                color=_VALIDATION, marker="o", markersize=4, linewidth=1.0, linestyle=":", label="held-out text",
+                color=_VALIDATION, marker="o", markersize=4, linewidth=1.0, linestyle=":", label=f"held-out {data}",
             )  # fmt: skip
             axes.set_xlim(0, max(x[-1], *(r[key] / one for r in validation), 1e-9) * 1.02)
         left.set_ylim(low, high)
-        left.set(title="Loss against tokens", xlabel="training tokens", ylabel="nats per token")
+        counted, unit = facts.task.counted, facts.task.unit
+        left.set(title=f"Loss against {counted}", xlabel=f"training {counted}", ylabel=unit)
         left.xaxis.set_major_formatter(EngFormatter(sep=""))
-        right.set(title="Loss against time", xlabel=unit)
+        right.set(title="Loss against time", xlabel=time)
         right.legend(loc="upper right")
         if factor is not None:
             bits = right.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
             bits.set_ylabel("bits per byte of held-out text")
-        figure.supxlabel(_loss_caption(validation), fontsize=9, color=_CAPTION, x=0.01, ha="left")
+        figure.supxlabel(_loss_caption(validation, unit, data), fontsize=9, color=_CAPTION, x=0.01, ha="left")
     return figure
 
 
-def _loss_caption(validation: list[dict[str, Any]]) -> str:
-    caption = "Mean of -log p per token; faint: every step, line: moving average."
+def _loss_caption(validation: list[dict[str, Any]], unit: str, data: str) -> str:
+    caption = f"Mean of -log p in {unit}; faint: every step, line: moving average."
     measured = [r for r in validation if r["val_loss"] is not None]
     if not measured:
         return caption
     last = measured[-1]
-    caption += f" Held-out text, never trained on, at the end: {last['val_loss']:.3f} nats per token"
+    caption += f" Held-out {data}, never trained on, at the end: {last['val_loss']:.3f} {unit}"
     bits = last.get("val_bits_per_byte")
     return caption + ("." if bits is None else f", {bits:.3f} bits per byte.")
 

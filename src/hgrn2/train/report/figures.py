@@ -30,10 +30,12 @@ def loss_figures(facts: RunFacts) -> list[str]:
     factor = bits_per_nat(facts.validation)
     levels = {name: bits / factor for name, bits in facts.compressors.items()} if factor else {}
     low, high = min([low, *(v - 0.04 * (high - low) for v in levels.values())]), max([high, *levels.values()])
-    y = Axis(low, high, "nats per token", "{:g}".format)
+    y = Axis(low, high, facts.task.unit, "{:g}".format)
     right = None if factor is None else Axis(low * factor, high * factor, "bits per byte", "{:g}".format)
     figures = []
-    for key, x in (("tokens", _tokens_axis(facts)), ("elapsed_s", _time_axis(facts))):
+    for key, x, against in (
+        ("tokens", _tokens_axis(facts), facts.task.counted), ("elapsed_s", _time_axis(facts), "time"),
+    ):  # fmt: skip
         at = np.array([r[key] for r in train], dtype=float)
         some = thin(len(train), MAX_POINTS)
         held_out = Line([r[key] for r in measured], [r["val_loss"] for r in measured], "held-out")
@@ -43,11 +45,11 @@ def loss_figures(facts: RunFacts) -> list[str]:
             side = "level under" if index == 0 and len(levels) > 1 else "level"
             labels.append(Label(x.high, value, f"{name}  {facts.compressors[name]:.2f}", "level", side))
         figure = LineChart(
-            "Loss against tokens" if key == "tokens" else "Loss against time", x, y, right=right, x_key=key,
+            f"Loss against {against}", x, y, right=right, x_key=key,
             bands=[Band(at, losses, "train")],
             lines=[Line(at[some].tolist(), smoothed[some].tolist(), "train"), held_out],
             dots=[held_out], labels=labels, moments=_moments(facts, key),
-            summary=_loss_summary(smoothed, measured, x.label),
+            summary=_loss_summary(smoothed, measured, f"{x.label}, in {y.label}"),
         )  # fmt: skip
         figures.append(figure.html())
     return figures
@@ -72,7 +74,7 @@ def metric_figure(facts: RunFacts) -> list[str]:
     if not lines:
         return []
     x, y = _tokens_axis(facts), Axis(-0.02, 1.02, shown.label, "{:.0%}".format)
-    title = f"{shown.label[:1].upper()}{shown.label[1:]} against tokens"
+    title = f"{shown.label[:1].upper()}{shown.label[1:]} against {facts.task.counted}"
     ends = [float(line.y[-1] or 0.0) for line in lines]
     labels = [
         Label(
@@ -108,7 +110,7 @@ def _curve_labels(
 
 
 def _loss_summary(smoothed: np.ndarray, measured: list[Record], against: str) -> str:
-    words = f"Training loss against {against}: from {smoothed[0]:.2f} to {smoothed[-1]:.2f} nats per token."
+    words = f"Training loss against {against}: from {smoothed[0]:.2f} to {smoothed[-1]:.2f}."
     if measured:
         words += f" Held-out loss at the end: {measured[-1]['val_loss']:.2f}."
     return words + " The table below has the numbers."
@@ -129,7 +131,7 @@ def small_figures(facts: RunFacts) -> list[str]:
     x, steps = _time_axis(facts), facts.steps
     figures = []
     for key, title, unit in (
-        ("tokens_per_s", "Speed", "tokens per second"),
+        ("tokens_per_s", "Speed", f"{facts.task.counted} per second"),
         ("learning_rate", "Learning rate", "learning rate"),
         ("grad_norm", "Gradient norm", "before clipping"),
     ):
@@ -195,7 +197,7 @@ _KEY = (
 
 def _tokens_axis(facts: RunFacts) -> Axis:
     end = max(r["tokens"] for r in [*facts.steps, *facts.validation])
-    return Axis(0.0, max(end, 1) * 1.02, "training tokens", compact)
+    return Axis(0.0, max(end, 1) * 1.02, f"training {facts.task.counted}", compact)
 
 
 def _time_axis(facts: RunFacts) -> Axis:

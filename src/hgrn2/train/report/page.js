@@ -26,7 +26,7 @@
 
   function lines(i) {
     const found = [
-      "step " + whole.format(train.step[i]) + ", " + whole.format(train.tokens[i]) + " tokens, " + duration(train.elapsed_s[i]),
+      "step " + whole.format(train.step[i]) + ", " + whole.format(train.tokens[i]) + " " + points.counted + ", " + duration(train.elapsed_s[i]),
       "training " + figure(train.loss[i], 5) + ", smoothed " + figure(train.smoothed[i], 5),
     ];
     let before = -1;
@@ -37,7 +37,7 @@
         + " (step " + whole.format(heldOut.step[before]) + ")");
     }
     found.push("learning rate " + figure(train.learning_rate[i], 3) + ", gradient " + figure(train.grad_norm[i], 3));
-    if (train.tokens_per_s[i] !== null) found.push(whole.format(Math.round(train.tokens_per_s[i])) + " tokens per second");
+    if (train.tokens_per_s[i] !== null) found.push(whole.format(Math.round(train.tokens_per_s[i])) + " " + points.counted + " per second");
     return found;
   }
 

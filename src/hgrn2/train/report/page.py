@@ -85,7 +85,8 @@ def series(facts: RunFacts) -> dict[str, Any]:
     """Return the data behind the curves, thinned out, for the interactive read-out.
 
     Returns:
-        "train" and "validation", each a dict of equally long lists; empty before the first step.
+        "train" and "validation", each a dict of equally long lists, and "counted", the unit of tokens; empty before the
+        first step.
     """
     train = facts.train
     if not train:
@@ -95,6 +96,7 @@ def series(facts: RunFacts) -> dict[str, Any]:
     keys = ("step", "tokens", "elapsed_s", "loss", "learning_rate", "grad_norm", "tokens_per_s")
     held_out = [facts.measured[i] for i in thin(len(facts.measured), MAX_POINTS)]
     return {
+        "counted": facts.task.counted,
         "train": _columns([train[i] for i in chosen], keys)
         | {"smoothed": [round(float(smoothed[i]), 4) for i in chosen]},
         "validation": _columns(held_out, ("step", "tokens", "elapsed_s", "val_loss", "val_bits_per_byte")),

@@ -33,10 +33,10 @@ def summary(facts: RunFacts) -> str:
             tiles.append(("validation loss", f"{newest['val_loss']:.4f}", "nats per target"))
     last = facts.last
     if last is not None:
-        tiles.append(("read", compact(last["tokens"]), f"tokens, {plural(last['step'], 'step')}"))
+        tiles.append(("read", compact(last["tokens"]), f"{facts.task.counted}, {plural(last['step'], 'step')}"))
         tiles.append(("time", duration(last["elapsed_s"]), _status(facts)))
     if (speed := facts.tokens_per_s) is not None:
-        tiles.append(("speed", compact(speed), "tokens per second"))
+        tiles.append(("speed", compact(speed), f"{facts.task.counted} per second"))
     cells = "".join(
         f"<div><dt>{rich(name)}</dt><dd><b>{rich(value)}</b> <span>{rich(note)}</span></dd></div>"
         for name, value, note in tiles
@@ -86,10 +86,12 @@ def learning(facts: RunFacts) -> str:
     """Return the loss curves, an explanation and a table of validations."""
     if not facts.train:
         return section("loss", "Loss", "<p>No step with a finite loss is recorded.</p>") if facts.steps else ""
+    each, data = facts.task.unit.removeprefix("nats per "), "text" if facts.reads_text else "data"
+    answer = "token" if facts.reads_text else "answer"
     notes = [
-        "Loss is the mean of -log p over tokens, where p is the probability that the model gave to the actual token; "
-        "lower is better. The pale band shows every step, the line a moving average, and the dots the loss on held-out "
-        "text, which is never used for training."
+        f"Loss is the mean of -log p over {each}s, where p is the probability that the model gave to the actual "
+        f"{answer}; lower is better. The pale band shows every step, the line a moving average, and the dots the loss "
+        f"on held-out {data}, which is never used for training."
     ]
     newest = facts.measured[-1] if facts.measured else {}
     tokens, num_bytes = figure(newest, "val_tokens"), figure(newest, "val_text_bytes")
@@ -116,7 +118,7 @@ def _validation_table(facts: RunFacts) -> str:
         return ""
     chosen = [facts.validation[i] for i in thin(len(facts.validation), _MOST_ROWS)]
     figures = [found for found in reversed(facts.task.figures) if any(found.key in r for r in chosen)]
-    head = ["step", "tokens", "time", "loss (nats)", *(found.label for found in figures)]
+    head = ["step", facts.task.counted, "time", "loss (nats)", *(found.label for found in figures)]
     rows = []
     for r in chosen:
         cells = [f"{r['step']:,}", f"{r['tokens']:,}", duration(r["elapsed_s"]), number(r["val_loss"], ",.4f")]
@@ -185,7 +187,7 @@ def running(facts: RunFacts) -> str:
         return ""
     found: list[tuple[str, str]] = []
     if (speed := facts.tokens_per_s) is not None:
-        found.append(("speed while training", f"{speed:,.0f} tokens per second"))
+        found.append(("speed while training", f"{speed:,.0f} {facts.task.counted} per second"))
     if peak := facts.memory_bytes:
         found.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
     skipped = len(facts.steps) - len(facts.train)
