@@ -32,7 +32,7 @@ def chat(
     r"""Talk with a trained model in the terminal.
 
     Messages go through the tokenizer's chat template, or without one as "User: ..." and "Assistant: ...". On a
-    terminal, control characters that a model writes are shown as \ufffd. /help lists the commands.
+    terminal, control characters that a model writes are shown as replacement characters. /help lists the commands.
 
     Args:
         run: A run folder, a checkpoint, or a folder of another layout (see convert) with its tokenizer.json.
