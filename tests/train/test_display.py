@@ -39,6 +39,15 @@ def test_plain_lines(capsys):
     assert lines[-1] == "a note [with brackets]"
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_task_on_images_counts_images(capsys, is_terminal):
+    file = io.StringIO()
+    show(make_display(Console(file=file, force_terminal=is_terminal, width=100, color_system=None), counted="images"))
+    text = file.getvalue() + capsys.readouterr().err
+    assert "images/s" in text
+    assert "tokens" not in text.replace("per token", "")
+
+
 def test_plain_training_lines_are_rationed(capsys):
     display = PlainDisplay(every_s=1000.0)
     for _ in range(5):

@@ -54,10 +54,17 @@ class Display(Protocol):
         ...
 
 
-def make_display(console: Console | None = None) -> Display:
-    """Return the live display on a terminal, plain lines elsewhere; both on standard error."""
+def make_display(console: Console | None = None, counted: str = "tokens") -> Display:
+    """Return the live display on a terminal, plain lines elsewhere; both on standard error.
+
+    Args:
+        console: the terminal; None means standard error.
+        counted: unit of the budget, in the plural.
+    """
     console = console or Console(stderr=True)
-    return LiveDisplay(console) if console.is_terminal and not console.is_dumb_terminal else PlainDisplay()
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LiveDisplay(console, counted)
+    return PlainDisplay(counted=counted)
 
 
 class PlainDisplay:
@@ -65,10 +72,11 @@ class PlainDisplay:
 
     Args:
         every_s: minimum time between training lines; validations, samples and notes are always printed.
+        counted: unit of the budget, in the plural.
     """
 
-    def __init__(self, every_s: float = 10.0) -> None:
-        self._every_s = every_s
+    def __init__(self, every_s: float = 10.0, counted: str = "tokens") -> None:
+        self._every_s, self._counted = every_s, counted
         self._last_s = -float("inf")
 
     def __enter__(self) -> PlainDisplay:
@@ -85,7 +93,7 @@ class PlainDisplay:
         skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
         self.note(
             f"step {record['step']}  {progress:4.0%}  loss {_loss(record['smoothed_loss'])}  "
-            f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s  "
+            f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} {self._counted}/s  "
             f"left {duration(eta_s)}  {size(record['memory_bytes'])}{skipped}"
         )
 
@@ -157,8 +165,8 @@ class _ResizedLive(Live):
 class LiveDisplay:
     """Show a panel with progress, figures, the last validation and the last sample."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, counted: str = "tokens") -> None:
+        self._console, self._counted = console, counted
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=None),
@@ -207,11 +215,11 @@ class LiveDisplay:
         if record:
             pairs = [
                 ("step", f"{record['step']:,}"),
-                ("tokens", f"{record['tokens']:,}"),
+                (self._counted, f"{record['tokens']:,}"),
                 ("loss", _loss(record["loss"])),
                 ("smoothed", _loss(record["smoothed_loss"])),
                 ("learning rate", f"{record['learning_rate']:.2e}"),
-                ("tokens/s", f"{record['tokens_per_s']:,.0f}"),
+                (f"{self._counted}/s", f"{record['tokens_per_s']:,.0f}"),
                 ("memory", size(record["memory_bytes"])),
                 ("skipped steps", str(record["skipped_steps"])),
             ]

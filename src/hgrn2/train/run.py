@@ -256,7 +256,7 @@ class _Parts:
         display: Display | None,
         check_lock: Callable[[], None],
     ) -> Run:
-        display = display or make_display()
+        display = display or make_display(counted=self.task.report.counted)
         config = self.spec.settings.train
         trainer = Trainer(
             model=self.model,
