@@ -27,6 +27,8 @@ def choose_processes(processes: int | None, given: Mapping[str, Any], config: Pa
     if rank_environment() is not None:
         # the launcher's flag is passed on
         return 1
+    if processes is None and torch.cuda.device_count() < 2:
+        return 1
     settings = _named_settings(given, config, resume)
     device, pieces = choose_device(settings["device"]), settings["context_parallel"]
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
