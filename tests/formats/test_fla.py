@@ -20,7 +20,7 @@ EQUATIONS = {
     "hidden_size": D, "num_hidden_layers": L, "expand_ratio": 4, "lower_bound": "inclusive", "use_lower_bound": True,
     "q_activation": "silu", "v_activation": "none", "scale": 4**-0.5, "mixer_norm": "rmsnorm", "mixer_norm_eps": 1e-5,
     "block_norm": "rmsnorm", "norm_eps": 0.01, "glu_activation": "silu", "use_short_conv": False,
-    "scale_embedding": False, "min_log_decay": None, "attn": None,
+    "scale_embedding": False, "min_log_decay": None, "attn": None, "gate_range": "positive", "dense_state": 0,
 }  # fmt: skip
 KINDS = {
     "plain": ({}, {}, {}),

@@ -4,8 +4,8 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from hgrn2.models import HGRN2LM, HGRN2Config, presets
 from hgrn2.models.cost import cost, cost_table
 from hgrn2.nn.parameters import ROLES
 from hgrn2.train.metrics import read_metrics
+from hgrn2.train.run import SavedRun
 from hgrn2.train.specs import saved_model_config
 from tests.formats.command_line import run_cli
 from tests.models import toy_mixer
@@ -227,11 +228,9 @@ def test_patterns_and_options_that_do_not_fit_are_refused(keys, code, names):
 @pytest.mark.slow
 def test_a_run_whose_pattern_was_edited_is_not_its_checkpoint(runs):
     flat = HGRN2Config.from_dict(SIZE).to_dict()
-    saved = SimpleNamespace(
-        run_dir=runs[0], config={"model": flat}, checkpoint=runs[0] / "checkpoints" / "step-00000008"
-    )
+    saved = replace(SavedRun.read(runs[0], runs[0] / "checkpoints" / "step-00000008"), config={"model": flat})
     with refuses("mismatch", "layers is None", "average"):
-        saved_model_config(saved)  # pyright: ignore[reportArgumentType]
+        saved_model_config(saved)
 
 
 def test_decoding_gives_the_logits_of_the_whole():
