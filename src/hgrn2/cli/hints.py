@@ -98,7 +98,7 @@ def explain(message: str, command: str, flags: Sequence[Flag]) -> str:
 
 def _unknown_words(words: Sequence[str], command: str, flags: Sequence[Flag]) -> str:
     unknown = [word for word in words if word.startswith("-")]
-    if command == "compare" and (hint := _of_comparison(words)):
+    if command == "compare" and (hint := _comparison_hint(words)):
         return hint
     if not unknown:
         return f"{command}: unexpected {' '.join(repr(word) for word in words)}"
@@ -108,7 +108,7 @@ def _unknown_words(words: Sequence[str], command: str, flags: Sequence[Flag]) ->
     return f"{command}: unknown option{'s' if len(set(unknown)) > 1 else ''} {names}{hint}"
 
 
-def _of_comparison(words: Sequence[str]) -> str | None:
+def _comparison_hint(words: Sequence[str]) -> str | None:
     """Return a message about models, tasks and axes of the grid, which belong into the file of a comparison."""
     name = words[0].lstrip("-").partition("=")[0]
     if words[0].startswith("-") and name not in _IN_FILE.split():

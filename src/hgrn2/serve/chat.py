@@ -16,7 +16,7 @@ from hgrn2.extras import install_command
 _MARKS = ("\ue000", "\uf8ff", "\U000f0000", "\U0010fffd")
 _PLAIN_NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 # a template that does not end must not fill the memory
-_MOST_CHARS = 2**24
+_MAX_CHARS = 2**24
 
 
 class ChatFormat:
@@ -89,8 +89,8 @@ class ChatFormat:
         try:
             for piece in self._template.generate(messages=messages, add_generation_prompt=True, **self._names):
                 size += len(piece)
-                if size > _MOST_CHARS:
-                    raise UserError(f"messages: the chat template writes more than {_MOST_CHARS:,} characters")
+                if size > _MAX_CHARS:
+                    raise UserError(f"messages: the chat template writes more than {_MAX_CHARS:,} characters")
                 pieces.append(piece)
         except UserError:
             raise

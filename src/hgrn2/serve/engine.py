@@ -108,7 +108,7 @@ class Engine:
         Args:
             request: the request.
             session: text that the request continues; None for a new one. With no tokens of its own and no seed, the
-                request goes on drawing where the session paused.
+                request continues the random numbers of the session.
 
         Returns:
             The number of the request, which its events carry.

@@ -45,9 +45,9 @@ class PrefixCache:
     """Snapshots under a budget of bytes.
 
     A state of constant size cannot be cut back, so a prefix can be reused where a snapshot was taken: the engine takes
-    them after each prompt and each continuation, at `Request.snapshot_at`, and where a new prompt leaves the path of
-    an earlier one. When the budget is exceeded, those leave that save the fewest operations for their bytes; age
-    counts as in GreedyDual-Size (Cao and Irani, USITS 1997), so that a snapshot that is not used leaves at last.
+    them after each prompt and each continuation, at `Request.snapshot_at`, and where a new prompt begins to
+    differ from an earlier one. Over the budget, those that save the fewest operations per byte are dropped; age
+    counts as in GreedyDual-Size (Cao and Irani, USITS 1997), so that a snapshot that is not used is dropped at last.
 
     Args:
         budget_bytes: bytes of all snapshots.

@@ -12,7 +12,7 @@ from hgrn2.serve.requests import MOST_LOGPROBS, RequestSampling
 
 
 class Features(NamedTuple):
-    """What at least one row of a batch needs; a row does not change with what other rows need.
+    """Steps of sampling that at least one row of a batch needs; they do not change the other rows.
 
     Attributes:
         draws: random numbers, as some temperature is above 0.

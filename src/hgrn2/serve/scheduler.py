@@ -1,4 +1,4 @@
-"""Which prompts are read next, and how much of each."""
+"""Choose the prompts to read next, and how much of each."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from hgrn2.serve.http.errors import ApiError
 from hgrn2.serve.requests import MOST_LOGPROBS, Request, RequestSampling
 
 # a stop text is looked for after every token
-_MOST_STOPS, _MOST_STOP_CHARS = 16, 1024
-_StopText = Annotated[str, Field(min_length=1, max_length=_MOST_STOP_CHARS)]
+_MAX_STOPS, _MAX_STOP_CHARS = 16, 1024
+_StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 T = TypeVar("T", bound=BaseModel)
 
@@ -39,7 +39,7 @@ class Settings(_Strict):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: _StopText | Annotated[list[_StopText], Field(max_length=_MOST_STOPS)] | None = None
+    stop: _StopText | Annotated[list[_StopText], Field(max_length=_MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
